@@ -1,0 +1,389 @@
+"""The frozen backbone: find its stacks, blocks and norms; freeze it; hold it in eval mode; name it by its digest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sidestep.families import Family, Pool, family_of, prefix_tokens
+from sidestep.sites import Place, Site
+
+Noise = Literal["drop_path", "dropout", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """One stack of a backbone, as found.
+
+    Attributes:
+        name: "encoder" or "decoder".
+        root: the module whose call runs the stack.
+        stages: the blocks of every stage, each with its name within the backbone.
+        norm: the final norm and its name, or None.
+        causal: whether tokens see earlier ones only.
+        head: whether the head reads this stack.
+    """
+
+    name: str
+    root: nn.Module
+    stages: tuple[tuple[tuple[str, nn.Module], ...], ...]
+    norm: tuple[str, nn.Module] | None
+    causal: bool
+    head: bool
+
+
+# --- finding ---------------------------------------------------------------------------------------------------
+
+
+def trunk_of(model: nn.Module) -> nn.Module:
+    """The backbone without its task head (a Hugging Face model's base model; a timm model itself)."""
+    return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has both stacks (an encoder taken out of one does not)."""
+    trunk = trunk_of(model)
+    return hasattr(trunk, "encoder") and hasattr(trunk, "decoder") and trunk.config.is_encoder_decoder
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether the model's only stack is a causal language model's: its attention modules say so themselves."""
+    return not is_encoder_decoder(model) and any(
+        getattr(module, "is_causal", False) is True for module in trunk_of(model).modules()
+    )
+
+
+def default_pool(model: nn.Module) -> Pool:
+    """The read-out of a model's family: last token when causal, first token of an encoder-decoder's decoder."""
+    if is_encoder_decoder(model):
+        return "cls"
+    return "last" if is_causal(model) else family_of(model).pool
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The stacks of a Hugging Face or timm model, in running order.
+
+    Raises:
+        ValueError: if no repeated blocks are found, or several towers.
+    """
+    trunk, family = trunk_of(model), family_of(model)
+    if is_encoder_decoder(model):
+        encoder = _stack("encoder", trunk, trunk.encoder, "encoder.", family, causal=False, head=False)
+        decoder = _stack("decoder", trunk, trunk.decoder, "decoder.", family, causal=True, head=True)
+        return [encoder, decoder]
+    causal = is_causal(model)
+    return [_stack("decoder" if causal else "encoder", trunk, trunk, "", family, causal=causal, head=True)]
+
+
+def _stack(
+    name: str, trunk: nn.Module, root: nn.Module, prefix: str, family: Family, *, causal: bool, head: bool
+) -> Stack:
+    containers = _block_lists(root)
+    if not containers:
+        raise ValueError(
+            f"{type(trunk).__name__} holds no list of repeated blocks: Sidestep needs a Transformer (or a model "
+            "whose blocks stand in an nn.ModuleList or nn.Sequential)"
+        )
+    owners = {path.rpartition(".")[0].rpartition(".")[0] for path in containers}
+    if len(containers) > 1 and (len(owners) > 1 or not all(_is_indexed(path) for path in containers)):
+        raise ValueError(
+            f"{type(trunk).__name__} has several towers of blocks ({', '.join(containers)}): "
+            "attach to one of them (for example model.vision_model)"
+        )
+    stages = tuple(
+        tuple((f"{prefix}{path}.{child}", block) for child, block in container.named_children())
+        for path, container in containers.items()
+    )
+    norm = _final_norm(root, next(iter(containers)), family)
+    named = None if norm is None else (f"{prefix}{norm[0]}", norm[1])
+    return Stack(name=name, root=root, stages=stages, norm=named, causal=causal, head=head)
+
+
+def _is_indexed(path: str) -> bool:
+    """Whether a block list belongs to a numbered stage ("layers.0.blocks")."""
+    return any(part.isdigit() for part in path.split("."))
+
+
+def _block_lists(root: nn.Module) -> dict[str, nn.Module]:
+    """Lists of blocks by path: of Hugging Face's checkpointing layers (the innermost), else lists named "blocks"."""
+    lists = {
+        path: module
+        for path, module in root.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
+    }
+    checkpointing = {
+        path: module
+        for path, module in lists.items()
+        if all(isinstance(child, GradientCheckpointingLayer) for child in module)
+    }
+    if checkpointing:
+        return {
+            path: module
+            for path, module in checkpointing.items()
+            if not any(other.startswith(f"{path}.") for other in checkpointing)
+        }
+    named = {path: module for path, module in lists.items() if path.rpartition(".")[2] == "blocks"}
+    return named or _outermost_repeats(lists)
+
+
+def _outermost_repeats(lists: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    repeats = {
+        path: module
+        for path, module in lists.items()
+        if len({type(child) for child in module.children()}) == 1
+        and any(isinstance(part, nn.Linear) for part in next(module.children()).modules())
+        and not isinstance(next(module.children()), nn.Linear)
+    }
+    return {
+        path: module
+        for path, module in repeats.items()
+        if not any(path.startswith(f"{other}.") for other in repeats if other != path)
+    }
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and not any(True for _ in module.children())
+
+
+def _final_norm(root: nn.Module, blocks: str, family: Family) -> tuple[str, nn.Module] | None:
+    """The norm that stands after the blocks, in the nearest enclosing module that has one."""
+    if family.final_norm is not None:
+        return (family.final_norm, root.get_submodule(family.final_norm)) if family.final_norm else None
+    parts = blocks.split(".")
+    for level in range(len(parts) - 1, -1, -1):
+        owner, inside = root.get_submodule(".".join(parts[:level])), parts[level]
+        names = [name for name, _ in owner.named_children()]
+        for name in names[names.index(inside) + 1 :]:
+            if _is_norm(owner.get_submodule(name)):
+                return ".".join([*parts[:level], name]), owner.get_submodule(name)
+    return None
+
+
+def _width(block: nn.Module) -> int:
+    """Channels of a block's hidden state: the size of its own norms (a nested one may belong to an attention head)."""
+    norms = [child for child in block.children() if _is_norm(child)]
+    norms = norms or [module for module in block.modules() if _is_norm(module)]
+    sizes = [parameter.numel() for norm in norms for parameter in norm.parameters()]
+    if not sizes:
+        raise ValueError(f"{type(block).__name__} has no norm from which its width could be read")
+    return sizes[0]
+
+
+def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
+    """Every site of a backbone and the module it sits on, in the order of a pass.
+
+    Names are relative to the trunk (`trunk_of`). With `with_blocks`, sites carry their `FrozenBlock` where the
+    family table can fill it.
+    """
+    family = family_of(model)
+    prefix = prefix_tokens(trunk_of(model), family)
+    places: list[Place] = []
+    for stack in find_stacks(model):
+        depth = sum(len(stage) for stage in stack.stages)
+        index = 0
+        for number, stage in enumerate(stack.stages):
+            site = Site(
+                kind="stage",
+                stack=stack.name,
+                stage=number,
+                index=index,
+                depth=depth,
+                width=_width(stage[0][1]),
+                prefix=prefix,
+                causal=stack.causal,
+                final_norm=stack.norm is not None,
+                head=stack.head,
+            )
+            places.append(Place(site=site, name=stage[0][0], module=stage[0][1]))
+            for name, block in stage:
+                frozen = family.frozen_block(block) if with_blocks and family.frozen_block else None
+                site = replace(site, kind="block", index=index, block=frozen)
+                places.append(Place(site=site, name=name, module=block))
+                index += 1
+        if stack.norm is not None:
+            places.append(Place(site=replace(site, kind="norm", block=None), name=stack.norm[0], module=stack.norm[1]))
+    return places
+
+
+# --- freezing --------------------------------------------------------------------------------------------------
+
+
+def freeze(model: nn.Module) -> None:
+    """Stop every gradient: the one place that does."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def set_noise(trunk: nn.Module, noise: Noise | None) -> None:
+    """Put a frozen trunk in eval mode, except for the noise that was asked for.
+
+    Batch norms stay in eval mode in any case: in training mode they would move the frozen model's buffers.
+    """
+    trunk.eval()
+    if noise is None:
+        return
+    for module in trunk.modules():
+        kind = type(module).__name__
+        drop_path = "DropPath" in kind or "StochasticDepth" in kind
+        if "BatchNorm" not in kind and (noise == "all" or drop_path == (noise == "drop_path")):
+            module.training = True
+
+
+def check_noise(noise: str | None) -> None:
+    """Raise unless `noise` is None or a known kind."""
+    if noise is not None and noise not in get_args(Noise):
+        raise ValueError(f"backbone_noise={noise!r}: choose None or one of {', '.join(get_args(Noise))}")
+
+
+class CheckpointedForward:
+    """A block's `forward` that keeps only its inputs and runs again in backward.
+
+    It wraps `forward`, not `__call__`, so hooks stay outside and run once; a cache would be written twice, so none
+    is passed on.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = type(self.block).forward
+        if not torch.is_grad_enabled():
+            return run(self.block, *args, **kwargs)
+        for name in ("past_key_values", "layer_past"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = None
+        return checkpoint(run, self.block, *args, use_reentrant=False, **kwargs)
+
+
+def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Make each of the blocks recompute itself in backward."""
+    for block in blocks:
+        block.forward = CheckpointedForward(block)  # type: ignore[method-assign,assignment]
+
+
+def uncheckpoint_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Undo `checkpoint_blocks`."""
+    for block in blocks:
+        if isinstance(block.__dict__.get("forward"), CheckpointedForward):
+            del block.forward
+
+
+# --- what was loaded, and its digest ---------------------------------------------------------------------------
+
+
+def new_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that the checkpoint did not have (random at every load).
+
+    transformers marks what it loads; a model that never went through `from_pretrained` has no marks and counts as
+    loaded whole.
+    """
+    marked = {
+        name: bool(getattr(parameter, "_is_hf_initialized", False))
+        for name, parameter in model.named_parameters()
+    }
+    return {name for name, loaded in marked.items() if not loaded} if any(marked.values()) else set()
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What identifies a backbone's weights.
+
+    Attributes:
+        dtype: of the weights ("float32", "bfloat16", ...; several joined by "+").
+        exact: SHA-256 over names, shapes, dtypes and bytes.
+        rounded: the same digest after rounding floating-point weights to each narrower dtype, so that a copy of the
+            same weights in another precision is recognised.
+    """
+
+    dtype: str
+    exact: str
+    rounded: dict[str, str] = field(default_factory=dict)
+
+    def matches(self, other: Digest) -> Literal["same", "dtype", "different"]:
+        """How the weights that `other` describes compare to these."""
+        if self.exact == other.exact:
+            return "same"
+        mine, theirs = ({d.dtype: d.exact, **d.rounded} for d in (self, other))
+        shared = {self.dtype, other.dtype} & mine.keys() & theirs.keys()
+        if self.dtype != other.dtype and any(mine[dtype] == theirs[dtype] for dtype in shared):
+            return "dtype"
+        return "different"
+
+
+def pretrained_tensors(
+    model: nn.Module, originals: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Names (relative to the base model, sorted) and values of the pretrained weights that identify a backbone.
+
+    Left out: heads and poolers (a class of model may lack them), tensors that the checkpoint did not have, and the
+    second name of a tied tensor. `originals` stand in for parameters (by the model's names) that a method moved.
+    """
+    trunk, missing = trunk_of(model), new_parameters(model)
+    parameters = dict(model.named_parameters())
+    new = {id(parameters[name]) for name in missing}
+    before = {id(parameters[name]): value for name, value in (originals or {}).items()}
+    skip = new | _head_tensors(trunk)
+    named = [*trunk.named_parameters(), *_persistent_buffers(trunk)]
+    for name, tensor in sorted(named, key=lambda item: item[0]):
+        if id(tensor) not in skip and "pooler" not in name.split("."):
+            yield name, before.get(id(tensor), tensor).detach()
+
+
+def _head_tensors(trunk: nn.Module) -> set[int]:
+    """Identities of the weights of an output head inside the trunk, unless they are tied to others."""
+    if isinstance(trunk, PreTrainedModel):
+        head = trunk.get_output_embeddings()
+    else:
+        head = trunk.get_classifier() if hasattr(trunk, "get_classifier") else None
+    if head is None:
+        return set()
+    outside = [module for module in trunk.modules() if module not in set(head.modules())]
+    shared = {id(p) for module in outside for p in module.parameters(recurse=False)}
+    return {id(p) for p in head.parameters()} - shared
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    kept = set(module.state_dict(keep_vars=True))
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
+
+
+_NARROWER = (torch.bfloat16, torch.float16)
+
+
+def digest(model: nn.Module, originals: Mapping[str, Tensor] | None = None) -> Digest:
+    """The digest of a backbone's pretrained weights, whatever head its class has.
+
+    `originals` are the values, by parameter name, that a method has moved since.
+    """
+    exact, rounded = hashlib.sha256(), {dtype: hashlib.sha256() for dtype in _NARROWER}
+    dtypes: set[torch.dtype] = set()
+    for name, tensor in pretrained_tensors(model, originals):
+        value = tensor.cpu().contiguous()
+        exact.update(_record(name, value))
+        if value.is_floating_point():
+            dtypes.add(value.dtype)
+        for dtype, running in rounded.items():
+            running.update(_record(name, value.to(dtype) if value.is_floating_point() else value))
+    wide = not dtypes & set(_NARROWER)
+    return Digest(
+        dtype="+".join(sorted(_name(dtype) for dtype in dtypes)),
+        exact=exact.hexdigest(),
+        rounded={_name(dtype): running.hexdigest() for dtype, running in rounded.items()} if wide else {},
+    )
+
+
+def _record(name: str, value: Tensor) -> bytes:
+    head = f"{name} {tuple(value.shape)} {_name(value.dtype)} ".encode()
+    return head + value.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,186 @@
+"""The only per-architecture table: what cannot be read off a model's modules.
+
+A family is found by `config.model_type` (Hugging Face) or by the class name (timm). A model that is not listed gets
+`DEFAULT`: blocks and norms are found by structure, so most text models need no row. Add one when a model has prefix
+tokens, an unusual layout, or a head of its own that reads a single token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sidestep.sites import FrozenBlock
+
+Pool = Literal["cls", "mean", "last"]
+Grid = tuple[int, int]
+
+
+def no_grid(model: nn.Module, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> None:
+    """Text has no token grid."""
+
+
+def patch_grid(model: nn.Module, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
+    """Image size over patch size: plain vision Transformers."""
+    image = inputs["pixel_values"] if "pixel_values" in inputs else inputs["x"]
+    rows, columns = image.shape[-2:]
+    patch = model.config.patch_size if hasattr(model, "config") else model.patch_embed.patch_size
+    down, right = (patch, patch) if isinstance(patch, int) else patch
+    return rows // down, columns // right
+
+
+def argument_grid(
+    model: nn.Module, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor
+) -> Grid:
+    """The grid that the model hands to its blocks (Hugging Face's Swin)."""
+    rows, columns = call["input_dimensions"]
+    return rows, columns
+
+
+def shape_grid(model: nn.Module, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
+    """The hidden state's own shape (batch, rows, columns, channels): timm's Swin."""
+    rows, columns = hidden.shape[1:3]
+    return rows, columns
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _slice_linear(linear: nn.Linear, part: int, x: Tensor) -> Tensor:
+    """One third of a fused query-key-value projection."""
+    bias = None if linear.bias is None else linear.bias.chunk(3)[part]
+    return F.linear(x, linear.weight.chunk(3)[part], bias)
+
+
+def _chain(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return second(first(x))
+
+
+def vit_block(block: nn.Module) -> FrozenBlock:
+    """Hugging Face's ViT layer."""
+    attention = block.attention
+    return FrozenBlock(
+        heads=attention.num_attention_heads,
+        pre_norm=True,
+        norm_attention=block.layernorm_before,
+        query=attention.q_proj,
+        key=attention.k_proj,
+        value=attention.v_proj,
+        project=attention.o_proj,
+        scale_attention=_identity,
+        norm_mlp=block.layernorm_after,
+        mlp=block.mlp,
+        scale_mlp=_identity,
+    )
+
+
+def bert_block(block: nn.Module) -> FrozenBlock:
+    """Hugging Face's BERT layer (post-norm)."""
+    attention, out = block.attention.self, block.attention.output
+    return FrozenBlock(
+        heads=attention.num_attention_heads,
+        pre_norm=False,
+        norm_attention=out.LayerNorm,
+        query=attention.query,
+        key=attention.key,
+        value=attention.value,
+        project=out.dense,
+        scale_attention=_identity,
+        norm_mlp=block.output.LayerNorm,
+        mlp=partial(_chain, block.intermediate, block.output.dense),
+        scale_mlp=_identity,
+    )
+
+
+def timm_block(block: nn.Module) -> FrozenBlock:
+    """timm's ViT block (LayerScale included where the model has it)."""
+    attention = block.attn
+    return FrozenBlock(
+        heads=attention.num_heads,
+        pre_norm=True,
+        norm_attention=block.norm1,
+        query=partial(_slice_linear, attention.qkv, 0),
+        key=partial(_slice_linear, attention.qkv, 1),
+        value=partial(_slice_linear, attention.qkv, 2),
+        project=attention.proj,
+        scale_attention=block.ls1,
+        norm_mlp=block.norm2,
+        mlp=block.mlp,
+        scale_mlp=block.ls2,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What Sidestep has to be told about an architecture.
+
+    Attributes:
+        pool: default read-out of `Classify` and `Regress`: "cls" (first token), "mean" (kept tokens) or "last".
+        prefix: tokens before the grid, a number or the model's attribute that holds it.
+        layout: "tokens" (batch, tokens, width) or "grid" (batch, rows, columns, width).
+        grid: the token grid at a site, from the model, the pass's inputs, the block's arguments and its output.
+        final_norm: name of the stack's final norm; "" for none; None: found by structure.
+        first_token_heads: model classes whose own head reads the first token only.
+        frozen_block: the parts of a block, for methods that replay it.
+    """
+
+    pool: Pool = "mean"
+    prefix: int | str = 0
+    layout: Literal["tokens", "grid"] = "tokens"
+    grid: Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any], Tensor], Grid | None] = no_grid
+    final_norm: str | None = None
+    first_token_heads: tuple[str, ...] = ()
+    frozen_block: Callable[[nn.Module], FrozenBlock] | None = None
+
+
+DEFAULT = Family()
+
+_VIT = Family(
+    pool="cls",
+    prefix=1,
+    grid=patch_grid,
+    first_token_heads=("ViTForImageClassification", "DeiTForImageClassification"),
+    frozen_block=vit_block,
+)
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family(first_token_heads=("BertForSequenceClassification",), frozen_block=bert_block),
+    "roberta": Family(first_token_heads=("RobertaForSequenceClassification",)),
+    "xlm-roberta": Family(first_token_heads=("XLMRobertaForSequenceClassification",)),
+    "distilbert": Family(first_token_heads=("DistilBertForSequenceClassification",)),
+    "electra": Family(first_token_heads=("ElectraForSequenceClassification",)),
+    # DeBERTa's encoder has a LayerNorm for its relative positions, which is no final norm.
+    "deberta": Family(final_norm="", first_token_heads=("DebertaForSequenceClassification",)),
+    "deberta-v2": Family(final_norm="", first_token_heads=("DebertaV2ForSequenceClassification",)),
+    # Their embedding norm is registered after the blocks, though it runs before them.
+    "bart": Family(final_norm=""),
+    "mbart": Family(final_norm="layer_norm"),
+    "vit": _VIT,
+    "deit": Family(pool="cls", prefix=2, grid=patch_grid, first_token_heads=("DeiTForImageClassification",)),
+    "dinov2": Family(pool="cls", prefix=1, grid=patch_grid),
+    "swin": Family(grid=argument_grid),
+    # CLIP's last norm sees the pooled token only.
+    "clip_vision_model": Family(pool="cls", prefix=1, grid=patch_grid, final_norm=""),
+    "VisionTransformer": Family(
+        pool="cls", prefix="num_prefix_tokens", grid=patch_grid, final_norm="norm", frozen_block=timm_block
+    ),
+    "SwinTransformer": Family(layout="grid", grid=shape_grid, final_norm="norm"),
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The row for a model; `DEFAULT` when it has none."""
+    config = getattr(model, "config", None)
+    key = getattr(config, "model_type", None) or type(model).__name__
+    return FAMILIES.get(key, DEFAULT)
+
+
+def prefix_tokens(model: nn.Module, family: Family) -> int:
+    """Number of leading tokens that belong to no grid."""
+    return getattr(model, family.prefix) if isinstance(family.prefix, str) else family.prefix

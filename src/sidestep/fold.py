@@ -1,0 +1,446 @@
+"""The fold: standing forward hooks that carry a method's state through the backbone's own loop.
+
+No modelling file is forked: masks, rotary embeddings, caches, heads and `generate` are the model's own. The hooks do
+nothing unless their `Fold` is running, so the bare backbone stays usable. What belongs to one forward pass lives in
+a `Pass`, made at the backbone's entry and dropped at its exit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.utils import ModelOutput
+
+from sidestep.families import Family, Pool
+from sidestep.methods.base import SideNet
+from sidestep.sites import Place, Site
+
+#: Field of `encoder_outputs` in which an encoder's side state travels to the decoder.
+CARRIED = "side_state"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a head reads after a pass.
+
+    Attributes:
+        hidden: (batch, tokens, width) output of the stack that the head reads; one token if the fold is narrowed.
+        site: the end of that stack, with the pass's padding and grid.
+        pooled: (batch, width) read-out of the method's own, or None.
+    """
+
+    hidden: Tensor
+    site: Site
+    pooled: Tensor | None
+
+
+@dataclass
+class Pass:
+    """What one forward pass carries."""
+
+    inputs: Mapping[str, Any]
+    stack: str | None = None
+    visited: int = 0
+    written: bool = False
+    state: Any = None
+    carried: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    encoder_only: bool = False
+    row: Tensor | None = None
+    reading: Reading | None = None
+
+
+class FoldError(RuntimeError):
+    """The backbone's loop did not do what a fold needs; the message says where and what to do."""
+
+
+class Fold:
+    """Runs one method over the sites of one backbone.
+
+    Args:
+        entry: the module whose call is a pass (the backbone, or its trunk when another head is put on).
+        trunk: the backbone without its head.
+        places: the backbone's sites, in order.
+        method: the side network.
+        family: the backbone's row in the family table.
+        narrow: "cls" or "last": only the token that the head reads is given to the method; None: all tokens.
+        through: whether a narrowed hidden state also goes on through the backbone's own norm and head (only where the
+            family table knows that they take it); else they get all tokens and their result is not used.
+        frozen: whether nothing before the method's first write may require a gradient.
+    """
+
+    def __init__(
+        self,
+        entry: nn.Module,
+        trunk: nn.Module,
+        places: Sequence[Place],
+        method: SideNet,
+        family: Family,
+        *,
+        narrow: Pool | None,
+        through: bool,
+        frozen: bool,
+    ) -> None:
+        self.trunk, self.method, self.family = trunk, method, family
+        self.narrow, self.through, self.frozen = narrow, through, frozen
+        self.running = False
+        self.current: Pass | None = None
+        self.finished: Pass | None = None
+        self.carries = type(method).carry is not SideNet.carry
+        self.last_stack = places[-1].site.stack
+        self.lengths = _lengths(places)
+        self.handles = self._hook(entry, places)
+
+    def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Reading | None]:
+        """`call(*args, **kwargs)` with the method active: its result, and what the head reads of the last pass.
+
+        Raises:
+            FoldError: if another call is running (one model serves one thread at a time).
+        """
+        if self.running:
+            raise FoldError("this model is in the middle of another call: use one model per thread")
+        self.running = True
+        try:
+            output = call(*args, **kwargs)
+            return output, None if self.finished is None else self.finished.reading
+        finally:
+            self.running, self.current, self.finished = False, None, None
+
+    def remove(self) -> None:
+        """Take every hook off the backbone."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _hook(self, entry: nn.Module, places: Sequence[Place]) -> list[RemovableHandle]:
+        handles = [
+            entry.register_forward_pre_hook(Begin(self, _names(entry)), with_kwargs=True),
+            entry.register_forward_hook(End(self)),
+        ]
+        orders: dict[str, int] = {}
+        for place in places:
+            order = orders[place.site.stack] = orders.get(place.site.stack, -1) + 1
+            handles += self._hook_place(place, order)
+        if len(orders) > 1:
+            encoder = self.trunk.get_submodule("encoder")
+            handles += [
+                encoder.register_forward_pre_hook(BeginEncoder(self, _names(encoder)), with_kwargs=True),
+                encoder.register_forward_hook(EndEncoder(self)),
+            ]
+        return handles
+
+    def _hook_place(self, place: Place, order: int) -> list[RemovableHandle]:
+        site, module = place.site, place.module
+        names = _names(module)
+        if site.kind == "stage":
+            return [module.register_forward_pre_hook(AtStage(self, site, order, names), with_kwargs=True)]
+        if site.kind == "norm":
+            return [module.register_forward_hook(AtNorm(self, site, order))]
+        handles = [module.register_forward_hook(AtBlock(self, site, order, names), with_kwargs=True)]
+        if "encoder_hidden_states" in names and type(self.method).memory is not SideNet.memory:
+            handles.append(module.register_forward_pre_hook(AtMemory(self, site, names), with_kwargs=True))
+        return handles
+
+    # --- one pass ------------------------------------------------------------------------------------------------
+
+    def begin(self, inputs: Mapping[str, Any], *, encoder_only: bool = False) -> None:
+        """Start a pass with the trunk's (or a lone encoder's) inputs by name."""
+        self.current = Pass(inputs=inputs, encoder_only=encoder_only)
+        given = inputs.get("encoder_outputs")
+        if given is not None and self.carries:
+            carried = given.get(CARRIED) if isinstance(given, Mapping) else None
+            if carried is None:
+                raise FoldError(
+                    "encoder_outputs were computed without this task: let the model run its own encoder, "
+                    "or generate through the attached model"
+                )
+            self.current.carried = carried
+
+    def end(self) -> None:
+        """Finish a pass: every site of the last stack must have been seen."""
+        current = self.current
+        assert current is not None
+        if current.stack != self.last_stack or current.visited != self.lengths[self.last_stack]:
+            raise FoldError(
+                f"the backbone ended its pass after {current.visited} of {self.lengths[self.last_stack]} sites of "
+                f"its {self.last_stack}: a model that skips blocks cannot be folded over"
+            )
+        self.finished, self.current = current, None
+
+    def visit(self, site: Site, order: int) -> Pass:
+        """Count a site, starting its stack at the first.
+
+        Raises:
+            FoldError: if sites come twice, out of order, or outside a pass.
+        """
+        current = self.current
+        if current is None:
+            raise FoldError("a block ran outside the backbone's own forward: call the attached model")
+        if current.stack != site.stack and order == 0:
+            current.stack, current.visited = site.stack, 0
+            current.state = self.method.start(site, current.carried)
+        if current.stack != site.stack or current.visited != order:
+            raise FoldError(
+                f"block {site.index} of the {site.stack} ran out of turn (site {order}, expected {current.visited}):"
+                " blocks that run twice (shared layers) or are skipped (layer drop) cannot be folded over"
+            )
+        current.visited += 1
+        return current
+
+    def seen(self, site: Site, hidden: Tensor, call: Mapping[str, Any]) -> Site:
+        """The site with what this pass adds: padding, grid, cache."""
+        assert self.current is not None
+        inputs, tokens = self.current.inputs, hidden.shape[1]
+        decoding = len(self.lengths) > 1 and site.stack == "decoder"
+        keep = _mask(inputs.get("decoder_attention_mask" if decoding else "attention_mask"))
+        cache = call.get("past_key_values")
+        if site.kind != "norm":
+            self.current.grid = self.family.grid(self.trunk, inputs, call, hidden)
+        grid = self.current.grid
+        if keep is not None:
+            keep = keep[:, -tokens:] if grid is None and keep.shape[1] >= tokens else None
+        return site.during(
+            keep=keep,
+            memory_keep=_mask(inputs.get("attention_mask")) if decoding else None,
+            grid=grid,
+            past=0 if cache is None else cache.get_seq_length(),
+            cache=cache,
+        )
+
+    def narrowed(self, hidden: Tensor, site: Site) -> tuple[Tensor, Site]:
+        """Only the token that the head reads, copied so that its neighbours' storage is not kept."""
+        if self.narrow is None or not site.head:
+            return hidden, site
+        if self.narrow == "cls" or site.keep is None:
+            row = hidden[:, :1] if self.narrow == "cls" else hidden[:, -1:]
+            return row.clone(memory_format=torch.contiguous_format), single_token(site)
+        return take_rows(hidden, last_kept(site.keep)), single_token(site)
+
+    def step(self, current: Pass, hidden: Tensor, site: Site) -> Tensor:
+        """The method's step, with the guard on what lies before its first write."""
+        if self.frozen and hidden.requires_grad and not current.written:
+            raise FoldError(
+                f"the hidden state at {site.kind} {site.index} of the {site.stack} requires a gradient before the "
+                "method's first write, so the whole backbone would be kept for backward: do not call "
+                "enable_input_require_grads, and keep the embeddings frozen"
+            )
+        current.state, written = self.method.step(current.state, hidden, site)
+        current.written |= written is not hidden
+        return written
+
+    def finish(self, current: Pass, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
+        """The method's finish; what the head or the decoder reads is noted."""
+        output = self.method.finish(current.state, raw, normed, site)
+        if site.head:
+            current.reading = Reading(output, site, self.method.pooled(current.state, site))
+        else:
+            current.carried = self.method.carry(current.state)
+        return output
+
+
+# --- hooks: module-level classes, so that a hooked model can be copied and pickled ------------------------------------
+
+
+@dataclass(eq=False)
+class Hook:
+    """A standing hook; does nothing unless its fold is running."""
+
+    fold: Fold
+
+
+@dataclass(eq=False)
+class Begin(Hook):
+    """Before the trunk: start a pass."""
+
+    names: list[str]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.fold.running:
+            self.fold.begin(_bind(self.names, args, kwargs))
+
+
+@dataclass(eq=False)
+class End(Hook):
+    """After the trunk: end the pass."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.fold.running:
+            self.fold.end()
+
+
+@dataclass(eq=False)
+class BeginEncoder(Hook):
+    """Before the encoder: start a pass if `generate` runs it outside the trunk."""
+
+    names: list[str]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.fold.running and self.fold.current is None:
+            self.fold.begin(_bind(self.names, args, kwargs), encoder_only=True)
+
+
+@dataclass(eq=False)
+class EndEncoder(Hook):
+    """After an encoder that ran outside the trunk: its side state goes along in `encoder_outputs`."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        current = self.fold.current
+        if not self.fold.running or current is None or not current.encoder_only:
+            return
+        if isinstance(output, ModelOutput) and current.carried is not None:
+            output[CARRIED] = current.carried
+        self.fold.current = None
+
+
+@dataclass(eq=False)
+class AtStage(Hook):
+    """Before the first block of a stage."""
+
+    site: Site
+    order: int
+    names: list[str]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if not self.fold.running:
+            return None
+        current = self.fold.visit(self.site, self.order)
+        call = _bind(self.names, args, kwargs)
+        given = call[self.names[0]]
+        site = self.fold.seen(self.site, given, call)
+        hidden = _as_tokens(given)
+        read, narrow = self.fold.narrowed(hidden, site)
+        written = self.fold.step(current, read, narrow)
+        if written is read:
+            return None
+        return _with_argument(self.names, args, kwargs, self.names[0], written.reshape(given.shape))
+
+
+@dataclass(eq=False)
+class AtMemory(Hook):
+    """Before a decoder block: what it reads of the encoder may be replaced."""
+
+    site: Site
+    names: list[str]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if not self.fold.running or self.fold.current is None:
+            return None
+        memory = self.fold.method.memory(self.fold.current.state, self.site)
+        return None if memory is None else _with_argument(self.names, args, kwargs, "encoder_hidden_states", memory)
+
+
+@dataclass(eq=False)
+class AtBlock(Hook):
+    """After a block; after the last one of a stack without a final norm, the stack's end too."""
+
+    site: Site
+    order: int
+    names: list[str]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if not self.fold.running:
+            return None
+        fold, current = self.fold, self.fold.visit(self.site, self.order)
+        given = output[0] if isinstance(output, tuple) else output
+        site = fold.seen(self.site, given, _bind(self.names, args, kwargs))
+        read, narrow = fold.narrowed(_as_tokens(given), site)
+        written = fold.step(current, read, narrow)
+        if site.last and not site.final_norm:
+            written = fold.finish(current, written, written, narrow)
+        if fold.narrow and site.head:
+            if not site.last:
+                return None
+            current.row = written
+            return _with_first(output, written) if fold.through else None
+        return None if written is read else _with_first(output, written.reshape(given.shape))
+
+
+@dataclass(eq=False)
+class AtNorm(Hook):
+    """After the final norm: the stack's end."""
+
+    site: Site
+    order: int
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not self.fold.running:
+            return None
+        fold, raw = self.fold, args[0]
+        current = fold.visit(self.site, self.order)
+        if raw.shape[-1] != self.site.width or raw.ndim < 3:
+            raise FoldError(
+                f"{type(module).__name__} was taken for the {self.site.stack}'s final norm, but it got a tensor of "
+                f"shape {tuple(raw.shape)}: name the right one in sidestep/families.py (final_norm)"
+            )
+        site = fold.seen(self.site, raw, {})
+        if current.row is None or not site.head:
+            return fold.finish(current, _as_tokens(raw), _as_tokens(output), site).reshape(output.shape)
+        # Only the row that the head reads goes through the norm with its gradient.
+        normed = output if fold.through else type(module).forward(module, current.row)
+        finished = fold.finish(current, current.row, normed, single_token(site))
+        return finished if fold.through else None
+
+
+# --- small parts ------------------------------------------------------------------------------------------------------
+
+
+def last_kept(keep: Tensor) -> Tensor:
+    """(batch,) position of each row's last kept token, from (batch, tokens) bool."""
+    return keep.shape[1] - 1 - keep.flip(1).int().argmax(1)
+
+
+def take_rows(hidden: Tensor, index: Tensor) -> Tensor:
+    """(batch, 1, width): one token of each row of (batch, tokens, width), copied."""
+    return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[-1]))
+
+
+def single_token(site: Site) -> Site:
+    """The site as a fold that is narrowed to one token sees it: nothing padded, no grid."""
+    return replace(site, keep=None, grid=None)
+
+
+def _as_tokens(hidden: Tensor) -> Tensor:
+    """(batch, rows, columns, width) as (batch, tokens, width); tokens as they are."""
+    return hidden.flatten(1, 2) if hidden.ndim == 4 else hidden
+
+
+def _with_first(output: Any, hidden: Tensor) -> Any:
+    """A block's output with another hidden state."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _mask(mask: Any) -> Tensor | None:
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _lengths(places: Sequence[Place]) -> dict[str, int]:
+    lengths: dict[str, int] = {}
+    for place in places:
+        lengths[place.site.stack] = lengths.get(place.site.stack, 0) + 1
+    return lengths
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Parameter names of a module's forward, for binding what a hook is given."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    signature = inspect.signature(type(module).forward)
+    return [name for name, parameter in signature.parameters.items() if parameter.kind not in kinds][1:]
+
+
+def _bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _with_argument(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with one argument replaced, whether it was given by position or by name."""
+    if name in kwargs or list(names).index(name) >= len(args):
+        return args, {**kwargs, name: value}
+    position = list(names).index(name)
+    return (*args[:position], value, *args[position + 1 :]), kwargs

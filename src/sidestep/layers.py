@@ -1,0 +1,26 @@
+"""Layers that two methods or more share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, keeping only its inputs for backward: what it makes in between is computed again."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    # The functions given here draw no random numbers, so there is no generator state to save.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def regrid(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Average-pool tokens (batch, rows x columns, width) from one grid to a coarser one, as patch merging does."""
+    grid = rearrange(tokens, "b (h w) c -> b c h w", h=old[0])
+    return rearrange(F.adaptive_avg_pool2d(grid, new), "b c h w -> b (h w) c")

@@ -1,0 +1,182 @@
+"""What a method is: a fold over the depth of a frozen backbone (`SideNet`) or a change of its weights (`WeightDelta`).
+
+To add a method, write one file beside this one: a frozen config dataclass and a class decorated with `@register`.
+The laws in `tests/laws` then cover it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from sidestep.sites import Site
+
+
+class UnsupportedBackbone(ValueError):
+    """A method cannot work on this backbone; the message names both and says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Base of every method's config: plain data, checked in `__post_init__`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MethodConfig:
+        """The config with these fields.
+
+        Raises:
+            ValueError: if a field is unknown or out of range.
+        """
+        known = {field.name: field for field in fields(cls)}
+        if unknown := set(values) - set(known):
+            raise ValueError(
+                f"{cls.__name__} has no field {', '.join(sorted(unknown))}: it has {', '.join(known) or 'none'}"
+            )
+        return cls(**values)
+
+    def require(self, name: str, allowed: bool, what: str) -> None:
+        """Raise unless `allowed`, saying what the field was given and what it may be."""
+        if not allowed:
+            raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r}, but it must be {what}")
+
+
+class SideNet(nn.Module, ABC):
+    """A fold over depth: it reads the hidden states of a frozen backbone and may write at the end or in late blocks.
+
+    A pass calls, for every stack: `start`; `step` at the input of each stage and the output of each block; before
+    each decoder block `memory`; `finish` at the stack's end; and after an encoder `carry`. What the method remembers
+    between calls is `state`, any value it likes, which travels through the calls and is never kept on the module.
+
+    Class attributes:
+        tokenwise: `step` at a block treats every token alone, so key-value caches and single-token heads are exact.
+        starts_as_identity: before training, outputs equal the frozen model's, bit for bit.
+    """
+
+    tokenwise: ClassVar[bool] = False
+    starts_as_identity: ClassVar[bool] = False
+
+    @classmethod
+    def check(cls, config: Any, sites: Sequence[Site]) -> None:
+        """Raise `ValueError` with the reason if the method cannot work on these sites."""
+
+    @classmethod
+    def first_write(cls, config: Any, sites: Sequence[Site]) -> Site | None:
+        """The first site at which the method returns another hidden state; None if it never does."""
+        return None
+
+    def start(self, site: Site, carried: Tensor | None) -> Any:
+        """State before a stack's first site; in a decoder, `carried` is what the encoder's `carry` returned."""
+        return None
+
+    def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
+        """New state and hidden for the hidden state (batch, tokens, width) at a site."""
+        return state, hidden
+
+    def memory(self, state: Any, site: Site) -> Tensor | None:
+        """What the decoder block of `site` reads instead of the encoder's output, or None for the encoder's."""
+        return None
+
+    def finish(self, state: Any, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
+        """The stack's output, from what went into its final norm and what came out (the same where it has none)."""
+        return normed
+
+    def carry(self, state: Any) -> Tensor | None:
+        """What a decoder needs of an encoder's state: one tensor (batch, tokens, any), which survives beam search."""
+        return None
+
+    def pooled(self, state: Any, site: Site) -> Tensor | None:
+        """(batch, width) for the head, when the method has a read-out of its own."""
+        return None
+
+
+class WeightDelta(ABC):
+    """A method that changes the backbone's own weights (full tuning, BitFit, diff pruning).
+
+    The backbone trains with its own noise; `detach` puts every weight back bit for bit.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def moves(self, name: str, parameter: Tensor) -> bool:
+        """Whether the method trains the backbone parameter of this name (relative to the base model)."""
+
+    def check(self, moved: Sequence[str]) -> None:
+        """Raise `ValueError` with the reason if the method cannot work on a backbone in which it moves these."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: its name, config class and implementation."""
+
+    name: str
+    config: type[MethodConfig]
+    implementation: type[SideNet] | type[WeightDelta]
+
+    @property
+    def summary(self) -> str:
+        """First line of the implementation's module docstring."""
+        return (self.implementation.__doc__ or "").strip().partition("\n")[0]
+
+
+Implementation = TypeVar("Implementation", bound=type[SideNet] | type[WeightDelta])
+_REGISTRY: dict[str, Method] = {}
+
+
+def register(name: str, config: type[MethodConfig]) -> Callable[[Implementation], Implementation]:
+    """Class decorator: make a method known under `name`, chosen by its config's class.
+
+    Raises:
+        ValueError: if the name or the config class is taken.
+    """
+
+    def add(implementation: Implementation) -> Implementation:
+        taken = _REGISTRY.get(name)
+        if taken is not None and taken.implementation.__qualname__ != implementation.__qualname__:
+            raise ValueError(f"a method named {name!r} is registered already: choose another name")
+        _REGISTRY[name] = Method(name, config, implementation)
+        return implementation
+
+    return add
+
+
+def methods() -> dict[str, Method]:
+    """Every registered method by name; modules under the entry point group "sidestep.methods" are imported first."""
+    for point in entry_points(group="sidestep.methods"):
+        point.load()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def method_named(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        ValueError: if there is none (the message lists the known).
+    """
+    known = methods()
+    if name not in known:
+        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(known)}")
+    return known[name]
+
+
+def method_of(config: MethodConfig) -> Method:
+    """The method that a config belongs to.
+
+    Raises:
+        TypeError: if the object is no registered config.
+    """
+    for method in methods().values():
+        if type(config) is method.config:
+            return method
+    known = ", ".join(f"ss.{method.config.__name__}" for method in methods().values())
+    raise TypeError(f"{config!r} is no method config: pass one of {known}")

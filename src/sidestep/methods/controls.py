@@ -1,0 +1,65 @@
+"""The controls that every method is compared with: a linear probe, BitFit and full tuning.
+
+Source: BitFit is Ben Zaken, Goldberg, Ravfogel, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
+Masked Language-models", ACL 2022 (all bias terms). They go through the same interface, so that a comparison runs one
+code path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sidestep.methods.base import MethodConfig, SideNet, WeightDelta, register
+from sidestep.sites import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig(MethodConfig):
+    """A linear probe: only the head is trained, on the frozen backbone's output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFitConfig(MethodConfig):
+    """BitFit: only the backbone's bias vectors and the head are trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig(MethodConfig):
+    """Full fine-tuning: every weight of the backbone is trained."""
+
+
+@register("probe", ProbeConfig)
+class Probe(SideNet):
+    """Linear probe: trains the head alone."""
+
+    tokenwise = True
+    starts_as_identity = True
+
+    def __init__(self, config: ProbeConfig, sites: Sequence[Site]) -> None:
+        super().__init__()
+
+
+@register("bitfit", BitFitConfig)
+class BitFit(WeightDelta):
+    """BitFit: trains the backbone's bias vectors."""
+
+    def moves(self, name: str, parameter: Tensor) -> bool:
+        """Bias vectors: of linear maps and norms."""
+        return name.rpartition(".")[2].endswith("bias") and parameter.ndim == 1
+
+    def check(self, moved: Sequence[str]) -> None:
+        """Raise if the backbone has no bias."""
+        if not moved:
+            raise ValueError("it has no bias vectors to train")
+
+
+@register("full", FullConfig)
+class Full(WeightDelta):
+    """Full fine-tuning: trains every weight of the backbone."""
+
+    def moves(self, name: str, parameter: Tensor) -> bool:
+        """Every floating-point weight."""
+        return parameter.is_floating_point()

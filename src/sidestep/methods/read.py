@@ -1,0 +1,203 @@
+"""READ: a small recurrent network over the depth of a frozen backbone learns the correction of its last hidden state.
+
+Source: Wang et al., "READ: Recurrent Adaptation of Large Transformers", arXiv 2305.15348. No official code was
+released, so what the paper leaves open is fixed here: the cell is a GRU or an Elman RNN on the RMS-normed block
+outputs, its output map starts at zero, and an encoder's recurrent state reaches the decoder's recurrence through a
+rank-r cross-attention (the Joiner).
+Differs: gates are recomputed in backward, so each block output is kept once and nothing else that wide; on hierarchical
+backbones (not in the paper) every stage has its own input map and the state is average-pooled at each patch merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sidestep.layers import recompute, regrid
+from sidestep.methods.base import MethodConfig, SideNet, register
+from sidestep.sites import Site, of_stack, stacks
+from sidestep.taps import Tap
+
+GATES = {"gru": 3, "rnn": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadConfig(MethodConfig):
+    """Settings of READ.
+
+    Attributes:
+        rank: width r of the recurrent state.
+        cell: "gru" or "rnn" (tanh).
+        aggregate: what the correction is read from: the "last" state over depth or the "mean" of all.
+        correction: where it is added: before the backbone's final norm ("pre_norm") or after it ("post_norm"); the
+            same on backbones without a final norm (BERT).
+    """
+
+    rank: int = 128
+    cell: Literal["gru", "rnn"] = "gru"
+    aggregate: Literal["last", "mean"] = "last"
+    correction: Literal["pre_norm", "post_norm"] = "pre_norm"
+
+    def __post_init__(self) -> None:
+        self.require("rank", isinstance(self.rank, int) and self.rank >= 1, "a whole number of at least 1")
+        self.require("cell", self.cell in GATES, '"gru" or "rnn"')
+        self.require("aggregate", self.aggregate in ("last", "mean"), '"last" or "mean"')
+        self.require(
+            "correction", self.correction in ("pre_norm", "post_norm"), '"pre_norm" or "post_norm"'
+        )
+
+
+class Recurrence(nn.Module):
+    """One shared cell that steps through the blocks of a stack.
+
+    Args:
+        widths: channels of each stage.
+        rank: width r of the state.
+        gates: 3 for a GRU, 1 for an Elman RNN.
+        joined: whether it also attends to an encoder's states (the Joiner).
+    """
+
+    def __init__(self, widths: Sequence[int], rank: int, gates: int, *, joined: bool) -> None:
+        super().__init__()
+        self.rank, self.gates = rank, gates
+        # The Joiner's query reads the same normed tap, so it is further rows of the same map.
+        rows = gates * rank + (rank if joined else 0)
+        self.taps = nn.ModuleList(Tap(width, rows, form="rms", bias=False) for width in widths)
+        self.input_bias = nn.Parameter(torch.zeros(gates * rank))
+        self.hidden_weight = nn.Parameter(torch.empty(gates * rank, rank))
+        self.hidden_bias = nn.Parameter(torch.zeros(gates * rank))
+        for gate in self.hidden_weight.chunk(gates):
+            nn.init.orthogonal_(gate)
+        if joined:
+            self.key = nn.Linear(rank, rank, bias=False)
+            self.value = nn.Linear(rank, rank, bias=False)
+            self.join = nn.Linear(rank, gates * rank, bias=False)
+
+    def forward(
+        self,
+        tap: Tap,
+        hidden: Tensor,
+        state: Tensor | None,
+        source: Tensor | None,
+        source_keep: Tensor | None,
+    ) -> Tensor:
+        """The next state (batch, tokens, rank) from a block output, the last state and the encoder's states."""
+        read = tap(hidden)
+        x = read[..., : self.gates * self.rank] + self.input_bias
+        if source is not None:
+            query = read[..., self.gates * self.rank :]
+            x = x + self.join(self._attend(query, source, source_keep))
+        recurrent = self.hidden_bias if state is None else F.linear(state, self.hidden_weight, self.hidden_bias)
+        return self._elman(x, recurrent) if self.gates == 1 else self._gru(x, recurrent, state)
+
+    def _attend(self, query: Tensor, source: Tensor, keep: Tensor | None) -> Tensor:
+        key, value = self.key(source), self.value(source)
+        mask = None if keep is None else keep[:, None, :]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    @staticmethod
+    def _elman(x: Tensor, recurrent: Tensor) -> Tensor:
+        return torch.tanh(x + recurrent)
+
+    @staticmethod
+    def _gru(x: Tensor, recurrent: Tensor, state: Tensor | None) -> Tensor:
+        x_reset, x_update, x_new = x.chunk(3, dim=-1)
+        reset, update, new = recurrent.chunk(3, dim=-1)
+        update = torch.sigmoid(x_update + update)
+        new = torch.tanh(x_new + torch.sigmoid(x_reset + reset) * new)
+        return new - update * new if state is None else new + update * (state - new)
+
+
+@dataclass(frozen=True)
+class ReadState:
+    """What travels along a stack: the state, the sum of all states, the encoder's states and the present grid."""
+
+    hidden: Tensor | None = None
+    total: Tensor | None = None
+    source: Tensor | None = None
+    grid: tuple[int, int] | None = None
+
+
+@register("read", ReadConfig)
+class Read(SideNet):
+    """READ: a recurrent network over depth corrects the last hidden state.
+
+    Parameters per stack of width d (one stage): GRU 3(dr + r^2 + 2r) + rd + 2d, RNN dr + r^2 + 2r + rd + 2d, whatever
+    the depth; an encoder that feeds a decoder has no output map (rd + d less); the decoder's Joiner adds
+    rd + 2r^2 + (3 or 1) r^2.
+    """
+
+    tokenwise = True
+    starts_as_identity = True
+
+    def __init__(self, config: ReadConfig, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.config = config
+        joined = len(stacks(sites)) > 1
+        self.stacks = nn.ModuleDict()
+        for name in stacks(sites):
+            widths = [site.width for site in of_stack(sites, name) if site.kind == "stage"]
+            self.stacks[name] = Recurrence(
+                widths, config.rank, GATES[config.cell], joined=joined and name == "decoder"
+            )
+        width = next(site.width for site in reversed(sites) if site.head)
+        self.out = nn.Linear(config.rank, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    @classmethod
+    def first_write(cls, config: ReadConfig, sites: Sequence[Site]) -> Site | None:
+        """The end of the stack that the head reads."""
+        kind = "norm" if config.correction == "post_norm" and sites[-1].final_norm else "block"
+        return next(site for site in reversed(sites) if site.kind == kind)
+
+    def start(self, site: Site, carried: Tensor | None) -> ReadState:
+        """No state yet; a decoder has the encoder's recurrent states."""
+        return ReadState(source=carried)
+
+    def step(self, state: ReadState, hidden: Tensor, site: Site) -> tuple[ReadState, Tensor]:
+        """Advance the recurrence at a block; at a new stage fit the state to the coarser grid."""
+        if site.kind == "stage":
+            return self._regrid(state, site), hidden
+        recurrence = self.stacks[site.stack]
+        new = recompute(
+            recurrence, recurrence.taps[site.stage], hidden, state.hidden, state.source, site.memory_keep
+        )
+        total = state.total
+        if self.config.aggregate == "mean":
+            total = new if total is None else total + new
+        state = replace(state, hidden=new, total=total)
+        if site.last and site.head and not self._after_norm(site):
+            hidden = hidden + self._correction(state, site).to(hidden.dtype)
+        return state, hidden
+
+    def finish(self, state: ReadState, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
+        """Add the correction after the final norm, where the config asks for it there."""
+        if not site.head or not self._after_norm(site):
+            return normed
+        return normed + self._correction(state, site).to(normed.dtype)
+
+    def carry(self, state: ReadState) -> Tensor | None:
+        """The encoder's last recurrent states (batch, tokens, rank)."""
+        return state.hidden
+
+    def _after_norm(self, site: Site) -> bool:
+        return self.config.correction == "post_norm" and site.final_norm
+
+    def _correction(self, state: ReadState, site: Site) -> Tensor:
+        if self.config.aggregate == "mean":
+            assert state.total is not None
+            return self.out(state.total / site.depth)
+        return self.out(state.hidden)
+
+    def _regrid(self, state: ReadState, site: Site) -> ReadState:
+        old, new = state.grid, site.grid
+        if old is None or new is None or old == new or state.hidden is None:
+            return replace(state, grid=new)
+        total = None if state.total is None else regrid(state.total, old, new)
+        return replace(state, hidden=regrid(state.hidden, old, new), total=total, grid=new)

@@ -1,0 +1,517 @@
+"""SideModel: a frozen backbone, a method and a head; the one `nn.Module` that a user holds."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sidestep import backbone as backbones
+from sidestep.backbone import Digest, Noise
+from sidestep.families import Pool, family_of
+from sidestep.fold import Fold, Hook
+from sidestep.heads import Head, HeadConfig
+from sidestep.methods import MethodConfig, ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta, method_of
+from sidestep.methods.base import Method
+from sidestep.methods.controls import Probe
+from sidestep.sites import Place, Site
+
+Checkpoint = Literal["late"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `attach` was given besides the backbone; stored in the task."""
+
+    method: MethodConfig
+    head: HeadConfig | None = None
+    train_head: bool | None = None
+    backbone_noise: Noise | None = None
+    checkpoint: Checkpoint | None = None
+
+
+def attach(
+    backbone: nn.Module,
+    method: MethodConfig,
+    *,
+    head: HeadConfig | None = None,
+    train_head: bool | None = None,
+    backbone_noise: Noise | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> SideModel:
+    """A model that tunes `method` (and a head) on a backbone, frozen and in eval mode from here on.
+
+    Args:
+        backbone: a Hugging Face model, with or without a task head, or a timm model.
+        method: for example `ReadConfig(rank=128)`.
+        head: `Classify`, `Regress`, or None for the backbone's own head.
+        train_head: whether the backbone's own head is trained; None: if it is new or the class is a
+            For...Classification class. A pooler is trained if it is new.
+        backbone_noise: "drop_path", "dropout" or "all" leave that noise on in training; None: eval mode. A method that
+            changes the backbone's weights trains with the backbone's own noise in any case.
+        checkpoint: "late" recomputes the blocks after the method's first write in backward.
+
+    Raises:
+        UnsupportedBackbone: if the method cannot work on this backbone.
+        ValueError: if the backbone is compiled, attached already, or a setting is out of range.
+    """
+    backbones.check_noise(backbone_noise)
+    if checkpoint not in (None, "late"):
+        raise ValueError(f'checkpoint={checkpoint!r}: choose None or "late"')
+    _check_attachable(backbone)
+    return SideModel(backbone, Settings(method, head, train_head, backbone_noise, checkpoint))
+
+
+def detach(model: SideModel) -> nn.Module:
+    """The untouched backbone: hooks removed, weights, gradient flags and mode as they were before `attach`."""
+    return model.detach_backbone()
+
+
+class SideModel(nn.Module):
+    """A backbone with a method and a head attached; make one with `attach` or `load`.
+
+    It returns the backbone's own output type, or with a Sidestep head a `SequenceClassifierOutput` or
+    `ImageClassifierOutput`. `state_dict()` is the task alone: what is trained, side buffers, and what the backbone's
+    checkpoint did not have.
+
+    Attributes:
+        backbone: the backbone as given.
+        settings: what it was attached with.
+        side: the side network (for a method that changes weights, a probe that does nothing).
+        head: the Sidestep head, or None.
+        fold: the hooks.
+        extras: what `save_pretrained` stores besides (tokenizer or processor, preprocessing, scores).
+    """
+
+    def __init__(self, backbone: nn.Module, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.record: Method = method_of(settings.method)
+        self.extras: dict[str, Any] = {}
+        self._before = _Before.of(backbone)
+        self._digest: Digest | None = None
+
+        places = backbones.find_places(backbone)
+        sites = [place.site for place in places]
+        trunk = backbones.trunk_of(backbone)
+        delta = self._build_delta(backbone, trunk, settings.method)
+        side = self._build_side(backbone, sites, settings.method)
+        backbones.freeze(backbone)
+
+        self.backbone = backbone
+        self.side = side.to(device=_device(backbone))
+        pool = self.pool
+        self.head = None
+        if settings.head is not None:
+            self.head = Head(settings.head, self._feature_width(sites), pool).to(device=_device(backbone))
+        self._places, self._delta = places, delta
+        self._originals: dict[str, Tensor] = {}
+        self._set_trained()
+        self.fold = Fold(
+            trunk if self.head is not None else backbone,
+            trunk,
+            places,
+            self.side,
+            family_of(backbone),
+            narrow=self._narrow(sites),
+            through=self.head is None,
+            frozen=delta is None,
+        )
+        if settings.checkpoint == "late":
+            backbones.checkpoint_blocks(self.late_blocks())
+        self._set_interface()
+        self.train(self._before.training)
+
+    # --- building --------------------------------------------------------------------------------------------------
+
+    def _build_delta(self, backbone: nn.Module, trunk: nn.Module, config: MethodConfig) -> WeightDelta | None:
+        if not issubclass(self.record.implementation, WeightDelta):
+            return None
+        delta = self.record.implementation(config)
+        with _naming(self.record, backbone):
+            delta.check([name for name, parameter in trunk.named_parameters() if delta.moves(name, parameter)])
+        return delta
+
+    def _build_side(self, backbone: nn.Module, sites: list[Site], config: MethodConfig) -> SideNet:
+        if not issubclass(self.record.implementation, SideNet):
+            return Probe(ProbeConfig(), sites)
+        with _naming(self.record, backbone):
+            self.record.implementation.check(config, sites)
+        # A method's constructor takes its config and the sites.
+        return self.record.implementation(config, sites)  # type: ignore[call-arg]
+
+    @property
+    def pool(self) -> Pool:
+        """The read-out of the head, the family's default where the config leaves it open."""
+        asked = self.settings.head.pool if self.settings.head is not None else None
+        return asked or backbones.default_pool(self.backbone)
+
+    def _feature_width(self, sites: list[Site]) -> int:
+        own = getattr(self.side, "pooled_width", None)
+        return own if own is not None else next(site.width for site in reversed(sites) if site.head)
+
+    def _narrow(self, sites: list[Site]) -> Pool | None:
+        """Which single token the method may be given, where that is known to be all that the head reads."""
+        staged = any(site.stage > 0 for site in sites)
+        write = self._first_write()
+        if self._delta is not None or not self.side.tokenwise or staged or not _at_end(write):
+            return None
+        if self.settings.head is not None:
+            return None if self.pool == "mean" else self.pool
+        return "cls" if type(self.backbone).__name__ in family_of(self.backbone).first_token_heads else None
+
+    def _first_write(self) -> Site | None:
+        if self._delta is not None:
+            return self._places[0].site
+        return type(self.side).first_write(self.settings.method, [place.site for place in self._places])
+
+    def late_blocks(self) -> list[nn.Module]:
+        """The blocks after the method's first write: those through which a gradient flows."""
+        write = self._first_write()
+        if write is None:
+            return []
+        order = next(n for n, place in enumerate(self._places) if _same_place(place.site, write))
+        return [place.module for place in self._places[order + 1 :] if place.site.kind == "block"]
+
+    def _set_trained(self) -> None:
+        """Unfreeze what is trained, keep its original values for `detach`, and list the task's tensors."""
+        new = backbones.new_parameters(self.backbone) if self.head is None else set()
+        moved = {id(p) for name, p in self.trunk.named_parameters() if self._delta and self._delta.moves(name, p)}
+        stored = set()
+        for name, parameter in self.backbone.named_parameters():
+            trained = id(parameter) in moved or (self.head is None and self._trains_head(name, parameter, new))
+            if trained:
+                parameter.requires_grad_(True)
+                self._originals[name] = parameter.detach().to("cpu", copy=True)
+            if trained or (name in new and not self._in_trunk(parameter)) or name in new:
+                stored.add(f"backbone.{name}")
+        side = [name for name in super().state_dict() if name.startswith(("side.", "head."))]
+        order = [name for name, _ in self.named_parameters() if name in stored]
+        self._task_names = (*side, *order)
+
+    def _trains_head(self, name: str, parameter: nn.Parameter, new: set[str]) -> bool:
+        """Whether a parameter of the backbone's own head (or a pooler) is trained."""
+        own = not self._in_trunk(parameter) or id(parameter) in self._timm_head()
+        pooler = "pooler" in name.split(".")
+        if not own and not pooler:
+            return False
+        if self.settings.train_head is not None:
+            return self.settings.train_head and (own or name in new)
+        classifies = "Classification" in type(self.backbone).__name__ or bool(self._timm_head())
+        return name in new or (own and classifies)
+
+    def _in_trunk(self, parameter: nn.Parameter) -> bool:
+        return any(parameter is other for other in self.trunk.parameters())
+
+    def _timm_head(self) -> set[int]:
+        if isinstance(self.backbone, PreTrainedModel) or not hasattr(self.backbone, "get_classifier"):
+            return set()
+        return {id(parameter) for parameter in self.backbone.get_classifier().parameters()}
+
+    def _set_interface(self) -> None:
+        """What the Trainer and other callers look for on a model."""
+        if hasattr(self.backbone, "config"):
+            self.config = self.backbone.config
+        if getattr(self.backbone, "generation_config", None) is not None:
+            self.generation_config = self.backbone.generation_config
+        # The Trainer hands `num_items_in_batch` to models that scale their loss by it and divides the others' loss
+        # itself. Sidestep's heads and causal language models do; other Hugging Face heads may take it and ignore it.
+        self.accepts_loss_kwargs = self.head is not None or self._is_causal_lm()
+        self._bind_forward()
+
+    def _is_causal_lm(self) -> bool:
+        return type(self.backbone).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+    def _bind_forward(self) -> None:
+        """Give this instance's `forward` the backbone's signature: by it the Trainer keeps or drops columns."""
+
+        def forward(self: SideModel, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+            return SideModel.forward(self, *args, labels=labels, **kwargs)
+
+        forward.__signature__ = self._signature()  # type: ignore[attr-defined]
+        object.__setattr__(self, "forward", types.MethodType(forward, self))
+
+    def _signature(self) -> inspect.Signature:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        if not isinstance(self.backbone, PreTrainedModel):
+            names = ["pixel_values"]
+        else:
+            entry = self.trunk if self.head is not None else self.backbone
+            parameters = inspect.signature(type(entry).forward).parameters.values()
+            variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            names = [p.name for p in parameters if p.kind not in variable][1:]
+        names += [] if "labels" in names else ["labels"]
+        self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        return inspect.Signature([self_parameter, *(inspect.Parameter(name, keyword, default=None) for name in names)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "forward"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._bind_forward()
+
+    # --- running ---------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """The backbone's inputs (and `labels`) -> its output type, or with a Sidestep head a classifier output."""
+        kwargs = self._defaults(args, kwargs)
+        if self.head is None and isinstance(self.backbone, PreTrainedModel):
+            given = {} if labels is None else {"labels": labels}
+            return self.fold.run(self.backbone, *args, **given, **kwargs)[0]
+        items = kwargs.pop("num_items_in_batch", None)
+        if not isinstance(self.backbone, PreTrainedModel):
+            args, kwargs = (*args, *kwargs.values()), {}
+        output, reading = self.fold.run(self.trunk, *args, **kwargs)
+        if self.head is None:
+            loss = None if labels is None else nn.functional.cross_entropy(output, labels)
+            return ImageClassifierOutput(loss=loss, logits=output)
+        assert reading is not None
+        logits = self.head(reading)
+        loss = None if labels is None else self.head.loss(logits, labels, items)
+        kind = ImageClassifierOutput if self.main_input_name == "pixel_values" else SequenceClassifierOutput
+        return kind(loss=loss, logits=logits)
+
+    def _defaults(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Fill in what a frozen pass needs: no cache where nothing is generated, a decoder's first token."""
+        if not isinstance(self.backbone, PreTrainedModel):
+            return kwargs
+        entry = self.trunk if self.head is not None else self.backbone
+        names = inspect.signature(type(entry).forward).parameters
+        if "use_cache" in names and "past_key_values" not in kwargs and (self.head is not None or self.training):
+            kwargs.setdefault("use_cache", False)
+        if self.head is not None and backbones.is_encoder_decoder(self.backbone):
+            first = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+            if first is not None and kwargs.get("decoder_input_ids") is None:
+                start = torch.full((first.shape[0], 1), self._decoder_start(), device=first.device)
+                kwargs["decoder_input_ids"] = start
+        return kwargs
+
+    def _decoder_start(self) -> int:
+        """The token that a decoder begins with."""
+        config, generation = self.backbone.config, getattr(self.backbone, "generation_config", None)
+        for holder in (config, generation):
+            if (token := getattr(holder, "decoder_start_token_id", None)) is not None:
+                return token
+        return config.pad_token_id
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's `generate` with the task active.
+
+        Raises:
+            ValueError: if the model has a Sidestep head, or the method mixes tokens and a cache is asked for.
+        """
+        if self.head is not None:
+            raise ValueError(f"a model with a {type(self.settings.head).__name__} head does not generate text")
+        config = kwargs.get("generation_config", getattr(self, "generation_config", None))
+        cached = kwargs.get("use_cache", getattr(config, "use_cache", True))
+        if cached and not self.side.tokenwise:
+            raise ValueError(
+                f"{self.record.name} mixes tokens, so a key-value cache would give other outputs than it was trained "
+                "for: pass use_cache=False"
+            )
+        return self.fold.run(self.backbone.generate, *args, **kwargs)[0]
+
+    def train(self, mode: bool = True) -> SideModel:
+        """Training mode for the method and the head; the backbone stays in eval mode unless noise was asked for."""
+        super().train(mode)
+        if self._delta is None:
+            backbones.set_noise(self.trunk, self.settings.backbone_noise if mode else None)
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Recompute the blocks that a gradient flows through (`checkpoint="late"`)."""
+        backbones.checkpoint_blocks(self.late_blocks())
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        backbones.uncheckpoint_blocks([place.module for place in self._places])
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """What newer Trainers call instead of `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "nn.DataParallel copies modules but not their hooks, so a side network would read another device's hidden "
+            "states: start one process per GPU with torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+    # --- what it holds ---------------------------------------------------------------------------------------------
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The backbone without its own head."""
+        return backbones.trunk_of(self.backbone)
+
+    @property
+    def main_input_name(self) -> str:
+        """Name of the model's first input."""
+        return getattr(self.backbone, "main_input_name", "pixel_values")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return _device(self.backbone)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's precision."""
+        return next(self.backbone.parameters()).dtype
+
+    @property
+    def digest(self) -> Digest:
+        """The digest of the backbone's pretrained weights, as they were at `attach`."""
+        if self._digest is None:
+            self._digest = backbones.digest(self.backbone, self._originals)
+        return self._digest
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that are trained."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def _get_name(self) -> str:
+        # The Trainer's label smoothing shifts labels by the class name of a causal language model.
+        own_lm = self.__dict__.get("settings") is not None and self.settings.head is None
+        return type(self.backbone).__name__ if own_lm and "backbone" in self._modules else type(self).__name__
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The task alone: trained parameters, side buffers, and weights that the checkpoint did not have."""
+        destination = OrderedDict() if destination is None else destination
+        tensors = self._named_tensors()
+        for name in self._task_names:
+            destination[prefix + name] = tensors[name] if keep_vars else tensors[name].detach()
+        return destination
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Load a task's tensors; always strict, but over the task's names only.
+
+        Raises:
+            ValueError: if names are missing or unexpected, or a shape differs.
+        """
+        missing = sorted(set(self._task_names) - set(state_dict))
+        unexpected = sorted(set(state_dict) - set(self._task_names))
+        tensors = self._named_tensors()
+        shapes = {
+            name: (tuple(value.shape), tuple(tensors[name].shape))
+            for name, value in state_dict.items()
+            if name in tensors and value.shape != tensors[name].shape
+        }
+        if missing or unexpected or shapes:
+            raise ValueError(
+                f"these weights are of another task: missing {_some(missing)}; unexpected {_some(unexpected)}; "
+                f"other shapes {_some([f'{name} {given} for {own}' for name, (given, own) in shapes.items()])}"
+            )
+        with torch.no_grad():
+            for name in self._task_names:
+                tensors[name].copy_(state_dict[name])
+        return _IncompatibleKeys([], [])
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write the task folder: config, weights, tokenizer or processor, model card (see `sidestep.store`)."""
+        from sidestep import store
+
+        store.save(self, folder, **kwargs)
+
+    def detach_backbone(self) -> nn.Module:
+        """See `detach`."""
+        self.fold.remove()
+        backbones.uncheckpoint_blocks([place.module for place in self._places])
+        with torch.no_grad():
+            parameters = dict(self.backbone.named_parameters())
+            for name, value in self._originals.items():
+                parameters[name].copy_(value)
+                parameters[name].grad = None
+        self._before.restore(self.backbone)
+        return self.backbone
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What `attach` changes on a backbone besides hooks: gradient flags and modes."""
+
+    requires_grad: dict[str, bool]
+    modes: dict[str, bool]
+
+    @property
+    def training(self) -> bool:
+        return self.modes[""]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Before:
+        return cls(
+            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+            {name: module.training for name, module in model.named_modules()},
+        )
+
+    def restore(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.requires_grad[name])
+        for name, module in model.named_modules():
+            module.training = self.modes[name]
+
+
+class _naming:  # noqa: N801 - used as a function
+    """Turn a method's refusal into one that names the method and the backbone."""
+
+    def __init__(self, record: Method, backbone: nn.Module) -> None:
+        self.record, self.backbone = record, backbone
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError):
+            raise UnsupportedBackbone(
+                f"{self.record.name} does not work on {type(self.backbone).__name__}: {error}"
+            ) from error
+
+
+def _check_attachable(backbone: nn.Module) -> None:
+    if isinstance(backbone, SideModel):
+        raise ValueError("this is an attached model already: call ss.detach(model) first, then attach again")
+    for module in backbone.modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{type(backbone).__name__} is compiled: a compiled graph does not see hooks. "
+                "Attach first, then torch.compile the attached model"
+            )
+        if any(isinstance(hook, Hook) for hook in module._forward_hooks.values()):
+            raise ValueError(
+                f"{type(backbone).__name__} has a task attached already: call ss.detach on the attached model first"
+            )
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(f"{type(backbone).__name__} is no torch module")
+
+
+def _at_end(write: Site | None) -> bool:
+    return write is None or write.kind == "norm" or write.last
+
+
+def _same_place(a: Site, b: Site) -> bool:
+    return (a.kind, a.stack, a.index) == (b.kind, b.stack, b.index)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    shown = ", ".join(names[:most]) or "none"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

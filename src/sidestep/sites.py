@@ -1,0 +1,136 @@
+"""Sites: what a method sees of the place in the backbone at which it is called. Plain data, no hooks.
+
+A frozen backbone is one or two *stacks* ("encoder", "decoder"). A stack is a sequence of *stages* (one, except on
+hierarchical models such as Swin), a stage a sequence of *blocks*; most stacks end in a final norm. Each of these
+places is a `Site`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Kind = Literal["stage", "block", "norm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenBlock:
+    """The parts of one attention block, for methods that run their own queries through it (SynQT).
+
+    Every callable maps (batch, tokens, width) to (batch, tokens, width); `scale_attention` and `scale_mlp` are
+    LayerScale where the block has it, else the identity.
+    """
+
+    heads: int
+    pre_norm: bool
+    norm_attention: Callable[[Tensor], Tensor]
+    query: Callable[[Tensor], Tensor]
+    key: Callable[[Tensor], Tensor]
+    value: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor], Tensor]
+    scale_attention: Callable[[Tensor], Tensor]
+    norm_mlp: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor]
+    scale_mlp: Callable[[Tensor], Tensor]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Multi-head attention of projected queries (batch, queries, width) over (batch, tokens, width)."""
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        return self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def replay(self, hidden: Tensor) -> Tensor:
+        """The block's own output for its own input (batch, tokens, width): the proof that the parts are right."""
+        source = self.norm_attention(hidden) if self.pre_norm else hidden
+        attended = self.attend(self.query(source), self.key(source), self.value(source))
+        hidden = hidden + self.scale_attention(attended)
+        if self.pre_norm:
+            return hidden + self.scale_mlp(self.mlp(self.norm_mlp(hidden)))
+        hidden = self.norm_attention(hidden)
+        return self.norm_mlp(hidden + self.scale_mlp(self.mlp(hidden)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One place of a frozen backbone. The first group of fields is known at attach, the second belongs to one pass.
+
+    Attributes:
+        kind: "stage" (the input of a stage), "block" (the output of a block) or "norm" (the end of a stack).
+        stack: "encoder" or "decoder".
+        stage: number of the stage within the stack.
+        index: number of the block within the stack, counted over all stages; for a stage, that of its first block.
+        depth: number of blocks in the stack.
+        width: channels of the hidden state here.
+        prefix: leading tokens that belong to no grid (class and register tokens).
+        causal: whether a token sees only earlier ones.
+        final_norm: whether the stack ends in a norm of its own.
+        head: whether the head reads this stack's output.
+        block: the block's frozen parts, where the family table knows them.
+        keep: (batch, tokens) bool, False on padding; None when nothing is padded.
+        memory_keep: the same for the encoder's tokens, seen from a decoder.
+        grid: rows and columns of the token grid, None for text.
+        past: tokens already in the key-value cache.
+        cache: the model's own cache object, or None.
+    """
+
+    kind: Kind
+    stack: str
+    stage: int
+    index: int
+    depth: int
+    width: int
+    prefix: int = 0
+    causal: bool = False
+    final_norm: bool = False
+    head: bool = True
+    block: FrozenBlock | None = None
+
+    keep: Tensor | None = None
+    memory_keep: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    past: int = 0
+    cache: Any = None
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the output of the stack's last block."""
+        return self.kind == "block" and self.index == self.depth - 1
+
+    def positions(self, hidden: Tensor) -> Tensor:
+        """(tokens,) positions of the tokens of `hidden` in the whole sequence."""
+        return torch.arange(self.past, self.past + hidden.shape[1], device=hidden.device)
+
+    def during(
+        self,
+        *,
+        keep: Tensor | None,
+        memory_keep: Tensor | None,
+        grid: tuple[int, int] | None,
+        past: int,
+        cache: Any,
+    ) -> Site:
+        """This site with what belongs to one pass filled in."""
+        return replace(self, keep=keep, memory_keep=memory_keep, grid=grid, past=past, cache=cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A site and the module that it sits on (before a stage's first block, after a block, after a norm)."""
+
+    site: Site
+    name: str
+    module: nn.Module
+
+
+def of_stack(sites: Sequence[Site], stack: str) -> list[Site]:
+    """The sites of one stack, in the order in which a pass visits them."""
+    return [site for site in sites if site.stack == stack]
+
+
+def stacks(sites: Sequence[Site]) -> list[str]:
+    """The names of the stacks, in the order in which a pass runs them."""
+    return list(dict.fromkeys(site.stack for site in sites))
