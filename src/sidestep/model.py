@@ -90,6 +90,7 @@ class SideModel(nn.Module):
         settings: what it was attached with.
         side: the side network (for a method that changes weights, a probe that does nothing).
         head: the Sidestep head, or None.
+        places: the backbone's sites and the modules they sit on.
         fold: the hooks.
         extras: what `save_pretrained` stores besides (tokenizer or processor, preprocessing, scores).
     """
@@ -115,7 +116,7 @@ class SideModel(nn.Module):
         self.head = None
         if settings.head is not None:
             self.head = Head(settings.head, self._feature_width(sites), pool).to(device=_device(backbone))
-        self._places, self._delta = places, delta
+        self.places, self._delta = places, delta
         self._originals: dict[str, Tensor] = {}
         self._set_trained()
         self.fold = Fold(
@@ -173,16 +174,16 @@ class SideModel(nn.Module):
 
     def _first_write(self) -> Site | None:
         if self._delta is not None:
-            return self._places[0].site
-        return type(self.side).first_write(self.settings.method, [place.site for place in self._places])
+            return self.places[0].site
+        return type(self.side).first_write(self.settings.method, [place.site for place in self.places])
 
     def late_blocks(self) -> list[nn.Module]:
         """The blocks after the method's first write: those through which a gradient flows."""
         write = self._first_write()
         if write is None:
             return []
-        order = next(n for n, place in enumerate(self._places) if _same_place(place.site, write))
-        return [place.module for place in self._places[order + 1 :] if place.site.kind == "block"]
+        order = next(n for n, place in enumerate(self.places) if _same_place(place.site, write))
+        return [place.module for place in self.places[order + 1 :] if place.site.kind == "block"]
 
     def _set_trained(self) -> None:
         """Unfreeze what is trained, keep its original values for `detach`, and list the task's tensors."""
@@ -336,7 +337,7 @@ class SideModel(nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        backbones.uncheckpoint_blocks([place.module for place in self._places])
+        backbones.uncheckpoint_blocks([place.module for place in self.places])
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """What newer Trainers call instead of `gradient_checkpointing_enable`."""
@@ -432,7 +433,7 @@ class SideModel(nn.Module):
     def detach_backbone(self) -> nn.Module:
         """See `detach`."""
         self.fold.remove()
-        backbones.uncheckpoint_blocks([place.module for place in self._places])
+        backbones.uncheckpoint_blocks([place.module for place in self.places])
         with torch.no_grad():
             parameters = dict(self.backbone.named_parameters())
             for name, value in self._originals.items():

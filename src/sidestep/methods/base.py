@@ -73,6 +73,11 @@ class SideNet(nn.Module, ABC):
         """The first site at which the method returns another hidden state; None if it never does."""
         return None
 
+    @classmethod
+    def kept_per_token(cls, config: Any, site: Site) -> int:
+        """Values that the method keeps for backward per token at a site: its stated bound, tested as a law."""
+        return 0
+
     def start(self, site: Site, carried: Tensor | None) -> Any:
         """State before a stack's first site; in a decoder, `carried` is what the encoder's `carry` returned."""
         return None

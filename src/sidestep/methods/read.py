@@ -156,6 +156,15 @@ class Read(SideNet):
         kind = "norm" if config.correction == "post_norm" and sites[-1].final_norm else "block"
         return next(site for site in reversed(sites) if site.kind == kind)
 
+    @classmethod
+    def kept_per_token(cls, config: ReadConfig, site: Site) -> int:
+        """Each block output once and the state; the backbone's final norm keeps the corrected hidden state."""
+        if site.kind == "stage":
+            return 0
+        if site.kind == "norm":
+            return site.width + 2 if site.head and config.correction == "pre_norm" else 0
+        return site.width + config.rank
+
     def start(self, site: Site, carried: Tensor | None) -> ReadState:
         """No state yet; a decoder has the encoder's recurrent states."""
         return ReadState(source=carried)

@@ -1,0 +1,104 @@
+"""What Sidestep adds to the plain Trainer's loop: exact resuming, a stop when training diverges, a quiet bar."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, set_seed
+
+SPREAD = 1_000_003  # between the seeds of two runs: epoch 1 of seed 0 is not epoch 0 of seed 1
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient that is no number any more."""
+
+
+class ExactResume(TrainerCallback):
+    """Lets a run that continues from any checkpoint compute what the uninterrupted one does, bit for bit.
+
+    Every epoch begins from a seed of its own: the Trainer's length-grouped order comes from the global generator,
+    whose state at an epoch's begin is not in a checkpoint that was made in the epoch's middle. The loss is logged
+    at every checkpoint, because the mean since the last entry is not stored.
+    """
+
+    def __init__(self, seed: int, steps_per_epoch: int, save_steps: int | None) -> None:
+        self.seed, self.steps_per_epoch, self.save_steps = seed, steps_per_epoch, save_steps
+
+    def _seed_epoch(self, state: TrainerState) -> None:
+        set_seed((self.seed * SPREAD + int(state.epoch or 0)) % 2**32)
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Seed the epoch."""
+        self._seed_epoch(state)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Seed the next epoch already: the checkpoint made now is loaded after that epoch has begun."""
+        self._seed_epoch(state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint within an epoch; the one at its end waits for the evaluation."""
+        step = state.global_step
+        if self.save_steps and step % self.save_steps == 0 and step % self.steps_per_epoch:
+            control.should_save = control.should_log = True
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log before the epoch's checkpoint."""
+        control.should_log = True
+
+
+class StopIfDiverged(TrainerCallback):
+    """Ends training when a logged loss or gradient norm is not finite, before the next checkpoint is written."""
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the numbers.
+
+        Raises:
+            Diverged: if one of them is not finite.
+        """
+        for name in ("loss", "grad_norm", "eval_loss"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise Diverged(f"{name.replace('_', ' ')} is {value} at step {state.global_step}")
+
+
+class Bars(ProgressCallback):
+    """The Trainer's bars, with a line for each evaluation instead of one for each log entry."""
+
+    def __init__(self, metric: str) -> None:
+        super().__init__()
+        self.metric, self.loss = metric, float("nan")
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the training loss."""
+        self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_evaluate(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the line of an epoch."""
+        super().on_evaluate(args, state, control, **kwargs)
+        value = (metrics or {}).get(f"eval_{self.metric}")
+        if self.training_bar is not None and value is not None:
+            self.training_bar.write(
+                f"epoch {state.epoch:g}: training loss {self.loss:.4f}, dev {self.metric} {value:.4f}"
+            )

@@ -1,0 +1,325 @@
+"""Rows as what a backbone reads: token ids or pixel values, and batches of them."""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from datasets import Dataset, Image, Value
+from torch import Tensor
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
+
+from sidestep.data.labels import LabelSpace
+from sidestep.data.tables import DataError, DataWarning, check_column, listed, named_rows
+
+NO_LIMIT = 10**6
+"""A tokenizer that knows no limit says 10**30; no model reads this many tokens."""
+TEXT_TYPES = ("string", "large_string")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Which columns are read: `text` (with `text2` for a pair) or `image`; `label` where there is one."""
+
+    text: str | None = None
+    text2: str | None = None
+    image: str | None = None
+    label: str | None = None
+
+
+def check_fields(rows: Dataset, fields: Fields) -> None:
+    """Refuses fields that the rows do not have, or that hold something else.
+
+    Raises:
+        DataError: if neither or both of text and image are given; if a column does not exist; if a text
+            column holds numbers (by type, or text that is a number in every row) or missing values.
+    """
+    if (fields.text is None) == (fields.image is None):
+        raise DataError(
+            f"text={fields.text!r}, image={fields.image!r}: name one column of text or one of images"
+        )
+    if fields.text2 is not None and fields.text is None:
+        raise DataError(f"text2={fields.text2!r} without text: name the first text's column as text")
+    for name in (fields.text, fields.text2, fields.image, fields.label):
+        if name is not None:
+            check_column(rows, name)
+    for name in (fields.text, fields.text2):
+        if name is not None:
+            _check_text(rows, name)
+    if fields.image is not None:
+        _check_image(rows, fields.image)
+
+
+def encode_text(
+    rows: Dataset,
+    fields: Fields,
+    tokenizer: Any,
+    labels: LabelSpace | None,
+    max_length: int | None,
+) -> tuple[Dataset, int]:
+    """The rows as token ids, not padded.
+
+    Args:
+        rows: with the columns that `fields` names.
+        fields: one text or a pair; `label` is needed with `labels`.
+        tokenizer: a Hugging Face tokenizer.
+        labels: None to leave the labels out.
+        max_length: tokens kept of a row, special ones included; of a pair the longer text is cut first.
+            None: the tokenizer's own limit, if it has one.
+
+    Returns:
+        The tokenizer's columns with "length" (tokens, for length grouping) and, with `labels`, "labels";
+        and how many rows were truncated.
+
+    Raises:
+        DataError: for unusable fields or labels, a max_length without room for text, a row without a token.
+
+    Warns:
+        DataWarning: if rows were truncated, with their count and share.
+    """
+    check_fields(rows, fields)
+    if fields.text is None:
+        raise DataError("fields names no text column: use encode_images for images")
+    limit = _limit(tokenizer, max_length, pair=fields.text2 is not None)
+    targets = _targets(rows, fields, labels)
+    encoded = rows.with_format(None).map(
+        _Tokenize(tokenizer, fields.text, fields.text2, limit),
+        batched=True,
+        remove_columns=rows.column_names,
+        desc="tokenizing",
+    )
+    _refuse_empty(encoded, fields.text)
+    truncated = sum(encoded["truncated"][:])
+    if truncated:
+        warnings.warn(
+            f"{truncated} of {len(rows)} rows ({truncated / len(rows):.1%}) have more than {limit} tokens "
+            "and were truncated: give a larger max_length if the model can read more",
+            DataWarning,
+            stacklevel=2,
+        )
+    encoded = encoded.remove_columns("truncated")
+    return encoded if targets is None else encoded.add_column("labels", targets), truncated
+
+
+def encode_images(rows: Dataset, fields: Fields, processor: Any, labels: LabelSpace | None) -> Dataset:
+    """The rows as pixel values, decoded and processed when they are read.
+
+    Args:
+        rows: with a column of images, or of paths of images.
+        fields: `image`; `label` is needed with `labels`.
+        processor: `processor(images=[...], return_tensors="pt")["pixel_values"]` is a tensor
+            (images, channels, rows, columns), or a list of such without the first axis.
+        labels: None to leave the labels out.
+
+    Returns:
+        A dataset whose rows hold "pixel_values" (channels, rows, columns) and, with `labels`, "labels".
+        The undecoded image has the name "pixel_values" too, so that the Trainer's column removal keeps it.
+
+    Raises:
+        DataError: for unusable fields or labels; when a row is read, for an image that cannot be, with its
+            file or row.
+    """
+    check_fields(rows, fields)
+    if fields.image is None:
+        raise DataError("fields names no image column: use encode_text for text")
+    targets = _targets(rows, fields, labels)
+    images = (
+        rows.with_format(None).select_columns([fields.image]).cast_column(fields.image, Image(decode=False))
+    )
+    if fields.image != "pixel_values":
+        images = images.rename_column(fields.image, "pixel_values")
+    images = images.add_column("row", list(range(1, len(rows) + 1)))
+    if targets is not None:
+        images = images.add_column("labels", targets)
+    return images.with_transform(_Process(processor))
+
+
+@dataclass
+class Collate:
+    """A Trainer's data collator: rows of `encode_text` or `encode_images` as one batch.
+
+    Texts are padded to the longest of the batch on the tokenizer's side, and the padding is masked. Labels
+    become int64 (classes) or float32 (several classes, numbers). Other columns ("length") are dropped.
+
+    A tokenizer without a pad token is copied, and the copy pads with id 0; the one that was given stays as it
+    is. What the model reads there does not matter to it, as the attention mask is 0, but a model that finds
+    the last token by `config.pad_token_id` still needs that to be set.
+
+    Attributes:
+        tokenizer: None for images.
+        pad_to_multiple_of: rounds the padded length up.
+    """
+
+    tokenizer: Any = None
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        # not under the name `tokenizer`: the Trainer would store the copy in its checkpoints
+        self._padding = self.tokenizer
+        if self.tokenizer is not None and self.tokenizer.pad_token_id is None:
+            self._padding = copy.deepcopy(self.tokenizer)
+            self._padding.pad_token = self._padding.convert_ids_to_tokens(0)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Tensors with the rows along their first axis.
+
+        Raises:
+            DataError: for token ids without a tokenizer, and for rows with neither text nor image.
+        """
+        batch = {}
+        if "input_ids" in rows[0]:
+            batch.update(self._pad(rows))
+        if "pixel_values" in rows[0]:
+            batch["pixel_values"] = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
+        if not batch:
+            raise DataError(f"rows hold {listed(rows[0])}: a batch needs input_ids or pixel_values")
+        if "labels" in rows[0]:
+            batch["labels"] = _stack_labels([row["labels"] for row in rows])
+        return batch
+
+    def _pad(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if self.tokenizer is None:
+            raise DataError("rows hold input_ids: give the collator the tokenizer that made them")
+        names = {"input_ids", "attention_mask", *self.tokenizer.model_input_names}
+        texts = [{name: row[name] for name in names & row.keys()} for row in rows]
+        # padding without a mask would be read as text, whatever the tokenizer thinks that its model needs
+        for text in texts:
+            text.setdefault("attention_mask", [1] * len(text["input_ids"]))
+        padded = pad_without_fast_tokenizer_warning(
+            self._padding,
+            texts,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return dict(padded)
+
+
+@dataclass(frozen=True)
+class _Tokenize:
+    tokenizer: Any
+    text: str
+    text2: str | None
+    limit: int | None
+
+    def __call__(self, batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
+        columns = [batch[self.text]] if self.text2 is None else [batch[self.text], batch[self.text2]]
+        encoded = dict(self.tokenizer(*columns, padding=False, truncation=False, verbose=False))
+        limit = NO_LIMIT if self.limit is None else self.limit
+        truncated = [len(ids) > limit for ids in encoded["input_ids"]]
+        long = [place for place, cut in enumerate(truncated) if cut]
+        # in two passes, because not every tokenizer reports what it cut from a pair
+        if long:
+            texts = [[column[place] for place in long] for column in columns]
+            for name, values in self.tokenizer(
+                *texts, padding=False, truncation=True, max_length=limit
+            ).items():
+                for place, value in zip(long, values, strict=True):
+                    encoded[name][place] = value
+        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]], "truncated": truncated}
+
+
+@dataclass(frozen=True)
+class _Process:
+    processor: Any
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {name: batch[name] for name in ("labels",) if name in batch}
+        if "pixel_values" in batch:
+            cells = batch["pixel_values"]
+            # the Trainer's column removal takes the row numbers away
+            rows = batch.get("row", [None] * len(cells))
+            images = [_decode(cell, row) for cell, row in zip(cells, rows, strict=True)]
+            out["pixel_values"] = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        return out
+
+
+def _decode(cell: dict[str, Any], row: int | None) -> PIL.Image.Image:
+    """The image in RGB."""
+    try:
+        image = Image().decode_example(cell)
+        if image.mode.startswith("I;16"):
+            # Pillow would clip at 255 and leave a white image
+            image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        place = " in ".join([repr(cell["path"])] * bool(cell["path"]) + [f"row {row}"] * bool(row))
+        raise DataError(
+            f"image {place or '(no path)'} cannot be read ({error}): replace or drop it"
+        ) from error
+
+
+def _check_text(rows: Dataset, name: str) -> None:
+    feature = rows.features[name]
+    if not (isinstance(feature, Value) and feature.dtype in TEXT_TYPES):
+        kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+        raise DataError(
+            f"column {name!r} holds {kind}, not text: choose a text column of {listed(rows.column_names)}"
+        )
+    cells = rows.with_format(None)[name][:]
+    missing = [index for index, cell in enumerate(cells) if cell is None]
+    if missing:
+        raise DataError(
+            f"text column {name!r} has no value in {len(missing)} of {len(cells)} rows, "
+            f"{named_rows(missing)}: fill them (an empty text is allowed) or drop these rows"
+        )
+    if any(cells) and all(_is_number(cell) for cell in cells if cell):
+        raise DataError(
+            f"text column {name!r} holds only numbers ({listed(cells, limit=3)}): "
+            f"choose a text column of {listed(rows.column_names)}"
+        )
+
+
+def _check_image(rows: Dataset, name: str) -> None:
+    feature = rows.features[name]
+    if not isinstance(feature, Image) and not (isinstance(feature, Value) and feature.dtype in TEXT_TYPES):
+        raise DataError(f"column {name!r} holds {feature}, not images or paths of images")
+    column = rows.select_columns([name]).with_format("arrow")[:].column(name)
+    missing = [index for index, valid in enumerate(column.is_valid().to_pylist()) if not valid]
+    if missing:
+        raise DataError(f"image column {name!r} has no image in {named_rows(missing)}: drop these rows")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    # "nan" and "infinity" parse too, but they are words of a text as well
+    return any(character.isdigit() for character in text)
+
+
+def _limit(tokenizer: Any, max_length: int | None, pair: bool) -> int | None:
+    if max_length is None:
+        return tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else None
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    least = special + (2 if pair else 1)
+    if max_length < least:
+        raise DataError(f"max_length={max_length}, but {special} tokens are special: choose at least {least}")
+    return max_length
+
+
+def _targets(rows: Dataset, fields: Fields, labels: LabelSpace | None) -> list[Any] | None:
+    if labels is None:
+        return None
+    if fields.label is None:
+        raise DataError("labels are asked for, but fields names no label column: name it as label")
+    return labels.encode(rows, fields.label)
+
+
+def _refuse_empty(encoded: Dataset, column: str) -> None:
+    empty = [row for row, length in enumerate(encoded["length"][:]) if length == 0]
+    if empty:
+        raise DataError(
+            f"text column {column!r} gives no token in {len(empty)} of {len(encoded)} rows, "
+            f"{named_rows(empty)}: drop these rows (this tokenizer adds no special tokens to an empty text)"
+        )
+
+
+def _stack_labels(labels: Sequence[Any]) -> Tensor:
+    stacked = torch.stack([torch.as_tensor(label) for label in labels])
+    return stacked.float() if stacked.is_floating_point() else stacked.long()

@@ -1,0 +1,244 @@
+"""Labels as numbers: which classes there are, each row's number, and a held-out part with the same shares."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from datasets import ClassLabel, Dataset, LargeList, List
+from sklearn.model_selection import train_test_split
+
+from sidestep.data.tables import DataError, check_column, listed, named_rows
+
+Kind = Literal["single", "multi", "regress"]
+KINDS: tuple[Kind, ...] = ("single", "multi", "regress")
+SEPARATOR = "|"
+"""Between the labels of one cell of text; a comma would need quotes in a csv file."""
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """What a task predicts.
+
+    Attributes:
+        kind: one class of several, any number of them, or a number.
+        names: the classes, in the order of the outputs; empty for a number.
+    """
+
+    kind: Kind
+    names: tuple[str, ...]
+
+    @property
+    def outputs(self) -> int:
+        """Width of the head: one output per class, one for a number."""
+        return len(self.names) or 1
+
+    def encode(self, rows: Dataset, label_column: str) -> list[Any]:
+        """Each row's target: an int (single), a list of 0.0 and 1.0 per class (multi) or a float (regress).
+
+        Classes are compared by name, so a dev file may number its labels otherwise or be of another format.
+
+        Raises:
+            DataError: for missing or unusable labels and for labels that training never had; names the rows.
+        """
+        if self.kind == "regress":
+            return _numbers(rows, label_column)
+        if self.kind == "single":
+            names = _single(rows, label_column)
+            index = self._index([[name] for name in names], label_column)
+            return [index[name] for name in names]
+        cells = _multi(rows, label_column)
+        self._index(cells, label_column)
+        return [[float(name in cell) for name in self.names] for cell in map(set, cells)]
+
+    def _index(self, cells: Sequence[Sequence[str]], label_column: str) -> dict[str, int]:
+        index = {name: place for place, name in enumerate(self.names)}
+        unknown = [row for row, cell in enumerate(cells) if not index.keys() >= set(cell)]
+        if unknown:
+            names = _sorted({name for row in unknown for name in cells[row]} - index.keys())
+            raise DataError(
+                f"column {label_column!r} holds labels that training never had: {listed(names)}, in "
+                f"{named_rows(unknown)}. Training had {listed(self.names, limit=20)}: correct or drop these "
+                "rows, or train with all labels"
+            )
+        return index
+
+
+def label_space(rows: Dataset, label_column: str, kind: Kind) -> LabelSpace:
+    """The classes of the training rows.
+
+    Names of a `ClassLabel` column keep their order; others are sorted, as numbers if all are whole numbers.
+    For kind "multi" a cell is a list of labels, or text with "|" between them (empty: none).
+
+    Raises:
+        DataError: for an unknown kind, a missing label, fewer than 2 classes, a target that is not finite.
+    """
+    if kind not in KINDS:
+        raise DataError(f"kind={kind!r}: choose {listed(KINDS)}")
+    if kind == "regress":
+        _numbers(rows, label_column)
+        return LabelSpace("regress", ())
+    cells = (
+        _multi(rows, label_column) if kind == "multi" else [[name] for name in _single(rows, label_column)]
+    )
+    feature = _element(rows, label_column)
+    names = (
+        feature.names
+        if isinstance(feature, ClassLabel)
+        else _sorted({name for cell in cells for name in cell})
+    )
+    if len(names) < 2:
+        raise DataError(
+            f"column {label_column!r} holds {len(names)} class ({listed(names)}) in {len(cells)} rows: "
+            "a classifier needs at least 2"
+        )
+    return LabelSpace(kind, tuple(names))
+
+
+def holdout(rows: Dataset, label_column: str | None, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """The rows in two parts, `(train, dev)`, each in the order of the file, the same for the same seed.
+
+    Where the labels are classes, both parts have the same shares of each; a class of a single row stays in
+    train. Numbers that are not all whole, lists and texts with "|" are no classes: the split is random then.
+
+    Args:
+        rows: at least two.
+        label_column: None for a random split.
+        fraction: dev's share, between 0 and 1.
+        seed: of the permutation.
+
+    Raises:
+        DataError: if the fraction is out of range, or gives a part fewer rows than there are classes.
+    """
+    if not 0 < fraction < 1:
+        raise DataError(f"fraction={fraction}: choose a share between 0 and 1, for example 0.1")
+    classes = None if label_column is None else _strata(rows, label_column)
+    counts = Counter(classes)
+    pool = [row for row in range(len(rows)) if classes is None or counts[classes[row]] > 1]
+    try:
+        train, dev = train_test_split(
+            pool,
+            test_size=fraction,
+            random_state=seed,
+            stratify=None if classes is None else [classes[row] for row in pool],
+        )
+    except ValueError as error:
+        raise DataError(
+            f"fraction={fraction} cannot divide {len(rows)} rows, {len(counts)} classes ({error}): "
+            "choose another fraction, or give a dev file"
+        ) from error
+    train = sorted(set(range(len(rows))) - set(dev))
+    return rows.select(train), rows.select(sorted(dev))
+
+
+def _strata(rows: Dataset, column: str) -> list[str] | None:
+    """Each row's class, or None where the labels are none (as lists, or numbers that are not all whole)."""
+    feature = _element(rows, column)
+    if isinstance(rows.features[column], List | LargeList):
+        return None
+    names = [_name(cell, feature) or "" for cell in _cells(rows, column)]
+    if isinstance(feature, ClassLabel):
+        return names
+    numbers = [_finite(name) for name in names]
+    measured = all(number is not None for number in numbers) and not all(map(_is_whole, names))
+    return None if measured or any(SEPARATOR in name for name in names) else names
+
+
+def _single(rows: Dataset, column: str) -> list[str]:
+    """Each row's class name."""
+    check_column(rows, column)
+    if isinstance(rows.features[column], List | LargeList):
+        raise DataError(
+            f"column {column!r} holds lists of labels: choose kind 'multi' (several labels a row)"
+        )
+    feature = _element(rows, column)
+    names = [_name(cell, feature) for cell in _cells(rows, column)]
+    _refuse_missing(column, [row for row, name in enumerate(names) if not name], len(names))
+    return [name for name in names if name]
+
+
+def _multi(rows: Dataset, column: str) -> list[list[str]]:
+    """Each row's class names."""
+    check_column(rows, column)
+    feature, cells = _element(rows, column), _cells(rows, column)
+    _refuse_missing(column, [row for row, cell in enumerate(cells) if cell is None], len(cells))
+    split = [_split(cell) for cell in cells]
+    names = [[_name(item, feature) or "" for item in items] for items in split]
+    _refuse_missing(column, [row for row, cell in enumerate(names) if not all(cell)], len(cells))
+    repeated = [row for row, cell in enumerate(names) if len(set(cell)) < len(cell)]
+    if repeated:
+        raise DataError(
+            f"column {column!r} names a label twice in {named_rows(repeated)}: give each row the list of its "
+            "labels' names (not a 0 or 1 for every class)"
+        )
+    return names
+
+
+def _split(cell: Any) -> list[Any]:
+    if isinstance(cell, str):
+        return [part.strip() for part in cell.split(SEPARATOR)] if cell.strip() else []
+    return cell if isinstance(cell, list) else [cell]
+
+
+def _numbers(rows: Dataset, column: str) -> list[float]:
+    """Each row's target."""
+    check_column(rows, column)
+    cells = _cells(rows, column)
+    numbers = [_finite(cell) for cell in cells]
+    bad = [row for row, number in enumerate(numbers) if number is None]
+    if bad:
+        raise DataError(
+            f"column {column!r} holds targets that are no finite numbers: "
+            f"{listed(cells[row] for row in bad)}, in {named_rows(bad)}: "
+            "correct or drop these rows, or choose kind 'single' if they are classes"
+        )
+    return [number for number in numbers if number is not None]
+
+
+def _finite(cell: Any) -> float | None:
+    try:
+        number = float(cell)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _cells(rows: Dataset, column: str) -> list[Any]:
+    return rows.with_format(None)[column][:]
+
+
+def _element(rows: Dataset, column: str) -> Any:
+    """The feature of one label: of the column, or of the lists in it."""
+    check_column(rows, column)
+    feature = rows.features[column]
+    return feature.feature if isinstance(feature, List | LargeList) else feature
+
+
+def _name(cell: Any, feature: Any) -> str | None:
+    """A label's name; None where it is missing (-1 is how the hub marks rows without a label)."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    if isinstance(feature, ClassLabel):
+        return feature.int2str(cell) if cell >= 0 else None
+    # a column of whole numbers with a gap comes out of pandas as floats
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    return str(cell)
+
+
+def _refuse_missing(column: str, missing: list[int], count: int) -> None:
+    if missing:
+        raise DataError(
+            f"column {column!r} has no label in {len(missing)} of {count} rows, {named_rows(missing)}: "
+            "label or drop these rows"
+        )
+
+
+def _is_whole(name: str) -> bool:
+    digits = name.removeprefix("-")
+    return digits.isascii() and digits.isdecimal()
+
+
+def _sorted(names: set[str]) -> list[str]:
+    return sorted(names, key=lambda name: (int(name), name)) if all(map(_is_whole, names)) else sorted(names)

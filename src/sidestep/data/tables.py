@@ -1,0 +1,363 @@
+"""Whatever a user has (tables, json, parquet, image folders, hub ids) as one `datasets.Dataset`.
+
+Differs from `datasets.load_dataset("csv")`: that reader (pandas) turns the text "NA" into a missing value,
+drops or shifts ragged rows, and lets a stray quote swallow the lines after it. Here every cell of a table
+stays the text it is, ragged rows are counted and named, and a stray quote is an error.
+"""
+
+import codecs
+import csv
+import difflib
+import glob
+import gzip
+import re
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import datasets
+from datasets import Dataset, DatasetDict, Features, Value
+
+NAMED = 5
+"""How many rows, lines or names a message lists before it says how many more there are."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used: what was given, what is allowed, what to do."""
+
+
+class DataWarning(UserWarning):
+    """Data that was used, but not all of it or not as it stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """How a csv or tsv file is written.
+
+    Attributes:
+        columns: the columns' names, in order, for a file without header; or new names for those it has.
+        header: whether the first line names the columns.
+        quoting: whether a cell may stand in double quotes (False: a quote is a character like any other).
+        encoding: a Python encoding name; a byte-order mark is skipped under utf-8.
+
+    Raises:
+        DataError: for an unknown encoding, or columns that are empty or named twice.
+    """
+
+    columns: tuple[str, ...] | None = None
+    header: bool = True
+    quoting: bool = True
+    encoding: str = "utf-8"
+
+    def __post_init__(self) -> None:
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise DataError(
+                f"encoding={self.encoding!r} is unknown: choose utf-8, latin-1, cp1252 or another of Python's"
+            ) from None
+        if self.columns is not None:
+            _refuse_repeats(self.columns, "columns")
+
+
+DEFAULTS = TableOptions()
+
+
+def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "train") -> Dataset:
+    """The rows of a file, a folder or a hub id.
+
+    Args:
+        source: a .csv, .tsv, .json or .jsonl file (each may be .gz) or a .parquet file; a folder of class
+            folders of images (columns "image" and "label"); a folder that `datasets` saved; or a hub id,
+            with a configuration after a colon where it has several ("nyu-mll/glue:rte").
+        options: how a table is written. Its cells all stay text. `columns` renames those of the others too.
+        split: which split of a hub id or of a saved folder; of an image folder, the subfolder of that name
+            if it holds class folders.
+
+    Returns:
+        A dataset with at least one row.
+
+    Raises:
+        DataError: for what is missing, unreadable, empty, corrupt or in another encoding.
+
+    Warns:
+        DataWarning: with the line numbers of ragged rows. Too many fields: the extra ones are dropped and the
+            row is kept; too few: the row is skipped.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        rows = _folder(path, split)
+    elif path.exists() or not _may_be_hub_id(source):
+        rows = _file(path, options)
+    else:
+        rows = _hub(str(source), split)
+    if len(rows) == 0:
+        raise DataError(f"{source} holds no rows: at least one is needed")
+    return rows if options.columns is None else _rename(rows, options.columns, source)
+
+
+def check_column(rows: Dataset, name: str) -> None:
+    """Refuses a column that does not exist, and suggests the closest one that does."""
+    if name in rows.column_names:
+        return
+    close = difflib.get_close_matches(name.lower(), [column.lower() for column in rows.column_names], n=1)
+    meant = [column for column in rows.column_names if column.lower() in close]
+    hint = f" (did you mean {meant[0]!r}?)" if meant else ""
+    raise DataError(
+        f"there is no column {name!r}{hint}: the columns are {listed(rows.column_names, limit=30)}"
+    )
+
+
+def listed(items: Iterable[object], limit: int = NAMED) -> str:
+    """The items as text, those after the limit as a count."""
+    words = [repr(item) if isinstance(item, str) else str(item) for item in items]
+    more = f" and {len(words) - limit} more" if len(words) > limit else ""
+    return ", ".join(words[:limit]) + more
+
+
+def named_rows(indices: Sequence[int]) -> str:
+    """The rows' numbers as a user counts them: from 1, without the header."""
+    return (
+        f"{'row' if len(indices) == 1 else 'rows'} {listed(index + 1 for index in indices)} (the first is 1)"
+    )
+
+
+def _file(path: Path, options: TableOptions) -> Dataset:
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    _check_readable(path)
+    if suffix not in READERS:
+        raise DataError(
+            f"{path} ends in {suffix!r}: choose a file that ends in {', '.join(READERS)} (or .gz after it)"
+        )
+    return READERS[suffix](path, options)
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            first = file.read(1)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} does not exist: check the path (a relative one starts at {Path.cwd()})"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror or error}): check its permissions"
+        ) from error
+    if not first:
+        raise DataError(f"{path} is empty: give a file with at least one row")
+
+
+def _table(path: Path, options: TableOptions) -> Dataset:
+    lines = _parse(path, options)
+    if not lines:
+        raise DataError(f"{path} is empty: give a file with at least one row")
+    names = _names(path, lines, options.header)
+    if options.header:
+        lines = lines[1:]
+    if not lines:
+        raise DataError(
+            f"{path} holds a header and no rows: if it has no header, say header=False (--no-header)"
+        )
+    body = _square(path, lines, len(names))
+    columns = {name: [cells[place] for cells in body] for place, name in enumerate(names)}
+    return Dataset.from_dict(columns, features=Features({name: Value("string") for name in names}))
+
+
+def _parse(path: Path, options: TableOptions) -> list[tuple[int, list[str]]]:
+    """The cells of each row with the number of its first line, without blank lines at either end."""
+    with _open(path, options.encoding) as file:
+        lines = _cells(path, file, options)
+    full = [place for place, (_, cells) in enumerate(lines) if cells]
+    return lines[full[0] : full[-1] + 1] if full else []
+
+
+@contextmanager
+def _open(path: Path, encoding: str) -> Iterator[TextIO]:
+    """The file as text; what goes wrong while it is read names the file."""
+    if codecs.lookup(encoding).name == "utf-8":
+        encoding = "utf-8-sig"  # a byte-order mark would become a part of the first column's name
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opened(path, "rt", encoding=encoding, newline="") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not {encoding.removesuffix('-sig')} (byte {error.object[error.start]:#04x}: "
+            f"{error.reason}): give its encoding, most often latin-1 (--encoding latin-1)"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}): it may be cut short; make or fetch it again"
+        ) from error
+
+
+def _cells(path: Path, file: TextIO, options: TableOptions) -> list[tuple[int, list[str]]]:
+    reader = csv.reader(
+        file,
+        delimiter=_delimiter(path, file),
+        quoting=csv.QUOTE_MINIMAL if options.quoting else csv.QUOTE_NONE,
+        strict=True,
+    )
+    limit = csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
+    lines, start = [], 1
+    try:
+        for cells in reader:
+            lines.append((start, cells))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {start}: {str(error).expandtabs(1)}. If quotes in this file are plain "
+            "characters, say quoting=False (--no-quoting)"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    return lines
+
+
+def _delimiter(path: Path, file: TextIO) -> str:
+    """A tab for .tsv, and for a .csv whose first lines all hold one; a comma otherwise."""
+    if ".tsv" in path.suffixes[-2:]:
+        return "\t"
+    first = [line for _, line in zip(range(10), file, strict=False) if line.strip()]
+    file.seek(0)
+    return "\t" if first and all("\t" in line for line in first) else ","
+
+
+def _names(path: Path, lines: list[tuple[int, list[str]]], header: bool) -> list[str]:
+    """The header, or column1, column2, ... for the number of fields that most rows have."""
+    if not header:
+        width = Counter(len(cells) for _, cells in lines).most_common(1)[0][0]
+        return [f"column{place + 1}" for place in range(width)]
+    names = [name or f"column{place + 1}" for place, name in enumerate(lines[0][1])]
+    _refuse_repeats(names, f"the header of {path}")
+    return names
+
+
+def _refuse_repeats(names: Sequence[str], where: str) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated or not all(names):
+        raise DataError(f"{where}: {listed(names)}; every column needs a name of its own")
+
+
+def _square(path: Path, lines: list[tuple[int, list[str]]], width: int) -> list[list[str]]:
+    """The rows cut to the width; what was cut or skipped is warned of."""
+    more = [line for line, cells in lines if len(cells) > width]
+    fewer = [line for line, cells in lines if len(cells) < width]
+    # no row that fits: another delimiter, or a header without the name of the row index; nothing to guess
+    if len(more) + len(fewer) == len(lines):
+        raise DataError(
+            f"{path}: the header names {width} columns, but no row has {width} fields "
+            f"(line {lines[0][0]} has {len(lines[0][1])}): check the header and "
+            "the delimiter (.tsv for tabs, .csv for commas)"
+        )
+    parts = []
+    if more:
+        parts.append(
+            f"{len(more)} with more than {width} fields, the extra ones dropped (lines {listed(more)})"
+        )
+    if fewer:
+        parts.append(f"{len(fewer)} with fewer than {width} fields, skipped (lines {listed(fewer)})")
+    if parts:
+        warnings.warn(f"{path}: of {len(lines)} rows, {'; '.join(parts)}", DataWarning, stacklevel=2)
+    return [cells[:width] for _, cells in lines if len(cells) >= width]
+
+
+def _json(path: Path, options: TableOptions) -> Dataset:
+    # arrow takes bytes of any encoding for utf-8 and fails much later, when a row is read
+    with _open(path, options.encoding) as file:
+        for _ in file:
+            pass
+    try:
+        return Dataset.from_json(str(path), encoding=options.encoding)
+    # the readers under `datasets` raise what they like, StopIteration for a file without rows included
+    except Exception as error:
+        raise _corrupt(path, "json (a list of objects, or one object a line)", error) from error
+
+
+def _parquet(path: Path, _: TableOptions) -> Dataset:
+    try:
+        return Dataset.from_parquet(str(path))
+    except Exception as error:
+        raise _corrupt(path, "parquet", error) from error
+
+
+def _corrupt(path: Path, form: str, error: Exception) -> DataError:
+    reason = error.__cause__ or error
+    said = "no rows" if isinstance(reason, StopIteration) else f"{type(reason).__name__}: {reason}"
+    return DataError(f"{path} cannot be read as {form} ({said}): make or fetch it again")
+
+
+READERS: dict[str, Callable[[Path, TableOptions], Dataset]] = {
+    ".csv": _table,
+    ".tsv": _table,
+    ".json": _json,
+    ".jsonl": _json,
+    ".parquet": _parquet,
+}
+
+
+def _folder(path: Path, split: str) -> Dataset:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _saved(path, split)
+    inner = path / split
+    # a class may be called "train": only a folder that holds folders is a split
+    if inner.is_dir() and any(child.is_dir() for child in inner.iterdir()):
+        path = inner
+    # data_files, not data_dir: with data_dir a class called "test" would be taken for a split and left out
+    pattern = f"{glob.escape(str(path.resolve()))}/**"
+    try:
+        return datasets.load_dataset("imagefolder", data_files={"train": [pattern]}, split="train")
+    except Exception as error:
+        raise DataError(
+            f"{path} holds no images ({error.__cause__ or error}): give a folder with one folder of images "
+            "per class, a folder that datasets.save_to_disk made, or a file"
+        ) from error
+
+
+def _saved(path: Path, split: str) -> Dataset:
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(f"{path} cannot be read as a saved dataset ({error}): save it again") from error
+    if not isinstance(rows, DatasetDict):
+        return rows
+    if split not in rows:
+        raise DataError(f"{path} has no split {split!r}: its splits are {listed(rows)}")
+    return rows[split]
+
+
+def _may_be_hub_id(source: str | Path) -> bool:
+    text = str(source)
+    known = any(text.lower().removesuffix(".gz").endswith(suffix) for suffix in READERS)
+    return (
+        isinstance(source, str)
+        and not known
+        and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", text) is not None
+    )
+
+
+def _hub(source: str, split: str) -> Dataset:
+    name, _, configuration = source.partition(":")
+    try:
+        return datasets.load_dataset(name, configuration or None, split=split)
+    except Exception as error:
+        raise DataError(
+            f"{source!r} is no file or folder here, and looking it up on the Hugging Face hub failed "
+            f"({type(error).__name__}: {error}): check the path, or the hub id, its split {split!r} "
+            "and the network"
+        ) from error
+
+
+def _rename(rows: Dataset, columns: tuple[str, ...], source: str | Path) -> Dataset:
+    if len(columns) != len(rows.column_names):
+        raise DataError(
+            f"columns names {len(columns)} columns ({listed(columns)}), but {source} has "
+            f"{len(rows.column_names)}: name each of them"
+        )
+    return rows.rename_columns(dict(zip(rows.column_names, columns, strict=True)))

@@ -1,0 +1,481 @@
+"""Backbones and their processors by name: a local folder, a hub id, or "timm:NAME" with or without "@FILE".
+
+Weights are read as safetensors only and no code of a repository is run, so that loading executes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from sidestep.backbone import trunk_of
+
+Library = Literal["transformers", "timm"]
+
+TIMM = "timm:"
+CONFIG = "config.json"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+TIMM_PROCESSOR = "timm_processor.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+class LoadError(ValueError):
+    """A backbone or processor cannot be loaded; the message says what was looked for and what to do."""
+
+
+class LoadWarning(UserWarning):
+    """A backbone was loaded, but not all of it came from its checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a backbone came from.
+
+    Attributes:
+        id: the name that loads it, as it was given (hub id, folder, "timm:NAME[@FILE]"); "" when unknown.
+        revision: commit of a hub id, or None.
+        class_name: of the model.
+        library: "transformers" or "timm".
+        dtype: of its weights ("float32", ...; several joined by "+").
+    """
+
+    id: str
+    revision: str | None
+    class_name: str
+    library: Library
+    dtype: str
+
+
+def source_of(backbone: nn.Module) -> Source:
+    """Where a backbone came from, as far as it says so itself."""
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in backbone.parameters() if p.is_floating_point()}
+    name, dtype = type(backbone).__name__, "+".join(sorted(dtypes))
+    if isinstance(backbone, PreTrainedModel):
+        config = backbone.config
+        return Source(
+            id=str(getattr(config, "_name_or_path", None) or ""),
+            revision=getattr(config, "_commit_hash", None),
+            class_name=name,
+            library="transformers",
+            dtype=dtype,
+        )
+    known = _timm_id(getattr(backbone, "pretrained_cfg", None) or {})
+    return Source(id=known, revision=None, class_name=name, library="timm", dtype=dtype)
+
+
+def load_backbone(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    head: bool = False,
+    num_labels: int | None = None,
+) -> nn.Module:
+    """The pretrained model of this name, in eval mode.
+
+    Args:
+        name: a folder or hub id for transformers, "timm:NAME" for timm's pretrained weights, or
+            "timm:NAME@FILE" for weights in a safetensors file.
+        dtype: precision of the weights, such as torch.bfloat16 or "bfloat16"; None: the checkpoint's own.
+        revision: branch, tag or commit of a hub id.
+        head: whether the model comes with a classification head of its own (text or images).
+        num_labels: classes of that head; None: the checkpoint's.
+
+    Raises:
+        LoadError: if there is no such model, files are missing or unreadable, or the weights are of another
+            architecture.
+
+    Warns:
+        LoadWarning: if weights of the backbone itself (not its pooler or head) were not in the checkpoint.
+    """
+    if num_labels is not None and not head:
+        raise LoadError(
+            f"num_labels={num_labels} without head=True: a backbone without a head of its own has no classes"
+        )
+    wanted = _dtype(dtype)
+    if str(name).startswith(TIMM):
+        if revision is not None:
+            raise LoadError(f"revision={revision!r}: timm names its versions by tag, as in timm:NAME.TAG")
+        classes = num_labels if head else 0
+        return _load_timm(str(name), wanted, classes)
+    config = _config(str(name), revision, {} if num_labels is None else {"num_labels": num_labels})
+    return _load_transformers(_auto_class(config) if head else AutoModel, str(name), config, wanted, revision)
+
+
+def load_class(
+    source: Source, *, class_name: str, dtype: torch.dtype | str | None = None, config: Mapping[str, Any]
+) -> nn.Module:
+    """The backbone of a source as a given class of transformers (or timm), with config fields set.
+
+    Raises:
+        LoadError: as `load_backbone`, and if transformers has no class of this name.
+    """
+    wanted = _dtype(dtype)
+    if source.library == "timm":
+        return _load_timm(source.id, wanted, config.get("num_classes", 0))
+    kind = getattr(transformers, class_name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise LoadError(
+            f"transformers {transformers.__version__} has no model class {class_name}: "
+            "load the backbone yourself and pass it"
+        )
+    loaded = _config(source.id, source.revision, config)
+    return _load_transformers(kind, source.id, loaded, wanted, source.revision)
+
+
+def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer or image processor of a model of this name, or of a folder that one was saved in.
+
+    Raises:
+        LoadError: if there is none.
+    """
+    if str(name).startswith(TIMM):
+        return TimmProcessor.of(_timm_parts(str(name))[0])
+    folder = Path(name)
+    if (folder / TIMM_PROCESSOR).is_file():
+        return TimmProcessor.from_pretrained(folder)
+    images = _reads_images(str(name), folder, revision)
+    if folder.is_dir():
+        _require_any(
+            folder, IMAGE_FILES if images else TOKENIZER_FILES, "image processor" if images else "tokenizer"
+        )
+    kind = AutoImageProcessor if images else AutoTokenizer
+    with _quiet(local=folder.is_dir()), _as_load_error(str(name), "processor" if images else "tokenizer"):
+        return kind.from_pretrained(str(name), revision=revision or "main", trust_remote_code=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmProcessor:
+    """timm's evaluation transform under the interface of an image processor.
+
+    Attributes:
+        input_size: (channels, rows, columns).
+        interpolation, mean, std, crop_pct, crop_mode: as timm names them.
+    """
+
+    input_size: tuple[int, int, int]
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    crop_mode: str
+
+    @classmethod
+    def of(cls, model: str | nn.Module) -> TimmProcessor:
+        """The processor of a timm model, or of the pretrained weights of this name.
+
+        Raises:
+            LoadError: if timm does not know the name.
+        """
+        timm = import_timm()
+        config = (
+            timm.get_pretrained_cfg(model)
+            if isinstance(model, str)
+            else getattr(model, "pretrained_cfg", None)
+        )
+        if config is None:
+            raise LoadError(
+                f"timm {timm.__version__} has no model named {model!r}: see timm.list_pretrained()"
+            )
+        values = config if isinstance(config, Mapping) else config.to_dict()
+        return cls._from(timm.data.resolve_data_config(pretrained_cfg=values))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> TimmProcessor:
+        """The processor that `save_pretrained` wrote."""
+        path = Path(folder) / TIMM_PROCESSOR
+        with _as_load_error(str(path), "processor"):
+            return cls._from(json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def _from(cls, values: Mapping[str, Any]) -> TimmProcessor:
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**plain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return asdict(self)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the fields to a folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        (Path(folder) / TIMM_PROCESSOR).write_text(text, encoding="utf-8")
+
+    def __call__(self, images: Any, return_tensors: str = "pt") -> dict[str, Tensor]:
+        """{"pixel_values": (images, channels, rows, columns)} of one PIL image or a sequence of them."""
+        transform = _timm_transform(self)
+        several = images if isinstance(images, Sequence) else [images]
+        return {"pixel_values": torch.stack([transform(image.convert("RGB")) for image in several])}
+
+
+@lru_cache(maxsize=8)
+def _timm_transform(processor: TimmProcessor) -> Any:
+    return import_timm().data.create_transform(**processor.to_dict(), is_training=False)
+
+
+# --- transformers ------------------------------------------------------------------------------------------
+
+
+def _config(name: str, revision: str | None, fields: Mapping[str, Any]) -> Any:
+    """The config of a folder or hub id with some fields set."""
+    folder = Path(name)
+    if folder.is_file():
+        raise LoadError(f"{name} is a file: give the folder that holds {CONFIG} and the weights")
+    if folder.is_dir():
+        _check_folder(folder)
+    with _quiet(local=folder.is_dir()), _as_load_error(name, CONFIG):
+        return AutoConfig.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=False, **fields
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / CONFIG).is_file():
+        raise LoadError(
+            f"{folder} has no {CONFIG}: give a folder that a model was saved in ({_holds(folder)})"
+        )
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        pickled = (folder / "pytorch_model.bin").is_file() or (
+            folder / "pytorch_model.bin.index.json"
+        ).is_file()
+        hint = (
+            "pytorch_model.bin is a pickle, which is not read: load it with transformers and save it again"
+            if pickled
+            else _holds(folder)
+        )
+        raise LoadError(f"{folder} has no weights: looked for {' and '.join(WEIGHTS)} ({hint})")
+
+
+def _auto_class(config: Any) -> Any:
+    """The auto class with a classification head for this config."""
+    text = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    images = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    if type(config) in text:
+        return transformers.AutoModelForSequenceClassification
+    if type(config) in images:
+        return transformers.AutoModelForImageClassification
+    raise LoadError(
+        f"transformers has no classification model for {config.model_type!r}: load it without a "
+        "head of its own (head=False) and attach with ss.Classify"
+    )
+
+
+def _load_transformers(
+    kind: Any, name: str, config: Any, dtype: torch.dtype | None, revision: str | None
+) -> PreTrainedModel:
+    with _quiet(local=Path(name).is_dir()), _as_load_error(name, "weights"):
+        model, report = kind.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype or "auto",
+            revision=revision or "main",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            # judged below, with names and shapes in the message
+            ignore_mismatched_sizes=True,
+        )
+    _check_report(name, model, report)
+    return model.eval()
+
+
+def _check_report(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Refuse a backbone that did not come from the checkpoint; new poolers and heads are no news."""
+    kind = type(model).__name__
+    trunk = {id(parameter) for parameter in trunk_of(model).parameters()}
+    inside = [key for key, parameter in model.named_parameters() if id(parameter) in trunk]
+    mismatched = {key: (tuple(given), tuple(own)) for key, given, own in report["mismatched_keys"]}
+    if wrong := [key for key in inside if key in mismatched]:
+        given, own = mismatched[wrong[0]]
+        raise LoadError(
+            f"the weights of {name} do not fit its {CONFIG}: {wrong[0]} has shape {given}, but "
+            f"{kind} needs {own} ({len(wrong)} such): the folder mixes two models"
+        )
+    missing = [key for key in inside if key in report["missing_keys"]]
+    if len(missing) == len(inside):
+        raise LoadError(
+            f"no weight of {name} matches {kind} (it has {_some(report['unexpected_keys'])}; {kind} needs "
+            f"{_some(inside)}): the weights are of another architecture than {CONFIG} says"
+        )
+    if news := [key for key in missing if "pooler" not in key.split(".")]:
+        warnings.warn(
+            f"{len(news)} of {len(inside)} weights of {kind} are not in {name} and are random: {_some(news)}",
+            LoadWarning,
+            stacklevel=4,
+        )
+
+
+def _reads_images(name: str, folder: Path, revision: str | None) -> bool:
+    """Whether a model (or a folder of a processor alone) takes images rather than text."""
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        return not any((folder / file).is_file() for file in TOKENIZER_FILES)
+    with _quiet(local=folder.is_dir()), _as_load_error(name, CONFIG):
+        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    mapping = transformers.MODEL_MAPPING
+    return type(config) in mapping and mapping[type(config)].main_input_name == "pixel_values"
+
+
+@contextmanager
+def _quiet(*, local: bool) -> Iterator[None]:
+    """Keep transformers' load report to itself; the bars of a download stay, those of a local file do not."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if local:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _as_load_error(name: str, what: str) -> Iterator[None]:
+    """Say which name and which part of it could not be loaded, and whether a folder or the hub was asked."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if Path(name).exists():
+            advice = "check or copy it again"
+            raise LoadError(f"the {what} of {name} cannot be read ({reason}): {advice}") from error
+        raise LoadError(
+            f"{name!r} cannot be loaded: there is no such folder here, and as a hub id its {what} "
+            f"cannot be had (unreachable, private, or no such model: {reason})"
+        ) from error
+
+
+# --- timm --------------------------------------------------------------------------------------------------
+
+
+def import_timm() -> ModuleType:
+    """The timm package.
+
+    Raises:
+        LoadError: if it is not installed, or its torchvision does not match the installed torch.
+    """
+    try:
+        import timm
+        import timm.data
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise LoadError(
+            f"timm cannot be imported ({reason}): install the extra with pip install 'sidestep[vision]'; "
+            f"its torchvision has to be built for torch {torch.__version__}"
+        ) from error
+    return timm
+
+
+def _timm_parts(name: str) -> tuple[str, str | None]:
+    """Model name and weight file of "timm:NAME[@FILE]"."""
+    model, at, file = name.removeprefix(TIMM).partition("@")
+    if not model or (at and not file):
+        raise LoadError(f"{name!r}: write timm:NAME, or timm:NAME@FILE for weights in a safetensors file")
+    return model, file or None
+
+
+def _timm_id(config: Mapping[str, Any]) -> str:
+    """The name that loads a timm model of this pretrained_cfg."""
+    if not config.get("architecture"):
+        return ""
+    tag, file = config.get("tag"), config.get("file")
+    return TIMM + config["architecture"] + (f".{tag}" if tag else "") + (f"@{file}" if file else "")
+
+
+def _load_timm(name: str, dtype: torch.dtype | None, classes: int | None) -> nn.Module:
+    timm = import_timm()
+    model_name, file = _timm_parts(name)
+    if file is not None:
+        _check_timm_file(name, Path(file))
+    try:
+        model = timm.create_model(model_name, pretrained=file is None, num_classes=classes)
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise LoadError(
+            f"{name!r} cannot be loaded ({reason}): see timm.list_pretrained() for the names; a hub "
+            "that cannot be reached can be replaced by a file, timm:NAME@FILE.safetensors"
+        ) from error
+    if file is not None:
+        _fill_timm(model, model_name, file)
+    return model.to(dtype=dtype).eval()
+
+
+def _check_timm_file(name: str, file: Path) -> None:
+    if not file.is_file():
+        raise LoadError(f"{name!r}: there is no file {file}")
+    if file.suffix != ".safetensors":
+        raise LoadError(f"{name!r}: weights are read from .safetensors files only, not from {file.name}")
+
+
+def _fill_timm(model: Any, model_name: str, file: str) -> None:
+    """Load a safetensors file in timm's names; a classifier of another size is left out."""
+    with _as_load_error(file, "weights"), safe_open(file, framework="pt") as reader:
+        weights = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - no mapping
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    own = model.state_dict()
+    with _as_load_error(file, "weights"):
+        weights = dict(convert(weights, model)) if convert else weights
+    head = {f"{_timm_classifier(model)}.{part}" for part in ("weight", "bias")}
+    weights = {key: value for key, value in weights.items() if key in own or key not in head}
+    wrong = [key for key, value in weights.items() if key in own and value.shape != own[key].shape]
+    missing = [key for key in own if key not in weights]
+    if bad := [key for key in (*wrong, *missing) if key not in head]:
+        raise LoadError(
+            f"the weights of {file} do not fit {model_name}: {len(missing)} of {len(own)} are missing, "
+            f"{len(wrong)} have another shape ({_some(bad)}): the file is of another model"
+        )
+    model.load_state_dict({k: v for k, v in weights.items() if k in own and k not in wrong}, strict=False)
+    # what `source_of` reads the file's name from
+    model.pretrained_cfg = {**model.pretrained_cfg, "file": file}
+
+
+def _timm_classifier(model: Any) -> str:
+    name = getattr(model, "pretrained_cfg", {}).get("classifier")
+    return name if isinstance(name, str) else "head"
+
+
+# --- small parts -------------------------------------------------------------------------------------------
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    known = getattr(torch, dtype, None)
+    if not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise LoadError(f"dtype={dtype!r}: choose float32, bfloat16, float16 or float64")
+    return known
+
+
+def _require_any(folder: Path, names: Sequence[str], what: str) -> None:
+    if not any((folder / name).is_file() for name in names):
+        raise LoadError(f"{folder} has no {what}: looked for {', '.join(names)} ({_holds(folder)})")
+
+
+def _holds(folder: Path) -> str:
+    return f"it holds {_some(path.name for path in folder.iterdir())}"
+
+
+def _some(names: Any, most: int = 4) -> str:
+    listed = sorted(names)
+    shown = ", ".join(listed[:most]) or "nothing"
+    return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"

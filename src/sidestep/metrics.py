@@ -1,0 +1,175 @@
+"""Scores of predictions, from scikit-learn and scipy."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+Kind = Literal["single", "multi", "regress"]
+
+PRIMARY: dict[str, str] = {"single": "accuracy", "multi": "f1_micro", "regress": "pearson"}
+"""By which score the best checkpoint is chosen, unless the user says."""
+
+METRICS: dict[str, tuple[str, ...]] = {
+    "single": ("accuracy", "f1", "f1_macro", "f1_micro", "matthews"),
+    "multi": ("accuracy", "f1_macro", "f1_micro"),
+    "regress": ("pearson", "spearman", "mse"),
+}
+"""The scores of each kind; "f1" exists for two classes only."""
+
+GREATER_IS_BETTER: dict[str, bool] = {name: name != "mse" for names in METRICS.values() for name in names}
+"""Whether a larger score is the better one."""
+
+AXES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "single": (("rows", "classes"), ("rows",)),
+    "multi": (("rows", "classes"), ("rows", "classes")),
+    "regress": (("rows",), ("rows",)),
+}
+"""Of predictions and targets."""
+
+
+class ScoreWarning(UserWarning):
+    """A score that is defined by convention only."""
+
+
+def scores(
+    kind: Kind, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None = None
+) -> dict[str, float]:
+    """The scores of a kind, by name.
+
+    Args:
+        kind: "single", one class a row: accuracy; with two classes f1, of the second one (in the order of the
+            label names: "1" of "0" and "1"); f1_macro over the classes that occur in predictions or targets;
+            f1_micro; matthews.
+            "multi", any number of classes a row, each predicted where its logit is above 0 (probability above
+            0.5): accuracy (the share of rows with exactly the right classes), f1_macro over all classes,
+            f1_micro.
+            "regress": pearson, spearman, mse. The two correlations are not defined for one row or for values
+            that are all the same; they count as 0.0 then, with a warning.
+        predictions: logits (rows, classes); numbers (rows,) or (rows, 1).
+        targets: class numbers (rows,); 0 or 1 (rows, classes); numbers (rows,) or (rows, 1).
+        names: the classes; checked against the width of the predictions.
+
+    Returns:
+        Finite numbers only.
+
+    Raises:
+        ValueError: for an unknown kind, shapes that do not fit, or values that are not finite.
+
+    Warns:
+        ScoreWarning: if a correlation is not defined.
+    """
+    if kind not in METRICS:
+        raise ValueError(f"kind={kind!r}: choose {', '.join(METRICS)}")
+    predictions, targets = np.asarray(predictions), np.asarray(targets)
+    if kind == "regress":
+        predictions, targets = _flat(predictions), _flat(targets)
+    _check(kind, predictions, targets)
+    if kind == "regress":
+        return _regress(predictions, targets)
+    _check_classes(kind, predictions, targets, names)
+    return _single(predictions, targets) if kind == "single" else _multi(predictions, targets)
+
+
+@dataclass(frozen=True)
+class ComputeMetrics:
+    """`compute_metrics` of a `transformers.Trainer`: the scores of what a model gave for an evaluation set.
+
+    Attributes:
+        kind: as in `scores`.
+        names: as in `scores`.
+    """
+
+    kind: Kind
+    names: tuple[str, ...] | None = None
+
+    def __call__(self, evaluation: Any) -> dict[str, float]:
+        """The scores; of a tuple of outputs the first one is the logits."""
+        predictions = evaluation.predictions
+        if isinstance(predictions, tuple):
+            predictions = predictions[0]
+        return scores(self.kind, predictions, evaluation.label_ids, self.names)
+
+
+def _single(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
+    chosen = predictions.argmax(axis=1)
+    found = {
+        "accuracy": accuracy_score(targets, chosen),
+        "f1_macro": f1_score(targets, chosen, average="macro", zero_division=0),
+        "f1_micro": f1_score(targets, chosen, average="micro", zero_division=0),
+        # of a single class it is 0 to scikit-learn too, which warns of its confusion matrix then
+        "matthews": matthews_corrcoef(targets, chosen) if len({*targets, *chosen}) > 1 else 0.0,
+    }
+    if predictions.shape[1] == 2:
+        found["f1"] = f1_score(targets, chosen, pos_label=1, zero_division=0)
+    return {name: float(found[name]) for name in METRICS["single"] if name in found}
+
+
+def _multi(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
+    chosen, true = (predictions > 0).astype(int), targets.astype(int)
+    return {
+        "accuracy": float((chosen == true).all(axis=1).mean()),
+        "f1_macro": float(f1_score(true, chosen, average="macro", zero_division=0)),
+        "f1_micro": float(f1_score(true, chosen, average="micro", zero_division=0)),
+    }
+
+
+def _regress(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
+    predictions, targets = predictions.astype(np.float64), targets.astype(np.float64)
+    mse = float(np.square(predictions - targets).mean())
+    constant = [
+        name for name, values in (("predictions", predictions), ("targets", targets)) if np.ptp(values) == 0
+    ]
+    if constant:
+        warnings.warn(
+            f"{' and '.join(constant)} of {len(targets)} rows are all the same: "
+            "pearson and spearman are not defined and count as 0.0",
+            ScoreWarning,
+            stacklevel=3,
+        )
+        return {"pearson": 0.0, "spearman": 0.0, "mse": mse}
+    pearson, spearman = stats.pearsonr(predictions, targets), stats.spearmanr(predictions, targets)
+    return {"pearson": float(pearson.statistic), "spearman": float(spearman.statistic), "mse": mse}
+
+
+def _flat(values: NDArray[Any]) -> NDArray[Any]:
+    return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+
+
+def _check(kind: str, predictions: NDArray[Any], targets: NDArray[Any]) -> None:
+    if len(predictions) == 0 or len(predictions) != len(targets):
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(targets)} targets: give one for each, at least one"
+        )
+    wanted, wanted_targets = AXES[kind]
+    fits = (predictions.ndim, targets.ndim) == (len(wanted), len(wanted_targets))
+    if not fits or (kind == "multi" and predictions.shape != targets.shape):
+        raise ValueError(
+            f"kind {kind!r}: predictions have shape {predictions.shape}, targets {targets.shape}: "
+            f"they should be ({', '.join(wanted)}) and ({', '.join(wanted_targets)})"
+        )
+    for name, values in (("predictions", predictions), ("targets", targets)):
+        bad = int((~np.isfinite(values)).reshape(len(values), -1).any(axis=1).sum())
+        if bad:
+            raise ValueError(
+                f"{name} are not finite in {bad} of {len(values)} rows: the model may have diverged; "
+                "train with a lower learning rate, or in fp32"
+            )
+
+
+def _check_classes(
+    kind: str, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None
+) -> None:
+    classes = predictions.shape[1]
+    if names and len(names) != classes:
+        raise ValueError(
+            f"predictions have {classes} columns, but there are {len(names)} classes: {', '.join(names)}"
+        )
+    top = classes - 1 if kind == "single" else 1
+    if targets.min() < 0 or targets.max() > top:
+        raise ValueError(f"targets are {targets.min()} to {targets.max()}: they should be 0 to {top}")

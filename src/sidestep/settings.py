@@ -1,0 +1,124 @@
+"""What a training run is asked to do: plain data, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sidestep.metrics import METRICS, PRIMARY
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+DEFAULT_RATES: Mapping[str, float] = {"read": 2e-3, "probe": 5e-3, "bitfit": 1e-3, "full": 5e-5}
+"""Learning rate of each method where none is given; other methods get `OTHER_RATE`."""
+OTHER_RATE = 1e-3
+
+FREE_TO_CHANGE = ("output", "resume", "overwrite", "progress", "workers", "eval_batch_size")
+"""What a resumed run may set otherwise: none of it changes what is computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a task is trained; checkpointing of late blocks and noise belong to `attach`.
+
+    Attributes:
+        output: the task folder; checkpoints, logs and results.json go there too.
+        epochs: passes over the training rows.
+        batch_size: rows of one forward and backward pass.
+        eval_batch_size: rows of one forward pass over the dev rows.
+        learning_rate: None: the method's entry of `DEFAULT_RATES`.
+        weight_decay: AdamW's.
+        warmup: share of the steps in which the rate rises to its value.
+        schedule: what it does after that.
+        accumulate: batches for one optimizer step.
+        max_grad_norm: where the gradient's norm is cut; 0 leaves it.
+        label_smoothing: for single-label classification.
+        seed: of weights, order and noise.
+        bf16: autocast to bfloat16 in training; what is trained stays in fp32.
+        patience: stop after so many epochs without a better dev score; None: never.
+        metric: by which dev score the best epoch is chosen; None: the problem's first.
+        save_steps: a checkpoint every so many steps besides that of each epoch; None: none.
+        log_steps: steps between two log entries.
+        workers: processes that load data; 0: none but this one.
+        resume: continue from the last complete checkpoint in `output`.
+        overwrite: replace what `output` holds.
+        progress: whether progress bars are shown.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    output: Path
+    epochs: int = 10
+    batch_size: int = 32
+    eval_batch_size: int = 64
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    warmup: float = 0.06
+    schedule: Schedule = "linear"
+    accumulate: int = 1
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    seed: int = 0
+    bf16: bool = False
+    patience: int | None = None
+    metric: str | None = None
+    save_steps: int | None = None
+    log_steps: int = 10
+    workers: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "eval_batch_size", "accumulate", "log_steps"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("patience", "save_steps"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "at least 1, or not given")
+        for name in ("weight_decay", "max_grad_norm", "workers"):
+            value = getattr(self, name)
+            self._require(name, math.isfinite(value) and value >= 0, "a number of at least 0")
+        for name in ("warmup", "label_smoothing"):
+            self._require(name, 0 <= getattr(self, name) < 1, "a share from 0 to below 1")
+        self._require("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
+        rate = self.learning_rate
+        self._require(
+            "learning_rate", rate is None or (math.isfinite(rate) and rate > 0), "a number above 0"
+        )
+        self._require("schedule", self.schedule in get_args(Schedule), " or ".join(get_args(Schedule)))
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite: choose one, to continue a run or to start it anew")
+
+    def _require(self, name: str, allowed: bool, what: str) -> None:
+        if not allowed:
+            raise ValueError(f"{name}={getattr(self, name)!r}, but it must be {what}")
+
+    def rate(self, method: str) -> float:
+        """The learning rate that is used with a method."""
+        return self.learning_rate or DEFAULT_RATES.get(method, OTHER_RATE)
+
+    def best_by(self, kind: str, classes: int) -> str:
+        """The score that chooses the best epoch for a problem of this kind.
+
+        Raises:
+            ValueError: if the problem has no such score.
+        """
+        known = [name for name in METRICS[kind] if name != "f1" or classes == 2]
+        if self.metric is not None and self.metric not in known:
+            raise ValueError(
+                f"metric={self.metric!r}: {'two-class ' if classes == 2 else ''}{kind} problems have "
+                f"{', '.join(known)}"
+            )
+        return self.metric or PRIMARY[kind]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return {**asdict(self), "output": str(self.output)}
+
+    def fixed(self) -> dict[str, Any]:
+        """The fields that a resumed run has to share with the one that it continues."""
+        return {name: value for name, value in self.to_dict().items() if name not in FREE_TO_CHANGE}

@@ -1,0 +1,684 @@
+"""The task folder: what was tuned, and everything that is needed to run it again on its backbone.
+
+    sidestep.json       format, method, head, backbone and digest, labels, preprocessing, scores, versions
+    task.safetensors    the task's tensors; format, method, digest and a checksum in their metadata
+    processor/          tokenizer or image processor, where the model has one
+    README.md           a model card
+
+A folder is a task if and only if it holds a sidestep.json whose checksum is that of the weights it names.
+Replacing that one file is therefore the moment at which a task changes; whatever else lies in the folder (a
+Trainer's checkpoints, logs, results) is left alone. Nothing is pickled or unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sidestep.backbone import Digest
+from sidestep.heads import head_from_dict
+from sidestep.loading import Source, load_class, load_processor, source_of
+from sidestep.methods import UnsupportedBackbone, method_named
+from sidestep.model import Settings, SideModel, attach, detach
+
+FORMAT = 1
+CONFIG = "sidestep.json"
+WEIGHTS = "task.safetensors"
+PROCESSOR = "processor"
+CARD = "README.md"
+STAGING = ".saving-"
+KEYS = ("sidestep", "method", "attach", "backbone", "files", "sha256")
+PARTS = {
+    "method": ("name", "config"),
+    "backbone": (*Source.__dataclass_fields__, "trunk_class", "config", "digest"),
+    "files": ("weights",),
+}
+OWN_CONFIG = ("problem_type", "pad_token_id")
+
+
+class TaskError(ValueError):
+    """A task cannot be written, read or put on a backbone; the message says why and what to do."""
+
+
+class BackboneMismatch(UserWarning):
+    """A task was loaded onto another backbone, because `allow_mismatch=True` asked for it."""
+
+
+class DtypeMismatch(UserWarning):
+    """A task was loaded onto the same weights in another precision."""
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def save(
+    model: SideModel,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    scores: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the task of a model to a folder, which at every moment holds the old task or the new one.
+
+    Stored besides the weights are `model.extras["processor"]` (by its `save_pretrained`),
+    `model.extras["preprocessing"]` and `model.extras["scores"]`.
+
+    Args:
+        model: an attached model.
+        folder: new, empty, or with other things in it.
+        overwrite: whether a task that is there already is replaced.
+        scores: stored and shown on the model card; None: `model.extras["scores"]`.
+
+    Raises:
+        TaskError: if the folder holds a task already, is a file, or something in `extras` is no plain data.
+    """
+    folder = Path(folder)
+    _check_free(folder, overwrite)
+    names = portable_names(model)
+    tensors = _unshared({names[name]: value for name, value in model.state_dict().items()})
+    config = _config(model, tensors, model.extras.get("scores") if scores is None else scores)
+    _as_json(config)  # refuses what cannot be stored before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
+    try:
+        save_file(tensors, staging / WEIGHTS, metadata=_metadata(config))
+        if model.extras.get("processor") is not None:
+            model.extras["processor"].save_pretrained(str(staging / PROCESSOR))
+        _sync(staging)
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
+    _install(staging, folder, config)
+    _write_card(folder, config)
+
+
+def portable_names(model: SideModel) -> dict[str, str]:
+    """Names in the file by names in the model: the same for every class of one backbone.
+
+    "side." and "head." stay; a backbone's tensor is named relative to its trunk ("trunk."), or by its full
+    name where it lies outside ("own.").
+    """
+    trunk = {id(tensor): name for name, tensor in model.trunk.named_parameters()}
+    names = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        inside = trunk.get(id(tensor))
+        if not name.startswith("backbone."):
+            names[name] = name
+        else:
+            names[name] = f"trunk.{inside}" if inside else f"own.{name.removeprefix('backbone.')}"
+    return names
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise TaskError(f"{folder} is a file: choose a folder")
+    if overwrite or not (folder / CONFIG).exists():
+        return
+    try:
+        there = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        what = f"{there['method']['name']} on {_backbone_text(there['backbone'])}"
+    except (OSError, ValueError, KeyError, TypeError):
+        what = f"its {CONFIG} cannot be read"
+    raise TaskError(
+        f"{folder} holds another task ({what}): choose another folder, or replace it with overwrite=True "
+        "(--overwrite)"
+    )
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, each with its own storage, as safetensors wants them."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        out[name] = value.clone() if storage in seen else value
+        seen.add(storage)
+    return out
+
+
+def _config(
+    model: SideModel, tensors: Mapping[str, Tensor], scores: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    settings, extras = model.settings, model.extras
+    # the pool is stored as it was resolved: a later version may choose another for the family
+    head = None if settings.head is None else {**settings.head.to_dict(), "pool": model.pool}
+    names = portable_names(model)
+    return {
+        "format": FORMAT,
+        "sidestep": _version("sidestep"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "transformers", "timm", "safetensors")},
+        },
+        "method": {"name": model.record.name, "config": settings.method.to_dict()},
+        "head": head,
+        "attach": {
+            "train_head": settings.train_head,
+            "backbone_noise": settings.backbone_noise,
+            "checkpoint": settings.checkpoint,
+        },
+        "backbone": {
+            **asdict(source_of(model.backbone)),
+            "trunk_class": type(model.trunk).__name__,
+            "config": _backbone_config(model),
+            "digest": asdict(model.digest),
+        },
+        "labels": _labels(model),
+        "preprocessing": extras.get("preprocessing") or {},
+        "scores": None if scores is None else dict(scores),
+        "trained": [names[name] for name, _ in model.trained_parameters() if name in names],
+        "files": {
+            "weights": WEIGHTS,
+            "processor": None if extras.get("processor") is None else PROCESSOR,
+        },
+        "sha256": checksum(tensors),
+    }
+
+
+def _backbone_config(model: SideModel) -> dict[str, Any]:
+    """The fields of a backbone's config that the task depends on and a checkpoint may lack."""
+    backbone = model.backbone
+    if not isinstance(backbone, PreTrainedModel):
+        return {"num_classes": getattr(backbone, "num_classes", 0)}
+    config = backbone.config
+    fields = {name: getattr(config, name, None) for name in OWN_CONFIG}
+    if model.settings.head is None and "Classification" in type(backbone).__name__:
+        fields["id2label"] = {str(key): value for key, value in config.id2label.items()}
+        fields["label2id"] = dict(config.label2id)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _labels(model: SideModel) -> list[str] | None:
+    """Label names: of the head, or those that the user gave the backbone's own."""
+    given = getattr(model.settings.head, "labels", None)
+    if given is not None:
+        return list(given)
+    own = _backbone_config(model).get("id2label")
+    if own is None or all(value == f"LABEL_{key}" for key, value in own.items()):
+        return None
+    return [own[str(index)] for index in range(len(own))]
+
+
+def _metadata(config: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "format": str(config["format"]),
+        "sidestep": config["sidestep"] or "",
+        "method": config["method"]["name"],
+        "digest": config["backbone"]["digest"]["exact"],
+        "sha256": config["sha256"],
+    }
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors on the CPU."""
+    running = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        running.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        running.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return running.hexdigest()
+
+
+def _as_json(config: Mapping[str, Any]) -> str:
+    for key in ("preprocessing", "scores"):
+        try:
+            json.dumps(config[key], default=_plain)
+        except (TypeError, ValueError) as error:
+            raise TaskError(
+                f"{key} cannot be stored ({error}): give numbers, texts, lists and dictionaries of them"
+            ) from error
+    return json.dumps(config, indent=2, ensure_ascii=False, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Scalars of numpy and torch as Python's own."""
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} is no plain data")
+
+
+def _install(staging: Path, folder: Path, config: dict[str, Any]) -> None:
+    """Make the finished task in `staging` the folder's."""
+    if (folder / CONFIG).exists():
+        # From here on the folder's task is the new one, read out of the staging folder, so that the old
+        # files can be replaced under it.
+        files = {key: name and f"{staging.name}/{name}" for key, name in config["files"].items()}
+        _commit(folder, {**config, "files": files})
+        shutil.rmtree(folder / PROCESSOR, ignore_errors=True)
+    _place(staging / WEIGHTS, folder / WEIGHTS)
+    if config["files"]["processor"]:
+        (folder / PROCESSOR).mkdir(exist_ok=True)
+        for file in sorted((staging / PROCESSOR).iterdir()):
+            _place(file, folder / PROCESSOR / file.name)
+    _sync(folder / PROCESSOR)
+    _commit(folder, config)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _place(source: Path, target: Path) -> None:
+    """Put a file that exists elsewhere at a name, in one step, without taking it away from where it is."""
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        return
+    beside = target.with_name(f"{target.name}.new")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(source, beside)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, beside)
+        _sync_path(beside)
+    os.replace(beside, target)
+
+
+def _commit(folder: Path, config: Mapping[str, Any]) -> None:
+    """Replace sidestep.json in one step, once everything that it names is on the disk."""
+    beside = folder / f"{CONFIG}.new"
+    beside.write_text(_as_json(config), encoding="utf-8")
+    _sync_path(beside)
+    _sync_path(folder)
+    os.replace(beside, folder / CONFIG)
+    _sync_path(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what an interrupted save left, unless the present task lies in it."""
+    try:
+        used = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["files"]["weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        used = ""
+    for left in folder.glob(f"{STAGING}*"):
+        if not str(used).startswith(f"{left.name}/"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder and the files below it to the disk."""
+    if folder.is_dir():
+        for path in (*folder.rglob("*"), folder):
+            _sync_path(path)
+
+
+def _sync_path(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # folders cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_card(folder: Path, config: Mapping[str, Any]) -> None:
+    path = folder / CARD
+    if path.exists() and "library_name: sidestep" not in path.read_text(encoding="utf-8", errors="replace"):
+        return  # somebody's own README
+    path.write_text(model_card(config, folder.name), encoding="utf-8")
+
+
+def model_card(config: Mapping[str, Any], name: str) -> str:
+    """The README.md of a task with this config."""
+    backbone, method, scores = config["backbone"], config["method"], config["scores"] or {}
+    values = ", ".join(f"{key}={value}" for key, value in method["config"].items()) or "no settings"
+    hub = backbone["id"] if _is_hub_id(backbone) else ""
+    lines = [
+        "---",
+        "library_name: sidestep",
+        *([f"base_model: {hub}"] if hub else []),
+        "tags:",
+        "- sidestep",
+        f"- {method['name']}",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A task tuned with Sidestep {config['sidestep']}: "
+        f"`{method['name']}` ({values}) on {_backbone_text(backbone)}.",
+        "",
+        "The folder holds what was tuned, not the backbone, which is loaded by its name and recognised by "
+        f"its digest `{backbone['digest']['exact'][:16]}`.",
+        "",
+        *(["Labels: " + ", ".join(config["labels"]), ""] if config["labels"] else []),
+        *_score_table(scores),
+        "```python",
+        "import sidestep as ss",
+        "",
+        f'model = ss.load("{name}")',
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _score_table(scores: Mapping[str, Any]) -> list[str]:
+    if not scores:
+        return []
+    rows = [
+        f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
+        for key, value in scores.items()
+    ]
+    return ["| score | value |", "|---|---|", *rows, ""]
+
+
+def _is_hub_id(backbone: Mapping[str, Any]) -> bool:
+    """Whether a backbone's id is one of the hub's rather than a folder of this machine."""
+    parts = str(backbone["id"]).split("/")
+    plain = len(parts) <= 2 and all(part and not part.startswith((".", "~")) for part in parts)
+    return backbone["library"] == "transformers" and plain and backbone["revision"] is not None
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task folder as read: its config and, by portable names, its tensors."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def load(
+    folder: str | Path,
+    backbone: nn.Module | None = None,
+    *,
+    allow_mismatch: bool = False,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> SideModel:
+    """The model of a task folder, in eval mode.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        backbone: the model to put the task on; None: loaded by the name that is stored in the task.
+        allow_mismatch: whether another backbone is a warning rather than an error.
+        dtype: precision in which the backbone is loaded; None: the precision that the task was saved with.
+        device: where the model goes.
+
+    Raises:
+        TaskError: if the folder is no task, is damaged or too new, or belongs to another backbone.
+        LoadError: if the backbone cannot be loaded.
+        UnsupportedBackbone: if the method cannot work on the backbone.
+
+    Warns:
+        DtypeMismatch: if the backbone's weights are the same in another precision.
+        BackboneMismatch: if they are others, and `allow_mismatch` is set.
+    """
+    task = read(folder)
+    settings = _settings(task)
+    if backbone is None:
+        backbone = _stored_backbone(task, own_head=settings.head is None, dtype=dtype)
+    elif dtype is not None:
+        raise TaskError(f"dtype={dtype} with a backbone: convert it first, with backbone.to(dtype)")
+    if device is not None:
+        backbone.to(device)
+    model = _attach(task, backbone, settings)
+    try:
+        _check_digest(task, model, allow_mismatch)
+        _fill(task, model)
+        _restore_extras(task, model)
+    except BaseException:
+        detach(model)
+        raise
+    return model.eval()
+
+
+def read(folder: str | Path) -> Task:
+    """The config and tensors of a task folder, checked against each other.
+
+    Raises:
+        TaskError: if the folder is no task, is damaged, or was written in a newer format.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = _weights_path(folder, config)
+    try:
+        with safe_open(path, framework="pt") as reader:
+            metadata = reader.metadata() or {}
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise TaskError(f"{path} is damaged ({error}): copy the task again") from error
+    if metadata.get("sha256") != config["sha256"]:
+        raise TaskError(f"{path} belongs to another task than {folder / CONFIG}: copy both again")
+    if checksum(tensors) != config["sha256"]:
+        raise TaskError(f"{path} is damaged (its checksum differs): copy the task again")
+    return Task(folder, config, tensors)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a task folder.
+
+    Raises:
+        TaskError: if there is none, it is unreadable, or its format is newer.
+    """
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise TaskError(f"{folder} is no task folder: there is no such folder")
+    if not path.is_file():
+        there = ", ".join(sorted(item.name for item in folder.iterdir())[:6]) or "nothing"
+        raise TaskError(f"{folder} is no task folder: {CONFIG} is missing (it holds {there})")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TaskError(f"{path} cannot be read ({error}): copy the task again") from error
+    form = config.get("format") if isinstance(config, dict) else None
+    if not isinstance(form, int):
+        raise TaskError(f"{path} was not written by sidestep: it states no format")
+    if form > FORMAT:
+        raise TaskError(
+            f"{folder} was written by sidestep {config.get('sidestep')} in format {form}, and this version "
+            f"({_version('sidestep')}) reads up to {FORMAT}: upgrade with pip install -U sidestep"
+        )
+    _check_keys(path, config)
+    return config
+
+
+def _check_keys(path: Path, config: Mapping[str, Any]) -> None:
+    missing = [key for key in KEYS if key not in config]
+    for part, keys in PARTS.items():
+        values = config.get(part)
+        missing += [f"{part}.{key}" for key in keys if not isinstance(values, dict) or key not in values]
+    if missing:
+        raise TaskError(f"{path} lacks {', '.join(missing)}: copy the task again")
+
+
+def inspect_task(folder: str | Path) -> dict[str, Any]:
+    """What a task folder says of itself, read from its config and the header of its weights alone.
+
+    Returns:
+        The config's entries, and "folder", "digest" (the exact one), "tensors" (name -> shape, dtype and
+        whether it is trained), "parameters" (their number), "bytes" (of the weight file) and "files" (bytes
+        by name).
+
+    Raises:
+        TaskError: as `read`, but for the checksum.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = _weights_path(folder, config)
+    trained = set(config.get("trained", ()))
+    try:
+        with safe_open(path, framework="pt") as reader:
+            slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 - no mapping
+            tensors = {
+                name: {"shape": list(part.get_shape()), "dtype": part.get_dtype(), "trained": name in trained}
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise TaskError(f"{path} is damaged ({error}): copy the task again") from error
+    processor = config["files"].get("processor")
+    files = [folder / CONFIG, path, *((folder / processor).rglob("*") if processor else ())]
+    return {
+        **config,
+        "folder": str(folder),
+        "digest": config["backbone"]["digest"]["exact"],
+        "tensors": tensors,
+        "parameters": sum(_count(tensor["shape"]) for tensor in tensors.values()),
+        "bytes": path.stat().st_size,
+        "files": {str(file.relative_to(folder)): file.stat().st_size for file in files if file.is_file()},
+    }
+
+
+def _weights_path(folder: Path, config: Mapping[str, Any]) -> Path:
+    files = config["files"]
+    names = [name for name in files.values() if name is not None] if isinstance(files, dict) else []
+    if not names or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+        raise TaskError(f"{folder / CONFIG} names files outside its folder: copy the task again")
+    path = folder / files["weights"]
+    if not path.is_file():
+        raise TaskError(f"{folder} is no complete task: {files['weights']} is missing")
+    return path
+
+
+def _settings(task: Task) -> Settings:
+    config = task.config
+    try:
+        method = method_named(config["method"]["name"])
+    except ValueError as error:
+        raise TaskError(
+            f"{task.folder}: {error}; a method of another package has to be installed with it (entry point "
+            'group "sidestep.methods")'
+        ) from error
+    try:
+        head = config.get("head")
+        return Settings(
+            method.config.from_dict(config["method"]["config"]),
+            None if head is None else head_from_dict(head),
+            **config["attach"],
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise TaskError(f"the settings in {task.folder / CONFIG} cannot be used: {error}") from error
+
+
+def _stored_backbone(task: Task, *, own_head: bool, dtype: torch.dtype | str | None) -> nn.Module:
+    stored = task.config["backbone"]
+    source = Source(**{key: stored[key] for key in Source.__dataclass_fields__})
+    if not source.id:
+        raise TaskError(
+            f"{task.folder} does not say where its backbone is to be had (a {source.class_name} that was not "
+            "loaded by name): load it yourself and pass backbone="
+        )
+    # mixed precision has no one name: the checkpoint's own
+    wanted = dtype or (None if "+" in source.dtype else source.dtype)
+    kind = source.class_name if own_head else stored["trunk_class"]
+    fields = dict(stored["config"])
+    if "id2label" in fields:  # JSON has text keys only
+        fields["id2label"] = {int(index): label for index, label in fields["id2label"].items()}
+    return load_class(source, class_name=kind, dtype=wanted, config=fields)
+
+
+def _attach(task: Task, backbone: nn.Module, settings: Settings) -> SideModel:
+    try:
+        return attach(
+            backbone,
+            settings.method,
+            head=settings.head,
+            train_head=settings.train_head,
+            backbone_noise=settings.backbone_noise,
+            checkpoint=settings.checkpoint,
+        )
+    except UnsupportedBackbone as error:
+        raise UnsupportedBackbone(
+            f"{task.folder} was made on {_backbone_text(task.config['backbone'])}: {error}"
+        ) from error
+
+
+def _check_digest(task: Task, model: SideModel, allow_mismatch: bool) -> None:
+    stored = task.config["backbone"]
+    own, wanted = model.digest, Digest(**stored["digest"])
+    match = own.matches(wanted)
+    if match == "same":
+        return
+    if match == "dtype":
+        warnings.warn(
+            f"{task.folder} was made on these weights in {wanted.dtype}, and the backbone is in {own.dtype}: "
+            "outputs differ by rounding",
+            DtypeMismatch,
+            stacklevel=3,
+        )
+        return
+    here = asdict(source_of(model.backbone))
+    text = (
+        f"{task.folder} was made on {_backbone_text(stored)} with digest {wanted.exact[:16]} "
+        f"({wanted.dtype}), but this backbone is {_backbone_text(here)} with digest "
+        f"{own.exact[:16]} ({own.dtype})"
+    )
+    if not allow_mismatch:
+        raise TaskError(
+            f"{text}: load the task's own backbone, or pass allow_mismatch=True if you know that it fits"
+        )
+    warnings.warn(f"{text}: outputs are not those of the task", BackboneMismatch, stacklevel=3)
+
+
+def _fill(task: Task, model: SideModel) -> None:
+    """Copy the task's tensors into the model, all of them or none."""
+    names = portable_names(model)
+    own = {names[name]: tensor for name, tensor in model.state_dict().items()}
+    missing, surplus = sorted(own.keys() - task.tensors.keys()), sorted(task.tensors.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(value.shape)} for {tuple(own[name].shape)}"
+        for name, value in task.tensors.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if missing or surplus or shapes:
+        kind = task.config["backbone"]["class_name"]
+        raise TaskError(
+            f"the tensors of {task.folder} do not fit {type(model.backbone).__name__} (the task was made on "
+            f"{kind}): missing {_some(missing)}; without a place {_some(surplus)}; "
+            f"other shapes {_some(shapes)}"
+        )
+    model.load_state_dict({name: task.tensors[portable] for name, portable in names.items()})
+
+
+def _restore_extras(task: Task, model: SideModel) -> None:
+    config = task.config
+    model.extras["preprocessing"] = config.get("preprocessing") or {}
+    if config.get("scores") is not None:
+        model.extras["scores"] = config["scores"]
+    if processor := config["files"].get("processor"):
+        model.extras["processor"] = load_processor(task.folder / processor)
+
+
+# --- small parts -------------------------------------------------------------------------------------------
+
+
+def _backbone_text(backbone: Mapping[str, Any]) -> str:
+    """A backbone in words: its class and where it came from."""
+    return f"{backbone['class_name']} {backbone['id'] or '(not loaded by name)'!s}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    listed = list(names)
+    shown = ", ".join(listed[:most]) or "none"
+    return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"

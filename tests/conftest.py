@@ -1,0 +1,24 @@
+import warnings
+from collections.abc import Iterator
+
+import datasets
+import pytest
+import torch
+import transformers
+
+import late_writer  # noqa: F401 - registers a third party's method, so that the laws cover one
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Same seed for every test, no progress bars."""
+    torch.manual_seed(0)
+    yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.simplefilter("default")

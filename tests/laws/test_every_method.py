@@ -1,0 +1,548 @@
+"""The laws: every registered method on every family. A new method is covered the moment it is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, LABELS, TinyFamily, call, logits, randomize
+from torch import Tensor, nn
+
+import sidestep as ss
+from sidestep.backbone import CheckpointedForward, find_places
+from sidestep.methods import SideNet, UnsupportedBackbone, WeightDelta, methods
+from sidestep.methods.base import Method
+
+METHODS = {name: method for name, method in methods().items() if name != "collect"}
+SIDE = [name for name, method in METHODS.items() if issubclass(method.implementation, SideNet)]
+DELTA = [name for name, method in METHODS.items() if issubclass(method.implementation, WeightDelta)]
+
+#: The pairs that must be refused; every other pair must work.
+REFUSED = {("bitfit", "t5"), ("bitfit", "llama"), ("late_writer", "swin")}
+
+
+def pairs(names: list[str]) -> Any:
+    """Every supported pair of these methods and the families."""
+    ids = [(m, f) for m in names for f in FAMILIES if (m, f) not in REFUSED]
+    return pytest.mark.parametrize(("method", "family"), ids, ids=[f"{m}-{f}" for m, f in ids])
+
+
+every = pairs(list(METHODS))
+side_nets = pairs(SIDE)
+weight_deltas = pairs(DELTA)
+
+
+def config_of(method: str) -> Any:
+    """A config for tiny models: a rank that fits them."""
+    kind = METHODS[method].config
+    return kind(rank=4) if "rank" in kind.__dataclass_fields__ else kind()
+
+
+def attach(method: str, family: TinyFamily, *, head: bool = False, **kwargs: Any) -> ss.SideModel:
+    """The tiny model with the method attached, on its own head or a Sidestep one."""
+    torch.manual_seed(3)
+    own = ss.Classify(num_labels=LABELS) if head else None
+    return ss.attach(family.model(), config_of(method), head=own, **kwargs)
+
+
+def loss_of(model: ss.SideModel, family: TinyFamily, batch: dict[str, Tensor] | None = None) -> Tensor:
+    """A scalar that depends on every output: random weights on the logits."""
+    batch = family.inputs() if batch is None else batch
+    out = logits(model(**batch))
+    return (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out.dtype)).sum()
+
+
+def gradients(model: ss.SideModel, loss: Tensor) -> dict[str, Tensor]:
+    """Gradients of what is trained, by name."""
+    model.zero_grad()
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.trained_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+# --- 1 -----------------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_detached_outputs_are_the_backbones_own(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    backbone, batch = kind.model(), kind.inputs()
+    before = logits(call(backbone, batch))
+    model = ss.attach(backbone, config_of(method))
+    randomize(model)
+    if trained := [p for _, p in model.trained_parameters()]:
+        loss_of(model.train(), kind).backward()
+        torch.optim.SGD(trained, lr=0.1).step()
+    assert ss.detach(model) is backbone
+    assert torch.equal(logits(call(backbone, batch)), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in backbone.modules())
+
+
+# Frozen and trainable weights may take different attention kernels, so bit-equality is asked for without gradients.
+
+
+@every
+@torch.no_grad()
+def test_a_zero_start_shows_the_frozen_model(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    if not getattr(METHODS[method].implementation, "starts_as_identity", True):
+        pytest.skip(f"{method} does not start as the identity")
+    before = logits(call(kind.model(), kind.inputs()))
+    assert torch.equal(logits(attach(method, kind).eval()(**kind.inputs())), before)
+
+
+@side_nets
+@torch.no_grad()
+def test_the_bare_backbone_stays_usable(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    backbone, batch = kind.model(), kind.inputs()
+    before = logits(call(backbone, batch))
+    model = ss.attach(backbone, config_of(method))
+    randomize(model)
+    assert torch.equal(logits(call(backbone, batch)), before)
+
+
+# --- 2 -----------------------------------------------------------------------------------------------------------------
+
+
+@side_nets
+def test_every_site_is_visited_once_in_order(method: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = FAMILIES[family]
+    model = attach(method, kind)
+    seen: list[tuple[str, str, int]] = []
+    visit = model.fold.visit
+
+    def spy(site: Any, order: int) -> Any:
+        seen.append((site.stack, site.kind, site.index))
+        return visit(site, order)
+
+    monkeypatch.setattr(model.fold, "visit", spy)
+    model(**kind.inputs())
+    expected = [(p.site.stack, p.site.kind, p.site.index) for p in find_places(model.backbone)]
+    assert seen == expected
+    seen.clear()
+    model(**kind.inputs())
+    assert seen == expected
+
+
+# --- 3 -----------------------------------------------------------------------------------------------------------------
+
+
+@side_nets
+def test_bytes_kept_are_within_the_stated_formula(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    model = attach(method, kind, head=True)
+    randomize(model)
+    batch = kind.inputs(rows=4, tokens=32) if kind.image is None else kind.inputs()
+    tokens = tokens_per_site(model, batch)
+    with ss.saved_bytes(model) as kept:
+        loss = model.train()(**batch, labels=kind.labels()).loss
+    config, implementation = config_of(method), METHODS[method].implementation
+    stated = sum(4 * n * implementation.kept_per_token(config, site) for site, n in tokens)
+    # What a head keeps for 4 rows (features, probabilities, labels, pooling weights), and the padding masks.
+    width = model.head.linear.in_features
+    slack = 4 * (4 * (4 * width + 6 * LABELS)) + sum(n for _, n in tokens) * 5
+    assert kept.total <= stated + slack, str(kept)
+    assert loss.requires_grad
+
+
+def tokens_per_site(model: ss.SideModel, batch: dict[str, Tensor]) -> list[tuple[Any, int]]:
+    """Each site with the number of tokens (rows times tokens) that the method is given there."""
+    found: list[tuple[Any, int]] = []
+    step, finish = model.side.step, model.side.finish
+
+    def count_step(state: Any, hidden: Tensor, site: Any) -> Any:
+        found.append((site, hidden.shape[0] * hidden.shape[1]))
+        return step(state, hidden, site)
+
+    def count_finish(state: Any, raw: Tensor, normed: Tensor, site: Any) -> Any:
+        if site.kind == "norm":
+            found.append((site, raw.shape[0] * raw.shape[1]))
+        return finish(state, raw, normed, site)
+
+    with torch.no_grad(), patched(model.side, step=count_step, finish=count_finish):
+        model(**batch)
+    return found
+
+
+@contextmanager
+def patched(module: nn.Module, **methods_: Any) -> Iterator[None]:
+    for name, function in methods_.items():
+        object.__setattr__(module, name, function)
+    try:
+        yield
+    finally:
+        for name in methods_:
+            object.__delattr__(module, name)
+
+
+@side_nets
+def test_nothing_of_the_backbone_is_kept_before_the_first_write(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    model = attach(method, kind)
+    if not any(True for _ in model.trained_parameters()):
+        pytest.skip("nothing is trained")
+    late = {id(block) for block in model.late_blocks()}
+    early = [p.name for p in model.places if p.site.kind == "block" and id(p.module) not in late]
+    with ss.saved_bytes(model) as kept:
+        loss_of(model.train(), kind)
+    prefix = "backbone." + next((f"{n}." for n, m in model.backbone.named_modules() if m is model.trunk and n), "")
+    inside = [row for row in kept.rows if any(row.module.startswith(f"{prefix}{name}.") for name in early)]
+    assert inside == []
+
+
+# --- 4 -----------------------------------------------------------------------------------------------------------------
+
+
+@side_nets
+def test_no_backbone_tensor_gets_a_gradient_or_moves(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    backbone = kind.model()
+    names = [name for name, _ in backbone.named_parameters()]
+    before = {name: t.clone() for name, t in [*backbone.named_parameters(), *backbone.named_buffers()]}
+    model = ss.attach(backbone, config_of(method), head=ss.Classify(num_labels=LABELS))
+    randomize(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        model.train()(**kind.inputs(), labels=kind.labels()).loss.backward()
+        optimizer.step()
+    assert [name for name, _ in backbone.named_parameters()] == names
+    assert all(p.grad is None for p in backbone.parameters())
+    after = dict([*backbone.named_parameters(), *backbone.named_buffers()])
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@weight_deltas
+def test_a_weight_delta_moves_only_what_it_declares_and_detach_restores_it(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    backbone = kind.model()
+    before = {name: p.clone() for name, p in backbone.named_parameters()}
+    model = ss.attach(backbone, config_of(method))
+    declared = {name.removeprefix("backbone.") for name, _ in model.trained_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    loss_of(model.train(), kind).backward()
+    optimizer.step()
+    moved = {name for name, p in backbone.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert moved <= declared
+    ss.detach(model)
+    assert all(torch.equal(p, before[name]) for name, p in backbone.named_parameters())
+
+
+# --- 5 -----------------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_every_trained_parameter_gets_a_gradient_within_two_steps(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    # A weight delta is asked through the backbone's own head: what a Sidestep head does not read gets no gradient.
+    model = attach(method, kind, head=method in SIDE)
+    optimizer = torch.optim.SGD([p for _, p in model.trained_parameters()], lr=0.5)
+    reached: set[str] = set()
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model.train(), kind).backward()
+        reached |= {n for n, p in model.trained_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        optimizer.step()
+    missed = {name for name, _ in model.trained_parameters()} - reached
+    # Softmax does not see a key's bias.
+    assert {name for name in missed if not name.endswith((".key.bias", ".k_proj.bias"))} == set()
+
+
+# --- 6 -----------------------------------------------------------------------------------------------------------------
+
+
+@side_nets
+def test_a_tokenwise_step_changes_its_own_row_only(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    model = attach(method, kind).double()
+    randomize(model, scale=1.0)
+    if not model.side.tokenwise:
+        pytest.skip(f"{method} mixes tokens")
+    encoder = torch.randn(2, 6, config_of(method).rank).double() if hasattr(config_of(method), "rank") else None
+    for stack in dict.fromkeys(place.site.stack for place in model.places):
+        sites = [place.site for place in model.places if place.site.stack == stack and place.site.stage == 0]
+        hidden = [torch.randn(2, 5, site.width).double() for site in sites]
+        other = [h.clone() for h in hidden]
+        for changed in other:
+            changed[:, 3] += torch.randn(changed[:, 3].shape)
+        carried = encoder if stack == "decoder" and kind.encoder_decoder else None
+        first, second = (run_stack(model.side, sites, h, carried) for h in (hidden, other))
+        for a, b in zip(first, second, strict=True):
+            rows = (a - b).abs().amax(dim=(0, 2))
+            assert rows[[0, 1, 2, 4]].max() == 0
+            assert rows[3] > 0
+
+
+def run_stack(side: SideNet, sites: Any, hidden: list[Tensor], carried: Tensor | None) -> list[Tensor]:
+    """What a method returns and remembers along a stack fed with given hidden states."""
+    state = side.start(sites[0], carried)
+    out: list[Tensor] = []
+    for site, h in zip(sites, hidden, strict=True):
+        if site.kind == "norm":
+            written = side.finish(state, h, h, site)
+        else:
+            state, written = side.step(state, h, site)
+        out.append(written)
+        memory = getattr(state, "hidden", None)
+        out += [memory] if isinstance(memory, Tensor) else []
+    return out
+
+
+@pytest.mark.parametrize("method", SIDE)
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize(
+    "how",
+    [{"num_beams": 1}, {"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 3}],
+    ids=["greedy", "beam4", "beam4-return3"],
+)
+def test_cached_generation_equals_uncached(method: str, family: str, how: dict[str, int]) -> None:
+    kind = FAMILIES[family]
+    model = attach(method, kind).eval()
+    randomize(model, scale=1.0)
+    batch = {k: v for k, v in kind.inputs().items() if k != "decoder_input_ids"}
+    if kind.causal:  # decoders are padded on the left for generation
+        batch = {name: value.flip(1) for name, value in batch.items()}
+    common = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_scores=True, **how)
+    if not model.side.tokenwise:
+        with pytest.raises(ValueError, match="use_cache=False"):
+            model.generate(**batch, use_cache=True, **common)
+        return
+    cached = model.generate(**batch, use_cache=True, **common)
+    plain = model.generate(**batch, use_cache=False, **common)
+    assert torch.equal(cached.sequences, plain.sequences)
+    for a, b in zip(cached.scores, plain.scores, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    frozen = kind.model().generate(**batch, use_cache=True, **common)
+    if method != "probe":
+        assert frozen.scores[0].shape != cached.scores[0].shape or not torch.allclose(
+            frozen.scores[0], cached.scores[0]
+        )
+
+
+# --- 7 -----------------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_gradients_equal_finite_differences(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    head = ss.Classify(num_labels=LABELS)
+    model = ss.attach(with_exact_norms(kind.model()), config_of(method), head=head).double()
+    randomize(model)
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in kind.inputs().items()}
+    parameters = dict(model.trained_parameters())
+    generator = torch.Generator().manual_seed(5)
+    direction = {n: torch.randn(p.shape, generator=generator).double() for n, p in parameters.items()}
+
+    def loss_at(step: float) -> Tensor:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.add_(step * direction[name])
+            value = loss_of(model, kind, batch)
+            for name, parameter in parameters.items():
+                parameter.sub_(step * direction[name])
+        return value
+
+    slope = sum((g * direction[n]).sum() for n, g in gradients(model, loss_of(model, kind, batch)).items())
+    numeric = (loss_at(1e-6) - loss_at(-1e-6)) / 2e-6
+    torch.testing.assert_close(slope, numeric, rtol=1e-5, atol=1e-7)
+
+
+class ExactNorm(nn.Module):
+    """An RMS norm in the input's own precision: T5's and Llama's compute in float32 whatever the model's."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+def with_exact_norms(model: nn.Module) -> nn.Module:
+    """The model with every RMS norm replaced by an `ExactNorm` of the same name."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "variance_epsilon"):
+            model.set_submodule(name, ExactNorm(module))
+    return model
+
+
+# --- 8 -----------------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_checkpointing_keeps_gradients_and_runs_late_blocks_twice(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    plain, saving = attach(method, kind, head=True), attach(method, kind, head=True, checkpoint="late")
+    randomize(plain)
+    randomize(saving)
+    runs = {id(block): 0 for block in saving.late_blocks()}
+
+    def count(block: nn.Module, args: Any, output: Any) -> None:
+        runs[id(block)] += 1
+
+    # A block's own child counts its runs: the block's hooks stand outside the checkpoint.
+    watched = [next(m for m in block.modules() if isinstance(m, nn.Linear)) for block in saving.late_blocks()]
+    for block, child in zip(saving.late_blocks(), watched, strict=True):
+        child.register_forward_hook(lambda m, a, o, block=block: count(block, a, o))
+    kept, found = [], []
+    for model in (plain, saving):
+        if method in SIDE:
+            model.train()  # a weight delta's own dropout would differ between two runs
+        with ss.saved_bytes(model) as record:
+            loss = loss_of(model, kind)
+        kept.append(record.total)
+        found.append(gradients(model, loss))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-5, atol=1e-6, msg=name)
+    assert set(runs.values()) <= {2}
+    assert (kept[1] < kept[0]) == bool(runs)
+    assert bool(runs) == (method not in ("probe", "read"))
+    forwards = [block.__dict__.get("forward") for block in saving.late_blocks()]
+    assert all(isinstance(forward, CheckpointedForward) for forward in forwards)
+
+
+# --- 9 -----------------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_compiled_equals_eager(method: str, family: str) -> None:
+    torch._dynamo.reset()
+    kind = FAMILIES[family]
+    model = attach(method, kind, head=True).eval()
+    randomize(model)
+    eager = loss_of(model, kind)
+    expected = gradients(model, eager)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = loss_of(compiled, kind)
+    torch.testing.assert_close(loss, eager, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients(model, loss).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attach_after_compile_raises(family: str) -> None:
+    compiled = torch.compile(FAMILIES[family].model(), backend="aot_eager")
+    with pytest.raises(ValueError, match="Attach first, then torch.compile"):
+        ss.attach(compiled, ss.ReadConfig(rank=4))
+
+
+# --- 11, 12, 13 --------------------------------------------------------------------------------------------------------
+
+
+@side_nets
+@pytest.mark.parametrize("noise", [None, "drop_path", "dropout", "all"])
+def test_the_backbone_stays_in_eval_mode_unless_noise_is_asked_for(method: str, family: str, noise: Any) -> None:
+    kind = FAMILIES[family]
+    model = attach(method, kind, head=True, backbone_noise=noise).train()
+    training = {type(m).__name__ for m in model.trunk.modules() if m.training}
+    if noise is None:
+        assert training == set()
+    else:
+        drop_path = {name for name in training if "DropPath" in name}
+        assert (noise == "drop_path") == (training == drop_path) or not training
+        assert noise != "dropout" or not drop_path
+        assert not any("BatchNorm" in name for name in training)
+    assert not any(m.training for m in model.eval().modules())
+
+
+@every
+def test_under_no_grad_nothing_requires_a_gradient(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    model = attach(method, kind, head=True)
+    with torch.no_grad():
+        assert not model(**kind.inputs(), labels=kind.labels()).loss.requires_grad
+
+
+@pytest.mark.parametrize(("method", "family"), sorted(REFUSED))
+def test_an_unsupported_pair_is_refused_by_name(method: str, family: str) -> None:
+    backbone = FAMILIES[family].model()
+    with pytest.raises(UnsupportedBackbone, match=f"{method} does not work on {type(backbone).__name__}"):
+        ss.attach(backbone, config_of(method))
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+# --- 14 ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pairs(list(METHODS))
+def test_twice_the_padding_gives_the_same_outputs(method: str, family: str, side: str) -> None:
+    kind = FAMILIES[family]
+    if kind.image is not None:
+        pytest.skip("images are not padded")
+    if side == "left" and family == "bert":
+        pytest.skip("the plain backbone counts positions from the left")
+    model = attach(method, kind, head=True).eval()
+    randomize(model, scale=0.5)
+    batch = kind.inputs()
+    padded = {
+        name: value if name == "decoder_input_ids" else pad(value, 4, side) for name, value in batch.items()
+    }
+    if kind.causal and side == "left":
+        rows = {n: v[:3] for n, v in padded.items()}  # the last row is padded on the right too
+        positions = (rows["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        out = logits(model(**rows, position_ids=positions))
+        torch.testing.assert_close(out, logits(model(**batch))[:3], rtol=1e-4, atol=1e-5)
+        return
+    torch.testing.assert_close(logits(model(**padded)), logits(model(**batch)), rtol=1e-4, atol=1e-5)
+
+
+def pad(value: Tensor, by: int, side: str) -> Tensor:
+    zeros = value.new_zeros(value.shape[0], by)
+    return torch.cat([value, zeros] if side == "right" else [zeros, value], dim=1)
+
+
+# --- 15, 16 ------------------------------------------------------------------------------------------------------------
+
+
+@side_nets
+@pytest.mark.parametrize("precision", ["autocast", "weights"])
+def test_bfloat16_is_finite_and_close(method: str, family: str, precision: str) -> None:
+    kind = FAMILIES[family]
+    exact = attach(method, kind, head=True)
+    randomize(exact, scale=0.05)
+    expected = gradients(exact, loss_of(exact, kind))
+    backbone = kind.model()
+    if precision == "weights":
+        backbone = backbone.to(torch.bfloat16)
+    model = ss.attach(backbone, config_of(method), head=ss.Classify(num_labels=LABELS))
+    model.load_state_dict(exact.state_dict())
+    batch = kind.inputs()
+    if precision == "weights":
+        batch = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in batch.items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        loss = loss_of(model, kind, batch)
+    found = gradients(model, loss)
+    assert all(p.dtype == torch.float32 for _, p in model.trained_parameters())
+    whole = torch.cat([g.flatten() for g in expected.values()])
+    error = torch.cat([(found[name] - g).flatten() for name, g in expected.items()])
+    assert torch.isfinite(error).all()
+    # bf16 rounds at 2^-9; three blocks and their norms add up to a few times that.
+    assert error.norm() / whole.norm() < 3e-2
+
+
+@every
+def test_accumulation_gives_the_gradients_of_the_whole_batch(method: str, family: str) -> None:
+    kind = FAMILIES[family]
+    model = attach(method, kind, head=True)
+    randomize(model)
+    batch, labels = kind.inputs(rows=8), kind.labels(8)
+    whole = gradients(model, model(**batch, labels=labels).loss)
+    model.zero_grad()
+    for start in range(0, 8, 2):
+        part = {name: value[start : start + 2] for name, value in batch.items()}
+        model(**part, labels=labels[start : start + 2], num_items_in_batch=8).loss.backward()
+    for name, parameter in model.trained_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_registry_is_what_the_laws_cover() -> None:
+    assert {"read", "probe", "bitfit", "full", "late_writer"} <= set(METHODS)
+    assert all(isinstance(method, Method) for method in METHODS.values())

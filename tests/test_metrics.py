@@ -1,0 +1,116 @@
+import pickle
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sidestep.metrics import GREATER_IS_BETTER, METRICS, PRIMARY, ComputeMetrics, ScoreWarning, scores
+
+RANDOM = np.random.default_rng(0)
+
+
+def logits_of(classes: list[int], width: int) -> np.ndarray:
+    """Random logits (rows, width) whose largest is the class's."""
+    logits = RANDOM.normal(size=(len(classes), width))
+    logits[np.arange(len(classes)), classes] = 10.0
+    return logits
+
+
+def test_every_kind_gives_its_metrics_and_its_primary_one():
+    found = {
+        "single": scores("single", logits_of([0, 1, 1], 2), np.array([0, 1, 0])),
+        "multi": scores("multi", RANDOM.normal(size=(4, 3)), RANDOM.integers(0, 2, (4, 3))),
+        "regress": scores("regress", RANDOM.normal(size=5), RANDOM.normal(size=5)),
+    }
+    for kind, values in found.items():
+        assert tuple(values) == METRICS[kind]
+        assert PRIMARY[kind] in METRICS[kind]
+        assert all(type(value) is float for value in values.values())
+        assert set(values) <= set(GREATER_IS_BETTER)
+
+
+def test_two_classes_by_hand():
+    # true positives 2, false positives 1, false negatives 1, true negatives 3
+    chosen, true = [1, 1, 1, 0, 0, 0, 0], np.array([1, 1, 0, 1, 0, 0, 0])
+    found = scores("single", logits_of(chosen, 2), true, names=("no", "yes"))
+    assert found["accuracy"] == pytest.approx(5 / 7)
+    assert found["f1"] == pytest.approx(2 / 3)
+    assert found["f1_macro"] == pytest.approx((2 / 3 + 3 / 4) / 2)
+    assert found["f1_micro"] == pytest.approx(5 / 7)
+    assert found["matthews"] == pytest.approx((2 * 3 - 1 * 1) / (3 * 3 * 4 * 4) ** 0.5)
+
+
+def test_f1_is_of_the_second_class_and_only_of_two():
+    found = scores("single", logits_of([0, 0, 0], 2), np.array([0, 0, 1]))
+    assert found["f1"] == 0.0
+    assert "f1" not in scores("single", logits_of([0, 1, 2], 3), np.array([0, 1, 2]))
+
+
+def test_one_class_everywhere_is_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = scores("single", logits_of([0, 0], 3), np.array([0, 0]))
+    assert found == {"accuracy": 1.0, "f1_macro": 1.0, "f1_micro": 1.0, "matthews": 0.0}
+
+
+def test_several_classes_by_hand():
+    logits = np.array([[2.0, -1.0, 0.5], [-3.0, 0.1, -0.2], [1.0, -1.0, -1.0]])
+    true = np.array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    found = scores("multi", logits, true)
+    assert found["accuracy"] == pytest.approx(1 / 3)
+    assert found["f1_micro"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    assert found["f1_macro"] == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
+
+
+def test_numbers_by_hand():
+    predictions, targets = np.array([[1.0], [2.0], [4.0], [3.0]]), np.array([1.0, 2.0, 3.0, 5.0])
+    found = scores("regress", predictions, targets)
+    assert found["pearson"] == pytest.approx(np.corrcoef(predictions[:, 0], targets)[0, 1])
+    assert found["spearman"] == pytest.approx(stats.spearmanr(predictions[:, 0], targets).statistic)
+    assert found["mse"] == pytest.approx(5 / 4)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "targets", "what"),
+    [([2.0, 2.0, 2.0], [1.0, 2.0, 3.0], "predictions of 3"), ([1.0], [1.0], "predictions and targets of 1")],
+)
+def test_an_undefined_correlation_is_zero_and_says_so(predictions, targets, what):
+    with pytest.warns(ScoreWarning, match=f"{what} rows are all the same") as caught:
+        found = scores("regress", np.array(predictions), np.array(targets))
+    assert len(caught) == 1
+    assert (found["pearson"], found["spearman"]) == (0.0, 0.0)
+    assert found["mse"] == pytest.approx(np.mean((np.array(predictions) - np.array(targets)) ** 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ranking", np.zeros(2), np.zeros(2)), "kind='ranking': choose single, multi, regress"),
+        (("regress", np.zeros(2), np.zeros(3)), "2 predictions for 3 targets"),
+        (("regress", np.zeros(0), np.zeros(0)), "at least one"),
+        (
+            ("single", np.array([[np.nan, 0.0], [0.0, 1.0]]), np.zeros(2)),
+            "predictions are not finite in 1 of 2",
+        ),
+        (("regress", np.zeros(2), np.array([np.inf, 0.0])), "targets are not finite in 1 of 2 rows"),
+        (("regress", np.zeros((2, 3)), np.zeros(2)), r"predictions have shape \(2, 3\), targets \(2,\)"),
+        (("single", np.zeros(2), np.zeros(2)), r"should be \(rows, classes\) and \(rows\)"),
+        (("multi", np.zeros((2, 3)), np.zeros(2)), r"should be \(rows, classes\) and \(rows, classes\)"),
+        (("single", np.zeros((2, 3)), np.zeros(2), ("a", "b")), "3 columns, but there are 2 classes: a, b"),
+        (("single", np.zeros((2, 2)), np.array([0, 2])), "targets are 0 to 2: they should be 0 to 1"),
+        (("multi", np.zeros((1, 2)), np.array([[-1, 0]])), "targets are -1 to 0: they should be 0 to 1"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        scores(*arguments)
+
+
+def test_compute_metrics_takes_the_logits_and_can_be_sent_to_another_process():
+    logits, targets = logits_of([0, 1, 1], 2), np.array([0, 1, 0])
+    compute = pickle.loads(pickle.dumps(ComputeMetrics("single", ("no", "yes"))))
+    expected = scores("single", logits, targets)
+    for predictions in (logits, (logits, np.zeros((3, 7)))):
+        assert compute(SimpleNamespace(predictions=predictions, label_ids=targets)) == expected

@@ -1,0 +1,172 @@
+"""Tiny random models of every family the laws are tested on, and batches for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SwinConfig,
+    SwinForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+VOCABULARY = 40
+LABELS = 3
+
+
+def bert() -> nn.Module:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            num_labels=LABELS,
+        )
+    )
+
+
+def vit() -> nn.Module:
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=16,
+            patch_size=4,
+            num_labels=LABELS,
+            hidden_dropout_prob=0.1,
+        )
+    )
+
+
+def swin() -> nn.Module:
+    return SwinForImageClassification(
+        SwinConfig(
+            embed_dim=8, depths=[2, 2], num_heads=[1, 2], image_size=32, window_size=4, num_labels=LABELS
+        )
+    )
+
+
+def t5() -> nn.Module:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=3,
+            num_heads=2,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=1,
+        )
+    )
+
+
+def timm_vit() -> nn.Module:
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=LABELS
+    )
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """One family: how its model is made and what it reads."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    image: int | None = None
+    causal: bool = False
+    encoder_decoder: bool = False
+
+    def model(self, seed: int = 0) -> nn.Module:
+        """A random model, in eval mode, whose biases and norms are random too (zeros hide errors)."""
+        torch.manual_seed(seed)
+        model = self.build().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    def inputs(self, rows: int = 4, tokens: int = 7, seed: int = 1) -> dict[str, Tensor]:
+        """Inputs without labels; the last row of a text batch is padded by two tokens."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.image is not None:
+            return {"pixel_values": torch.randn(rows, 3, self.image, self.image, generator=generator)}
+        ids = torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[-1, -2:], ids[-1, -2:] = 0, 0
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if self.encoder_decoder:
+            batch["decoder_input_ids"] = torch.randint(3, VOCABULARY, (rows, 4), generator=generator)
+        return batch
+
+    def labels(self, rows: int = 4) -> Tensor:
+        """Class numbers."""
+        return torch.arange(rows) % LABELS
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        TinyFamily("bert", bert),
+        TinyFamily("vit", vit, image=16),
+        TinyFamily("swin", swin, image=32),
+        TinyFamily("t5", t5, encoder_decoder=True),
+        TinyFamily("llama", llama, causal=True),
+        TinyFamily("timm_vit", timm_vit, image=16),
+    )
+}
+
+
+def logits(output: Any) -> Tensor:
+    """The logits of a model output (timm models return them bare)."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def call(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """A plain backbone's output (timm models take their input by position)."""
+    return model(*batch.values()) if not hasattr(model, "config") else model(**batch)
+
+
+def randomize(model: nn.Module, seed: int = 2, scale: float = 0.2) -> None:
+    """Random values for every side and head parameter, so that no zero start hides an error."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("side.", "head.")):
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(scale * noise.to(parameter.dtype))
