@@ -20,6 +20,7 @@ from sidestep.methods import (
     methods,
 )
 from sidestep.model import SideModel, attach, detach
+from sidestep.store import load
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "UnsupportedBackbone",
     "attach",
     "detach",
+    "load",
     "methods",
     "peak_memory",
     "saved_bytes",

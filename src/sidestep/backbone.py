@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -324,20 +324,25 @@ def pretrained_tensors(
     """Names (relative to the base model, sorted) and values of the pretrained weights that identify a backbone.
 
     Left out: heads and poolers (a class of model may lack them), tensors that the checkpoint did not have, and the
-    second name of a tied tensor. `originals` stand in for parameters (by the model's names) that a method moved.
+    second name of a tied tensor. `originals` stand in for tensors (by the model's names) that a method moved.
     """
     trunk, missing = trunk_of(model), new_parameters(model)
-    parameters = dict(model.named_parameters())
-    new = {id(parameters[name]) for name in missing}
-    before = {id(parameters[name]): value for name, value in (originals or {}).items()}
-    skip = new | _head_tensors(trunk)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    new = {id(tensors[name]) for name in missing}
+    before = {id(tensors[name]): value for name, value in (originals or {}).items()}
+    skip = new | head_tensors(trunk)
     named = [*trunk.named_parameters(), *_persistent_buffers(trunk)]
     for name, tensor in sorted(named, key=lambda item: item[0]):
-        if id(tensor) not in skip and "pooler" not in name.split("."):
+        if id(tensor) not in skip and not in_pooler(name):
             yield name, before.get(id(tensor), tensor).detach()
 
 
-def _head_tensors(trunk: nn.Module) -> set[int]:
+def in_pooler(name: str) -> bool:
+    """Whether a parameter of this name belongs to a pooler (on top of the last hidden state, part of no block)."""
+    return "pooler" in name.split(".")
+
+
+def head_tensors(trunk: nn.Module) -> set[int]:
     """Identities of the weights of an output head inside the trunk, unless they are tied to others."""
     if isinstance(trunk, PreTrainedModel):
         head = trunk.get_output_embeddings()
@@ -358,14 +363,11 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 _NARROWER = (torch.bfloat16, torch.float16)
 
 
-def digest(model: nn.Module, originals: Mapping[str, Tensor] | None = None) -> Digest:
-    """The digest of a backbone's pretrained weights, whatever head its class has.
-
-    `originals` are the values, by parameter name, that a method has moved since.
-    """
+def digest_of(named: Iterable[tuple[str, Tensor]]) -> Digest:
+    """The digest of tensors with their names."""
     exact, rounded = hashlib.sha256(), {dtype: hashlib.sha256() for dtype in _NARROWER}
     dtypes: set[torch.dtype] = set()
-    for name, tensor in pretrained_tensors(model, originals):
+    for name, tensor in named:
         value = tensor.cpu().contiguous()
         exact.update(_record(name, value))
         if value.is_floating_point():

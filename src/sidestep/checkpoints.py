@@ -146,9 +146,7 @@ def _check_same(path: Path, run: Mapping[str, Any]) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise OutputError(
-            f"{path} cannot be read ({error}): start the run anew with --overwrite"
-        ) from error
+        raise OutputError(f"{path} cannot be read ({error}): start the run anew with --overwrite") from error
     now = json.loads(json.dumps(run))
     changed = [
         f"{name} is {_short(now.get(name))} and was {_short(before.get(name))}"

@@ -117,7 +117,6 @@ class SideModel(nn.Module):
         if settings.head is not None:
             self.head = Head(settings.head, self._feature_width(sites), pool).to(device=_device(backbone))
         self.places, self._delta = places, delta
-        self._originals: dict[str, Tensor] = {}
         self._set_trained()
         self.fold = Fold(
             trunk if self.head is not None else backbone,
@@ -186,26 +185,47 @@ class SideModel(nn.Module):
         return [place.module for place in self.places[order + 1 :] if place.site.kind == "block"]
 
     def _set_trained(self) -> None:
-        """Unfreeze what is trained, keep its original values for `detach`, and list the task's tensors."""
-        new = backbones.new_parameters(self.backbone) if self.head is None else set()
+        """Unfreeze what is trained, list the task's tensors, and keep their original values for `detach`."""
+        # A Sidestep head does not run through the backbone's own.
+        unread = self._beyond_trunk() if self.head is not None else set()
+        new = backbones.new_parameters(self.backbone)
         moved = {id(p) for name, p in self.trunk.named_parameters() if self._delta and self._delta.moves(name, p)}
-        stored = set()
+        stored = []
         for name, parameter in self.backbone.named_parameters():
-            trained = id(parameter) in moved or (self.head is None and self._trains_head(name, parameter, new))
-            if trained:
-                parameter.requires_grad_(True)
-                self._originals[name] = parameter.detach().to("cpu", copy=True)
-            if trained or (name in new and not self._in_trunk(parameter)) or name in new:
-                stored.add(f"backbone.{name}")
+            if id(parameter) in unread:
+                continue
+            trained = id(parameter) in moved or self._trains_head(name, parameter, new)
+            parameter.requires_grad_(trained)
+            if trained or name in new:
+                stored.append(name)
+        stored += self._running_statistics()
+        tensors = dict([*self.backbone.named_parameters(), *self.backbone.named_buffers()])
+        self._originals = {name: tensors[name].detach().to("cpu", copy=True) for name in stored}
         side = [name for name in super().state_dict() if name.startswith(("side.", "head."))]
-        order = [name for name, _ in self.named_parameters() if name in stored]
-        self._task_names = (*side, *order)
+        self._task_names = (*side, *(f"backbone.{name}" for name in stored))
+
+    def _beyond_trunk(self) -> set[int]:
+        """Identities of the backbone's parameters behind the last hidden state: its own head, poolers."""
+        inside = {id(p): name for name, p in self.trunk.named_parameters()}
+        poolers = {i for i, name in inside.items() if backbones.in_pooler(name)}
+        outside = {id(p) for p in self.backbone.parameters()} - set(inside)
+        return poolers | outside | backbones.head_tensors(self.trunk)
+
+    def _running_statistics(self) -> list[str]:
+        """Batch norms' buffers, which move when a method trains the backbone in its own training mode."""
+        if self._delta is None:
+            return []
+        return [
+            f"{path}.{name}"
+            for path, module in self.backbone.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for name, _ in module.named_buffers(recurse=False)
+        ]
 
     def _trains_head(self, name: str, parameter: nn.Parameter, new: set[str]) -> bool:
         """Whether a parameter of the backbone's own head (or a pooler) is trained."""
         own = not self._in_trunk(parameter) or id(parameter) in self._timm_head()
-        pooler = "pooler" in name.split(".")
-        if not own and not pooler:
+        if self.head is not None or not (own or backbones.in_pooler(name)):
             return False
         if self.settings.train_head is not None:
             return self.settings.train_head and (own or name in new)
@@ -375,8 +395,21 @@ class SideModel(nn.Module):
     def digest(self) -> Digest:
         """The digest of the backbone's pretrained weights, as they were at `attach`."""
         if self._digest is None:
-            self._digest = backbones.digest(self.backbone, self._originals)
+            self._digest = backbones.digest_of(backbones.pretrained_tensors(self.backbone, self._originals))
         return self._digest
+
+    @property
+    def head_digest(self) -> Digest | None:
+        """The digest of what the task needs of the backbone besides: its own frozen head or loaded pooler."""
+        if self.head is not None:
+            return None
+        beyond = self._beyond_trunk()
+        rest = [
+            (name, parameter.detach())
+            for name, parameter in sorted(self.backbone.named_parameters())
+            if id(parameter) in beyond and f"backbone.{name}" not in self._task_names
+        ]
+        return backbones.digest_of(rest) if rest else None
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that are trained."""
@@ -435,10 +468,10 @@ class SideModel(nn.Module):
         self.fold.remove()
         backbones.uncheckpoint_blocks([place.module for place in self.places])
         with torch.no_grad():
-            parameters = dict(self.backbone.named_parameters())
+            tensors = dict([*self.backbone.named_parameters(), *self.backbone.named_buffers()])
             for name, value in self._originals.items():
-                parameters[name].copy_(value)
-                parameters[name].grad = None
+                tensors[name].copy_(value)
+                tensors[name].grad = None
         self._before.restore(self.backbone)
         return self.backbone
 

@@ -86,9 +86,7 @@ class TrainSettings:
             self._require(name, 0 <= getattr(self, name) < 1, "a share from 0 to below 1")
         self._require("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         rate = self.learning_rate
-        self._require(
-            "learning_rate", rate is None or (math.isfinite(rate) and rate > 0), "a number above 0"
-        )
+        self._require("learning_rate", rate is None or (math.isfinite(rate) and rate > 0), "a number above 0")
         self._require("schedule", self.schedule in get_args(Schedule), " or ".join(get_args(Schedule)))
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite: choose one, to continue a run or to start it anew")

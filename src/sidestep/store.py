@@ -46,7 +46,7 @@ STAGING = ".saving-"
 KEYS = ("sidestep", "method", "attach", "backbone", "files", "sha256")
 PARTS = {
     "method": ("name", "config"),
-    "backbone": (*Source.__dataclass_fields__, "trunk_class", "config", "digest"),
+    "backbone": (*Source.__dataclass_fields__, "trunk_class", "config", "digest", "head_digest"),
     "files": ("weights",),
 }
 OWN_CONFIG = ("problem_type", "pad_token_id")
@@ -115,7 +115,8 @@ def portable_names(model: SideModel) -> dict[str, str]:
     "side." and "head." stay; a backbone's tensor is named relative to its trunk ("trunk."), or by its full
     name where it lies outside ("own.").
     """
-    trunk = {id(tensor): name for name, tensor in model.trunk.named_parameters()}
+    inside_trunk = (*model.trunk.named_parameters(), *model.trunk.named_buffers())
+    trunk = {id(tensor): name for name, tensor in inside_trunk}
     names = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         inside = trunk.get(id(tensor))
@@ -180,6 +181,7 @@ def _config(
             "trunk_class": type(model.trunk).__name__,
             "config": _backbone_config(model),
             "digest": asdict(model.digest),
+            "head_digest": None if model.head_digest is None else asdict(model.head_digest),
         },
         "labels": _labels(model),
         "preprocessing": extras.get("preprocessing") or {},
@@ -603,6 +605,8 @@ def _attach(task: Task, backbone: nn.Module, settings: Settings) -> SideModel:
 def _check_digest(task: Task, model: SideModel, allow_mismatch: bool) -> None:
     stored = task.config["backbone"]
     own, wanted = model.digest, Digest(**stored["digest"])
+    if own.matches(wanted) != "different" and stored["head_digest"] is not None and model.head_digest is not None:
+        own, wanted = model.head_digest, Digest(**stored["head_digest"])
     match = own.matches(wanted)
     if match == "same":
         return

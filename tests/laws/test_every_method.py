@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import sidestep as ss
 from sidestep.backbone import CheckpointedForward, find_places
 from sidestep.methods import SideNet, UnsupportedBackbone, WeightDelta, methods
 from sidestep.methods.base import Method
+from sidestep.store import TaskError
 
 METHODS = {name: method for name, method in methods().items() if name != "collect"}
 SIDE = [name for name, method in METHODS.items() if issubclass(method.implementation, SideNet)]
@@ -430,6 +432,24 @@ def test_attach_after_compile_raises(family: str) -> None:
     compiled = torch.compile(FAMILIES[family].model(), backend="aot_eager")
     with pytest.raises(ValueError, match="Attach first, then torch.compile"):
         ss.attach(compiled, ss.ReadConfig(rank=4))
+
+
+# --- 10 ----------------------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("head", [False, True], ids=["own", "sidestep"])
+@torch.no_grad()
+def test_saved_and_loaded_outputs_are_bit_equal(method: str, family: str, head: bool, tmp_path: Path) -> None:
+    kind = FAMILIES[family]
+    model = attach(method, kind, head=head).eval()
+    for parameter in (p for _, p in model.trained_parameters()):
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = logits(model(**kind.inputs()))
+    model.save_pretrained(tmp_path / "task")
+    assert torch.equal(logits(ss.load(tmp_path / "task", kind.model())(**kind.inputs())), expected)
+    with pytest.raises(TaskError, match="digest"):
+        ss.load(tmp_path / "task", kind.model(seed=9))
 
 
 # --- 11, 12, 13 --------------------------------------------------------------------------------------------------------

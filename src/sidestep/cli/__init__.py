@@ -1,0 +1,30 @@
+"""The command `sidestep`: train, eval, predict, inspect, methods, demo.
+
+Whatever imports torch is imported inside the commands, so that help and typing errors come at once.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from sidestep.cli.demo import demo
+from sidestep.cli.listing import inspect, methods
+from sidestep.cli.tasks import evaluate, predict
+from sidestep.cli.train import train
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="sidestep",
+    help="Tune a frozen pretrained Transformer for a task, and use the task.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(predict)
+app.command()(inspect)
+app.command()(methods)
+app.command()(demo)

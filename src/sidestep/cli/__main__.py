@@ -1,0 +1,5 @@
+"""`python -m sidestep.cli`."""
+
+from sidestep.cli import app
+
+app()

@@ -1,0 +1,83 @@
+"""Texts from the command line as the values that configs and readers take."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from sidestep.data import TableOptions
+
+Config = TypeVar("Config")
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def config_from(kind: type[Config], pairs: Sequence[str]) -> Config:
+    """The config with the fields that "name=value" texts set, each read as the field's own type.
+
+    Raises:
+        ValueError: for an unknown field (the message lists those there are), a value of another type, or one
+            that the config refuses.
+    """
+    hints, values = get_type_hints(kind), {}
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for pair in pairs:
+        name, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise ValueError(f"--set {pair}: write name=value, for example --set rank=64")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(
+                f"--set {pair}: {kind.__name__} has no field {name!r}{hint}: it has {', '.join(known) or 'none'}"
+            )
+        values[name] = value_of(hints[name], text, f"--set {pair}")
+    return kind(**values)
+
+
+def value_of(hint: Any, text: str, where: str) -> Any:
+    """A text as a value of an annotated type; `where` begins the message if it is none.
+
+    Raises:
+        ValueError: if the text is no such value.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        # an unknown choice is left to the config, whose message lists the known ones
+        return next((choice for choice in inner if str(choice) == text), text)
+    if origin in (Union, types.UnionType):
+        if type(None) in inner and text.lower() == "none":
+            return None
+        return value_of(next(part for part in inner if part is not type(None)), text, where)
+    if origin in (tuple, list, Sequence):
+        return tuple(value_of(inner[0], part.strip(), where) for part in text.split(","))
+    return _plain(hint, text, where)
+
+
+def _plain(hint: Any, text: str, where: str) -> Any:
+    if hint is bool:
+        if text.lower() not in BOOLEANS:
+            raise ValueError(f"{where}: {text!r} is neither true nor false")
+        return BOOLEANS[text.lower()]
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            kind = "a whole number" if hint is int else "a number"
+            raise ValueError(f"{where}: {text!r} is not {kind}") from None
+    return text
+
+
+def table_options(columns: str | None, no_header: bool, no_quoting: bool, encoding: str) -> TableOptions:
+    """How the user's tables are written.
+
+    Raises:
+        DataError: as `TableOptions`.
+    """
+    from sidestep.data import TableOptions
+
+    names = None if columns is None else tuple(name.strip() for name in columns.split(","))
+    return TableOptions(columns=names, header=not no_header, quoting=not no_quoting, encoding=encoding)

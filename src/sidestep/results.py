@@ -1,0 +1,168 @@
+"""What a training run reports: its scores, what it cost, and what it was made with."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidestep.memory import Peak, peak_memory, saved_bytes
+from sidestep.model import SideModel
+
+FILE = "results.json"
+PACKAGES = ("sidestep", "torch", "transformers", "datasets", "accelerate", "safetensors", "timm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """What one forward and backward pass takes, measured before training.
+
+    Attributes:
+        rows: of the batch.
+        tokens: its padded length; None for images.
+        kept_bytes: what autograd keeps for backward.
+        peak_bytes: how far allocated memory rises; None where it cannot be measured.
+        resident_bytes: how far the process's resident memory rises (CPU only).
+    """
+
+    rows: int
+    tokens: int | None
+    kept_bytes: int
+    peak_bytes: int | None
+    resident_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The contents of results.json.
+
+    Attributes:
+        scores: of the best checkpoint on the dev rows, as `sidestep eval` computes them.
+        metric: the score by which it was chosen.
+        best_epoch, epochs: when it was made, and how many epochs were trained.
+        method, head, backbone: what was trained on what; the backbone with its digest.
+        labels: names of the classes.
+        data: rows, the source of the dev rows, texts that were truncated.
+        trainable_parameters: values that were trained.
+        task_bytes: size of the task's weight file.
+        step: memory of the largest training step (the longest texts).
+        seconds: of training, with its evaluations; of the last session if the run was resumed.
+        resumed_from: step of the checkpoint that the last session continued from.
+        device, versions: what it ran on.
+        seed, learning_rate, settings: how it was trained.
+        history: training loss and dev scores of each epoch.
+        notes: what a reader should know besides.
+    """
+
+    scores: dict[str, float]
+    metric: str
+    best_epoch: float
+    epochs: float
+    method: dict[str, Any]
+    head: dict[str, Any] | None
+    backbone: dict[str, Any]
+    labels: list[str]
+    data: dict[str, Any]
+    trainable_parameters: int
+    task_bytes: int
+    step: StepCost
+    seconds: float
+    resumed_from: int | None
+    device: str
+    versions: dict[str, str | None]
+    seed: int
+    learning_rate: float
+    settings: dict[str, Any]
+    history: list[dict[str, float]]
+    notes: list[str]
+
+    def write(self, folder: Path) -> None:
+        """Write results.json to a folder, in one step."""
+        write_json(folder / FILE, asdict(self))
+
+
+def measure_step(model: SideModel, batch: Mapping[str, Tensor], *, bf16: bool = False) -> StepCost:
+    """Memory of a training step on a batch with labels; the model, its mode and the generators stay as they are."""
+    inputs = accepted(model, batch)
+
+    def forward() -> Tensor:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            return model(**inputs).loss
+
+    def step() -> None:
+        forward().backward()
+        model.zero_grad(set_to_none=True)
+
+    with _undone(model):
+        model.train()
+        with saved_bytes(model) as kept:
+            loss = forward()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        del loss
+        peak = peak_memory(step, model.device) if model.device.type in ("cpu", "cuda") else Peak(0, None, "")
+    ids = batch.get("input_ids")
+    return StepCost(
+        rows=len(batch["labels"]),
+        tokens=None if ids is None else ids.shape[1],
+        kept_bytes=kept.total,
+        peak_bytes=peak.allocated if peak.device else None,
+        resident_bytes=peak.resident,
+    )
+
+
+@contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    """Afterwards: no gradients, and buffers, mode and random generators as before."""
+    mode, buffers = model.training, [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.train(mode)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+def accepted(model: SideModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch that the model's forward takes, on the model's device."""
+    names = inspect.signature(model.forward).parameters
+    return {name: value.to(model.device) for name, value in batch.items() if name in names}
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that a result depends on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step: a reader sees the old one or the new one."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,362 @@
+"""Training a task with the plain `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from sidestep import checkpoints
+from sidestep.callbacks import Bars, Diverged, ExactResume, StopIfDiverged
+from sidestep.heads import Classify, HeadConfig, Regress
+from sidestep.loading import source_of
+from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, scores
+from sidestep.model import SideModel
+from sidestep.predict import logits
+from sidestep.prepare import TaskData
+from sidestep.results import Results, StepCost, device_name, measure_step, versions
+from sidestep.settings import DEFAULT_RATES, TrainSettings
+from sidestep.store import WEIGHTS
+
+__all__ = ["DEFAULT_RATES", "TrainError", "TrainSettings", "head_for", "train"]
+
+
+class TrainError(RuntimeError):
+    """Training could not go on; the message says what to change and where the last good checkpoint is."""
+
+
+def train(model: SideModel, data: TaskData, settings: TrainSettings) -> Results:
+    """Train a model, choose its best epoch on the dev rows, and save it as a task with its results.
+
+    `settings.output` then holds the task, results.json, checkpoints/ (the best and the last, of the task alone)
+    and logs/ (for TensorBoard).
+
+    Args:
+        model: attached, with a head for `data.labels` (see `head_for`).
+        data: see `prepare`.
+        settings: how.
+
+    Returns:
+        What results.json holds; the model is left with the best weights, in eval mode.
+
+    Raises:
+        OutputError: if the output folder is taken, or the run to resume was another one.
+        TrainError: if training diverges or memory runs out; checkpoints stay.
+        ValueError: if a setting does not fit the problem.
+    """
+    data = _readable(model, data)
+    _check_fit(model, data, settings)
+    _describe(model, data)
+    metric = settings.best_by(data.labels.kind, len(data.labels.names))
+    start = checkpoints.begin(settings, _identity(model, data, settings))
+    trainer = _trainer(model, data, settings, metric, start)
+    with _failures(settings):
+        cost = measure_step(model, _largest_batch(data, settings.batch_size), bf16=settings.bf16)
+        seconds = _run(trainer, start)
+        found = _dev_scores(model, data, settings)
+    model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=found)
+    results = _results(trainer, data, settings, metric, found, cost, seconds, start)
+    results.write(settings.output)
+    return results
+
+
+def head_for(data: TaskData, pool: Any = None) -> HeadConfig:
+    """The Sidestep head for what the data's labels are; a regression starts at the mean of its targets."""
+    if data.labels.kind == "regress":
+        return Regress(pool=pool, center=float(np.mean(data.train.with_format(None)["labels"][:])))
+    return Classify(
+        num_labels=data.labels.outputs, labels=data.labels.names, problem=data.labels.kind, pool=pool
+    )
+
+
+# --- before --------------------------------------------------------------------------------------------------
+
+
+def _readable(model: SideModel, data: TaskData) -> TaskData:
+    """The data without columns that the model's forward does not take.
+
+    Not left to the Trainer's column removal: that takes the lengths away before the sampler asks for them, and
+    the row numbers by which an unreadable image is named.
+    """
+    names = {*inspect.signature(model.forward).parameters, "labels", "length", "row"}
+
+    def prune(rows: Dataset) -> Dataset:
+        return rows.remove_columns([name for name in rows.column_names if name not in names])
+
+    return TaskData(**{**data.__dict__, "train": prune(data.train), "dev": prune(data.dev)})
+
+
+def _check_fit(model: SideModel, data: TaskData, settings: TrainSettings) -> None:
+    smoothing = settings.label_smoothing
+    if smoothing and data.labels.kind != "single":
+        raise ValueError(
+            f"label_smoothing={smoothing} with problem {data.labels.kind!r}: it is for single-label "
+            "classification; leave it at 0"
+        )
+    if smoothing and not hasattr(model, "config"):
+        raise ValueError(
+            f"label_smoothing={smoothing}: the Trainer smooths labels of transformers models only, and "
+            f"{type(model.backbone).__name__} is timm's; leave it at 0"
+        )
+    if torch.cuda.is_available() and torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
+        raise ValueError(
+            f"{torch.cuda.device_count()} GPUs are visible: show one (CUDA_VISIBLE_DEVICES=0), or start one "
+            "process per GPU with torchrun"
+        )
+
+
+def _describe(model: SideModel, data: TaskData) -> None:
+    """Store in the model what reads further rows the same way."""
+    model.extras["processor"] = data.processor
+    model.extras["preprocessing"] = data.preprocessing()
+    config = getattr(model, "config", None)
+    if config is None or model.head is not None:
+        return
+    if data.labels.kind == "multi":
+        config.problem_type = "multi_label_classification"
+    # a head of the backbone's own finds a row's last token by this id
+    if getattr(config, "pad_token_id", None) is None and data.fields.text is not None:
+        config.pad_token_id = data.processor.pad_token_id or 0
+
+
+def _identity(model: SideModel, data: TaskData, settings: TrainSettings) -> dict[str, Any]:
+    """What a run is: a resumed one has to be the same."""
+    return {
+        **settings.fixed(),
+        "method": {"name": model.record.name, **model.settings.method.to_dict()},
+        "head": model.settings.head and model.settings.head.to_dict(),
+        "noise": model.settings.backbone_noise,
+        "backbone": model.digest.exact[:16],
+        "preprocessing": model.extras["preprocessing"],
+        "training rows": _fingerprint(data.train),
+        "dev rows": _fingerprint(data.dev),
+    }
+
+
+def _fingerprint(rows: Dataset) -> str:
+    """Of the number of rows, their labels and lengths: enough to tell two files apart."""
+    plain = rows.with_format(None)
+    columns = [plain[name][:] for name in ("labels", "length") if name in rows.column_names]
+    return f"{len(rows)}, {sha256(repr(columns).encode()).hexdigest()[:12]}"
+
+
+def _largest_batch(data: TaskData, size: int) -> Any:
+    """The batch of the longest training texts (or of the first images)."""
+    rows = data.train
+    order = np.argsort(rows["length"][:])[::-1] if "length" in rows.column_names else np.arange(len(rows))
+    return data.collate([rows[int(index)] for index in order[:size]])
+
+
+# --- the Trainer ---------------------------------------------------------------------------------------------
+
+
+def _trainer(
+    model: SideModel, data: TaskData, settings: TrainSettings, metric: str, start: Path | None
+) -> Trainer:
+    steps = _steps_per_epoch(data, settings)
+    callbacks: list[Any] = [
+        ExactResume(settings.seed, steps, settings.save_steps),
+        StopIfDiverged(),
+        TensorBoardCallback(_writer(settings, start)),
+    ]
+    if settings.patience is not None:
+        callbacks.append(EarlyStoppingCallback(settings.patience))
+    trainer = Trainer(
+        model=model,
+        args=_arguments(model, data, settings, metric),
+        # a bound method: of a collator with a tokenizer the Trainer stores that in every checkpoint
+        data_collator=data.collate.__call__,
+        train_dataset=data.train,
+        eval_dataset=data.dev,
+        compute_metrics=ComputeMetrics(data.labels.kind, data.labels.names or None),
+        callbacks=callbacks,
+    )
+    for printer in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printer)
+    if settings.progress:
+        trainer.add_callback(Bars(metric))
+    return trainer
+
+
+def _arguments(model: SideModel, data: TaskData, settings: TrainSettings, metric: str) -> TrainingArguments:
+    total = settings.epochs * _steps_per_epoch(data, settings)
+    return TrainingArguments(
+        # absolute: the path of the best checkpoint is stored
+        output_dir=str((settings.output / checkpoints.FOLDER).resolve()),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.rate(model.record.name),
+        weight_decay=settings.weight_decay,
+        warmup_steps=int(settings.warmup * total),
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        max_grad_norm=settings.max_grad_norm,
+        label_smoothing_factor=settings.label_smoothing,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        bf16=settings.bf16,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,  # the best and the last
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=GREATER_IS_BETTER[metric],
+        restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,  # on, it puts an average where the loss was NaN
+        report_to="none",  # TensorBoard is among the callbacks, with a folder of our choice
+        disable_tqdm=not settings.progress,
+        train_sampling_strategy="random" if data.fields.text is None else "group_by_length",
+        remove_unused_columns=False,  # see _readable
+        dataloader_num_workers=settings.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _steps_per_epoch(data: TaskData, settings: TrainSettings) -> int:
+    """Optimizer steps of an epoch; the last one may have fewer batches."""
+    batches = -(-len(data.train) // settings.batch_size)
+    return -(-batches // settings.accumulate)
+
+
+def _writer(settings: TrainSettings, start: Path | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    # what was logged after the checkpoint is logged again
+    purge = None if start is None else checkpoints.step_of(start) + 1
+    return SummaryWriter(str(settings.output / checkpoints.LOGS), purge_step=purge)
+
+
+def _run(trainer: Trainer, start: Path | None) -> float:
+    """Train, or take up the best weights of a run that had ended; the seconds that it took."""
+    begin = time.perf_counter()
+    if start is not None and checkpoints.is_finished(start):
+        best = checkpoints.best_of(start)
+        trainer.model.load_state_dict(load_file(best / checkpoints.WEIGHTS))
+        trainer.state.log_history = checkpoints.read_state(start)["log_history"]
+        trainer.state.global_step = checkpoints.step_of(start)
+        trainer.state.best_global_step = checkpoints.step_of(best)
+    elif start is not None:
+        checkpoints.relocate(start)
+        trainer.train(resume_from_checkpoint=str(start.resolve()))
+    else:
+        trainer.train()
+    return time.perf_counter() - begin
+
+
+@contextmanager
+def _failures(settings: TrainSettings) -> Iterator[None]:
+    """Turn what ends training into an error that says what to change and what is left."""
+    try:
+        yield
+    except Diverged as error:
+        advice = "choose a lower learning rate (--lr), or look for odd rows in the data"
+        if settings.bf16:
+            advice += ", or train in fp32 (without --bf16)"
+        raise TrainError(f"training diverged ({error}): {advice}. {_left(settings)}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise TrainError(
+            f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}): lower "
+            f"--batch-size ({settings.batch_size} now; --accumulate makes up for it) or --max-length, recompute "
+            f"late blocks with --checkpoint late, or try --bf16. {_left(settings)}"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    known = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in text for part in known)
+
+
+def _left(settings: TrainSettings) -> str:
+    last = checkpoints.last_complete(settings.output / checkpoints.FOLDER)
+    return "No checkpoint had been written" if last is None else f"The last good checkpoint stays at {last}"
+
+
+# --- after ---------------------------------------------------------------------------------------------------
+
+
+def _dev_scores(model: SideModel, data: TaskData, settings: TrainSettings) -> dict[str, float]:
+    found = logits(
+        model, data.dev, data.fields, batch_size=settings.eval_batch_size, workers=settings.workers
+    )
+    targets = np.array(data.dev.with_format(None)["labels"][:])
+    return scores(data.labels.kind, found, targets, data.labels.names or None)
+
+
+def _results(
+    trainer: Trainer,
+    data: TaskData,
+    settings: TrainSettings,
+    metric: str,
+    found: dict[str, float],
+    cost: StepCost,
+    seconds: float,
+    start: Path | None,
+) -> Results:
+    model, state, steps = trainer.model, trainer.state, _steps_per_epoch(data, settings)
+    head = model.settings.head
+    return Results(
+        scores=found,
+        metric=metric,
+        best_epoch=round((state.best_global_step or state.global_step) / steps, 3),
+        epochs=round(state.global_step / steps, 3),
+        method={"name": model.record.name, **model.settings.method.to_dict()},
+        head=None if head is None else {**head.to_dict(), "pool": model.pool},
+        backbone={**asdict(source_of(model.backbone)), "digest": model.digest.exact},
+        labels=list(data.labels.names),
+        data={
+            "train_rows": len(data.train),
+            "dev_rows": len(data.dev),
+            "dev_source": data.dev_source,
+            "truncated": data.truncated,
+        },
+        trainable_parameters=sum(parameter.numel() for _, parameter in model.trained_parameters()),
+        task_bytes=(settings.output / WEIGHTS).stat().st_size,
+        step=cost,
+        seconds=round(seconds, 3),
+        resumed_from=None if start is None else checkpoints.step_of(start),
+        device=device_name(model.device),
+        versions=versions(),
+        seed=settings.seed,
+        learning_rate=settings.rate(model.record.name),
+        settings=settings.to_dict(),
+        history=_history(state.log_history),
+        notes=_notes(model),
+    )
+
+
+def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The dev scores of each epoch, with the training loss logged at its end."""
+    history, loss = [], float("nan")
+    for entry in log:
+        loss = entry.get("loss", loss)
+        if "eval_loss" in entry:
+            own = {name: value for name, value in entry.items() if name.startswith("eval_")}
+            timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+            dev = {name.replace("eval_", "dev_"): value for name, value in own.items() if name not in timing}
+            history.append({"epoch": entry["epoch"], "train_loss": loss, **dev})
+    return history
+
+
+def _notes(model: SideModel) -> list[str]:
+    noise = model.settings.backbone_noise or ("its own" if model._delta is not None else "none")
+    notes = [f"noise of the backbone in training: {noise}"]
+    if not any(place.site.kind == "norm" for place in model.places):
+        notes.append("the backbone has no final norm: a correction before it is the same as one after it")
+    return notes
