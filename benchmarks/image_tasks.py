@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from study import Examples
-from taps import record
-from text_tasks import SHARED
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel
+
+from study import Examples
+from taps import record
+from text_tasks import SHARED
 
 SIDE, TRAIN = 32, 1000
 

@@ -11,20 +11,21 @@ is chosen on a fifth of the training rows; the dev score is the mean over seeds 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from image_tasks import IMAGE_TASKS, image_examples, vision_backbone
-from study import Examples, Results, evaluate, examples, head_for, primary, train
-from text_tasks import encoded, encoder
 from torch import nn
 
 import sidestep as ss
+from image_tasks import IMAGE_TASKS, image_examples, vision_backbone
 from sidestep.data import Kind
 from sidestep.methods import MethodConfig
+from study import Examples, Results, evaluate, examples, head_for, primary, train
+from text_tasks import encoded, encoder
 
 RESULTS = Results(Path(__file__).parent / "results" / "read_defaults.jsonl")
 RATES, SEEDS = (1e-3, 3e-3), (0, 1, 2)
@@ -49,7 +50,13 @@ def holdout(rows: Examples) -> tuple[Examples, Examples]:
 
 
 def run(
-    backbone: nn.Module, kind: Kind, head: Any, rows: Examples, dev: Examples, config: MethodConfig, **how: Any
+    backbone: nn.Module,
+    kind: Kind,
+    head: Any,
+    rows: Examples,
+    dev: Examples,
+    config: MethodConfig,
+    **how: Any,
 ) -> dict[str, Any]:
     """One training run and its score."""
     model = train(backbone, config, head, rows, **how)
@@ -59,7 +66,13 @@ def run(
 
 
 def study(
-    name: str, variants: dict[str, ss.ReadConfig], backbone: nn.Module, kind: Kind, head: Any, epochs: int, parts: Any
+    name: str,
+    variants: dict[str, ss.ReadConfig],
+    backbone: nn.Module,
+    kind: Kind,
+    head: Any,
+    epochs: int,
+    parts: Any,
 ) -> None:
     """Every variant on one task: the rate on a holdout, then three seeds. `parts` encodes, if anything is missing."""
     if all(RESULTS.find(task=name, variant=v, part="dev", seed=SEEDS[-1]) for v in variants):
@@ -70,14 +83,29 @@ def study(
     for variant, config in variants.items():
         trials = {}
         for rate in RATES:
-            key = {"task": name, "variant": variant, "part": "holdout", "rate": rate, "epochs": epochs, "seed": 0}
+            key = {
+                "task": name,
+                "variant": variant,
+                "part": "holdout",
+                "rate": rate,
+                "epochs": epochs,
+                "seed": 0,
+            }
             found = RESULTS.once(
-                lambda c=config, r=rate: run(backbone, kind, head, inner, outer, c, rate=r, epochs=epochs, seed=0), **key
+                lambda c=config, r=rate: run(backbone, kind, head, inner, outer, c, rate=r, epochs=epochs, seed=0),
+                **key,
             )
             trials[rate] = found["score"]
         best = max(trials, key=lambda rate: trials[rate])
         for seed in SEEDS:
-            key = {"task": name, "variant": variant, "part": "dev", "rate": best, "epochs": epochs, "seed": seed}
+            key = {
+                "task": name,
+                "variant": variant,
+                "part": "dev",
+                "rate": best,
+                "epochs": epochs,
+                "seed": seed,
+            }
             RESULTS.once(
                 lambda c=config, b=best, s=seed: run(backbone, kind, head, rows, dev, c, rate=b, epochs=epochs, seed=s),
                 **key,
@@ -105,7 +133,15 @@ def images() -> None:
     backbone = vision_backbone()
     for name in IMAGE_TASKS:
         head = ss.Classify(num_labels=10, pool="cls")
-        study(name, IMAGE_VARIANTS, backbone, "single", head, 10, lambda name=name: image_examples(backbone, name))
+        study(
+            name,
+            IMAGE_VARIANTS,
+            backbone,
+            "single",
+            head,
+            10,
+            lambda name=name: image_examples(backbone, name),
+        )
 
 
 def table() -> str:
@@ -126,7 +162,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("THREADS", "2")))
     if "--table" not in sys.argv:
         text()
         images()

@@ -50,7 +50,8 @@ def record(backbone: nn.Module, batches: Iterator[dict[str, Tensor]], pool: Pool
     with torch.no_grad():
         for batch in batches:
             reading = model.fold.run(model.trunk, **batch)[1]
-            assert reading is not None and reading.pooled is not None
+            assert reading is not None
+            assert reading.pooled is not None
             keep = batch.get("attention_mask", torch.ones(reading.pooled.shape[:3:2])).bool()
             taps += [row[:, mask].clone() for row, mask in zip(reading.pooled, keep, strict=True)]
     ss.detach(model)

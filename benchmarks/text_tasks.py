@@ -11,10 +11,23 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sidestep.data import Collate, Fields, Kind, LabelSpace, TableOptions, encode_text, holdout, label_space, read
+from sidestep.data import (
+    Collate,
+    Fields,
+    Kind,
+    LabelSpace,
+    TableOptions,
+    encode_text,
+    holdout,
+    label_space,
+    read,
+)
 
 SHARED = Path(os.environ.get("SIDESTEP_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 MAX_LENGTH = 128
+
+
+_QUOTED = TableOptions()
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,7 @@ class Task:
     fields: Fields
     train: str
     dev: str
-    options: TableOptions = TableOptions()
+    options: TableOptions = _QUOTED
 
     def rows(self) -> tuple[Dataset, Dataset]:
         """Training and dev rows."""

@@ -1,5 +1,4 @@
 import warnings
-from collections.abc import Iterator
 
 import datasets
 import pytest
@@ -10,10 +9,9 @@ import late_writer  # noqa: F401 - registers a third party's method, so that the
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """Same seed for every test, no progress bars."""
+def _seed() -> None:
+    """Same seed for every test."""
     torch.manual_seed(0)
-    yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

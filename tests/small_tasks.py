@@ -24,7 +24,22 @@ from transformers import (
     ViTModel,
 )
 
-WORDS = ("good", "fine", "great", "bad", "poor", "awful", "the", "a", "film", "book", "was", "is", "very", "not")
+WORDS = (
+    "good",
+    "fine",
+    "great",
+    "bad",
+    "poor",
+    "awful",
+    "the",
+    "a",
+    "film",
+    "book",
+    "was",
+    "is",
+    "very",
+    "not",
+)
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 

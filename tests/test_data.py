@@ -203,9 +203,7 @@ def test_parquet_and_saved_datasets(tmp_path):
     assert read(tmp_path / "a.parquet")[:] == rows[:]
     assert read(tmp_path / "one")[:] == rows[:]
     assert len(read(tmp_path / "two", split="dev")) == 1
-    assert "has no split 'test': its splits are 'train', 'dev'" in error_of(
-        read, tmp_path / "two", split="test"
-    )
+    assert "has no split 'test': its splits are 'train', 'dev'" in error_of(read, tmp_path / "two", split="test")
     (tmp_path / "one" / "state.json").write_text("{")
     assert "cannot be read as a saved dataset" in error_of(read, tmp_path / "one")
 
@@ -240,12 +238,8 @@ def test_files_without_rows_are_refused(tmp_path):
 
 def test_corrupt_files_are_refused(tmp_path):
     assert "cannot be read as parquet" in error_of(read, file(tmp_path, "a.parquet", "PAR1 rubbish"))
-    assert "cannot be read as json (a list of objects" in error_of(
-        read, file(tmp_path, "a.json", '{"text": ')
-    )
-    (tmp_path / "a.csv.gz").write_bytes(
-        gzip.compress(b"text,label\n" + os.urandom(2000).hex().encode())[:500]
-    )
+    assert "cannot be read as json (a list of objects" in error_of(read, file(tmp_path, "a.json", '{"text": '))
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"text,label\n" + os.urandom(2000).hex().encode())[:500])
     assert "it may be cut short" in error_of(read, tmp_path / "a.csv.gz")
     assert "Not a gzipped file" in error_of(read, file(tmp_path, "b.csv", "x").rename(tmp_path / "b.csv.gz"))
 
@@ -270,10 +264,7 @@ def test_a_failed_hub_lookup_says_that_there_is_no_file_either(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     message = error_of(read, "nobody/nothing")
-    assert (
-        "'nobody/nothing' is no file or folder here, and looking it up on the Hugging Face hub failed"
-        in message
-    )
+    assert "'nobody/nothing' is no file or folder here, and looking it up on the Hugging Face hub failed" in message
     assert "Couldn't reach the Hub" in message
 
 
@@ -344,9 +335,7 @@ def test_images_survive_the_column_removal_of_the_trainer(tmp_path):
     space = label_space(rows, "label", "single")
     encoded = encode_images(rows, Fields(image="image", label="label"), processor(), space)
     # what `Trainer` does with columns that the model's signature does not name
-    kept = encoded.remove_columns(
-        [name for name in encoded.column_names if name not in ("pixel_values", "labels")]
-    )
+    kept = encoded.remove_columns([name for name in encoded.column_names if name not in ("pixel_values", "labels")])
     assert torch.equal(kept[1]["pixel_values"], encoded[1]["pixel_values"])
     assert encoded["labels"][:] == [0, 0, 1, 1]
 
@@ -380,24 +369,18 @@ def test_a_corrupt_image_is_named(tmp_path):
         message = error_of(encoded.__getitem__, place)
         assert name in message
         assert f"row {place + 1} cannot be read" in message
-    missing = encode_images(
-        rows_of(path=[str(tmp_path / "gone.png")]), Fields(image="path"), processor(), None
-    )
+    missing = encode_images(rows_of(path=[str(tmp_path / "gone.png")]), Fields(image="path"), processor(), None)
     assert "gone.png" in error_of(missing.__getitem__, 0)
 
 
 def test_a_corrupt_image_without_a_path_is_named_by_its_row():
-    rows = Dataset.from_dict(
-        {"image": [{"bytes": b"x", "path": None}]}, features=Features({"image": Image()})
-    )
+    rows = Dataset.from_dict({"image": [{"bytes": b"x", "path": None}]}, features=Features({"image": Image()}))
     encoded = encode_images(rows, Fields(image="image"), processor(), None)
     assert "image row 1 cannot be read" in error_of(encoded.__getitem__, 0)
 
 
 def test_image_columns_are_checked():
-    assert "holds Value('int64'), not images" in error_of(
-        check_fields, rows_of(image=[1]), Fields(image="image")
-    )
+    assert "holds Value('int64'), not images" in error_of(check_fields, rows_of(image=[1]), Fields(image="image"))
     rows = Dataset.from_dict({"image": [None, "a.png"]}, features=Features({"image": Value("string")}))
     assert "has no image in row 1" in error_of(check_fields, rows, Fields(image="image"))
 
@@ -409,8 +392,7 @@ def test_a_column_that_does_not_exist_is_answered_with_those_that_do():
     rows = rows_of(sentence1=["a"], sentence2=["b"], Label=["x"])
     message = error_of(check_fields, rows, Fields(text="sentense1"))
     assert message == (
-        "there is no column 'sentense1' (did you mean 'sentence1'?): "
-        "the columns are 'sentence1', 'sentence2', 'Label'"
+        "there is no column 'sentense1' (did you mean 'sentence1'?): the columns are 'sentence1', 'sentence2', 'Label'"
     )
     assert "did you mean 'Label'?" in error_of(check_fields, rows, Fields(text="sentence1", label="label"))
     assert "no column 'zzz': the" in error_of(check_fields, rows, Fields(text="sentence1", text2="zzz"))
@@ -426,9 +408,7 @@ def test_fields_name_text_or_image():
 
 @pytest.mark.parametrize("cells", [[1, 2], [0.5, 1.5], [True, False], [["a"], ["b"]]])
 def test_a_text_column_of_another_type_is_refused(cells):
-    assert "not text: choose a text column" in error_of(
-        check_fields, rows_of(text=cells), Fields(text="text")
-    )
+    assert "not text: choose a text column" in error_of(check_fields, rows_of(text=cells), Fields(text="text"))
 
 
 def test_a_text_column_of_numbers_is_refused_even_where_they_are_written_as_text():
@@ -487,9 +467,7 @@ def test_labels_are_matched_by_name_across_formats():
 
 
 def test_labels_that_training_never_had_are_named():
-    message = error_of(
-        LabelSpace("single", ("a", "b")).encode, rows_of(label=["a", "maybe", "b", "maybe"]), "label"
-    )
+    message = error_of(LabelSpace("single", ("a", "b")).encode, rows_of(label=["a", "maybe", "b", "maybe"]), "label")
     assert "labels that training never had: 'maybe', in rows 2, 4 (the first is 1)" in message
     assert "Training had 'a', 'b'" in message
     multi = LabelSpace("multi", ("a", "b"))
@@ -506,9 +484,7 @@ def test_missing_labels_are_named():
 
 
 def test_fewer_than_two_classes_are_refused():
-    assert "holds 1 class ('a') in 3 rows" in error_of(
-        label_space, rows_of(label=["a"] * 3), "label", "single"
-    )
+    assert "holds 1 class ('a') in 3 rows" in error_of(label_space, rows_of(label=["a"] * 3), "label", "single")
     assert "holds 0 class () in 2 rows" in error_of(label_space, rows_of(label=["", ""]), "label", "multi")
 
 
@@ -585,9 +561,7 @@ def test_class_label_columns_are_stratified():
 def test_impossible_fractions_are_refused():
     rows = rows_of(label=["a", "a", "b", "b", "c", "c"])
     for fraction in (0, 1, -0.1, 5):
-        assert f"fraction={fraction}: choose a share between 0 and 1" in error_of(
-            holdout, rows, "label", fraction, 0
-        )
+        assert f"fraction={fraction}: choose a share between 0 and 1" in error_of(holdout, rows, "label", fraction, 0)
     assert "fraction=0.2 cannot divide 6 rows, 3 classes" in error_of(holdout, rows, "label", 0.2, 0)
 
 
@@ -737,9 +711,7 @@ CASES = [
 
 
 @pytest.mark.filterwarnings("ignore:.*with more than 7 fields:sidestep.data.DataWarning")
-@pytest.mark.parametrize(
-    ("name", "options", "count", "texts", "names"), CASES, ids=[case[0] for case in CASES]
-)
+@pytest.mark.parametrize(("name", "options", "count", "texts", "names"), CASES, ids=[case[0] for case in CASES])
 def test_the_shared_files_are_read_whole(name, options, count, texts, names):
     if not (SHARED / name).exists():
         pytest.skip(f"{name} is not in {SHARED}: the data is for research use and no part of the repository")

@@ -30,9 +30,7 @@ def function(name: str, docstring: str) -> str:
 def packages(tmp_path, monkeypatch):
     """Two packages that must not be imported: importing either raises."""
     never = "raise ImportError('the corpus must not import what it reads')\n"
-    numbers = "".join(
-        function(f"f{i}", f"Number {'abcdefghijkl'[i]} counts sheep {FILLER}.") for i in range(12)
-    )
+    numbers = "".join(function(f"f{i}", f"Number {'abcdefghijkl'[i]} counts sheep {FILLER}.") for i in range(12))
     words = "".join(function(f"g{i}", f"Word {'abcdefghijkl'[i]} names sheep {FILLER}.") for i in range(12))
     write(tmp_path, {"alphapack/__init__.py": never, "alphapack/a.py": numbers})
     write(tmp_path, {"betapack/__init__.py": never, "betapack/b.py": words})
@@ -106,9 +104,7 @@ def test_a_text_is_cut_at_the_end_of_a_word(packages):
 
 
 def test_short_texts_and_tables_are_left_out(packages):
-    table = (
-        "This 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 12 | 13 | 14 | 15 | 16 | 17 | 18 | 19 | 20 | 21"
-    )
+    table = "This 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 12 | 13 | 14 | 15 | 16 | 17 | 18 | 19 | 20 | 21"
     write(packages, {"alphapack/d.py": function("short", "This is short.") + function("table", table)})
     assert not [row for row in docstrings(["alphapack", "betapack"]) if row["text"].startswith("This")]
 

@@ -131,17 +131,13 @@ def test_the_source_is_the_name_that_was_given(bert):
 def test_weights_of_the_backbone_that_are_missing_are_named(bert):
     config = json.loads((bert / "config.json").read_text())
     (bert / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.warns(
-        LoadWarning, match=r"16 of 55 weights of BertModel are not in .* random: encoder\.layer\.2"
-    ):
+    with pytest.warns(LoadWarning, match=r"16 of 55 weights of BertModel are not in .* random: encoder\.layer\.2"):
         load_backbone(bert)
 
 
 def test_an_unknown_folder_or_id_is_named(offline):
     for name in ("no-such/model", "./no/such/folder"):
-        with pytest.raises(
-            LoadError, match=f"'{name}' cannot be loaded: there is no such folder here, and as a hub"
-        ):
+        with pytest.raises(LoadError, match=f"'{name}' cannot be loaded: there is no such folder here, and as a hub"):
             load_backbone(name)
 
 
@@ -200,9 +196,7 @@ def test_weights_of_another_size_are_refused(bert):
     weights = load_file(bert / "model.safetensors")
     name = "bert.embeddings.word_embeddings.weight"
     save_file({**weights, name: torch.zeros(7, 16)}, bert / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        LoadError, match=r"word_embeddings\.weight has shape \(7, 16\), but BertModel needs \(50, 16\)"
-    ):
+    with pytest.raises(LoadError, match=r"word_embeddings\.weight has shape \(7, 16\), but BertModel needs \(50, 16\)"):
         load_backbone(bert)
 
 
@@ -237,9 +231,7 @@ def test_a_processor_alone_in_a_folder_is_found(tmp_path):
 
 
 def test_a_folder_without_a_processor_is_named(bert, tmp_path, offline):
-    with pytest.raises(
-        LoadError, match=r"has no tokenizer: looked for tokenizer\.json.*it holds config\.json"
-    ):
+    with pytest.raises(LoadError, match=r"has no tokenizer: looked for tokenizer\.json.*it holds config\.json"):
         load_processor(bert)
     ViTModel(VIT).save_pretrained(tmp_path / "vit")
     with pytest.raises(LoadError, match=r"has no image processor: looked for preprocessor_config\.json"):

@@ -102,9 +102,7 @@ def make_task(bert: Path, folder: Path, method=None, **kwargs) -> ss.SideModel:
 # --- round trips -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "method", [ss.ReadConfig(rank=4), ss.ProbeConfig(), ss.BitFitConfig(), ss.FullConfig()]
-)
+@pytest.mark.parametrize("method", [ss.ReadConfig(rank=4), ss.ProbeConfig(), ss.BitFitConfig(), ss.FullConfig()])
 @pytest.mark.parametrize("own_head", [True, False])
 def test_a_task_on_a_checkpoint_without_pooler_and_head_comes_back(bert, tmp_path, method, own_head):
     if own_head:
@@ -198,9 +196,7 @@ def test_a_timm_model_comes_back(tmp_path):
 
 
 def test_a_fresh_process_predicts_the_same(bert, tmp_path):
-    model = trained(
-        ss.attach(BertForSequenceClassification.from_pretrained(bert, num_labels=3), ss.ReadConfig(rank=4))
-    )
+    model = trained(ss.attach(BertForSequenceClassification.from_pretrained(bert, num_labels=3), ss.ReadConfig(rank=4)))
     model.save_pretrained(tmp_path / "task")
     program = (
         "import sys, torch; from sidestep.store import load; from safetensors.torch import save_file\n"
@@ -217,9 +213,7 @@ def test_a_fresh_process_predicts_the_same(bert, tmp_path):
 def test_other_tensor_dtypes_and_the_pool_come_back(bert, tmp_path):
     model = make_task(bert, tmp_path / "task")
     assert load(tmp_path / "task").settings.head.pool == model.pool
-    assert {value.dtype for value in load_file(tmp_path / "task" / "task.safetensors").values()} == {
-        torch.float32
-    }
+    assert {value.dtype for value in load_file(tmp_path / "task" / "task.safetensors").values()} == {torch.float32}
 
 
 def test_settings_extras_and_scores_come_back(bert, tmp_path):
@@ -305,17 +299,13 @@ def test_a_backbone_of_another_size_does_not_fit_even_with_allow_mismatch(bert, 
 def test_a_task_with_the_backbones_own_head_names_the_class_it_needs(bert, tmp_path):
     backbone = BertForSequenceClassification.from_pretrained(bert, num_labels=3)
     ss.attach(backbone, ss.ReadConfig(rank=4)).save_pretrained(tmp_path / "task")
-    with pytest.raises(
-        TaskError, match=r"made on BertForSequenceClassification\).*place own\.classifier\.bias"
-    ):
+    with pytest.raises(TaskError, match=r"made on BertForSequenceClassification\).*place own\.classifier\.bias"):
         load(tmp_path / "task", AutoModel.from_pretrained(bert))
 
 
 def test_an_unsupported_backbone_is_named_with_the_tasks_own(bert, tmp_path):
     make_task(bert, tmp_path / "task", ss.BitFitConfig())
-    with pytest.raises(
-        ss.UnsupportedBackbone, match=r"made on BertModel .*bitfit does not work on LlamaModel"
-    ):
+    with pytest.raises(ss.UnsupportedBackbone, match=r"made on BertModel .*bitfit does not work on LlamaModel"):
         load(tmp_path / "task", LlamaForCausalLM(LLAMA).model)
 
 
@@ -565,9 +555,7 @@ def test_inspect_refuses_a_bad_folder_too(bert, tmp_path, how):
 
 def test_a_missing_folder_is_named(tmp_path):
     folder = tmp_path / "no"
-    with pytest.raises(
-        TaskError, match=rf"{re.escape(str(folder))} is no task folder: there is no such folder"
-    ):
+    with pytest.raises(TaskError, match=rf"{re.escape(str(folder))} is no task folder: there is no such folder"):
         load(folder)
 
 

@@ -13,10 +13,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FAMILIES, LABELS, VOCABULARY, randomize
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import sidestep as ss
+from tiny import FAMILIES, LABELS, VOCABULARY, randomize
 
 
 def rows(count: int = 24) -> datasets.Dataset:
@@ -81,7 +87,9 @@ def losses(run: Trainer) -> list[float]:
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["sidestep", "own"])
-def test_columns_that_the_backbone_takes_are_kept_and_others_removed(head: bool, tmp_path: Path, tokenizer: Any) -> None:
+def test_columns_that_the_backbone_takes_are_kept_and_others_removed(
+    head: bool, tmp_path: Path, tokenizer: Any
+) -> None:
     run = trainer(tmp_path, model_of(head=head), tokenizer)
     batch = next(iter(run.get_train_dataloader()))
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
@@ -135,7 +143,12 @@ def test_accumulation_on_language_models_scales_the_loss(family: str, tmp_path: 
     for steps in (1, 4):
         model = ss.attach(kind.model(), ss.ReadConfig(rank=4))
         batch = kind.inputs(rows=1)
-        data = [{**{k: v[0] for k, v in batch.items() if k != "decoder_input_ids"}, "labels": batch["input_ids"][0]}] * 8
+        data = [
+            {
+                **{k: v[0] for k, v in batch.items() if k != "decoder_input_ids"},
+                "labels": batch["input_ids"][0],
+            }
+        ] * 8
         run = Trainer(
             model=model,
             args=TrainingArguments(
@@ -173,9 +186,7 @@ def test_label_smoothing_shifts_labels_of_a_causal_model(tmp_path: Path) -> None
     model = ss.attach(kind.model(), ss.ReadConfig(rank=4)).eval()
     run = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(tmp_path), label_smoothing_factor=1e-9, report_to="none", use_cpu=True
-        ),
+        args=TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=1e-9, report_to="none", use_cpu=True),
     )
     batch = {**kind.inputs(rows=3), "labels": kind.inputs(rows=3)["input_ids"]}
     with torch.no_grad():
@@ -242,7 +253,11 @@ def test_resume_continues_exactly(tmp_path: Path, tokenizer: Any) -> None:
     whole = trainer(tmp_path / "whole", model_of(), tokenizer, train_sampling_strategy="group_by_length")
     whole.train()
     first = trainer(
-        tmp_path / "cut", model_of(), tokenizer, train_sampling_strategy="group_by_length", callbacks=[StopAt(4)]
+        tmp_path / "cut",
+        model_of(),
+        tokenizer,
+        train_sampling_strategy="group_by_length",
+        callbacks=[StopAt(4)],
     )
     first.train()
     second = trainer(tmp_path / "cut", model_of(), tokenizer, train_sampling_strategy="group_by_length")
@@ -258,7 +273,9 @@ def test_loading_another_tasks_weights_is_refused() -> None:
     state["head.linear.weight"] = state["head.linear.weight"][:2]
     state.pop("head.linear.bias")
     state["side.new"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"missing head.linear.bias; unexpected side.new; other shapes head.linear.weight"):
+    with pytest.raises(
+        ValueError, match=r"missing head.linear.bias; unexpected side.new; other shapes head.linear.weight"
+    ):
         model.load_state_dict(state, strict=False)
 
 
@@ -275,7 +292,9 @@ def test_checkpointing_by_the_trainer_is_late_checkpointing(tmp_path: Path, toke
     assert not any("forward" in block.__dict__ for block in model.late_blocks())
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
 def test_a_copy_is_a_model_of_its_own(how: Any) -> None:
     kind = FAMILIES["bert"]
     model = model_of().eval()

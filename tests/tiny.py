@@ -57,9 +57,7 @@ def vit() -> nn.Module:
 
 def swin() -> nn.Module:
     return SwinForImageClassification(
-        SwinConfig(
-            embed_dim=8, depths=[2, 2], num_heads=[1, 2], image_size=32, window_size=4, num_labels=LABELS
-        )
+        SwinConfig(embed_dim=8, depths=[2, 2], num_heads=[1, 2], image_size=32, window_size=4, num_labels=LABELS)
     )
 
 
@@ -97,7 +95,13 @@ def llama() -> nn.Module:
 
 def timm_vit() -> nn.Module:
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=LABELS
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        embed_dim=16,
+        depth=3,
+        num_heads=2,
+        num_classes=LABELS,
     )
 
 

@@ -1,26 +1,34 @@
 """Sidestep: tune a frozen pretrained Transformer without back-propagating through it.
 
-    import sidestep as ss
+import sidestep as ss
 
-    model = ss.attach(backbone, ss.ReadConfig(rank=128), head=ss.Classify(num_labels=2))
-    transformers.Trainer(model=model, ...).train()
-    model.save_pretrained("tasks/rte")
-    model = ss.load("tasks/rte")
+model = ss.attach(backbone, ss.ReadConfig(rank=128), head=ss.Classify(num_labels=2))
+transformers.Trainer(model=model, ...).train()
+model.save_pretrained("tasks/rte")
+model = ss.load("tasks/rte")
 """
 
-from sidestep.heads import Classify, Regress
-from sidestep.memory import peak_memory, saved_bytes
-from sidestep.methods import (
-    BitFitConfig,
-    FullConfig,
-    MethodConfig,
-    ProbeConfig,
-    ReadConfig,
-    UnsupportedBackbone,
-    methods,
-)
-from sidestep.model import SideModel, attach, detach
-from sidestep.store import load
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sidestep.heads import Classify, Regress
+    from sidestep.memory import peak_memory, saved_bytes
+    from sidestep.methods import (
+        BitFitConfig,
+        FullConfig,
+        MethodConfig,
+        ProbeConfig,
+        ReadConfig,
+        UnsupportedBackbone,
+        methods,
+    )
+    from sidestep.model import SideModel, attach, detach
+    from sidestep.store import load
 
 __version__ = "0.1.0"
 
@@ -41,3 +49,42 @@ __all__ = [
     "peak_memory",
     "saved_bytes",
 ]
+
+_HOMES = {
+    "heads": ("Classify", "Regress"),
+    "memory": ("peak_memory", "saved_bytes"),
+    "methods": (
+        "BitFitConfig",
+        "FullConfig",
+        "MethodConfig",
+        "ProbeConfig",
+        "ReadConfig",
+        "UnsupportedBackbone",
+        "methods",
+    ),
+    "model": ("SideModel", "attach", "detach"),
+    "store": ("load",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+class _Package(ModuleType):
+    """This package: a public name is imported when it is first used, so that the command's help needs no torch."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{self.__name__}.{_HOME[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # importing the folder sidestep.methods would put it in the place of the function of that name
+        hides = name == "methods" and isinstance(value, ModuleType)
+        super().__setattr__(name, value.methods if hides else value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -43,7 +43,7 @@ class Stack:
 # --- finding ---------------------------------------------------------------------------------------------------
 
 
-def trunk_of(model: nn.Module) -> nn.Module:
+def trunk_of(model: Any) -> Any:
     """The backbone without its task head (a Hugging Face model's base model; a timm model itself)."""
     return model.base_model if isinstance(model, PreTrainedModel) else model
 
@@ -55,10 +55,9 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether the model's only stack is a causal language model's: its attention modules say so themselves."""
-    return not is_encoder_decoder(model) and any(
-        getattr(module, "is_causal", False) is True for module in trunk_of(model).modules()
-    )
+    """Whether the model's only stack is causal: the family table or its attention modules say so."""
+    said = (getattr(module, "is_causal", False) is True for module in trunk_of(model).modules())
+    return not is_encoder_decoder(model) and (family_of(model).causal or any(said))
 
 
 def default_pool(model: nn.Module) -> Pool:
@@ -114,7 +113,7 @@ def _is_indexed(path: str) -> bool:
 
 def _block_lists(root: nn.Module) -> dict[str, nn.Module]:
     """Lists of blocks by path: of Hugging Face's checkpointing layers (the innermost), else lists named "blocks"."""
-    lists = {
+    lists: dict[str, Any] = {
         path: module
         for path, module in root.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
@@ -254,6 +253,7 @@ class CheckpointedForward:
         self.block = block
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's output for its arguments."""
         run = type(self.block).forward
         if not torch.is_grad_enabled():
             return run(self.block, *args, **kwargs)
@@ -266,7 +266,7 @@ class CheckpointedForward:
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
     """Make each of the blocks recompute itself in backward."""
     for block in blocks:
-        block.forward = CheckpointedForward(block)  # type: ignore[method-assign,assignment]
+        block.forward = CheckpointedForward(block)
 
 
 def uncheckpoint_blocks(blocks: Sequence[nn.Module]) -> None:
@@ -286,8 +286,7 @@ def new_parameters(model: nn.Module) -> set[str]:
     loaded whole.
     """
     marked = {
-        name: bool(getattr(parameter, "_is_hf_initialized", False))
-        for name, parameter in model.named_parameters()
+        name: bool(getattr(parameter, "_is_hf_initialized", False)) for name, parameter in model.named_parameters()
     }
     return {name for name, loaded in marked.items() if not loaded} if any(marked.values()) else set()
 
@@ -318,9 +317,7 @@ class Digest:
         return "different"
 
 
-def pretrained_tensors(
-    model: nn.Module, originals: Mapping[str, Tensor] | None = None
-) -> Iterator[tuple[str, Tensor]]:
+def pretrained_tensors(model: nn.Module, originals: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Names (relative to the base model, sorted) and values of the pretrained weights that identify a backbone.
 
     Left out: heads and poolers (a class of model may lack them), tensors that the checkpoint did not have, and the
@@ -331,9 +328,11 @@ def pretrained_tensors(
     new = {id(tensors[name]) for name in missing}
     before = {id(tensors[name]): value for name, value in (originals or {}).items()}
     skip = new | head_tensors(trunk)
-    named = [*trunk.named_parameters(), *_persistent_buffers(trunk)]
+    # Every name of a tied tensor is looked at, so that the one it goes by does not hang on the order of registration.
+    named = [*trunk.named_parameters(remove_duplicate=False), *_persistent_buffers(trunk)]
     for name, tensor in sorted(named, key=lambda item: item[0]):
         if id(tensor) not in skip and not in_pooler(name):
+            skip.add(id(tensor))
             yield name, before.get(id(tensor), tensor).detach()
 
 
@@ -342,7 +341,7 @@ def in_pooler(name: str) -> bool:
     return "pooler" in name.split(".")
 
 
-def head_tensors(trunk: nn.Module) -> set[int]:
+def head_tensors(trunk: Any) -> set[int]:
     """Identities of the weights of an output head inside the trunk, unless they are tied to others."""
     if isinstance(trunk, PreTrainedModel):
         head = trunk.get_output_embeddings()

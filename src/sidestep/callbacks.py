@@ -1,4 +1,4 @@
-"""What Sidestep adds to the plain Trainer's loop: exact resuming, a stop when training diverges, a quiet bar."""
+"""What Sidestep adds to the plain Trainer's loop: exact resuming, a stop at divergence, a quieter bar."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Diverged(RuntimeError):
 class ExactResume(TrainerCallback):
     """Lets a run that continues from any checkpoint compute what the uninterrupted one does, bit for bit.
 
-    Every epoch begins from a seed of its own: the Trainer's length-grouped order comes from the global generator,
-    whose state at an epoch's begin is not in a checkpoint that was made in the epoch's middle. The loss is logged
-    at every checkpoint, because the mean since the last entry is not stored.
+    Every epoch begins from a seed of its own: the Trainer's length-grouped order comes from the global
+    generator, whose state at an epoch's begin is not in a checkpoint that was made in the epoch's middle. The
+    loss is logged at every checkpoint, because the mean since the last entry is not stored.
     """
 
     def __init__(self, seed: int, steps_per_epoch: int, save_steps: int | None) -> None:
@@ -48,7 +48,7 @@ class ExactResume(TrainerCallback):
 
 
 class StopIfDiverged(TrainerCallback):
-    """Ends training when a logged loss or gradient norm is not finite, before the next checkpoint is written."""
+    """Ends training when a logged loss or gradient norm is not finite, before another checkpoint is made."""
 
     def on_log(
         self,

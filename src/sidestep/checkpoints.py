@@ -1,7 +1,7 @@
 """The Trainer's checkpoints of a run: which are complete, which is last, and whether a folder is free.
 
-A checkpoint is written in place, file by file, and trainer_state.json comes last. One that a killed process left
-half-written is therefore known by what it lacks.
+A checkpoint is written in place, file by file, and trainer_state.json comes last. One that a killed process
+left half-written is therefore known by what it lacks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILES = (STATE, WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 class OutputError(ValueError):
-    """A run cannot write to its output folder, or cannot continue what is there; the message says what to do."""
+    """A run cannot write to its output folder or continue what is there; the message says what to do."""
 
 
 def check_output(settings: TrainSettings) -> None:
@@ -43,9 +43,7 @@ def check_output(settings: TrainSettings) -> None:
     if settings.resume or settings.overwrite:
         return
     if (output / CONFIG).exists():
-        raise OutputError(
-            f"{output} holds another task: choose another folder, or replace it with --overwrite"
-        )
+        raise OutputError(f"{output} holds another task: choose another folder, or replace it with --overwrite")
     if (folder / RUN).exists():
         raise OutputError(
             f"{output} holds a run that did not end: continue it with --resume, or start anew with --overwrite"
@@ -136,7 +134,7 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove half-written checkpoints: the Trainer's rotation would count them, and keep them for good ones."""
+    """Remove half-written checkpoints: the Trainer's rotation would keep them in the place of good ones."""
     for path in _all(folder):
         if not is_complete(path):
             shutil.rmtree(path)
@@ -155,8 +153,8 @@ def _check_same(path: Path, run: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise OutputError(
-            f"{path.parent.parent} holds another run ({'; '.join(changed)}): resume with the same settings and "
-            "data, or start anew with --overwrite"
+            f"{path.parent.parent} holds another run ({'; '.join(changed)}): resume with the same settings "
+            "and data, or start anew with --overwrite"
         )
 
 

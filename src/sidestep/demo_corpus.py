@@ -49,9 +49,7 @@ END_OF_PROSE = re.compile(
 DIRECTIVE = re.compile(r"^([ \t]*)\.\. .*(?:\n(?:\1[ \t]+.*|[ \t]*))*", re.MULTILINE)
 ROLE = re.compile(r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^`>]*>)?`")
 LINK = re.compile(r"\[([^\]\n]+)\]\([^)\n]*\)|`([^`<\n]*)<[^>`]*>`__?")
-MARKUP = re.compile(
-    r"`+__?(?=[\s.,)]|$)|`+[~.!]?|\*\*|\$+|\[[\w*#-]+\]_|<?https?://\S+|<[^<>\n]{1,40}>|:(?=:(?:\s|$))"
-)
+MARKUP = re.compile(r"`+__?(?=[\s.,)]|$)|`+[~.!]?|\*\*|\$+|\[[\w*#-]+\]_|<?https?://\S+|<[^<>\n]{1,40}>|:(?=:(?:\s|$))")
 
 
 class Row(TypedDict):

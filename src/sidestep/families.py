@@ -21,11 +21,11 @@ Pool = Literal["cls", "mean", "last"]
 Grid = tuple[int, int]
 
 
-def no_grid(model: nn.Module, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> None:
+def no_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> None:
     """Text has no token grid."""
 
 
-def patch_grid(model: nn.Module, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
+def patch_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
     """Image size over patch size: plain vision Transformers."""
     image = inputs["pixel_values"] if "pixel_values" in inputs else inputs["x"]
     rows, columns = image.shape[-2:]
@@ -34,15 +34,13 @@ def patch_grid(model: nn.Module, inputs: Mapping[str, Any], call: Mapping[str, A
     return rows // down, columns // right
 
 
-def argument_grid(
-    model: nn.Module, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor
-) -> Grid:
+def argument_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
     """The grid that the model hands to its blocks (Hugging Face's Swin)."""
     rows, columns = call["input_dimensions"]
     return rows, columns
 
 
-def shape_grid(model: nn.Module, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
+def shape_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
     """The hidden state's own shape (batch, rows, columns, channels): timm's Swin."""
     rows, columns = hidden.shape[1:3]
     return rows, columns
@@ -62,7 +60,7 @@ def _chain(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
     return second(first(x))
 
 
-def vit_block(block: nn.Module) -> FrozenBlock:
+def vit_block(block: Any) -> FrozenBlock:
     """Hugging Face's ViT layer."""
     attention = block.attention
     return FrozenBlock(
@@ -80,7 +78,7 @@ def vit_block(block: nn.Module) -> FrozenBlock:
     )
 
 
-def bert_block(block: nn.Module) -> FrozenBlock:
+def bert_block(block: Any) -> FrozenBlock:
     """Hugging Face's BERT layer (post-norm)."""
     attention, out = block.attention.self, block.attention.output
     return FrozenBlock(
@@ -98,7 +96,7 @@ def bert_block(block: nn.Module) -> FrozenBlock:
     )
 
 
-def timm_block(block: nn.Module) -> FrozenBlock:
+def timm_block(block: Any) -> FrozenBlock:
     """timm's ViT block (LayerScale included where the model has it)."""
     attention = block.attn
     return FrozenBlock(
@@ -122,6 +120,7 @@ class Family:
 
     Attributes:
         pool: default read-out of `Classify` and `Regress`: "cls" (first token), "mean" (kept tokens) or "last".
+        causal: whether tokens see earlier ones only, where the attention modules do not say so themselves.
         prefix: tokens before the grid, a number or the model's attribute that holds it.
         layout: "tokens" (batch, tokens, width) or "grid" (batch, rows, columns, width).
         grid: the token grid at a site, from the model, the pass's inputs, the block's arguments and its output.
@@ -131,6 +130,7 @@ class Family:
     """
 
     pool: Pool = "mean"
+    causal: bool = False
     prefix: int | str = 0
     layout: Literal["tokens", "grid"] = "tokens"
     grid: Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any], Tensor], Grid | None] = no_grid
@@ -165,6 +165,7 @@ FAMILIES: dict[str, Family] = {
     "deit": Family(pool="cls", prefix=2, grid=patch_grid, first_token_heads=("DeiTForImageClassification",)),
     "dinov2": Family(pool="cls", prefix=1, grid=patch_grid),
     "swin": Family(grid=argument_grid),
+    "clip_text_model": Family(causal=True),
     # CLIP's last norm sees the pooled token only.
     "clip_vision_model": Family(pool="cls", prefix=1, grid=patch_grid, final_norm=""),
     "VisionTransformer": Family(

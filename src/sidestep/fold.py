@@ -89,7 +89,7 @@ class Fold:
     ) -> None:
         self.trunk, self.method, self.family = trunk, method, family
         self.narrow, self.through, self.frozen = narrow, through, frozen
-        self.running = False
+        self.running, self.attached = False, True
         self.current: Pass | None = None
         self.finished: Pass | None = None
         self.carries = type(method).carry is not SideNet.carry
@@ -101,8 +101,9 @@ class Fold:
         """`call(*args, **kwargs)` with the method active: its result, and what the head reads of the last pass.
 
         Raises:
-            FoldError: if another call is running (one model serves one thread at a time).
+            FoldError: if another call is running (one model serves one thread at a time), or the hooks are gone.
         """
+        self.require_attached()
         if self.running:
             raise FoldError("this model is in the middle of another call: use one model per thread")
         self.running = True
@@ -112,8 +113,14 @@ class Fold:
         finally:
             self.running, self.current, self.finished = False, None, None
 
+    def require_attached(self) -> None:
+        """Raise if the hooks were taken off: the backbone alone would answer, without the task."""
+        if not self.attached:
+            raise FoldError("this model was detached from its backbone: call ss.attach (or ss.load) again")
+
     def remove(self) -> None:
         """Take every hook off the backbone."""
+        self.attached = False
         for handle in self.handles:
             handle.remove()
 
@@ -142,7 +149,8 @@ class Fold:
         if site.kind == "norm":
             return [module.register_forward_hook(AtNorm(self, site, order))]
         handles = [module.register_forward_hook(AtBlock(self, site, order, names), with_kwargs=True)]
-        if "encoder_hidden_states" in names and type(self.method).memory is not SideNet.memory:
+        cross_attends = len(self.lengths) > 1 and site.stack == "decoder"
+        if cross_attends and type(self.method).memory is not SideNet.memory:
             handles.append(module.register_forward_pre_hook(AtMemory(self, site, names), with_kwargs=True))
         return handles
 
@@ -168,7 +176,7 @@ class Fold:
         if current.stack != self.last_stack or current.visited != self.lengths[self.last_stack]:
             raise FoldError(
                 f"the backbone ended its pass after {current.visited} of {self.lengths[self.last_stack]} sites of "
-                f"its {self.last_stack}: a model that skips blocks cannot be folded over"
+                f"its {self.last_stack}: a model that skips blocks or its final norm cannot be folded over"
             )
         self.finished, self.current = current, None
 
@@ -185,6 +193,8 @@ class Fold:
             current.stack, current.visited = site.stack, 0
             current.state = self.method.start(site, current.carried)
         if current.stack != site.stack or current.visited != order:
+            if site.kind == "norm":
+                raise FoldError(_wrong_norm(site, "it ran before the last block"))
             raise FoldError(
                 f"block {site.index} of the {site.stack} ran out of turn (site {order}, expected {current.visited}):"
                 " blocks that run twice (shared layers) or are skipped (layer drop) cannot be folded over"
@@ -223,7 +233,7 @@ class Fold:
 
     def step(self, current: Pass, hidden: Tensor, site: Site) -> Tensor:
         """The method's step, with the guard on what lies before its first write."""
-        if self.frozen and hidden.requires_grad and not current.written:
+        if self.frozen and not current.written and hidden.requires_grad and torch.is_grad_enabled():
             raise FoldError(
                 f"the hidden state at {site.kind} {site.index} of the {site.stack} requires a gradient before the "
                 "method's first write, so the whole backbone would be kept for backward: do not call "
@@ -236,6 +246,7 @@ class Fold:
     def finish(self, current: Pass, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
         """The method's finish; what the head or the decoder reads is noted."""
         output = self.method.finish(current.state, raw, normed, site)
+        current.written |= output is not normed
         if site.head:
             current.reading = Reading(output, site, self.method.pooled(current.state, site))
         else:
@@ -328,10 +339,16 @@ class AtMemory(Hook):
     names: list[str]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if not self.fold.running or self.fold.current is None:
+        current = self.fold.current
+        if not self.fold.running or current is None:
             return None
-        memory = self.fold.method.memory(self.fold.current.state, self.site)
-        return None if memory is None else _with_argument(self.names, args, kwargs, "encoder_hidden_states", memory)
+        call = _bind(self.names, args, kwargs)
+        site = self.fold.seen(self.site, call[self.names[0]], call)
+        memory = self.fold.method.memory(current.state, site)
+        if memory is None:
+            return None
+        current.written = True
+        return _with_argument(self.names, args, kwargs, "encoder_hidden_states", memory)
 
 
 @dataclass(eq=False)
@@ -373,10 +390,7 @@ class AtNorm(Hook):
         fold, raw = self.fold, args[0]
         current = fold.visit(self.site, self.order)
         if raw.shape[-1] != self.site.width or raw.ndim < 3:
-            raise FoldError(
-                f"{type(module).__name__} was taken for the {self.site.stack}'s final norm, but it got a tensor of "
-                f"shape {tuple(raw.shape)}: name the right one in sidestep/families.py (final_norm)"
-            )
+            raise FoldError(_wrong_norm(self.site, f"it got a tensor of shape {tuple(raw.shape)}"))
         site = fold.seen(self.site, raw, {})
         if current.row is None or not site.head:
             return fold.finish(current, _as_tokens(raw), _as_tokens(output), site).reshape(output.shape)
@@ -402,6 +416,13 @@ def take_rows(hidden: Tensor, index: Tensor) -> Tensor:
 def single_token(site: Site) -> Site:
     """The site as a fold that is narrowed to one token sees it: nothing padded, no grid."""
     return replace(site, keep=None, grid=None)
+
+
+def _wrong_norm(site: Site, why: str) -> str:
+    return (
+        f"the wrong module was taken for the {site.stack}'s final norm ({why}): name the right one in "
+        "sidestep/families.py (final_norm)"
+    )
 
 
 def _as_tokens(hidden: Tensor) -> Tensor:

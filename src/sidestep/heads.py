@@ -148,7 +148,8 @@ class Head(nn.Module):
         if hidden.shape[1] == 1:
             return hidden[:, 0]
         if self.pool == "mean":
-            return mean_pool(hidden[:, site.prefix :], site.keep)
+            keep = None if site.keep is None else site.keep[:, site.prefix :]
+            return mean_pool(hidden[:, site.prefix :], keep)
         if self.pool == "last" and site.keep is not None:
             return take_rows(hidden, last_kept(site.keep))[:, 0]
         # Copied: a view of one row would keep the storage of all tokens for backward.

@@ -152,9 +152,7 @@ def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
         return TimmProcessor.from_pretrained(folder)
     images = _reads_images(str(name), folder, revision)
     if folder.is_dir():
-        _require_any(
-            folder, IMAGE_FILES if images else TOKENIZER_FILES, "image processor" if images else "tokenizer"
-        )
+        _require_any(folder, IMAGE_FILES if images else TOKENIZER_FILES, "image processor" if images else "tokenizer")
     kind = AutoImageProcessor if images else AutoTokenizer
     with _quiet(local=folder.is_dir()), _as_load_error(str(name), "processor" if images else "tokenizer"):
         return kind.from_pretrained(str(name), revision=revision or "main", trust_remote_code=False)
@@ -184,15 +182,9 @@ class TimmProcessor:
             LoadError: if timm does not know the name.
         """
         timm = import_timm()
-        config = (
-            timm.get_pretrained_cfg(model)
-            if isinstance(model, str)
-            else getattr(model, "pretrained_cfg", None)
-        )
+        config = timm.get_pretrained_cfg(model) if isinstance(model, str) else getattr(model, "pretrained_cfg", None)
         if config is None:
-            raise LoadError(
-                f"timm {timm.__version__} has no model named {model!r}: see timm.list_pretrained()"
-            )
+            raise LoadError(f"timm {timm.__version__} has no model named {model!r}: see timm.list_pretrained()")
         values = config if isinstance(config, Mapping) else config.to_dict()
         return cls._from(timm.data.resolve_data_config(pretrained_cfg=values))
 
@@ -243,20 +235,14 @@ def _config(name: str, revision: str | None, fields: Mapping[str, Any]) -> Any:
     if folder.is_dir():
         _check_folder(folder)
     with _quiet(local=folder.is_dir()), _as_load_error(name, CONFIG):
-        return AutoConfig.from_pretrained(
-            name, revision=revision or "main", trust_remote_code=False, **fields
-        )
+        return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False, **fields)
 
 
 def _check_folder(folder: Path) -> None:
     if not (folder / CONFIG).is_file():
-        raise LoadError(
-            f"{folder} has no {CONFIG}: give a folder that a model was saved in ({_holds(folder)})"
-        )
+        raise LoadError(f"{folder} has no {CONFIG}: give a folder that a model was saved in ({_holds(folder)})")
     if not any((folder / name).is_file() for name in WEIGHTS):
-        pickled = (folder / "pytorch_model.bin").is_file() or (
-            folder / "pytorch_model.bin.index.json"
-        ).is_file()
+        pickled = (folder / "pytorch_model.bin").is_file() or (folder / "pytorch_model.bin.index.json").is_file()
         hint = (
             "pytorch_model.bin is a pickle, which is not read: load it with transformers and save it again"
             if pickled

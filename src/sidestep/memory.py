@@ -94,9 +94,7 @@ class _Storage:
             return
         distinct = prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
         size = tensor.element_size()
-        self.views[key] = _View(
-            module, tuple(tensor.shape), tensor.dtype, tensor.numel() * size, distinct * size
-        )
+        self.views[key] = _View(module, tuple(tensor.shape), tensor.dtype, tensor.numel() * size, distinct * size)
 
     @property
     def pinned(self) -> bool:

@@ -122,9 +122,7 @@ def _multi(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]
 def _regress(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
     predictions, targets = predictions.astype(np.float64), targets.astype(np.float64)
     mse = float(np.square(predictions - targets).mean())
-    constant = [
-        name for name, values in (("predictions", predictions), ("targets", targets)) if np.ptp(values) == 0
-    ]
+    constant = [name for name, values in (("predictions", predictions), ("targets", targets)) if np.ptp(values) == 0]
     if constant:
         warnings.warn(
             f"{' and '.join(constant)} of {len(targets)} rows are all the same: "
@@ -143,9 +141,7 @@ def _flat(values: NDArray[Any]) -> NDArray[Any]:
 
 def _check(kind: str, predictions: NDArray[Any], targets: NDArray[Any]) -> None:
     if len(predictions) == 0 or len(predictions) != len(targets):
-        raise ValueError(
-            f"{len(predictions)} predictions for {len(targets)} targets: give one for each, at least one"
-        )
+        raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets: give one for each, at least one")
     wanted, wanted_targets = AXES[kind]
     fits = (predictions.ndim, targets.ndim) == (len(wanted), len(wanted_targets))
     if not fits or (kind == "multi" and predictions.shape != targets.shape):
@@ -162,14 +158,10 @@ def _check(kind: str, predictions: NDArray[Any], targets: NDArray[Any]) -> None:
             )
 
 
-def _check_classes(
-    kind: str, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None
-) -> None:
+def _check_classes(kind: str, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None) -> None:
     classes = predictions.shape[1]
     if names and len(names) != classes:
-        raise ValueError(
-            f"predictions have {classes} columns, but there are {len(names)} classes: {', '.join(names)}"
-        )
+        raise ValueError(f"predictions have {classes} columns, but there are {len(names)} classes: {', '.join(names)}")
     top = classes - 1 if kind == "single" else 1
     if targets.min() < 0 or targets.max() > top:
         raise ValueError(f"targets are {targets.min()} to {targets.max()}: they should be 0 to {top}")

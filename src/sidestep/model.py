@@ -16,6 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import ModelOutput
 
 from sidestep import backbone as backbones
 from sidestep.backbone import Digest, Noise
@@ -25,7 +26,7 @@ from sidestep.heads import Head, HeadConfig
 from sidestep.methods import MethodConfig, ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta, method_of
 from sidestep.methods.base import Method
 from sidestep.methods.controls import Probe
-from sidestep.sites import Place, Site
+from sidestep.sites import Site
 
 Checkpoint = Literal["late"]
 
@@ -65,6 +66,7 @@ def attach(
     Raises:
         UnsupportedBackbone: if the method cannot work on this backbone.
         ValueError: if the backbone is compiled, attached already, or a setting is out of range.
+        TypeError: if the backbone is no torch module.
     """
     backbones.check_noise(backbone_noise)
     if checkpoint not in (None, "late"):
@@ -94,6 +96,10 @@ class SideModel(nn.Module):
         fold: the hooks.
         extras: what `save_pretrained` stores besides (tokenizer or processor, preprocessing, scores).
     """
+
+    backbone: Any
+    side: SideNet
+    head: Head | None
 
     def __init__(self, backbone: nn.Module, settings: Settings) -> None:
         super().__init__()
@@ -149,7 +155,7 @@ class SideModel(nn.Module):
         with _naming(self.record, backbone):
             self.record.implementation.check(config, sites)
         # A method's constructor takes its config and the sites.
-        return self.record.implementation(config, sites)  # type: ignore[call-arg]
+        return self.record.implementation(config, sites)
 
     @property
     def pool(self) -> Pool:
@@ -158,7 +164,7 @@ class SideModel(nn.Module):
         return asked or backbones.default_pool(self.backbone)
 
     def _feature_width(self, sites: list[Site]) -> int:
-        own = getattr(self.side, "pooled_width", None)
+        own = self.side.pooled_width
         return own if own is not None else next(site.width for site in reversed(sites) if site.head)
 
     def _narrow(self, sites: list[Site]) -> Pool | None:
@@ -168,7 +174,7 @@ class SideModel(nn.Module):
         if self._delta is not None or not self.side.tokenwise or staged or not _at_end(write):
             return None
         if self.settings.head is not None:
-            return None if self.pool == "mean" else self.pool
+            return None if self.pool == "mean" or self.side.pooled_width is not None else self.pool
         return "cls" if type(self.backbone).__name__ in family_of(self.backbone).first_token_heads else None
 
     def _first_write(self) -> Site | None:
@@ -188,13 +194,13 @@ class SideModel(nn.Module):
         """Unfreeze what is trained, list the task's tensors, and keep their original values for `detach`."""
         # A Sidestep head does not run through the backbone's own.
         unread = self._beyond_trunk() if self.head is not None else set()
-        new = backbones.new_parameters(self.backbone)
+        new, own = backbones.new_parameters(self.backbone), self._own_head()
         moved = {id(p) for name, p in self.trunk.named_parameters() if self._delta and self._delta.moves(name, p)}
         stored = []
         for name, parameter in self.backbone.named_parameters():
             if id(parameter) in unread:
                 continue
-            trained = id(parameter) in moved or self._trains_head(name, parameter, new)
+            trained = id(parameter) in moved or self._trains_head(name, id(parameter) in own, new)
             parameter.requires_grad_(trained)
             if trained or name in new:
                 stored.append(name)
@@ -204,12 +210,15 @@ class SideModel(nn.Module):
         side = [name for name in super().state_dict() if name.startswith(("side.", "head."))]
         self._task_names = (*side, *(f"backbone.{name}" for name in stored))
 
+    def _own_head(self) -> set[int]:
+        """Identities of the parameters of the backbone's own head (a weight that is tied to the trunk's is none)."""
+        inside = {id(p) for p in self.trunk.parameters()}
+        return ({id(p) for p in self.backbone.parameters()} - inside) | backbones.head_tensors(self.trunk)
+
     def _beyond_trunk(self) -> set[int]:
         """Identities of the backbone's parameters behind the last hidden state: its own head, poolers."""
-        inside = {id(p): name for name, p in self.trunk.named_parameters()}
-        poolers = {i for i, name in inside.items() if backbones.in_pooler(name)}
-        outside = {id(p) for p in self.backbone.parameters()} - set(inside)
-        return poolers | outside | backbones.head_tensors(self.trunk)
+        poolers = {id(p) for name, p in self.trunk.named_parameters() if backbones.in_pooler(name)}
+        return poolers | self._own_head()
 
     def _running_statistics(self) -> list[str]:
         """Batch norms' buffers, which move when a method trains the backbone in its own training mode."""
@@ -222,23 +231,14 @@ class SideModel(nn.Module):
             for name, _ in module.named_buffers(recurse=False)
         ]
 
-    def _trains_head(self, name: str, parameter: nn.Parameter, new: set[str]) -> bool:
-        """Whether a parameter of the backbone's own head (or a pooler) is trained."""
-        own = not self._in_trunk(parameter) or id(parameter) in self._timm_head()
+    def _trains_head(self, name: str, own: bool, new: set[str]) -> bool:
+        """Whether a parameter of the backbone's own head (`own`) or of a pooler is trained."""
         if self.head is not None or not (own or backbones.in_pooler(name)):
             return False
         if self.settings.train_head is not None:
             return self.settings.train_head and (own or name in new)
-        classifies = "Classification" in type(self.backbone).__name__ or bool(self._timm_head())
-        return name in new or (own and classifies)
-
-    def _in_trunk(self, parameter: nn.Parameter) -> bool:
-        return any(parameter is other for other in self.trunk.parameters())
-
-    def _timm_head(self) -> set[int]:
-        if isinstance(self.backbone, PreTrainedModel) or not hasattr(self.backbone, "get_classifier"):
-            return set()
-        return {id(parameter) for parameter in self.backbone.get_classifier().parameters()}
+        timm = not isinstance(self.backbone, PreTrainedModel)
+        return name in new or (own and (timm or "Classification" in type(self.backbone).__name__))
 
     def _set_interface(self) -> None:
         """What the Trainer and other callers look for on a model."""
@@ -287,7 +287,12 @@ class SideModel(nn.Module):
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """The backbone's inputs (and `labels`) -> its output type, or with a Sidestep head a classifier output."""
-        kwargs = self._defaults(args, kwargs)
+        output = self._run(args, labels, self._defaults(args, kwargs))
+        if labels is not None and self.training and torch.is_grad_enabled():
+            self._check_trains(output)
+        return output
+
+    def _run(self, args: tuple[Any, ...], labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
         if self.head is None and isinstance(self.backbone, PreTrainedModel):
             given = {} if labels is None else {"labels": labels}
             return self.fold.run(self.backbone, *args, **given, **kwargs)[0]
@@ -303,6 +308,15 @@ class SideModel(nn.Module):
         loss = None if labels is None else self.head.loss(logits, labels, items)
         kind = ImageClassifierOutput if self.main_input_name == "pixel_values" else SequenceClassifierOutput
         return kind(loss=loss, logits=logits)
+
+    def _check_trains(self, output: Any) -> None:
+        """Raise where the loss of a training step has no gradient, instead of autograd's own error in backward."""
+        if isinstance(output, ModelOutput) and not output.loss.requires_grad:
+            raise ValueError(
+                f"nothing is trained: {self.record.name} leaves it to the head, and the own head of "
+                f"{type(self.backbone).__name__} is frozen: pass head=ss.Classify(...), or train_head=True if the "
+                "head is not tied to the embeddings"
+            )
 
     def _defaults(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Fill in what a frozen pass needs: no cache where nothing is generated, a decoder's first token."""
@@ -372,7 +386,7 @@ class SideModel(nn.Module):
     # --- what it holds ---------------------------------------------------------------------------------------------
 
     @property
-    def trunk(self) -> nn.Module:
+    def trunk(self) -> Any:
         """The backbone without its own head."""
         return backbones.trunk_of(self.backbone)
 
@@ -422,6 +436,7 @@ class SideModel(nn.Module):
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The task alone: trained parameters, side buffers, and weights that the checkpoint did not have."""
+        self.fold.require_attached()
         destination = OrderedDict() if destination is None else destination
         tensors = self._named_tensors()
         for name in self._task_names:
@@ -465,6 +480,8 @@ class SideModel(nn.Module):
 
     def detach_backbone(self) -> nn.Module:
         """See `detach`."""
+        if not self.fold.attached:
+            return self.backbone
         self.fold.remove()
         backbones.uncheckpoint_blocks([place.module for place in self.places])
         with torch.no_grad():
@@ -501,7 +518,7 @@ class _Before:
             module.training = self.modes[name]
 
 
-class _naming:  # noqa: N801 - used as a function
+class _naming:
     """Turn a method's refusal into one that names the method and the backbone."""
 
     def __init__(self, record: Method, backbone: nn.Module) -> None:
@@ -520,6 +537,8 @@ class _naming:  # noqa: N801 - used as a function
 def _check_attachable(backbone: nn.Module) -> None:
     if isinstance(backbone, SideModel):
         raise ValueError("this is an attached model already: call ss.detach(model) first, then attach again")
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(f"{type(backbone).__name__} is no torch module: pass a Hugging Face or timm model")
     for module in backbone.modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(
@@ -530,8 +549,6 @@ def _check_attachable(backbone: nn.Module) -> None:
             raise ValueError(
                 f"{type(backbone).__name__} has a task attached already: call ss.detach on the attached model first"
             )
-    if not isinstance(backbone, nn.Module):
-        raise TypeError(f"{type(backbone).__name__} is no torch module")
 
 
 def _at_end(write: Site | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Image
+from datasets import ClassLabel, Dataset, Image
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
@@ -77,14 +78,12 @@ def predict(
         DataError: for missing columns, or a column that has the name of one of these.
     """
     fields, labels = _reading(model, fields)
-    found = logits(
-        model, _encode(model, rows, fields, None), fields, batch_size=batch_size, progress=progress
-    )
+    found = logits(model, _encode(model, rows, fields, None), fields, batch_size=batch_size, progress=progress)
     columns = predicted(labels, found)
     taken = [name for name in columns if name in rows.column_names]
     if taken:
         raise DataError(f"the rows have columns named {', '.join(taken)} already: rename them")
-    table = _without_pixels(rows, fields)
+    table = _readable(rows, fields)
     for name, values in columns.items():
         table = table.add_column(name, values)
     return table
@@ -118,7 +117,7 @@ def logits(
     if "labels" in encoded.column_names:
         encoded = encoded.remove_columns("labels")
     loader = DataLoader(
-        Subset(encoded, order.tolist()),  # type: ignore[arg-type]
+        Subset(encoded, order.tolist()),
         batch_size=batch_size,
         collate_fn=collator(fields, model.extras.get("processor")),
         num_workers=workers,
@@ -158,11 +157,22 @@ def check_table(path: Path, *, overwrite: bool) -> None:
         raise DataError(f"{path} exists already: choose another file, or replace it with --overwrite")
 
 
+def _write_json(rows: Dataset, path: str) -> None:
+    # not `to_json`, which rounds numbers
+    text = json.dumps(list(rows), indent=1, ensure_ascii=False, default=str)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_lines(rows: Dataset, path: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
 WRITERS: dict[str, Callable[[Dataset, str], object]] = {
     ".csv": lambda rows, path: rows.to_csv(path),
     ".tsv": lambda rows, path: rows.to_csv(path, sep="\t"),
-    ".json": lambda rows, path: rows.to_json(path, lines=False, force_ascii=False),
-    ".jsonl": lambda rows, path: rows.to_json(path, force_ascii=False),
+    ".json": _write_json,
+    ".jsonl": _write_lines,
     ".parquet": lambda rows, path: rows.to_parquet(path),
 }
 
@@ -176,7 +186,7 @@ def _reading(model: SideModel, fields: Fields | None) -> tuple[Fields, LabelSpac
 
 def _encode(model: SideModel, rows: Dataset, fields: Fields, labels: LabelSpace | None) -> Dataset:
     length = model.extras["preprocessing"].get("max_length")
-    wanted = Fields(text=fields.text, text2=fields.text2, image=fields.image, label=labels and fields.label)
+    wanted = Fields(text=fields.text, text2=fields.text2, image=fields.image, label=fields.label if labels else None)
     return encode(rows, wanted, model.extras["processor"], labels, length)[0]
 
 
@@ -190,11 +200,15 @@ def _joined(labels: LabelSpace, chosen: NDArray[np.bool_]) -> str:
     return SEPARATOR.join(name for name, yes in zip(labels.names, chosen, strict=True) if yes)
 
 
-def _without_pixels(rows: Dataset, fields: Fields) -> Dataset:
+def _readable(rows: Dataset, fields: Fields) -> Dataset:
+    """The rows with an image as its path and a class number as its name."""
     rows = rows.with_format(None)
-    name = fields.image
-    if name is None or not isinstance(rows.features[name], Image):
-        return rows
-    cells = rows.cast_column(name, Image(decode=False))[name][:]
-    paths = [cell["path"] or f"row {index + 1}" for index, cell in enumerate(cells)]
-    return rows.remove_columns(name).add_column(name, paths)
+    for name, feature in rows.features.items():
+        if isinstance(feature, ClassLabel):
+            names = [None if index is None or index < 0 else feature.names[index] for index in rows[name][:]]
+            rows = rows.remove_columns(name).add_column(name, names)
+        elif name == fields.image and isinstance(feature, Image):
+            cells = rows.cast_column(name, Image(decode=False))[name][:]
+            paths = [cell["path"] or f"row {index + 1}" for index, cell in enumerate(cells)]
+            rows = rows.remove_columns(name).add_column(name, paths)
+    return rows

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from datasets import Dataset, LargeList, List
-from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from sidestep.data import (
     Collate,
@@ -57,7 +57,7 @@ class TaskData:
 
     def preprocessing(self) -> dict[str, Any]:
         """What a task stores to read other rows the same way."""
-        stored = {
+        stored: dict[str, Any] = {
             "fields": asdict(self.fields),
             "max_length": self.max_length,
             "problem": self.labels.kind,
@@ -92,10 +92,12 @@ def prepare(
         seed: of that choice.
 
     Raises:
-        DataError: for unusable columns or labels, and for dev labels that training never had.
+        DataError: for unusable columns or labels, dev labels that training never had, a backbone for images
+            with a column of text, or the reverse.
     """
     if fields.label is None:
         raise DataError("no label column: training needs one (--label)")
+    check_modality(processor, fields)
     check_fields(train, fields)
     labels = label_space(train, fields.label, kind or guess_kind(train, fields.label))
     source = f"{len(dev)} rows of their own" if dev is not None else ""
@@ -123,7 +125,7 @@ def guess_kind(rows: Dataset, label_column: str) -> Kind:
     """ "multi" for lists of labels, else "single".
 
     Raises:
-        DataError: if the labels are numbers that are not all whole, which may well be targets of a regression.
+        DataError: if the labels are numbers that are not all whole: they may well be a regression's targets.
     """
     if isinstance(rows.features[label_column], List | LargeList):
         return "multi"
@@ -131,8 +133,9 @@ def guess_kind(rows: Dataset, label_column: str) -> Kind:
     numbers = [number for number in map(_number, cells) if number is not None]
     if len(numbers) == len(cells) and not all(number.is_integer() for number in numbers):
         raise DataError(
-            f"column {label_column!r} holds numbers that are not all whole (such as {_first_broken(numbers)}): "
-            "say --problem regress to predict a number, or --problem single if they are names of classes"
+            f"column {label_column!r} holds numbers that are not all whole (such as "
+            f"{_first_broken(numbers)}): say --problem regress to predict a number, or --problem single if "
+            "they are names of classes"
         )
     return "single"
 
@@ -144,29 +147,23 @@ def check_problem(problem: str | None) -> Kind | None:
         DataError: for one that is not supported (token classification by name) or unknown.
     """
     if problem is None or problem in PROBLEMS:
-        return problem  # type: ignore[return-value]
+        return problem
     if problem in REFUSED:
-        raise DataError(
-            f"problem={problem!r}: token classification is not supported yet; choose {', '.join(PROBLEMS)}"
-        )
+        raise DataError(f"problem={problem!r}: token classification is not supported yet; choose {', '.join(PROBLEMS)}")
     raise DataError(f"problem={problem!r}: choose {', '.join(PROBLEMS)}")
 
 
-def check_modality(backbone: nn.Module, fields: Fields) -> None:
-    """Refuses a column of images for a text backbone, and the reverse.
+def check_modality(processor: Any, fields: Fields) -> None:
+    """Refuses a column of images for a backbone that reads text, and the reverse.
 
     Raises:
-        DataError: naming the backbone and the column.
+        DataError: naming the processor and the column.
     """
-    reads_images = getattr(backbone, "main_input_name", "pixel_values") == "pixel_values"
-    if reads_images and fields.text is not None:
-        raise DataError(
-            f"{type(backbone).__name__} reads images, but column {fields.text!r} is named as text: say --image"
-        )
-    if not reads_images and fields.image is not None:
-        raise DataError(
-            f"{type(backbone).__name__} reads text, but column {fields.image!r} is named as images: say --text"
-        )
+    kind, reads_text = type(processor).__name__, isinstance(processor, PreTrainedTokenizerBase)
+    if fields.text is not None and not reads_text:
+        raise DataError(f"the backbone reads images ({kind}), but {fields.text!r} is named as text: say --image")
+    if fields.image is not None and reads_text:
+        raise DataError(f"the backbone reads text ({kind}), but {fields.image!r} is named as images: say --text")
 
 
 def encode(

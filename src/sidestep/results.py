@@ -92,7 +92,7 @@ class Results:
 
 
 def measure_step(model: SideModel, batch: Mapping[str, Tensor], *, bf16: bool = False) -> StepCost:
-    """Memory of a training step on a batch with labels; the model, its mode and the generators stay as they are."""
+    """Memory of a training step on a batch with labels; mode and random generators stay as they are."""
     inputs = accepted(model, batch)
 
     def forward() -> Tensor:

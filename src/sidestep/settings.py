@@ -108,8 +108,7 @@ class TrainSettings:
         known = [name for name in METRICS[kind] if name != "f1" or classes == 2]
         if self.metric is not None and self.metric not in known:
             raise ValueError(
-                f"metric={self.metric!r}: {'two-class ' if classes == 2 else ''}{kind} problems have "
-                f"{', '.join(known)}"
+                f"metric={self.metric!r}: {'two-class ' if classes == 2 else ''}{kind} problems have {', '.join(known)}"
             )
         return self.metric or PRIMARY[kind]
 

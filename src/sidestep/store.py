@@ -138,8 +138,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         what = f"its {CONFIG} cannot be read"
     raise TaskError(
-        f"{folder} holds another task ({what}): choose another folder, or replace it with overwrite=True "
-        "(--overwrite)"
+        f"{folder} holds another task ({what}): choose another folder, or replace it with overwrite=True (--overwrite)"
     )
 
 
@@ -155,9 +154,7 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _config(
-    model: SideModel, tensors: Mapping[str, Tensor], scores: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _config(model: SideModel, tensors: Mapping[str, Tensor], scores: Mapping[str, Any] | None) -> dict[str, Any]:
     settings, extras = model.settings, model.extras
     # the pool is stored as it was resolved: a later version may choose another for the family
     head = None if settings.head is None else {**settings.head.to_dict(), "pool": model.pool}
@@ -625,9 +622,7 @@ def _check_digest(task: Task, model: SideModel, allow_mismatch: bool) -> None:
         f"{own.exact[:16]} ({own.dtype})"
     )
     if not allow_mismatch:
-        raise TaskError(
-            f"{text}: load the task's own backbone, or pass allow_mismatch=True if you know that it fits"
-        )
+        raise TaskError(f"{text}: load the task's own backbone, or pass allow_mismatch=True if you know that it fits")
     warnings.warn(f"{text}: outputs are not those of the task", BackboneMismatch, stacklevel=3)
 
 

@@ -26,9 +26,7 @@ class Tap(nn.Module):
         eps: of the norm.
     """
 
-    def __init__(
-        self, width: int, rank: int, *, form: Form = "none", bias: bool = True, eps: float = 1e-6
-    ) -> None:
+    def __init__(self, width: int, rank: int, *, form: Form = "none", bias: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
         self.form, self.eps = form, eps
         self.weight = nn.Parameter(torch.randn(rank, width) * width**-0.5)

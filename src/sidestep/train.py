@@ -30,7 +30,7 @@ from sidestep.results import Results, StepCost, device_name, measure_step, versi
 from sidestep.settings import DEFAULT_RATES, TrainSettings
 from sidestep.store import WEIGHTS
 
-__all__ = ["DEFAULT_RATES", "TrainError", "TrainSettings", "head_for", "train"]
+__all__ = ["DEFAULT_RATES", "TrainError", "TrainSettings", "head_for", "largest_batch", "train"]
 
 
 class TrainError(RuntimeError):
@@ -40,8 +40,8 @@ class TrainError(RuntimeError):
 def train(model: SideModel, data: TaskData, settings: TrainSettings) -> Results:
     """Train a model, choose its best epoch on the dev rows, and save it as a task with its results.
 
-    `settings.output` then holds the task, results.json, checkpoints/ (the best and the last, of the task alone)
-    and logs/ (for TensorBoard).
+    `settings.output` then holds the task, results.json, checkpoints/ (the best and the last, of the task
+    alone) and logs/ (for TensorBoard).
 
     Args:
         model: attached, with a head for `data.labels` (see `head_for`).
@@ -63,7 +63,7 @@ def train(model: SideModel, data: TaskData, settings: TrainSettings) -> Results:
     start = checkpoints.begin(settings, _identity(model, data, settings))
     trainer = _trainer(model, data, settings, metric, start)
     with _failures(settings):
-        cost = measure_step(model, _largest_batch(data, settings.batch_size), bf16=settings.bf16)
+        cost = measure_step(model, largest_batch(data, settings.batch_size), bf16=settings.bf16)
         seconds = _run(trainer, start)
         found = _dev_scores(model, data, settings)
     model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=found)
@@ -76,19 +76,17 @@ def head_for(data: TaskData, pool: Any = None) -> HeadConfig:
     """The Sidestep head for what the data's labels are; a regression starts at the mean of its targets."""
     if data.labels.kind == "regress":
         return Regress(pool=pool, center=float(np.mean(data.train.with_format(None)["labels"][:])))
-    return Classify(
-        num_labels=data.labels.outputs, labels=data.labels.names, problem=data.labels.kind, pool=pool
-    )
+    return Classify(num_labels=data.labels.outputs, labels=data.labels.names, problem=data.labels.kind, pool=pool)
 
 
-# --- before --------------------------------------------------------------------------------------------------
+# --- before ------------------------------------------------------------------------------------------------
 
 
 def _readable(model: SideModel, data: TaskData) -> TaskData:
     """The data without columns that the model's forward does not take.
 
-    Not left to the Trainer's column removal: that takes the lengths away before the sampler asks for them, and
-    the row numbers by which an unreadable image is named.
+    Not left to the Trainer's column removal: that takes the lengths away before the sampler asks for them,
+    and the row numbers by which an unreadable image is named.
     """
     names = {*inspect.signature(model.forward).parameters, "labels", "length", "row"}
 
@@ -124,6 +122,9 @@ def _describe(model: SideModel, data: TaskData) -> None:
     config = getattr(model, "config", None)
     if config is None or model.head is not None:
         return
+    if data.labels.names:
+        config.id2label = dict(enumerate(data.labels.names))
+        config.label2id = {name: index for index, name in enumerate(data.labels.names)}
     if data.labels.kind == "multi":
         config.problem_type = "multi_label_classification"
     # a head of the backbone's own finds a row's last token by this id
@@ -152,19 +153,17 @@ def _fingerprint(rows: Dataset) -> str:
     return f"{len(rows)}, {sha256(repr(columns).encode()).hexdigest()[:12]}"
 
 
-def _largest_batch(data: TaskData, size: int) -> Any:
+def largest_batch(data: TaskData, size: int) -> Any:
     """The batch of the longest training texts (or of the first images)."""
     rows = data.train
     order = np.argsort(rows["length"][:])[::-1] if "length" in rows.column_names else np.arange(len(rows))
     return data.collate([rows[int(index)] for index in order[:size]])
 
 
-# --- the Trainer ---------------------------------------------------------------------------------------------
+# --- the Trainer -------------------------------------------------------------------------------------------
 
 
-def _trainer(
-    model: SideModel, data: TaskData, settings: TrainSettings, metric: str, start: Path | None
-) -> Trainer:
+def _trainer(model: SideModel, data: TaskData, settings: TrainSettings, metric: str, start: Path | None) -> Trainer:
     steps = _steps_per_epoch(data, settings)
     callbacks: list[Any] = [
         ExactResume(settings.seed, steps, settings.save_steps),
@@ -208,6 +207,7 @@ def _arguments(model: SideModel, data: TaskData, settings: TrainSettings, metric
         seed=settings.seed,
         data_seed=settings.seed,
         bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # bf16 on a CPU has to be asked for so
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,  # the best and the last
@@ -272,8 +272,8 @@ def _failures(settings: TrainSettings) -> Iterator[None]:
             raise
         raise TrainError(
             f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}): lower "
-            f"--batch-size ({settings.batch_size} now; --accumulate makes up for it) or --max-length, recompute "
-            f"late blocks with --checkpoint late, or try --bf16. {_left(settings)}"
+            f"--batch-size ({settings.batch_size} now; --accumulate makes up for it) or --max-length, "
+            f"recompute late blocks with --checkpoint late, or try --bf16. {_left(settings)}"
         ) from error
 
 
@@ -288,13 +288,11 @@ def _left(settings: TrainSettings) -> str:
     return "No checkpoint had been written" if last is None else f"The last good checkpoint stays at {last}"
 
 
-# --- after ---------------------------------------------------------------------------------------------------
+# --- after -------------------------------------------------------------------------------------------------
 
 
 def _dev_scores(model: SideModel, data: TaskData, settings: TrainSettings) -> dict[str, float]:
-    found = logits(
-        model, data.dev, data.fields, batch_size=settings.eval_batch_size, workers=settings.workers
-    )
+    found = logits(model, data.dev, data.fields, batch_size=settings.eval_batch_size, workers=settings.workers)
     targets = np.array(data.dev.with_format(None)["labels"][:])
     return scores(data.labels.kind, found, targets, data.labels.names or None)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, randomize
 from torch import Tensor
 from transformers import BertConfig, BertModel, T5Config, T5Model, ViTConfig, ViTModel
 
 import sidestep as ss
+from tiny import FAMILIES, randomize
 
 
 def side_parameters(model: ss.SideModel) -> int:
@@ -19,7 +19,11 @@ def side_parameters(model: ss.SideModel) -> int:
 
 def bert(depth: int, width: int = 16) -> BertModel:
     config = BertConfig(
-        vocab_size=40, hidden_size=width, num_hidden_layers=depth, num_attention_heads=2, intermediate_size=4 * width
+        vocab_size=40,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        intermediate_size=4 * width,
     )
     return BertModel(config, add_pooling_layer=False)
 
@@ -53,7 +57,7 @@ def test_parameters_at_real_size() -> None:
     assert side_parameters(ss.attach(backbone, ss.ReadConfig(rank=r))) == expected
 
 
-# --- the definition, unrolled by hand ------------------------------------------------------------------------------------
+# --- the definition, unrolled by hand -----------------------------------------------------------------------
 
 
 def normed(x: Tensor, scale: Tensor) -> Tensor:
@@ -89,7 +93,8 @@ def unroll(recurrence: Any, taps: list[Tensor], source: Tensor | None, keep: Ten
 def block_outputs(model: torch.nn.Module, stack: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     found: list[Tensor] = []
     hooks = [
-        block.register_forward_hook(lambda m, a, o: found.append(o[0] if isinstance(o, tuple) else o)) for block in stack
+        block.register_forward_hook(lambda m, a, o: found.append(o[0] if isinstance(o, tuple) else o))
+        for block in stack
     ]
     with torch.no_grad():
         model(**batch)
@@ -121,9 +126,11 @@ def test_equals_a_hand_unrolled_reference(cell: Any, aggregate: Any, correction:
     states = unroll(model.side.stacks["decoder" if joined else "encoder"], decoder, source, keep)
     read = states[-1] if aggregate == "last" else torch.stack(states).mean(0)
     delta = read @ model.side.out.weight.T + model.side.out.bias
-    norm = {"bert": lambda x: x, "vit": lambda x: trunk.layernorm(x), "t5": lambda x: trunk.decoder.final_layer_norm(x)}[
-        family
-    ]
+    norm = {
+        "bert": lambda x: x,
+        "vit": lambda x: trunk.layernorm(x),
+        "t5": lambda x: trunk.decoder.final_layer_norm(x),
+    }[family]
     expected = norm(decoder[-1] + delta) if correction == "pre_norm" else norm(decoder[-1]) + delta
 
     got: list[Tensor] = []
@@ -154,7 +161,7 @@ def test_permuting_tokens_permutes_the_correction() -> None:
     torch.testing.assert_close(correction([h[:, order] for h in hidden]), correction(hidden)[:, order])
 
 
-# --- what is kept for backward -------------------------------------------------------------------------------------------
+# --- what is kept for backward ------------------------------------------------------------------------------
 
 
 def kept(backbone: torch.nn.Module, config: ss.ReadConfig, pool: Any, batch: dict[str, Tensor]) -> int:
@@ -179,7 +186,9 @@ def test_all_tokens_keep_little_more_than_the_taps_inputs(cell: Any, rank: int, 
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_one_token_heads_keep_one_token(name: str) -> None:
     batch = (
-        {"input_ids": torch.randint(0, 100, (2, 128))} if name == "bert" else {"pixel_values": torch.randn(2, 3, 224, 224)}
+        {"input_ids": torch.randint(0, 100, (2, 128))}
+        if name == "bert"
+        else {"pixel_values": torch.randn(2, 3, 224, 224)}
     )
     backbone = bert_base() if name == "bert" else vit_base()
     # Under 3 MiB at batch 32.
@@ -226,7 +235,7 @@ def test_computing_one_token_equals_computing_all(pool: Any, family: str) -> Non
         torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-# --- config --------------------------------------------------------------------------------------------------------------
+# --- config -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -234,7 +243,7 @@ def test_computing_one_token_equals_computing_all(pool: Any, family: str) -> Non
     [
         ("rank", 0, "rank=0, but it must be a whole number of at least 1"),
         ("rank", 1.5, "rank=1.5, but it must be a whole number"),
-        ("cell", "lstm", "cell='lstm', but it must be \"gru\" or \"rnn\""),
+        ("cell", "lstm", 'cell=\'lstm\', but it must be "gru" or "rnn"'),
         ("aggregate", "sum", "aggregate='sum', but it must be"),
         ("correction", "both", "correction='both', but it must be"),
     ],

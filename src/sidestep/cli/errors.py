@@ -21,22 +21,29 @@ def reporting(debug: bool) -> Iterator[None]:
     Args:
         debug: whether to let the traceback through.
     """
-    from sidestep.fold import FoldError
-    from sidestep.train import TrainError
-
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             yield
-        except (ValueError, OSError, ModuleNotFoundError, FoldError, TrainError) as error:
-            if debug:
-                raise
-            message = str(error) if isinstance(error, ValueError) or type(error) in (FoldError, TrainError) else ""
-            _say(f"Error: {message or f'{type(error).__name__}: {error}'}")
-            raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt:
             _say("Stopped. A training run continues with --resume")
             raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if debug or not _is_users(error):
+                raise
+            named = isinstance(error, ValueError | RuntimeError)
+            _say(f"Error: {error}" if named else f"Error: {type(error).__name__}: {error}")
+            raise typer.Exit(USER_ERROR) from error
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error tells of something that the user can mend."""
+    if isinstance(error, ValueError | OSError | ModuleNotFoundError):
+        return True
+    from sidestep.fold import FoldError
+    from sidestep.train import TrainError
+
+    return isinstance(error, FoldError | TrainError)
 
 
 def _show_warning(

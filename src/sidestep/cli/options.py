@@ -1,48 +1,78 @@
-"""Options that several commands share."""
+"""The options of the commands, by what they are about."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output and running"
+_model = partial(typer.Option, rich_help_panel="Model")
+_data = partial(typer.Option, rich_help_panel="Data")
+_training = partial(typer.Option, rich_help_panel="Training")
+_running = partial(typer.Option, rich_help_panel="Output and running")
 
-Columns = Annotated[
-    str | None, typer.Option(help="Names for a table's columns, in order: a,b,c.", rich_help_panel=DATA)
-]
-NoHeader = Annotated[
-    bool,
-    typer.Option("--no-header", help="The table's first line is a row already.", rich_help_panel=DATA),
-]
-NoQuoting = Annotated[
-    bool,
-    typer.Option("--no-quoting", help="Quotes in the table are plain characters.", rich_help_panel=DATA),
-]
-Encoding = Annotated[
-    str, typer.Option(help="Encoding of the table, such as latin-1.", rich_help_panel=DATA)
-]
-Text = Annotated[str | None, typer.Option(help="Column of the text.", rich_help_panel=DATA)]
-Text2 = Annotated[
-    str | None, typer.Option(help="Column of the second text of a pair.", rich_help_panel=DATA)
-]
-Image = Annotated[
-    str | None, typer.Option(help="Column of images or their paths.", rich_help_panel=DATA)
-]
-Label = Annotated[str | None, typer.Option(help="Column of the label.", rich_help_panel=DATA)]
-Task = Annotated[Path, typer.Argument(help="Folder of a task.", show_default=False)]
-Rows = Annotated[
-    str,
-    typer.Option(
-        "--data", help="csv, tsv, json, jsonl or parquet file, folder, or hub id.", rich_help_panel=DATA
-    ),
-]
-OtherBackbone = Annotated[
+Backbone = Annotated[str, _model(help="Hub id, folder, timm:NAME or timm:NAME@FILE.", show_default=False)]
+OtherBackbone = Annotated[str | None, _model("--backbone", help="Where the backbone is, if it has moved.")]
+Method = Annotated[str, _model(help="One of `sidestep methods`.")]
+Set = Annotated[list[str] | None, _model("--set", help="name=value, a setting of the method; repeatable.")]
+Pool = Annotated[str | None, _model(help="What the head reads: cls, mean, last; default: the family's.")]
+OwnHead = Annotated[bool, _model("--own-head", help="Train the backbone's own classification head.")]
+Checkpoint = Annotated[str | None, _model(help="late: recompute the late blocks in backward.")]
+Noise = Annotated[str | None, _model(help="Noise of the frozen backbone: drop_path, dropout or all.")]
+Dtype = Annotated[str | None, _model(help="Precision of the backbone; default: its checkpoint's.")]
+Revision = Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")]
+
+SOURCE = "csv, tsv, json, jsonl or parquet file, folder of images, or hub id"
+Train = Annotated[str, _data(help=f"Training rows: {SOURCE}.", show_default=False)]
+Dev = Annotated[str | None, _data(help="Dev rows; default: a share of the training rows is held out.")]
+Rows = Annotated[str, _data("--data", help=f"Rows: {SOURCE}.", show_default=False)]
+TrainSplit = Annotated[str, _data(help="Split of --train, where it has several.")]
+DevSplit = Annotated[str, _data(help="Split of --dev, where it has several.")]
+Split = Annotated[str, _data(help="Split of --data, where it has several.")]
+DevFraction = Annotated[float, _data(help="Share held out where there is no --dev.")]
+Text = Annotated[str | None, _data(help="Column of the text.")]
+Text2 = Annotated[str | None, _data(help="Column of the second text of a pair.")]
+Image = Annotated[str | None, _data(help="Column of images, or of their paths.")]
+Label = Annotated[str | None, _data(help="Column of the label.")]
+Problem = Annotated[
     str | None,
-    typer.Option("--backbone", help="Where the backbone is, if it has moved.", rich_help_panel=MODEL),
+    _data("--problem", "--task", help="single, multi or regress; default: multi for lists, else single."),
 ]
-Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of one pass.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+MaxLength = Annotated[int | None, _data(help="Tokens kept of a text; default: the tokenizer's limit.")]
+Columns = Annotated[str | None, _data(help="Names for a table's columns, in order: a,b,c.")]
+NoHeader = Annotated[bool, _data("--no-header", help="The table's first line is a row already.")]
+NoQuoting = Annotated[bool, _data("--no-quoting", help="Quotes in the table are plain characters.")]
+Encoding = Annotated[str, _data(help="Encoding of the table, such as latin-1.")]
+
+Epochs = Annotated[int, _training(help="Passes over the training rows.")]
+BatchSize = Annotated[int, _training(help="Rows of one step.")]
+EvalBatchSize = Annotated[int, _training(help="Rows of one pass over the dev rows.")]
+Accumulate = Annotated[int, _training(help="Batches for one optimizer step.")]
+Rate = Annotated[float | None, _training("--lr", help="Learning rate; default: the method's.")]
+Schedule = Annotated[str, _training(help="What the rate does: linear, cosine or constant.")]
+Warmup = Annotated[float, _training(help="Share of the steps in which the rate rises.")]
+WeightDecay = Annotated[float, _training(help="AdamW's.")]
+MaxGradNorm = Annotated[float, _training(help="Where the gradient's norm is cut; 0: never.")]
+LabelSmoothing = Annotated[float, _training(help="For single-label classification.")]
+Patience = Annotated[int | None, _training(help="Stop after so many epochs without a better score.")]
+Metric = Annotated[str | None, _training(help="Dev score that chooses the best epoch.")]
+Seed = Annotated[int, _training(help="Of weights, order, noise and held-out rows.")]
+Bf16 = Annotated[bool, _training("--bf16", help="Autocast to bfloat16.")]
+
+Output = Annotated[Path, _running(help="Folder for the task.", show_default=False)]
+SaveSteps = Annotated[int | None, _running(help="Checkpoints within an epoch, every so many steps.")]
+LogSteps = Annotated[int, _running(help="Steps between log entries.")]
+Workers = Annotated[int, _running(help="Processes that load data.")]
+Resume = Annotated[bool, _running("--resume", help="Continue an interrupted run exactly.")]
+Overwrite = Annotated[bool, _running("--overwrite", help="Replace what is there.")]
+Quiet = Annotated[bool, _running("--quiet", help="No progress bars.")]
+Debug = Annotated[bool, _running("--debug", help="Show an error's traceback.")]
+
+Task = Annotated[Path, typer.Argument(help="Folder of a task.", show_default=False)]
+Table = Annotated[
+    Path, _running("--output", help="csv, tsv, json, jsonl or parquet file to write.", show_default=False)
+]
+AsJson = Annotated[bool, _running("--json", help="Print everything as JSON.")]
+DemoOutput = Annotated[Path, _running(help="Folder for the demo's tasks.")]

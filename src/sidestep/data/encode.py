@@ -39,9 +39,7 @@ def check_fields(rows: Dataset, fields: Fields) -> None:
             column holds numbers (by type, or text that is a number in every row) or missing values.
     """
     if (fields.text is None) == (fields.image is None):
-        raise DataError(
-            f"text={fields.text!r}, image={fields.image!r}: name one column of text or one of images"
-        )
+        raise DataError(f"text={fields.text!r}, image={fields.image!r}: name one column of text or one of images")
     if fields.text2 is not None and fields.text is None:
         raise DataError(f"text2={fields.text2!r} without text: name the first text's column as text")
     for name in (fields.text, fields.text2, fields.image, fields.label):
@@ -127,9 +125,7 @@ def encode_images(rows: Dataset, fields: Fields, processor: Any, labels: LabelSp
     if fields.image is None:
         raise DataError("fields names no image column: use encode_text for text")
     targets = _targets(rows, fields, labels)
-    images = (
-        rows.with_format(None).select_columns([fields.image]).cast_column(fields.image, Image(decode=False))
-    )
+    images = rows.with_format(None).select_columns([fields.image]).cast_column(fields.image, Image(decode=False))
     if fields.image != "pixel_values":
         images = images.rename_column(fields.image, "pixel_values")
     images = images.add_column("row", list(range(1, len(rows) + 1)))
@@ -215,9 +211,7 @@ class _Tokenize:
         # in two passes, because not every tokenizer reports what it cut from a pair
         if long:
             texts = [[column[place] for place in long] for column in columns]
-            for name, values in self.tokenizer(
-                *texts, padding=False, truncation=True, max_length=limit
-            ).items():
+            for name, values in self.tokenizer(*texts, padding=False, truncation=True, max_length=limit).items():
                 for place, value in zip(long, values, strict=True):
                     encoded[name][place] = value
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]], "truncated": truncated}
@@ -248,18 +242,14 @@ def _decode(cell: dict[str, Any], row: int | None) -> PIL.Image.Image:
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         place = " in ".join([repr(cell["path"])] * bool(cell["path"]) + [f"row {row}"] * bool(row))
-        raise DataError(
-            f"image {place or '(no path)'} cannot be read ({error}): replace or drop it"
-        ) from error
+        raise DataError(f"image {place or '(no path)'} cannot be read ({error}): replace or drop it") from error
 
 
 def _check_text(rows: Dataset, name: str) -> None:
     feature = rows.features[name]
     if not (isinstance(feature, Value) and feature.dtype in TEXT_TYPES):
         kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
-        raise DataError(
-            f"column {name!r} holds {kind}, not text: choose a text column of {listed(rows.column_names)}"
-        )
+        raise DataError(f"column {name!r} holds {kind}, not text: choose a text column of {listed(rows.column_names)}")
     cells = rows.with_format(None)[name][:]
     missing = [index for index, cell in enumerate(cells) if cell is None]
     if missing:

@@ -79,15 +79,9 @@ def label_space(rows: Dataset, label_column: str, kind: Kind) -> LabelSpace:
     if kind == "regress":
         _numbers(rows, label_column)
         return LabelSpace("regress", ())
-    cells = (
-        _multi(rows, label_column) if kind == "multi" else [[name] for name in _single(rows, label_column)]
-    )
+    cells = _multi(rows, label_column) if kind == "multi" else [[name] for name in _single(rows, label_column)]
     feature = _element(rows, label_column)
-    names = (
-        feature.names
-        if isinstance(feature, ClassLabel)
-        else _sorted({name for cell in cells for name in cell})
-    )
+    names = feature.names if isinstance(feature, ClassLabel) else _sorted({name for cell in cells for name in cell})
     if len(names) < 2:
         raise DataError(
             f"column {label_column!r} holds {len(names)} class ({listed(names)}) in {len(cells)} rows: "
@@ -149,9 +143,7 @@ def _single(rows: Dataset, column: str) -> list[str]:
     """Each row's class name."""
     check_column(rows, column)
     if isinstance(rows.features[column], List | LargeList):
-        raise DataError(
-            f"column {column!r} holds lists of labels: choose kind 'multi' (several labels a row)"
-        )
+        raise DataError(f"column {column!r} holds lists of labels: choose kind 'multi' (several labels a row)")
     feature = _element(rows, column)
     names = [_name(cell, feature) for cell in _cells(rows, column)]
     _refuse_missing(column, [row for row, name in enumerate(names) if not name], len(names))

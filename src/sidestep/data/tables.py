@@ -108,9 +108,7 @@ def check_column(rows: Dataset, name: str) -> None:
     close = difflib.get_close_matches(name.lower(), [column.lower() for column in rows.column_names], n=1)
     meant = [column for column in rows.column_names if column.lower() in close]
     hint = f" (did you mean {meant[0]!r}?)" if meant else ""
-    raise DataError(
-        f"there is no column {name!r}{hint}: the columns are {listed(rows.column_names, limit=30)}"
-    )
+    raise DataError(f"there is no column {name!r}{hint}: the columns are {listed(rows.column_names, limit=30)}")
 
 
 def listed(items: Iterable[object], limit: int = NAMED) -> str:
@@ -122,18 +120,14 @@ def listed(items: Iterable[object], limit: int = NAMED) -> str:
 
 def named_rows(indices: Sequence[int]) -> str:
     """The rows' numbers as a user counts them: from 1, without the header."""
-    return (
-        f"{'row' if len(indices) == 1 else 'rows'} {listed(index + 1 for index in indices)} (the first is 1)"
-    )
+    return f"{'row' if len(indices) == 1 else 'rows'} {listed(index + 1 for index in indices)} (the first is 1)"
 
 
 def _file(path: Path, options: TableOptions) -> Dataset:
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     _check_readable(path)
     if suffix not in READERS:
-        raise DataError(
-            f"{path} ends in {suffix!r}: choose a file that ends in {', '.join(READERS)} (or .gz after it)"
-        )
+        raise DataError(f"{path} ends in {suffix!r}: choose a file that ends in {', '.join(READERS)} (or .gz after it)")
     return READERS[suffix](path, options)
 
 
@@ -142,13 +136,9 @@ def _check_readable(path: Path) -> None:
         with path.open("rb") as file:
             first = file.read(1)
     except FileNotFoundError:
-        raise DataError(
-            f"{path} does not exist: check the path (a relative one starts at {Path.cwd()})"
-        ) from None
+        raise DataError(f"{path} does not exist: check the path (a relative one starts at {Path.cwd()})") from None
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror or error}): check its permissions"
-        ) from error
+        raise DataError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
     if not first:
         raise DataError(f"{path} is empty: give a file with at least one row")
 
@@ -161,9 +151,7 @@ def _table(path: Path, options: TableOptions) -> Dataset:
     if options.header:
         lines = lines[1:]
     if not lines:
-        raise DataError(
-            f"{path} holds a header and no rows: if it has no header, say header=False (--no-header)"
-        )
+        raise DataError(f"{path} holds a header and no rows: if it has no header, say header=False (--no-header)")
     body = _square(path, lines, len(names))
     columns = {name: [cells[place] for cells in body] for place, name in enumerate(names)}
     return Dataset.from_dict(columns, features=Features({name: Value("string") for name in names}))
@@ -192,9 +180,7 @@ def _open(path: Path, encoding: str) -> Iterator[TextIO]:
             f"{error.reason}): give its encoding, most often latin-1 (--encoding latin-1)"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}): it may be cut short; make or fetch it again"
-        ) from error
+        raise DataError(f"{path} cannot be read ({error}): it may be cut short; make or fetch it again") from error
 
 
 def _cells(path: Path, file: TextIO, options: TableOptions) -> list[tuple[int, list[str]]]:
@@ -258,9 +244,7 @@ def _square(path: Path, lines: list[tuple[int, list[str]]], width: int) -> list[
         )
     parts = []
     if more:
-        parts.append(
-            f"{len(more)} with more than {width} fields, the extra ones dropped (lines {listed(more)})"
-        )
+        parts.append(f"{len(more)} with more than {width} fields, the extra ones dropped (lines {listed(more)})")
     if fewer:
         parts.append(f"{len(fewer)} with fewer than {width} fields, skipped (lines {listed(fewer)})")
     if parts:
@@ -335,11 +319,7 @@ def _saved(path: Path, split: str) -> Dataset:
 def _may_be_hub_id(source: str | Path) -> bool:
     text = str(source)
     known = any(text.lower().removesuffix(".gz").endswith(suffix) for suffix in READERS)
-    return (
-        isinstance(source, str)
-        and not known
-        and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", text) is not None
-    )
+    return isinstance(source, str) and not known and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", text) is not None
 
 
 def _hub(source: str, split: str) -> Dataset:

@@ -59,10 +59,15 @@ class SideNet(nn.Module, ABC):
     Class attributes:
         tokenwise: `step` at a block treats every token alone, so key-value caches and single-token heads are exact.
         starts_as_identity: before training, outputs equal the frozen model's, bit for bit.
+
+    Attributes:
+        pooled_width: channels of what `pooled` returns, set by a method with a read-out of its own; None: the head
+            reads the last hidden state.
     """
 
     tokenwise: ClassVar[bool] = False
     starts_as_identity: ClassVar[bool] = False
+    pooled_width: int | None = None
 
     @classmethod
     def check(cls, config: Any, sites: Sequence[Site]) -> None:
@@ -70,7 +75,10 @@ class SideNet(nn.Module, ABC):
 
     @classmethod
     def first_write(cls, config: Any, sites: Sequence[Site]) -> Site | None:
-        """The first site at which the method returns another hidden state; None if it never does."""
+        """The first site at which the method returns another hidden state; None if it never does.
+
+        Another `memory` changes the block that reads it: its first write is the site in front of that block.
+        """
         return None
 
     @classmethod
@@ -99,7 +107,7 @@ class SideNet(nn.Module, ABC):
         return None
 
     def pooled(self, state: Any, site: Site) -> Tensor | None:
-        """(batch, width) for the head, when the method has a read-out of its own."""
+        """(batch, pooled_width) for the head, when the method has a read-out of its own."""
         return None
 
 
@@ -116,7 +124,7 @@ class WeightDelta(ABC):
     def moves(self, name: str, parameter: Tensor) -> bool:
         """Whether the method trains the backbone parameter of this name (relative to the base model)."""
 
-    def check(self, moved: Sequence[str]) -> None:
+    def check(self, moved: Sequence[str]) -> None:  # noqa: B027 - most methods have nothing to refuse
         """Raise `ValueError` with the reason if the method cannot work on a backbone in which it moves these."""
 
 
@@ -149,6 +157,9 @@ def register(name: str, config: type[MethodConfig]) -> Callable[[Implementation]
         taken = _REGISTRY.get(name)
         if taken is not None and taken.implementation.__qualname__ != implementation.__qualname__:
             raise ValueError(f"a method named {name!r} is registered already: choose another name")
+        for other in _REGISTRY.values():
+            if other.config is config and other.name != name:
+                raise ValueError(f"{config.__name__} belongs to the method {other.name!r}: give {name!r} its own")
         _REGISTRY[name] = Method(name, config, implementation)
         return implementation
 

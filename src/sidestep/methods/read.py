@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +47,7 @@ class ReadConfig(MethodConfig):
         self.require("rank", isinstance(self.rank, int) and self.rank >= 1, "a whole number of at least 1")
         self.require("cell", self.cell in GATES, '"gru" or "rnn"')
         self.require("aggregate", self.aggregate in ("last", "mean"), '"last" or "mean"')
-        self.require(
-            "correction", self.correction in ("pre_norm", "post_norm"), '"pre_norm" or "post_norm"'
-        )
+        self.require("correction", self.correction in ("pre_norm", "post_norm"), '"pre_norm" or "post_norm"')
 
 
 class Recurrence(nn.Module):
@@ -142,9 +140,7 @@ class Read(SideNet):
         self.stacks = nn.ModuleDict()
         for name in stacks(sites):
             widths = [site.width for site in of_stack(sites, name) if site.kind == "stage"]
-            self.stacks[name] = Recurrence(
-                widths, config.rank, GATES[config.cell], joined=joined and name == "decoder"
-            )
+            self.stacks[name] = Recurrence(widths, config.rank, GATES[config.cell], joined=joined and name == "decoder")
         width = next(site.width for site in reversed(sites) if site.head)
         self.out = nn.Linear(config.rank, width)
         nn.init.zeros_(self.out.weight)
@@ -173,10 +169,8 @@ class Read(SideNet):
         """Advance the recurrence at a block; at a new stage fit the state to the coarser grid."""
         if site.kind == "stage":
             return self._regrid(state, site), hidden
-        recurrence = self.stacks[site.stack]
-        new = recompute(
-            recurrence, recurrence.taps[site.stage], hidden, state.hidden, state.source, site.memory_keep
-        )
+        recurrence: Any = self.stacks[site.stack]
+        new = recompute(recurrence, recurrence.taps[site.stage], hidden, state.hidden, state.source, site.memory_keep)
         total = state.total
         if self.config.aggregate == "mean":
             total = new if total is None else total + new

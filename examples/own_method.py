@@ -1,0 +1,58 @@
+"""A method of your own, in your own package: a config, a class, a decorator. No fork, no modelling code.
+
+The method reads every block through a map of low rank, adds up what it read, and corrects the last hidden state with
+the sum. In a package, name the module under the entry point group "sidestep.methods" and it is found by name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+import sidestep as ss
+from sidestep.methods import SideNet, register
+from sidestep.sites import Site
+from sidestep.taps import Tap
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumConfig(ss.MethodConfig):
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        self.require("rank", self.rank >= 1, "at least 1")
+
+
+@register("sum", SumConfig)
+class Sum(SideNet):
+    """Sum: a low-rank sum over the block outputs corrects the last one."""
+
+    tokenwise = True  # `step` looks at one token at a time
+    starts_as_identity = True  # the output map starts at zero
+
+    def __init__(self, config: SumConfig, sites: Sequence[Site]) -> None:
+        super().__init__()
+        blocks = [site for site in sites if site.kind == "block" and site.head]
+        self.taps = nn.ModuleList(Tap(site.width, config.rank, form="rms") for site in blocks)
+        self.out = nn.Linear(config.rank, blocks[-1].width, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    @classmethod
+    def first_write(cls, config: SumConfig, sites: Sequence[Site]) -> Site:
+        return next(site for site in reversed(sites) if site.kind == "block")
+
+    def step(self, state: Tensor | None, hidden: Tensor, site: Site) -> tuple[Tensor | None, Tensor]:
+        if site.kind != "block" or not site.head:  # an encoder that feeds a decoder has no head
+            return state, hidden
+        read = self.taps[site.index](hidden)
+        state = read if state is None else state + read
+        return state, hidden + self.out(state) if site.last else hidden
+
+
+backbone = BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2), add_pooling_layer=False)
+model = ss.attach(backbone, SumConfig(rank=4), head=ss.Classify(num_labels=2))
+loss = model(input_ids=torch.randint(0, 100, (4, 10)), labels=torch.tensor([0, 1, 0, 1])).loss
+loss.backward()
+print(f"loss {loss.item():.3f}, {sum(p.numel() for _, p in model.trained_parameters())} parameters are trained")

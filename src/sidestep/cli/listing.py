@@ -1,0 +1,89 @@
+"""`sidestep inspect` and `sidestep methods`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, fields
+from typing import Any
+
+from sidestep.cli import options as opt
+from sidestep.cli.errors import reporting
+from sidestep.show import remark, show_facts, show_table
+
+SHOWN = 30
+
+
+def inspect(task: opt.Task, as_json: opt.AsJson = False, debug: opt.Debug = False) -> None:
+    """Show what a task folder holds."""
+    with reporting(debug):
+        from sidestep.store import inspect_task
+
+        about = inspect_task(task)
+        if as_json:
+            print(json.dumps(about, indent=2, ensure_ascii=False))
+            return
+        show_facts(f"Task {task}", _facts(about))
+        rows = [(name, list(part["shape"]), part["dtype"], part["trained"]) for name, part in about["tensors"].items()]
+        show_table("Tensors", ("name", "shape", "dtype", "trained"), rows[:SHOWN])
+        if len(rows) > SHOWN:
+            remark(f"and {len(rows) - SHOWN} more: see --json")
+        if _final_norm(about["backbone"]) is False:
+            remark("note: the backbone has no final norm, so a correction before it is one after it")
+
+
+def methods(debug: opt.Debug = False) -> None:
+    """List the methods and their settings."""
+    with reporting(debug):
+        from sidestep.methods import methods as registered
+
+        rows = [
+            (name, method.summary, [_setting(field) for field in fields(method.config)])
+            for name, method in registered().items()
+        ]
+        show_table("Methods", ("name", "what it does", "settings (--set)"), rows)
+
+
+def _facts(about: dict[str, Any]) -> dict[str, object]:
+    from sidestep.memory import format_bytes
+
+    backbone, preprocessing = about["backbone"], about["preprocessing"]
+    columns = {name: value for name, value in (preprocessing.get("fields") or {}).items() if value}
+    return {
+        "method": about["method"]["name"],
+        "settings": about["method"]["config"],
+        "head": about["head"] or "the backbone's own",
+        "attached with": {name: value for name, value in about["attach"].items() if value is not None},
+        "backbone": f"{backbone['class_name']} {backbone['id']}".strip(),
+        "revision": backbone["revision"],
+        "digest": about["digest"],
+        "dtype": backbone["dtype"],
+        "labels": about["labels"],
+        "columns": columns,
+        "max length": preprocessing.get("max_length"),
+        "padding": preprocessing.get("padding"),
+        "scores": about["scores"],
+        "stored values": about["parameters"],
+        "weight file": format_bytes(about["bytes"]),
+        "all files": format_bytes(sum(about["files"].values())),
+        "made with": f"sidestep {about['sidestep']}, format {about['format']}",
+    }
+
+
+def _setting(field: Any) -> str:
+    return field.name if field.default is MISSING else f"{field.name}={field.default}"
+
+
+def _final_norm(backbone: dict[str, Any]) -> bool | None:
+    """Whether the backbone's last stack ends in a norm; None if its config cannot be had here."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from sidestep.backbone import find_stacks
+
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(backbone["id"], revision=backbone["revision"] or "main")
+            return find_stacks(AutoModel.from_config(config))[-1].norm is not None
+    # a remark is no reason to fail: the backbone may be timm's, elsewhere, or of a later transformers
+    except Exception:
+        return None

@@ -1,0 +1,125 @@
+"""`sidestep eval` and `sidestep predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sidestep.cli import options as opt
+from sidestep.cli.errors import reporting
+from sidestep.cli.values import table_options
+from sidestep.show import remark, show_facts
+
+if TYPE_CHECKING:
+    from sidestep.data import Fields
+    from sidestep.model import SideModel
+
+
+def evaluate(
+    task: opt.Task,
+    rows: opt.Rows,
+    text: opt.Text = None,
+    text2: opt.Text2 = None,
+    image: opt.Image = None,
+    label: opt.Label = None,
+    split: opt.Split = "validation",
+    columns: opt.Columns = None,
+    no_header: opt.NoHeader = False,
+    no_quoting: opt.NoQuoting = False,
+    encoding: opt.Encoding = "utf-8",
+    backbone: opt.OtherBackbone = None,
+    batch_size: opt.BatchSize = 64,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Score a task on rows with labels."""
+    with reporting(debug):
+        from sidestep import predict as predicting
+        from sidestep.data import read
+
+        _check_batch(batch_size)
+        table = table_options(columns, no_header, no_quoting, encoding)
+        model = _load(task, backbone)
+        found = read(rows, table, split=split)
+        fields = _fields(model, text, text2, image, label)
+        scores = predicting.evaluate(model, found, fields=fields, batch_size=batch_size, progress=not quiet)
+        show_facts(f"{task} on {rows}", {"rows": len(found), **scores})
+
+
+def predict(
+    task: opt.Task,
+    rows: opt.Rows,
+    output: opt.Table,
+    text: opt.Text = None,
+    text2: opt.Text2 = None,
+    image: opt.Image = None,
+    split: opt.Split = "test",
+    columns: opt.Columns = None,
+    no_header: opt.NoHeader = False,
+    no_quoting: opt.NoQuoting = False,
+    encoding: opt.Encoding = "utf-8",
+    backbone: opt.OtherBackbone = None,
+    batch_size: opt.BatchSize = 64,
+    overwrite: opt.Overwrite = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Label rows: writes them with a prediction and the probability of each class."""
+    with reporting(debug):
+        from sidestep import predict as predicting
+        from sidestep.data import read
+
+        _check_batch(batch_size)
+        predicting.check_table(output, overwrite=overwrite)
+        table = table_options(columns, no_header, no_quoting, encoding)
+        model = _load(task, backbone)
+        fields = _fields(model, text, text2, image, None)
+        found = predicting.predict(
+            model,
+            read(rows, table, split=split),
+            fields=fields,
+            batch_size=batch_size,
+            progress=not quiet,
+        )
+        predicting.write_table(found, output, overwrite=overwrite)
+        remark(f"{len(found)} rows written to {output}")
+
+
+def _check_batch(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"batch_size={size}, but it must be at least 1")
+
+
+def _load(task: Path, name: str | None) -> SideModel:
+    """The model of a task, on its backbone or one from elsewhere, on a GPU if there is one."""
+    import torch
+
+    from sidestep import store
+    from sidestep.loading import Source, load_class
+
+    device = "cuda" if torch.cuda.is_available() else None
+    if name is None:
+        return store.load(task, device=device)
+    about = store.inspect_task(task)
+    stored = about["backbone"]
+    source = Source(id=name, revision=None, **{part: stored[part] for part in ("class_name", "library", "dtype")})
+    kind = source.class_name if about["head"] is None else stored["trunk_class"]
+    dtype = None if "+" in source.dtype else source.dtype
+    backbone = load_class(source, class_name=kind, dtype=dtype, config=stored["config"])
+    return store.load(task, backbone, device=device)
+
+
+def _fields(model: SideModel, text: str | None, text2: str | None, image: str | None, label: str | None) -> Fields:
+    """The columns that the task was trained on, with the user's in their place."""
+    from dataclasses import replace
+
+    from sidestep.data import Fields
+    from sidestep.prepare import stored_fields
+
+    given = {"text": text, "text2": text2, "image": image, "label": label}
+    changed = {name: value for name, value in given.items() if value is not None}
+    if text is not None or image is not None:
+        known = model.extras.get("preprocessing") or {}
+        base = stored_fields(known) if "fields" in known else Fields()
+        return replace(base, **changed)
+    return replace(stored_fields(model.extras.get("preprocessing") or {}), **changed)

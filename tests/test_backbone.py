@@ -1,0 +1,235 @@
+"""What is found in a backbone, and what its digest depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers as t
+from torch import nn
+
+import sidestep as ss
+from architectures import ARCHITECTURES, CAUSAL, IMAGE, T5, TEXT
+from sidestep.backbone import (
+    Digest,
+    Noise,
+    default_pool,
+    digest_of,
+    find_places,
+    new_parameters,
+    pretrained_tensors,
+    set_noise,
+)
+from sidestep.fold import FoldError
+from sidestep.sites import of_stack, stacks
+
+# --- finding -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_stacks_blocks_and_norms_are_found(name: str) -> None:
+    expected = ARCHITECTURES[name]
+    model = expected.model()
+    places = find_places(model)
+    sites = [place.site for place in places]
+    found = [of_stack(sites, stack) for stack in stacks(sites)]
+    assert [[site.width for site in stack if site.kind == "block"] for stack in found] == expected.widths
+    norms = {place.site.stack: place.name for place in places if place.site.kind == "norm"}
+    assert [norms.get(stack) for stack in stacks(sites)] == expected.norms
+    assert [stack[0].final_norm for stack in found] == [norm is not None for norm in expected.norms]
+    assert [site.causal for site in sites if site.head] == [expected.causal] * len(found[-1])
+    assert not any(site.causal for stack in found[:-1] for site in stack)
+    assert {site.prefix for site in sites} == {expected.prefix}
+    assert default_pool(model) == expected.pool
+    assert sites[-1].stack == ("decoder" if expected.causal else "encoder")
+    trunk = model.base_model if isinstance(model, t.PreTrainedModel) else model
+    assert all(trunk.get_submodule(place.name) is place.module for place in places)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_training_step_of_read_gives_gradients(name: str) -> None:
+    kind = ARCHITECTURES[name]
+    model = ss.attach(kind.model(), ss.ReadConfig(rank=4), head=ss.Classify(num_labels=3)).train()
+    with torch.no_grad():
+        for _, parameter in model.trained_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model(**kind.inputs(), labels=torch.tensor([0, 2])).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.trained_parameters()}
+    for key, gradient in gradients.items():
+        assert gradient is not None, key
+        assert gradient.isfinite().all(), key
+        assert gradient.abs().max() > 0, key
+
+
+def test_blocks_are_counted_over_the_stages() -> None:
+    sites = [place.site for place in find_places(ARCHITECTURES["swin"].model())]
+    assert [(site.kind, site.stage, site.index, site.width) for site in sites] == [
+        ("stage", 0, 0, 8),
+        ("block", 0, 0, 8),
+        ("block", 0, 1, 8),
+        ("stage", 1, 2, 16),
+        ("block", 1, 2, 16),
+        ("block", 1, 3, 16),
+        ("norm", 1, 3, 16),
+    ]
+
+
+def test_a_model_of_two_towers_is_refused_and_each_tower_taken() -> None:
+    clip = t.CLIPModel(t.CLIPConfig(text_config=TEXT, vision_config=IMAGE))
+    with pytest.raises(ValueError, match=r"CLIPModel has several towers of blocks .*attach to one of them"):
+        ss.attach(clip, ss.ReadConfig(rank=2))
+    assert not ss.attach(clip.vision_model, ss.ReadConfig(rank=2)).places[0].site.causal
+    # Its attention modules do not say that they are causal; the family table does.
+    assert ss.attach(clip.text_model, ss.ReadConfig(rank=2)).places[0].site.causal
+
+
+def test_shared_layers_are_refused_at_the_first_pass() -> None:
+    albert = t.AlbertModel(t.AlbertConfig(embedding_size=8, **TEXT))
+    model = ss.attach(albert, ss.ReadConfig(rank=2))
+    with pytest.raises(FoldError, match=r"ran out of turn .*blocks that run twice \(shared layers\) or are skipped"):
+        model(**ARCHITECTURES["bert"].inputs())
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    mlp = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="Sequential holds no list of repeated blocks: Sidestep needs a Transformer"):
+        ss.attach(mlp, ss.ReadConfig(rank=2))
+    assert all(parameter.requires_grad for parameter in mlp.parameters())
+
+
+def test_noise_leaves_batch_norms_alone() -> None:
+    trunk = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(), timm.layers.DropPath(0.1))
+    kinds: list[Noise | None] = [None, "drop_path", "dropout", "all"]
+    on = {}
+    for noise in kinds:
+        set_noise(trunk.train(), noise)
+        on[noise] = [module.training for module in trunk]
+    assert on == {
+        None: [False, False, False],
+        "drop_path": [False, False, True],
+        "dropout": [False, True, False],
+        "all": [False, True, True],
+    }
+
+
+# --- digest --------------------------------------------------------------------------------------------------
+
+
+def digest(model: nn.Module) -> Digest:
+    return digest_of(pretrained_tensors(model))
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """The checkpoint of a bare BERT: pooler, no head."""
+    t.BertModel(t.BertConfig(**TEXT, num_labels=3)).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def move(model: nn.Module, name: str) -> nn.Module:
+    """The model after a small change of one value."""
+    with torch.no_grad():
+        tensor = model.get_parameter(name)
+        tensor.view(-1)[tensor.numel() // 2] += 0.01
+    return model
+
+
+def test_the_digest_does_not_depend_on_the_class(bert: Path) -> None:
+    kinds = (t.AutoModelForSequenceClassification, t.AutoModelForMaskedLM, t.AutoModelForTokenClassification)
+    expected = digest(t.AutoModel.from_pretrained(bert))
+    for kind in kinds:
+        torch.manual_seed(1)
+        assert digest(kind.from_pretrained(bert)) == expected
+    assert expected.matches(digest(t.AutoModel.from_pretrained(bert))) == "same"
+
+
+def test_a_new_pooler_is_left_out(tmp_path: Path) -> None:
+    t.BertForMaskedLM(t.BertConfig(**TEXT)).save_pretrained(tmp_path)
+    models = [t.AutoModel.from_pretrained(tmp_path) for _ in range(2)]
+    assert {"pooler.dense.weight", "pooler.dense.bias"} == new_parameters(models[0])
+    assert not torch.equal(models[0].pooler.dense.weight, models[1].pooler.dense.weight)
+    assert digest(models[0]) == digest(models[1]) == digest(t.BertForMaskedLM.from_pretrained(tmp_path))
+
+
+def test_a_model_that_was_never_loaded_counts_as_loaded_whole() -> None:
+    assert new_parameters(t.BertModel(t.BertConfig(**TEXT))) == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_another_precision_is_told_from_other_weights_both_ways(bert: Path, dtype: torch.dtype) -> None:
+    wide, narrow = (t.AutoModel.from_pretrained(bert, dtype=kind) for kind in (torch.float32, dtype))
+    assert digest(wide).matches(digest(narrow)) == "dtype"
+    assert digest(narrow).matches(digest(wide)) == "dtype"
+    assert digest(narrow).dtype == str(dtype).removeprefix("torch.")
+    move(narrow, "embeddings.word_embeddings.weight")
+    assert digest(wide).matches(digest(narrow)) == "different"
+    assert digest(narrow).matches(digest(wide)) == "different"
+
+
+@pytest.mark.parametrize("name", ["encoder.layer.1.attention.self.key.bias", "embeddings.LayerNorm.weight"])
+def test_one_changed_weight_is_another_backbone(bert: Path, name: str) -> None:
+    plain, changed = (t.AutoModel.from_pretrained(bert) for _ in range(2))
+    assert digest(plain).matches(digest(move(changed, name))) == "different"
+
+
+class Parts(t.PreTrainedModel):
+    """A trunk whose parts are registered in a given order, two of them tied."""
+
+    config_class = t.BertConfig
+
+    def __init__(self, names: str) -> None:
+        super().__init__(t.BertConfig(**TEXT))
+        generator = torch.Generator().manual_seed(0)
+        shared = torch.randn(3, 4, generator=generator)
+        values = {name: torch.randn(2, 3, generator=generator) for name in "abc"}
+        self.tied = nn.Parameter(shared)
+        for name in names:
+            part = nn.Module()
+            part.weight = self.tied if name in "de" else nn.Parameter(values[name])
+            self.add_module(name, part)
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+def test_the_digest_does_not_depend_on_the_order_of_registration() -> None:
+    one, other = Parts("abcde"), Parts("edcba")
+    del one.tied, other.tied
+    assert digest(one) == digest(other)
+    assert [name for name, _ in pretrained_tensors(one)] == ["a.weight", "b.weight", "c.weight", "d.weight"]
+
+
+def test_the_digest_depends_on_names_and_shapes() -> None:
+    x = torch.randn(2, 6)
+    named = [("a", x), ("b", x), ("a", x.view(3, 4))]
+    assert len({digest_of([pair]).exact for pair in named}) == 3
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: t.T5ForConditionalGeneration(t.T5Config(**T5)),
+        lambda: t.LlamaForCausalLM(t.LlamaConfig(**CAUSAL)),
+        lambda: t.LlamaForCausalLM(t.LlamaConfig(**CAUSAL, tie_word_embeddings=True)),
+    ],
+    ids=["t5", "llama", "llama tied"],
+)
+def test_an_output_head_does_not_change_the_digest(build: Callable[[], Any], tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    whole = type(build()).from_pretrained(tmp_path)
+    assert digest(whole) == digest(t.AutoModel.from_pretrained(tmp_path))
+
+
+def test_a_timm_models_head_does_not_change_the_digest() -> None:
+    def build(classes: int) -> nn.Module:
+        torch.manual_seed(0)
+        return timm.create_model("test_vit", num_classes=classes)
+
+    headless, with_head = build(0), build(5)
+    with_head.load_state_dict(headless.state_dict(), strict=False)
+    assert digest(headless) == digest(with_head)
+    assert digest(move(with_head, "blocks.0.mlp.fc1.bias")) != digest(headless)

@@ -1,0 +1,78 @@
+"""Sites are plain data, and a `FrozenBlock` is the block it was taken from."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from sidestep.backbone import find_places
+from sidestep.sites import Site, of_stack, stacks
+from tiny import FAMILIES, call
+
+
+def scaled_timm_vit() -> nn.Module:
+    """timm's ViT with LayerScale, every parameter random."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+        init_values=0.1,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "timm_vit", "timm_vit with LayerScale"])
+@torch.no_grad()
+def test_replay_equals_the_block_on_its_own_input(name: str) -> None:
+    family = FAMILIES[name.split()[0]]
+    model = scaled_timm_vit() if "LayerScale" in name else family.model()
+    batch = {key: value for key, value in family.inputs().items() if key != "attention_mask"}
+    seen: list[tuple[Tensor, Tensor]] = []
+    places = [place for place in find_places(model) if place.site.kind == "block"]
+    for place in places:
+        place.module.register_forward_hook(lambda module, args, out: seen.append((args[0], first(out))))
+    call(model, batch)
+    assert len(seen) == len(places)
+    for place, (given, out) in zip(places, seen, strict=True):
+        assert place.site.block is not None
+        torch.testing.assert_close(place.site.block.replay(given), out, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(given, out, atol=1e-2)
+
+
+def test_a_stage_and_a_norm_have_no_block() -> None:
+    sites = [place.site for place in find_places(FAMILIES["vit"].model())]
+    assert [(site.kind, site.block is None) for site in sites if site.kind != "block"] == [
+        ("stage", True),
+        ("norm", True),
+    ]
+    assert all(place.site.block is None for place in find_places(FAMILIES["vit"].model(), with_blocks=False))
+
+
+def test_only_the_last_block_is_last() -> None:
+    sites = [place.site for place in find_places(FAMILIES["t5"].model())]
+    assert stacks(sites) == ["encoder", "decoder"]
+    for stack in stacks(sites):
+        assert [site.index for site in of_stack(sites, stack) if site.last] == [2]
+
+
+def test_positions_go_on_after_the_cache() -> None:
+    site = Site(kind="block", stack="decoder", stage=0, index=0, depth=1, width=4)
+    hidden = torch.randn(2, 3, 4)
+    assert site.positions(hidden).tolist() == [0, 1, 2]
+    later = site.during(keep=None, memory_keep=None, grid=None, past=5, cache=None)
+    assert later.positions(hidden).tolist() == [5, 6, 7]
+    assert site.past == 0

@@ -1,0 +1,687 @@
+"""Whole training runs on tiny models: what they save, that resuming is exact, and how they refuse or fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import sidestep as ss
+from sidestep import checkpoints, predict, store
+from sidestep import train as training
+from sidestep.callbacks import ExactResume, StopIfDiverged
+from sidestep.checkpoints import OutputError
+from sidestep.data import DataError, Fields, read
+from sidestep.loading import load_backbone, load_processor
+from sidestep.methods import MethodConfig
+from sidestep.prepare import TaskData, prepare
+from sidestep.results import measure_step
+from sidestep.settings import TrainSettings
+from sidestep.train import TrainError, head_for, train
+from small_tasks import image_backbone, image_folder, padless_backbone, reviews, text_backbone, write
+
+READ = ss.ReadConfig(rank=8)
+TEXT = Fields(text="text", label="label")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models of this size take a hundred times longer where two threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_backbone(tmp_path_factory.mktemp("bert"))
+
+
+def rows(count: int = 64, seed: int = 0) -> Dataset:
+    return Dataset.from_list(reviews(count, seed))
+
+
+def task_data(backbone: Path, fields: Fields = TEXT, **how: Any) -> TaskData:
+    return prepare(rows(), how.pop("dev", rows(24, 1)), fields, load_processor(backbone), **how)
+
+
+def attached(backbone: Path, data: TaskData, method: MethodConfig = READ, seed: int = 0) -> ss.SideModel:
+    torch.manual_seed(seed)
+    return ss.attach(load_backbone(backbone), method, head=head_for(data))
+
+
+def settings(output: Path, **changes: Any) -> TrainSettings:
+    how: dict[str, Any] = {"epochs": 2, "batch_size": 8, "learning_rate": 0.02, "progress": False, "log_steps": 3}
+    return TrainSettings(output=output, **{**how, **changes})
+
+
+def task_bytes(folder: Path) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in load_file(folder / store.WEIGHTS).items()}
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """What the last checkpoint says was logged, without times."""
+    last = checkpoints.last_complete(folder / checkpoints.FOLDER)
+    assert last is not None
+    timing = ("runtime", "per_second")
+    return [
+        {name: value for name, value in entry.items() if not name.endswith(timing)}
+        for entry in checkpoints.read_state(last)["log_history"]
+    ]
+
+
+# --- a run, and what it leaves ----------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_its_saved_task_scores_the_same(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    results = train(attached(backbone, data), data, settings(tmp_path, epochs=8, learning_rate=0.03))
+    assert results.scores["accuracy"] > 0.7
+    again = predict.evaluate(store.load(tmp_path), rows(24, 1))
+    assert again == results.scores
+
+
+def test_results_say_what_was_done_and_what_it_cost(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    model = attached(backbone, data)
+    train(model, data, settings(tmp_path, bf16=True))
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["scores"].keys() == {"accuracy", "f1", "f1_macro", "f1_micro", "matthews"}
+    assert found["trainable_parameters"] == sum(p.numel() for _, p in model.trained_parameters())
+    assert found["task_bytes"] == (tmp_path / store.WEIGHTS).stat().st_size
+    assert found["step"]["rows"] == 8
+    assert found["step"]["tokens"] == max(data.train["length"][:])
+    assert 0 < found["step"]["kept_bytes"] < found["step"]["peak_bytes"]
+    assert found["backbone"]["digest"] == model.digest.exact
+    assert (found["seed"], found["settings"]["bf16"], found["learning_rate"]) == (0, True, 0.02)
+    assert found["versions"]["transformers"] == transformers.__version__
+    assert found["seconds"] > 0
+    assert [entry["epoch"] for entry in found["history"]] == [1.0, 2.0]
+    assert found["data"]["dev_source"] == "24 rows of their own"
+    assert any("no final norm" in note for note in found["notes"])
+
+
+def test_checkpoints_hold_the_task_alone_the_best_and_the_last(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    train(attached(backbone, data), data, settings(tmp_path, epochs=5))
+    folders = sorted((tmp_path / checkpoints.FOLDER).glob("checkpoint-*"), key=checkpoints.step_of)
+    assert len(folders) <= 2
+    assert checkpoints.step_of(folders[-1]) == 40
+    assert (folders[-1] / "model.safetensors").stat().st_size < 6000  # the backbone has 13,000 bytes
+    assert not list(folders[-1].glob("tokenizer*"))
+
+
+def test_the_best_epoch_is_kept_not_the_last(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.5, 0.9, 0.7])
+    kept: list[dict[str, torch.Tensor]] = []
+    data = task_data(backbone)
+    model = attached(backbone, data)
+
+    def judge(self: Any, evaluation: Any) -> dict[str, float]:
+        kept.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"accuracy": next(scores)}
+
+    monkeypatch.setattr(training.ComputeMetrics, "__call__", judge)
+    results = train(model, data, settings(tmp_path, epochs=3))
+    assert results.best_epoch == 2
+    saved = store.load(tmp_path).state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in kept[1].items())
+    assert not all(torch.equal(saved[name], value) for name, value in kept[2].items())
+
+
+def test_early_stopping_waits_for_as_many_epochs_as_asked(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.5, 0.9, 0.7, 0.8, 0.99])
+    monkeypatch.setattr(training.ComputeMetrics, "__call__", lambda self, _: {"accuracy": next(scores)})
+    data = task_data(backbone)
+    results = train(attached(backbone, data), data, settings(tmp_path, epochs=9, patience=2))
+    assert (results.epochs, results.best_epoch) == (4, 2)
+
+
+def test_curves_are_logged_for_tensorboard(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    train(attached(backbone, data), data, settings(tmp_path))
+    events = EventAccumulator(str(tmp_path / checkpoints.LOGS))
+    events.Reload()
+    assert {"train/loss", "eval/accuracy", "eval/loss"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("eval/accuracy")] == [8, 16]
+
+
+@pytest.mark.parametrize("method", [ss.ProbeConfig(), ss.BitFitConfig(), ss.FullConfig()])
+def test_the_controls_go_through_the_same_path(backbone: Path, tmp_path: Path, method: MethodConfig) -> None:
+    data = task_data(backbone)
+    results = train(attached(backbone, data, method), data, settings(tmp_path, learning_rate=None))
+    assert predict.evaluate(store.load(tmp_path), rows(24, 1)) == results.scores
+    own = not isinstance(method, ss.ProbeConfig)
+    assert results.notes[0].endswith("its own" if own else "none")
+
+
+def test_the_backbone_stays_bit_for_bit(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    model = attached(backbone, data)
+    train(model, data, settings(tmp_path))
+    plain = load_file(backbone / "model.safetensors")
+    own = model.backbone.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in plain.items())
+
+
+def test_measuring_a_step_leaves_no_trace(backbone: Path) -> None:
+    data = task_data(backbone)
+    model = attached(backbone, data).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    cost = measure_step(model, data.collate([data.train[index] for index in range(4)]))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert cost.rows == 4
+
+
+def test_read_keeps_less_than_full_tuning(backbone: Path) -> None:
+    data = task_data(backbone)
+    batch = data.collate([data.train[index] for index in range(4)])
+    read_bytes, full_bytes = (
+        measure_step(attached(backbone, data, method), batch).kept_bytes for method in (READ, ss.FullConfig())
+    )
+    assert read_bytes < full_bytes / 2
+
+
+# --- kinds of data ----------------------------------------------------------------------------------------
+
+
+def test_without_a_dev_set_a_stratified_share_is_held_out(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone, dev=None, dev_fraction=0.25)
+    results = train(attached(backbone, data), data, settings(tmp_path))
+    assert (results.data["train_rows"], results.data["dev_rows"]) == (48, 16)
+    assert results.data["dev_source"] == "16 of the 64 training rows, held out (no dev set was given; seed 0)"
+    shares = [sum(part["labels"][:]) / len(part) for part in (data.train, data.dev)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.07)
+
+
+def test_pairs(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone, Fields(text="text", text2="other", label="label"))
+    results = train(attached(backbone, data), data, settings(tmp_path))
+    assert max(data.train["length"][:]) > max(task_data(backbone).train["length"][:])
+    assert predict.evaluate(store.load(tmp_path), rows(24, 1)) == results.scores
+
+
+def test_regression_starts_at_the_mean_and_predicts_numbers(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone, Fields(text="text", label="score"), kind="regress")
+    model = attached(backbone, data)
+    assert model.head is not None
+    mean = sum(row["score"] for row in reviews(64)) / 64
+    assert model.head.linear.bias.item() == pytest.approx(mean, rel=1e-5)
+    results = train(model, data, settings(tmp_path, epochs=6))
+    assert results.metric == "pearson"
+    assert results.scores["pearson"] > 0.5
+    table = predict.predict(store.load(tmp_path), rows(24, 1).remove_columns("score"))
+    assert all(isinstance(value, float) for value in table["prediction"][:])
+
+
+def test_several_labels_a_row(backbone: Path, tmp_path: Path) -> None:
+    def multi(count: int, seed: int) -> Dataset:
+        found = reviews(count, seed)
+        return Dataset.from_list(
+            [{"text": r["text"], "label": [r["label"]] + ["long"] * (len(r["text"]) > 25)} for r in found]
+        )
+
+    data = prepare(multi(64, 0), multi(24, 1), TEXT, load_processor(backbone))
+    assert data.labels.kind == "multi"
+    results = train(attached(backbone, data), data, settings(tmp_path, epochs=8, learning_rate=0.03))
+    assert results.metric == "f1_micro"
+    table = predict.predict(store.load(tmp_path), multi(24, 1).remove_columns("label"))
+    assert set("|".join(table["prediction"][:]).split("|")) <= {"neg", "pos", "long", ""}
+    assert {"p_long", "p_neg", "p_pos"} <= set(table.column_names)
+    for row in table:
+        assert ("long" in row["prediction"].split("|")) == (row["p_long"] > 0.5)
+
+
+def test_images(tmp_path: Path) -> None:
+    vit, pictures = image_backbone(tmp_path / "vit"), read(image_folder(tmp_path / "pictures"))
+    data = prepare(pictures, None, Fields(image="image", label="label"), load_processor(vit), dev_fraction=0.25)
+    results = train(attached(vit, data), data, settings(tmp_path / "task", epochs=4))
+    assert results.scores["accuracy"] == 1.0
+    assert results.step.tokens is None
+    table = predict.predict(store.load(tmp_path / "task"), pictures)
+    assert set(table["prediction"][:]) <= {"bright", "dark"}
+    assert table["image"][0].endswith("bright/0.png")
+
+
+def test_an_unreadable_image_is_named_while_training(tmp_path: Path) -> None:
+    vit, folder = image_backbone(tmp_path / "vit"), image_folder(tmp_path / "pictures")
+    (folder / "dark" / "3.png").write_bytes(b"no image")
+    pictures = read(folder)
+    data = prepare(pictures, pictures, Fields(image="image", label="label"), load_processor(vit))
+    with pytest.raises(DataError, match=r"dark/3\.png' in row 18 cannot be read"):
+        train(attached(vit, data), data, settings(tmp_path / "task"))
+
+
+def test_a_model_without_pad_token_is_padded_and_masked(tmp_path: Path) -> None:
+    llama = padless_backbone(tmp_path / "llama")
+    data = task_data(llama)
+    results = train(attached(llama, data), data, settings(tmp_path / "task"))
+    model = store.load(tmp_path / "task")
+    assert model.extras["preprocessing"]["padding"] == "the tokenizer has no pad token: token 0, masked"
+    assert predict.evaluate(model, rows(24, 1)) == results.scores
+    one_by_one = predict.evaluate(model, rows(24, 1), batch_size=1)
+    assert one_by_one == pytest.approx(results.scores)
+
+
+def test_an_own_head_gets_the_pad_id_and_label_names_that_it_needs(tmp_path: Path) -> None:
+    llama = padless_backbone(tmp_path / "llama")
+    data = task_data(llama)
+    torch.manual_seed(0)
+    model = ss.attach(load_backbone(llama, head=True, num_labels=2), READ)
+    results = train(model, data, settings(tmp_path / "task"))
+    assert model.config.pad_token_id == 0
+    again = store.load(tmp_path / "task")
+    assert again.config.id2label == {0: "neg", 1: "pos"}
+    assert predict.evaluate(again, rows(24, 1)) == results.scores
+
+
+# --- resuming ---------------------------------------------------------------------------------------------
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let training end as by Ctrl-C after this step."""
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StopIfDiverged, "on_step_begin", stop, raising=False)
+
+
+@pytest.mark.parametrize("stop", [13, 21])
+def test_an_interrupted_run_continues_to_the_same_bits(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Step 13 continues from a checkpoint within epoch 2 (step 10), 21 from within epoch 3 (step 20)."""
+    data = task_data(backbone)
+    how: dict[str, Any] = {"epochs": 3, "save_steps": 5}
+    train(attached(backbone, data), data, settings(tmp_path / "whole", **how))
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(attached(backbone, data), data, settings(tmp_path / "parts", **how))
+    # other initial weights: all that counts comes from the checkpoint
+    results = train(attached(backbone, data, seed=9), data, settings(tmp_path / "parts", **how, resume=True))
+    assert results.resumed_from == {13: 10, 21: 20}[stop]
+    assert task_bytes(tmp_path / "parts") == task_bytes(tmp_path / "whole")
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop", [9, 16])
+def test_an_interrupted_run_continues_from_the_end_of_an_epoch(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    data = task_data(backbone)
+    train(attached(backbone, data), data, settings(tmp_path / "whole", epochs=3, patience=2))
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(attached(backbone, data), data, settings(tmp_path / "parts", epochs=3, patience=2))
+    resumed = settings(tmp_path / "parts", epochs=3, patience=2, resume=True)
+    assert train(attached(backbone, data, seed=9), data, resumed).resumed_from == stop // 8 * 8
+    assert task_bytes(tmp_path / "parts") == task_bytes(tmp_path / "whole")
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+def test_images_and_noise_resume_exactly_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, pictures = image_backbone(tmp_path / "vit"), read(image_folder(tmp_path / "pictures"))
+    data = prepare(pictures, pictures, Fields(image="image", label="label"), load_processor(vit))
+    how: dict[str, Any] = {"epochs": 3, "batch_size": 4, "save_steps": 4, "accumulate": 2, "log_steps": 1}
+
+    def run(name: str, **more: Any) -> None:
+        # 3 optimizer steps an epoch of 6 batches
+        backbone = load_backbone(vit)
+        torch.manual_seed(0)
+        model = ss.attach(backbone, READ, head=head_for(data), backbone_noise="dropout")
+        train(model, data, settings(tmp_path / name, **how, **more))
+
+    run("whole")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run("parts")
+    run("parts", resume=True)
+    assert task_bytes(tmp_path / "parts") == task_bytes(tmp_path / "whole")
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import datasets, torch, transformers
+transformers.logging.disable_progress_bar()
+datasets.disable_progress_bars()
+torch.set_num_threads(1)
+import test_train as t
+data = t.task_data(Path({backbone!r}))
+resume = len(sys.argv) > 2
+how = dict(epochs=16, save_steps=3, resume=resume)
+t.train(t.attached(Path({backbone!r}), data), data, t.settings(Path(sys.argv[1]), **how))
+"""
+
+
+def test_a_run_killed_in_the_middle_of_an_epoch_ends_with_the_same_bits(backbone: Path, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(KILLED.format(tests=str(Path(__file__).parent), backbone=str(backbone)))
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, str(script), *arguments], env=environment)
+
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    other, run = start(str(whole)), start(str(parts))
+    middle = _wait_for_mid_epoch(parts, run)
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert not (parts / "results.json").exists()
+    last = checkpoints.last_complete(parts / checkpoints.FOLDER)
+    assert last is not None
+    assert checkpoints.step_of(last) >= middle
+    # and what a kill in the middle of a save leaves behind
+    half = last.with_name("checkpoint-9999")
+    half.mkdir()
+    shutil.copy(last / "model.safetensors", half)
+    assert start(str(parts), "resume").wait() == 0
+    assert other.wait() == 0
+    assert not half.exists()
+    assert json.loads((parts / "results.json").read_text())["resumed_from"] == checkpoints.step_of(last)
+    assert task_bytes(parts) == task_bytes(whole)
+    assert log_of(parts) == log_of(whole)
+
+
+def _wait_for_mid_epoch(output: Path, run: subprocess.Popen[bytes]) -> int:
+    """The step of a complete checkpoint that is no epoch's end (8 steps), as soon as there is one past 16."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and run.poll() is None:
+        last = checkpoints.last_complete(output / checkpoints.FOLDER)
+        if last is not None and checkpoints.step_of(last) > 16 and checkpoints.step_of(last) % 8:
+            return checkpoints.step_of(last)
+        time.sleep(0.002)
+    raise AssertionError("the run ended before it could be killed")
+
+
+def test_half_written_checkpoints_are_passed_over(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    train(attached(backbone, data), data, settings(tmp_path))
+    folder = tmp_path / checkpoints.FOLDER
+    good = checkpoints.last_complete(folder)
+    assert good is not None
+    for step, spoil in enumerate(
+        [
+            lambda path: (path / "trainer_state.json").unlink(),
+            lambda path: (path / "trainer_state.json").write_text('{"epoch": 2.0, "log_hi'),
+            lambda path: (path / "model.safetensors").write_bytes(b"\0" * 20),
+            lambda path: (path / "optimizer.pt").write_bytes(b""),
+            lambda path: (path / "rng_state.pth").unlink(),
+        ]
+    ):
+        copy = folder / f"checkpoint-{100 + step}"
+        shutil.copytree(good, copy)
+        spoil(copy)
+        assert not checkpoints.is_complete(copy)
+    assert checkpoints.last_complete(folder) == good
+
+
+def test_a_run_that_ended_is_not_trained_further(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    first = train(attached(backbone, data), data, settings(tmp_path))
+    before = task_bytes(tmp_path)
+    (tmp_path / "results.json").unlink()  # as if killed between the last checkpoint and the end
+    again = train(attached(backbone, data, seed=9), data, settings(tmp_path, resume=True))
+    assert again.scores == first.scores
+    assert again.history == first.history
+    assert task_bytes(tmp_path) == before
+
+
+def test_a_moved_folder_still_finds_its_best_checkpoint(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.9, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(training.ComputeMetrics, "__call__", lambda self, _: {"accuracy": next(scores)})
+    data = task_data(backbone)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 17)
+        with pytest.raises(KeyboardInterrupt):
+            train(attached(backbone, data), data, settings(tmp_path / "here", epochs=4))
+    (tmp_path / "here").rename(tmp_path / "there")
+    results = train(attached(backbone, data), data, settings(tmp_path / "there", epochs=4, resume=True))
+    assert results.best_epoch == 1
+    best = load_file(tmp_path / "there" / checkpoints.FOLDER / "checkpoint-8" / "model.safetensors")
+    saved = store.load(tmp_path / "there").state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in best.items())
+
+
+def test_resuming_with_other_settings_or_data_is_refused(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    train(attached(backbone, data), data, settings(tmp_path))
+    with pytest.raises(OutputError, match=r"holds another run \(batch_size is 4 and was 8\): resume with the"):
+        train(attached(backbone, data), data, settings(tmp_path, batch_size=4, resume=True))
+    other = prepare(rows(64, 7), rows(24, 1), TEXT, load_processor(backbone))
+    with pytest.raises(OutputError, match=r"holds another run \(training rows is"):
+        train(attached(backbone, other), other, settings(tmp_path, resume=True))
+
+
+def test_a_second_seed_has_an_order_of_its_own() -> None:
+    def first_number(seed: int, epoch: float) -> float:
+        ExactResume(seed, 8, None).on_epoch_begin(None, type("State", (), {"epoch": epoch})(), None)
+        return torch.rand(()).item()
+
+    assert first_number(0, 1.0) == first_number(0, 1.5)
+    assert len({first_number(seed, epoch) for seed in range(3) for epoch in (0.0, 1.0, 2.0)}) == 9
+
+
+# --- refusals and failures --------------------------------------------------------------------------------
+
+
+def test_a_taken_folder_is_refused_before_training_and_replaced_when_asked(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    train(attached(backbone, data), data, settings(tmp_path))
+    before = task_bytes(tmp_path)
+    with pytest.raises(OutputError, match=r"holds another task: choose another folder, or .* --overwrite"):
+        train(attached(backbone, data), data, settings(tmp_path, seed=1))
+    assert task_bytes(tmp_path) == before
+    train(attached(backbone, data), data, settings(tmp_path, seed=1, overwrite=True))
+    assert task_bytes(tmp_path) != before
+
+
+def test_an_unfinished_run_is_refused_without_resume(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = task_data(backbone)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 12)
+        with pytest.raises(KeyboardInterrupt):
+            train(attached(backbone, data), data, settings(tmp_path))
+    with pytest.raises(OutputError, match="holds a run that did not end: continue it with --resume"):
+        train(attached(backbone, data), data, settings(tmp_path))
+    with pytest.raises(OutputError, match="holds no run to resume"):
+        train(attached(backbone, data), data, settings(tmp_path / "other", resume=True))
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_divergence_says_what_to_change_and_keeps_the_last_good_checkpoint(
+    backbone: Path, tmp_path: Path, poison: str
+) -> None:
+    data = task_data(backbone)
+    model = attached(backbone, data)
+    assert model.head is not None
+    calls = 0
+
+    def spoil(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += module.training
+        # two measured steps, 8 of the first epoch: the 14th is in the second
+        if calls != 14 or not module.training:
+            return output
+        output.register_hook(lambda grad: grad * float("nan"))
+        return output * float("nan") if poison == "loss" else output
+
+    model.head.register_forward_hook(spoil)
+    with pytest.raises(TrainError) as caught:
+        train(model, data, settings(tmp_path, epochs=4, bf16=True))
+    text = str(caught.value)
+    assert "training diverged (" in text
+    assert "choose a lower learning rate (--lr), or look for odd rows in the data, or train in fp32" in text
+    last = tmp_path / checkpoints.FOLDER / "checkpoint-8"
+    assert text.endswith(f"The last good checkpoint stays at {last}")
+    assert all(value.isfinite().all() for value in load_file(last / "model.safetensors").values())
+
+
+def test_no_checkpoint_yet_is_said_too(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    with pytest.raises(TrainError, match=r"diverged .*No checkpoint had been written"):
+        train(
+            attached(backbone, data),
+            data,
+            settings(tmp_path, learning_rate=1e30, max_grad_norm=0, weight_decay=1e9, epochs=5),
+        )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_to_change(backbone: Path, tmp_path: Path, error: BaseException) -> None:
+    data = task_data(backbone)
+    model = attached(backbone, data)
+    assert model.head is not None
+    calls = 0
+
+    def fail(module: nn.Module, args: Any) -> None:
+        nonlocal calls
+        calls += module.training
+        if calls == 14:
+            raise error
+
+    model.head.register_forward_pre_hook(fail)
+    with pytest.raises(TrainError) as caught:
+        train(model, data, settings(tmp_path))
+    text = str(caught.value)
+    assert text.startswith("out of memory (")
+    for word in ("--batch-size (8 now", "--accumulate", "--max-length", "--checkpoint late"):
+        assert word in text
+    assert text.endswith(f"The last good checkpoint stays at {tmp_path / 'checkpoints' / 'checkpoint-8'}")
+
+
+def test_other_errors_are_not_taken_for_those(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    model = attached(backbone, data)
+    assert model.head is not None
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise RuntimeError("something else")
+
+    model.head.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        train(model, data, settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 0}, "epochs=0, but it must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0, but it must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0, but it must be a number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan, but it must be a number above 0"),
+        ({"warmup": 1.0}, "warmup=1.0, but it must be a share from 0 to below 1"),
+        ({"patience": 0}, "patience=0, but it must be at least 1, or not given"),
+        ({"seed": -1}, "seed=-1, but it must be from 0 to 4294967295"),
+        ({"schedule": "step"}, "schedule='step', but it must be linear or cosine or constant"),
+        ({"label_smoothing": -0.1}, "label_smoothing=-0.1, but it must be a share from 0 to below 1"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0, but it must be a number of at least 0"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite: choose one"),
+    ],
+)
+def test_settings_out_of_range_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=r"must be|choose one") as caught:
+        settings(tmp_path, **changes)
+    assert said in str(caught.value)
+
+
+def test_label_smoothing_is_for_single_labels_only(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone, Fields(text="text", label="score"), kind="regress")
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.1 with problem 'regress': it is for single-label"):
+        train(attached(backbone, data), data, settings(tmp_path, label_smoothing=0.1))
+    data = task_data(backbone)
+    train(attached(backbone, data), data, settings(tmp_path, label_smoothing=0.1))
+
+
+def test_a_metric_of_another_problem_is_refused(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    with pytest.raises(ValueError, match="metric='pearson': two-class single problems have accuracy, f1, f1_macro"):
+        train(attached(backbone, data), data, settings(tmp_path, metric="pearson"))
+
+
+def test_numbers_that_may_be_targets_have_to_be_called_so(backbone: Path) -> None:
+    with pytest.raises(DataError, match=r"holds numbers that are not all whole .*say --problem regress"):
+        task_data(backbone, Fields(text="text", label="score"))
+
+
+def test_every_setting_reaches_the_trainer(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    how = settings(tmp_path, weight_decay=0.1, warmup=0.25, schedule="cosine", accumulate=2, max_grad_norm=0.5)
+    arguments = training._arguments(attached(backbone, data), data, how, "f1")
+    assert (arguments.weight_decay, arguments.max_grad_norm) == (0.1, 0.5)
+    assert arguments.warmup_steps == 2  # of 2 epochs of 4 steps of 2 batches
+    assert arguments.lr_scheduler_type == "cosine"
+    assert arguments.gradient_accumulation_steps == 2
+    assert arguments.train_sampling_strategy == "group_by_length"
+    assert (arguments.metric_for_best_model, arguments.greater_is_better) == ("f1", True)
+
+
+def test_default_rates_are_the_methods_own(tmp_path: Path) -> None:
+    plain = TrainSettings(output=tmp_path)
+    assert {name: plain.rate(name) for name in training.DEFAULT_RATES} == dict(training.DEFAULT_RATES)
+    assert plain.rate("somebody's") == 1e-3
+    assert settings(tmp_path, learning_rate=0.5).rate("read") == 0.5
+
+
+def test_files_of_every_kind_come_out(tmp_path: Path) -> None:
+    table = Dataset.from_dict(
+        {"text": ['a "quoted", text', "tab\there"], "prediction": ["x", "y"], "p_x": [0.1, 1 / 3]}
+    )
+    for suffix in predict.WRITERS:
+        path = tmp_path / f"out{suffix}"
+        predict.write_table(table, path)
+        back = read(path)
+        assert back["text"][:] == table["text"][:]
+        assert [float(value) for value in back["p_x"][:]] == pytest.approx(
+            table["p_x"][:],
+            rel=1e-9,  # `datasets` reads ten digits of a .json list
+        )
+        with pytest.raises(DataError, match="exists already"):
+            predict.write_table(table, path)
+    with pytest.raises(DataError, match=r"ends in '.txt': choose a file that ends in .csv, .tsv"):
+        predict.write_table(table, tmp_path / "out.txt")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_written_file_reads_as_rows(tmp_path: Path) -> None:
+    assert len(read(write(tmp_path / "rows.csv", reviews(5)))) == 5
