@@ -35,6 +35,7 @@ ORDER = [
     "results",
     "predict",
     "train",
+    "show",
     "demo_corpus",
     "demo",
     "cli",

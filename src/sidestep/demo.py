@@ -59,7 +59,7 @@ class Contestant:
 
 CONTESTANTS = (
     Contestant(name="linear probe", config=ProbeConfig(), rate=2e-2),
-    Contestant(name="READ", config=ReadConfig(rank=128), rate=8e-3),
+    Contestant(name="READ", config=ReadConfig(rank=128), rate=1.6e-2),
 )
 
 

@@ -166,6 +166,10 @@ FAMILIES: dict[str, Family] = {
     "dinov2": Family(pool="cls", prefix=1, grid=patch_grid),
     "swin": Family(grid=argument_grid),
     "clip_text_model": Family(causal=True),
+    "bloom": Family(causal=True),
+    # OPT registers its final norm before its blocks.
+    "opt": Family(final_norm="decoder.final_layer_norm"),
+    "beit": Family(pool="cls", prefix=1, grid=patch_grid),
     # CLIP's last norm sees the pooled token only.
     "clip_vision_model": Family(pool="cls", prefix=1, grid=patch_grid, final_norm=""),
     "VisionTransformer": Family(
