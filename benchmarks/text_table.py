@@ -181,7 +181,7 @@ if __name__ == "__main__":
         backbone, tokenizer = encoder()
         if "--costs" in sys.argv:
             costs(backbone)
-        for name in () if "--costs" in sys.argv else TASKS:
+        for name in () if "--costs" in sys.argv else reversed(TASKS):
             if "--controls" in sys.argv:
                 for method in RECIPES:
                     control(name, method, backbone, tokenizer)

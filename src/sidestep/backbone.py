@@ -155,8 +155,8 @@ def _is_norm(module: nn.Module) -> bool:
 def _final_norm(root: nn.Module, blocks: str, family: Family) -> tuple[str, nn.Module] | None:
     """The norm that stands after the blocks, in the nearest enclosing module that has one."""
     if family.final_norm is not None:
-        owner, _, name = family.final_norm.rpartition(".")
-        norm = getattr(root.get_submodule(owner), name) if family.final_norm else None
+        parent, _, name = family.final_norm.rpartition(".")
+        norm = getattr(root.get_submodule(parent), name) if family.final_norm else None
         return None if norm is None else (family.final_norm, norm)
     parts = blocks.split(".")
     for level in range(len(parts) - 1, -1, -1):

@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from sidestep.results import write_json
 from sidestep.settings import TrainSettings
 from sidestep.store import CONFIG
 
@@ -72,7 +73,7 @@ def begin(settings: TrainSettings, run: Mapping[str, Any]) -> Path | None:
     for old in (folder, settings.output / LOGS):
         shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / RUN, run)
     return None
 
 
@@ -124,9 +125,7 @@ def relocate(checkpoint: Path) -> None:
     state, best = read_state(checkpoint), best_of(checkpoint)
     if state.get("best_model_checkpoint") not in (None, str(best)):
         state["best_model_checkpoint"] = str(best)
-        beside = checkpoint / f"{STATE}.new"
-        beside.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        beside.replace(checkpoint / STATE)
+        write_json(checkpoint / STATE, state)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sidestep import checkpoints
 from sidestep.callbacks import Bars, Diverged, ExactResume, StopIfDiverged
 from sidestep.heads import Classify, HeadConfig, Regress
 from sidestep.loading import source_of
+from sidestep.methods import WeightDelta
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, scores
 from sidestep.model import SideModel
 from sidestep.predict import logits
@@ -93,7 +94,7 @@ def _readable(model: SideModel, data: TaskData) -> TaskData:
     def prune(rows: Dataset) -> Dataset:
         return rows.remove_columns([name for name in rows.column_names if name not in names])
 
-    return TaskData(**{**data.__dict__, "train": prune(data.train), "dev": prune(data.dev)})
+    return replace(data, train=prune(data.train), dev=prune(data.dev))
 
 
 def _check_fit(model: SideModel, data: TaskData, settings: TrainSettings) -> None:
@@ -353,7 +354,9 @@ def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def _notes(model: SideModel) -> list[str]:
-    noise = model.settings.backbone_noise or ("its own" if model._delta is not None else "none")
+    noise = model.settings.backbone_noise or (
+        "its own" if issubclass(model.record.implementation, WeightDelta) else "none"
+    )
     notes = [f"noise of the backbone in training: {noise}"]
     if not any(place.site.kind == "norm" for place in model.places):
         notes.append("the backbone has no final norm: a correction before it is the same as one after it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -427,10 +428,24 @@ def test_compiled_equals_eager(method: str, family: str) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="Inductor needs a C compiler")
+def test_inductor_equals_eager() -> None:
+    torch._dynamo.reset()
+    kind = FAMILIES["bert"]
+    model = attach("read", kind, head=True).eval()
+    randomize(model)
+    eager = loss_of(model, kind)
+    expected = gradients(model, eager)
+    loss = loss_of(torch.compile(model, fullgraph=True), kind)
+    torch.testing.assert_close(loss, eager, rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients(model, loss).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attach_after_compile_raises(family: str) -> None:
     compiled = torch.compile(FAMILIES[family].model(), backend="aot_eager")
-    with pytest.raises(ValueError, match="Attach first, then torch.compile"):
+    with pytest.raises(ValueError, match=r"Attach first, then torch\.compile"):
         ss.attach(compiled, ss.ReadConfig(rank=4))
 
 
