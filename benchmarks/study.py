@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,6 @@ from taps import pad, record, replay
 from text_tasks import Encoded
 
 BATCH = 32
-
-# Recorded taps lie in memory anyway, so recomputing gates in backward would only cost time here: the same function
-# is run with autograd keeping what it makes, which gives the same gradients.
-read.recompute = lambda function, *args: function(*args)
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,17 @@ def head_for(encoded: Encoded, targets: Tensor) -> ss.Classify | ss.Regress:
     return ss.Classify(num_labels=len(encoded.labels.names), pool="mean")
 
 
+@contextmanager
+def gates_kept() -> Iterator[None]:
+    """Let autograd keep READ's gates: recorded taps lie in memory anyway, so recomputing would only cost time here."""
+    recompute = read.recompute
+    read.recompute = lambda function, *args: function(*args)
+    try:
+        yield
+    finally:
+        read.recompute = recompute
+
+
 def train(
     backbone: nn.Module,
     config: MethodConfig,
@@ -98,7 +106,8 @@ def train(
     for _ in range(epochs):
         for batch in grouped(lengths, generator):
             chosen = rows.pick(batch)
-            loss = model.head.loss(replay(model, *pad(chosen.taps)), chosen.targets)
+            with gates_kept():
+                loss = model.head.loss(replay(model, *pad(chosen.taps)), chosen.targets)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -160,9 +160,9 @@ def check_modality(processor: Any, fields: Fields) -> None:
         DataError: naming the processor and the column.
     """
     kind, reads_text = type(processor).__name__, isinstance(processor, PreTrainedTokenizerBase)
-    if fields.text is not None and not reads_text:
+    if fields.text and not fields.image and not reads_text:
         raise DataError(f"the backbone reads images ({kind}), but {fields.text!r} is named as text: say --image")
-    if fields.image is not None and reads_text:
+    if fields.image and not fields.text and reads_text:
         raise DataError(f"the backbone reads text ({kind}), but {fields.image!r} is named as images: say --text")
 
 
