@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import sidestep as ss
+from architectures import ARCHITECTURES
 from sidestep.backbone import find_places
 from sidestep.families import FAMILIES as TABLE
 from sidestep.families import Family
@@ -95,18 +96,10 @@ def timm_swin_by_hand(model: Any, batch: dict[str, Tensor], where: tuple[str, in
     return model.head(model.norm(hidden))
 
 
-def timm_swin() -> nn.Module:
-    import timm
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2)}
-    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=LABELS, **sizes).eval()
-
-
 BY_HAND: dict[str, tuple[Callable[[], nn.Module], str, Callable[..., Tensor]]] = {
     "bert": (FAMILIES["bert"].model, "bert", bert_by_hand),
     "vit": (FAMILIES["vit"].model, "vit", vit_by_hand),
-    "timm_swin": (timm_swin, "swin", timm_swin_by_hand),
+    "timm_swin": (ARCHITECTURES["timm swin"].model, "swin", timm_swin_by_hand),
 }
 
 
@@ -142,7 +135,7 @@ def test_sites_know_their_grid(family: str, monkeypatch: pytest.MonkeyPatch) -> 
             grids.append((site.kind, site.grid))
             return state, hidden
 
-    backbone = timm_swin() if family == "timm_swin" else FAMILIES["swin"].model()
+    backbone = ARCHITECTURES["timm swin"].model() if family == "timm_swin" else FAMILIES["swin"].model()
     attach_toy(monkeypatch, Looks, backbone)(**FAMILIES["swin"].inputs())
     stage = [("stage", 8), ("block", 8), ("block", 8), ("stage", 4), ("block", 4), ("block", 4)]
     assert grids == [(kind, (side, side)) for kind, side in stage]

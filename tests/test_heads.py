@@ -80,14 +80,14 @@ def test_features_come_in_the_heads_precision() -> None:
     assert made(reading(torch.randn(3, 5, WIDTH).bfloat16())).dtype == torch.float32
 
 
-class Pool_(nn.Module):
+class MeanPool(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return mean_pool(hidden, RIGHT)
 
 
 def test_mean_pool_keeps_the_mask_and_no_masked_copy() -> None:
     hidden = torch.randn(3, 5, WIDTH, requires_grad=True)
-    pool = Pool_()
+    pool = MeanPool()
     with ss.saved_bytes(pool) as kept:
         out = pool(hidden)
     weights = torch.randn(3, WIDTH)
