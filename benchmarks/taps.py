@@ -52,7 +52,8 @@ def record(backbone: nn.Module, batches: Iterator[dict[str, Tensor]], pool: Pool
             reading = model.fold.run(model.trunk, **batch)[1]
             assert reading is not None
             assert reading.pooled is not None
-            keep = batch.get("attention_mask", torch.ones(reading.pooled.shape[:3:2])).bool()
+            whole = torch.ones(reading.pooled.shape[:3:2])
+            keep = (batch.get("attention_mask", whole) if pool == "mean" else whole).bool()
             taps += [row[:, mask].clone() for row, mask in zip(reading.pooled, keep, strict=True)]
     ss.detach(model)
     return taps

@@ -1,5 +1,6 @@
 """Bytes kept for backward, to the byte; and the peak of a step."""
 
+import mmap
 import threading
 import time
 import weakref
@@ -386,9 +387,11 @@ def test_the_resident_peak_sees_memory_that_pytorch_did_not_allocate():
     size = 256 * 2**20
 
     def step() -> None:
-        block = bytearray(size)
-        block[::4096] = b"x" * len(block[::4096])
-        time.sleep(0.1)  # the sampler needs the interpreter lock
+        # Mapped afresh: a long test process may serve an ordinary allocation from pages that are resident already.
+        with mmap.mmap(-1, size) as block:
+            for page in range(0, size, mmap.PAGESIZE):
+                block[page] = 1
+            time.sleep(0.3)  # the sampler needs the interpreter lock
 
     peak = peak_memory(step)
     assert peak.allocated == 0

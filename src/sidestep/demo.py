@@ -9,6 +9,7 @@ import hashlib
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,7 @@ import datasets
 import torch
 from datasets import Dataset
 
-from sidestep.data import Fields
+from sidestep.data import DataWarning, Fields
 from sidestep.demo_corpus import Row, docstrings, split
 from sidestep.loading import load_backbone, load_processor
 from sidestep.memory import format_bytes
@@ -70,22 +71,15 @@ def run(output: Path) -> None:
         output: a folder for the tasks; what an earlier demo left there is replaced.
 
     Raises:
-        DemoError: if the encoder is not installed, or is another one.
+        DemoError: if the encoder is not installed, is another one, or the new process fails.
         ModuleNotFoundError: if a package of the corpus is not installed.
     """
     begin = time.perf_counter()
     folder = encoder_folder()
     remark(f"encoder: {DISTRIBUTION} {VERSION}, frozen; corpus: the docstrings of eight installed packages")
     train_rows, dev_rows = split(docstrings(per_package=PER_PACKAGE))
-    datasets.disable_progress_bars()
-    data = prepare(
-        Dataset.from_list(train_rows),
-        Dataset.from_list(dev_rows),
-        FIELDS,
-        load_processor(folder),
-        max_length=MAX_LENGTH,
-    )
-    remark(f"{len(train_rows)} texts to train on, {len(dev_rows)} held out, {len(data.labels.names)} classes")
+    data = _data(train_rows, dev_rows, load_processor(folder))
+    remark(f"{len(train_rows)} texts to train on, {len(dev_rows)} held out, the first {MAX_LENGTH} tokens of each")
     backbone = load_backbone(folder)
     found = {contestant.name: _train(contestant, backbone, data, output) for contestant in CONTESTANTS}
     _show(found, _full_step(backbone, data), _majority(dev_rows))
@@ -116,6 +110,15 @@ def encoder_folder() -> Path:
     if found != SHA256:
         raise DemoError(f"{weights} has the SHA-256 {found[:16]}..., but it should be {SHA256[:16]}...: {INSTALL}")
     return folder
+
+
+def _data(train_rows: Sequence[Row], dev_rows: Sequence[Row], tokenizer: Any) -> TaskData:
+    datasets.disable_progress_bars()
+    with warnings.catch_warnings():
+        # it is meant: whole texts would not teach much more, and take longer
+        warnings.simplefilter("ignore", DataWarning)
+        rows = (Dataset.from_list(list(part)) for part in (train_rows, dev_rows))
+        return prepare(*rows, FIELDS, tokenizer, max_length=MAX_LENGTH)
 
 
 def _train(contestant: Contestant, backbone: Any, data: TaskData, output: Path) -> Results:
@@ -172,7 +175,10 @@ def _show_predictions(task: Path, rows: Sequence[Row]) -> None:
     source, target = task.parent / "texts.jsonl", task.parent / "predictions.jsonl"
     write_table(Dataset.from_list(list(rows[:SHOWN])), source, overwrite=True)
     command = [sys.executable, "-m", "sidestep.cli", "predict", str(task), "--data", str(source)]
-    subprocess.run([*command, "--output", str(target), "--overwrite", "--quiet"], check=True)
+    command += ["--output", str(target), "--overwrite", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise DemoError(f"{' '.join(command)} failed: {done.stderr.strip()}")
     predicted = Dataset.from_json(str(target))
     print()
     show_table(

@@ -57,6 +57,14 @@ def remark(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def hush(quiet: bool) -> None:
+    """Turn off the progress bars of `datasets` where the user wants none."""
+    if quiet:
+        import datasets
+
+        datasets.disable_progress_bars()
+
+
 def show_start(model: SideModel, data: TaskData, settings: TrainSettings) -> None:
     """Say what is about to be trained on what."""
     count = sum(parameter.numel() for _, parameter in model.trained_parameters())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import table_options
-from sidestep.show import remark, show_facts
+from sidestep.show import hush, remark, show_facts
 
 if TYPE_CHECKING:
     from sidestep.data import Fields
@@ -37,6 +37,7 @@ def evaluate(
         from sidestep import predict as predicting
         from sidestep.data import read
 
+        hush(quiet)
         _check_batch(batch_size)
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone)
@@ -69,6 +70,7 @@ def predict(
         from sidestep import predict as predicting
         from sidestep.data import read
 
+        hush(quiet)
         _check_batch(batch_size)
         predicting.check_table(output, overwrite=overwrite)
         table = table_options(columns, no_header, no_quoting, encoding)

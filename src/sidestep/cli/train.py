@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import config_from, table_options
-from sidestep.show import show_results, show_start
+from sidestep.show import hush, show_results, show_start
 
 if TYPE_CHECKING:
     from sidestep.methods import MethodConfig
@@ -97,6 +97,7 @@ def train(
             overwrite=overwrite,
             progress=not quiet,
         )
+        hush(quiet)
         check_output(settings)
         config = config_from(method_named(method).config, set_ or [])
         kind = check_problem(problem)
