@@ -117,8 +117,8 @@ def _data(train_rows: Sequence[Row], dev_rows: Sequence[Row], tokenizer: Any) ->
     with warnings.catch_warnings():
         # it is meant: whole texts would not teach much more, and take longer
         warnings.simplefilter("ignore", DataWarning)
-        rows = (Dataset.from_list(list(part)) for part in (train_rows, dev_rows))
-        return prepare(*rows, FIELDS, tokenizer, max_length=MAX_LENGTH)
+        train_part, dev_part = (Dataset.from_list(list(rows)) for rows in (train_rows, dev_rows))
+        return prepare(train_part, dev_part, FIELDS, tokenizer, max_length=MAX_LENGTH)
 
 
 def _train(contestant: Contestant, backbone: Any, data: TaskData, output: Path) -> Results:
