@@ -38,6 +38,7 @@ ORDER = [
     "show",
     "demo_corpus",
     "demo",
+    "compare",
     "cli",
 ]
 
