@@ -1,11 +1,13 @@
 """Sidestep: tune a frozen pretrained Transformer without back-propagating through it.
 
-import sidestep as ss
+In short:
 
-model = ss.attach(backbone, ss.ReadConfig(rank=128), head=ss.Classify(num_labels=2))
-transformers.Trainer(model=model, ...).train()
-model.save_pretrained("tasks/rte")
-model = ss.load("tasks/rte")
+    import sidestep as ss
+
+    model = ss.attach(backbone, ss.ReadConfig(rank=128), head=ss.Classify(num_labels=2))
+    transformers.Trainer(model=model, ...).train()
+    model.save_pretrained("tasks/rte")
+    model = ss.load("tasks/rte")
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
     from sidestep.memory import peak_memory, saved_bytes
     from sidestep.methods import (
         BitFitConfig,
+        DoraConfig,
         FullConfig,
+        IA3Config,
+        LoraConfig,
         MethodConfig,
         ProbeConfig,
         ReadConfig,
@@ -35,7 +40,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BitFitConfig",
     "Classify",
+    "DoraConfig",
     "FullConfig",
+    "IA3Config",
+    "LoraConfig",
     "MethodConfig",
     "ProbeConfig",
     "ReadConfig",
@@ -55,7 +63,10 @@ _HOMES = {
     "memory": ("peak_memory", "saved_bytes"),
     "methods": (
         "BitFitConfig",
+        "DoraConfig",
         "FullConfig",
+        "IA3Config",
+        "LoraConfig",
         "MethodConfig",
         "ProbeConfig",
         "ReadConfig",

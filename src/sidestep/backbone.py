@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -319,11 +319,16 @@ class Digest:
         return "different"
 
 
-def pretrained_tensors(model: nn.Module, originals: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+def pretrained_tensors(
+    model: nn.Module,
+    originals: Mapping[str, Tensor] | None = None,
+    plain_name: Callable[[str], str | None] = str,
+) -> Iterator[tuple[str, Tensor]]:
     """Names (relative to the base model, sorted) and values of the pretrained weights that identify a backbone.
 
     Left out: heads and poolers (a class of model may lack them), tensors that the checkpoint did not have, and the
-    second name of a tied tensor. `originals` stand in for tensors (by the model's names) that a method moved.
+    second name of a tied tensor. `originals` stand in for tensors (by the model's names) that a method moved;
+    `plain_name` gives back the names that they had before a method inserted modules (None: the method's own).
     """
     trunk, missing = trunk_of(model), new_parameters(model)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
@@ -332,7 +337,8 @@ def pretrained_tensors(model: nn.Module, originals: Mapping[str, Tensor] | None 
     skip = new | head_tensors(trunk)
     # Every name of a tied tensor is looked at, so that the one it goes by does not hang on the order of registration.
     named = [*trunk.named_parameters(remove_duplicate=False), *_persistent_buffers(trunk)]
-    for name, tensor in sorted(named, key=lambda item: item[0]):
+    plain = [(own, tensor) for name, tensor in named if (own := plain_name(name)) is not None]
+    for name, tensor in sorted(plain, key=lambda item: item[0]):
         if id(tensor) not in skip and not in_pooler(name):
             skip.add(id(tensor))
             yield name, before.get(id(tensor), tensor).detach()

@@ -146,6 +146,7 @@ class SideModel(nn.Module):
             return None
         delta = self.record.implementation(config)
         with _naming(self.record, backbone):
+            delta.insert(trunk)
             delta.check([name for name, parameter in trunk.named_parameters() if delta.moves(name, parameter)])
         return delta
 
@@ -409,7 +410,9 @@ class SideModel(nn.Module):
     def digest(self) -> Digest:
         """The digest of the backbone's pretrained weights, as they were at `attach`."""
         if self._digest is None:
-            self._digest = backbones.digest_of(backbones.pretrained_tensors(self.backbone, self._originals))
+            plain_name = self._delta.plain_name if self._delta is not None else str
+            named = backbones.pretrained_tensors(self.backbone, self._originals, plain_name)
+            self._digest = backbones.digest_of(named)
         return self._digest
 
     @property
@@ -489,6 +492,8 @@ class SideModel(nn.Module):
             for name, value in self._originals.items():
                 tensors[name].copy_(value)
                 tensors[name].grad = None
+        if self._delta is not None:
+            self._delta.remove(self.trunk)
         self._before.restore(self.backbone)
         return self.backbone
 

@@ -226,13 +226,15 @@ def test_a_weight_delta_moves_only_what_it_declares_and_detach_restores_it(metho
     before = {name: p.clone() for name, p in backbone.named_parameters()}
     model = ss.attach(backbone, config_of(method))
     declared = {name.removeprefix("backbone.") for name, _ in model.trained_parameters()}
+    start = {name: p.clone() for name, p in backbone.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     loss_of(model.train(), kind).backward()
     optimizer.step()
-    moved = {name for name, p in backbone.named_parameters() if not torch.equal(p, before[name])}
+    moved = {name for name, p in backbone.named_parameters() if not torch.equal(p, start[name])}
     assert moved
     assert moved <= declared
     ss.detach(model)
+    assert [name for name, _ in backbone.named_parameters()] == list(before)
     assert all(torch.equal(p, before[name]) for name, p in backbone.named_parameters())
 
 
@@ -332,6 +334,8 @@ def test_cached_generation_equals_uncached(method: str, family: str, how: dict[s
 
 @every
 def test_gradients_equal_finite_differences(method: str, family: str) -> None:
+    if method == "dora":
+        pytest.skip("DoRA takes the weights' lengths as constants in backward (its paper, section 4.3)")
     kind = FAMILIES[family]
     head = ss.Classify(num_labels=LABELS)
     model = ss.attach(with_exact_norms(kind.model()), config_of(method), head=head).double()

@@ -1,5 +1,6 @@
 """The methods, one file each; importing this folder registers them."""
 
+from sidestep.methods.adapters import DoraConfig, IA3Config, LoraConfig
 from sidestep.methods.base import (
     Method,
     MethodConfig,
@@ -16,7 +17,10 @@ from sidestep.methods.read import ReadConfig
 
 __all__ = [
     "BitFitConfig",
+    "DoraConfig",
     "FullConfig",
+    "IA3Config",
+    "LoraConfig",
     "Method",
     "MethodConfig",
     "ProbeConfig",

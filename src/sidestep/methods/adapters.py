@@ -1,0 +1,166 @@
+"""The rivals that a comparison needs: LoRA, DoRA and IA3, as the PEFT library computes them.
+
+PEFT's own modules are put into the backbone and taken out again by `detach`; nothing is reimplemented. They need the
+extra "compare". Sources: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022; Liu et al., "DoRA:
+Weight-Decomposed Low-Rank Adaptation", ICML 2024; Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and
+Cheaper than In-Context Learning", NeurIPS 2022 (IA3).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sidestep.methods.base import MethodConfig, WeightDelta, register
+
+ADAPTER = "default"  # PEFT's own name for the only adapter
+OWN = ("lora_", "ia3_")  # how the names of PEFT's parameters begin
+#: Where PEFT's table does not know a model: query and value, key and value, and what leads out of the MLP.
+QUERY_VALUE = ("query", "value", "q_proj", "v_proj", "q", "v", "q_lin", "v_lin", "qkv", "query_key_value", "Wqkv")
+KEY_VALUE = ("key", "value", "k_proj", "v_proj", "k", "v", "k_lin", "v_lin", "qkv", "query_key_value", "Wqkv")
+MLP_OUT = ("output.dense", "fc2", "down_proj", "wo", "lin2", "mlp.Wo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(MethodConfig):
+    """LoRA: a low-rank change of some linear maps.
+
+    Attributes:
+        rank: of the change.
+        alpha: the change is scaled by alpha / rank.
+        dropout: on the change's input, in training.
+        targets: ends of the names of the linear maps; None: PEFT's choice for the model, which is query and value.
+    """
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self.require("rank", self.rank >= 1, "at least 1")
+        self.require("alpha", self.alpha > 0, "positive")
+        self.require("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoraConfig(LoraConfig):
+    """DoRA: LoRA on the direction of the weights, and a learned length; fields as LoRA's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3Config(MethodConfig):
+    """IA3: a learned scale on keys, values and the MLP.
+
+    Attributes:
+        targets: ends of the names of the linear maps that are scaled; None: PEFT's choice for the model.
+        feedforward: those of them whose input is scaled, not the output; None: PEFT's choice.
+    """
+
+    targets: tuple[str, ...] | None = None
+    feedforward: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        given = (self.targets is None) == (self.feedforward is None)
+        self.require("feedforward", given, "given together with targets")
+
+
+class Adapter(WeightDelta):
+    """A method of the PEFT library."""
+
+    def insert(self, trunk: nn.Module) -> None:
+        """Put PEFT's modules around the linear maps that the config names.
+
+        Raises:
+            ModuleNotFoundError: if PEFT is not installed.
+            ValueError: if the backbone has no such linear map.
+        """
+        try:
+            import peft
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f'{type(self).__name__} is the PEFT library\'s: pip install "sidestep[compare]"'
+            ) from error
+        config = getattr(trunk, "config", None)
+        self.tuner = self.build(peft, trunk, getattr(config, "model_type", ""))
+
+    @abstractmethod
+    def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
+        """PEFT's tuner of the trunk; `model_type` is what its tables go by."""
+
+    def remove(self, trunk: nn.Module) -> None:
+        """Take PEFT's modules out."""
+        self.tuner.unload()
+
+    def moves(self, name: str, parameter: Tensor) -> bool:
+        """PEFT's own parameters."""
+        return any(part.startswith(OWN) for part in name.split("."))
+
+    def plain_name(self, name: str) -> str | None:
+        """The name without PEFT's wrapper around a linear map."""
+        if any(part.startswith(OWN) for part in name.split(".")):
+            return None
+        return name.replace(".base_layer.", ".")
+
+
+@register("lora", LoraConfig)
+class Lora(Adapter):
+    """LoRA, through PEFT: trains a low-rank change of the query and value maps."""
+
+    def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
+        """PEFT's LoRA tuner; of DoRA where the config is DoRA's."""
+        table = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        targets = self.config.targets or table.get(model_type) or present(trunk, QUERY_VALUE)
+        config = peft.LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,
+            lora_dropout=self.config.dropout,
+            target_modules=list(targets),
+            use_dora=isinstance(self.config, DoraConfig),
+        )
+        return peft.LoraModel(trunk, config, ADAPTER)
+
+
+@register("dora", DoraConfig)
+class Dora(Lora):
+    """DoRA, through PEFT: LoRA with a learned length of the weights."""
+
+    starts_as_identity = False  # up to rounding only: the weights are divided and multiplied by their lengths
+
+
+@register("ia3", IA3Config)
+class IA3(Adapter):
+    """IA3, through PEFT: trains scales of keys, values and the MLP."""
+
+    def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
+        """PEFT's IA3 tuner."""
+        tables: tuple[Mapping[str, Any], ...] = (
+            peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+            peft.utils.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+        )
+        if self.config.targets is not None:
+            targets, feedforward = self.config.targets, self.config.feedforward
+        elif all(model_type in table for table in tables):
+            targets, feedforward = (table[model_type] for table in tables)
+        else:
+            feedforward = present(trunk, MLP_OUT)
+            targets = (*present(trunk, KEY_VALUE), *feedforward)
+        config = peft.IA3Config(target_modules=list(targets), feedforward_modules=list(feedforward))
+        return peft.IA3Model(trunk, config, ADAPTER)
+
+
+def present(trunk: nn.Module, ends: tuple[str, ...]) -> tuple[str, ...]:
+    """Those ends that linear maps' names have.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    linear = [f".{name}" for name, module in trunk.named_modules() if isinstance(module, nn.Linear)]
+    found = tuple(end for end in ends if any(name.endswith(f".{end}") for name in linear))
+    if not found:
+        raise ValueError(f"it has no linear map whose name ends in {', '.join(ends)}: name some with targets=(...)")
+    return found
