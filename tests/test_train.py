@@ -145,6 +145,31 @@ def test_the_best_epoch_is_kept_not_the_last(backbone: Path, tmp_path: Path, mon
     assert not all(torch.equal(saved[name], value) for name, value in kept[2].items())
 
 
+def test_the_last_epoch_is_kept_when_asked_and_leaves_no_checkpoint(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.5, 0.9, 0.7])
+    monkeypatch.setattr(training.ComputeMetrics, "__call__", lambda self, _: {"accuracy": next(scores)})
+    data = task_data(backbone)
+    model = attached(backbone, data)
+    how = settings(tmp_path, epochs=3, keep="last", checkpoints=False, measure=False)
+    results = train(model, data, how)
+    assert (results.best_epoch, results.scores) == (3, {"accuracy": 0.7})
+    assert results.step is None
+    assert not list((tmp_path / checkpoints.FOLDER).glob("checkpoint-*"))
+    saved = store.load(tmp_path).state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_scores_of_the_last_epoch_are_those_of_the_saved_task(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    results = train(attached(backbone, data), data, settings(tmp_path, keep="last"))
+    assert predict.evaluate(store.load(tmp_path), rows(24, 1)) == results.scores
+    assert len(results.epoch_seconds) == 2
+    assert 0 < sum(results.epoch_seconds) < results.seconds
+    assert len(list((tmp_path / checkpoints.FOLDER).glob("checkpoint-*"))) == 2
+
+
 def test_early_stopping_waits_for_as_many_epochs_as_asked(
     backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,10 +643,14 @@ def test_other_errors_are_not_taken_for_those(backbone: Path, tmp_path: Path) ->
         ({"label_smoothing": -0.1}, "label_smoothing=-0.1, but it must be a share from 0 to below 1"),
         ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0, but it must be a number of at least 0"),
         ({"resume": True, "overwrite": True}, "resume and overwrite: choose one"),
+        ({"keep": "first"}, "keep='first', but it must be best or last"),
+        ({"keep": "last", "patience": 2}, "patience=2 with keep='last'"),
+        ({"checkpoints": False}, "checkpoints=False: there is no best epoch to go back to"),
+        ({"checkpoints": False, "keep": "last", "save_steps": 5}, "checkpoints=False"),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=r"must be|choose one") as caught:
+    with pytest.raises(ValueError, match=r"must be|choose one|keep=.last") as caught:
         settings(tmp_path, **changes)
     assert said in str(caught.value)
 

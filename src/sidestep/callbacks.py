@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
+import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, set_seed
 
 SPREAD = 1_000_003  # between the seeds of two runs: epoch 1 of seed 0 is not epoch 0 of seed 1
@@ -67,6 +69,28 @@ class StopIfDiverged(TrainerCallback):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
                 raise Diverged(f"{name.replace('_', ' ')} is {value} at step {state.global_step}")
+
+
+class EpochClock(TrainerCallback):
+    """Times the optimizer steps of each epoch, without evaluations and checkpoints.
+
+    Attributes:
+        seconds: of each epoch.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begin = 0.0
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start."""
+        self._begin = time.perf_counter()
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop, when the device has done its work."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.seconds.append(round(time.perf_counter() - self._begin, 4))
 
 
 class Bars(ProgressCallback):

@@ -160,6 +160,7 @@ def _show(found: dict[str, Results], full: StepCost, majority: float) -> None:
             format_bytes(results.task_bytes),
         )
         for name, results in found.items()
+        if results.step is not None
     ]
     lines = [
         ("majority", f"{majority:.1%}", None, None, None, None),

@@ -47,16 +47,17 @@ class Results:
     """The contents of results.json.
 
     Attributes:
-        scores: of the best checkpoint on the dev rows, as `sidestep eval` computes them.
-        metric: the score by which it was chosen.
-        best_epoch, epochs: when it was made, and how many epochs were trained.
+        scores: of the kept weights on the dev rows, as `sidestep eval` computes them.
+        metric: the score by which they were chosen (with keep="last" they were not).
+        best_epoch, epochs: when they were made, and how many epochs were trained.
         method, head, backbone: what was trained on what; the backbone with its digest.
         labels: names of the classes.
         data: rows, the source of the dev rows, texts that were truncated.
         trainable_parameters: values that were trained.
         task_bytes: size of the task's weight file.
-        step: memory of the largest training step (the longest texts).
+        step: memory of the largest training step (the longest texts); None where it was not to be measured.
         seconds: of training, with its evaluations; of the last session if the run was resumed.
+        epoch_seconds: of the optimizer steps alone, for each epoch of the last session.
         resumed_from: step of the checkpoint that the last session continued from.
         device, versions: what it ran on.
         seed, learning_rate, settings: how it was trained.
@@ -75,8 +76,9 @@ class Results:
     data: dict[str, Any]
     trainable_parameters: int
     task_bytes: int
-    step: StepCost
+    step: StepCost | None
     seconds: float
+    epoch_seconds: list[float]
     resumed_from: int | None
     device: str
     versions: dict[str, str | None]

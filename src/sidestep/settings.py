@@ -11,12 +11,13 @@ from typing import Any, Literal, get_args
 from sidestep.metrics import METRICS, PRIMARY
 
 Schedule = Literal["linear", "cosine", "constant"]
+Keep = Literal["best", "last"]
 
 DEFAULT_RATES: Mapping[str, float] = {"read": 2e-3, "probe": 5e-3, "bitfit": 1e-3, "full": 5e-5}
 """Learning rate of each method where none is given; other methods get `OTHER_RATE`."""
 OTHER_RATE = 1e-3
 
-FREE_TO_CHANGE = ("output", "resume", "overwrite", "progress", "workers", "eval_batch_size")
+FREE_TO_CHANGE = ("output", "resume", "overwrite", "progress", "workers", "eval_batch_size", "measure")
 """What a resumed run may set otherwise: none of it changes what is computed."""
 
 
@@ -40,6 +41,9 @@ class TrainSettings:
         bf16: autocast to bfloat16 in training; what is trained stays in fp32.
         patience: stop after so many epochs without a better dev score; None: never.
         metric: by which dev score the best epoch is chosen; None: the problem's first.
+        keep: "best", the epoch with the best dev score; "last", the last one, so that nothing is chosen on dev.
+        checkpoints: whether a run leaves checkpoints to continue from; without them only the last epoch can be kept.
+        measure: whether the memory of a step is measured before training.
         save_steps: a checkpoint every so many steps besides that of each epoch; None: none.
         log_steps: steps between two log entries.
         workers: processes that load data; 0: none but this one.
@@ -66,6 +70,9 @@ class TrainSettings:
     bf16: bool = False
     patience: int | None = None
     metric: str | None = None
+    keep: Keep = "best"
+    checkpoints: bool = True
+    measure: bool = True
     save_steps: int | None = None
     log_steps: int = 10
     workers: int = 0
@@ -88,6 +95,16 @@ class TrainSettings:
         rate = self.learning_rate
         self._require("learning_rate", rate is None or (math.isfinite(rate) and rate > 0), "a number above 0")
         self._require("schedule", self.schedule in get_args(Schedule), " or ".join(get_args(Schedule)))
+        self._require("keep", self.keep in get_args(Keep), " or ".join(get_args(Keep)))
+        if self.keep == "last" and self.patience is not None:
+            raise ValueError(
+                f"patience={self.patience} with keep='last': stopping early chooses an epoch on dev; leave patience out"
+            )
+        if not self.checkpoints and (self.keep == "best" or self.resume or self.save_steps):
+            raise ValueError(
+                "checkpoints=False: there is no best epoch to go back to and nothing to resume; set keep='last', "
+                "without resume and save_steps"
+            )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite: choose one, to continue a run or to start it anew")
 

@@ -80,16 +80,18 @@ def show_results(results: Results, folder: Path) -> None:
     from sidestep.memory import format_bytes
     from sidestep.results import FILE
 
-    step = results.step
+    keep = results.settings["keep"]
+    chosen = f", by {results.metric}" if keep == "best" else ""
     facts: dict[str, Any] = {
         **{f"dev {name}": value for name, value in results.scores.items()},
-        "best epoch": f"{results.best_epoch:g} of {results.epochs:g}, by {results.metric}",
+        f"{keep} epoch": f"{results.best_epoch:g} of {results.epochs:g}{chosen}",
         "trained parameters": results.trainable_parameters,
         "task file": format_bytes(results.task_bytes),
-        "kept for backward": f"{format_bytes(step.kept_bytes)} in a step of {step.rows} rows",
-        "peak of a step": None if step.peak_bytes is None else format_bytes(step.peak_bytes),
         "seconds": results.seconds,
     }
+    if (step := results.step) is not None:
+        facts["kept for backward"] = f"{format_bytes(step.kept_bytes)} in a step of {step.rows} rows"
+        facts["peak of a step"] = None if step.peak_bytes is None else format_bytes(step.peak_bytes)
     show_facts(f"Task {folder}", facts)
     for note in results.notes:
         remark(f"note: {note}")

@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.integrations import TensorBoardCallback
 
 from sidestep import checkpoints
-from sidestep.callbacks import Bars, Diverged, ExactResume, StopIfDiverged
+from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, StopIfDiverged
 from sidestep.heads import Classify, HeadConfig, Regress
 from sidestep.loading import source_of
 from sidestep.methods import WeightDelta
@@ -39,7 +39,7 @@ class TrainError(RuntimeError):
 
 
 def train(model: SideModel, data: TaskData, settings: TrainSettings) -> Results:
-    """Train a model, choose its best epoch on the dev rows, and save it as a task with its results.
+    """Train a model, choose its best epoch on the dev rows (or keep the last), and save it as a task with its results.
 
     `settings.output` then holds the task, results.json, checkpoints/ (the best and the last, of the task
     alone) and logs/ (for TensorBoard).
@@ -50,7 +50,7 @@ def train(model: SideModel, data: TaskData, settings: TrainSettings) -> Results:
         settings: how.
 
     Returns:
-        What results.json holds; the model is left with the best weights, in eval mode.
+        What results.json holds; the model is left with the kept weights, in eval mode.
 
     Raises:
         OutputError: if the output folder is taken, or the run to resume was another one.
@@ -62,13 +62,18 @@ def train(model: SideModel, data: TaskData, settings: TrainSettings) -> Results:
     _describe(model, data)
     metric = settings.best_by(data.labels.kind, len(data.labels.names))
     start = checkpoints.begin(settings, _identity(model, data, settings))
-    trainer = _trainer(model, data, settings, metric, start)
+    clock = EpochClock()
+    trainer = _trainer(model, data, settings, metric, start, clock)
     with _failures(settings):
-        cost = measure_step(model, largest_batch(data, settings.batch_size), bf16=settings.bf16)
+        cost = None
+        if settings.measure:
+            cost = measure_step(model, largest_batch(data, settings.batch_size), bf16=settings.bf16)
         seconds = _run(trainer, start)
-        found = _dev_scores(model, data, settings)
+        history = _history(trainer.state.log_history)
+        found = _last_scores(history) if _ends_scored(settings) else _dev_scores(model, data, settings)
+    model.eval()
     model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=found)
-    results = _results(trainer, data, settings, metric, found, cost, seconds, start)
+    results = _results(trainer, data, settings, metric, found, cost, seconds, start, history, clock.seconds)
     results.write(settings.output)
     return results
 
@@ -164,11 +169,14 @@ def largest_batch(data: TaskData, size: int) -> Any:
 # --- the Trainer -------------------------------------------------------------------------------------------
 
 
-def _trainer(model: SideModel, data: TaskData, settings: TrainSettings, metric: str, start: Path | None) -> Trainer:
+def _trainer(
+    model: SideModel, data: TaskData, settings: TrainSettings, metric: str, start: Path | None, clock: EpochClock
+) -> Trainer:
     steps = _steps_per_epoch(data, settings)
     callbacks: list[Any] = [
         ExactResume(settings.seed, steps, settings.save_steps),
         StopIfDiverged(),
+        clock,
         TensorBoardCallback(_writer(settings, start)),
     ]
     if settings.patience is not None:
@@ -210,9 +218,9 @@ def _arguments(model: SideModel, data: TaskData, settings: TrainSettings, metric
         bf16=settings.bf16,
         use_cpu=not torch.accelerator.is_available(),  # bf16 on a CPU has to be asked for so
         eval_strategy="epoch",
-        save_strategy="epoch",
+        save_strategy="epoch" if settings.checkpoints else "no",
         save_total_limit=2,  # the best and the last
-        load_best_model_at_end=True,
+        load_best_model_at_end=settings.keep == "best",
         metric_for_best_model=metric,
         greater_is_better=GREATER_IS_BETTER[metric],
         restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
@@ -245,7 +253,7 @@ def _run(trainer: Trainer, start: Path | None) -> float:
     """Train, or take up the best weights of a run that had ended; the seconds that it took."""
     begin = time.perf_counter()
     if start is not None and checkpoints.is_finished(start):
-        best = checkpoints.best_of(start)
+        best = checkpoints.best_of(start) if trainer.args.load_best_model_at_end else start
         trainer.model.load_state_dict(load_file(best / checkpoints.WEIGHTS))
         trainer.state.log_history = checkpoints.read_state(start)["log_history"]
         trainer.state.global_step = checkpoints.step_of(start)
@@ -292,6 +300,16 @@ def _left(settings: TrainSettings) -> str:
 # --- after -------------------------------------------------------------------------------------------------
 
 
+def _ends_scored(settings: TrainSettings) -> bool:
+    """Whether the last epoch's evaluation is that of the kept weights (under autocast it is not `sidestep eval`'s)."""
+    return settings.keep == "last" and not settings.bf16
+
+
+def _last_scores(history: list[dict[str, float]]) -> dict[str, float]:
+    scored = {name.removeprefix("dev_"): value for name, value in history[-1].items() if name.startswith("dev_")}
+    return {name: value for name, value in scored.items() if name != "loss"}
+
+
 def _dev_scores(model: SideModel, data: TaskData, settings: TrainSettings) -> dict[str, float]:
     found = logits(model, data.dev, data.fields, batch_size=settings.eval_batch_size, workers=settings.workers)
     targets = np.array(data.dev.with_format(None)["labels"][:])
@@ -304,16 +322,19 @@ def _results(
     settings: TrainSettings,
     metric: str,
     found: dict[str, float],
-    cost: StepCost,
+    cost: StepCost | None,
     seconds: float,
     start: Path | None,
+    history: list[dict[str, float]],
+    epoch_seconds: list[float],
 ) -> Results:
     model, state, steps = trainer.model, trainer.state, _steps_per_epoch(data, settings)
     head = model.settings.head
+    kept = (state.best_global_step if settings.keep == "best" else None) or state.global_step
     return Results(
         scores=found,
         metric=metric,
-        best_epoch=round((state.best_global_step or state.global_step) / steps, 3),
+        best_epoch=round(kept / steps, 3),
         epochs=round(state.global_step / steps, 3),
         method={"name": model.record.name, **model.settings.method.to_dict()},
         head=None if head is None else {**head.to_dict(), "pool": model.pool},
@@ -329,13 +350,14 @@ def _results(
         task_bytes=(settings.output / WEIGHTS).stat().st_size,
         step=cost,
         seconds=round(seconds, 3),
+        epoch_seconds=epoch_seconds,
         resumed_from=None if start is None else checkpoints.step_of(start),
         device=device_name(model.device),
         versions=versions(),
         seed=settings.seed,
         learning_rate=settings.rate(model.record.name),
         settings=settings.to_dict(),
-        history=_history(state.log_history),
+        history=history,
         notes=_notes(model),
     )
 
