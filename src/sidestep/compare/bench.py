@@ -1,0 +1,219 @@
+"""What contenders are run on: a loaded backbone, and a task's rows prepared for it once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sidestep.backbone import digest_of, pretrained_tensors
+from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
+from sidestep.data import DataError, Fields, holdout
+from sidestep.heads import Classify, HeadConfig
+from sidestep.loading import load_backbone, load_processor
+from sidestep.methods import UnsupportedBackbone, WeightDelta, method_of
+from sidestep.model import SideModel, attach, detach
+from sidestep.prepare import TaskData, prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A backbone in memory, to which one contender after the other is attached.
+
+    Attributes:
+        spec: what was asked for.
+        model: the backbone, on its device.
+        processor: its tokenizer or image processor.
+        digest: of its weights.
+        precision: "bf16 autocast", or the dtype of the weights.
+        attention: implementation.
+    """
+
+    spec: Backbone
+    model: nn.Module
+    processor: Any
+    digest: str
+    precision: str
+    attention: str
+
+    @classmethod
+    def load(cls, spec: Backbone, *, attention: Attention | None = None, bf16: bool = False) -> Bench:
+        """The backbone on the accelerator, or on the CPU where there is none.
+
+        Raises:
+            LoadError: if it cannot be loaded.
+            ValueError: if its attention cannot be chosen.
+        """
+        model = load_backbone(spec.model, dtype=spec.dtype, revision=spec.revision)
+        if attention is not None:
+            _set_attention(model, attention, spec.name)
+        model.to(device())
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return cls(
+            spec=spec,
+            model=model,
+            processor=load_processor(spec.model, revision=spec.revision),
+            digest=digest_of(pretrained_tensors(model)).exact[:16],
+            precision="bf16 autocast" if bf16 else dtype,
+            attention=getattr(getattr(model, "config", None), "_attn_implementation", None) or "timm's own",
+        )
+
+    def attach(self, contender: Contender, head: HeadConfig, seed: int) -> SideModel:
+        """The contender on the backbone, with weights of this seed; `detach` brings the backbone back."""
+        torch.manual_seed(seed)
+        return attach(
+            self.model,
+            contender.config,
+            head=head,
+            backbone_noise=contender.noise,  # type: ignore[arg-type]
+            checkpoint="late" if contender.checkpoint else None,
+        )
+
+    def refusal(self, contender: Contender) -> str | None:
+        """Why the contender cannot be attached: it does not work on this backbone, or its library is missing."""
+        try:
+            detach(self.attach(contender, Classify(num_labels=2, pool=self.spec.pool), seed=0))
+        except (UnsupportedBackbone, ModuleNotFoundError) as error:
+            return str(error)
+        return None
+
+    def settings(self, contender: Contender) -> dict[str, Any]:
+        """What a result says of backbone and contender."""
+        changes_weights = issubclass(method_of(contender.config).implementation, WeightDelta)
+        return {
+            "backbone": self.spec.name,
+            "model": Path(self.spec.model.partition("@")[0]).name,
+            "digest": self.digest,
+            "pool": self.spec.pool,
+            "contender": contender.name,
+            "method": contender.method,
+            "config": contender.config.to_dict(),
+            "checkpoint": contender.checkpoint,
+            "noise": contender.noise or ("own" if changes_weights else "eval"),
+            "precision": self.precision,
+            "attention": self.attention,
+            "device": device().type,
+            "optimizer": "AdamW",
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A task's rows, cut to what the comparison uses.
+
+    Attributes:
+        task: what was asked for.
+        train, dev: as read.
+    """
+
+    task: Task
+    train: Dataset
+    dev: Dataset
+
+    @classmethod
+    def of(cls, task: Task, comparison: Comparison) -> Rows:
+        """At most the comparison's number of rows, the first of a permutation with seed 0.
+
+        Raises:
+            DataError: if the rows cannot be read; it names the task.
+        """
+        try:
+            train, dev = task.read()
+        except DataError as error:
+            raise DataError(f"task {task.name!r}: {error}") from error
+        return cls(task=task, train=_first(train, task.rows or comparison.rows), dev=_first(dev, comparison.dev_rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A task's rows as a backbone reads them.
+
+    Attributes:
+        task: what was asked for.
+        data: all training rows, and dev.
+        trial: the training rows in two parts, for the choice of a rate; dev is not in it.
+        fingerprint: of training and dev rows.
+        trial_fingerprint: of the training rows.
+    """
+
+    task: Task
+    data: TaskData
+    trial: TaskData
+    fingerprint: str
+    trial_fingerprint: str
+
+    @classmethod
+    def of(cls, rows: Rows, processor: Any, comparison: Comparison) -> Prepared:
+        """The rows as token ids or pixels.
+
+        Raises:
+            DataError: if columns or labels are unusable; it names the task.
+        """
+        fields, seed = rows.task.fields, comparison.seeds[0]
+        how: dict[str, Any] = {"kind": rows.task.problem, "max_length": comparison.max_length}
+        try:
+            data = prepare(rows.train, rows.dev, fields, processor, **how)
+            inner, outer = holdout(rows.train, fields.label, comparison.holdout, seed)
+            trial = prepare(inner, outer, fields, processor, **how)
+        except DataError as error:
+            raise DataError(f"task {rows.task.name!r}: {error}") from error
+        parts = [fingerprint(part, fields) for part in (rows.train, rows.dev)]
+        return cls(task=rows.task, data=data, trial=trial, fingerprint="-".join(parts), trial_fingerprint=parts[0])
+
+
+def device() -> torch.device:
+    """Where runs take place: the accelerator, or the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
+    """The tasks of each backbone: those of texts, or those of images.
+
+    Raises:
+        LoadError: if a backbone has no tokenizer or image processor.
+        ValueError: if nothing in the comparison reads a task, or a backbone has none.
+    """
+    found, used = {}, set()
+    for backbone in comparison.backbones:
+        processor = load_processor(backbone.model, revision=backbone.revision)
+        text = isinstance(processor, PreTrainedTokenizerBase)
+        tasks = tuple(task for task in comparison.tasks if (task.fields.text is not None) == text)
+        if not tasks:
+            reads = "texts" if text else "images"
+            raise ValueError(f"backbone {backbone.name!r} reads {reads}, but no task has any: add one, or leave it out")
+        found[backbone.name] = tasks
+        used |= {task.name for task in tasks}
+    for task in comparison.tasks:
+        if task.name not in used:
+            holds = "texts" if task.fields.text is not None else "images"
+            raise ValueError(f"task {task.name!r} is of {holds}, but no backbone reads them: add one, or leave it out")
+    return found
+
+
+def fingerprint(rows: Dataset, fields: Fields) -> str:
+    """12 hexadecimal digits of the cells that are read, in order; of images, the files' bytes."""
+    digest = sha256()
+    for name in (fields.text, fields.text2, fields.label):
+        if name is not None:
+            digest.update(repr(rows.with_format(None)[name][:]).encode())
+    if fields.image is not None:
+        for cell in rows.cast_column(fields.image, datasets.Image(decode=False))[fields.image]:
+            digest.update(cell["bytes"] or Path(cell["path"]).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _first(rows: Dataset, count: int | None) -> Dataset:
+    return rows if count is None or count >= len(rows) else rows.shuffle(seed=0).select(range(count))
+
+
+def _set_attention(model: nn.Module, attention: Attention, name: str) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"attention={attention!r}: the attention of backbone {name!r} is timm's own; leave it out")
+    model.set_attn_implementation(attention)

@@ -1,0 +1,253 @@
+"""A comparison from a TOML file, or from the same values given as flags."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sidestep.compare.spec import (
+    CHECKPOINT,
+    Backbone,
+    Comparison,
+    Contender,
+    Costs,
+    Task,
+    default_contenders,
+    grid,
+    require_known,
+)
+from sidestep.data import Fields, TableOptions
+from sidestep.loading import TIMM
+from sidestep.methods import method_named, methods
+from sidestep.prepare import check_problem
+
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table"}
+
+
+def comparison_file(path: Path) -> tuple[Comparison, Path]:
+    """The comparison that a TOML file describes, and where its results go: `output`, or a .jsonl of the same name.
+
+    Paths are relative to the file; `${NAME}` is an environment variable.
+
+    Raises:
+        ValueError: if the file cannot be read, or a field, method or value in it is unknown; the message says which.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: check the path of the comparison") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as TOML: {error}") from error
+    output = values.pop("output", None)
+    if not isinstance(output, str | None):
+        raise ValueError(f"{path}: output={output!r} is not a text")
+    results = path.with_suffix(".jsonl") if output is None else path.parent / _expanded(output, str(path))
+    return comparison_from(values, path.parent, str(path)), results
+
+
+def comparison_from(values: Mapping[str, Any], base: Path, where: str) -> Comparison:
+    """The comparison that these values describe.
+
+    Args:
+        values: as a TOML file holds them; see docs/compare.md.
+        base: the folder that relative paths start at.
+        where: what the values are from, for messages.
+
+    Raises:
+        ValueError: for what is unknown, missing or out of range.
+    """
+    table = _Table(values, where)
+    backbones = tuple(_backbone(part, base) for part in table.tables("backbone"))
+    tasks = tuple(_task(part, base) for part in table.tables("task"))
+    named = table.texts("methods")
+    own = table.tables("contender")
+    given: dict[str, Any] = {
+        "seeds": table.several("seeds", int),
+        "rows": table.get("rows", int),
+        "dev_rows": table.get("dev_rows", int),
+        "epochs": table.get("epochs", int),
+        "batch_size": table.get("batch_size", int),
+        "weight_decay": table.get("weight_decay", float),
+        "warmup": table.get("warmup", float),
+        "schedule": table.get("schedule", str),
+        "bf16": table.get("bf16", bool),
+        "max_length": table.get("max_length", int),
+        "holdout": table.get("holdout", float),
+        "attention": table.get("attention", str),
+    }
+    costs = _costs(table, given)
+    table.finish()
+    contenders = (*map(Contender.named, named or ()), *map(_contender, own)) or default_contenders()
+    found = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Comparison(backbones=backbones, tasks=tasks, contenders=contenders, costs=costs, **found)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+class _Table:
+    """A table of the file, read field by field, so that `finish` knows which fields there are."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = dict(values), where
+        self.known: list[str] = []
+
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        """A value of a kind, `default` where there is none."""
+        self.known.append(name)
+        value = self.values.get(name)
+        return default if value is None else self._checked(name, value, kind)
+
+    def need(self, name: str) -> str:
+        """A text that has to be there."""
+        if (value := self.get(name, str)) is None:
+            raise ValueError(f"{self.where}: {name} is missing")
+        return value
+
+    def several(self, name: str, kind: type) -> tuple[Any, ...] | None:
+        """Values of a kind, None where there are none."""
+        self.known.append(name)
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{self.where}: {name}={value!r} is not a list")
+        return tuple(self._checked(name, part, kind) for part in value)
+
+    def texts(self, name: str) -> tuple[str, ...] | None:
+        """Texts, None where there are none."""
+        return self.several(name, str)
+
+    def tables(self, name: str) -> list[_Table]:
+        """The tables of an array ([[name]])."""
+        parts = self.several(name, dict) or ()
+        return [_Table(part, f"{self.where}, [[{name}]] {number + 1}") for number, part in enumerate(parts)]
+
+    def finish(self) -> None:
+        """Refuse a field that nobody has asked for."""
+        for name in self.values:
+            try:
+                require_known("field", name, self.known)
+            except ValueError as error:
+                raise ValueError(f"{self.where}: {error}") from None
+
+    def _checked(self, name: str, value: Any, kind: type) -> Any:
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        # a bool is an int to Python, not to a user
+        if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+            raise ValueError(f"{self.where}: {name}={value!r} is not {KINDS[kind]}")
+        return _expanded(value, self.where) if isinstance(value, str) else value
+
+
+def _backbone(table: _Table, base: Path) -> Backbone:
+    model = table.need("model")
+    found = Backbone(
+        name=table.get("name", str) or Path(model.partition("@")[0]).name,
+        model=_resolved_backbone(model, base),
+        dtype=table.get("dtype", str),
+        revision=table.get("revision", str),
+        pool=table.get("pool", str),
+    )
+    table.finish()
+    return found
+
+
+def _task(table: _Table, base: Path) -> Task:
+    dev = table.get("dev", str)
+    text, text2, image = (table.get(name, str) for name in ("text", "text2", "image"))
+    if (text is None) == (image is None):
+        raise ValueError(f"{table.where}: name one column, of texts (text) or of images (image)")
+    options = TableOptions(
+        columns=table.texts("columns"),
+        header=table.get("header", bool, True),
+        quoting=table.get("quoting", bool, True),
+        encoding=table.get("encoding", str, "utf-8"),
+    )
+    train = table.need("train")
+    found = Task(
+        name=table.get("name", str) or Path(train).name.partition(".")[0],
+        train=_resolved(train, base),
+        dev=None if dev is None else _resolved(dev, base),
+        fields=Fields(text=text, text2=text2, image=image, label=table.get("label", str, "label")),
+        problem=check_problem(table.get("problem", str)),
+        options=options,
+        train_split=table.get("train_split", str, "train"),
+        dev_split=table.get("dev_split", str, "validation"),
+        rows=table.get("rows", int),
+    )
+    table.finish()
+    return found
+
+
+def _contender(table: _Table) -> Contender:
+    method = table.need("method")
+    require_known("method", method, methods())
+    checkpoint = table.get("checkpoint", bool, False)
+    config = table.get("set", dict, {})
+    try:
+        made = method_named(method).config.from_dict(
+            {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{table.where}: {error}") from error
+    found = Contender(
+        name=table.get("name", str) or (f"{method}{CHECKPOINT}" if checkpoint else method),
+        config=made,
+        rates=table.several("rates", float) or grid(method),
+        checkpoint=checkpoint,
+        noise=table.get("noise", str),
+    )
+    table.finish()
+    return found
+
+
+def _costs(table: _Table, given: Mapping[str, Any]) -> Costs | None:
+    """The [costs] table; `costs = false` for none. The batch and the length are those of training by default."""
+    values = table.values.get("costs", {})
+    table.known.append("costs")
+    if values is False:
+        return None
+    if not isinstance(values, dict):
+        raise ValueError(f"{table.where}: costs={values!r}: write a table [costs], or costs = false")
+    part = _Table(values, f"{table.where}, [costs]")
+    wanted = {
+        "batch": part.get("batch", int) or given["batch_size"],
+        "length": part.get("length", int) or given["max_length"],
+        "repeats": part.get("repeats", int),
+        "warmup": part.get("warmup", int),
+    }
+    part.finish()
+    return Costs(**{name: value for name, value in wanted.items() if value is not None})
+
+
+def _expanded(text: str, where: str) -> str:
+    """The text with `${NAME}` replaced by the environment's values."""
+
+    def value(found: re.Match[str]) -> str:
+        name = found.group(1)
+        if name not in os.environ:
+            raise ValueError(f"{where}: ${{{name}}} in {text!r} is no environment variable: set it, or write the path")
+        return os.environ[name]
+
+    return VARIABLE.sub(value, text)
+
+
+def _resolved(source: str, base: Path) -> str:
+    """A source of rows: relative to `base` if it is there or is written as a path; a hub id otherwise."""
+    path = base / Path(source).expanduser()
+    written_as_path = source.startswith((".", "~")) or Path(source).suffix or source.count("/") > 1
+    return str(path) if path.exists() or written_as_path else source
+
+
+def _resolved_backbone(model: str, base: Path) -> str:
+    if model.startswith(TIMM):
+        architecture, at, file = model.partition("@")
+        return f"{architecture}@{base / file}" if at else model
+    folder = base / Path(model).expanduser()
+    return str(folder) if folder.exists() or model.startswith((".", "~")) else model

@@ -1,0 +1,344 @@
+"""Running a comparison: rates are chosen on held-out training rows, then every seed is scored once on dev.
+
+Every contender goes through the same code: it is attached to the backbone, trained by `sidestep.train.train`, and
+detached. What is in the results file already is not run again.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sidestep.compare import records
+from sidestep.compare.bench import Bench, Prepared, Rows, device, pairs
+from sidestep.compare.records import Kind, Record
+from sidestep.compare.spec import Comparison, Contender, Task
+from sidestep.metrics import GREATER_IS_BETTER
+from sidestep.model import detach
+from sidestep.prepare import TaskData
+from sidestep.results import Results
+from sidestep.settings import TrainSettings
+from sidestep.train import head_for, train
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a comparison came to.
+
+    Attributes:
+        records: of this comparison, those that were there already included.
+        ran: how many of them are new.
+        broken: lines of the results file that could not be read.
+    """
+
+    records: list[Record]
+    ran: int
+    broken: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """The runs of one contender on one task and backbone."""
+
+    backbone: str
+    task: str
+    contender: Contender
+    trials: int
+    scores: int
+
+
+def planned(comparison: Comparison) -> list[Planned]:
+    """The runs that a comparison consists of, without those that were refused.
+
+    Raises:
+        ValueError: as `bench.pairs`.
+    """
+    trials = _trials(comparison)
+    return [
+        Planned(backbone=backbone, task=task.name, contender=one, trials=trials, scores=len(comparison.seeds))
+        for backbone, tasks in pairs(comparison).items()
+        for task in tasks
+        for one in comparison.scored
+    ]
+
+
+def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
+    """Run what is not in the results file yet.
+
+    The order is such that a comparison that is stopped has about as much of every contender: task by task the trials
+    and the first seed of all contenders, then the other seeds.
+
+    Args:
+        comparison: what is compared.
+        output: the results file (JSON lines); one process at a time may write to it.
+        tell: takes a line of progress.
+
+    Raises:
+        ValueError: if a backbone or data cannot be read; nothing has been run then.
+    """
+    tasks = pairs(comparison)
+    rows = {task.name: Rows.of(task, comparison) for task in comparison.tasks}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(output, tell)
+    for spec in comparison.backbones:
+        bench = Bench.load(spec, attention=comparison.attention, bf16=comparison.bf16)
+        prepared = [Prepared.of(rows[task.name], bench.processor, comparison) for task in tasks[spec.name]]
+        _Session(comparison, bench, ledger).run(prepared)
+    return Outcome(records=list(ledger.touched.values()), ran=ledger.ran, broken=ledger.broken)
+
+
+class Ledger:
+    """The results file: what is there already, and where new results go.
+
+    Attributes:
+        touched: by key, the results that were asked for.
+        ran: how many of them are new.
+        broken: lines that could not be read.
+    """
+
+    def __init__(self, path: Path, tell: Tell) -> None:
+        found, self.broken = records.read(path)
+        if self.broken:
+            tell(f"{path}: {self.broken} broken lines are passed over (a writer was killed); their runs are run again")
+        self.path, self.tell = path, tell
+        self.known = records.latest(found)
+        self.touched: dict[str, Record] = {}
+        self.ran = 0
+        self.scratch = path.with_name(f".{path.name}.run")
+
+    def once(self, kind: Kind, settings: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> Record:
+        """The result of these settings: the one in the file, or else what `work` measures now.
+
+        A result that failed is tried again; if it fails once more, that is written down and the comparison goes on.
+        """
+        found = self.known.get(records.key_of(kind, settings))
+        if found is None or found.status != "ok":
+            found = self._attempt(kind, settings, work)
+            self._add(found)
+        self.touched[found.key] = found
+        return found
+
+    def refuse(self, kind: Kind, settings: Mapping[str, Any], reason: str) -> None:
+        """Write down that a contender cannot be run, unless that stands there already."""
+        record = Record.of(kind, settings, status="refused", reason=reason, **_where())
+        known = self.known.get(record.key)
+        if known is None or (known.status, known.reason) != (record.status, record.reason):
+            self._add(record)
+        self.touched[record.key] = record
+
+    def _attempt(self, kind: Kind, settings: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> Record:
+        begin, reason, measured = time.perf_counter(), None, None
+        try:
+            measured = work()
+        # whatever breaks one run is no reason to lose the others
+        except Exception as error:
+            reason = str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
+        finally:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        gc.collect()  # the Trainer and its model refer to each other
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        return Record.of(
+            kind,
+            settings,
+            measured=measured,
+            status="ok" if measured is not None else "failed",
+            reason=reason,
+            seconds=time.perf_counter() - begin,
+            **_where(),
+        )
+
+    def _add(self, record: Record) -> None:
+        records.append(self.path, record)
+        self.known[record.key] = record
+        self.ran += 1
+
+
+class _Session:
+    """A comparison on one backbone."""
+
+    def __init__(self, comparison: Comparison, bench: Bench, ledger: Ledger) -> None:
+        self.comparison, self.bench, self.ledger = comparison, bench, ledger
+        refused = {one.name: bench.refusal(one) for one in comparison.contenders}
+        self.refused = {name: reason for name, reason in refused.items() if reason is not None}
+        self.running = [one for one in comparison.scored if one.name not in self.refused]
+        self.done, self.total = 0, 0
+
+    def run(self, prepared: list[Prepared]) -> None:
+        """Trials and scores of every contender on these tasks."""
+        first, *others = self.comparison.seeds
+        self.total = len(prepared) * len(self.running) * (_trials(self.comparison) + len(self.comparison.seeds))
+        self._refuse(prepared)
+        rates = {}
+        for task in prepared:
+            rates[task.task.name] = self._rates(task)
+            self._score(task, rates[task.task.name], first)
+        for seed in others:
+            for task in prepared:
+                self._score(task, rates[task.task.name], seed)
+
+    def _refuse(self, prepared: list[Prepared]) -> None:
+        for one in self.comparison.scored:
+            if one.name in self.refused:
+                self.ledger.tell(f"{self.bench.spec.name}: {one.name} is refused: {self.refused[one.name]}")
+                for task in prepared:
+                    self.ledger.refuse("score", self._settings(task, one, "dev", None, None), self.refused[one.name])
+
+    def _rates(self, task: Prepared) -> dict[str, float | None]:
+        """The best rate of each contender on held-out training rows; None if it failed at every rate."""
+        if not _trials(self.comparison):
+            return {one.name: one.rates[0] for one in self.running}
+        seed = self.comparison.seeds[0]
+        found: dict[str, dict[float, Record]] = {one.name: {} for one in self.running}
+        for number in range(_trials(self.comparison)):
+            for one in self.running:
+                rate = one.rates[number]
+                found[one.name][rate] = self._once("trial", task, one, "holdout", rate, seed, task.trial)
+        return {name: _best(trials) for name, trials in found.items()}
+
+    def _score(self, task: Prepared, rates: Mapping[str, float | None], seed: int) -> None:
+        """Every contender with one seed, on all training rows."""
+        for one in self.running:
+            if (rate := rates[one.name]) is not None:
+                self._once("score", task, one, "dev", rate, seed, task.data)
+            else:
+                self.done += 1
+
+    def _once(
+        self, kind: Kind, task: Prepared, one: Contender, part: str, rate: float, seed: int, data: TaskData
+    ) -> Record:
+        before = self.ledger.ran
+        settings = self._settings(task, one, part, rate, seed)
+        record = self.ledger.once(kind, settings, lambda: self._train(one, data, rate, seed))
+        self.done += 1
+        if self.ledger.ran > before:
+            self.ledger.tell(f"[{self.done}/{self.total}] {_told(record)}")
+        return record
+
+    def _train(self, one: Contender, data: TaskData, rate: float, seed: int) -> dict[str, Any]:
+        model = self.bench.attach(one, head_for(data, self.bench.spec.pool), seed)
+        try:
+            return _measured(train(model, data, self._how(rate, seed)))
+        finally:
+            detach(model)
+
+    def _how(self, rate: float, seed: int) -> TrainSettings:
+        asked = self.comparison
+        return TrainSettings(
+            output=self.ledger.scratch,
+            epochs=asked.epochs,
+            batch_size=asked.batch_size,
+            learning_rate=rate,
+            weight_decay=asked.weight_decay,
+            warmup=asked.warmup,
+            schedule=asked.schedule,
+            seed=seed,
+            bf16=asked.bf16,
+            keep="last",
+            checkpoints=False,
+            measure=False,
+            overwrite=True,
+            progress=False,
+        )
+
+    def _settings(
+        self, task: Prepared, one: Contender, part: str, rate: float | None, seed: int | None
+    ) -> dict[str, Any]:
+        """What a result says; everything by which it is found again."""
+        asked, trial = self.comparison, part == "holdout"
+        data = task.trial if trial else task.data
+        settings = {
+            **self.bench.settings(one),
+            **_about(task.task),
+            "problem": data.labels.kind,
+            "seed": seed,
+            "rate": rate,
+            "epochs": asked.epochs,
+            "batch": asked.batch_size,
+            "max_length": asked.max_length,
+            "rows": len(data.train),
+            "part": part,
+            "part_rows": len(data.dev),
+            "weight_decay": asked.weight_decay,
+            "schedule": asked.schedule,
+            "warmup": asked.warmup,
+            "data": task.trial_fingerprint if trial else task.fingerprint,
+        }
+        if not trial:
+            tried = _trials(asked)
+            settings["trials"] = {"rates": max(tried, 1), "rows": len(task.trial.train) if tried else 0}
+        return settings
+
+
+def _trials(comparison: Comparison) -> int:
+    """Trials of each contender; a single rate needs none."""
+    count = len(comparison.contenders[0].rates)
+    return count if count > 1 else 0
+
+
+def _about(task: Task) -> dict[str, Any]:
+    columns = {name: getattr(task.fields, name) for name in ("text", "text2", "image", "label")}
+    return {"task": task.name, "columns": {name: column for name, column in columns.items() if column is not None}}
+
+
+def _best(trials: Mapping[float, Record]) -> float | None:
+    """The rate with the best score, of equal ones that with the smaller loss."""
+
+    def value(measured: Mapping[str, Any]) -> tuple[float, float]:
+        sign = 1 if GREATER_IS_BETTER[measured["metric"]] else -1
+        loss = measured["history"][-1]["dev_loss"]
+        return sign * measured["score"], -(loss if loss is not None else math.inf)
+
+    came_through = {rate: record.measured for rate, record in trials.items() if record.measured is not None}
+    return max(came_through, key=lambda rate: value(came_through[rate]), default=None)
+
+
+def _measured(results: Results) -> dict[str, Any]:
+    """What is kept of a training run."""
+    metric = results.metric
+    history = [
+        {
+            "epoch": entry["epoch"],
+            "loss": entry["train_loss"],
+            "dev_loss": entry["dev_loss"],
+            "score": entry[f"dev_{metric}"],
+        }
+        for entry in results.history
+    ]
+    pick = max if GREATER_IS_BETTER[metric] else min
+    return {
+        "metric": metric,
+        "score": results.scores[metric],
+        "scores": results.scores,
+        "best_epoch_score": pick(entry["score"] for entry in history),
+        "history": history,
+        "parameters": results.trainable_parameters,
+        "task_bytes": results.task_bytes,
+        "train_seconds": round(sum(results.epoch_seconds), 4),
+        "epoch_seconds": statistics.median(results.epoch_seconds),
+    }
+
+
+def _told(record: Record) -> str:
+    asked = record.settings
+    text = f"{asked['task']}, {asked['contender']}, rate {asked['rate']:g}, seed {asked['seed']}, {asked['part']}: "
+    if record.measured is None:
+        return f"{text}failed: {record.reason}"
+    return f"{text}{record.measured['metric']} {record.measured['score']:.4f} ({record.seconds:.0f} s)"
+
+
+def _where() -> dict[str, Any]:
+    """Threads and GPU, for a record."""
+    gpu = torch.cuda.get_device_name() if device().type == "cuda" else None
+    return {"threads": torch.get_num_threads(), "gpu": gpu}

@@ -1,0 +1,321 @@
+"""What a comparison is asked to do: contenders x tasks x backbones x seeds, as plain data."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
+
+from datasets import Dataset
+
+from sidestep.backbone import check_noise
+from sidestep.data import Fields, Kind, TableOptions, holdout, read
+from sidestep.families import Pool
+from sidestep.methods import MethodConfig, method_named, method_of, methods
+from sidestep.settings import Schedule
+
+GRIDS: Mapping[str, tuple[float, ...]] = {
+    "bitfit": (5e-4, 2e-3, 5e-3),
+    "dora": (5e-4, 2e-3, 5e-3),
+    "full": (2e-5, 6e-5, 2e-4),
+    "ia3": (1e-3, 5e-3, 2e-2),
+    "lora": (5e-4, 2e-3, 5e-3),
+    "probe": (3e-3, 1e-2, 5e-2),
+    "read": (1e-3, 3e-3, 1e-2),
+}
+"""Learning rates tried for each method where none are given; other methods get `OTHER_GRID`."""
+OTHER_GRID = (3e-4, 1e-3, 3e-3)
+
+CHECKPOINTED = ("lora", "full")
+"""Methods that stand in a default comparison a second time, with their blocks recomputed in backward."""
+CHECKPOINT = "+checkpoint"
+
+QUICK_ROWS, QUICK_EPOCHS, QUICK_RATES, QUICK_REPEATS = 128, 2, 2, 2
+
+Attention = Literal["sdpa", "eager"]
+AS_USUAL = TableOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A pretrained model, loaded once for all that is compared on it.
+
+    Attributes:
+        name: in the results.
+        model: hub id, folder, timm:NAME or timm:NAME@FILE.
+        dtype: precision of the weights; None: the checkpoint's.
+        revision: branch, tag or commit of a hub id.
+        pool: what the heads read; None: the family's default.
+    """
+
+    name: str
+    model: str
+    dtype: str | None = None
+    revision: str | None = None
+    pool: Pool | None = None
+
+    def __post_init__(self) -> None:
+        if self.pool is not None and self.pool not in get_args(Pool):
+            raise ValueError(f"pool={self.pool!r} of backbone {self.name!r}: choose {', '.join(get_args(Pool))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Rows with labels, and how they are read.
+
+    Attributes:
+        name: in the results.
+        train: file, folder of images or hub id.
+        dev: None: a fifth of the training rows, stratified.
+        fields: the columns.
+        problem: None: several labels a row where the column holds lists, else one.
+        options: how the files are written.
+        train_split, dev_split: of sources that have splits.
+        rows: most training rows; None: the comparison's.
+    """
+
+    name: str
+    train: str
+    dev: str | None = None
+    fields: Fields
+    problem: Kind | None = None
+    options: TableOptions = AS_USUAL
+    train_split: str = "train"
+    dev_split: str = "validation"
+    rows: int | None = None
+
+    def read(self) -> tuple[Dataset, Dataset]:
+        """All training rows and all dev rows.
+
+        Raises:
+            DataError: if they cannot be read.
+        """
+        train = read(self.train, self.options, split=self.train_split)
+        if self.dev is None:
+            return holdout(train, self.fields.label, 0.2, seed=0)
+        return train, read(self.dev, self.options, split=self.dev_split)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A method with its config, as it is compared.
+
+    Attributes:
+        name: in the results.
+        config: of the method.
+        rates: learning rates to choose from, on held-out training rows.
+        checkpoint: whether the blocks after the method's first write are recomputed in backward.
+        noise: of the backbone in training; None: the method's own way (none for a side network, the backbone's own
+            for a method that changes weights).
+    """
+
+    name: str
+    config: MethodConfig
+    rates: tuple[float, ...]
+    checkpoint: bool = False
+    noise: str | None = None
+
+    def __post_init__(self) -> None:
+        check_noise(self.noise)
+        if not self.rates or not all(math.isfinite(rate) and rate > 0 for rate in self.rates):
+            raise ValueError(f"rates={list(self.rates)} of {self.name!r}: give numbers above 0")
+        if len(set(self.rates)) < len(self.rates):
+            raise ValueError(f"rates={list(self.rates)} of {self.name!r}: one stands there twice")
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return method_of(self.config).name
+
+    @classmethod
+    def named(cls, name: str) -> Contender:
+        """The method of this name with its default config; "NAME+checkpoint" with its blocks recomputed.
+
+        Raises:
+            ValueError: if there is no such method.
+        """
+        method = name.removesuffix(CHECKPOINT)
+        require_known("method", method, methods())
+        config = method_named(method).config()
+        return cls(name=name, config=config, rates=grid(method), checkpoint=name != method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """How a step's memory and time are measured.
+
+    Attributes:
+        batch: rows of a step.
+        length: tokens of a text.
+        repeats: timed steps of each contender, interleaved.
+        warmup: steps of each before.
+    """
+
+    batch: int = 32
+    length: int = 128
+    repeats: int = 5
+    warmup: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "length", "repeats"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _require("warmup", self.warmup, self.warmup >= 0, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Every contender on every task and every backbone that reads it, with every seed; the same settings for all.
+
+    Attributes:
+        backbones, tasks, contenders: what is compared.
+        seeds: of weights, order and noise; the first one is also that of the trials.
+        rows: most training rows of a task (the first of a fixed permutation); None: all.
+        dev_rows: the same for dev rows.
+        epochs, batch_size, weight_decay, warmup, schedule, bf16: as in `TrainSettings`.
+        max_length: tokens kept of a text; None: the tokenizer's limit.
+        holdout: share of the training rows on which rates are chosen.
+        attention: implementation; None: the backbone's default.
+        costs: None: no steps are measured.
+
+    Raises:
+        ValueError: if something is named twice, out of range, or contenders have different numbers of rates.
+    """
+
+    backbones: tuple[Backbone, ...]
+    tasks: tuple[Task, ...]
+    contenders: tuple[Contender, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rows: int | None = None
+    dev_rows: int | None = None
+    epochs: int = 3
+    batch_size: int = 32
+    weight_decay: float = 0.0
+    warmup: float = 0.06
+    schedule: Schedule = "linear"
+    bf16: bool = False
+    max_length: int | None = None
+    holdout: float = 0.2
+    attention: Attention | None = None
+    costs: Costs | None = Costs()
+
+    def __post_init__(self) -> None:
+        for name in ("backbones", "tasks", "contenders", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"no {name}: a comparison needs at least one")
+        for what, parts in (("backbone", self.backbones), ("task", self.tasks), ("contender", self.contenders)):
+            _refuse_repeats(what, [part.name for part in parts])
+        _refuse_repeats("seed", self.seeds)
+        for name in ("epochs", "batch_size"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("rows", "dev_rows", "max_length"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value >= 2, "at least 2, or not given")
+        _require("holdout", self.holdout, 0 < self.holdout < 1, "a share between 0 and 1")
+        _require("attention", self.attention, self.attention in (None, *get_args(Attention)), "sdpa or eager")
+        self._check_effort()
+
+    def _check_effort(self) -> None:
+        """Refuses contenders that are tuned more than others."""
+        counts = {contender.name: len(contender.rates) for contender in self.contenders}
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"unequal tuning effort: {', '.join(f'{name} has {n} rates' for name, n in counts.items())}. "
+                "Give every contender the same number of rates"
+            )
+
+    def score_of(self, contender: Contender) -> str | None:
+        """Whose score is this contender's too: recomputing blocks changes costs, not gradients.
+
+        None for a contender that has a score of its own.
+        """
+        if not contender.checkpoint:
+            return None
+        for other in self.contenders:
+            if not other.checkpoint and (other.config, other.noise) == (contender.config, contender.noise):
+                return other.name
+        return None
+
+    @property
+    def scored(self) -> tuple[Contender, ...]:
+        """The contenders that are trained."""
+        return tuple(contender for contender in self.contenders if self.score_of(contender) is None)
+
+    def only(self, names: Sequence[str]) -> Comparison:
+        """The comparison of these contenders alone.
+
+        Raises:
+            ValueError: if one is not in the comparison.
+        """
+        for name in names:
+            require_known("contender", name, [contender.name for contender in self.contenders])
+        return replace(self, contenders=tuple(one for one in self.contenders if one.name in names))
+
+
+def default_contenders() -> tuple[Contender, ...]:
+    """Every registered method, and those of `CHECKPOINTED` a second time with their blocks recomputed."""
+    names = list(methods())
+    return tuple(map(Contender.named, [*names, *(f"{name}{CHECKPOINT}" for name in CHECKPOINTED if name in names)]))
+
+
+def grid(method: str) -> tuple[float, ...]:
+    """The rates that are tried for a method where none are given."""
+    return GRIDS.get(method, OTHER_GRID)
+
+
+def quick(comparison: Comparison) -> tuple[Comparison, list[str]]:
+    """A comparison that ends in minutes, and in words what it leaves out."""
+    rates = {one.name: one.rates[-QUICK_RATES:] for one in comparison.contenders}
+    small = replace(
+        comparison,
+        seeds=comparison.seeds[:1],
+        rows=min(comparison.rows or QUICK_ROWS, QUICK_ROWS),
+        dev_rows=min(comparison.dev_rows or QUICK_ROWS, QUICK_ROWS),
+        epochs=min(comparison.epochs, QUICK_EPOCHS),
+        tasks=tuple(replace(task, rows=None) for task in comparison.tasks),
+        contenders=tuple(replace(one, rates=rates[one.name]) for one in comparison.contenders),
+        costs=comparison.costs and replace(comparison.costs, repeats=min(comparison.costs.repeats, QUICK_REPEATS)),
+    )
+    cut = [
+        f"{field.name} {_short(getattr(comparison, field.name))} -> {_short(getattr(small, field.name))}"
+        for field in fields(Comparison)
+        if field.name in ("seeds", "rows", "dev_rows", "epochs")
+        and getattr(comparison, field.name) != getattr(small, field.name)
+    ]
+    before, after = (len(one.contenders[0].rates) for one in (comparison, small))
+    if before != after:
+        cut.append(f"rates {before} -> {after} a contender (the larger ones)")
+    return small, cut
+
+
+def require_known(what: str, given: str, known: Iterable[str]) -> None:
+    """Refuses a name that is not among the known, and suggests the closest one that is.
+
+    Raises:
+        ValueError: listing the known.
+    """
+    names = list(known)
+    if given in names:
+        return
+    close = difflib.get_close_matches(given, names, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"unknown {what} {given!r}{hint}: choose one of {', '.join(names) or 'none'}")
+
+
+def _refuse_repeats(what: str, names: Sequence[object]) -> None:
+    repeated = [str(name) for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{what} {', '.join(repeated)} stands there twice: give each a name of its own")
+
+
+def _require(name: str, value: object, allowed: bool, what: str) -> None:
+    if not allowed:
+        raise ValueError(f"{name}={value!r}, but it must be {what}")
+
+
+def _short(value: object) -> str:
+    if value is None:
+        return "all"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
