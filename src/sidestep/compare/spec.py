@@ -6,7 +6,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from datasets import Dataset
@@ -24,7 +24,7 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
     "ia3": (1e-3, 5e-3, 2e-2),
     "lora": (5e-4, 2e-3, 5e-3),
     "probe": (3e-3, 1e-2, 5e-2),
-    "read": (1e-3, 3e-3, 1e-2),
+    "read": (5e-4, 2e-3, 6e-3),
 }
 """Learning rates tried for each method where none are given; other methods get `OTHER_GRID`."""
 OTHER_GRID = (3e-4, 1e-3, 3e-3)
@@ -199,7 +199,7 @@ class Comparison:
     max_length: int | None = None
     holdout: float = 0.2
     attention: Attention | None = None
-    costs: Costs | None = Costs()
+    costs: Costs | None = field(default_factory=Costs)
 
     def __post_init__(self) -> None:
         for name in ("backbones", "tasks", "contenders", "seeds"):
@@ -279,10 +279,9 @@ def quick(comparison: Comparison) -> tuple[Comparison, list[str]]:
         costs=comparison.costs and replace(comparison.costs, repeats=min(comparison.costs.repeats, QUICK_REPEATS)),
     )
     cut = [
-        f"{field.name} {_short(getattr(comparison, field.name))} -> {_short(getattr(small, field.name))}"
-        for field in fields(Comparison)
-        if field.name in ("seeds", "rows", "dev_rows", "epochs")
-        and getattr(comparison, field.name) != getattr(small, field.name)
+        f"{name} {_short(getattr(comparison, name))} -> {_short(getattr(small, name))}"
+        for name in ("seeds", "rows", "dev_rows", "epochs")
+        if getattr(comparison, name) != getattr(small, name)
     ]
     before, after = (len(one.contenders[0].rates) for one in (comparison, small))
     if before != after:
