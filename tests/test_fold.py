@@ -480,3 +480,12 @@ def test_a_norm_that_never_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     backbone.bert.unused = nn.LayerNorm(16)
     with pytest.raises(FoldError, match="a model that skips blocks or its final norm cannot be folded over"):
         ss.attach(backbone, ss.ReadConfig(rank=2))(**FAMILIES["bert"].inputs())
+
+
+def test_a_trunk_that_changes_its_output_behind_the_last_site_is_named() -> None:
+    """As a model would whose final norm is not found: a head must not read what the trunk does not give."""
+    backbone = FAMILIES["bert"].model()
+    backbone.bert.encoder.register_forward_hook(lambda m, a, output: type(output)(last_hidden_state=2 * output[0]))
+    model = ss.attach(backbone, ss.ProbeConfig(), head=ss.Classify(num_labels=2)).eval()
+    with pytest.raises(FoldError, match="the trunk's last hidden state is not what came out of it"):
+        model(**FAMILIES["bert"].inputs())

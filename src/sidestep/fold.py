@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
@@ -53,6 +54,7 @@ class Pass:
     grid: tuple[int, int] | None = None
     encoder_only: bool = False
     row: Tensor | None = None
+    output: Tensor | None = None
     reading: Reading | None = None
 
 
@@ -89,7 +91,7 @@ class Fold:
     ) -> None:
         self.trunk, self.method, self.family = trunk, method, family
         self.narrow, self.through, self.frozen = narrow, through, frozen
-        self.running, self.attached = False, True
+        self.running, self.attached, self.checked = False, True, False
         self.current: Pass | None = None
         self.finished: Pass | None = None
         self.carries = type(method).carry is not SideNet.carry
@@ -128,6 +130,7 @@ class Fold:
         handles = [
             entry.register_forward_pre_hook(Begin(self, _names(entry)), with_kwargs=True),
             entry.register_forward_hook(End(self)),
+            self.trunk.register_forward_hook(CheckOutput(self)),
         ]
         orders: dict[str, int] = {}
         for place in places:
@@ -180,6 +183,21 @@ class Fold:
             )
         self.finished, self.current = current, None
 
+    def check(self, given: Tensor, training: bool) -> None:
+        """Once, compare what the last site let go with what the trunk gave as its last hidden state.
+
+        Raises:
+            FoldError: if they differ: the final norm was found wrongly, so a head would read something else.
+        """
+        passed = self.current or self.finished
+        if self.checked or training or passed is None or passed.output is None:
+            return  # in training, the trunk's own dropout may stand between the two
+        self.checked = True
+        ours = passed.output
+        if ours is given or isinstance(given, FakeTensor) or ours.shape != given.shape or torch.equal(ours, given):
+            return
+        raise FoldError(_wrong_norm(self.last_stack, "the trunk's last hidden state is not what came out of it"))
+
     def visit(self, site: Site, order: int) -> Pass:
         """Count a site, starting its stack at the first.
 
@@ -194,7 +212,7 @@ class Fold:
             current.state = self.method.start(site, current.carried)
         if current.stack != site.stack or current.visited != order:
             if site.kind == "norm":
-                raise FoldError(_wrong_norm(site, "it ran before the last block"))
+                raise FoldError(_wrong_norm(site.stack, "it ran before the last block"))
             raise FoldError(
                 f"block {site.index} of the {site.stack} ran out of turn (site {order}, expected {current.visited}):"
                 " blocks that run twice (shared layers) or are skipped (layer drop) cannot be folded over"
@@ -282,6 +300,17 @@ class End(Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.fold.running:
             self.fold.end()
+
+
+@dataclass(eq=False)
+class CheckOutput(Hook):
+    """After the trunk's first pass: its last hidden state is what the fold took for it."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.fold.running and not torch.compiler.is_compiling():
+            given = output.get("last_hidden_state") if isinstance(output, ModelOutput) else None
+            if given is not None:
+                self.fold.check(given, module.training)
 
 
 @dataclass(eq=False)
@@ -373,7 +402,9 @@ class AtBlock(Hook):
             if not site.last:
                 return None
             current.row = written
-            return _with_first(output, written) if fold.through else None
+            current.output = written if fold.through else given
+            return _with_first(output, current.output)
+        current.output = written
         return None if written is read else _with_first(output, written.reshape(given.shape))
 
 
@@ -390,14 +421,16 @@ class AtNorm(Hook):
         fold, raw = self.fold, args[0]
         current = fold.visit(self.site, self.order)
         if raw.shape[-1] != self.site.width or raw.ndim < 3:
-            raise FoldError(_wrong_norm(self.site, f"it got a tensor of shape {tuple(raw.shape)}"))
+            raise FoldError(_wrong_norm(self.site.stack, f"it got a tensor of shape {tuple(raw.shape)}"))
         site = fold.seen(self.site, raw, {})
         if current.row is None or not site.head:
-            return fold.finish(current, _as_tokens(raw), _as_tokens(output), site).reshape(output.shape)
+            current.output = fold.finish(current, _as_tokens(raw), _as_tokens(output), site).reshape(output.shape)
+            return current.output
         # Only the row that the head reads goes through the norm with its gradient.
         normed = output if fold.through else type(module).forward(module, current.row)
         finished = fold.finish(current, current.row, normed, single_token(site))
-        return finished if fold.through else None
+        current.output = finished if fold.through else output
+        return current.output
 
 
 # --- small parts ------------------------------------------------------------------------------------------------------
@@ -418,9 +451,9 @@ def single_token(site: Site) -> Site:
     return replace(site, keep=None, grid=None)
 
 
-def _wrong_norm(site: Site, why: str) -> str:
+def _wrong_norm(stack: str, why: str) -> str:
     return (
-        f"the wrong module was taken for the {site.stack}'s final norm ({why}): name the right one in "
+        f"the wrong module was taken for the {stack}'s final norm ({why}): name the right one in "
         "sidestep/families.py (final_norm)"
     )
 
