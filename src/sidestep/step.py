@@ -1,0 +1,201 @@
+"""One step of a model: training and inference as everything here measures them, and the memory that they take.
+
+Optimizer steps are taken at a learning rate of 0, so that every step computes the same and the weights stay.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sidestep.memory import Peak, peak_memory, saved_bytes
+from sidestep.model import SideModel
+
+MODULES = 40  # rows of `StepCount.kept_by_module`
+OTHER = "(other)"
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCount:
+    """What is counted in a training step, the same on every machine with the same kernels.
+
+    Attributes:
+        kept_bytes: what autograd keeps for backward.
+        kept_by_module: the same by module, the blocks of a stack together ("encoder.layer.*.output"), largest first;
+            at most 40 rows, the last of which is then "(other)".
+        gradient_bytes: of all gradients, when backward ends.
+        optimizer_bytes: of AdamW's state.
+        flops: of forward and backward, recomputation with it: matrix products, convolutions and attention, as PyTorch's
+            counter has them.
+    """
+
+    kept_bytes: int
+    kept_by_module: dict[str, int]
+    gradient_bytes: int
+    optimizer_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost(StepCount):
+    """What one training step (forward, backward, AdamW) takes.
+
+    Attributes:
+        rows: of the batch.
+        tokens: its padded length; None for images.
+        peak_bytes: how far allocated memory rises over weights and optimizer state, beginning without gradients; None
+            where it cannot be measured.
+        resident_bytes: how far the process's resident memory rises (CPU only).
+    """
+
+    rows: int
+    tokens: int | None
+    peak_bytes: int | None
+    resident_bytes: int | None
+
+
+def measure_step(model: SideModel, batch: Batch, *, bf16: bool = False) -> StepCost:
+    """Memory of a training step on a batch with labels; mode, weights and random generators stay as they are.
+
+    Args:
+        model: real, or made inside a `FakeTensorMode` that is active: then there are counts and no peaks.
+        batch: with labels; real or fake as the model.
+        bf16: run forward under autocast to bfloat16.
+    """
+    inputs = accepted(model, batch)
+    with _undone(model):
+        model.train()
+        count = _count(model, inputs, bf16)
+        peak = _step_peak(model, inputs, bf16)
+    ids = batch.get("input_ids")
+    return StepCost(
+        **vars(count),
+        rows=len(batch["labels"]),
+        tokens=None if ids is None else ids.shape[1],
+        peak_bytes=None if peak is None else peak.allocated,
+        resident_bytes=None if peak is None else peak.resident,
+    )
+
+
+def inference_peak(model: SideModel, batch: Batch, *, bf16: bool = False) -> int | None:
+    """How far allocated memory rises in an inference, in bytes; None where it cannot be measured."""
+    inputs = accepted(model, batch)
+    with _undone(model):
+        model.eval()
+        return peak_memory(lambda: predict(model, inputs, bf16), model.device).allocated if _is_real(model) else None
+
+
+def train_step(model: SideModel, batch: Batch, optimizer: torch.optim.Optimizer, bf16: bool) -> None:
+    """Forward, backward and an optimizer step; no gradients are left."""
+    _loss(model, batch, bf16).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def predict(model: SideModel, batch: Batch, bf16: bool) -> None:
+    """A forward pass without labels and gradients."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        model(**inputs)
+
+
+def idle_adamw(model: SideModel) -> torch.optim.Optimizer:
+    """The Trainer's AdamW with its state in place, at a learning rate of 0."""
+    parameters = [parameter for _, parameter in model.trained_parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def accepted(model: SideModel, batch: Batch) -> dict[str, Tensor]:
+    """The part of a batch that the model's forward takes, on the model's device."""
+    names = inspect.signature(model.forward).parameters
+    return {name: value.to(model.device) for name, value in batch.items() if name in names}
+
+
+@contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Afterwards the random generators of the CPU and of the model's device are as before."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct tensors' elements."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def _loss(model: SideModel, batch: Batch, bf16: bool) -> Tensor:
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        return model(**batch).loss
+
+
+def _count(model: SideModel, batch: Batch, bf16: bool) -> StepCount:
+    optimizer = idle_adamw(model)
+    with FlopCounterMode(display=False) as flops:
+        with saved_bytes(model) as kept:
+            loss = _loss(model, batch, bf16)
+        loss.backward()
+    gradients = nbytes(p.grad for _, p in model.trained_parameters() if p.grad is not None)
+    optimizer.zero_grad()
+    return StepCount(
+        kept_bytes=kept.total,
+        kept_by_module=_grouped(kept.by_module()),
+        gradient_bytes=gradients,
+        optimizer_bytes=nbytes(value for state in optimizer.state.values() for value in state.values()),
+        flops=flops.get_total_flops(),
+    )
+
+
+def _grouped(kept: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by module with the numbers of blocks as "*", largest first, the smallest together."""
+    sums: dict[str, int] = {}
+    for name, size in kept.items():
+        group = re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(model)"
+        sums[group] = sums.get(group, 0) + size
+    ordered = sorted(sums.items(), key=lambda item: -item[1])
+    if len(ordered) <= MODULES:
+        return dict(ordered)
+    return {**dict(ordered[: MODULES - 1]), OTHER: sum(size for _, size in ordered[MODULES - 1 :])}
+
+
+def _step_peak(model: SideModel, batch: Batch, bf16: bool) -> Peak | None:
+    # Not in one pass with the counters: what they hang on the graph makes recomputed blocks live longer.
+    if not _is_real(model):
+        return None
+    optimizer = idle_adamw(model)
+    return peak_memory(lambda: train_step(model, batch, optimizer, bf16), model.device)
+
+
+def _is_real(model: SideModel) -> bool:
+    """Whether peaks can be measured."""
+    return model.device.type in ("cpu", "cuda") and not isinstance(next(model.parameters()), FakeTensor)
+
+
+@contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    """Afterwards: no gradients, and buffers, mode and random generators as before."""
+    mode, buffers = model.training, [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with same_random_numbers(model):
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.train(mode)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
