@@ -89,7 +89,7 @@ class Bench:
         changes_weights = issubclass(method_of(contender.config).implementation, WeightDelta)
         return {
             "backbone": self.spec.name,
-            "model": Path(self.spec.model.partition("@")[0]).name,
+            "model": self._model(),
             "digest": self.digest,
             "pool": self.spec.pool,
             "contender": contender.name,
@@ -102,6 +102,14 @@ class Bench:
             "device": device().type,
             "optimizer": "AdamW",
         }
+
+    def _model(self) -> str:
+        """The model's id; of a folder, its class and the folder's name (not where it lies)."""
+        folder = Path(self.spec.model)
+        if folder.exists():
+            return f"{type(self.model).__name__} of the folder {folder.name!r}"
+        name, at, file = self.spec.model.partition("@")
+        return f"{name}{at}{Path(file).name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +178,7 @@ class Prepared:
 
 def device() -> torch.device:
     """Where runs take place: the accelerator, or the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
