@@ -34,7 +34,17 @@ from sidestep.step import (
     train_step,
 )
 
-__all__ = ["Cost", "MeterError", "Spread", "Times", "file_bytes", "measure", "measure_memory", "time_steps"]
+__all__ = [
+    "Cost",
+    "MeterError",
+    "Spread",
+    "Times",
+    "attached",
+    "file_bytes",
+    "measure",
+    "measure_memory",
+    "time_steps",
+]
 
 #: By safetensors' names, in the order in which it writes them.
 DTYPES = {
@@ -190,7 +200,7 @@ def measure_memory(
         ModuleNotFoundError: if the method needs a library that is not installed.
     """
     backbone_parameters = sum(parameter.numel() for parameter in backbone.parameters())
-    with same_random_numbers(backbone), _attached(backbone, contender) as model:
+    with same_random_numbers(backbone), attached(backbone, contender) as model:
         step = measure_step(model, batch, bf16=bf16)
         return Cost(
             **{field.name: getattr(step, field.name) for field in fields(StepCount)},
@@ -237,10 +247,10 @@ def time_steps(
             first = turn % len(labels)
             for label in [*labels[first:], *labels[:first]]:
                 if label is None:
-                    with _attached(backbone, bare) as model:
+                    with attached(backbone, bare) as model:
                         forwards.append(_inference_seconds(model, batch, bf16))
                     continue
-                with _attached(backbone, contenders[label]) as model:
+                with attached(backbone, contenders[label]) as model:
                     steps[label].append(_step_seconds(model, batch, bf16))
                     inferences[label].append(_inference_seconds(model, batch, bf16))
         joules = {label: _step_joules(backbone, one, batch, bf16, counter) for label, one in contenders.items()}
@@ -299,7 +309,7 @@ def _step_joules(
 ) -> float | None:
     if counter is None:
         return None
-    with _attached(backbone, contender) as model:
+    with attached(backbone, contender) as model:
         model.train()
         inputs, optimizer = accepted(model, batch), idle_adamw(model)
         return energy_per_step(
@@ -325,7 +335,8 @@ def _device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _attached(backbone: nn.Module, contender: Settings) -> Iterator[SideModel]:
+def attached(backbone: nn.Module, contender: Settings) -> Iterator[SideModel]:
+    """The contender on the backbone, which is as before afterwards."""
     model = attach(backbone, **{field.name: getattr(contender, field.name) for field in fields(Settings)})
     try:
         yield model

@@ -76,7 +76,8 @@ def measure_step(model: SideModel, batch: Batch, *, bf16: bool = False) -> StepC
     with _undone(model):
         model.train()
         count = _count(model, inputs, bf16)
-        peak = _step_peak(model, inputs, bf16)
+    # Not in one pass: what the counters hang on the graph makes recomputed blocks live longer.
+    peak = step_peak(model, batch, bf16=bf16)
     ids = batch.get("input_ids")
     return StepCost(
         **vars(count),
@@ -87,12 +88,28 @@ def measure_step(model: SideModel, batch: Batch, *, bf16: bool = False) -> StepC
     )
 
 
+def step_peak(model: SideModel, batch: Batch, *, bf16: bool = False) -> Peak | None:
+    """How far memory rises in a training step over weights and optimizer state; None where it cannot be measured.
+
+    Mode, weights and random generators stay as they are.
+    """
+    if not _is_real(model):
+        return None
+    inputs = accepted(model, batch)
+    with _undone(model):
+        model.train()
+        optimizer = idle_adamw(model)
+        return peak_memory(lambda: train_step(model, inputs, optimizer, bf16), model.device)
+
+
 def inference_peak(model: SideModel, batch: Batch, *, bf16: bool = False) -> int | None:
     """How far allocated memory rises in an inference, in bytes; None where it cannot be measured."""
+    if not _is_real(model):
+        return None
     inputs = accepted(model, batch)
     with _undone(model):
         model.eval()
-        return peak_memory(lambda: predict(model, inputs, bf16), model.device).allocated if _is_real(model) else None
+        return peak_memory(lambda: predict(model, inputs, bf16), model.device).allocated
 
 
 def train_step(model: SideModel, batch: Batch, optimizer: torch.optim.Optimizer, bf16: bool) -> None:
@@ -171,14 +188,6 @@ def _grouped(kept: Mapping[str, int]) -> dict[str, int]:
     if len(ordered) <= MODULES:
         return dict(ordered)
     return {**dict(ordered[: MODULES - 1]), OTHER: sum(size for _, size in ordered[MODULES - 1 :])}
-
-
-def _step_peak(model: SideModel, batch: Batch, bf16: bool) -> Peak | None:
-    # Not in one pass with the counters: what they hang on the graph makes recomputed blocks live longer.
-    if not _is_real(model):
-        return None
-    optimizer = idle_adamw(model)
-    return peak_memory(lambda: train_step(model, batch, optimizer, bf16), model.device)
 
 
 def _is_real(model: SideModel) -> bool:
