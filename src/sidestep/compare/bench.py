@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sidestep.backbone import digest_of, pretrained_tensors
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
-from sidestep.data import DataError, Fields, holdout
+from sidestep.data import DataError, DataWarning, Fields, holdout
 from sidestep.heads import Classify, HeadConfig
 from sidestep.loading import load_backbone, load_processor
 from sidestep.methods import UnsupportedBackbone, WeightDelta, method_of
@@ -65,6 +66,16 @@ class Bench:
             attention=getattr(getattr(model, "config", None), "_attn_implementation", None) or "timm's own",
         )
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the backbone reads texts (images otherwise)."""
+        return isinstance(self.processor, PreTrainedTokenizerBase)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.model.parameters()).device
+
     def attach(self, contender: Contender, head: HeadConfig, seed: int) -> SideModel:
         """The contender on the backbone, with weights of this seed; `detach` brings the backbone back."""
         torch.manual_seed(seed)
@@ -99,7 +110,7 @@ class Bench:
             "noise": contender.noise or ("own" if changes_weights else "eval"),
             "precision": self.precision,
             "attention": self.attention,
-            "device": device().type,
+            "device": self.device.type,
             "optimizer": "AdamW",
         }
 
@@ -169,7 +180,9 @@ class Prepared:
         try:
             data = prepare(rows.train, rows.dev, fields, processor, **how)
             inner, outer = holdout(rows.train, fields.label, comparison.holdout, seed)
-            trial = prepare(inner, outer, fields, processor, **how)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DataWarning)  # the same rows have been warned of
+                trial = prepare(inner, outer, fields, processor, **how)
         except DataError as error:
             raise DataError(f"task {rows.task.name!r}: {error}") from error
         parts = [fingerprint(part, fields) for part in (rows.train, rows.dev)]

@@ -6,20 +6,16 @@ detached. What is in the results file already is not run again.
 
 from __future__ import annotations
 
-import gc
 import math
-import shutil
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sidestep.compare import records
-from sidestep.compare.bench import Bench, Prepared, Rows, device, pairs
+from sidestep.compare.bench import Bench, Prepared, Rows, pairs
+from sidestep.compare.costs import measure_costs
+from sidestep.compare.ledger import Ledger, Tell
 from sidestep.compare.records import Kind, Record
 from sidestep.compare.spec import Comparison, Contender, Task
 from sidestep.metrics import GREATER_IS_BETTER
@@ -28,8 +24,6 @@ from sidestep.prepare import TaskData
 from sidestep.results import Results
 from sidestep.settings import TrainSettings
 from sidestep.train import head_for, train
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,73 +92,6 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
     return Outcome(records=list(ledger.touched.values()), ran=ledger.ran, broken=ledger.broken)
 
 
-class Ledger:
-    """The results file: what is there already, and where new results go.
-
-    Attributes:
-        touched: by key, the results that were asked for.
-        ran: how many of them are new.
-        broken: lines that could not be read.
-    """
-
-    def __init__(self, path: Path, tell: Tell) -> None:
-        found, self.broken = records.read(path)
-        if self.broken:
-            tell(f"{path}: {self.broken} broken lines are passed over (a writer was killed); their runs are run again")
-        self.path, self.tell = path, tell
-        self.known = records.latest(found)
-        self.touched: dict[str, Record] = {}
-        self.ran = 0
-        self.scratch = path.with_name(f".{path.name}.run")
-
-    def once(self, kind: Kind, settings: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> Record:
-        """The result of these settings: the one in the file, or else what `work` measures now.
-
-        A result that failed is tried again; if it fails once more, that is written down and the comparison goes on.
-        """
-        found = self.known.get(records.key_of(kind, settings))
-        if found is None or found.status != "ok":
-            found = self._attempt(kind, settings, work)
-            self._add(found)
-        self.touched[found.key] = found
-        return found
-
-    def refuse(self, kind: Kind, settings: Mapping[str, Any], reason: str) -> None:
-        """Write down that a contender cannot be run, unless that stands there already."""
-        record = Record.of(kind, settings, status="refused", reason=reason, **_where())
-        known = self.known.get(record.key)
-        if known is None or (known.status, known.reason) != (record.status, record.reason):
-            self._add(record)
-        self.touched[record.key] = record
-
-    def _attempt(self, kind: Kind, settings: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> Record:
-        begin, reason, measured = time.perf_counter(), None, None
-        try:
-            measured = work()
-        # whatever breaks one run is no reason to lose the others
-        except Exception as error:
-            reason = str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
-        finally:
-            shutil.rmtree(self.scratch, ignore_errors=True)
-        gc.collect()  # the Trainer and its model refer to each other
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-        return Record.of(
-            kind,
-            settings,
-            measured=measured,
-            status="ok" if measured is not None else "failed",
-            reason=reason,
-            seconds=time.perf_counter() - begin,
-            **_where(),
-        )
-
-    def _add(self, record: Record) -> None:
-        records.append(self.path, record)
-        self.known[record.key] = record
-        self.ran += 1
-
-
 class _Session:
     """A comparison on one backbone."""
 
@@ -180,6 +107,8 @@ class _Session:
         first, *others = self.comparison.seeds
         self.total = len(prepared) * len(self.running) * (_trials(self.comparison) + len(self.comparison.seeds))
         self._refuse(prepared)
+        if (costs := self.comparison.costs) is not None:
+            measure_costs(self.comparison, costs, self.bench, self.ledger, self.refused)
         rates = {}
         for task in prepared:
             rates[task.task.name] = self._rates(task)
@@ -336,9 +265,3 @@ def _told(record: Record) -> str:
     if record.measured is None:
         return f"{text}failed: {record.reason}"
     return f"{text}{record.measured['metric']} {record.measured['score']:.4f} ({record.seconds:.0f} s)"
-
-
-def _where() -> dict[str, Any]:
-    """Threads and GPU, for a record."""
-    gpu = torch.cuda.get_device_name() if device().type == "cuda" else None
-    return {"threads": torch.get_num_threads(), "gpu": gpu}

@@ -149,19 +149,20 @@ class Costs:
 
     Attributes:
         batch: rows of a step.
-        length: tokens of a text.
+        length: tokens of a text; None: 128, or what the backbone takes at most.
         repeats: timed steps of each contender, interleaved.
         warmup: steps of each before.
     """
 
     batch: int = 32
-    length: int = 128
+    length: int | None = None
     repeats: int = 5
     warmup: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch", "length", "repeats"):
+        for name in ("batch", "repeats"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _require("length", self.length, self.length is None or self.length >= 1, "at least 1, or not given")
         _require("warmup", self.warmup, self.warmup >= 0, "at least 0")
 
 

@@ -1,0 +1,130 @@
+"""`sidestep compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from sidestep.cli import options as opt
+from sidestep.cli.errors import INTERRUPTED, reporting
+from sidestep.show import hush, remark, show_table
+
+if TYPE_CHECKING:
+    from sidestep.compare.spec import Comparison
+
+
+def compare(
+    file: opt.ComparisonFile = None,
+    backbone: opt.ComparedBackbone = None,
+    methods: opt.Methods = None,
+    train: opt.ComparedRows = None,
+    dev: opt.ComparedDev = None,
+    text: opt.Text = None,
+    text2: opt.Text2 = None,
+    image: opt.Image = None,
+    label: opt.Label = "label",
+    problem: opt.Problem = None,
+    max_length: opt.MaxLength = None,
+    columns: opt.Columns = None,
+    no_header: opt.NoHeader = False,
+    no_quoting: opt.NoQuoting = False,
+    encoding: opt.Encoding = "utf-8",
+    rows: opt.MostRows = None,
+    epochs: opt.Epochs = 3,
+    batch_size: opt.BatchSize = 32,
+    seeds: opt.Seeds = 3,
+    bf16: opt.Bf16 = False,
+    no_costs: opt.NoCosts = False,
+    only: opt.Only = None,
+    quick: opt.Quick = False,
+    dry_run: opt.DryRun = False,
+    output: opt.Results = None,
+    debug: opt.Debug = False,
+) -> None:
+    """Compare methods at the same settings: scores, memory, time. A stopped comparison continues."""
+    with reporting(debug):
+        from sidestep.compare.files import comparison_file, comparison_from
+        from sidestep.compare.spec import quick as made_quick
+
+        hush(True)
+        if (file is None) == (backbone is None):
+            raise ValueError("give a comparison file (sidestep compare study.toml), or --backbone, --train and --text")
+        if file is not None:
+            comparison, results = comparison_file(file)
+        else:
+            task: dict[str, Any] = {
+                "train": train,
+                "dev": dev,
+                "text": text,
+                "text2": text2,
+                "image": image,
+                "label": label,
+                "problem": problem,
+                "columns": None if columns is None else [name.strip() for name in columns.split(",")],
+                "header": not no_header,
+                "quoting": not no_quoting,
+                "encoding": encoding,
+            }
+            values = {
+                "backbone": [{"model": backbone}],
+                "task": [task],
+                "methods": _listed(methods),
+                "seeds": list(range(seeds)),
+                "rows": rows,
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "max_length": max_length,
+                "bf16": bf16,
+                **({"costs": False} if no_costs else {}),
+            }
+            comparison, results = comparison_from(values, Path(), "the command line"), Path("comparison.jsonl")
+        if only is not None:
+            comparison = comparison.only(_listed(only) or [])
+        if quick:
+            comparison, cut = made_quick(comparison)
+            results = results.with_stem(f"{results.stem}-quick")
+            remark(f"quick: {'; '.join(cut) or 'nothing had to be cut'}")
+        if dry_run:
+            _show_plan(comparison)
+        else:
+            _run(comparison, output or results)
+
+
+def _run(comparison: Comparison, output: Path) -> None:
+    from sidestep.compare.runs import run
+    from sidestep.compare.summary import summary
+
+    try:
+        outcome = run(comparison, output, tell=remark)
+    except KeyboardInterrupt:
+        remark(f"Stopped. What is done is in {output}; the same command continues")
+        raise typer.Exit(INTERRUPTED) from None
+    show_table(f"{len(outcome.records)} results, {outcome.ran} of them new", *summary(outcome.records))
+    for record in outcome.records:
+        if record.status != "ok":
+            asked = record.settings
+            where = ", ".join(str(asked[name]) for name in ("backbone", "task", "contender") if name in asked)
+            remark(f"{record.status}: {record.kind} of {where}: {record.reason}")
+    remark(f"results: {output}; as a page: sidestep report {output}")
+
+
+def _show_plan(comparison: Comparison) -> None:
+    from sidestep.compare.runs import planned
+
+    lines = planned(comparison)
+    seeds = ", ".join(map(str, comparison.seeds))
+    table = [
+        (one.backbone, one.task, one.contender.name, ", ".join(f"{rate:g}" for rate in one.contender.rates), seeds)
+        for one in lines
+    ]
+    runs = sum(one.trials + one.scores for one in lines)
+    show_table(f"{runs} runs of {comparison.epochs} epochs", ("backbone", "task", "contender", "rates", "seeds"), table)
+    for one in comparison.contenders:
+        if (plain := comparison.score_of(one)) is not None:
+            remark(f"{one.name}: costs only; its scores are those of {plain}")
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",")]

@@ -1,0 +1,103 @@
+"""The cost lines of a comparison: memory, time and energy of one step, for all contenders in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sidestep.compare.bench import Bench
+from sidestep.compare.ledger import Ledger
+from sidestep.compare.spec import Comparison, Contender, Costs
+from sidestep.heads import Classify
+from sidestep.meters import Cost, measure
+from sidestep.model import Settings, SideModel, detach
+from sidestep.plan import plan_for
+from sidestep.plan.blank import blank_batch
+
+
+def measure_costs(
+    comparison: Comparison, costs: Costs, bench: Bench, ledger: Ledger, refused: Mapping[str, str]
+) -> None:
+    """Measure every contender on a backbone, unless each has its line already.
+
+    They are measured together or not at all: times taken in turns can be compared, times of another day cannot.
+
+    Args:
+        comparison: what is compared.
+        costs: how.
+        bench: the backbone.
+        ledger: where the lines go.
+        refused: contenders that cannot be attached, with the reason.
+    """
+    head = Classify(num_labels=2, pool=bench.spec.pool)
+    probe = bench.attach(Contender.named("probe"), head, seed=0)
+    try:
+        batch = blank_batch(probe, costs.batch, costs.length if bench.reads_text else None, None)
+        shown = f"Classify(num_labels=2, pool={probe.pool})"
+    finally:
+        detach(probe)
+    batch = {name: value.to(bench.device) for name, value in batch.items()}
+    settings = {one.name: _settings(comparison, costs, bench, one, batch, shown) for one in comparison.contenders}
+    for name, reason in refused.items():
+        ledger.refuse("cost", settings.pop(name), reason)
+    if not settings or all(ledger.find("cost", asked) for asked in settings.values()):
+        return
+    ledger.tell(f"{bench.spec.name}: measuring memory and time of {', '.join(settings)}")
+    begin = time.perf_counter()
+    contenders = {one.name: _attached_with(one, head) for one in comparison.contenders if one.name in settings}
+    found: Mapping[str, Cost | Exception]
+    try:
+        found = measure(
+            bench.model,
+            contenders,
+            batch,
+            repeats=costs.repeats,
+            warmup=costs.warmup,
+            bf16=comparison.bf16,
+            planned=lambda model, inputs: _planned(model, inputs, bench.precision),
+        )
+    # whatever breaks the meters is no reason to lose the scores
+    except Exception as error:
+        found = dict.fromkeys(settings, error)
+    seconds = (time.perf_counter() - begin) / len(found)
+    for name, cost in found.items():
+        if isinstance(cost, Cost):
+            ledger.add("cost", settings[name], measured=cost.to_dict(), seconds=seconds)
+        else:
+            ledger.add("cost", settings[name], status="failed", reason=f"{type(cost).__name__}: {cost}")
+
+
+def _settings(
+    comparison: Comparison, costs: Costs, bench: Bench, one: Contender, batch: Mapping[str, Tensor], head: str
+) -> dict[str, Any]:
+    images = batch.get("pixel_values")
+    return {
+        **bench.settings(one),
+        "batch": costs.batch,
+        "length": batch["input_ids"].shape[1] if images is None else None,
+        "image_size": None if images is None else images.shape[-1],
+        "head": head,
+        "repeats": costs.repeats,
+        "warmup": costs.warmup,
+        "score_of": comparison.score_of(one),
+    }
+
+
+def _attached_with(one: Contender, head: Classify) -> Settings:
+    return Settings(
+        one.config,
+        head,
+        backbone_noise=one.noise,  # type: ignore[arg-type]
+        checkpoint="late" if one.checkpoint else None,
+    )
+
+
+def _planned(model: SideModel, batch: Mapping[str, Tensor], precision: str) -> int | None:
+    """What the planner predicts; None where it cannot."""
+    try:
+        return plan_for(model, batch, precision=precision).peak_bytes  # type: ignore[arg-type]
+    except ValueError:
+        return None
