@@ -233,3 +233,8 @@ def test_a_timm_models_head_does_not_change_the_digest() -> None:
     with_head.load_state_dict(headless.state_dict(), strict=False)
     assert digest(headless) == digest(with_head)
     assert digest(move(with_head, "blocks.0.mlp.fc1.bias")) != digest(headless)
+
+
+def test_a_network_of_convolutions_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the blocks of ConvNeXt are convolutions \(ConvNeXtBlock\)"):
+        find_places(timm.create_model("convnext_atto", num_classes=3))

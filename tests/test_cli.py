@@ -22,7 +22,7 @@ from sidestep import store
 from sidestep import train as training
 from sidestep.cli import app
 from sidestep.cli.values import config_from
-from sidestep.loading import load_backbone
+from sidestep.loading import load_backbone, load_processor
 from small_tasks import image_backbone, image_folder, padless_backbone, reviews, text_backbone, write
 
 FAST = ["--set", "rank=8", "--epochs", "2", "--batch-size", "8", "--lr", "0.02", "--quiet"]
@@ -275,7 +275,7 @@ def test_a_backbone_without_weights(place: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_method_or_setting(place: Path) -> None:
-    assert "unknown method 'lora': choose one of bitfit, " in refused_training(place, "--method", "lora")
+    assert "unknown method 'lore': choose one of bitfit, " in refused_training(place, "--method", "lore")
     said = refused_training(place, "--set", "rnk=4")
     assert "ReadConfig has no field 'rnk' (did you mean 'rank'?): it has rank, cell, aggregate" in said
     assert "--set rank=few: 'few' is not a whole number" in refused_training(place, "--set", "rank=few")
@@ -377,7 +377,21 @@ def test_a_task_without_preprocessing_says_so(place: Path, tmp_path: Path) -> No
     model = ss.attach(load_backbone(place / "bert"), ss.ReadConfig(rank=4), head=ss.Classify(num_labels=2))
     model.save_pretrained(tmp_path / "task")
     said = refusal("eval", tmp_path / "task", "--data", place / "dev.tsv")
-    assert "this task does not say which columns it reads" in said or "holds no tokenizer" in said
+    assert "this task does not say which columns it reads" in said
+
+
+def test_a_task_saved_from_python_predicts_with_the_columns_that_are_named(place: Path, tmp_path: Path) -> None:
+    head = ss.Classify(num_labels=2, labels=("bad", "good"))
+    model = ss.attach(load_backbone(place / "bert"), ss.ReadConfig(rank=4), head=head)
+    model.extras["processor"] = load_processor(place / "bert")
+    model.save_pretrained(tmp_path / "task")
+    asked = ("predict", tmp_path / "task", "--data", place / "dev.tsv", "--output", tmp_path / "out.csv")
+    assert "this task does not say which columns it reads: name them (--text or --image)" in refusal(*asked)
+    succeed(*asked, "--text", "text")
+    with (tmp_path / "out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["prediction"] for row in rows} <= {"bad", "good"}
+    assert all(float(row["p_bad"]) + float(row["p_good"]) == pytest.approx(1) for row in rows)
 
 
 def test_divergence_is_one_message(place: Path, tmp_path: Path) -> None:

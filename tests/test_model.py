@@ -83,11 +83,41 @@ def test_a_model_that_was_never_loaded_trains_its_classifier_only() -> None:
     assert own_trained(ss.attach(t.BertForSequenceClassification(BERT), READ)) == CLASSIFIER
 
 
-@pytest.mark.parametrize("train_head", [None, True, False])
-def test_a_sidestep_head_replaces_the_backbones_own(train_head: bool | None, saved: Callable[..., Path]) -> None:
+def test_a_sidestep_head_replaces_the_backbones_own(saved: Callable[..., Path]) -> None:
     folder = saved(t.BertForMaskedLM(BERT))
     backbone = t.BertForSequenceClassification.from_pretrained(folder, num_labels=LABELS)
-    assert own_trained(ss.attach(backbone, READ, head=HEAD, train_head=train_head)) == set()
+    assert own_trained(ss.attach(backbone, READ, head=HEAD)) == set()
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+def test_train_head_beside_a_sidestep_head_is_refused(train_head: bool) -> None:
+    with pytest.raises(ValueError, match=f"train_head={train_head} with a Classify head"):
+        ss.attach(FAMILIES["bert"].model(), READ, head=HEAD, train_head=train_head)
+
+
+def test_speech_is_classified_from_its_features() -> None:
+    """An encoder-decoder whose inputs are no token ids gets its decoder's first token too."""
+    config = t.WhisperConfig(
+        vocab_size=50,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_mel_bins=8,
+        max_source_positions=16,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+    )
+    model = ss.attach(t.WhisperModel(config), READ, head=HEAD).eval()
+    features = torch.randn(2, 8, 32)
+    assert model(input_features=features).logits.shape == (2, LABELS)
+    assert torch.equal(model(features).logits, model(input_features=features).logits)
 
 
 def test_train_head_overrides_the_rule(saved: Callable[..., Path]) -> None:

@@ -91,6 +91,12 @@ def _stack(
             f"{type(trunk).__name__} holds no list of repeated blocks: Sidestep needs a Transformer (or a model "
             "whose blocks stand in an nn.ModuleList or nn.Sequential)"
         )
+    blocks = [block for container in containers.values() for block in container.children()]
+    if all(_convolves(block) for block in blocks):
+        raise ValueError(
+            f"the blocks of {type(trunk).__name__} are convolutions ({type(blocks[0]).__name__}): Sidestep needs a "
+            "Transformer, whose blocks hand on (batch, tokens, width)"
+        )
     owners = {path.rpartition(".")[0].rpartition(".")[0] for path in containers}
     if len(containers) > 1 and (len(owners) > 1 or not all(_is_indexed(path) for path in containers)):
         raise ValueError(
@@ -146,6 +152,12 @@ def _outermost_repeats(lists: dict[str, nn.Module]) -> dict[str, nn.Module]:
         for path, module in repeats.items()
         if not any(path.startswith(f"{other}.") for other in repeats if other != path)
     }
+
+
+def _convolves(block: nn.Module) -> bool:
+    """Whether a block mixes its tokens by convolution, without attention."""
+    attends = any("attention" in type(module).__name__.lower() for module in block.modules())
+    return not attends and any(isinstance(module, nn.Conv2d) for module in block.modules())
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -57,7 +57,7 @@ def attach(
         backbone: a Hugging Face model, with or without a task head, or a timm model.
         method: for example `ReadConfig(rank=128)`.
         head: `Classify`, `Regress`, or None for the backbone's own head.
-        train_head: whether the backbone's own head is trained; None: if it is new or the class is a
+        train_head: with head=None, whether the backbone's own head is trained; None: if it is new or the class is a
             For...Classification class. A pooler is trained if it is new.
         backbone_noise: "drop_path", "dropout" or "all" leave that noise on in training; None: eval mode. A method that
             changes the backbone's weights trains with the backbone's own noise in any case.
@@ -71,6 +71,11 @@ def attach(
     backbones.check_noise(backbone_noise)
     if checkpoint not in (None, "late"):
         raise ValueError(f'checkpoint={checkpoint!r}: choose None or "late"')
+    if head is not None and train_head is not None:
+        raise ValueError(
+            f"train_head={train_head} with a {type(head).__name__} head: a Sidestep head is always trained, and "
+            "train_head is about the backbone's own; leave one of them out"
+        )
     _check_attachable(backbone)
     return SideModel(backbone, Settings(method, head, train_head, backbone_noise, checkpoint))
 
@@ -207,7 +212,9 @@ class SideModel(nn.Module):
                 stored.append(name)
         stored += self._running_statistics()
         tensors = dict([*self.backbone.named_parameters(), *self.backbone.named_buffers()])
-        self._originals = {name: tensors[name].detach().to("cpu", copy=True) for name in stored}
+        # a backbone without values (a plan's, on the meta device) has none to keep
+        place = "meta" if self.device.type == "meta" else "cpu"
+        self._originals = {name: tensors[name].detach().to(place, copy=True) for name in stored}
         side = [name for name in super().state_dict() if name.startswith(("side.", "head."))]
         self._task_names = (*side, *(f"backbone.{name}" for name in stored))
 
@@ -328,7 +335,8 @@ class SideModel(nn.Module):
         if "use_cache" in names and "past_key_values" not in kwargs and (self.head is not None or self.training):
             kwargs.setdefault("use_cache", False)
         if self.head is not None and backbones.is_encoder_decoder(self.backbone):
-            first = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+            given = (kwargs.get(name) for name in (self.main_input_name, "inputs_embeds"))
+            first = args[0] if args else next((tensor for tensor in given if tensor is not None), None)
             if first is not None and kwargs.get("decoder_input_ids") is None:
                 start = torch.full((first.shape[0], 1), self._decoder_start(), device=first.device)
                 kwargs["decoder_input_ids"] = start

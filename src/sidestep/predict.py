@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Subset
 
-from sidestep.data import DataError, Fields, LabelSpace
+from sidestep.data import DataError, Fields, Kind, LabelSpace
 from sidestep.data.labels import SEPARATOR
+from sidestep.heads import Classify
 from sidestep.metrics import scores
 from sidestep.model import SideModel
 from sidestep.prepare import collator, encode, stored_fields, stored_labels
@@ -181,11 +182,26 @@ def _reading(model: SideModel, fields: Fields | None) -> tuple[Fields, LabelSpac
     preprocessing = model.extras.get("preprocessing") or {}
     if model.extras.get("processor") is None:
         raise DataError("this task holds no tokenizer or image processor: set model.extras['processor']")
-    return fields or stored_fields(preprocessing), stored_labels(preprocessing)
+    labels = stored_labels(preprocessing) if "problem" in preprocessing else labels_of(model)
+    return fields or stored_fields(preprocessing), labels
+
+
+def labels_of(model: SideModel) -> LabelSpace:
+    """What a model's head says that it predicts: of a task that was saved from Python, without `sidestep train`."""
+    head, config = model.settings.head, getattr(model, "config", None)
+    if isinstance(head, Classify):
+        names = head.labels or map(str, range(head.num_labels))
+        return LabelSpace(head.kind, tuple(names))
+    if head is not None or getattr(config, "problem_type", None) == "regression":
+        return LabelSpace("regress", ())
+    if config is None or not config.id2label:
+        raise DataError("this task does not say what it predicts: train it with `sidestep train`, or a Sidestep head")
+    kind: Kind = "multi" if config.problem_type == "multi_label_classification" else "single"
+    return LabelSpace(kind, tuple(config.id2label[index] for index in sorted(config.id2label)))
 
 
 def _encode(model: SideModel, rows: Dataset, fields: Fields, labels: LabelSpace | None) -> Dataset:
-    length = model.extras["preprocessing"].get("max_length")
+    length = (model.extras.get("preprocessing") or {}).get("max_length")
     wanted = Fields(text=fields.text, text2=fields.text2, image=fields.image, label=fields.label if labels else None)
     return encode(rows, wanted, model.extras["processor"], labels, length)[0]
 

@@ -196,16 +196,7 @@ def stored_fields(preprocessing: Mapping[str, Any]) -> Fields:
 
 
 def stored_labels(preprocessing: Mapping[str, Any]) -> LabelSpace:
-    """What a saved task predicts.
-
-    Raises:
-        DataError: if the task does not say.
-    """
-    if "problem" not in preprocessing:
-        raise DataError(
-            "this task does not say what it predicts: it was saved without model.extras['preprocessing'], "
-            "which `sidestep train` writes"
-        )
+    """What a task predicts that `sidestep train` has saved."""
     return LabelSpace(preprocessing["problem"], tuple(preprocessing["labels"]))
 
 

@@ -22,7 +22,7 @@ from sidestep import checkpoints
 from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, StopIfDiverged
 from sidestep.heads import Classify, HeadConfig, Regress
 from sidestep.loading import source_of
-from sidestep.methods import WeightDelta
+from sidestep.methods import SideNet, WeightDelta
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, scores
 from sidestep.model import SideModel
 from sidestep.predict import logits
@@ -381,6 +381,7 @@ def _notes(model: SideModel) -> list[str]:
         "its own" if issubclass(model.record.implementation, WeightDelta) else "none"
     )
     notes = [f"noise of the backbone in training: {noise}"]
-    if not any(place.site.kind == "norm" for place in model.places):
+    corrects = type(model.side).finish is not SideNet.finish
+    if corrects and not any(place.site.kind == "norm" for place in model.places):
         notes.append("the backbone has no final norm: a correction before it is the same as one after it")
     return notes
