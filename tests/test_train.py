@@ -30,7 +30,7 @@ from sidestep.data import DataError, Fields, read
 from sidestep.loading import load_backbone, load_processor
 from sidestep.methods import MethodConfig
 from sidestep.prepare import TaskData, prepare
-from sidestep.settings import TrainSettings
+from sidestep.settings import OTHER_RATES, RATES, TrainSettings
 from sidestep.step import measure_step
 from sidestep.train import TrainError, head_for, train
 from small_tasks import image_backbone, image_folder, padless_backbone, reviews, text_backbone, write
@@ -688,8 +688,9 @@ def test_every_setting_reaches_the_trainer(backbone: Path, tmp_path: Path) -> No
 
 def test_default_rates_are_the_methods_own(tmp_path: Path) -> None:
     plain = TrainSettings(output=tmp_path)
-    assert {name: plain.rate(name) for name in training.DEFAULT_RATES} == dict(training.DEFAULT_RATES)
-    assert plain.rate("somebody's") == 1e-3
+    assert {name: plain.rate(name) for name in RATES} == {name: middle for name, (_, middle, _) in RATES.items()}
+    assert all(list(rates) == sorted(rates) for rates in RATES.values())
+    assert plain.rate("somebody's") == OTHER_RATES[1]
     assert settings(tmp_path, learning_rate=0.5).rate("read") == 0.5
 
 

@@ -13,12 +13,25 @@ from sidestep.metrics import METRICS, PRIMARY
 Schedule = Literal["linear", "cosine", "constant"]
 Keep = Literal["best", "last"]
 
-DEFAULT_RATES: Mapping[str, float] = {"read": 2e-3, "probe": 5e-3, "bitfit": 1e-3, "full": 5e-5}
-"""Learning rate of each method where none is given; other methods get `OTHER_RATE`."""
-OTHER_RATE = 1e-3
+RATES: Mapping[str, tuple[float, float, float]] = {
+    "bitfit": (5e-4, 2e-3, 5e-3),
+    "dora": (5e-4, 2e-3, 5e-3),
+    "full": (2e-5, 6e-5, 2e-4),
+    "ia3": (1e-3, 5e-3, 2e-2),
+    "lora": (5e-4, 2e-3, 5e-3),
+    "probe": (3e-3, 1e-2, 5e-2),
+    "read": (5e-4, 2e-3, 6e-3),
+}
+"""Learning rates worth trying with each method, from low to high; the middle one is the default."""
+OTHER_RATES = (3e-4, 1e-3, 3e-3)
 
 FREE_TO_CHANGE = ("output", "resume", "overwrite", "progress", "workers", "eval_batch_size", "measure")
 """What a resumed run may set otherwise: none of it changes what is computed."""
+
+
+def rates_of(method: str) -> tuple[float, float, float]:
+    """Three learning rates for a method, of which the middle one is the default."""
+    return RATES.get(method, OTHER_RATES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +43,7 @@ class TrainSettings:
         epochs: passes over the training rows.
         batch_size: rows of one forward and backward pass.
         eval_batch_size: rows of one forward pass over the dev rows.
-        learning_rate: None: the method's entry of `DEFAULT_RATES`.
+        learning_rate: None: the middle one of `rates_of` the method.
         weight_decay: AdamW's.
         warmup: share of the steps in which the rate rises to its value.
         schedule: what it does after that.
@@ -114,7 +127,7 @@ class TrainSettings:
 
     def rate(self, method: str) -> float:
         """The learning rate that is used with a method."""
-        return self.learning_rate or DEFAULT_RATES.get(method, OTHER_RATE)
+        return self.learning_rate or rates_of(method)[1]
 
     def best_by(self, kind: str, classes: int) -> str:
         """The score that chooses the best epoch for a problem of this kind.

@@ -28,11 +28,11 @@ from sidestep.model import SideModel
 from sidestep.predict import logits
 from sidestep.prepare import TaskData
 from sidestep.results import Results, device_name, versions
-from sidestep.settings import DEFAULT_RATES, TrainSettings
+from sidestep.settings import TrainSettings
 from sidestep.step import StepCost, measure_step
 from sidestep.store import WEIGHTS
 
-__all__ = ["DEFAULT_RATES", "TrainError", "TrainSettings", "head_for", "largest_batch", "train"]
+__all__ = ["TrainError", "TrainSettings", "head_for", "largest_batch", "train"]
 
 
 class TrainError(RuntimeError):

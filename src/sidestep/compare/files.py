@@ -17,13 +17,13 @@ from sidestep.compare.spec import (
     Costs,
     Task,
     default_contenders,
-    grid,
     require_known,
 )
 from sidestep.data import Fields, TableOptions
 from sidestep.loading import TIMM
 from sidestep.methods import method_named, methods
 from sidestep.prepare import check_problem
+from sidestep.settings import rates_of
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table"}
@@ -199,7 +199,7 @@ def _contender(table: _Table) -> Contender:
     found = Contender(
         name=table.get("name", str) or (f"{method}{CHECKPOINT}" if checkpoint else method),
         config=made,
-        rates=table.several("rates", float) or grid(method),
+        rates=table.several("rates", float) or rates_of(method),
         checkpoint=checkpoint,
         noise=table.get("noise", str),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -15,19 +15,7 @@ from sidestep.backbone import check_noise
 from sidestep.data import Fields, Kind, TableOptions, holdout, read
 from sidestep.families import Pool
 from sidestep.methods import MethodConfig, method_named, method_of, methods
-from sidestep.settings import Schedule
-
-GRIDS: Mapping[str, tuple[float, ...]] = {
-    "bitfit": (5e-4, 2e-3, 5e-3),
-    "dora": (5e-4, 2e-3, 5e-3),
-    "full": (2e-5, 6e-5, 2e-4),
-    "ia3": (1e-3, 5e-3, 2e-2),
-    "lora": (5e-4, 2e-3, 5e-3),
-    "probe": (3e-3, 1e-2, 5e-2),
-    "read": (5e-4, 2e-3, 6e-3),
-}
-"""Learning rates tried for each method where none are given; other methods get `OTHER_GRID`."""
-OTHER_GRID = (3e-4, 1e-3, 3e-3)
+from sidestep.settings import Schedule, rates_of
 
 CHECKPOINTED = ("lora", "full")
 """Methods that stand in a default comparison a second time, with their blocks recomputed in backward."""
@@ -140,7 +128,7 @@ class Contender:
         method = name.removesuffix(CHECKPOINT)
         require_known("method", method, methods())
         config = method_named(method).config()
-        return cls(name=name, config=config, rates=grid(method), checkpoint=name != method)
+        return cls(name=name, config=config, rates=rates_of(method), checkpoint=name != method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,11 +247,6 @@ def default_contenders() -> tuple[Contender, ...]:
     """Every registered method, and those of `CHECKPOINTED` a second time with their blocks recomputed."""
     names = list(methods())
     return tuple(map(Contender.named, [*names, *(f"{name}{CHECKPOINT}" for name in CHECKPOINTED if name in names)]))
-
-
-def grid(method: str) -> tuple[float, ...]:
-    """The rates that are tried for a method where none are given."""
-    return GRIDS.get(method, OTHER_GRID)
 
 
 def quick(comparison: Comparison) -> tuple[Comparison, list[str]]:

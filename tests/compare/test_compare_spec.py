@@ -1,0 +1,209 @@
+"""What a comparison is asked to do: from files and flags, with equal effort for all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sidestep as ss
+from sidestep.compare.files import comparison_file, comparison_from
+from sidestep.compare.spec import (
+    Backbone,
+    Comparison,
+    Contender,
+    Task,
+    default_contenders,
+    quick,
+)
+from sidestep.data import DataError, Fields
+from sidestep.settings import OTHER_RATES
+
+BACKBONE = Backbone(name="tiny", model="tiny")
+TASK = Task(name="reviews", train="train.tsv", fields=Fields(text="text", label="label"))
+FILE = """
+seeds = [0, 1]
+epochs = 4
+batch_size = 16
+max_length = 64
+methods = ["read", "lora+checkpoint"]
+
+[[backbone]]
+name = "base"
+model = "models/base"
+pool = "cls"
+
+[[backbone]]
+model = "timm:vit_base@weights.safetensors"
+
+[[task]]
+name = "rte"
+train = "${DATA}/rte/train.tsv"
+dev = "rte/dev.tsv"
+text = "sentence1"
+text2 = "sentence2"
+quoting = false
+rows = 100
+
+[[task]]
+train = "photos"
+image = "image"
+
+[[contender]]
+name = "read-8"
+method = "read"
+set = { rank = 8 }
+rates = [1, 0.1, 0.01]
+"""
+
+
+def comparison(**changes: Any) -> Comparison:
+    contenders = (Contender.named("read"), Contender.named("full"))
+    given: dict[str, Any] = {"backbones": (BACKBONE,), "tasks": (TASK,), "contenders": contenders}
+    return Comparison(**{**given, **changes})
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    given = {"backbone": [{"model": "tiny"}], "task": [{"train": "train.tsv", "text": "text"}]}
+    return {**given, **changes}
+
+
+def test_every_registered_method_is_a_contender_by_default_one_of_a_third_party_too() -> None:
+    names = [one.name for one in default_contenders()]
+    assert set(ss.methods()) <= set(names)
+    assert "late_writer" in names
+    assert {"lora+checkpoint", "full+checkpoint"} <= set(names)
+    assert Contender.named("late_writer").rates == OTHER_RATES
+    assert comparison_from(values(), Path(), "here").contenders == default_contenders()
+
+
+def test_equal_effort_is_the_default_and_unequal_effort_is_refused() -> None:
+    assert len({len(one.rates) for one in default_contenders()}) == 1
+    odd = replace(Contender.named("full"), rates=(1e-5,))
+    with pytest.raises(ValueError, match=r"unequal tuning effort: read has 3 rates, full has 1 rates\. Give every"):
+        comparison(contenders=(Contender.named("read"), odd))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tasks": ()}, "no tasks: a comparison needs at least one"),
+        ({"backbones": (BACKBONE, BACKBONE)}, "backbone tiny stands there twice"),
+        ({"seeds": (1, 1)}, "seed 1 stands there twice"),
+        ({"rows": 1}, "rows=1, but it must be at least 2, or not given"),
+        ({"holdout": 1.0}, "holdout=1.0, but it must be a share between 0 and 1"),
+        ({"attention": "flash"}, "attention='flash', but it must be sdpa or eager"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=r"no tasks|twice|must be") as caught:
+        comparison(**changes)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("rates", [(), (0.0,), (float("nan"),), (1e-3, 1e-3)])
+def test_rates_are_different_numbers_above_zero(rates: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="rates="):
+        replace(Contender.named("read"), rates=rates)
+
+
+def test_recomputing_blocks_has_the_score_of_the_plain_contender() -> None:
+    plain, recomputed, own = (Contender.named(name) for name in ("lora", "lora+checkpoint", "full+checkpoint"))
+    both = comparison(contenders=(plain, recomputed, own))
+    assert both.score_of(recomputed) == "lora"
+    assert both.scored == (plain, own)  # nothing else in the comparison computes what `own` computes
+    noisy = replace(recomputed, name="noisy", noise="all")
+    assert comparison(contenders=(plain, noisy)).score_of(noisy) is None
+
+
+def test_quick_says_what_it_leaves_out_and_never_adds() -> None:
+    small, cut = quick(comparison(rows=1000, epochs=1, tasks=(replace(TASK, rows=900),)))
+    assert (small.seeds, small.rows, small.dev_rows, small.epochs) == ((0,), 128, 128, 1)
+    assert small.tasks[0].rows is None
+    assert [one.rates for one in small.contenders] == [one.rates[-2:] for one in comparison().contenders]
+    assert cut[:3] == ["seeds 0, 1, 2 -> 0", "rows 1000 -> 128", "dev_rows all -> 128"]
+    assert not any("epochs" in part for part in cut)
+    assert quick(comparison(rows=8))[0].rows == 8
+
+
+def test_only_some_contenders() -> None:
+    assert [one.name for one in comparison().only(["full"]).contenders] == ["full"]
+    with pytest.raises(
+        ValueError, match=r"unknown contender 'ful' \(did you mean 'full'\?\): choose one of read, full"
+    ):
+        comparison().only(["ful"])
+
+
+def test_a_file_with_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA", "/data")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    (tmp_path / "study.toml").write_text(FILE)
+    found, results = comparison_file(tmp_path / "study.toml")
+    assert results == tmp_path / "study.jsonl"
+    assert [one.name for one in found.backbones] == ["base", "timm:vit_base"]
+    assert found.backbones[0].model == str(tmp_path / "models" / "base")
+    assert found.backbones[1].model == f"timm:vit_base@{tmp_path / 'weights.safetensors'}"
+    text, photos = found.tasks
+    assert (text.train, text.dev) == ("/data/rte/train.tsv", str(tmp_path / "rte" / "dev.tsv"))
+    assert (text.options.quoting, text.rows, text.fields.text2) == (False, 100, "sentence2")
+    assert (photos.name, photos.fields.image, photos.train) == ("photos", "image", str(tmp_path / "photos"))
+    assert [one.name for one in found.contenders] == ["read", "lora+checkpoint", "read-8"]
+    assert found.contenders[2].config == ss.ReadConfig(rank=8)
+    assert found.contenders[2].rates == (1.0, 0.1, 0.01)
+    assert found.costs is not None
+    assert (found.costs.batch, found.costs.length) == (16, 64)
+
+
+def test_the_results_go_where_the_file_says(tmp_path: Path) -> None:
+    lines = 'output = "out/all.jsonl"\ncosts = false\n[[backbone]]\nmodel = "org/name"\n'
+    (tmp_path / "study.toml").write_text(lines + '[[task]]\ntrain = "org/rows"\ntext = "text"\n')
+    found, results = comparison_file(tmp_path / "study.toml")
+    assert results == tmp_path / "out" / "all.jsonl"
+    assert found.costs is None
+    assert (found.backbones[0].model, found.tasks[0].train) == ("org/name", "org/rows")  # hub ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epoch": 3}, r"here: unknown field 'epoch' \(did you mean 'epochs'\?\): choose one of backbone, task"),
+        ({"methods": ["raed"]}, r"unknown method 'raed' \(did you mean 'read'\?\): choose one of bitfit"),
+        ({"contender": [{"method": "lorra"}]}, r"unknown method 'lorra' \(did you mean 'lora'\?\)"),
+        (
+            {"contender": [{"method": "read", "set": {"rnk": 3}}]},
+            r"\[\[contender\]\] 1: ReadConfig has no field rnk",
+        ),
+        ({"contender": [{"method": "read", "set": {"rank": "8"}}]}, r"here, \[\[contender\]\] 1: "),
+        ({"contender": [{"method": "read", "noise": "loud"}]}, "backbone_noise='loud'"),
+        ({"task": [{"train": "a.tsv"}]}, r"\[\[task\]\] 1: name one column, of texts \(text\) or of images"),
+        ({"task": [{"text": "text"}]}, r"\[\[task\]\] 1: train is missing"),
+        ({"task": [{"train": "a.tsv", "text": "t", "split": "x"}]}, r"\[\[task\]\] 1: unknown field 'split'"),
+        ({"backbone": []}, "here: no backbones: a comparison needs at least one"),
+        ({"backbone": [{"model": "a", "pool": "max"}]}, "pool='max' of backbone 'a': choose cls, mean, last"),
+        ({"seeds": 3}, "here: seeds=3 is not a list"),
+        ({"seeds": [True]}, "here: seeds=True is not a whole number"),
+        ({"bf16": 1}, "here: bf16=1 is not true or false"),
+        ({"costs": 3}, r"here: costs=3: write a table \[costs\], or costs = false"),
+        ({"costs": {"repeat": 3}}, r"here, \[costs\]: unknown field 'repeat' \(did you mean 'repeats'\?\)"),
+        ({"task": [{"train": "${NO_SUCH_PLACE}/a.tsv", "text": "t"}]}, "NO_SUCH_PLACE.* is no environment variable"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        comparison_from(values(**changes), Path(), "here")
+
+
+def test_a_problem_that_is_not_supported_is_refused() -> None:
+    with pytest.raises(DataError, match="token classification is not supported yet"):
+        comparison_from(values(task=[{"train": "a", "text": "t", "problem": "ner"}]), Path(), "here")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.toml does not exist"):
+        comparison_file(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("seeds = [")
+    with pytest.raises(ValueError, match=r"broken\.toml cannot be read as TOML"):
+        comparison_file(tmp_path / "broken.toml")
