@@ -1,0 +1,348 @@
+"""Whole comparisons on a tiny model: one path for all, nothing chosen on dev, and a killed one continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sidestep.compare import bench, runs
+from sidestep.compare.bench import Bench, Prepared, Rows, fingerprint, pairs
+from sidestep.compare.files import comparison_from
+from sidestep.compare.records import Record, read
+from sidestep.compare.runs import planned, run
+from sidestep.compare.spec import Comparison, Contender
+from sidestep.compare.summary import summary
+from sidestep.data import DataError, Fields
+from sidestep.data import read as read_rows
+from sidestep.train import TrainError
+from small_tasks import image_backbone, image_folder, reviews, text_backbone, write
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models of this size take a hundred times longer where two threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a backbone and rows."""
+    folder = tmp_path_factory.mktemp("compare")
+    text_backbone(folder / "bert")
+    write(folder / "train.tsv", reviews(32))
+    write(folder / "dev.tsv", reviews(16, 1))
+    return folder
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    given = {
+        "backbone": [{"model": "bert"}],
+        "task": [{"name": "reviews", "train": "train.tsv", "dev": "dev.tsv", "text": "text"}],
+        "contender": [{"method": "probe", "rates": [0.01, 0.1]}, {"method": "full", "rates": [1e-4, 1e-3]}],
+        "seeds": [0, 1],
+        "epochs": 2,
+        "batch_size": 8,
+        "costs": False,
+    }
+    return {**given, **changes}
+
+
+def comparison(place: Path, **changes: Any) -> Comparison:
+    return comparison_from(values(**changes), place, "the test")
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def told(found: list[Record]) -> list[tuple[Any, ...]]:
+    return [(one.kind, *(one.settings[name] for name in ("contender", "rate", "seed", "part"))) for one in found]
+
+
+def outcome(found: list[Record]) -> dict[str, Any]:
+    """What has to be the same in every run of the same settings."""
+    timing = ("train_seconds", "epoch_seconds")
+    return {
+        one.key: {name: value for name, value in (one.measured or {}).items() if name not in timing} for one in found
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> Path:
+    """The results file of a comparison that has ended."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(comparison(place), place / "finished.jsonl", tell=silent)
+    torch.set_num_threads(threads)
+    return place / "finished.jsonl"
+
+
+def test_rates_are_chosen_on_training_rows_and_every_seed_is_scored_once(finished: Path) -> None:
+    found, _ = read(finished)
+    trials, scores = ([one for one in found if one.kind == kind] for kind in ("trial", "score"))
+    assert told(trials) == [
+        ("trial", "probe", 0.01, 0, "holdout"),
+        ("trial", "full", 1e-4, 0, "holdout"),
+        ("trial", "probe", 0.1, 0, "holdout"),
+        ("trial", "full", 1e-3, 0, "holdout"),
+    ]
+    assert [(line[1], line[3], line[4]) for line in told(scores)] == [
+        ("probe", 0, "dev"),
+        ("full", 0, "dev"),
+        ("probe", 1, "dev"),
+        ("full", 1, "dev"),
+    ]
+    for name in ("probe", "full"):
+        own = [one for one in trials if one.settings["contender"] == name]
+        best = max(own, key=lambda one: (one.measured["score"], -one.measured["history"][-1]["dev_loss"]))  # type: ignore[index]
+        assert {one.settings["rate"] for one in scores if one.settings["contender"] == name} == {best.settings["rate"]}
+    assert {one.settings["rows"] for one in trials} == {25}
+    assert {one.settings["rows"] for one in scores} == {32}
+    assert all(one.settings["trials"] == {"rates": 2, "rows": 25} for one in scores)
+
+
+def test_a_line_says_what_it_takes_to_get_it_again(finished: Path) -> None:
+    record = read(finished)[0][-1]
+    asked, measured = record.settings, record.measured
+    assert measured is not None
+    assert (asked["backbone"], asked["model"]) == ("bert", "BertModel of the folder 'bert'")
+    assert (asked["method"], asked["config"], asked["checkpoint"], asked["noise"]) == ("full", {}, False, "own")
+    assert (asked["precision"], asked["attention"], asked["device"]) == ("float32", "sdpa", "cpu")
+    assert (asked["epochs"], asked["batch"], asked["schedule"], asked["optimizer"]) == (2, 8, "linear", "AdamW")
+    assert str(finished.parent) not in json.dumps(asked)
+    assert [entry["epoch"] for entry in measured["history"]] == [1.0, 2.0]
+    assert measured["score"] == measured["history"][-1]["score"] == measured["scores"]["accuracy"]
+    assert measured["best_epoch_score"] == max(entry["score"] for entry in measured["history"])
+    assert measured["parameters"] > 5000
+    assert 0 < measured["epoch_seconds"] < measured["train_seconds"] < record.seconds
+    assert (record.machine["threads"], record.machine["gpu"]) == (1, None)
+
+
+def test_a_comparison_that_has_ended_runs_nothing_and_leaves_no_litter(place: Path, finished: Path) -> None:
+    before = finished.read_bytes()
+    again = run(comparison(place), finished, tell=silent)
+    assert (again.ran, len(again.records), again.broken) == (0, 8, 0)
+    assert finished.read_bytes() == before
+    assert not list(place.glob(".*"))
+
+
+def test_further_seeds_and_contenders_are_added_to_what_is_there(place: Path, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "more.jsonl"
+    output.write_bytes(finished.read_bytes())
+    bitfit = {"method": "bitfit", "rates": [1e-3, 1e-2]}
+    more = run(comparison(place, contender=[*values()["contender"], bitfit]), output, tell=silent)
+    assert {one.settings["contender"] for one in read(output)[0][8:]} == {"bitfit"}
+    assert more.ran == 4
+
+
+def test_runs_of_the_same_settings_give_the_same_numbers_whatever_was_attached_before(
+    place: Path, finished: Path, tmp_path: Path
+) -> None:
+    other_way = list(reversed(values()["contender"]))
+    run(comparison(place, contender=other_way), tmp_path / "again.jsonl", tell=silent)
+    assert outcome(read(tmp_path / "again.jsonl")[0]) == outcome(read(finished)[0])
+
+
+def test_other_dev_rows_change_no_trial(place: Path, finished: Path, tmp_path: Path) -> None:
+    write(place / "other.tsv", reviews(12, 5))
+    output = tmp_path / "results.jsonl"
+    output.write_bytes(finished.read_bytes())
+    run(comparison(place, task=[{**values()["task"][0], "dev": "other.tsv"}], seeds=[0]), output, tell=silent)
+    new = read(output)[0][8:]
+    assert [one.kind for one in new] == ["score", "score"]
+
+
+def test_the_backbone_is_as_before_when_a_contender_is_done(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = comparison(place, seeds=[0], epochs=1)
+    loaded = Bench.load(asked.backbones[0])
+    plain = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    monkeypatch.setattr(runs.Bench, "load", lambda *args, **how: loaded)
+    run(asked, place / "restored.jsonl", tell=silent)
+    after = loaded.model.state_dict()
+    assert plain.keys() == after.keys()
+    assert all(torch.equal(plain[name], after[name]) for name in plain)
+
+
+def test_what_the_backbone_or_a_missing_library_refuses_is_a_line_and_no_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(self: Bench, one: Contender) -> str | None:
+        return 'install it: pip install "sidestep[compare]"' if one.name == "full" else None
+
+    monkeypatch.setattr(bench.Bench, "refusal", missing)
+    asked = comparison(place, seeds=[0], epochs=1, costs={"batch": 2, "repeats": 1})
+    found = run(asked, tmp_path / "results.jsonl", tell=silent)
+    refused = [one for one in found.records if one.status == "refused"]
+    assert [(one.kind, one.settings["contender"]) for one in refused] == [("score", "full"), ("cost", "full")]
+    assert {one.reason for one in refused} == {'install it: pip install "sidestep[compare]"'}
+    again = run(asked, tmp_path / "results.jsonl", tell=silent)
+    assert (again.ran, len(again.records)) == (0, len(found.records))
+    assert ["bert", "full", "refused", None, None, None, None] in summary(found.records)[1]
+
+
+def test_a_method_that_does_not_work_on_the_backbone_is_refused_with_its_reason(tmp_path: Path) -> None:
+    image_backbone(tmp_path / "vit")
+    loaded = Bench.load(comparison(tmp_path, backbone=[{"model": "vit"}]).backbones[0])
+    swin = replace(loaded, model=_hierarchical())
+    reason = swin.refusal(Contender.named("late_writer"))
+    assert reason is not None
+    assert "late_writer does not work on SwinModel: its state does not change its grid" in reason
+    assert loaded.refusal(Contender.named("late_writer")) is None
+
+
+def _hierarchical() -> torch.nn.Module:
+    from tiny import FAMILIES
+
+    return FAMILIES["swin"].model().swin
+
+
+def test_a_run_that_fails_is_written_down_passed_over_and_tried_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, output = runs.train, tmp_path / "results.jsonl"
+
+    def breaks(model: Any, data: Any, settings: Any) -> Any:
+        if model.record.name == "full" and settings.learning_rate == 1e-3:
+            raise TrainError("training diverged (loss is nan at step 3)")
+        return train(model, data, settings)
+
+    monkeypatch.setattr(runs, "train", breaks)
+    found = run(comparison(place, seeds=[0], epochs=1), output, tell=silent)
+    (failed,) = (one for one in found.records if one.status == "failed")
+    assert (failed.kind, failed.reason) == ("trial", "training diverged (loss is nan at step 3)")
+    assert [one.settings["rate"] for one in found.records if one.kind == "score"][1] == 1e-4  # what came through
+    monkeypatch.setattr(runs, "train", train)
+    again = run(comparison(place, seeds=[0], epochs=1), output, tell=silent)
+    assert all(one.status == "ok" for one in again.records)
+    assert 1 <= again.ran <= 2  # the trial, and the score if that rate is the better one
+
+
+def test_a_contender_that_fails_at_every_rate_does_not_stop_the_others(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = runs.train
+
+    def breaks(model: Any, data: Any, settings: Any) -> Any:
+        if model.record.name == "probe":
+            raise MemoryError
+        return train(model, data, settings)
+
+    monkeypatch.setattr(runs, "train", breaks)
+    found = run(comparison(place, seeds=[0], epochs=1), tmp_path / "results.jsonl", tell=silent)
+    assert [one.settings["contender"] for one in found.records if one.kind == "score"] == ["full"]
+    assert [one.reason for one in found.records if one.status == "failed"] == ["MemoryError: "] * 2
+
+
+def test_costs_are_measured_together_and_once(place: Path, tmp_path: Path) -> None:
+    contenders = [{"method": "full", "rates": [1e-3]}, {"method": "full", "checkpoint": True, "rates": [1e-3]}]
+    asked = comparison(place, contender=contenders, seeds=[0], epochs=1, costs={"batch": 2, "repeats": 2})
+    found = run(asked, tmp_path / "results.jsonl", tell=silent)
+    plain, recomputed = (one for one in found.records if one.kind == "cost")
+    assert (plain.settings["batch"], plain.settings["length"], plain.settings["image_size"]) == (2, 32, None)
+    assert plain.settings["head"] == "Classify(num_labels=2, pool=mean)"
+    assert (plain.settings["score_of"], recomputed.settings["score_of"]) == (None, "full")
+    assert plain.measured is not None
+    assert recomputed.measured is not None
+    assert recomputed.measured["kept_bytes"] < plain.measured["kept_bytes"]
+    assert plain.measured["planned_peak_bytes"] == pytest.approx(plain.measured["peak_bytes"], rel=0.1)
+    assert len(plain.measured["step_seconds"]["values"]) == 2
+    # one rate needs no trial, and recomputing blocks changes no score
+    assert [one.settings["contender"] for one in found.records if one.kind != "cost"] == ["full"]
+    assert run(asked, tmp_path / "results.jsonl", tell=silent).ran == 0
+    columns, lines = summary(found.records)
+    assert columns == ["backbone", "contender", "reviews", "parameters", "kept", "peak", "step, s"]
+    assert lines[0][2] == lines[1][2]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+def test_a_killed_comparison_continues(place: Path, finished: Path, tmp_path: Path) -> None:
+    output, file = tmp_path / "results.jsonl", tmp_path / "values.json"
+    file.write_text(json.dumps(values()))
+    code = (
+        "import json, sys, torch; from pathlib import Path; torch.set_num_threads(1)\n"
+        "from sidestep.compare.files import comparison_from; from sidestep.compare.runs import run\n"
+        "file, place, output = map(Path, sys.argv[1:])\n"
+        "run(comparison_from(json.loads(file.read_text()), place, 'x'), output)"
+    )
+    command = [sys.executable, "-c", code, *map(str, (file, place, output))]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(read(output)[0]) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    there = len(read(output)[0])
+    assert 3 <= there < 8
+    with output.open("a") as lines:
+        lines.write('{"format": 1, "kind": "score", "sett')  # as if killed within a write
+    lines_said: list[str] = []
+    found = run(comparison(place), output, tell=lines_said.append)
+    assert (found.ran, found.broken) == (8 - there, 1)
+    assert "1 broken lines are passed over" in lines_said[0]
+    assert outcome(found.records) == outcome(read(finished)[0])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_images_and_texts_go_to_the_backbones_that_read_them(place: Path, tmp_path: Path) -> None:
+    image_backbone(tmp_path / "vit")
+    image_folder(tmp_path / "photos", per_class=8)
+    (tmp_path / "bert").symlink_to(place / "bert")
+    photos = {"train": "photos", "image": "image"}
+    texts = {**values()["task"][0], "train": str(place / "train.tsv"), "dev": None}
+    both = [{"model": "bert"}, {"model": "vit"}]
+    asked = comparison(tmp_path, backbone=both, task=[photos, texts], seeds=[0], epochs=1, rows=12)
+    assert {name: [task.name for task in tasks] for name, tasks in pairs(asked).items()} == {
+        "bert": ["reviews"],
+        "vit": ["photos"],
+    }
+    assert [(one.backbone, one.trials, one.scores) for one in planned(asked)] == [("bert", 2, 1)] * 2 + [
+        ("vit", 2, 1)
+    ] * 2
+    found = run(asked, tmp_path / "results.jsonl", tell=silent).records
+    assert all(one.status == "ok" for one in found)
+    assert {one.settings["rows"] for one in found if one.kind == "score"} == {12}
+    with pytest.raises(ValueError, match="backbone 'vit' reads images, but no task has any"):
+        pairs(replace(asked, tasks=asked.tasks[1:]))
+    with pytest.raises(ValueError, match="task 'photos' is of images, but no backbone reads them"):
+        pairs(replace(asked, backbones=asked.backbones[:1]))
+
+
+def test_data_that_cannot_be_read_stops_the_comparison_before_anything_is_run(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    with pytest.raises(DataError, match=r"task 'reviews': .*none\.tsv does not exist"):
+        run(comparison(place, task=[{**values()["task"][0], "train": "none.tsv"}]), output, tell=silent)
+    with pytest.raises(DataError, match="task 'reviews': there is no column 'txt'"):
+        run(comparison(place, task=[{**values()["task"][0], "text": "txt"}]), output, tell=silent)
+    assert not output.exists()
+
+
+def test_rows_are_cut_the_same_way_every_time_and_known_by_their_cells(place: Path) -> None:
+    asked = comparison(place, rows=20, dev_rows=10)
+    rows = Rows.of(asked.tasks[0], asked)
+    assert (len(rows.train), len(rows.dev)) == (20, 10)
+    fields = asked.tasks[0].fields
+    assert fingerprint(rows.train, fields) == fingerprint(Rows.of(asked.tasks[0], asked).train, fields)
+    whole = read_rows(place / "train.tsv")
+    assert fingerprint(whole, fields) != fingerprint(whole, Fields(text="text", label="other"))
+    prepared = Prepared.of(rows, Bench.load(asked.backbones[0]).processor, asked)
+    assert len(prepared.trial.train) + len(prepared.trial.dev) == 20
+
+
+def test_attention_is_the_same_for_all_and_in_every_line(place: Path, tmp_path: Path) -> None:
+    asked = comparison(place, attention="eager", seeds=[0], epochs=1)
+    assert {one.settings["attention"] for one in run(asked, tmp_path / "eager.jsonl", tell=silent).records} == {"eager"}
