@@ -30,6 +30,7 @@ ORDER = [
     "meters",
     "loading",
     "store",
+    "plan",
     "data",
     "settings",
     "callbacks",
@@ -42,6 +43,7 @@ ORDER = [
     "demo_corpus",
     "demo",
     "compare",
+    "report",
     "cli",
 ]
 

@@ -76,3 +76,34 @@ Table = Annotated[
 ]
 AsJson = Annotated[bool, _running("--json", help="Print everything as JSON.")]
 DemoOutput = Annotated[Path, _running(help="Folder for the demo's tasks.")]
+ResultsFiles = Annotated[
+    list[Path], typer.Argument(help="Files that `sidestep compare` has written.", show_default=False)
+]
+Page = Annotated[Path | None, _running("--output", help="HTML file to write.")]
+Figures = Annotated[Path | None, _running(help="Folder for every figure as PNG, SVG and csv.")]
+AsMarkdown = Annotated[bool, _running("--markdown", help="Print the tables as Markdown.")]
+
+ComparisonFile = Annotated[Path | None, typer.Argument(help="TOML file that describes a comparison.")]
+ComparedBackbone = Annotated[str | None, _model("--backbone", help="Instead of a file: hub id, folder or timm:NAME.")]
+Methods = Annotated[str | None, _model(help="Names, such as read,lora,lora+checkpoint; default: all.")]
+ComparedRows = Annotated[str | None, _data("--train", help=f"Training rows: {SOURCE}.")]
+ComparedDev = Annotated[str | None, _data("--dev", help="Dev rows; default: a fifth of the training rows.")]
+MostRows = Annotated[int | None, _data("--rows", help="Most training rows; default: all.")]
+Seeds = Annotated[int, _training(help="How many seeds, from 0.")]
+NoCosts = Annotated[bool, _running("--no-costs", help="Measure no memory and time of steps.")]
+Only = Annotated[str | None, _running("--only", help="Contenders to run, of those compared: read,lora.")]
+Quick = Annotated[bool, _running("--quick", help="One seed, few rows, epochs and rates: ends in minutes.")]
+DryRun = Annotated[bool, _running("--dry-run", help="List the runs and stop.")]
+Results = Annotated[Path | None, _running("--output", help="Results file to write or continue (.jsonl).")]
+
+Planned = Annotated[
+    str, _model("--backbone", help="Folder with a config.json, such a file, hub id or timm:NAME.", show_default=False)
+]
+Labels = Annotated[int, _model(help="Classes of the head.")]
+Batch = Annotated[int, _training("--batch", help="Rows of one step.")]
+Length = Annotated[int | None, _training(help="Tokens of a text; default: 128.")]
+ImageSize = Annotated[int | None, _training(help="Rows and columns of an image; default: the model's.")]
+Gpu = Annotated[str | None, _training(help="Memory of the card to plan for, such as 16GB; default: plan for the CPU.")]
+Precision = Annotated[str, _training(help="float32, 'bf16 autocast' or bfloat16 (the backbone's weights).")]
+Optimizer = Annotated[str, _training(help="AdamW, 'AdamW (fused)', SGD or Adafactor.")]
+Measure = Annotated[bool, _running("--measure", help="Run steps with random weights here instead of predicting.")]

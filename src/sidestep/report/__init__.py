@@ -1,0 +1,5 @@
+"""The report: any set of results as one HTML page, as figures for papers and as tables for a README.
+
+From the results up: `estimates` (means over seeds), `mixed` (what differs between lines), `load` (lines to rows),
+`tables` (rows to cells), `figures` (rows to charts), `page`, `markdown` and `files` (what is written).
+"""

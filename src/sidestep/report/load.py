@@ -1,0 +1,437 @@
+"""Results files as rows: one row per backbone, setup and contender.
+
+A *setup* is what a step's cost hangs on besides the method: the machine, batch, length, precision. Costs of two
+setups are never set against each other, so each setup is a group of its own. Scores belong to a backbone and are
+joined to all its groups.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sidestep.compare.records import FORMAT, Record, read
+from sidestep.report.estimates import Estimate, estimate
+from sidestep.report.mixed import canonical, differing, text_of, unusual, usual
+
+#: What Sidestep's methods are compared with, in the order of the tables.
+BASELINES = ("probe", "bitfit", "ia3", "lora", "dora", "full")
+CHECKPOINT = "+checkpoint"
+LESS_IS_BETTER = frozenset({"mse"})
+SETUP = ("model", "precision", "attention", "device", "batch", "length", "image_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A results file: its path, how many results it holds, and how many broken lines were skipped."""
+
+    path: Path
+    results: int
+    broken: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task: its name, the metric of its scores, and whether a greater one is better."""
+
+    name: str
+    metric: str
+
+    @property
+    def greater(self) -> bool:
+        """Whether a greater score is the better one."""
+        return self.metric not in LESS_IS_BETTER
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A contender's scores on a task.
+
+    Attributes:
+        estimate: of the metric, over seeds.
+        records: one line a seed.
+        marks: how these lines differ from the others of the task, and which were left out.
+    """
+
+    estimate: Estimate
+    records: tuple[Record, ...]
+    marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A contender on a backbone in a setup.
+
+    Attributes:
+        contender: its label.
+        method: registered name.
+        ours: whether it is one of Sidestep's methods and no baseline.
+        checkpoint: whether blocks are recomputed in backward.
+        score_of: the contender whose scores it shares; None if they are its own.
+        cost: the line with what a step costs.
+        cost_marks: how that line differs from the group's others.
+        scores: by task.
+        average: of the scores over the group's tasks with a greater-is-better metric; None if one is missing.
+        missing: why a task has no score: "refused", "failed"; tasks that were not tried are not in it.
+        trials: lines of the rates that were tried.
+    """
+
+    contender: str
+    method: str
+    ours: bool
+    checkpoint: bool
+    score_of: str | None = None
+    cost: Record | None = None
+    cost_marks: tuple[str, ...] = ()
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    average: Estimate | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+    trials: tuple[Record, ...] = ()
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes that a step needs above the weights at its peak, the optimizer's state included.
+
+        The line's own `peak_bytes` begins where that state is there already.
+        """
+        rise = self.measured("peak_bytes")
+        return None if rise is None else rise + (self.measured("optimizer_bytes") or 0)
+
+    def measured(self, name: str) -> Any:
+        """A value of the cost line; None if it was not measured."""
+        return None if self.cost is None else (self.cost.measured or {}).get(name)
+
+    def median(self, name: str) -> float | None:
+        """The median of a time of the cost line, in seconds; None if it was not measured."""
+        found = self.measured(name)
+        return found["median"] if isinstance(found, Mapping) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The contenders of one backbone in one setup.
+
+    Attributes:
+        backbone: its label.
+        setup: the settings of `SETUP` and the machine's name; empty if there are scores only.
+        remark: what tells this setup from the backbone's others; "" if it is the only one.
+        tasks: those with a score, in order of appearance.
+        rows: Sidestep's methods first.
+    """
+
+    backbone: str
+    setup: Mapping[str, Any]
+    remark: str
+    tasks: tuple[Task, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        """The backbone, with what tells this setup from others."""
+        return f"{self.backbone} ({self.remark})" if self.remark else self.backbone
+
+    @property
+    def averaged(self) -> tuple[Task, ...]:
+        """The tasks over which scores are averaged."""
+        return tuple(task for task in self.tasks if task.greater)
+
+    def find(self, contender: str) -> Row | None:
+        """The row of a contender."""
+        return next((row for row in self.rows if row.contender == contender), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """Results that there are not: a contender's runs that were refused or failed for one reason."""
+
+    backbone: str
+    contender: str
+    status: str
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All that a report is made from.
+
+    Attributes:
+        sources: the files.
+        groups: one per backbone and setup, in order of appearance.
+        missing: what was refused or failed.
+        records: every line that counts: of two with one key on one machine, the later.
+    """
+
+    sources: tuple[Source, ...]
+    groups: tuple[Group, ...]
+    missing: tuple[Missing, ...]
+    records: tuple[Record, ...]
+
+    @property
+    def broken(self) -> int:
+        """Lines that could not be read, over all files."""
+        return sum(source.broken for source in self.sources)
+
+    @property
+    def remark(self) -> str:
+        """What to say of the broken lines; "" if there is none."""
+        return f"{self.broken} broken line{'s were' if self.broken > 1 else ' was'} skipped" if self.broken else ""
+
+    @property
+    def contenders(self) -> list[str]:
+        """Every contender's label, Sidestep's methods first."""
+        rows = {row.contender: row for group in self.groups for row in group.rows}
+        return [row.contender for row in sorted(rows.values(), key=_place)]
+
+
+def load(paths: Sequence[Path]) -> Results:
+    """The results of one file or of several.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a file holds no result, or results of a newer format.
+    """
+    sources, records = [], []
+    for path in paths:
+        found, broken = _read(path)
+        sources.append(Source(path=path, results=len(found), broken=broken))
+        records += found
+    kept = _without_repeats(records)
+    done = [record for record in kept if record.status == "ok"]
+    return Results(
+        sources=tuple(sources),
+        groups=tuple(_groups(done, kept)),
+        missing=tuple(_missing(kept)),
+        records=tuple(kept),
+    )
+
+
+def _read(path: Path) -> tuple[list[Record], int]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; `sidestep compare` writes one")
+    newer = _newer_format(path)
+    if newer:
+        raise ValueError(
+            f"{path} has results of format {newer}, but this version of Sidestep reads format {FORMAT}: "
+            "update it with pip install -U sidestep"
+        )
+    records, broken = read(path)
+    if not records:
+        lines = f"none of its {broken} lines can be read" if broken else "it is empty"
+        raise ValueError(f"{path} holds no result: {lines}. Give a file that `sidestep compare` has written")
+    return records, broken
+
+
+def _newer_format(path: Path) -> int | None:
+    """The format of a line that is newer than what can be read; None if there is none."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        given = values.get("format") if isinstance(values, dict) else None
+        if isinstance(given, int) and given > FORMAT:
+            return given
+    return None
+
+
+def _without_repeats(records: Iterable[Record]) -> list[Record]:
+    """Of the lines with one key on one machine the last one, except that a result beats a failure."""
+    kept: dict[tuple[str, str], Record] = {}
+    for record in sorted(records, key=lambda record: record.date):
+        place = (record.key, _machine(record))
+        if place not in kept or record.status == "ok" or kept[place].status != "ok":
+            # a later line takes the place of the first, so that the order of appearance stays
+            kept[place] = record
+    return list(kept.values())
+
+
+def _machine(record: Record) -> str:
+    return str(record.machine.get("name", "unknown"))
+
+
+def _groups(done: Sequence[Record], everything: Sequence[Record]) -> list[Group]:
+    groups = []
+    for backbone in dict.fromkeys(record.settings["backbone"] for record in done):
+        here = [record for record in done if record.settings["backbone"] == backbone]
+        costs = [record for record in here if record.kind == "cost"]
+        scores = [record for record in here if record.kind == "score"]
+        trials = [record for record in here if record.kind == "trial"]
+        tasks = _tasks(scores)
+        lost = [record for record in everything if record.settings["backbone"] == backbone and record.status != "ok"]
+        setups: dict[str, list[Record]] = {}
+        for record in costs:
+            setups.setdefault(canonical(_setup(record)), []).append(record)
+        remarks = _remarks(list(setups.values()))
+        for lines, remark in zip(list(setups.values()) or [[]], remarks or [""], strict=True):
+            rows = _rows(lines, scores, trials, lost, tasks)
+            if rows:
+                setup = _setup(lines[0]) if lines else {}
+                groups.append(Group(backbone=backbone, setup=setup, remark=remark, tasks=tasks, rows=tuple(rows)))
+    return groups
+
+
+def _setup(record: Record) -> dict[str, Any]:
+    return {"machine": _machine(record), **{name: record.settings.get(name) for name in SETUP}}
+
+
+def _remarks(setups: Sequence[Sequence[Record]]) -> list[str]:
+    """What tells each setup from the others, in a few words."""
+    firsts = [lines[0] for lines in setups]
+    names = list(differing(firsts, SETUP))
+    machines = len({_machine(record) for record in firsts}) > 1
+    plain = ("model", "device", "precision", "attention")
+    return [
+        ", ".join(
+            ([_machine(record)] if machines else [])
+            + [
+                text_of(record.settings.get(name)) if name in plain else f"{name} {text_of(record.settings.get(name))}"
+                for name in names
+                if not (machines and name == "device")
+            ]
+        )
+        for record in firsts
+    ]
+
+
+def _tasks(scores: Iterable[Record]) -> tuple[Task, ...]:
+    metrics: dict[str, str] = {}
+    for record in scores:
+        metrics.setdefault(record.settings["task"], (record.measured or {}).get("metric", "score"))
+    return tuple(Task(name=name, metric=metric) for name, metric in metrics.items())
+
+
+def _rows(
+    costs: Sequence[Record],
+    scores: Sequence[Record],
+    trials: Sequence[Record],
+    lost: Sequence[Record],
+    tasks: Sequence[Task],
+) -> list[Row]:
+    cost_facts, score_facts = usual(costs), usual(scores)
+    rows = []
+    for contender in dict.fromkeys(record.settings["contender"] for record in [*costs, *scores]):
+        own = [record for record in costs if record.settings["contender"] == contender]
+        cost, left_out = _agreeing(own, cost_facts)
+        first = cost[-1] if cost else next(record for record in scores if record.settings["contender"] == contender)
+        shared = first.settings.get("score_of")
+        scorer = shared or contender
+        found = _scores([record for record in scores if record.settings["contender"] == scorer], score_facts)
+        marks = (*unusual(cost[-1:], cost_facts), *left_out, *_other_config(cost[-1:], found, bool(shared)))
+        rows.append(
+            Row(
+                contender=contender,
+                method=first.settings["method"],
+                ours=first.settings["method"] not in BASELINES,
+                checkpoint=bool(first.settings.get("checkpoint")),
+                score_of=shared,
+                cost=cost[-1] if cost else None,
+                cost_marks=marks,
+                scores=found,
+                average=_average(found, tasks),
+                missing={
+                    record.settings["task"]: record.status
+                    for record in lost
+                    if record.kind == "score" and record.settings["contender"] == scorer
+                },
+                trials=tuple(record for record in trials if record.settings["contender"] == scorer),
+            )
+        )
+    return sorted(rows, key=_place)
+
+
+def _place(row: Row) -> tuple[int, bool]:
+    """Sidestep's methods first, then the baselines in their order; recomputation after the plain one."""
+    return (-1 if row.ours else BASELINES.index(row.method), row.checkpoint and not row.ours)
+
+
+def _scores(records: Sequence[Record], expected: Mapping[str, str]) -> dict[str, Score]:
+    found = {}
+    for task in dict.fromkeys(record.settings["task"] for record in records):
+        lines, left_out = _agreeing([record for record in records if record.settings["task"] == task], expected)
+        seeds = {record.settings.get("seed"): record for record in lines}
+        values = [float((record.measured or {})["score"]) for record in seeds.values()]
+        found[task] = Score(
+            estimate=estimate(values),
+            records=tuple(seeds.values()),
+            marks=(*unusual(seeds.values(), expected), *left_out),
+        )
+    return found
+
+
+def _agreeing(records: Sequence[Record], expected: Mapping[str, str]) -> tuple[list[Record], tuple[str, ...]]:
+    """The largest set of lines with the same settings but for seed and rate, and a phrase for each one left out.
+
+    Of equally large sets it is the one that differs least from what is expected, and then the latest.
+    """
+    sets: dict[str, list[Record]] = {}
+    for record in records:
+        settings = {name: value for name, value in record.settings.items() if name not in ("seed", "rate")}
+        sets.setdefault(canonical(settings), []).append(record)
+    if not sets:
+        return [], ()
+    chosen = max(reversed(sets.values()), key=lambda lines: (len(lines), -len(unusual(lines, expected))))
+    phrases = []
+    for others in sets.values():
+        if others is not chosen:
+            names = [name for name in {**chosen[0].settings, **others[0].settings} if name not in ("seed", "rate")]
+            unlike = differing([others[0], chosen[0]], names)
+            said = "; ".join(f"{name} {values[0]}, here {values[1]}" for name, values in unlike.items())
+            phrases.append(f"left out: {len(others)} of the same contender with other settings ({said})")
+    return chosen, tuple(phrases)
+
+
+def _other_config(cost: Sequence[Record], scores: Mapping[str, Score], shared: bool) -> tuple[str, ...]:
+    """A phrase if cost and scores of a contender were made with different configs."""
+    runs = [score.records[0] for score in scores.values()]
+    names = ("config",) if shared else ("config", "checkpoint", "noise")
+    phrases = (
+        f"{name} of the cost {values[0]}, of the scores {values[1]}"
+        for run in runs
+        for line in cost
+        for name, values in differing([line, run], names).items()
+    )
+    return tuple(dict.fromkeys(phrases))
+
+
+def _average(scores: Mapping[str, Score], tasks: Sequence[Task]) -> Estimate | None:
+    """The mean over tasks of the seeds that every task has; None if a task, or every seed, is missing somewhere."""
+    names = [task.name for task in tasks if task.greater]
+    if not names or any(name not in scores for name in names):
+        return None
+    by_seed = [
+        {record.settings.get("seed"): float((record.measured or {})["score"]) for record in scores[name].records}
+        for name in names
+    ]
+    seeds = [seed for seed in by_seed[0] if all(seed in values for values in by_seed)]
+    if not seeds:
+        return None
+    return estimate([sum(values[seed] for values in by_seed) / len(names) for seed in seeds])
+
+
+def _missing(records: Iterable[Record]) -> list[Missing]:
+    """What was refused or failed; runs of one contender that did for the same reason are one entry."""
+    found: dict[tuple[str, str, str, str], dict[str, list[str]]] = {}
+    for record in records:
+        if record.status == "ok":
+            continue
+        settings = record.settings
+        place = (settings["backbone"], settings["contender"], record.status, record.reason or "no reason was given")
+        what = found.setdefault(place, {})
+        of = f"{record.kind} on {settings['task']}" if settings.get("task") else record.kind
+        what.setdefault(of, [])
+        if settings.get("seed") is not None and record.kind == "score":
+            what[of].append(str(settings["seed"]))
+    return [
+        Missing(
+            backbone=backbone,
+            contender=contender,
+            status=status,
+            reason=reason,
+            what="; ".join(f"{name}, seed {' '.join(seeds)}" if seeds else name for name, seeds in what.items()),
+        )
+        for (backbone, contender, status, reason), what in found.items()
+    ]

@@ -1,0 +1,238 @@
+"""Scores against costs, and step time against memory, with the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from math import log10
+
+import altair as alt
+
+from sidestep.report.chart import ABOUT, Figure, Rows, about, series_scale, slug
+from sidestep.report.labels import Box, place_labels
+from sidestep.report.load import Group, Row
+from sidestep.report.looks import Look
+from sidestep.report.tables import MIB
+
+HEIGHT = 300
+NOMINAL = 340  # width for which labels are placed: a phone's, and a third of a page's
+PADDING = 14  # pixels between the outermost values and the plot's edge
+#: A cost whose largest value is more than so many times its smallest is drawn on a logarithmic scale.
+LOG_RATIO = 20
+#: In the place of a task: the average over tasks.
+AVERAGE = "average"
+
+#: What scores are drawn against: file name, axis title, format of a logarithmic axis, value of a row.
+COSTS: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
+    "peak": ("peak memory above the weights, MiB", "~s", lambda row: _in(row.peak, MIB)),
+    "parameters": ("trained parameters", "~s", lambda row: row.measured("parameters")),
+    "step": ("step time, s", "~g", lambda row: row.median("step_seconds")),
+}
+
+
+def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None:
+    """Scores against a cost; None with fewer than two contenders.
+
+    Args:
+        group: of rows.
+        cost: a name of `COSTS`.
+        tasks: names; `AVERAGE` among them for the average.
+    """
+    title, form, value = COSTS[cost]
+    less = {task.name for task in group.tasks if not task.greater}
+    rows: Rows = []
+    for name in tasks:
+        greater = name not in less
+        scale = 100 if greater else 1
+        here: Rows = []
+        for row in group.rows:
+            found = row.average if name == AVERAGE else row.scores[name].estimate if name in row.scores else None
+            x = value(row)
+            if found is not None and x is not None:
+                ends = {"score": scale * found.mean, "low": scale * found.low, "high": scale * found.high}
+                here.append({"task": name, **about(row), "x": x, **ends, "seeds": found.count})
+        front = pareto([(row["x"], row["score"]) for row in here], greater=greater)
+        rows += [{**row, "front": place in front} for place, row in enumerate(here)]
+    if len({row["contender"] for row in rows}) < 2:
+        return None
+    first = AVERAGE if any(row["task"] == AVERAGE for row in rows) else rows[0]["task"]
+
+    def draw(look: Look) -> alt.LayerChart:
+        return _scatter(
+            look, rows, first, x_title=title, form=form, y_title="score", log=_wide([row["x"] for row in rows])
+        )
+
+    return Figure(
+        name=f"score-against-{cost}-{slug(first)}",
+        kind="score",
+        group=group,
+        title=f"Score against {title.partition(',')[0]}",
+        about=first,
+        rows=rows,
+        columns={
+            "task": "task",
+            **ABOUT,
+            title: "x",
+            **{name: name for name in ("score", "low", "high", "seeds")},
+            "on the Pareto front": "front",
+        },
+        draw=draw,
+    )
+
+
+def cost_figure(group: Group) -> Figure | None:
+    """Step time against peak memory; None with fewer than two contenders."""
+    title, form, peak = COSTS["peak"]
+    rows = [
+        {"task": AVERAGE, **about(row), "x": peak(row), "score": row.median("step_seconds")}
+        for row in group.rows
+        if peak(row) is not None and row.median("step_seconds") is not None
+    ]
+    if len(rows) < 2:
+        return None
+    front = pareto([(row["x"], row["score"]) for row in rows], greater=False)
+    rows = [{**row, "low": row["score"], "high": row["score"], "front": n in front} for n, row in enumerate(rows)]
+
+    def draw(look: Look) -> alt.LayerChart:
+        log = _wide([row["x"] for row in rows])
+        return _scatter(look, rows, AVERAGE, x_title=title, form=form, y_title="step time, s", log=log, zero=True)
+
+    return Figure(
+        name="step-against-peak",
+        kind="cost",
+        group=group,
+        title="Step time against peak memory",
+        rows=rows,
+        columns={**ABOUT, title: "x", "step time, s": "score", "on the Pareto front": "front"},
+        draw=draw,
+    )
+
+
+def pareto(points: Sequence[tuple[float, float]], *, greater: bool) -> set[int]:
+    """Places of the points that no other beats in cost and score both.
+
+    Args:
+        points: cost and score; a lower cost is better.
+        greater: whether a greater score is better.
+    """
+    sign = 1 if greater else -1
+    front, best = set(), float("-inf")
+    for place in sorted(range(len(points)), key=lambda place: (points[place][0], -sign * points[place][1])):
+        if sign * points[place][1] > best:
+            best = sign * points[place][1]
+            front.add(place)
+    return front
+
+
+def _scatter(
+    look: Look, rows: Rows, task: str, *, x_title: str, form: str, y_title: str, log: bool, zero: bool = False
+) -> alt.LayerChart:
+    chosen = alt.param(name="task", value=task)
+    wanted = alt.param(name="wanted", value="")
+    opacity = alt.condition(
+        "wanted == '' || indexof(lower(datum.contender), wanted) >= 0", alt.value(1), alt.value(0.15)
+    )
+    scale = alt.Scale(type="log", nice=False, padding=PADDING) if log else alt.Scale(zero=True)
+    x = alt.X(
+        "x:Q", title=x_title, scale=scale, axis=alt.Axis(grid=False, tickCount=5, **({"format": form} if log else {}))
+    )
+    y = alt.Y(
+        "score:Q",
+        title=y_title,
+        scale=alt.Scale(domainMin=0) if zero else alt.Scale(zero=False, padding=PADDING),
+        axis=alt.Axis(tickCount=5),
+    )
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    placed = [_with_labels([row for row in rows if row["task"] == name], log=log, zero=zero) for name in tasks]
+    data = alt.Data(values=[row for part in placed for row in part])
+    base = alt.Chart().transform_filter("datum.task == task")
+    front = (
+        base.transform_filter("datum.front")
+        .mark_line(interpolate="step-after", color=look.inks["muted"], strokeDash=[4, 3], strokeWidth=1)
+        .encode(x=x, y=y)
+    )
+    series = series_scale(look, rows)
+    spread = base.mark_rule(strokeWidth=1).encode(
+        x=x, y=alt.Y("low:Q"), y2="high:Q", color=alt.Color("series:N", scale=series, legend=None), opacity=opacity
+    )
+    points = (
+        base.mark_point(size=85, strokeWidth=1.7, opacity=1)
+        .encode(
+            x=x,
+            y=y,
+            stroke=alt.Stroke("series:N", scale=series, legend=None),
+            fill=alt.condition(
+                "datum.checkpoint",
+                alt.value(look.inks["paper"]),
+                alt.Fill("series:N", scale=series, legend=None),
+            ),
+            shape=alt.Shape(
+                "kind:N",
+                scale=alt.Scale(domain=["Sidestep's method", "baseline"], range=["diamond", "circle"]),
+                legend=alt.Legend(
+                    title=None,
+                    orient="bottom",
+                    symbolFillColor=look.inks["muted"],
+                    symbolStrokeColor=look.inks["muted"],
+                    symbolOpacity=1,
+                )
+                if look.legend
+                else None,
+            ),
+            opacity=opacity,
+            tooltip=[
+                alt.Tooltip("contender:N"),
+                alt.Tooltip("x:Q", title=x_title, format=",.4~r"),
+                alt.Tooltip("score:Q", title=y_title, format=".4~r"),
+                *([] if zero else [alt.Tooltip("low:Q", format=".4~r"), alt.Tooltip("high:Q", format=".4~r")]),
+            ],
+        )
+        .properties(name="points")
+    )
+    names = base.mark_text(
+        fontSize=11,
+        dx=alt.expr("datum.dx"),
+        dy=alt.expr("datum.dy"),
+        align=alt.expr("datum.align"),
+        baseline="middle",
+        fontWeight=alt.expr("datum.ours ? 600 : 400"),
+        color=look.inks["ink"],
+    ).encode(x=x, y=y, text="name:N", opacity=opacity)
+    layers = alt.layer(front, spread, points, names, data=data).add_params(chosen, wanted)
+    return layers.properties(width=look.width, height=HEIGHT)
+
+
+def _with_labels(rows: Rows, *, log: bool, zero: bool) -> Rows:
+    """The rows with the places of their labels, in a plot of `NOMINAL` width; a wider one has room to spare."""
+    across = _pixels([row["x"] for row in rows], NOMINAL, log=log, zero=not log)
+    heights = _pixels([row[end] for row in rows for end in ("score", "low", "high")], HEIGHT - 2 * PADDING, zero=zero)
+    down = [HEIGHT - PADDING - height for height in heights]
+    points = list(zip(across, down[::3], strict=True))
+    bars = [Box(x - 1, high, x + 1, low) for x, low, high in zip(across, down[1::3], down[2::3], strict=True)]
+    front = sorted(point for point, row in zip(points, rows, strict=True) if row["front"])
+    steps = [
+        box
+        for (x, y), (next_x, next_y) in pairwise(front)
+        for box in (Box(x, y - 1, next_x, y + 1), Box(next_x - 1, min(y, next_y), next_x + 1, max(y, next_y)))
+    ]
+    places = place_labels(points, [row["contender"] for row in rows], bars + steps, NOMINAL, HEIGHT)
+    return [
+        {**row, "dx": place.dx, "dy": place.dy, "align": place.align, "name": row["contender"] if place.shown else ""}
+        for row, place in zip(rows, places, strict=True)
+    ]
+
+
+def _pixels(values: Sequence[float], size: float, *, log: bool = False, zero: bool = False) -> list[float]:
+    """Where values come to lie on an axis of a length."""
+    scaled = [log10(value) for value in values] if log else list(values)
+    low, high = min([0.0, *scaled] if zero else scaled), max(scaled)
+    return [size * (value - low) / ((high - low) or 1.0) for value in scaled]
+
+
+def _wide(values: Sequence[float]) -> bool:
+    positive = [value for value in values if value > 0]
+    return len(positive) == len(values) and max(positive) / min(positive) > LOG_RATIO
+
+
+def _in(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sample
+from typer.testing import CliRunner, Result
+
+from sidestep.cli import app
+
+FEW = ("read", "lora", "full")
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return sample.write(tmp_path / "results.jsonl", sample.study("b", FEW, tasks=("rte",), seeds=2), broken=True)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["report", *map(str, arguments)])
+
+
+def test_a_page_and_markdown(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "deep" / "report.html"
+    result = run(results, "--output", page, "--markdown")
+    assert result.exit_code == 0, result.output
+    assert "1 broken line was skipped" in result.stderr
+    assert f"{page} written" in result.stderr
+    assert "| read |" in result.stdout
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["none.jsonl", "--markdown"], "none.jsonl: there is no such file"),
+        (["{results}"], "nothing to write: give --output report.html, --figures FOLDER or --markdown"),
+        (["{results}", "--output", "{folder}"], "is a folder: name a file"),
+    ],
+)
+def test_mistakes_are_one_message(arguments: list[str], said: str, results: Path, tmp_path: Path) -> None:
+    result = run(*(argument.format(results=results, folder=tmp_path) for argument in arguments))
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+
+
+def test_a_missing_extra_is_named(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without_altair(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name == "sidestep.report" and "files" in (arguments[2] or ()):
+            raise ModuleNotFoundError("No module named 'altair'", name="altair")
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without_altair)
+    result = run(results, "--output", tmp_path / "report.html")
+    assert result.exit_code == 2
+    assert 'pip install "sidestep[compare]"' in result.stderr
+    assert run(results, "--markdown").exit_code == 0
