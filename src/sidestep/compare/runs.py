@@ -25,6 +25,8 @@ from sidestep.results import Results
 from sidestep.settings import TrainSettings
 from sidestep.train import head_for, train
 
+NEVER = 10**9  # steps between log entries: the loss is that of a whole epoch then, logged at its end
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -177,6 +179,7 @@ class _Session:
             keep="last",
             checkpoints=False,
             measure=False,
+            log_steps=NEVER,
             overwrite=True,
             progress=False,
         )
