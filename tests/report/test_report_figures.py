@@ -70,13 +70,13 @@ def test_the_parts_of_memory_add_up_to_the_peak(group: Group) -> None:
 @pytest.mark.parametrize(
     ("module", "part"),
     [
-        ("side.out", "side network"),
+        ("side.out", "the method"),
         ("head.linear", "head"),
         ("encoder.layer.*.attention.self", "attention"),
         ("encoder.layer.*.attention.output.LayerNorm", "norms, dropout"),
         ("encoder.layer.*.intermediate.intermediate_act_fn", "MLP"),
         ("encoder.layer.*.output.dense", "MLP"),
-        ("encoder.layer.*.attention.self.query.lora_A.default", "side network"),
+        ("encoder.layer.*.attention.self.query.lora_A.default", "the method"),
         ("model.layers.*.self_attn.q_proj", "attention"),
         ("model.layers.*.mlp.down_proj", "MLP"),
         ("model.layers.*.input_layernorm", "norms, dropout"),

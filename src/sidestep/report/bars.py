@@ -14,7 +14,7 @@ from sidestep.report.tables import MIB
 BAR = 26  # pixels from a bar to the next
 #: The first pattern that a module's dotted name matches says what its kept tensors are counted as.
 MODULE_GROUPS: tuple[tuple[str, str], ...] = (
-    (r"^side\b|(^|\.)lora_|(^|\.)ia3_", "side network"),
+    (r"^side\b|(^|\.)lora_|(^|\.)ia3_", "the method"),
     (r"^head\b", "head"),
     (r"(?i)norm|(^|\.)ln_?\w*$|dropout|drop_?path", "norms, dropout"),
     (r"(?i)embed", "embeddings"),

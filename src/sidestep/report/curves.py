@@ -11,6 +11,7 @@ from sidestep.report.load import Group
 from sidestep.report.looks import Look
 
 HEIGHT = 190
+TICKS = 8  # so many epochs have a tick each
 
 
 def curve_figure(group: Group, task: str, value: str) -> Figure | None:
@@ -36,7 +37,8 @@ def curve_figure(group: Group, task: str, value: str) -> Figure | None:
             {**about(row), "epoch": epoch, value: fmean(values), "low": min(values), "high": max(values)}
             for epoch, values in sorted(by_epoch.items())
         ]
-    if len({row["epoch"] for row in rows}) < 2:
+    epochs = sorted({row["epoch"] for row in rows})
+    if len(epochs) < 2:
         return None
     title = f"dev {value}" if value == "score" else "training loss"
 
@@ -47,7 +49,10 @@ def curve_figure(group: Group, task: str, value: str) -> Figure | None:
         colour = alt.Color("series:N", scale=series_scale(look, rows), title=None, legend=legend)
         base = alt.Chart()
         x = alt.X(
-            "epoch:Q", title="epoch", axis=alt.Axis(grid=False, tickMinStep=1, format="~g"), scale=alt.Scale(zero=False)
+            "epoch:Q",
+            title="epoch",
+            axis=alt.Axis(grid=False, values=epochs if len(epochs) <= TICKS else alt.Undefined, format="~g"),
+            scale=alt.Scale(zero=False),
         )
         y = alt.Y(f"{value}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4))
         band = base.mark_area().encode(

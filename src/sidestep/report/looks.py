@@ -50,7 +50,7 @@ OF_PARTS = {
     "kept: norms, dropout": ("#6baed6", "#8fc1e8"),
     "kept: embeddings": ("#9ecae1", "#b5d6ef"),
     "kept: whole blocks": ("#c6dbef", "#d6e6f5"),
-    "kept: side network": ("#d55e00", "#f28c3b"),
+    "kept: the method": ("#d55e00", "#f28c3b"),
     "kept: head": ("#fdae6b", "#fbc894"),
     "kept: other": ("#a9c4b5", "#7d9a8a"),
     "temporaries": ("#e9d8a6", "#8c7f52"),

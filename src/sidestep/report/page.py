@@ -176,7 +176,8 @@ def _origin(records: Sequence[Record]) -> list[tuple[str, str]]:
     )
     keys = [record.key for record in records]
     return [
-        ("machine", f"{', '.join(machines)}, {'/'.join(threads)} threads"),
+        ("machine", ", ".join(machines)),
+        ("threads", ", ".join(threads)),
         ("versions", ", ".join(versions)),
         ("date", dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"),
         ("seconds", f"{sum(record.seconds for record in records):.1f}"),
@@ -198,7 +199,7 @@ def _made_with(records: Sequence[Record]) -> list[tuple[str, str, int, str]]:
     for record in records:
         memory = record.machine.get("memory_bytes")
         machine = str(record.machine.get("name", "unknown"))
-        machine += f", {record.machine.get('threads')} threads" + (f", {memory / 2**30:.0f} GiB" if memory else "")
+        machine += f", threads: {record.machine.get('threads')}" + (f", {memory / 2**30:.0f} GiB" if memory else "")
         versions = ", ".join(f"{name} {number}" for name, number in record.versions.items() if number)
         found.setdefault((machine, versions), []).append(record)
     return [

@@ -51,6 +51,7 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
             if found is not None and x is not None:
                 ends = {"score": scale * found.mean, "low": scale * found.low, "high": scale * found.high}
                 here.append({"task": name, **about(row), "x": x, **ends, "seeds": found.count})
+        here = _with_bars(here)
         front = pareto([(row["x"], row["score"]) for row in here], greater=greater)
         rows += [{**row, "front": place in front} for place, row in enumerate(here)]
     if len({row["contender"] for row in rows}) < 2:
@@ -91,7 +92,7 @@ def cost_figure(group: Group) -> Figure | None:
     if len(rows) < 2:
         return None
     front = pareto([(row["x"], row["score"]) for row in rows], greater=False)
-    rows = [{**row, "low": row["score"], "high": row["score"], "front": n in front} for n, row in enumerate(rows)]
+    rows = [{**row, "from": row["score"], "to": row["score"], "front": n in front} for n, row in enumerate(rows)]
 
     def draw(look: Look) -> alt.LayerChart:
         log = _wide([row["x"] for row in rows])
@@ -106,6 +107,19 @@ def cost_figure(group: Group) -> Figure | None:
         columns={**ABOUT, title: "x", "step time, s": "score", "on the Pareto front": "front"},
         draw=draw,
     )
+
+
+def _with_bars(rows: Rows) -> Rows:
+    """The rows with the ends of their error bars: one that leaves the means' range by more than its length is cut.
+
+    Else one contender with two seeds could press all others into a line.
+    """
+    means = [row["score"] for row in rows]
+    span = max(means) - min(means) if means else 0.0
+    if span == 0:
+        return [{**row, "from": row["low"], "to": row["high"]} for row in rows]
+    low, high = min(means) - span, max(means) + span
+    return [{**row, "from": max(row["low"], low), "to": min(row["high"], high)} for row in rows]
 
 
 def pareto(points: Sequence[tuple[float, float]], *, greater: bool) -> set[int]:
@@ -153,7 +167,7 @@ def _scatter(
     )
     series = series_scale(look, rows)
     spread = base.mark_rule(strokeWidth=1).encode(
-        x=x, y=alt.Y("low:Q"), y2="high:Q", color=alt.Color("series:N", scale=series, legend=None), opacity=opacity
+        x=x, y=alt.Y("from:Q"), y2="to:Q", color=alt.Color("series:N", scale=series, legend=None), opacity=opacity
     )
     points = (
         base.mark_point(size=85, strokeWidth=1.7, opacity=1)
@@ -205,7 +219,7 @@ def _scatter(
 def _with_labels(rows: Rows, *, log: bool, zero: bool) -> Rows:
     """The rows with the places of their labels, in a plot of `NOMINAL` width; a wider one has room to spare."""
     across = _pixels([row["x"] for row in rows], NOMINAL, log=log, zero=not log)
-    heights = _pixels([row[end] for row in rows for end in ("score", "low", "high")], HEIGHT - 2 * PADDING, zero=zero)
+    heights = _pixels([row[end] for row in rows for end in ("score", "from", "to")], HEIGHT - 2 * PADDING, zero=zero)
     down = [HEIGHT - PADDING - height for height in heights]
     points = list(zip(across, down[::3], strict=True))
     bars = [Box(x - 1, high, x + 1, low) for x, low, high in zip(across, down[1::3], down[2::3], strict=True)]

@@ -117,8 +117,10 @@ def main_table(results: Results) -> Table:
         (Column(name="backbone", title="backbone", numbers=False), _backbone),
         (Column(name="contender", title="contender", numbers=False), _contender),
     ]
+    if any(len(group.averaged) > 1 for group in results.groups):
+        columns.append((_AVERAGE, _average))
     if tasks:
-        columns += [(_AVERAGE, _average), (_SEEDS, _seeds)]
+        columns.append((_SEEDS, _seeds))
     costs = [(column, cell) for column, cell in _COSTS if _any(results, cell)]
     columns += [entry for entry in costs if entry[0].name in FIRST]
     columns += [(_task_column(task), _task_cell(task)) for task in tasks.values()]
@@ -155,7 +157,7 @@ def _contender(group: Group, row: Row) -> Cell:
 
 def named_cells(group: Group, row: Row) -> list[Cell]:
     """The cells that say which row it is: backbone and contender."""
-    return [_backbone(group, row), _contender(group, row)]
+    return [_backbone(group, row), replace(_contender(group, row), small="")]
 
 
 def _seeds(group: Group, row: Row) -> Cell:
