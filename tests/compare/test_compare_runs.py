@@ -243,8 +243,10 @@ def test_a_contender_that_fails_at_every_rate_does_not_stop_the_others(
 
     monkeypatch.setattr(runs, "train", breaks)
     found = run(comparison(place, seeds=[0], epochs=1), tmp_path / "results.jsonl", tell=silent)
-    assert [one.settings["contender"] for one in found.records if one.kind == "score"] == ["full"]
-    assert [one.reason for one in found.records if one.status == "failed"] == ["MemoryError: "] * 2
+    scores = [one for one in found.records if one.kind == "score"]
+    assert [(one.settings["contender"], one.status) for one in scores] == [("probe", "failed"), ("full", "ok")]
+    assert scores[0].reason == "the trial of every learning rate failed"
+    assert [one.reason for one in found.records if one.kind == "trial"][::2] == ["MemoryError: "] * 2
 
 
 def test_costs_are_measured_together_and_once(place: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def measure_costs(
     batch = {name: value.to(bench.device) for name, value in batch.items()}
     settings = {one.name: _settings(comparison, costs, bench, one, batch, shown) for one in comparison.contenders}
     for name, reason in refused.items():
-        ledger.refuse("cost", settings.pop(name), reason)
+        ledger.without("cost", settings.pop(name), "refused", reason)
     if not settings or all(ledger.find("cost", asked) for asked in settings.values()):
         return
     ledger.tell(f"{bench.spec.name}: measuring memory and time of {', '.join(settings)}")

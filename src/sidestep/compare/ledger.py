@@ -43,13 +43,13 @@ class Ledger:
         """
         return self.find(kind, settings) or self._attempt(kind, settings, work)
 
-    def refuse(self, kind: Kind, settings: Mapping[str, Any], reason: str) -> None:
-        """Write down that a contender cannot be run, unless that stands there already."""
+    def without(self, kind: Kind, settings: Mapping[str, Any], status: Status, reason: str) -> None:
+        """Write down that there is no result and why, unless that stands there already."""
         known = self.known.get(records.key_of(kind, settings))
-        if known is not None and (known.status, known.reason) == ("refused", reason):
+        if known is not None and (known.status, known.reason) == (status, reason):
             self.touched[known.key] = known
         else:
-            self.add(kind, settings, status="refused", reason=reason)
+            self.add(kind, settings, status=status, reason=reason)
 
     def find(self, kind: Kind, settings: Mapping[str, Any]) -> Record | None:
         """The result of these settings, if it is there and did not fail."""

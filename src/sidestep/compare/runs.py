@@ -121,10 +121,10 @@ class _Session:
 
     def _refuse(self, prepared: list[Prepared]) -> None:
         for one in self.comparison.scored:
-            if one.name in self.refused:
-                self.ledger.tell(f"{self.bench.spec.name}: {one.name} is refused: {self.refused[one.name]}")
+            if (reason := self.refused.get(one.name)) is not None:
+                self.ledger.tell(f"{self.bench.spec.name}: {one.name} is refused: {reason}")
                 for task in prepared:
-                    self.ledger.refuse("score", self._settings(task, one, "dev", None, None), self.refused[one.name])
+                    self.ledger.without("score", self._settings(task, one, "dev", None, None), "refused", reason)
 
     def _rates(self, task: Prepared) -> dict[str, float | None]:
         """The best rate of each contender on held-out training rows; None if it failed at every rate."""
@@ -145,6 +145,8 @@ class _Session:
                 self._once("score", task, one, "dev", rate, seed, task.data)
             else:
                 self.done += 1
+                reason = "the trial of every learning rate failed"
+                self.ledger.without("score", self._settings(task, one, "dev", None, seed), "failed", reason)
 
     def _once(
         self, kind: Kind, task: Prepared, one: Contender, part: str, rate: float, seed: int, data: TaskData
