@@ -76,6 +76,11 @@ def test_what_is_missing_is_not_guessed(tmp_path: Path) -> None:
     assert cells(table, "probe")["kept"].marks == ("torch 2.14.0, elsewhere 2.15.0",)
 
 
+def test_times_of_another_batch_say_so(tmp_path: Path) -> None:
+    read = cells(main_table(loaded(tmp_path, [sample.cost("b", "read", settings={"timed_batch": 4})])), "read")
+    assert (read["step"].small, read["forward"].small) == ("0.961–1.01, batch 4", "batch 4")
+
+
 def test_ratios_are_over_each_rival_and_losses_are_said(tmp_path: Path) -> None:
     results = loaded(tmp_path, sample.study())
     dtl = cells(ratio_table(results), "dtl")

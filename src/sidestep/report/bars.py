@@ -90,6 +90,8 @@ def memory_figure(group: Group) -> Figure | None:
                 tooltip=["contender:N", "part:N", alt.Tooltip("MiB:Q", format=",.4~r")],
             )
         )
+        if not peaks:
+            return alt.layer(bars).properties(width=look.width, height=BAR * len(order))
         ticks = (
             alt.Chart(alt.Data(values=peaks))
             .mark_tick(color=look.inks["ink"], thickness=2, height={"band": 0.95})

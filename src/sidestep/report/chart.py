@@ -62,6 +62,7 @@ def about(row: Row) -> dict[str, Any]:
     return {
         "contender": row.contender,
         "series": plain(row.contender),
+        "inside": "" if row.checkpoint else plain(row.contender),
         "kind": "Sidestep's method" if row.ours else "baseline",
         "ours": row.ours,
         "checkpoint": row.checkpoint,

@@ -6,7 +6,7 @@ from sidestep.report.bars import memory_figure
 from sidestep.report.chart import Figure
 from sidestep.report.curves import curve_figure
 from sidestep.report.load import Group
-from sidestep.report.scatter import AVERAGE, COSTS, cost_figure, score_figure
+from sidestep.report.scatter import AVERAGE, cost_figure, memory_of, score_figure
 
 
 def figures(group: Group, *, by_task: bool = False) -> list[Figure]:
@@ -20,7 +20,7 @@ def figures(group: Group, *, by_task: bool = False) -> list[Figure]:
     names = [AVERAGE, *(task.name for task in group.tasks)]
     found = [
         score_figure(group, cost, tasks)
-        for cost in COSTS
+        for cost in (memory_of(group), "parameters", "step")
         for tasks in ([[name] for name in names] if by_task else [names])
     ]
     found += [cost_figure(group), memory_figure(group)]

@@ -21,7 +21,7 @@ from sidestep.report.mixed import canonical, differing, text_of, unusual, usual
 BASELINES = ("probe", "bitfit", "ia3", "lora", "dora", "full")
 CHECKPOINT = "+checkpoint"
 LESS_IS_BETTER = frozenset({"mse"})
-SETUP = ("model", "precision", "attention", "device", "batch", "length", "image_size")
+SETUP = ("model", "precision", "attention", "device", "batch", "timed_batch", "length", "image_size")
 
 
 @dataclass(frozen=True, kw_only=True)

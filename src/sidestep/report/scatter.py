@@ -19,12 +19,14 @@ NOMINAL = 340  # width for which labels are placed: a phone's, and a third of a 
 PADDING = 14  # pixels between the outermost values and the plot's edge
 #: A cost whose largest value is more than so many times its smallest is drawn on a logarithmic scale.
 LOG_RATIO = 20
+NAMES = {"peak": "peak memory", "kept": "what is kept"}
 #: In the place of a task: the average over tasks.
 AVERAGE = "average"
 
 #: What scores are drawn against: file name, axis title, format of a logarithmic axis, value of a row.
 COSTS: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
     "peak": ("peak memory above the weights, MiB", "~s", lambda row: _in(row.peak, MIB)),
+    "kept": ("kept for backward, MiB", "~s", lambda row: _in(row.measured("kept_bytes"), MIB)),
     "parameters": ("trained parameters", "~s", lambda row: row.measured("parameters")),
     "step": ("step time, s", "~g", lambda row: row.median("step_seconds")),
 }
@@ -81,13 +83,19 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
     )
 
 
+def memory_of(group: Group) -> str:
+    """Which memory a group's scores and times are drawn against: the peak, or what is kept where no peak is known."""
+    return "peak" if any(row.peak is not None for row in group.rows) else "kept"
+
+
 def cost_figure(group: Group) -> Figure | None:
-    """Step time against peak memory; None with fewer than two contenders."""
-    title, form, peak = COSTS["peak"]
+    """Step time against memory; None with fewer than two contenders."""
+    memory = memory_of(group)
+    title, form, size = COSTS[memory]
     rows = [
-        {"task": AVERAGE, **about(row), "x": peak(row), "score": row.median("step_seconds")}
+        {"task": AVERAGE, **about(row), "x": size(row), "score": row.median("step_seconds")}
         for row in group.rows
-        if peak(row) is not None and row.median("step_seconds") is not None
+        if size(row) is not None and row.median("step_seconds") is not None
     ]
     if len(rows) < 2:
         return None
@@ -99,10 +107,10 @@ def cost_figure(group: Group) -> Figure | None:
         return _scatter(look, rows, AVERAGE, x_title=title, form=form, y_title="step time, s", log=log, zero=True)
 
     return Figure(
-        name="step-against-peak",
+        name=f"step-against-{memory}",
         kind="cost",
         group=group,
-        title="Step time against peak memory",
+        title=f"Step time against {NAMES[memory]}",
         rows=rows,
         columns={**ABOUT, title: "x", "step time, s": "score", "on the Pareto front": "front"},
         draw=draw,
@@ -166,6 +174,7 @@ def _scatter(
         .encode(x=x, y=y)
     )
     series = series_scale(look, rows)
+    inside = alt.Scale(domain=[*series["domain"], ""], range=[*series["range"], look.inks["paper"]])
     spread = base.mark_rule(strokeWidth=1).encode(
         x=x, y=alt.Y("from:Q"), y2="to:Q", color=alt.Color("series:N", scale=series, legend=None), opacity=opacity
     )
@@ -175,11 +184,7 @@ def _scatter(
             x=x,
             y=y,
             stroke=alt.Stroke("series:N", scale=series, legend=None),
-            fill=alt.condition(
-                "datum.checkpoint",
-                alt.value(look.inks["paper"]),
-                alt.Fill("series:N", scale=series, legend=None),
-            ),
+            fill=alt.Fill("inside:N", scale=inside, legend=None),
             shape=alt.Shape(
                 "kind:N",
                 scale=alt.Scale(domain=["Sidestep's method", "baseline"], range=["diamond", "circle"]),

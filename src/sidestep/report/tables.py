@@ -152,7 +152,11 @@ def _backbone(group: Group, row: Row) -> Cell:
 
 
 def _contender(group: Group, row: Row) -> Cell:
-    return Cell(text=row.contender, value=row.contender, small=f"scores of {row.score_of}" if row.score_of else "")
+    return Cell(
+        text=row.contender,
+        value=row.contender,
+        small=f"scores of {row.score_of}" if row.score_of and row.scores else "",
+    )
 
 
 def named_cells(group: Group, row: Row) -> list[Cell]:
@@ -221,7 +225,7 @@ def _cost(name: str, unit: float = 1.0, text: Callable[[float], str] = significa
 
 
 def _time(name: str, *, quartiles: bool) -> _CellOf:
-    """The cell of a measured time: its median, with the quartiles if asked for."""
+    """The cell of a measured time: its median, with the quartiles if asked for, and the batch if it is another one."""
 
     def cell(group: Group, row: Row) -> Cell:
         median = row.median(name)
@@ -230,9 +234,16 @@ def _time(name: str, *, quartiles: bool) -> _CellOf:
         low, high = (row.measured(name).get(end) for end in ("low", "high"))
         known = quartiles and low is not None and high is not None
         spread = f"{significant(low)}–{significant(high)}" if known else ""
-        return Cell(text=significant(median), value=median, small=spread, marks=row.cost_marks)
+        small = ", ".join(part for part in (spread, _timed_batch(group)) if part)
+        return Cell(text=significant(median), value=median, small=small, marks=row.cost_marks)
 
     return cell
+
+
+def _timed_batch(group: Group) -> str:
+    """The batch that times were taken with, where it is not that of the bytes."""
+    timed = group.setup.get("timed_batch")
+    return "" if timed in (None, group.setup.get("batch")) else f"batch {timed}"
 
 
 def _peak(group: Group, row: Row) -> Cell:
@@ -245,7 +256,8 @@ def _over_forward(group: Group, row: Row) -> Cell:
     step, forward = row.median("step_seconds"), row.median("forward_seconds")
     if not step or not forward:
         return UNMEASURED
-    return Cell(text=f"{step / forward:.2f}", value=step / forward, marks=row.cost_marks)
+    ratio = step / forward
+    return Cell(text=f"{ratio:.2f}", value=ratio, small=_timed_batch(group), marks=row.cost_marks)
 
 
 def _energy(group: Group, row: Row) -> Cell:
