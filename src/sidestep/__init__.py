@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         methods,
     )
     from sidestep.model import SideModel, attach, detach
+    from sidestep.plan import Plan, plan
     from sidestep.store import load
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "IA3Config",
     "LoraConfig",
     "MethodConfig",
+    "Plan",
     "ProbeConfig",
     "ReadConfig",
     "Regress",
@@ -55,6 +57,7 @@ __all__ = [
     "load",
     "methods",
     "peak_memory",
+    "plan",
     "saved_bytes",
 ]
 
@@ -74,6 +77,7 @@ _HOMES = {
         "methods",
     ),
     "model": ("SideModel", "attach", "detach"),
+    "plan": ("Plan", "plan"),
     "store": ("load",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -90,9 +94,9 @@ class _Package(ModuleType):
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # importing the folder sidestep.methods would put it in the place of the function of that name
-        hides = name == "methods" and isinstance(value, ModuleType)
-        super().__setattr__(name, value.methods if hides else value)
+        # importing the folder sidestep.methods (or plan) would put it in the place of the function of that name
+        hides = name in ("methods", "plan") and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if hides else value)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *__all__})

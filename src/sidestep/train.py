@@ -25,6 +25,7 @@ from sidestep.loading import source_of
 from sidestep.methods import SideNet, WeightDelta
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, scores
 from sidestep.model import SideModel
+from sidestep.plan import check_fits
 from sidestep.predict import logits
 from sidestep.prepare import TaskData
 from sidestep.results import Results, device_name, versions
@@ -57,6 +58,9 @@ def train(model: SideModel, data: TaskData, settings: TrainSettings) -> Results:
         OutputError: if the output folder is taken, or the run to resume was another one.
         TrainError: if training diverges or memory runs out; checkpoints stay.
         ValueError: if a setting does not fit the problem.
+
+    Warns:
+        PlanWarning: if a step will need more memory than there is.
     """
     data = _readable(model, data)
     _check_fit(model, data, settings)
@@ -68,7 +72,12 @@ def train(model: SideModel, data: TaskData, settings: TrainSettings) -> Results:
     with _failures(settings):
         cost = None
         if settings.measure:
-            cost = measure_step(model, largest_batch(data, settings.batch_size), bf16=settings.bf16)
+            batch = largest_batch(data, settings.batch_size)
+            # the Trainer's optimizer is the fused one
+            check_fits(
+                model, batch, precision="bf16 autocast" if settings.bf16 else "float32", optimizer="AdamW (fused)"
+            )
+            cost = measure_step(model, batch, bf16=settings.bf16)
         seconds = _run(trainer, start)
         history = _history(trainer.state.log_history)
         found = _last_scores(history) if _ends_scored(settings) else _dev_scores(model, data, settings)

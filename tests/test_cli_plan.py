@@ -1,0 +1,106 @@
+"""`sidestep plan`, and the warning of `sidestep train`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import BertConfig
+from typer.testing import CliRunner, Result
+
+from sidestep.cli import app
+from small_tasks import reviews, text_backbone, write
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config and no weights."""
+    folder = tmp_path_factory.mktemp("bert-config")
+    BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    ).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def as_json(*arguments: object) -> dict[str, Any]:
+    result = run("plan", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_plan_for_the_cpu(bert: Path) -> None:
+    settings = ("--backbone", bert, "--method", "read", "--set", "rank=8", "--batch", 4, "--length", 16)
+    about = as_json(*settings)
+    planned = about["plan"]
+    assert (planned["method"], planned["config"]["rank"], planned["batch"], planned["length"]) == ("read", 8, 4, 16)
+    assert planned["device"] == "cpu"
+    assert about["largest_batch"] is None
+    shown = run("plan", *settings).output
+    for text in ("kept for backward at the peak", "peak of a step", "flash (CPU)", "backbone.encoder.layer.*"):
+        assert text in shown
+
+
+def test_a_plan_for_a_card(bert: Path) -> None:
+    settings = ("--backbone", bert, "--method", "full", "--batch", 8, "--length", 32, "--gpu", "4MB")
+    about = as_json(*settings)
+    rows = {row["label"]: row for row in about["alternatives"]}
+    assert about["limit_bytes"] == 4 * 2**20
+    assert about["fits"] is (about["plan"]["total_bytes"] <= about["limit_bytes"])
+    assert about["plan"]["total_bytes"] == rows["full"]["total_bytes"]
+    assert {"read", "probe", "bitfit", "lora", "lora+checkpoint"} <= set(rows)
+    again = as_json(*settings[:4], "--batch", about["largest_batch"] + 1, *settings[6:])
+    assert not again["fits"]
+    assert again["largest_batch"] == about["largest_batch"]
+    shown = run("plan", *settings).output
+    assert f"largest batch {about['largest_batch']}" in shown
+    assert "Methods on 4.0 MiB" in shown
+    assert "note: a GPU holds besides" in shown
+
+
+def test_a_measured_step(bert: Path) -> None:
+    planned = as_json("--backbone", bert, "--measure", "--batch", 4)["plan"]
+    assert planned["source"] == "measured"
+    assert planned["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "rad"), "unknown method 'rad'"),
+        (("--set", "rank=0"), "rank=0"),
+        (("--gpu", "big"), "'big' is no size of memory"),
+        (("--length", "1000"), "length=1000, but BertModel takes 1 to 512 tokens"),
+        (("--precision", "half"), "precision='half'"),
+        (("--image-size", "32"), "BertModel reads texts"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(bert: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run("plan", "--backbone", bert, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_training_warns_of_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text_backbone(tmp_path / "bert")
+    write(tmp_path / "train.tsv", reviews(32))
+    memory = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    given = ("--backbone", tmp_path / "bert", "--train", tmp_path / "train.tsv", "--output", tmp_path / "task")
+    with warnings.catch_warnings(action="always"):
+        result = run("train", *given, "--text", "text", "--epochs", 1, "--batch-size", 8, "--set", "rank=4", "--quiet")
+    torch.set_num_threads(before)
+    assert result.exit_code == 0, result.output
+    assert "Warning: a training step with batches of 8 will need about" in result.stderr
+    assert "but the machine has free 1000 B" in result.stderr
