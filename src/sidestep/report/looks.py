@@ -24,21 +24,21 @@ INKS = {
 OF_BASELINES = {
     "full": ("#3d3d3d", "#c9c5bd"),
     "lora": ("#0072b2", "#56a8dc"),
-    "dora": ("#3fa0d6", "#9fd4f5"),
+    "dora": ("#2f90c6", "#9fd4f5"),
     "ia3": ("#7a6fb0", "#aba2dc"),
     "bitfit": ("#8a8175", "#a39a8d"),
-    "probe": ("#b3aa9b", "#7d766b"),
+    "probe": ("#978d7e", "#857d71"),
 }
 #: For all others, in order of appearance; then from the start again.
 OF_METHODS = (
     ("#d55e00", "#f28c3b"),
     ("#009e73", "#35c99f"),
     ("#aa3377", "#e07bb4"),
-    ("#c79400", "#e8bf3f"),
+    ("#b38500", "#e8bf3f"),
     ("#882255", "#c9668f"),
     ("#117733", "#6cbf80"),
     ("#661100", "#d08770"),
-    ("#999933", "#c9c96a"),
+    ("#8a8a2b", "#c9c96a"),
 )
 #: Where memory goes, from the bottom of a bar up; what is kept for backward in one family of colours.
 OF_PARTS = {

@@ -23,12 +23,14 @@ NAMES = {"peak": "peak memory", "kept": "what is kept"}
 #: In the place of a task: the average over tasks.
 AVERAGE = "average"
 
-#: What scores are drawn against: file name, axis title, format of a logarithmic axis, value of a row.
-COSTS: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
-    "peak": ("peak memory above the weights, MiB", "~s", lambda row: _in(row.peak, MIB)),
-    "kept": ("kept for backward, MiB", "~s", lambda row: _in(row.measured("kept_bytes"), MIB)),
-    "parameters": ("trained parameters", "~s", lambda row: row.measured("parameters")),
-    "step": ("step time, s", "~g", lambda row: row.median("step_seconds")),
+#: Labels of a logarithmic axis: 0.1, 20, 1k, 10M.
+SHORT = {"format": "~s", "labelExpr": "datum.label && datum.value < 1 ? format(datum.value, '~g') : datum.label"}
+#: What scores are drawn against: file name, axis title, value of a row.
+COSTS: dict[str, tuple[str, Callable[[Row], float | None]]] = {
+    "peak": ("peak memory above the weights, MiB", lambda row: _in(row.peak, MIB)),
+    "kept": ("kept for backward, MiB", lambda row: _in(row.measured("kept_bytes"), MIB)),
+    "parameters": ("trained parameters", lambda row: row.measured("parameters")),
+    "step": ("step time, s", lambda row: row.median("step_seconds")),
 }
 
 
@@ -40,7 +42,7 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
         cost: a name of `COSTS`.
         tasks: names; `AVERAGE` among them for the average.
     """
-    title, form, value = COSTS[cost]
+    title, value = COSTS[cost]
     less = {task.name for task in group.tasks if not task.greater}
     rows: Rows = []
     for name in tasks:
@@ -61,9 +63,7 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
     first = AVERAGE if any(row["task"] == AVERAGE for row in rows) else rows[0]["task"]
 
     def draw(look: Look) -> alt.LayerChart:
-        return _scatter(
-            look, rows, first, x_title=title, form=form, y_title="score", log=_wide([row["x"] for row in rows])
-        )
+        return _scatter(look, rows, first, x_title=title, y_title="score", log=_wide([row["x"] for row in rows]))
 
     return Figure(
         name=f"score-against-{cost}-{slug(first)}",
@@ -91,7 +91,7 @@ def memory_of(group: Group) -> str:
 def cost_figure(group: Group) -> Figure | None:
     """Step time against memory; None with fewer than two contenders."""
     memory = memory_of(group)
-    title, form, size = COSTS[memory]
+    title, size = COSTS[memory]
     rows = [
         {"task": AVERAGE, **about(row), "x": size(row), "score": row.median("step_seconds")}
         for row in group.rows
@@ -104,7 +104,7 @@ def cost_figure(group: Group) -> Figure | None:
 
     def draw(look: Look) -> alt.LayerChart:
         log = _wide([row["x"] for row in rows])
-        return _scatter(look, rows, AVERAGE, x_title=title, form=form, y_title="step time, s", log=log, zero=True)
+        return _scatter(look, rows, AVERAGE, x_title=title, y_title="step time, s", log=log, zero=True)
 
     return Figure(
         name=f"step-against-{memory}",
@@ -147,7 +147,7 @@ def pareto(points: Sequence[tuple[float, float]], *, greater: bool) -> set[int]:
 
 
 def _scatter(
-    look: Look, rows: Rows, task: str, *, x_title: str, form: str, y_title: str, log: bool, zero: bool = False
+    look: Look, rows: Rows, task: str, *, x_title: str, y_title: str, log: bool, zero: bool = False
 ) -> alt.LayerChart:
     chosen = alt.param(name="task", value=task)
     wanted = alt.param(name="wanted", value="")
@@ -156,7 +156,10 @@ def _scatter(
     )
     scale = alt.Scale(type="log", nice=False, padding=PADDING) if log else alt.Scale(zero=True)
     x = alt.X(
-        "x:Q", title=x_title, scale=scale, axis=alt.Axis(grid=False, tickCount=5, **({"format": form} if log else {}))
+        "x:Q",
+        title=x_title,
+        scale=scale,
+        axis=alt.Axis(grid=False, tickCount=5, **(SHORT if log else {})),
     )
     y = alt.Y(
         "score:Q",
