@@ -84,9 +84,10 @@ def last_complete(folder: Path) -> Path | None:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file of a checkpoint is there and can be read."""
-    if not all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size for name in FILES):
-        return False
     try:
+        # one look at each file: the Trainer may be removing an old checkpoint meanwhile
+        if not all((checkpoint / name).stat().st_size for name in FILES):
+            return False
         read_state(checkpoint)
         with safe_open(checkpoint / WEIGHTS, framework="pt"):
             return True
