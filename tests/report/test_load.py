@@ -145,6 +145,11 @@ def test_several_files_and_a_broken_line(tmp_path: Path) -> None:
     assert results.contenders == ["read", "lora"]
 
 
+def test_backbones_stand_in_the_files_order(tmp_path: Path) -> None:
+    lines = [sample.cost("late", "read", date="2026-11-22T10:00:00Z"), sample.cost("early", "read")]
+    assert [group.backbone for group in loaded(tmp_path, lines).groups] == ["late", "early"]
+
+
 def test_only_refusals_are_no_group(tmp_path: Path) -> None:
     line = replace(sample.cost("b", "read"), status="refused", reason="no", measured=None)
     results = loaded(tmp_path, [line])

@@ -239,12 +239,15 @@ def _newer_format(path: Path) -> int | None:
 
 
 def _without_repeats(records: Iterable[Record]) -> list[Record]:
-    """Of the lines with one key on one machine the last one, except that a result beats a failure."""
+    """Of the lines with one key on one machine the latest, except that a result beats a failure.
+
+    It stands where the first of them stood, so that the files' order stays.
+    """
     kept: dict[tuple[str, str], Record] = {}
-    for record in sorted(records, key=lambda record: record.date):
+    for record in records:
         place = (record.key, _machine(record))
-        if place not in kept or record.status == "ok" or kept[place].status != "ok":
-            # a later line takes the place of the first, so that the order of appearance stays
+        known = kept.get(place)
+        if known is None or (record.status == "ok", record.date) >= (known.status == "ok", known.date):
             kept[place] = record
     return list(kept.values())
 
