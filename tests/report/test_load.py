@@ -11,7 +11,8 @@ import pytest
 import sample
 
 from sidestep.compare.records import Record
-from sidestep.report.load import Results, load
+from sidestep.report.load import load
+from sidestep.report.rows import Results
 
 
 def loaded(path: Path, lines: Sequence[Record]) -> Results:

@@ -12,8 +12,9 @@ from sidestep.report.chart import Figure
 from sidestep.report.figures import figures
 from sidestep.report.files import write_figures
 from sidestep.report.labels import LETTER, LINE, Box, place_labels
-from sidestep.report.load import Group, load
+from sidestep.report.load import load
 from sidestep.report.looks import OF_PARTS, colours, for_files, for_page
+from sidestep.report.rows import Group
 from sidestep.report.scatter import pareto
 
 SMALL = ("read", "probe", "lora", "lora+checkpoint", "full")

@@ -8,9 +8,10 @@ import sample
 
 from sidestep.compare.records import Record
 from sidestep.report.estimates import estimate
-from sidestep.report.load import Results, Task, load
+from sidestep.report.load import load
 from sidestep.report.markdown import markdown
 from sidestep.report.ratios import in_short, not_won, plan_table, ratio_table
+from sidestep.report.rows import Results, Task
 from sidestep.report.tables import Cell, Table, main_table, score_text, significant, unmeasured, without
 
 

@@ -11,7 +11,7 @@ from sidestep.cli.errors import reporting
 from sidestep.show import remark
 
 if TYPE_CHECKING:
-    from sidestep.report.load import Results
+    from sidestep.report.rows import Results
 
 #: What the page and the figures are made with.
 PARTS = ("altair", "vl_convert", "jinja2", "markupsafe")

@@ -7,8 +7,8 @@ import re
 import altair as alt
 
 from sidestep.report.chart import ABOUT, Figure, Rows, about
-from sidestep.report.load import Group, Row
 from sidestep.report.looks import Look
+from sidestep.report.rows import Group, Row
 from sidestep.report.tables import MIB
 
 BAR = 26  # pixels from a bar to the next

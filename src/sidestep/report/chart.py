@@ -10,8 +10,8 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from sidestep.report.load import Group, Row
 from sidestep.report.looks import Look, plain
+from sidestep.report.rows import Group, Row
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 Rows = list[dict[str, Any]]

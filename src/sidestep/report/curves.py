@@ -7,8 +7,8 @@ from statistics import fmean
 import altair as alt
 
 from sidestep.report.chart import ABOUT, Figure, Rows, about, series_scale, slug
-from sidestep.report.load import Group
 from sidestep.report.looks import Look
+from sidestep.report.rows import Group
 
 HEIGHT = 190
 TICKS = 8  # so many epochs have a tick each

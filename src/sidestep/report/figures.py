@@ -5,7 +5,7 @@ from __future__ import annotations
 from sidestep.report.bars import memory_figure
 from sidestep.report.chart import Figure
 from sidestep.report.curves import curve_figure
-from sidestep.report.load import Group
+from sidestep.report.rows import Group
 from sidestep.report.scatter import AVERAGE, cost_figure, memory_of, score_figure
 
 

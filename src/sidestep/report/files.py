@@ -11,9 +11,9 @@ import vl_convert
 
 from sidestep.report.chart import Figure, slug
 from sidestep.report.figures import figures
-from sidestep.report.load import Results
 from sidestep.report.looks import for_files
 from sidestep.report.page import render
+from sidestep.report.rows import Results
 
 WIDTH = 420  # pixels of a plot; PNG files have `SCALE` times as many
 SCALE = 3

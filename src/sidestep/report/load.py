@@ -9,182 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sidestep.compare.records import FORMAT, Record, read
 from sidestep.report.estimates import Estimate, estimate
 from sidestep.report.mixed import canonical, differing, text_of, unusual, usual
+from sidestep.report.rows import BASELINES, Group, Missing, Results, Row, Score, Source, Task, order_of
 
-#: What Sidestep's methods are compared with, in the order of the tables.
-BASELINES = ("probe", "bitfit", "ia3", "lora", "dora", "full")
-CHECKPOINT = "+checkpoint"
-LESS_IS_BETTER = frozenset({"mse"})
+#: What a step's cost hangs on besides the method and the machine.
 SETUP = ("model", "precision", "attention", "device", "batch", "timed_batch", "length", "image_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A results file: its path, how many results it holds, and how many broken lines were skipped."""
-
-    path: Path
-    results: int
-    broken: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A task: its name, the metric of its scores, and whether a greater one is better."""
-
-    name: str
-    metric: str
-
-    @property
-    def greater(self) -> bool:
-        """Whether a greater score is the better one."""
-        return self.metric not in LESS_IS_BETTER
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """A contender's scores on a task.
-
-    Attributes:
-        estimate: of the metric, over seeds.
-        records: one line a seed.
-        marks: how these lines differ from the others of the task, and which were left out.
-    """
-
-    estimate: Estimate
-    records: tuple[Record, ...]
-    marks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A contender on a backbone in a setup.
-
-    Attributes:
-        contender: its label.
-        method: registered name.
-        ours: whether it is one of Sidestep's methods and no baseline.
-        checkpoint: whether blocks are recomputed in backward.
-        score_of: the contender whose scores it shares; None if they are its own.
-        cost: the line with what a step costs.
-        cost_marks: how that line differs from the group's others.
-        scores: by task.
-        average: of the scores over the group's tasks with a greater-is-better metric; None if one is missing.
-        missing: why a task has no score: "refused", "failed"; tasks that were not tried are not in it.
-        trials: lines of the rates that were tried.
-    """
-
-    contender: str
-    method: str
-    ours: bool
-    checkpoint: bool
-    score_of: str | None = None
-    cost: Record | None = None
-    cost_marks: tuple[str, ...] = ()
-    scores: Mapping[str, Score] = field(default_factory=dict)
-    average: Estimate | None = None
-    missing: Mapping[str, str] = field(default_factory=dict)
-    trials: tuple[Record, ...] = ()
-
-    @property
-    def peak(self) -> int | None:
-        """Bytes that a step needs above the weights at its peak, the optimizer's state included.
-
-        The line's own `peak_bytes` begins where that state is there already.
-        """
-        rise = self.measured("peak_bytes")
-        return None if rise is None else rise + (self.measured("optimizer_bytes") or 0)
-
-    def measured(self, name: str) -> Any:
-        """A value of the cost line; None if it was not measured."""
-        return None if self.cost is None else (self.cost.measured or {}).get(name)
-
-    def median(self, name: str) -> float | None:
-        """The median of a time of the cost line, in seconds; None if it was not measured."""
-        found = self.measured(name)
-        return found["median"] if isinstance(found, Mapping) else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """The contenders of one backbone in one setup.
-
-    Attributes:
-        backbone: its label.
-        setup: the settings of `SETUP` and the machine's name; empty if there are scores only.
-        remark: what tells this setup from the backbone's others; "" if it is the only one.
-        tasks: those with a score, in order of appearance.
-        rows: Sidestep's methods first.
-    """
-
-    backbone: str
-    setup: Mapping[str, Any]
-    remark: str
-    tasks: tuple[Task, ...]
-    rows: tuple[Row, ...]
-
-    @property
-    def title(self) -> str:
-        """The backbone, with what tells this setup from others."""
-        return f"{self.backbone} ({self.remark})" if self.remark else self.backbone
-
-    @property
-    def averaged(self) -> tuple[Task, ...]:
-        """The tasks over which scores are averaged."""
-        return tuple(task for task in self.tasks if task.greater)
-
-    def find(self, contender: str) -> Row | None:
-        """The row of a contender."""
-        return next((row for row in self.rows if row.contender == contender), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Missing:
-    """Results that there are not: a contender's runs that were refused or failed for one reason."""
-
-    backbone: str
-    contender: str
-    status: str
-    what: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """All that a report is made from.
-
-    Attributes:
-        sources: the files.
-        groups: one per backbone and setup, in order of appearance.
-        missing: what was refused or failed.
-        records: every line that counts: of two with one key on one machine, the later.
-    """
-
-    sources: tuple[Source, ...]
-    groups: tuple[Group, ...]
-    missing: tuple[Missing, ...]
-    records: tuple[Record, ...]
-
-    @property
-    def broken(self) -> int:
-        """Lines that could not be read, over all files."""
-        return sum(source.broken for source in self.sources)
-
-    @property
-    def remark(self) -> str:
-        """What to say of the broken lines; "" if there is none."""
-        return f"{self.broken} broken line{'s were' if self.broken > 1 else ' was'} skipped" if self.broken else ""
-
-    @property
-    def contenders(self) -> list[str]:
-        """Every contender's label, Sidestep's methods first."""
-        rows = {row.contender: row for group in self.groups for row in group.rows}
-        return [row.contender for row in sorted(rows.values(), key=_place)]
 
 
 def load(paths: Sequence[Path]) -> Results:
@@ -343,12 +177,7 @@ def _rows(
                 trials=tuple(record for record in trials if record.settings["contender"] == scorer),
             )
         )
-    return sorted(rows, key=_place)
-
-
-def _place(row: Row) -> tuple[int, bool]:
-    """Sidestep's methods first, then the baselines in their order; recomputation after the plain one."""
-    return (-1 if row.ours else BASELINES.index(row.method), row.checkpoint and not row.ours)
+    return sorted(rows, key=order_of)
 
 
 def _scores(records: Sequence[Record], expected: Mapping[str, str]) -> dict[str, Score]:

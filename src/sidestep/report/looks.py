@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sidestep.report.load import CHECKPOINT
+from sidestep.report.rows import CHECKPOINT
 
 #: name -> (light, dark)
 INKS = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sidestep.report.load import Group, Results
 from sidestep.report.ratios import not_won, plan_table, ratio_table
+from sidestep.report.rows import Group, Results
 from sidestep.report.tables import Cell, Table, main_table, unmeasured, without
 
 SCORES = ("average", "seeds")

@@ -17,10 +17,10 @@ from markupsafe import Markup
 from sidestep.compare.records import Record
 from sidestep.report.chart import VEGA_LITE, Figure
 from sidestep.report.figures import figures
-from sidestep.report.load import Group, Results, Row
 from sidestep.report.looks import OF_PARTS, for_page, plain, variables
 from sidestep.report.mixed import canonical, text_of
 from sidestep.report.ratios import in_short, not_won, plan_table, ratio_table
+from sidestep.report.rows import Group, Results, Row
 from sidestep.report.tables import Table, main_table, score_text, unmeasured, without
 
 #: Settings that are said elsewhere in a row.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from sidestep.report.estimates import Estimate
-from sidestep.report.load import Group, Results, Row
+from sidestep.report.rows import Group, Results, Row
 from sidestep.report.tables import MIB, UNMEASURED, Cell, Column, Line, Table, named_cells, score_text, significant
 
 #: What Sidestep's methods are held against, by label.

@@ -10,8 +10,8 @@ import altair as alt
 
 from sidestep.report.chart import ABOUT, Figure, Rows, about, series_scale, slug
 from sidestep.report.labels import Box, place_labels
-from sidestep.report.load import Group, Row
 from sidestep.report.looks import Look
+from sidestep.report.rows import Group, Row
 from sidestep.report.tables import MIB
 
 HEIGHT = 300

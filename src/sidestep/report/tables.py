@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import floor, log10
 
 from sidestep.report.estimates import Estimate
-from sidestep.report.load import Group, Results, Row, Task
+from sidestep.report.rows import Group, Results, Row, Task
 
 MIB = 2**20
 DECIMALS = 4
