@@ -147,11 +147,11 @@ SCALES = (
         build=partial(bert, large=True),
         inputs=text(30000, 128),
         length=128,
-        timed_batch=2,
+        timed_batch=1,
         repeats=2,
     ),
     Scale(
-        name="t5-large", build=partial(t5, large=True), inputs=text(32000, 128), length=128, timed_batch=2, repeats=2
+        name="t5-large", build=partial(t5, large=True), inputs=text(32000, 128), length=128, timed_batch=1, repeats=2
     ),
     Scale(name="llama-1b", build=llama, inputs=text(128000, 512), batch=8, length=512, timed_batch=0, repeats=0),
 )
@@ -316,7 +316,7 @@ def fits(cost: Cost) -> bool:
 
 
 def tables(records: Sequence[Record]) -> str:
-    """A table for each backbone: every contender's cost, and its ratios over the rivals'."""
+    """A table for each backbone: every contender's cost and its ratios over the rivals'; "p" marks a planned peak."""
     backbones = dict.fromkeys(record.settings["backbone"] for record in records)
     return "\n\n".join(
         table(name, [record for record in records if record.settings["backbone"] == name]) for name in backbones
@@ -350,7 +350,7 @@ def row(record: Record, others: Mapping[str, Record]) -> str:
     seconds = None if found["step_seconds"] is None else found["step_seconds"]["median"]
     cells = [
         f"{label} | {mib(found['kept_bytes']):.1f} | {kept}",
-        f"{number(found['peak_bytes'], 2**20)} | {peak}",
+        f"{peak_text(found)} | {peak}",
         f"{number(seconds)} | {step}",
         f"{found['parameters']:,} | {mib(found['task_bytes']):.2f} | {number(found['flops'], 1e9)}",
         number(found["energy_joules"]),
@@ -376,7 +376,18 @@ def kept_ratio(one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None
 
 
 def peak_ratio(one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
-    return None if None in (one["peak_bytes"], other["peak_bytes"]) else one["peak_bytes"] / other["peak_bytes"]
+    """Of measured peaks, or else of planned ones: never of one of each."""
+    for name in ("peak_bytes", "planned_peak_bytes"):
+        if None not in (one[name], other[name]):
+            return one[name] / other[name]
+    return None
+
+
+def peak_text(found: Mapping[str, Any]) -> str:
+    """The measured peak in MiB, or else the planned one, marked."""
+    if found["peak_bytes"] is None and found["planned_peak_bytes"] is not None:
+        return f"{number(found['planned_peak_bytes'], 2**20)} p"
+    return number(found["peak_bytes"], 2**20)
 
 
 def time_ratio(one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
