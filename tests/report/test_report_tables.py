@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,11 +86,11 @@ def test_times_of_another_batch_say_so(tmp_path: Path) -> None:
 def test_ratios_are_over_each_rival_and_losses_are_said(tmp_path: Path) -> None:
     results = loaded(tmp_path, sample.study())
     dtl = cells(ratio_table(results), "dtl")
-    assert dtl["kept lora"].value == pytest.approx(0.31 / 0.74)
-    assert dtl["kept lora"].tone == "win"
-    assert dtl["kept lora+checkpoint"].text == "2.82×"
-    assert dtl["kept lora+checkpoint"].tone == "loss"
-    assert "score lora+checkpoint" not in dtl
+    assert dtl["kept: lora"].value == pytest.approx(0.31 / 0.74)
+    assert dtl["kept: lora"].tone == "win"
+    assert dtl["kept: lora+checkpoint"].text == "2.82×"
+    assert dtl["kept: lora+checkpoint"].tone == "loss"
+    assert "score: lora+checkpoint" not in dtl
     assert [line.row.contender for line in ratio_table(results).lines] == ["read", "read-32", "dtl"]
     (said,) = (said for said in not_won(results) if said.startswith("dtl"))
     assert "2.82× the bytes kept of lora+checkpoint" in said
@@ -100,7 +101,7 @@ def test_a_tie_is_no_win(tmp_path: Path) -> None:
     kept = {"kept_bytes": 1000, "peak_bytes": None, "step_seconds": None}
     lines = [sample.cost("b", name, measured=kept) for name in ("read", "lora")]
     results = loaded(tmp_path, lines)
-    assert cells(ratio_table(results), "read")["kept lora"].tone == "loss"
+    assert cells(ratio_table(results), "read")["kept: lora"].tone == "loss"
     assert not_won(results) == ["read on b: about the same bytes kept as lora."]
 
 
@@ -141,3 +142,16 @@ def test_markdown_has_the_command_the_tables_and_the_notes(tmp_path: Path) -> No
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
     assert len(tables) == 4
     assert all(len({line.count(" | ") for line in table}) == 1 for table in tables)
+
+
+def test_a_planned_peak_stands_in_for_one_that_was_not_measured(tmp_path: Path) -> None:
+    lines = [line for line in sample.study() if line.kind == "cost" and line.status == "ok"]
+    measured = ratio_table(loaded(tmp_path, lines))
+    assert not any(column.name.startswith("planned") for column in measured.columns)
+    unknown = [replace(line, measured={**line.measured, "peak_bytes": None}) for line in lines if line.measured]
+    planned = ratio_table(loaded(tmp_path, unknown))
+    assert not any(column.name.startswith("peak") for column in planned.columns)
+    read, lora = (next(line.measured for line in unknown if line.settings["contender"] == n) for n in ("read", "lora"))
+    value = cells(planned, "read")["planned peak: lora"].value
+    parts = ("planned_peak_bytes", "optimizer_bytes")
+    assert value == pytest.approx(sum(read[part] for part in parts) / sum(lora[part] for part in parts))

@@ -14,9 +14,10 @@ RIVALS = ("lora", "lora+checkpoint", "full")
 COMPARED: dict[str, Callable[[Row], float | None]] = {
     "kept": lambda row: row.measured("kept_bytes"),
     "peak": lambda row: row.peak,
+    "planned peak": lambda row: row.planned_peak,
     "time": lambda row: row.median("step_seconds"),
 }
-WORDS = {"kept": "bytes kept", "peak": "peak memory", "time": "step time"}
+WORDS = {"kept": "bytes kept", "peak": "peak memory", "planned peak": "planned peak memory", "time": "step time"}
 #: A ratio within this distance of 1 is a tie: times and peaks repeat to about 2 %.
 TIE = 0.02
 #: The planner's promise: its prediction is within this share of the measured peak.
@@ -34,13 +35,13 @@ def ratio_table(results: Results) -> Table:
     ]
     for rival in rivals:
         columns += [
-            Column(name=f"{name} {rival}", title=name, unit=f"over {rival}", help=f"{WORDS[name]} over {rival}'s")
+            Column(name=f"{name}: {rival}", title=name, unit=f"over {rival}", help=f"{WORDS[name]} over {rival}'s")
             for name in names
         ]
         if scored and not rival.endswith("+checkpoint"):
             columns.append(
                 Column(
-                    name=f"score {rival}",
+                    name=f"score: {rival}",
                     title="score",
                     unit=f"minus {rival}",
                     help="Difference of the average scores, in points.",
@@ -52,7 +53,7 @@ def ratio_table(results: Results) -> Table:
             if row.ours and any(group.find(rival) for rival in rivals):
                 cells = named_cells(group, row)
                 for column in columns[2:]:
-                    name, _, rival = column.name.partition(" ")
+                    name, _, rival = column.name.partition(": ")
                     other = group.find(rival)
                     cells.append(_points(row, other) if name == "score" else _ratio(name, row, other))
                 lines.append(Line(group=group, row=row, cells=tuple(cells)))

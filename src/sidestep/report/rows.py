@@ -92,6 +92,14 @@ class Row:
         rise = self.measured("peak_bytes")
         return None if rise is None else rise + (self.measured("optimizer_bytes") or 0)
 
+    @property
+    def planned_peak(self) -> int | None:
+        """`peak` as the planner predicts it, of a line whose peak was not measured."""
+        rise = self.measured("planned_peak_bytes")
+        if rise is None or self.peak is not None:
+            return None
+        return rise + (self.measured("optimizer_bytes") or 0)
+
     def measured(self, name: str) -> Any:
         """A value of the cost line; None if it was not measured."""
         return None if self.cost is None else (self.cost.measured or {}).get(name)

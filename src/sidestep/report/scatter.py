@@ -19,7 +19,7 @@ NOMINAL = 340  # width for which labels are placed: a phone's, and a third of a 
 PADDING = 14  # pixels between the outermost values and the plot's edge
 #: A cost whose largest value is more than so many times its smallest is drawn on a logarithmic scale.
 LOG_RATIO = 20
-NAMES = {"peak": "peak memory", "kept": "what is kept"}
+NAMES = {"peak": "peak memory", "planned": "planned peak memory", "kept": "what is kept"}
 #: In the place of a task: the average over tasks.
 AVERAGE = "average"
 
@@ -28,6 +28,7 @@ SHORT = {"format": "~s", "labelExpr": "datum.label && datum.value < 1 ? format(d
 #: What scores are drawn against: file name, axis title, value of a row.
 COSTS: dict[str, tuple[str, Callable[[Row], float | None]]] = {
     "peak": ("peak memory above the weights, MiB", lambda row: _in(row.peak, MIB)),
+    "planned": ("planned peak memory above the weights, MiB", lambda row: _in(row.planned_peak, MIB)),
     "kept": ("kept for backward, MiB", lambda row: _in(row.measured("kept_bytes"), MIB)),
     "parameters": ("trained parameters", lambda row: row.measured("parameters")),
     "step": ("step time, s", lambda row: row.median("step_seconds")),
@@ -84,8 +85,9 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
 
 
 def memory_of(group: Group) -> str:
-    """Which memory a group's scores and times are drawn against: the peak, or what is kept where no peak is known."""
-    return "peak" if any(row.peak is not None for row in group.rows) else "kept"
+    """Which memory a group's scores and times are drawn against: the peak, the planned one, or what is kept."""
+    known = (name for name in NAMES if any(COSTS[name][1](row) is not None for row in group.rows))
+    return next(known, "kept")
 
 
 def cost_figure(group: Group) -> Figure | None:

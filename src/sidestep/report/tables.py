@@ -17,7 +17,7 @@ DECIMALS = 4
 NOTHING = "–"
 NOT_MEASURED = "not measured"
 #: The costs that stand before the scores of single tasks.
-FIRST = ("parameters", "kept", "peak", "step", "forward")
+FIRST = ("parameters", "kept", "peak", "planned", "step", "forward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,8 @@ def unmeasured(results: Results) -> list[str]:
     """Titles of the costs that were measured of no row, if there are cost lines at all."""
     if not any(row.cost for group in results.groups for row in group.rows):
         return []
-    return [column.title for column, cell in _COSTS if not _any(results, cell)]
+    # a plan only stands in for a peak that was not measured
+    return [column.title for column, cell in _COSTS if column.name != "planned" and not _any(results, cell)]
 
 
 _CellOf = Callable[[Group, Row], Cell]
@@ -252,6 +253,12 @@ def _peak(group: Group, row: Row) -> Cell:
     return Cell(text=significant(row.peak / MIB), value=row.peak, marks=row.cost_marks)
 
 
+def _planned(group: Group, row: Row) -> Cell:
+    if row.planned_peak is None:
+        return UNMEASURED
+    return Cell(text=significant(row.planned_peak / MIB), value=row.planned_peak, marks=row.cost_marks)
+
+
 def _over_forward(group: Group, row: Row) -> Cell:
     step, forward = row.median("step_seconds"), row.median("forward_seconds")
     if not step or not forward:
@@ -299,6 +306,10 @@ _COSTS: list[tuple[Column, _CellOf]] = [
             help="What a step needs above the weights at its peak, optimizer state included, by the allocator's count.",
         ),
         _peak,
+    ),
+    (
+        Column(name="planned", title="planned peak", unit="MiB", help="The planner's peak, where none was measured."),
+        _planned,
     ),
     (
         Column(
