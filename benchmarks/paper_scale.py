@@ -2,6 +2,7 @@
 
     python benchmarks/paper_scale.py                        # all; about an hour on 2 CPU cores, in 14 GiB
     python benchmarks/paper_scale.py --only bert-base,vit-b
+    python benchmarks/paper_scale.py --again                # measure what is there once more, on a quieter machine
     python benchmarks/paper_scale.py --device cuda          # full sizes, energy too; a results file of the GPU's name
     python benchmarks/paper_scale.py --table                # the tables alone, as Markdown
 
@@ -167,12 +168,12 @@ def contenders() -> dict[str, Settings]:
 # --- measuring ---------------------------------------------------------------------------------------------------
 
 
-def run(scale: Scale, path: Path, device: torch.device) -> None:
-    """Measure a backbone, unless every contender's result is there."""
+def run(scale: Scale, path: Path, device: torch.device, *, again: bool = False) -> None:
+    """Measure a backbone, unless every contender's result is there and none is wanted again."""
     chosen, known = contenders(), latest(read(path)[0])
     settings = {label: settings_of(scale, label, one, device) for label, one in chosen.items()}
     done = [known.get(key_of("cost", one)) for one in settings.values()]
-    if all(one is not None and one.status != "failed" for one in done):
+    if not again and all(one is not None and one.status != "failed" for one in done):
         return
     began, load = time.perf_counter(), os.getloadavg()[0]
     found = on_gpu(scale, chosen, device) if device.type == "cuda" else on_cpu(scale, chosen)
@@ -331,7 +332,8 @@ def table(backbone: str, records: Sequence[Record]) -> str:
     lines = [
         f"**{backbone}**, batch {first.settings['batch']}, {size} (times: batch {first.settings['timed_batch']}); "
         f"{first.settings['attention']} attention, {first.settings['precision']}; {first.machine['name']}, "
-        f"{first.machine['threads']} threads, torch {first.versions['torch']}, {first.date[:10]}",
+        f"{first.machine['threads']} threads, load {first.machine['load']}, torch {first.versions['torch']}, "
+        f"{first.date[:10]}",
         "",
         f"| | kept, MiB | {over} | peak, MiB | {over} | step, s | {over} | trained | task file, MiB | GFLOP | J |",
         f"|---|{'---|' * 10}",
@@ -419,6 +421,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What every method costs at the papers' scale.")
     parser.add_argument("--only", default=",".join(names), help=f"backbones, of {','.join(names)}")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--again", action="store_true", help="measure also what was measured before")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the tables")
     given = parser.parse_args()
     if unknown := set(given.only.split(",")) - set(names):
@@ -431,7 +434,7 @@ def main() -> None:
     path = results_file(device)
     for scale in SCALES:
         if scale.name in given.only.split(",") and not given.table:
-            run(scale, path, device)
+            run(scale, path, device, again=given.again)
             gc.collect()
     for scale in SCALES:
         if scale.peak and scale.name in given.only.split(",") and device.type == "cpu" and not given.table:
