@@ -1,6 +1,6 @@
 """How far a plan is from a measured step, for every method on five backbones: `python benchmarks/plan_error.py`.
 
-Random weights (memory does not depend on them), a batch without padding, one training step with the optimizer's state
+Random weights (memory does not depend on them), a batch with padding, one training step with the optimizer's state
 in place. Compared is the rise above model and optimizer state: the plan's `peak_bytes` against what PyTorch's allocator
 handed out (`ss.peak_memory`); the rise of the resident set stands beside it. On a machine with a GPU, `--device cuda`
 compares with `max_memory_allocated`. Pairs that are in results/plan_error.jsonl are not run again.
@@ -88,7 +88,7 @@ def table() -> str:
         "| backbone | method | predicted, MiB | measured, MiB | error | resident, MiB | attention |",
         "|---|---|---|---|---|---|---|",
     ]
-    for line in RESULTS.lines:
+    for line in sorted(RESULTS.lines, key=lambda line: list(BACKBONES).index(line["backbone"])):
         start = f"| {line['backbone']} | {line['method']} |"
         if line["status"] == "refused":
             lines.append(f"{start} refused | | | | |")

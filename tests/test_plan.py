@@ -66,7 +66,7 @@ def measured(model: ss.SideModel, inputs: dict[str, Tensor]) -> int:
     return ss.peak_memory(step).allocated
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", ["read", "full", "lora+checkpoint"])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(family: TinyFamily, name: str) -> None:
     method, checkpoint = CONTENDERS[name]
@@ -75,7 +75,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(family: TinyFamily, nam
     assert plan_for(model, inputs).peak_bytes == pytest.approx(measured(model, inputs), rel=0.1)
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", ["probe", "full+checkpoint", "lora"])
 def test_a_plan_from_the_config_is_that_of_the_model(name: str) -> None:
     method, checkpoint = CONTENDERS[name]
     from_config = plan(BERT, method, head=HEAD, batch=4, length=32, checkpoint=checkpoint)
@@ -89,6 +89,19 @@ def test_kept_bytes_are_those_that_saved_bytes_counts(name: str) -> None:
         model(**batch())
     planned = plan_for(model, batch())
     assert planned.saved_bytes == sum(planned.saved_by_module.values()) == kept.total
+
+
+def test_grouped_keys_are_copied_where_there_is_padding() -> None:
+    config = t.LlamaConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+    )
+    model = ss.attach(t.LlamaModel(config), ss.LoraConfig(), head=HEAD).train()
+    assert plan_for(model, batch(rows=8)).peak_bytes == pytest.approx(measured(model, batch(rows=8)), rel=0.02)
 
 
 def test_the_parts_sum_to_the_peak_and_the_total() -> None:
@@ -286,7 +299,7 @@ def test_sizes_of_memory() -> None:
 
 def test_alternatives_say_what_each_method_takes_or_why_it_is_refused() -> None:
     def make(method: MethodConfig, checkpoint: Any = None) -> ss.Plan:
-        return plan(FAMILIES["t5"].build, method, batch=2, length=8, checkpoint=checkpoint)
+        return plan(FAMILIES["llama"].build, method, batch=2, length=8, checkpoint=checkpoint)
 
     asked = ss.ReadConfig(rank=3)
     found = {other.label: other for other in alternatives(make, asked)}

@@ -93,7 +93,7 @@ def _timm(name: str, classes: int | None) -> nn.Module:
 
 
 def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int | None) -> dict[str, Tensor]:
-    """A batch of zeros with labels, on the default device.
+    """A batch without content, with labels and, for texts, with padding; on the default device.
 
     Args:
         model: says whether it reads texts or images, and what its labels are.
@@ -115,6 +115,8 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
             raise ValueError(f"image_size={image_size}, but {_name(model)} reads texts: give length")
         shape = rows, _length(model, length)
         inputs = {name: torch.ones(shape, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+        # without any padding transformers would leave the mask out
+        inputs["attention_mask"][-1, 1:] = 0
     return {**inputs, "labels": _labels(model, rows)}
 
 

@@ -119,7 +119,7 @@ def plan_for(
 
     Args:
         model: attached; on any device, also on "meta" (without weights).
-        batch: the inputs with labels; only shapes and precisions are read.
+        batch: the inputs with labels; only shapes and precisions are read. A mask counts as masking something.
         precision: "bf16 autocast" runs the forward pass under autocast. The weights' precision is the model's own.
         optimizer: one of `OPTIMIZERS`.
         device: whose memory is planned; None: the model's (the CPU's for "meta").
