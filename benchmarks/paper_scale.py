@@ -328,9 +328,10 @@ def table(backbone: str, records: Sequence[Record]) -> str:
     """One backbone's, with what it was measured with above it."""
     first = records[0]
     size = f"length {first.settings['length']}" if first.settings["length"] else f"{first.settings['image_size']} px"
+    timed = f"batch {first.settings['timed_batch']}" if first.settings["timed_batch"] else "none"
     over = f"over {', '.join(RIVALS)}"
     lines = [
-        f"**{backbone}**, batch {first.settings['batch']}, {size} (times: batch {first.settings['timed_batch']}); "
+        f"**{backbone}**, batch {first.settings['batch']}, {size} (times: {timed}); "
         f"{first.settings['attention']} attention, {first.settings['precision']}; {first.machine['name']}, "
         f"{first.machine['threads']} threads, load {first.machine['load']}, torch {first.versions['torch']}, "
         f"{first.date[:10]}",
@@ -345,7 +346,7 @@ def table(backbone: str, records: Sequence[Record]) -> str:
 def row(record: Record, others: Mapping[str, Record]) -> str:
     label, found = record.settings["contender"], record.measured
     if found is None:
-        return f"| {label} | {record.status}: {record.reason} |"
+        return f"| {label} | {record.status}: {record.reason} |{' |' * 9}"
     rivals = [others[rival].measured if rival in others else None for rival in RIVALS]
     ours = is_ours(record.settings["method"])
     kept, peak, step = (verdicts(ratio, found, rivals, ours) for ratio in (kept_ratio, peak_ratio, time_ratio))
