@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
@@ -161,9 +162,13 @@ def test_encodings(tmp_path):
     assert read(latin, TableOptions(encoding="latin-1"))["text"][0] == "crème"
     marked = file(tmp_path, "b.csv", "text,label\ncrème,1\n", "utf-8-sig")
     assert read(marked).column_names == ["text", "label"]
-    assert read(file(tmp_path, "b.json", '[{"text": "crème"}]', "utf-8-sig"))[0] == {"text": "crème"}
     assert read(file(tmp_path, "b.jsonl", '{"text": "crème"}\n', "utf-8-sig"))[0] == {"text": "crème"}
     assert "encoding='utf-9' is unknown: choose utf-8" in error_of(TableOptions, encoding="utf-9")
+
+
+@pytest.mark.skipif(Version(datasets.__version__) < Version("5.2"), reason="older datasets refuse such a file")
+def test_a_json_list_may_begin_with_a_byte_order_mark(tmp_path):
+    assert read(file(tmp_path, "b.json", '[{"text": "crème"}]', "utf-8-sig"))[0] == {"text": "crème"}
 
 
 def test_a_cell_may_be_longer_than_the_csv_module_allows(tmp_path):

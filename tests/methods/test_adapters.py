@@ -116,3 +116,12 @@ def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModuleNotFoundError, match=r"sidestep\[compare\]"):
         ss.attach(FAMILIES["bert"].model(), ss.LoraConfig())
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_what_is_trained_is_in_float32_on_a_backbone_in_bfloat16(method: str) -> None:
+    kind = FAMILIES["bert"]
+    model = ss.attach(kind.model().bfloat16(), CONFIGS[method], head=ss.Classify(num_labels=LABELS)).train()
+    assert {parameter.dtype for parameter in adapters(model).values()} == {torch.float32}
+    model(**kind.inputs(), labels=kind.labels()).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapters(model).values())

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sidestep.methods.base import MethodConfig, WeightDelta, register
@@ -87,6 +88,10 @@ class Adapter(WeightDelta):
             ) from error
         config = getattr(trunk, "config", None)
         self.tuner = self.build(peft, trunk, getattr(config, "model_type", ""))
+        for name, parameter in trunk.named_parameters():
+            # what is trained is in float32 on a backbone of half precision, as get_peft_model has it
+            if self.moves(name, parameter) and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
 
     @abstractmethod
     def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
