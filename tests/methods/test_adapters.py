@@ -125,3 +125,12 @@ def test_what_is_trained_is_in_float32_on_a_backbone_in_bfloat16(method: str) ->
     assert {parameter.dtype for parameter in adapters(model).values()} == {torch.float32}
     model(**kind.inputs(), labels=kind.labels()).loss.backward()
     assert all(parameter.grad is not None for parameter in adapters(model).values())
+
+
+def test_a_backbone_with_pefts_modules_in_it_is_refused() -> None:
+    backbone = FAMILIES["bert"].model()
+    ss.detach(ss.attach(backbone, CONFIGS["lora"]))
+    ss.detach(ss.attach(backbone, CONFIGS["ia3"]))
+    peft.inject_adapter_in_model(THEIRS["lora"](), backbone.bert)
+    with pytest.raises(ss.UnsupportedBackbone, match="holds modules of PEFT already: merge them"):
+        ss.attach(backbone, CONFIGS["lora"])

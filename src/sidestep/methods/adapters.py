@@ -78,8 +78,10 @@ class Adapter(WeightDelta):
 
         Raises:
             ModuleNotFoundError: if PEFT is not installed.
-            ValueError: if the backbone has no such linear map.
+            ValueError: if the backbone has no such linear map, or holds PEFT's modules already.
         """
+        if hasattr(trunk, "peft_config"):
+            raise ValueError("it holds modules of PEFT already: merge them into its weights, or unload them, first")
         try:
             import peft
         except ModuleNotFoundError as error:
@@ -100,6 +102,7 @@ class Adapter(WeightDelta):
     def remove(self, trunk: nn.Module) -> None:
         """Take PEFT's modules out."""
         self.tuner.unload()
+        trunk.__dict__.pop("peft_config", None)  # older releases leave it behind
 
     def moves(self, name: str, parameter: Tensor) -> bool:
         """PEFT's own parameters."""

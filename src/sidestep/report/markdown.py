@@ -62,7 +62,7 @@ def _says(table: Table, cells: Sequence[Cell]) -> bool:
 def _text(cell: Cell, group: Group) -> str:
     if cell.value == group.title and cell.small:
         return f"{cell.text} ({cell.small})"
-    text = f"{cell.text} (loss)" if cell.tone == "loss" else cell.text
+    text = f"{cell.text} ({cell.tone})" if cell.tone in ("loss", "tie") else cell.text
     return f"{text}\\*" if cell.marks else text
 
 

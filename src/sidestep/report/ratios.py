@@ -135,7 +135,7 @@ def _ratio(name: str, row: Row, rival: Row | None) -> Cell:
     ratio = ratio_of(name, row, rival)
     if ratio is None or rival is None:
         return UNMEASURED
-    tone = "win" if ratio < 1 - TIE else "loss"
+    tone = "win" if ratio < 1 - TIE else "tie" if ratio <= 1 + TIE else "loss"
     marks = tuple(dict.fromkeys((*row.cost_marks, *rival.cost_marks)))
     return Cell(text=_times(ratio), value=ratio, marks=marks, tone=tone)
 

@@ -29,7 +29,7 @@ class Cell:
         value: what is sorted by; None sorts last.
         small: a second, smaller line, such as a spread.
         marks: phrases that say how the value is not like the others of its table.
-        tone: "missing", "shared", "win" or "loss"; "" for a plain value.
+        tone: "missing", "shared", "win", "tie" or "loss"; "" for a plain value.
     """
 
     text: str
