@@ -101,7 +101,7 @@ def test_a_tie_is_no_win(tmp_path: Path) -> None:
     kept = {"kept_bytes": 1000, "peak_bytes": None, "step_seconds": None}
     lines = [sample.cost("b", name, measured=kept) for name in ("read", "lora")]
     results = loaded(tmp_path, lines)
-    assert cells(ratio_table(results), "read")["kept: lora"].tone == "loss"
+    assert cells(ratio_table(results), "read")["kept: lora"].tone == "tie"
     assert not_won(results) == ["read on b: about the same bytes kept as lora."]
 
 
