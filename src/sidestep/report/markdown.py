@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sidestep.report.ratios import not_won, plan_table, ratio_table
+from sidestep.report.ratios import PLANNED, not_won, plan_table, ratio_table
 from sidestep.report.rows import Group, Results
 from sidestep.report.tables import Cell, Table, main_table, unmeasured, without
 
@@ -62,7 +62,8 @@ def _says(table: Table, cells: Sequence[Cell]) -> bool:
 def _text(cell: Cell, group: Group) -> str:
     if cell.value == group.title and cell.small:
         return f"{cell.text} ({cell.small})"
-    text = f"{cell.text} ({cell.tone})" if cell.tone in ("loss", "tie") else cell.text
+    said = [part for part in (cell.small, cell.tone) if part in (PLANNED, "loss", "tie")]
+    text = f"{cell.text} ({', '.join(said)})" if said else cell.text
     return f"{text}\\*" if cell.marks else text
 
 

@@ -13,11 +13,12 @@ RIVALS = ("lora", "lora+checkpoint", "full")
 #: What is compared: the column's name and the value of a row.
 COMPARED: dict[str, Callable[[Row], float | None]] = {
     "kept": lambda row: row.measured("kept_bytes"),
-    "peak": lambda row: row.peak,
-    "planned peak": lambda row: row.planned_peak,
+    "peak": lambda row: row.planned_peak if row.peak is None else row.peak,
     "time": lambda row: row.median("step_seconds"),
 }
-WORDS = {"kept": "bytes kept", "peak": "peak memory", "planned peak": "planned peak memory", "time": "step time"}
+WORDS = {"kept": "bytes kept", "peak": "peak memory", "time": "step time"}
+#: Under a ratio of peaks of which one was not measured.
+PLANNED = "planned"
 #: A ratio within this distance of 1 is a tie: times and peaks repeat to about 2 %.
 TIE = 0.02
 #: The planner's promise: its prediction is within this share of the measured peak.
@@ -137,7 +138,8 @@ def _ratio(name: str, row: Row, rival: Row | None) -> Cell:
         return UNMEASURED
     tone = "win" if ratio < 1 - TIE else "tie" if ratio <= 1 + TIE else "loss"
     marks = tuple(dict.fromkeys((*row.cost_marks, *rival.cost_marks)))
-    return Cell(text=_times(ratio), value=ratio, marks=marks, tone=tone)
+    planned = name == "peak" and (row.peak is None or rival.peak is None)
+    return Cell(text=_times(ratio), value=ratio, small=PLANNED if planned else "", marks=marks, tone=tone)
 
 
 def _points(row: Row, rival: Row | None) -> Cell:
