@@ -27,7 +27,7 @@ from sidestep.compare.spec import Backbone, Comparison, Contender, Costs, Task
 from text_tasks import MAX_LENGTH, TASKS
 
 RESULTS = Path(__file__).parent / "results" / "score_study.jsonl"
-ROWS, DEV_ROWS, FEWER_OR_MORE = 192, 250, {"rte": 96, "sst-2": 384}
+ROWS, DEV_ROWS, FEWER_OR_MORE = 256, 250, {"rte": 128, "sst-2": 512}
 ORDER = ("sst-2", "cr", "sts-b", "mrpc", "rte")  # the shortest texts first
 RATES = {
     "read": (1e-3, 4e-3),
@@ -62,8 +62,8 @@ def study() -> Comparison:
         contenders=tuple(replace(Contender.named(name), rates=RATES[name.partition("+")[0]]) for name in names),
         rows=ROWS,
         dev_rows=DEV_ROWS,
-        epochs=3,
-        batch_size=16,
+        epochs=4,
+        batch_size=8,
         max_length=MAX_LENGTH,
         costs=Costs(batch=32, length=MAX_LENGTH),
     )

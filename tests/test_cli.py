@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,6 @@ from small_tasks import image_backbone, image_folder, padless_backbone, reviews,
 FAST = ["--set", "rank=8", "--epochs", "2", "--batch-size", "8", "--lr", "0.02", "--quiet"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models of this size take a hundred times longer where two threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a backbone, rows, and a task that was trained by the command."""
@@ -45,10 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "train.tsv", reviews(64))
     write(folder / "dev.tsv", reviews(24, 1))
     write(folder / "new.csv", [{"id": index, "text": row["text"]} for index, row in enumerate(reviews(9, 2))])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     train(folder, "--dev", folder / "dev.tsv", "--output", folder / "task")
-    torch.set_num_threads(threads)
     return folder
 
 

@@ -14,6 +14,7 @@ from transformers import BertConfig
 from typer.testing import CliRunner, Result
 
 from sidestep.cli import app
+from sidestep.plan import best_device
 from small_tasks import reviews, text_backbone, write
 
 
@@ -70,6 +71,10 @@ def test_a_measured_step(bert: Path) -> None:
     planned = as_json("--backbone", bert, "--measure", "--batch", 4)["plan"]
     assert planned["source"] == "measured"
     assert planned["peak_bytes"] > 0
+    limited = as_json("--backbone", bert, "--measure", "--batch", 4, "--gpu", "1GB")
+    assert limited["plan"]["device"] == best_device()
+    assert limited["fits"]
+    assert limited["alternatives"] == []
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ ORDER = [
     "step",
     "meters",
     "loading",
+    "versions",
     "store",
     "plan",
     "data",

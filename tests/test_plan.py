@@ -22,7 +22,6 @@ from sidestep.plan import (
     alternatives,
     check_fits,
     largest_batch,
-    measure,
     memory_of,
     plan,
     plan_for,
@@ -246,7 +245,7 @@ def test_a_model_that_cannot_be_traced_is_named_with_the_place_and_can_be_measur
         plan(moody_bert, ss.ProbeConfig(), batch=2)
     for part in ("BertModel with probe", "backbone.encoder.layer.1.output.dropout", "local_scalar_dense", "--measure"):
         assert part in str(error.value)
-    found = measure(moody_bert, ss.ProbeConfig(), batch=2)
+    found = plan(moody_bert, ss.ProbeConfig(), batch=2, measure=True)
     assert found.source == "measured"
     assert found.peak_bytes == pytest.approx(plan(BERT, ss.ProbeConfig(), batch=2).peak_bytes, rel=0.2)
     assert found.kept_bytes is None

@@ -6,7 +6,7 @@ it is the number that a side network is built to lower. `peak_memory` is what th
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -229,6 +229,15 @@ class SavedBytes:
             text.append(f"... and {len(rows) - TABLE_ROWS} smaller ones")
         text.append(f"total {format_bytes(self.total)} in {len(self._storages)} storages")
         return "\n".join(text + [f"warning: {line}" for line in self.warnings])
+
+
+def by_kind_of_module(sums: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by module with the numbers of blocks as "*", so that one row stands for all blocks; largest first."""
+    kinds: dict[str, int] = {}
+    for name, size in sums.items():
+        kind = ".".join("*" if part.isdigit() else part for part in name.split(".")) or "(model)"
+        kinds[kind] = kinds.get(kind, 0) + size
+    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
 
 
 def saved_bytes(model: nn.Module) -> SavedBytes:

@@ -7,7 +7,6 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +69,6 @@ class Results:
         write_json(folder / FILE, asdict(self))
 
 
-def versions() -> dict[str, str | None]:
-    """Of Python and the packages that a result depends on; None for one that is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-
-
 def device_name(device: torch.device) -> str:
     """A device in words."""
     if device.type == "cuda":
@@ -87,10 +81,3 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(beside, path)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

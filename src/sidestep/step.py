@@ -6,7 +6,6 @@ Optimizer steps are taken at a learning rate of 0, so that every step computes t
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidestep.memory import Peak, peak_memory, saved_bytes
+from sidestep.memory import Peak, by_kind_of_module, peak_memory, saved_bytes
 from sidestep.model import SideModel
 
 MODULES = 40  # rows of `StepCount.kept_by_module`
@@ -179,12 +178,8 @@ def _count(model: SideModel, batch: Batch, bf16: bool) -> StepCount:
 
 
 def _grouped(kept: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by module with the numbers of blocks as "*", largest first, the smallest together."""
-    sums: dict[str, int] = {}
-    for name, size in kept.items():
-        group = re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(model)"
-        sums[group] = sums.get(group, 0) + size
-    ordered = sorted(sums.items(), key=lambda item: -item[1])
+    """Bytes by kind of module, at most `MODULES` of them, the smallest together."""
+    ordered = list(by_kind_of_module(kept).items())
     if len(ordered) <= MODULES:
         return dict(ordered)
     return {**dict(ordered[: MODULES - 1]), OTHER: sum(size for _, size in ordered[MODULES - 1 :])}

@@ -15,13 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +34,10 @@ from sidestep.heads import head_from_dict
 from sidestep.loading import Source, load_class, load_processor, source_of
 from sidestep.methods import UnsupportedBackbone, method_named
 from sidestep.model import Settings, SideModel, attach, detach
+from sidestep.versions import version_of, versions
 
 FORMAT = 1
+PACKAGES = ("torch", "transformers", "timm", "safetensors")
 CONFIG = "sidestep.json"
 WEIGHTS = "task.safetensors"
 PROCESSOR = "processor"
@@ -161,11 +161,8 @@ def _config(model: SideModel, tensors: Mapping[str, Tensor], scores: Mapping[str
     names = portable_names(model)
     return {
         "format": FORMAT,
-        "sidestep": _version("sidestep"),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "transformers", "timm", "safetensors")},
-        },
+        "sidestep": version_of("sidestep"),
+        "versions": versions(PACKAGES),
         "method": {"name": model.record.name, "config": settings.method.to_dict()},
         "head": head,
         "attach": {
@@ -483,7 +480,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if form > FORMAT:
         raise TaskError(
             f"{folder} was written by sidestep {config.get('sidestep')} in format {form}, and this version "
-            f"({_version('sidestep')}) reads up to {FORMAT}: upgrade with pip install -U sidestep"
+            f"({version_of('sidestep')}) reads up to {FORMAT}: upgrade with pip install -U sidestep"
         )
     _check_keys(path, config)
     return config
@@ -661,13 +658,6 @@ def _restore_extras(task: Task, model: SideModel) -> None:
 def _backbone_text(backbone: Mapping[str, Any]) -> str:
     """A backbone in words: its class and where it came from."""
     return f"{backbone['class_name']} {backbone['id'] or '(not loaded by name)'!s}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _count(shape: Sequence[int]) -> int:

@@ -28,10 +28,11 @@ from sidestep.model import SideModel
 from sidestep.plan import check_fits
 from sidestep.predict import logits
 from sidestep.prepare import TaskData
-from sidestep.results import Results, device_name, versions
+from sidestep.results import PACKAGES, Results, device_name
 from sidestep.settings import TrainSettings
 from sidestep.step import StepCost, measure_step
 from sidestep.store import WEIGHTS
+from sidestep.versions import versions
 
 __all__ = ["TrainError", "TrainSettings", "head_for", "largest_batch", "train"]
 
@@ -363,7 +364,7 @@ def _results(
         epoch_seconds=epoch_seconds,
         resumed_from=None if start is None else checkpoints.step_of(start),
         device=device_name(model.device),
-        versions=versions(),
+        versions=versions(PACKAGES),
         seed=settings.seed,
         learning_rate=settings.rate(model.record.name),
         settings=settings.to_dict(),

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,6 @@ from sidestep.data import DataError, Fields
 from sidestep.data import read as read_rows
 from sidestep.train import TrainError
 from small_tasks import image_backbone, image_folder, reviews, text_backbone, write
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models of this size take a hundred times longer where two threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +74,7 @@ def outcome(found: list[Record]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def finished(place: Path) -> Path:
     """The results file of a comparison that has ended."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     run(comparison(place), place / "finished.jsonl", tell=silent)
-    torch.set_num_threads(threads)
     return place / "finished.jsonl"
 
 

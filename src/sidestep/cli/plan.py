@@ -42,26 +42,28 @@ def plan(
     with reporting(debug):
         from sidestep.heads import Classify
         from sidestep.methods import method_named
-        from sidestep.plan import alternatives, largest_batch, memory_of
-        from sidestep.plan import measure as measured
+        from sidestep.plan import alternatives, best_device, largest_batch, memory_of
         from sidestep.plan import plan as planned
 
         limit = None if gpu is None else memory_of(gpu)
         config = config_from(method_named(method).config, set_ or [])
         settings: dict[str, Any] = {
+            # Classify refuses a pool that it does not know
             "head": None if own_head else Classify(num_labels=labels, pool=pool),  # type: ignore[arg-type]
             "length": length,
             "image_size": image_size,
             "backbone_noise": backbone_noise,
             "precision": precision,
             "optimizer": optimizer,
-            "device": "cpu" if limit is None else "cuda",
+            # a measured step runs on what there is
+            "device": best_device() if measure else "cpu" if limit is None else "cuda",
             "revision": revision,
+            "measure": measure,
         }
-        make: Any = partial(measured if measure else planned, backbone, **settings)
+        make: Any = partial(planned, backbone, **settings)
         found = make(config, batch=batch, checkpoint=checkpoint)
         if limit is None or measure:
-            _print(found, as_json)
+            _print(found, as_json, limit)
             return
         largest = largest_batch(
             lambda rows: make(config, batch=rows, checkpoint=checkpoint).total_bytes,
@@ -116,7 +118,7 @@ def _show_plan(plan: Plan, limit: int | None, largest: int | None) -> None:
         facts["attention"] = ", ".join(plan.attention)
     if limit is not None:
         fits = "fits" if plan.total_bytes <= limit else "does not fit"
-        facts[f"on {format_bytes(limit)}"] = f"{fits}; largest batch {largest}"
+        facts[f"on {format_bytes(limit)}"] = fits if largest is None else f"{fits}; largest batch {largest}"
     what = f"{plan.length} tokens" if plan.length is not None else f"{plan.image_size} px"
     late = " with late blocks recomputed" if plan.checkpoint else ""
     title = (

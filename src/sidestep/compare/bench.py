@@ -83,7 +83,7 @@ class Bench:
             self.model,
             contender.config,
             head=head,
-            backbone_noise=contender.noise,  # type: ignore[arg-type]
+            backbone_noise=contender.noise,
             checkpoint="late" if contender.checkpoint else None,
         )
 

@@ -90,13 +90,13 @@ def _attached_with(one: Contender, head: Classify) -> Settings:
     return Settings(
         one.config,
         head,
-        backbone_noise=one.noise,  # type: ignore[arg-type]
+        backbone_noise=one.noise,
         checkpoint="late" if one.checkpoint else None,
     )
 
 
 def _planned(model: SideModel, batch: Mapping[str, Tensor], precision: str) -> int | None:
-    """What the planner predicts; None where it cannot."""
+    """What the planner predicts; None where it cannot, as for weights of another precision than it knows."""
     try:
         return plan_for(model, batch, precision=precision).peak_bytes  # type: ignore[arg-type]
     except ValueError:

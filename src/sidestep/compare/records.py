@@ -13,9 +13,10 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from sidestep.versions import versions
 
 FORMAT = 1
 PACKAGES = ("sidestep", "torch", "transformers", "datasets", "accelerate", "peft", "timm", "numpy")
@@ -76,7 +77,7 @@ class Record:
             reason=reason,
             settings=dict(settings),
             measured=None if measured is None else dict(measured),
-            versions=versions(),
+            versions=versions(PACKAGES),
             machine=machine(threads=threads, gpu=gpu),
             date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             seconds=round(seconds, 3),
@@ -128,11 +129,6 @@ def latest(records: Iterable[Record]) -> dict[str, Record]:
     return {record.key: record for record in records}
 
 
-def versions() -> dict[str, str | None]:
-    """Of Python and the packages that a result depends on; None for one that is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-
-
 def machine(*, threads: int | None = None, gpu: str | None = None) -> dict[str, Any]:
     """What the results were made on; no host name, which is nobody's business.
 
@@ -179,13 +175,6 @@ def _finite(value: Any) -> Any:
 def _last_byte(descriptor: int, size: int) -> bytes:
     os.lseek(descriptor, size - 1, os.SEEK_SET)
     return os.read(descriptor, 1)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _cpu() -> str:

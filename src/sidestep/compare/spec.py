@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from datasets import Dataset
 
-from sidestep.backbone import check_noise
+from sidestep.backbone import Noise, check_noise
 from sidestep.data import Fields, Kind, TableOptions, holdout, read
 from sidestep.families import Pool
 from sidestep.methods import MethodConfig, method_named, method_of, methods
@@ -104,7 +104,7 @@ class Contender:
     config: MethodConfig
     rates: tuple[float, ...]
     checkpoint: bool = False
-    noise: str | None = None
+    noise: Noise | None = None
 
     def __post_init__(self) -> None:
         check_noise(self.noise)

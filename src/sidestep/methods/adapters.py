@@ -106,7 +106,7 @@ class Adapter(WeightDelta):
 
     def moves(self, name: str, parameter: Tensor) -> bool:
         """PEFT's own parameters."""
-        return any(part.startswith(OWN) for part in name.split("."))
+        return self.plain_name(name) is None
 
     def plain_name(self, name: str) -> str | None:
         """The name without PEFT's wrapper around a linear map."""

@@ -133,7 +133,7 @@ class WeightDelta(ABC):
     def insert(self, trunk: nn.Module) -> None:  # noqa: B027 - most methods insert nothing
         """Put modules of the method's own into the backbone's trunk; raise `ValueError` if they do not fit."""
 
-    def remove(self, trunk: nn.Module) -> None:  # noqa: B027
+    def remove(self, trunk: nn.Module) -> None:  # noqa: B027 - as for insert
         """Undo `insert`: the trunk has its own modules under their own names again."""
 
     def plain_name(self, name: str) -> str | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sidestep.backbone import Noise
 from sidestep.heads import Classify, HeadConfig
 from sidestep.memory import peak_memory, saved_bytes
-from sidestep.methods import MethodConfig, UnsupportedBackbone
+from sidestep.methods import MethodConfig
 from sidestep.model import Checkpoint, SideModel, attach
 from sidestep.plan.blank import Backbone, blank_batch, build
-from sidestep.plan.fit import Alternative, PlanWarning, alternatives, check_fits, largest_batch, memory_of
+from sidestep.plan.fit import Alternative, PlanWarning, alternatives, best_device, check_fits, largest_batch, memory_of
 from sidestep.plan.trace import (
     INSTEAD,
     OPTIMIZERS,
@@ -33,9 +35,9 @@ __all__ = [
     "PlanError",
     "PlanWarning",
     "alternatives",
+    "best_device",
     "check_fits",
     "largest_batch",
-    "measure",
     "memory_of",
     "plan",
     "plan_for",
@@ -58,6 +60,7 @@ def plan(
     optimizer: str = "AdamW",
     device: Device = "cpu",
     revision: str | None = None,
+    measure: bool = False,
 ) -> Plan:
     """The memory that a training step will take, from the backbone's config alone.
 
@@ -74,6 +77,8 @@ def plan(
         optimizer: one of `OPTIMIZERS`.
         device: "cpu" or "cuda"; the latter needs no GPU.
         revision: branch, tag or commit of a hub id.
+        measure: run two real steps on this machine instead, with random weights, and take the allocator's count; for
+            "cuda" there has to be a GPU then.
 
     Raises:
         LoadError: if there is no such config.
@@ -82,46 +87,29 @@ def plan(
         ValueError: if a setting is unknown or out of range.
     """
     check_choices(precision, optimizer, device)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    if measure and device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' cannot be measured, because CUDA is not available: measure on 'cpu', or plan")
+    place = device if measure else "meta"
+    with torch.random.fork_rng(None if place == "cuda" else []), torch.device(place):
         model = _attached(backbone, method, head, checkpoint, backbone_noise, precision, revision)
         inputs = blank_batch(model, batch, length, image_size)
+        if measure:
+            return _measured(model, inputs, precision, optimizer, device)
     return plan_for(model, inputs, precision=precision, optimizer=optimizer, device=device)
 
 
-def measure(
-    backbone: Backbone,
-    method: MethodConfig,
-    *,
-    head: HeadConfig | None = TWO_CLASSES,
-    batch: int = 32,
-    length: int | None = None,
-    image_size: int | None = None,
-    checkpoint: Checkpoint | None = None,
-    backbone_noise: Noise | None = None,
-    precision: Precision = "float32",
-    optimizer: str = "AdamW",
-    device: Device = "cpu",
-    revision: str | None = None,
+def _measured(
+    model: SideModel, inputs: Mapping[str, Tensor], precision: Precision, optimizer: str, device: Device
 ) -> Plan:
-    """What `plan` says, measured: two real steps on this machine, with random weights and the allocator's count.
-
-    Arguments and errors are those of `plan`; for "cuda" there has to be a GPU.
-    """
-    check_choices(precision, optimizer, device)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda' cannot be measured, because CUDA is not available: measure on 'cpu', or plan")
-    with torch.random.fork_rng(), torch.device(device):
-        model = _attached(backbone, method, head, checkpoint, backbone_noise, precision, revision).train()
-        inputs = blank_batch(model, batch, length, image_size)
-        step = Step(model, inputs, precision, optimizer, device)
-        with saved_bytes(model) as saved:
-            loss = step.forward()
-        step.backward(loss)
-        step.update()
-        del loss
-        peak = peak_memory(step.run, device)
+    """A plan of two real steps."""
+    step = Step(model.train(), inputs, precision, optimizer, device)
+    with saved_bytes(model) as saved:
+        loss = step.forward()
+    step.backward(loss)
+    step.update()
+    del loss
     return Plan(
-        peak_bytes=peak.allocated,
+        peak_bytes=peak_memory(step.run, device).allocated,
         gradient_bytes=None,
         kept_bytes=None,
         temporary_bytes=None,
@@ -148,9 +136,7 @@ def _attached(
     made = build(backbone, own_head=head is None, dtype=dtype, revision=revision)
     try:
         return attach(made, method, **how)
-    except (UnsupportedBackbone, ModuleNotFoundError):
-        raise
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:  # what torch raises for an operation that needs values
         raise PlanError(
             f"{type(made).__name__} with {type(method).__name__} cannot be put together without weights "
             f"({str(error).splitlines()[0]}): {INSTEAD}"

@@ -26,7 +26,7 @@ class CudaKernels(TorchFunctionMode):
         return KERNELS.get(func, func)(*args, **(kwargs or {}))
 
 
-def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002 - F's name
     """`F.dropout` with a mask of one byte a value; the CPU's is as wide as the input."""
     if not training or p == 0:
         return input

@@ -15,7 +15,7 @@ from torch import Tensor
 from sidestep.memory import format_bytes
 from sidestep.methods import MethodConfig, methods
 from sidestep.model import SideModel
-from sidestep.plan.trace import Plan, Precision, plan_for
+from sidestep.plan.trace import Device, Plan, Precision, plan_for
 
 MOST = 2**20  # rows; a batch that still fits then is limited by something else
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -35,6 +35,11 @@ def memory_of(text: str) -> int:
     if found is None or not float(found[1]):
         raise ValueError(f"{text!r} is no size of memory: write for example 16GB")
     return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def best_device() -> Device:
+    """The device on which a step can be measured here: the GPU, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def largest_batch(total: Callable[[int], int], limit: int, *, start: int, fixed: int = 0) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 
-from sidestep.memory import saved_bytes
+from sidestep.memory import by_kind_of_module, saved_bytes
 from sidestep.model import SideModel
 from sidestep.plan.cuda import ALLOCATION, CudaKernels
 from sidestep.plan.fakes import bytes_of, fake_batch, fake_copy
@@ -41,7 +40,7 @@ ATTENTION = {
 """Names of attention kernels by the operation that shows them."""
 
 
-INSTEAD = "measure a step of random weights on this machine instead, with --measure (sidestep.plan.measure)"
+INSTEAD = "measure a step of random weights on this machine instead, with --measure (in Python measure=True)"
 
 
 class PlanError(ValueError):
@@ -214,7 +213,7 @@ def facts(step: Step, saved: Mapping[str, int]) -> dict[str, Any]:
         "optimizer_bytes": sum(value.nbytes for value in state if isinstance(value, Tensor)),
         "batch_bytes": sum(tensor.nbytes for tensor in batch.values()),
         "saved_bytes": sum(saved.values()),
-        "saved_by_module": _grouped(saved),
+        "saved_by_module": by_kind_of_module(saved),
         "method": model.record.name,
         "config": settings.method.to_dict(),
         "checkpoint": settings.checkpoint is not None,
@@ -242,15 +241,6 @@ def check_choices(precision: str, optimizer: str, device: str) -> None:
 
 def _kernels(device: Device) -> AbstractContextManager[Any]:
     return CudaKernels() if device == "cuda" else nullcontext()
-
-
-def _grouped(saved: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by module with the numbers of blocks replaced, so that one row stands for all blocks."""
-    groups: dict[str, int] = {}
-    for name, size in saved.items():
-        group = re.sub(r"\.\d+(?=\.|$)", ".*", name) or "(model)"
-        groups[group] = groups.get(group, 0) + size
-    return dict(sorted(groups.items(), key=lambda item: -item[1]))
 
 
 @contextmanager

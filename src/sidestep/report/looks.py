@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sidestep.report.rows import CHECKPOINT
+from sidestep.report.rows import BASELINES, CHECKPOINT
 
 #: name -> (light, dark)
 INKS = {
@@ -21,14 +21,20 @@ INKS = {
     "paper": ("#fffefb", "#1b1a18"),
 }
 #: The baselines have a colour each that no method takes.
-OF_BASELINES = {
-    "full": ("#3d3d3d", "#c9c5bd"),
-    "lora": ("#0072b2", "#56a8dc"),
-    "dora": ("#2f90c6", "#9fd4f5"),
-    "ia3": ("#7a6fb0", "#aba2dc"),
-    "bitfit": ("#8a8175", "#a39a8d"),
-    "probe": ("#978d7e", "#857d71"),
-}
+OF_BASELINES = dict(
+    zip(
+        BASELINES,
+        (
+            ("#978d7e", "#857d71"),
+            ("#8a8175", "#a39a8d"),
+            ("#7a6fb0", "#aba2dc"),
+            ("#0072b2", "#56a8dc"),
+            ("#2f90c6", "#9fd4f5"),
+            ("#3d3d3d", "#c9c5bd"),
+        ),
+        strict=True,
+    )
+)
 #: For all others, in order of appearance; then from the start again.
 OF_METHODS = (
     ("#d55e00", "#f28c3b"),
