@@ -42,24 +42,34 @@ def test_replay_equals_the_block_on_its_own_input(name: str) -> None:
     model = scaled_timm_vit() if "LayerScale" in name else family.model()
     batch = {key: value for key, value in family.inputs().items() if key != "attention_mask"}
     seen: list[tuple[Tensor, Tensor]] = []
-    places = [place for place in find_places(model) if place.site.kind == "block"]
+    places = find_places(model)
     for place in places:
-        place.module.register_forward_hook(lambda module, args, out: seen.append((args[0], first(out))))
+        if place.site.kind == "block":
+            place.module.register_forward_hook(lambda module, args, out: seen.append((args[0], first(out))))
     call(model, batch)
-    assert len(seen) == len(places)
-    for place, (given, out) in zip(places, seen, strict=True):
-        assert place.site.block is not None
-        torch.testing.assert_close(place.site.block.replay(given), out, rtol=1e-5, atol=1e-5)
+    ahead = [place.site.next_block for place in places if place.site.next_block is not None]
+    assert len(ahead) == len(seen) == 3
+    for block, (given, out) in zip(ahead, seen, strict=True):
+        torch.testing.assert_close(block.replay(given), out, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(given, out, atol=1e-2)
 
 
-def test_a_stage_and_a_norm_have_no_block() -> None:
+def test_a_site_knows_the_block_that_its_hidden_state_goes_into() -> None:
     sites = [place.site for place in find_places(FAMILIES["vit"].model())]
-    assert [(site.kind, site.block is None) for site in sites if site.kind != "block"] == [
+    assert [(site.kind, site.next_block is not None) for site in sites] == [
         ("stage", True),
-        ("norm", True),
+        ("block", True),
+        ("block", True),
+        ("block", False),
+        ("norm", False),
     ]
-    assert all(place.site.block is None for place in find_places(FAMILIES["vit"].model(), with_blocks=False))
+    assert [site.norm is not None for site in sites] == [False, False, False, False, True]
+    assert all(place.site.next_block is None for place in find_places(FAMILIES["vit"].model(), with_blocks=False))
+
+
+@pytest.mark.parametrize(("family", "spatial"), [("vit", True), ("swin", True), ("timm_vit", True), ("bert", False)])
+def test_the_tokens_of_images_stand_in_a_grid(family: str, spatial: bool) -> None:
+    assert {place.site.spatial for place in find_places(FAMILIES[family].model())} == {spatial}
 
 
 def test_only_the_last_block_is_last() -> None:

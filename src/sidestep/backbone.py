@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sidestep.families import Family, Pool, family_of, prefix_tokens
+from sidestep.families import Family, Pool, family_of, no_grid, prefix_tokens
 from sidestep.sites import Place, Site
 
 Noise = Literal["drop_path", "dropout", "all"]
@@ -214,15 +214,18 @@ def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
                 causal=stack.causal,
                 final_norm=stack.norm is not None,
                 head=stack.head,
+                spatial=family.grid is not no_grid,
             )
-            places.append(Place(site=site, name=stage[0][0], module=stage[0][1]))
-            for name, block in stage:
-                frozen = family.frozen_block(block) if with_blocks and family.frozen_block else None
-                site = replace(site, kind="block", index=index, block=frozen)
+            parts = [family.frozen_block(block) if with_blocks and family.frozen_block else None for _, block in stage]
+            first = replace(site, next_block=parts[0])
+            places.append(Place(site=first, name=stage[0][0], module=stage[0][1]))
+            for (name, block), following in zip(stage, [*parts[1:], None], strict=True):
+                site = replace(site, kind="block", index=index, next_block=following)
                 places.append(Place(site=site, name=name, module=block))
                 index += 1
         if stack.norm is not None:
-            places.append(Place(site=replace(site, kind="norm", block=None), name=stack.norm[0], module=stack.norm[1]))
+            end = replace(site, kind="norm", next_block=None, norm=stack.norm[1])
+            places.append(Place(site=end, name=stack.norm[0], module=stack.norm[1]))
     return places
 
 

@@ -69,7 +69,10 @@ class Site:
         causal: whether a token sees only earlier ones.
         final_norm: whether the stack ends in a norm of its own.
         head: whether the head reads this stack's output.
-        block: the block's frozen parts, where the family table knows them.
+        spatial: whether the tokens stand in a grid (images).
+        next_block: frozen parts of the block that this hidden state goes into, where there is one and the family table
+            knows them.
+        norm: the stack's final norm, at a site of kind "norm".
         keep: (batch, tokens) bool, False on padding; None when nothing is padded.
         memory_keep: the same for the encoder's tokens, seen from a decoder.
         grid: rows and columns of the token grid, None for text.
@@ -87,7 +90,9 @@ class Site:
     causal: bool = False
     final_norm: bool = False
     head: bool = True
-    block: FrozenBlock | None = None
+    spatial: bool = False
+    next_block: FrozenBlock | None = None
+    norm: nn.Module | None = None
 
     keep: Tensor | None = None
     memory_keep: Tensor | None = None
