@@ -48,7 +48,7 @@ def test_replay_equals_the_block_on_its_own_input(name: str) -> None:
             place.module.register_forward_hook(lambda module, args, out: seen.append((args[0], first(out))))
     call(model, batch)
     ahead = [place.site.next_block for place in places if place.site.next_block is not None]
-    assert len(ahead) == len(seen) == 3
+    assert len(ahead) == len(seen) > 1
     for block, (given, out) in zip(ahead, seen, strict=True):
         torch.testing.assert_close(block.replay(given), out, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(given, out, atol=1e-2)
