@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import sidestep as ss
 from sidestep.families import Pool
-from sidestep.fold import Reading, last_kept
-from sidestep.heads import Head, HeadConfig, head_from_dict, mean_pool
+from sidestep.fold import Reading, last_kept, mean_tokens
+from sidestep.heads import Head, HeadConfig, head_from_dict
 from sidestep.sites import Site
 
 WIDTH = 6
@@ -82,7 +82,7 @@ def test_features_come_in_the_heads_precision() -> None:
 
 class MeanPool(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
-        return mean_pool(hidden, RIGHT)
+        return mean_tokens(hidden, reading(hidden, RIGHT).site)
 
 
 def test_mean_pool_keeps_the_mask_and_no_masked_copy() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sidestep.methods import (
         BitFitConfig,
         DoraConfig,
+        DTLConfig,
         FullConfig,
         IA3Config,
         LoraConfig,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BitFitConfig",
     "Classify",
+    "DTLConfig",
     "DoraConfig",
     "FullConfig",
     "IA3Config",
@@ -66,6 +68,7 @@ _HOMES = {
     "memory": ("peak_memory", "saved_bytes"),
     "methods": (
         "BitFitConfig",
+        "DTLConfig",
         "DoraConfig",
         "FullConfig",
         "IA3Config",

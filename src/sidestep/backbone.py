@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -227,6 +229,43 @@ def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
             end = replace(site, kind="norm", next_block=None, norm=stack.norm[1])
             places.append(Place(site=end, name=stack.norm[0], module=stack.norm[1]))
     return places
+
+
+def prove_replay(model: nn.Module, tokens: int = 5) -> None:
+    """Compare every block with what its `FrozenBlock` makes of the same random hidden state.
+
+    On the meta device there is nothing to compare.
+
+    Raises:
+        ValueError: if they differ: a method that runs queries through the parts would not run them through the block.
+    """
+    places = find_places(model)
+    for before, place in pairwise(places):
+        block = before.site.next_block
+        if block is None or (parameter := next(place.module.parameters())).is_meta:
+            continue
+        shape = (1, tokens, place.site.width)
+        hidden = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+        with torch.no_grad(), _evaluating(place.module):
+            out = place.module(hidden)
+            error = (block.replay(hidden) - (out[0] if isinstance(out, tuple) else out)).abs().max().item()
+        if error > (1e-4 if parameter.dtype in (torch.float32, torch.float64) else 0.1):
+            raise ValueError(
+                f"block {place.site.index} ({type(place.module).__name__}) does not equal the sum of the parts that "
+                f"sidestep/families.py takes it apart into (they differ by {error:.2g})"
+            )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode, each of its parts in its own mode again afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 # --- freezing --------------------------------------------------------------------------------------------------

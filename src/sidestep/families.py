@@ -8,16 +8,14 @@ tokens, an unusual layout, or a head of its own that reads a single token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sidestep.sites import FrozenBlock
+from sidestep.sites import FrozenBlock, Projection
 
-Pool = Literal["cls", "mean", "last"]
+Pool = Literal["cls", "mean", "mean_pre_norm", "last"]
 Grid = tuple[int, int]
 
 
@@ -46,71 +44,90 @@ def shape_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], h
     return rows, columns
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
+@dataclass(frozen=True)
+class Chain:
+    """Modules that run one after another."""
 
+    modules: tuple[nn.Module, ...]
 
-def _slice_linear(linear: nn.Linear, part: int, x: Tensor) -> Tensor:
-    """One third of a fused query-key-value projection."""
-    bias = None if linear.bias is None else linear.bias.chunk(3)[part]
-    return F.linear(x, linear.weight.chunk(3)[part], bias)
-
-
-def _chain(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return second(first(x))
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the last module gives."""
+        for module in self.modules:
+            x = module(x)
+        return x
 
 
 def vit_block(block: Any) -> FrozenBlock:
-    """Hugging Face's ViT layer."""
+    """Hugging Face's ViT and DeiT layer."""
     attention = block.attention
     return FrozenBlock(
         heads=attention.num_attention_heads,
         pre_norm=True,
         norm_attention=block.layernorm_before,
-        query=attention.q_proj,
-        key=attention.k_proj,
-        value=attention.v_proj,
+        query=Projection(module=attention.q_proj),
+        key=Projection(module=attention.k_proj),
+        value=Projection(module=attention.v_proj),
         project=attention.o_proj,
-        scale_attention=_identity,
+        scale_attention=block.dropout,
         norm_mlp=block.layernorm_after,
         mlp=block.mlp,
-        scale_mlp=_identity,
+        scale_mlp=block.dropout,
+    )
+
+
+def dinov2_block(block: Any) -> FrozenBlock:
+    """Hugging Face's DINOv2 layer: LayerScale and one drop path for both branches."""
+    attention = block.attention
+    return FrozenBlock(
+        heads=attention.num_attention_heads,
+        pre_norm=True,
+        norm_attention=block.norm1,
+        query=Projection(module=attention.q_proj),
+        key=Projection(module=attention.k_proj),
+        value=Projection(module=attention.v_proj),
+        project=attention.o_proj,
+        scale_attention=Chain((block.layer_scale1, block.drop_path)),
+        norm_mlp=block.norm2,
+        mlp=block.mlp,
+        scale_mlp=Chain((block.layer_scale2, block.drop_path)),
     )
 
 
 def bert_block(block: Any) -> FrozenBlock:
-    """Hugging Face's BERT layer (post-norm)."""
+    """Hugging Face's BERT layer (post-norm), which RoBERTa and ELECTRA share."""
     attention, out = block.attention.self, block.attention.output
     return FrozenBlock(
         heads=attention.num_attention_heads,
         pre_norm=False,
         norm_attention=out.LayerNorm,
-        query=attention.query,
-        key=attention.key,
-        value=attention.value,
+        query=Projection(module=attention.query),
+        key=Projection(module=attention.key),
+        value=Projection(module=attention.value),
         project=out.dense,
-        scale_attention=_identity,
+        scale_attention=out.dropout,
         norm_mlp=block.output.LayerNorm,
-        mlp=partial(_chain, block.intermediate, block.output.dense),
-        scale_mlp=_identity,
+        mlp=Chain((block.intermediate, block.output.dense)),
+        scale_mlp=block.output.dropout,
     )
 
 
-def timm_block(block: Any) -> FrozenBlock:
-    """timm's ViT block (LayerScale included where the model has it)."""
+def timm_block(block: Any) -> FrozenBlock | None:
+    """timm's plain ViT block, with LayerScale and drop path where it has them; None for its other kinds of block."""
+    if type(block).__name__ != "Block":
+        return None
     attention = block.attn
     return FrozenBlock(
         heads=attention.num_heads,
         pre_norm=True,
         norm_attention=block.norm1,
-        query=partial(_slice_linear, attention.qkv, 0),
-        key=partial(_slice_linear, attention.qkv, 1),
-        value=partial(_slice_linear, attention.qkv, 2),
+        query=Projection(module=attention.qkv, part=0, parts=3),
+        key=Projection(module=attention.qkv, part=1, parts=3),
+        value=Projection(module=attention.qkv, part=2, parts=3),
         project=attention.proj,
-        scale_attention=block.ls1,
+        scale_attention=Chain((attention.proj_drop, block.ls1, block.drop_path1)),
         norm_mlp=block.norm2,
         mlp=block.mlp,
-        scale_mlp=block.ls2,
+        scale_mlp=Chain((block.ls2, block.drop_path2)),
     )
 
 
@@ -136,7 +153,7 @@ class Family:
     grid: Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any], Tensor], Grid | None] = no_grid
     final_norm: str | None = None
     first_token_heads: tuple[str, ...] = ()
-    frozen_block: Callable[[nn.Module], FrozenBlock] | None = None
+    frozen_block: Callable[[nn.Module], FrozenBlock | None] | None = None
 
 
 DEFAULT = Family()
@@ -151,10 +168,10 @@ _VIT = Family(
 
 FAMILIES: dict[str, Family] = {
     "bert": Family(first_token_heads=("BertForSequenceClassification",), frozen_block=bert_block),
-    "roberta": Family(first_token_heads=("RobertaForSequenceClassification",)),
-    "xlm-roberta": Family(first_token_heads=("XLMRobertaForSequenceClassification",)),
+    "roberta": Family(first_token_heads=("RobertaForSequenceClassification",), frozen_block=bert_block),
+    "xlm-roberta": Family(first_token_heads=("XLMRobertaForSequenceClassification",), frozen_block=bert_block),
     "distilbert": Family(first_token_heads=("DistilBertForSequenceClassification",)),
-    "electra": Family(first_token_heads=("ElectraForSequenceClassification",)),
+    "electra": Family(first_token_heads=("ElectraForSequenceClassification",), frozen_block=bert_block),
     # DeBERTa's encoder has a LayerNorm for its relative positions, which is no final norm.
     "deberta": Family(final_norm="", first_token_heads=("DebertaForSequenceClassification",)),
     "deberta-v2": Family(final_norm="", first_token_heads=("DebertaV2ForSequenceClassification",)),
@@ -162,8 +179,8 @@ FAMILIES: dict[str, Family] = {
     "bart": Family(final_norm=""),
     "mbart": Family(final_norm="layer_norm"),
     "vit": _VIT,
-    "deit": Family(pool="cls", prefix=2, grid=patch_grid, first_token_heads=("DeiTForImageClassification",)),
-    "dinov2": Family(pool="cls", prefix=1, grid=patch_grid),
+    "deit": replace(_VIT, prefix=2),
+    "dinov2": Family(pool="cls", prefix=1, grid=patch_grid, frozen_block=dinov2_block),
     "swin": Family(grid=argument_grid),
     "clip_text_model": Family(causal=True),
     "bloom": Family(causal=True),

@@ -72,6 +72,7 @@ class Fold:
         method: the side network.
         family: the backbone's row in the family table.
         narrow: "cls" or "last": only the token that the head reads is given to the method; None: all tokens.
+        mean_first: the head reads the mean of the tokens before the final norm, which norms nothing else.
         through: whether a narrowed hidden state also goes on through the backbone's own norm and head (only where the
             family table knows that they take it); else they get all tokens and their result is not used.
         frozen: whether nothing before the method's first write may require a gradient.
@@ -86,11 +87,12 @@ class Fold:
         family: Family,
         *,
         narrow: Pool | None,
+        mean_first: bool,
         through: bool,
         frozen: bool,
     ) -> None:
         self.trunk, self.method, self.family = trunk, method, family
-        self.narrow, self.through, self.frozen = narrow, through, frozen
+        self.narrow, self.mean_first, self.through, self.frozen = narrow, mean_first, through, frozen
         self.running, self.attached, self.checked = False, True, False
         self.current: Pass | None = None
         self.finished: Pass | None = None
@@ -150,7 +152,10 @@ class Fold:
         if site.kind == "stage":
             return [module.register_forward_pre_hook(AtStage(self, site, order, names), with_kwargs=True)]
         if site.kind == "norm":
-            return [module.register_forward_hook(AtNorm(self, site, order))]
+            handles = [module.register_forward_hook(AtNorm(self, site, order))]
+            if self.mean_first and site.head:
+                handles.append(module.register_forward_pre_hook(BeforeNorm(self, site)))
+            return handles
         handles = [module.register_forward_hook(AtBlock(self, site, order, names), with_kwargs=True)]
         cross_attends = len(self.lengths) > 1 and site.stack == "decoder"
         if cross_attends and type(self.method).memory is not SideNet.memory:
@@ -409,6 +414,21 @@ class AtBlock(Hook):
 
 
 @dataclass(eq=False)
+class BeforeNorm(Hook):
+    """Before the final norm, where the head reads the mean of what goes in: the tokens pass without their gradient."""
+
+    site: Site
+
+    def __call__(self, module: nn.Module, args: Any) -> Any:
+        current = self.fold.current
+        if not self.fold.running or current is None:
+            return None
+        raw = args[0]
+        current.row = mean_tokens(_as_tokens(raw), self.fold.seen(self.site, raw, {}))[:, None]
+        return (raw.detach(), *args[1:])
+
+
+@dataclass(eq=False)
 class AtNorm(Hook):
     """After the final norm: the stack's end."""
 
@@ -444,6 +464,17 @@ def last_kept(keep: Tensor) -> Tensor:
 def take_rows(hidden: Tensor, index: Tensor) -> Tensor:
     """(batch, 1, width): one token of each row of (batch, tokens, width), copied."""
     return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[-1]))
+
+
+def mean_tokens(hidden: Tensor, site: Site) -> Tensor:
+    """(batch, width): mean of the kept tokens of (batch, tokens, width), without those before the grid."""
+    hidden = hidden[:, site.prefix :]
+    if site.keep is None:
+        return hidden.mean(1)
+    weights = site.keep[:, site.prefix :].to(hidden.dtype)
+    # One matrix product keeps the mask, not a masked copy of the hidden state.
+    total = torch.bmm(weights[:, None], hidden)[:, 0]
+    return total / weights.sum(1, keepdim=True).clamp(min=1)
 
 
 def single_token(site: Site) -> Site:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.families import Pool
-from sidestep.fold import Reading, last_kept, take_rows
+from sidestep.fold import Reading, last_kept, mean_tokens, take_rows
 
-POOLS = ("cls", "mean", "last")
+POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +21,9 @@ class HeadConfig:
     """Base of the heads' configs.
 
     Attributes:
-        pool: what is read: "cls" (the first token), "mean" (all kept tokens; on images the grid's) or "last" (the last
-            kept token). None: the family's default.
+        pool: what is read: "cls" (the first token), "mean" (all kept tokens; on images the grid's), "mean_pre_norm"
+            (their mean before the backbone's final norm, which then norms it; without such a norm the same as "mean")
+            or "last" (the last kept token). None: the family's default.
     """
 
     pool: Pool | None = None
@@ -147,9 +147,8 @@ class Head(nn.Module):
         hidden, site = reading.hidden, reading.site
         if hidden.shape[1] == 1:
             return hidden[:, 0]
-        if self.pool == "mean":
-            keep = None if site.keep is None else site.keep[:, site.prefix :]
-            return mean_pool(hidden[:, site.prefix :], keep)
+        if self.pool in ("mean", "mean_pre_norm"):
+            return mean_tokens(hidden, site)
         if self.pool == "last" and site.keep is not None:
             return take_rows(hidden, last_kept(site.keep))[:, 0]
         # Copied: a view of one row would keep the storage of all tokens for backward.
@@ -166,13 +165,3 @@ class Head(nn.Module):
         else:
             loss = F.mse_loss(logits, labels.float().view_as(logits), reduction=reduction)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
-
-
-def mean_pool(hidden: Tensor, keep: Tensor | None) -> Tensor:
-    """(batch, width): mean of the kept tokens of (batch, tokens, width); `keep` is (batch, tokens) bool."""
-    if keep is None:
-        return hidden.mean(1)
-    weights = keep.to(hidden.dtype)
-    # One matrix product keeps the mask, not a masked copy of the hidden state.
-    total = torch.bmm(weights[:, None], hidden)[:, 0]
-    return total / weights.sum(1, keepdim=True).clamp(min=1)

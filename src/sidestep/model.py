@@ -119,6 +119,7 @@ class SideModel(nn.Module):
         trunk = backbones.trunk_of(backbone)
         delta = self._build_delta(backbone, trunk, settings.method)
         side = self._build_side(backbone, sites, settings.method)
+        mean_first = self._means_first(sites, side)
         backbones.freeze(backbone)
 
         self.backbone = backbone
@@ -136,6 +137,7 @@ class SideModel(nn.Module):
             self.side,
             family_of(backbone),
             narrow=self._narrow(sites),
+            mean_first=mean_first,
             through=self.head is None,
             frozen=delta is None,
         )
@@ -160,6 +162,8 @@ class SideModel(nn.Module):
             return Probe(ProbeConfig(), sites)
         with _naming(self.record, backbone):
             self.record.implementation.check(config, sites)
+            if self.record.implementation.replays:
+                backbones.prove_replay(backbone)
         # A method's constructor takes its config and the sites.
         return self.record.implementation(config, sites)
 
@@ -180,8 +184,25 @@ class SideModel(nn.Module):
         if self._delta is not None or not self.side.tokenwise or staged or not _at_end(write):
             return None
         if self.settings.head is not None:
-            return None if self.pool == "mean" or self.side.pooled_width is not None else self.pool
+            return self.pool if self.pool in ("cls", "last") and self.side.pooled_width is None else None
         return "cls" if type(self.backbone).__name__ in family_of(self.backbone).first_token_heads else None
+
+    def _means_first(self, sites: list[Site], side: SideNet) -> bool:
+        """Whether the head reads the tokens' mean before the final norm.
+
+        Raises:
+            ValueError: if the method writes behind that place only.
+        """
+        head = self.settings.head
+        if head is None or head.pool != "mean_pre_norm" or side.pooled_width is not None:
+            return False
+        write = type(side).first_write(self.settings.method, sites)
+        if write is not None and write.kind == "norm":
+            raise ValueError(
+                f'pool="mean_pre_norm" reads before the final norm, and {self.record.name} as configured writes behind '
+                'it: choose pool="mean"'
+            )
+        return True
 
     def _first_write(self) -> Site | None:
         if self._delta is not None:

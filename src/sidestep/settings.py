@@ -10,12 +10,14 @@ from typing import Any, Literal, get_args
 
 from sidestep.metrics import METRICS, PRIMARY
 
-Schedule = Literal["linear", "cosine", "constant"]
+Schedule = Literal["linear", "cosine", "cosine_epochs", "constant"]
 Keep = Literal["best", "last"]
+Decay = Literal["weights", "all"]
 
 RATES: Mapping[str, tuple[float, float, float]] = {
     "bitfit": (5e-4, 2e-3, 5e-3),
     "dora": (5e-4, 2e-3, 5e-3),
+    "dtl": (1e-3, 3e-3, 8e-3),
     "full": (2e-5, 6e-5, 2e-4),
     "ia3": (1e-3, 5e-3, 2e-2),
     "lora": (5e-4, 2e-3, 5e-3),
@@ -45,8 +47,13 @@ class TrainSettings:
         eval_batch_size: rows of one forward pass over the dev rows.
         learning_rate: None: the middle one of `rates_of` the method.
         weight_decay: AdamW's.
+        decay: what it is applied to: "weights", all but biases and norms; "all", whatever is trained.
         warmup: share of the steps in which the rate rises to its value.
-        schedule: what it does after that.
+        warmup_epochs: the same in epochs; it goes before `warmup`.
+        schedule: what the rate does after that (see `schedules.rate_factor`).
+        start_rate: the rate that the warm-up begins at.
+        end_rate: the rate that a schedule other than "constant" ends at.
+        drop_last: leave out what an epoch's whole batches leave over of the (shuffled) training rows.
         accumulate: batches for one optimizer step.
         max_grad_norm: where the gradient's norm is cut; 0 leaves it.
         label_smoothing: for single-label classification.
@@ -74,8 +81,13 @@ class TrainSettings:
     eval_batch_size: int = 64
     learning_rate: float | None = None
     weight_decay: float = 0.0
+    decay: Decay = "weights"
     warmup: float = 0.06
+    warmup_epochs: int | None = None
     schedule: Schedule = "linear"
+    start_rate: float = 0.0
+    end_rate: float = 0.0
+    drop_last: bool = False
     accumulate: int = 1
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
@@ -99,7 +111,7 @@ class TrainSettings:
         for name in ("patience", "save_steps"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1, or not given")
-        for name in ("weight_decay", "max_grad_norm", "workers"):
+        for name in ("weight_decay", "max_grad_norm", "start_rate", "end_rate", "workers"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "a number of at least 0")
         for name in ("warmup", "label_smoothing"):
@@ -109,6 +121,8 @@ class TrainSettings:
         self._require("learning_rate", rate is None or (math.isfinite(rate) and rate > 0), "a number above 0")
         self._require("schedule", self.schedule in get_args(Schedule), " or ".join(get_args(Schedule)))
         self._require("keep", self.keep in get_args(Keep), " or ".join(get_args(Keep)))
+        self._require("decay", self.decay in get_args(Decay), " or ".join(get_args(Decay)))
+        self._check_warmup()
         if self.keep == "last" and self.patience is not None:
             raise ValueError(
                 f"patience={self.patience} with keep='last': stopping early chooses an epoch on dev; leave patience out"
@@ -121,6 +135,17 @@ class TrainSettings:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite: choose one, to continue a run or to start it anew")
 
+    def _check_warmup(self) -> None:
+        rise = self.warmup_epochs
+        if rise is None:
+            return
+        self._require("warmup_epochs", 0 <= rise < self.epochs, f"at least 0 and below the {self.epochs} epochs")
+        if self.schedule == "cosine_epochs" and 2 * rise >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs={rise} of {self.epochs} with schedule='cosine_epochs': its cosine counts from the "
+                "first epoch and would be at its end after the warm-up; warm up for less than half of the epochs"
+            )
+
     def _require(self, name: str, allowed: bool, what: str) -> None:
         if not allowed:
             raise ValueError(f"{name}={getattr(self, name)!r}, but it must be {what}")
@@ -128,6 +153,14 @@ class TrainSettings:
     def rate(self, method: str) -> float:
         """The learning rate that is used with a method."""
         return self.learning_rate or rates_of(method)[1]
+
+    def warmup_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps in which the rate rises; whole epochs where it is set once per epoch."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs * steps_per_epoch
+        if self.schedule == "cosine_epochs":
+            return int(self.warmup * self.epochs) * steps_per_epoch
+        return int(self.warmup * self.epochs * steps_per_epoch)
 
     def best_by(self, kind: str, classes: int) -> str:
         """The score that chooses the best epoch for a problem of this kind.

@@ -13,10 +13,12 @@ from sidestep.methods.base import (
     register,
 )
 from sidestep.methods.controls import BitFitConfig, FullConfig, ProbeConfig
+from sidestep.methods.dtl import DTLConfig
 from sidestep.methods.read import ReadConfig
 
 __all__ = [
     "BitFitConfig",
+    "DTLConfig",
     "DoraConfig",
     "FullConfig",
     "IA3Config",

@@ -57,16 +57,19 @@ class SideNet(nn.Module, ABC):
     between calls is `state`, any value it likes, which travels through the calls and is never kept on the module.
 
     Class attributes:
-        tokenwise: `step` at a block treats every token alone, so key-value caches and single-token heads are exact.
         starts_as_identity: before training, outputs equal the frozen model's, bit for bit.
+        replays: it runs queries of its own through the frozen blocks (`Site.next_block`), so that `attach` first proves
+            that their parts make up the blocks.
 
     Attributes:
+        tokenwise: `step` at a block treats every token alone, so key-value caches and single-token heads are exact.
         pooled_width: channels of what `pooled` returns, set by a method with a read-out of its own; None: the head
             reads the last hidden state.
     """
 
-    tokenwise: ClassVar[bool] = False
     starts_as_identity: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
+    tokenwise: bool = False
     pooled_width: int | None = None
 
     @classmethod
