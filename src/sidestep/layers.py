@@ -12,12 +12,17 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, keeping only its inputs for backward: what it makes in between is computed again."""
+def recompute(function: Callable[..., Any], *args: Any, random: bool = False) -> Any:
+    """`function(*args)`, keeping only its inputs for backward: what it makes in between is computed again.
+
+    Args:
+        function: of tensors and whatever else.
+        args: its arguments.
+        random: whether it may draw random numbers, so that the generator's state has to be saved.
+    """
     if not torch.is_grad_enabled():
         return function(*args)
-    # The functions given here draw no random numbers, so there is no generator state to save.
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
 
 
 def regrid(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

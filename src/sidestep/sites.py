@@ -19,19 +19,46 @@ Kind = Literal["stage", "block", "norm"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Projection:
+    """A linear map of an attention: a module of its own, or one of the equal parts of a fused one.
+
+    Weight and bias are looked up at each use, so they are where the backbone is, also after it was moved.
+    """
+
+    module: nn.Linear
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def weight(self) -> Tensor:
+        """(channels of the attention, width)."""
+        return self.module.weight.chunk(self.parts)[self.part]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(channels of the attention,), where the map has one."""
+        bias: Tensor | None = self.module.bias
+        return None if bias is None else bias.chunk(self.parts)[self.part]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) -> (batch, tokens, channels of the attention)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FrozenBlock:
     """The parts of one attention block, for methods that run their own queries through it (SynQT).
 
-    Every callable maps (batch, tokens, width) to (batch, tokens, width); `scale_attention` and `scale_mlp` are
-    LayerScale where the block has it, else the identity.
+    Every callable maps (batch, tokens, width) to (batch, tokens, width). `scale_attention` and `scale_mlp` are what
+    the block does to a branch before it is added: LayerScale, and the backbone's noise where that is on.
     """
 
     heads: int
     pre_norm: bool
     norm_attention: Callable[[Tensor], Tensor]
-    query: Callable[[Tensor], Tensor]
-    key: Callable[[Tensor], Tensor]
-    value: Callable[[Tensor], Tensor]
+    query: Projection
+    key: Projection
+    value: Projection
     project: Callable[[Tensor], Tensor]
     scale_attention: Callable[[Tensor], Tensor]
     norm_mlp: Callable[[Tensor], Tensor]
