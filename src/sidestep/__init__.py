@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         MethodConfig,
         ProbeConfig,
         ReadConfig,
+        SynQTConfig,
         UnsupportedBackbone,
         methods,
     )
@@ -53,6 +54,7 @@ __all__ = [
     "ReadConfig",
     "Regress",
     "SideModel",
+    "SynQTConfig",
     "UnsupportedBackbone",
     "attach",
     "detach",
@@ -76,6 +78,7 @@ _HOMES = {
         "MethodConfig",
         "ProbeConfig",
         "ReadConfig",
+        "SynQTConfig",
         "UnsupportedBackbone",
         "methods",
     ),

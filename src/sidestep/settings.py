@@ -23,6 +23,7 @@ RATES: Mapping[str, tuple[float, float, float]] = {
     "lora": (5e-4, 2e-3, 5e-3),
     "probe": (3e-3, 1e-2, 5e-2),
     "read": (5e-4, 2e-3, 6e-3),
+    "synqt": (3e-4, 1e-3, 3e-3),
 }
 """Learning rates worth trying with each method, from low to high; the middle one is the default."""
 OTHER_RATES = (3e-4, 1e-3, 3e-3)

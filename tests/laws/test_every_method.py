@@ -20,7 +20,10 @@ from sidestep.store import TaskError
 from tiny import FAMILIES, LABELS, TinyFamily, call, logits, randomize
 
 #: Settings that fit tiny models, where the defaults do not.
-TINY: dict[str, dict[str, Any]] = {"dtl": {"rank": 4, "late_blocks": 2}}
+TINY: dict[str, dict[str, Any]] = {
+    "dtl": {"rank": 4, "late_blocks": 2},
+    "synqt": {"queries": 2, "hidden": 6, "attention_hidden": 3, "dropout": 0.0, "head_drop_path": 0.0},
+}
 #: Further settings of a method that run other code.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"dtl+": ("dtl", {"rank": 4, "late_blocks": 2, "kernel": 2})}
 
@@ -33,6 +36,7 @@ DELTA = [name for name, method in METHODS.items() if issubclass(method.implement
 REFUSED = {
     *(("bitfit", family) for family in ("t5", "llama")),
     *(("dtl+", family) for family in ("bert", "t5", "llama")),
+    *(("synqt", family) for family in ("swin", "t5", "llama")),
     ("late_writer", "swin"),
 }
 
@@ -161,6 +165,7 @@ def test_bytes_kept_are_within_the_stated_formula(method: str, family: str) -> N
     total = kept.total - sum(row.counted for row in kept.rows if row.module.startswith(late))
     config, implementation = config_of(method), METHODS[method].implementation
     stated = sum(4 * n * implementation.kept_per_token(config, site) for site, n in tokens)
+    stated += sum(4 * 4 * implementation.kept_per_row(config, site) for site, _ in tokens)
     # What a head keeps for 4 rows (features, probabilities, labels, pooling weights), and the padding masks.
     width = model.head.linear.in_features
     slack = 4 * (4 * (4 * width + 6 * LABELS)) + sum(n for _, n in tokens) * 5

@@ -15,6 +15,7 @@ from sidestep.methods.base import (
 from sidestep.methods.controls import BitFitConfig, FullConfig, ProbeConfig
 from sidestep.methods.dtl import DTLConfig
 from sidestep.methods.read import ReadConfig
+from sidestep.methods.synqt import SynQTConfig
 
 __all__ = [
     "BitFitConfig",
@@ -28,6 +29,7 @@ __all__ = [
     "ProbeConfig",
     "ReadConfig",
     "SideNet",
+    "SynQTConfig",
     "UnsupportedBackbone",
     "WeightDelta",
     "method_named",

@@ -89,6 +89,11 @@ class SideNet(nn.Module, ABC):
         """Values that the method keeps for backward per token at a site: its stated bound, tested as a law."""
         return 0
 
+    @classmethod
+    def kept_per_row(cls, config: Any, site: Site) -> int:
+        """What it keeps at a site besides, per row of the batch, however many tokens that has."""
+        return 0
+
     def start(self, site: Site, carried: Tensor | None) -> Any:
         """State before a stack's first site; in a decoder, `carried` is what the encoder's `carry` returned."""
         return None
