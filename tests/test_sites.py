@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
+from architectures import ARCHITECTURES, timm_vit
 from sidestep.backbone import find_places
-from sidestep.sites import Site, of_stack, stacks
+from sidestep.sites import Projection, Site, of_stack, stacks
 from tiny import FAMILIES, call
 
 
@@ -35,12 +37,26 @@ def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "timm_vit", "timm_vit with LayerScale"])
+def randomized(model: nn.Module) -> nn.Module:
+    """The model with random biases and norms (zeros hide errors)."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+REPLAYED = ("bert", "roberta", "electra", "vit", "deit", "dinov2", "timm vit", "timm vit, registers")
+
+
+@pytest.mark.parametrize("name", [*REPLAYED, "timm vit with LayerScale"])
 @torch.no_grad()
 def test_replay_equals_the_block_on_its_own_input(name: str) -> None:
-    family = FAMILIES[name.split()[0]]
-    model = scaled_timm_vit() if "LayerScale" in name else family.model()
-    batch = {key: value for key, value in family.inputs().items() if key != "attention_mask"}
+    if "LayerScale" in name:
+        model, batch = scaled_timm_vit(), {"pixel_values": torch.randn(2, 3, 16, 16)}
+    else:
+        model, batch = randomized(ARCHITECTURES[name].model()), ARCHITECTURES[name].inputs()
+    batch.pop("attention_mask", None)
     seen: list[tuple[Tensor, Tensor]] = []
     places = find_places(model)
     for place in places:
@@ -52,6 +68,35 @@ def test_replay_equals_the_block_on_its_own_input(name: str) -> None:
     for block, (given, out) in zip(ahead, seen, strict=True):
         torch.testing.assert_close(block.replay(given), out, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(given, out, atol=1e-2)
+
+
+def test_blocks_of_another_kind_are_not_taken_apart() -> None:
+    assert all(place.site.next_block is None for place in find_places(timm_vit(block_fn=ResPostBlock)))
+    model = timm_vit()
+    model.blocks[1].attn = nn.Identity()
+    assert [place.site.next_block is None for place in find_places(model)[:3]] == [False, True, False]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_parts_of_a_fused_projection_make_up_the_whole(bias: bool) -> None:
+    fused, x = nn.Linear(6, 12, bias=bias), torch.randn(2, 3, 6)
+    parts = [Projection(module=fused, part=part, parts=3) for part in range(3)]
+    torch.testing.assert_close(torch.cat([part(x) for part in parts], dim=-1), fused(x))
+    assert all((part.bias is not None) == bias for part in parts)
+    fused.to(torch.float64)
+    assert parts[1].weight.dtype == torch.float64
+
+
+@torch.no_grad()
+def test_a_branch_is_scaled_and_dropped_as_in_the_block() -> None:
+    model = timm_vit(drop_path_rate=0.5, init_values=0.1).train()
+    block = find_places(model)[2].site.next_block
+    assert block is not None
+    ones = torch.ones(64, 1, 16)
+    # a branch of the last block is kept with one half, and then scaled by two
+    assert set(block.scale_mlp(ones).mul(10).round().unique().tolist()) == {0.0, 2.0}
+    model.eval()
+    torch.testing.assert_close(block.scale_attention(ones), 0.1 * ones)
 
 
 def test_a_site_knows_the_block_that_its_hidden_state_goes_into() -> None:

@@ -78,14 +78,19 @@ def vit_block(block: Any) -> FrozenBlock:
 def dinov2_block(block: Any) -> FrozenBlock:
     """Hugging Face's DINOv2 layer: LayerScale and one drop path for both branches."""
     attention = block.attention
+    if hasattr(attention, "q_proj"):
+        source, names, project = attention, ("q_proj", "k_proj", "v_proj"), attention.o_proj
+    else:  # transformers 5.16
+        source, names, project = attention.attention, ("query", "key", "value"), attention.output.dense
+    query, key, value = (Projection(module=getattr(source, name)) for name in names)
     return FrozenBlock(
-        heads=attention.num_attention_heads,
+        heads=source.num_attention_heads,
         pre_norm=True,
         norm_attention=block.norm1,
-        query=Projection(module=attention.q_proj),
-        key=Projection(module=attention.k_proj),
-        value=Projection(module=attention.v_proj),
-        project=attention.o_proj,
+        query=query,
+        key=key,
+        value=value,
+        project=project,
         scale_attention=Chain((block.layer_scale1, block.drop_path)),
         norm_mlp=block.norm2,
         mlp=block.mlp,
