@@ -116,6 +116,8 @@ def test_recomputing_blocks_has_the_score_of_the_plain_contender() -> None:
     assert both.scored == (plain, own)  # nothing else in the comparison computes what `own` computes
     noisy = replace(recomputed, name="noisy", noise="all")
     assert comparison(contenders=(plain, noisy)).score_of(noisy) is None
+    elsewhere = replace(recomputed, name="elsewhere", pool="cls")
+    assert comparison(contenders=(plain, elsewhere)).score_of(elsewhere) is None
 
 
 def test_quick_says_what_it_leaves_out_and_never_adds() -> None:
@@ -182,7 +184,8 @@ def test_the_results_go_where_the_file_says(tmp_path: Path) -> None:
         ({"task": [{"text": "text"}]}, r"\[\[task\]\] 1: train is missing"),
         ({"task": [{"train": "a.tsv", "text": "t", "split": "x"}]}, r"\[\[task\]\] 1: unknown field 'split'"),
         ({"backbone": []}, "here: no backbones: a comparison needs at least one"),
-        ({"backbone": [{"model": "a", "pool": "max"}]}, "pool='max' of backbone 'a': choose cls, mean, last"),
+        ({"backbone": [{"model": "a", "pool": "max"}]}, "pool='max' of backbone 'a': choose cls, mean, "),
+        ({"contender": [{"method": "read", "pool": "max"}]}, "pool='max' of contender 'read': choose cls, mean, "),
         ({"seeds": 3}, "here: seeds=3 is not a list"),
         ({"seeds": [True]}, "here: seeds=True is not a whole number"),
         ({"bf16": 1}, "here: bf16=1 is not true or false"),

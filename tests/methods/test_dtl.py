@@ -221,8 +221,8 @@ def test_text_has_no_grid_to_convolve_over(family: str) -> None:
 
 
 def test_a_kernel_larger_than_the_grid_is_refused() -> None:
-    model = attached(vit(), ss.DTLConfig(kernel=5))
-    with pytest.raises(ValueError, match=r"kernel=5 with a token grid of 4 x 4"):
+    model = attached(vit(), ss.DTLConfig(kernel=8))
+    with pytest.raises(ValueError, match=r"kernel=8 is too large for a token grid of 4 x 4: choose at most 7"):
         model(pixel_values=torch.randn(2, 3, 16, 16))
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sidestep.backbone import digest_of, pretrained_tensors
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
 from sidestep.data import DataError, DataWarning, Fields, holdout
+from sidestep.families import Pool
 from sidestep.heads import Classify, HeadConfig
 from sidestep.loading import load_backbone, load_processor
 from sidestep.methods import UnsupportedBackbone, WeightDelta, method_of
@@ -87,10 +88,14 @@ class Bench:
             checkpoint="late" if contender.checkpoint else None,
         )
 
+    def pool(self, contender: Contender) -> Pool | None:
+        """What the contender's head reads; None: the default of the backbone's family."""
+        return contender.pool or self.spec.pool
+
     def refusal(self, contender: Contender) -> str | None:
         """Why the contender cannot be attached: it does not work on this backbone, or its library is missing."""
         try:
-            detach(self.attach(contender, Classify(num_labels=2, pool=self.spec.pool), seed=0))
+            detach(self.attach(contender, Classify(num_labels=2, pool=self.pool(contender)), seed=0))
         except (UnsupportedBackbone, ModuleNotFoundError) as error:
             return str(error)
         return None
@@ -102,7 +107,7 @@ class Bench:
             "backbone": self.spec.name,
             "model": self._model(),
             "digest": self.digest,
-            "pool": self.spec.pool,
+            "pool": self.pool(contender),
             "contender": contender.name,
             "method": contender.method,
             "config": contender.config.to_dict(),

@@ -32,22 +32,25 @@ def measure_costs(
         ledger: where the lines go.
         refused: contenders that cannot be attached, with the reason.
     """
-    head = Classify(num_labels=2, pool=bench.spec.pool)
-    probe = bench.attach(Contender.named("probe"), head, seed=0)
+    probe = bench.attach(Contender.named("probe"), Classify(num_labels=2, pool=bench.spec.pool), seed=0)
     try:
         batch = blank_batch(probe, costs.batch, costs.length if bench.reads_text else None, None)
-        shown = f"Classify(num_labels=2, pool={probe.pool})"
+        default = probe.pool
     finally:
         detach(probe)
     batch = {name: value.to(bench.device) for name, value in batch.items()}
-    settings = {one.name: _settings(comparison, costs, bench, one, batch, shown) for one in comparison.contenders}
+    heads = {one.name: Classify(num_labels=2, pool=bench.pool(one) or default) for one in comparison.contenders}
+    settings = {
+        one.name: _settings(comparison, costs, bench, one, batch, heads[one.name]) for one in comparison.contenders
+    }
     for name, reason in refused.items():
         ledger.without("cost", settings.pop(name), "refused", reason)
     if not settings or all(ledger.find("cost", asked) for asked in settings.values()):
         return
     ledger.tell(f"{bench.spec.name}: measuring memory and time of {', '.join(settings)}")
     begin = time.perf_counter()
-    contenders = {one.name: _attached_with(one, head) for one in comparison.contenders if one.name in settings}
+    able = [one for one in comparison.contenders if one.name in settings]
+    contenders = {one.name: _attached_with(one, heads[one.name]) for one in able}
     found: Mapping[str, Cost | Exception]
     try:
         found = measure(
@@ -71,7 +74,7 @@ def measure_costs(
 
 
 def _settings(
-    comparison: Comparison, costs: Costs, bench: Bench, one: Contender, batch: Mapping[str, Tensor], head: str
+    comparison: Comparison, costs: Costs, bench: Bench, one: Contender, batch: Mapping[str, Tensor], head: Classify
 ) -> dict[str, Any]:
     images = batch.get("pixel_values")
     return {
@@ -79,7 +82,7 @@ def _settings(
         "batch": costs.batch,
         "length": batch["input_ids"].shape[1] if images is None else None,
         "image_size": None if images is None else images.shape[-1],
-        "head": head,
+        "head": f"Classify(num_labels={head.num_labels}, pool={head.pool})",
         "repeats": costs.repeats,
         "warmup": costs.warmup,
         "score_of": comparison.score_of(one),

@@ -202,6 +202,7 @@ def _contender(table: _Table) -> Contender:
         rates=table.several("rates", float) or rates_of(method),
         checkpoint=checkpoint,
         noise=table.get("noise", str),
+        pool=table.get("pool", str),
     )
     table.finish()
     return found

@@ -160,7 +160,7 @@ class _Session:
         return record
 
     def _train(self, one: Contender, data: TaskData, rate: float, seed: int) -> dict[str, Any]:
-        model = self.bench.attach(one, head_for(data, self.bench.spec.pool), seed)
+        model = self.bench.attach(one, head_for(data, self.bench.pool(one)), seed)
         try:
             return _measured(train(model, data, self._how(rate, seed)))
         finally:

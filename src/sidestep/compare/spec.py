@@ -46,8 +46,7 @@ class Backbone:
     pool: Pool | None = None
 
     def __post_init__(self) -> None:
-        if self.pool is not None and self.pool not in get_args(Pool):
-            raise ValueError(f"pool={self.pool!r} of backbone {self.name!r}: choose {', '.join(get_args(Pool))}")
+        _check_pool(self.pool, f"backbone {self.name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +97,7 @@ class Contender:
         checkpoint: whether the blocks after the method's first write are recomputed in backward.
         noise: of the backbone in training; None: the method's own way (none for a side network, the backbone's own
             for a method that changes weights).
+        pool: what the head reads; None: the backbone's.
     """
 
     name: str
@@ -105,9 +105,11 @@ class Contender:
     rates: tuple[float, ...]
     checkpoint: bool = False
     noise: Noise | None = None
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
         check_noise(self.noise)
+        _check_pool(self.pool, f"contender {self.name!r}")
         if not self.rates or not all(math.isfinite(rate) and rate > 0 for rate in self.rates):
             raise ValueError(f"rates={list(self.rates)} of {self.name!r}: give numbers above 0")
         if len(set(self.rates)) < len(self.rates):
@@ -223,7 +225,9 @@ class Comparison:
         if not contender.checkpoint:
             return None
         for other in self.contenders:
-            if not other.checkpoint and (other.config, other.noise) == (contender.config, contender.noise):
+            if other.checkpoint:
+                continue
+            if (other.config, other.noise, other.pool) == (contender.config, contender.noise, contender.pool):
                 return other.name
         return None
 
@@ -285,6 +289,11 @@ def require_known(what: str, given: str, known: Iterable[str]) -> None:
     close = difflib.get_close_matches(given, names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(f"unknown {what} {given!r}{hint}: choose one of {', '.join(names) or 'none'}")
+
+
+def _check_pool(pool: Pool | None, of: str) -> None:
+    if pool is not None and pool not in get_args(Pool):
+        raise ValueError(f"pool={pool!r} of {of}: choose {', '.join(get_args(Pool))}")
 
 
 def _refuse_repeats(what: str, names: Sequence[object]) -> None:

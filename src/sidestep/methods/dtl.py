@@ -166,10 +166,14 @@ class DTL(SideNet):
         return self.writes[name]
 
     def _check_grid(self, site: Site) -> None:
-        if self.config.kernel and (site.grid is None or self.config.kernel > min(site.grid)):
-            grid = "no token grid" if site.grid is None else f"a token grid of {site.grid[0]} x {site.grid[1]}"
+        """A kernel of up to twice the grid's side less one still meets a token with each of its weights."""
+        if not self.config.kernel or site.grid is None:
+            return
+        largest = 2 * min(site.grid) - 1
+        if self.config.kernel > largest:
             raise ValueError(
-                f"dtl: kernel={self.config.kernel} with {grid}: choose a kernel that fits in it, or larger images"
+                f"dtl: kernel={self.config.kernel} is too large for a token grid of {site.grid[0]} x {site.grid[1]}: "
+                f"choose at most {largest}, or larger images"
             )
 
 
