@@ -374,8 +374,6 @@ def test_a_corrupt_image_is_named(tmp_path):
         message = error_of(encoded.__getitem__, place)
         assert name in message
         assert f"row {place + 1} cannot be read" in message
-    missing = encode_images(rows_of(path=[str(tmp_path / "gone.png")]), Fields(image="path"), processor(), None)
-    assert "gone.png" in error_of(missing.__getitem__, 0)
 
 
 def test_a_corrupt_image_without_a_path_is_named_by_its_row():

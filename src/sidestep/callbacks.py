@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, set_seed
 
+from sidestep.data.augment import Epoch
+
 SPREAD = 1_000_003  # between the seeds of two runs: epoch 1 of seed 0 is not epoch 0 of seed 1
 
 
@@ -47,6 +49,17 @@ class ExactResume(TrainerCallback):
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log before the epoch's checkpoint."""
         control.should_log = True
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the augmentation of images which epoch is being trained."""
+
+    def __init__(self, epoch: Epoch) -> None:
+        self.epoch = epoch
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Set the number, before the epoch's rows are read or processes that read them are started."""
+        self.epoch.number = int(state.epoch or 0)
 
 
 class StopIfDiverged(TrainerCallback):

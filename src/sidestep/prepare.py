@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from datasets import Dataset, LargeList, List
 from transformers import PreTrainedTokenizerBase
 
 from sidestep.data import (
+    Augmentation,
     Collate,
     DataError,
     Fields,
+    ImageTransform,
     Kind,
     LabelSpace,
     check_fields,
+    drop_unreadable,
     encode_images,
     encode_text,
+    few_shot,
     holdout,
     label_space,
 )
+from sidestep.data.augment import NONE
 
 REFUSED = ("token", "tokens", "ner", "tagging", "token-classification", "token_classification")
 PROBLEMS: tuple[Kind, ...] = ("single", "multi", "regress")
@@ -39,6 +44,9 @@ class TaskData:
         max_length: tokens kept of a text; None: the tokenizer's limit.
         truncated: texts that were cut, of train and dev together.
         dev_source: in words, where the dev rows come from.
+        augment: of the training images; None: they are read as those of dev.
+        handling: what was asked for of the rows besides: shots, views of images, bad images left out, a transform in
+            the place of the backbone's processor; with seeds and counts, as JSON-ready values.
     """
 
     train: Dataset
@@ -49,6 +57,8 @@ class TaskData:
     max_length: int | None
     truncated: int
     dev_source: str
+    augment: Augmentation | None = None
+    handling: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def collate(self) -> Collate:
@@ -78,6 +88,10 @@ def prepare(
     max_length: int | None = None,
     dev_fraction: float = 0.1,
     seed: int = 0,
+    shots: int | None = None,
+    shots_seed: int | None = None,
+    augment: str = NONE,
+    skip_bad_images: bool = False,
 ) -> TaskData:
     """The rows as a task reads them.
 
@@ -85,29 +99,48 @@ def prepare(
         train: as `data.read` gives them.
         dev: None: a share of the training rows is held out.
         fields: text (and text2) or image, and label.
-        processor: tokenizer or image processor of the backbone.
+        processor: tokenizer or image processor of the backbone, or an `ImageTransform`.
         kind: None: several labels a row where the column holds lists, else one; a number has to be asked for.
         max_length: tokens kept of a text.
         dev_fraction: share of the training rows that is held out where there is no dev set.
-        seed: of that choice.
+        seed: of that choice, and of the views of images.
+        shots: training rows of each class, drawn from those that are not held out; None: all.
+        shots_seed: of the draw; None: `seed`.
+        augment: random views of the training images, see `Augmentation`; "none" for none.
+        skip_bad_images: whether images that cannot be read are left out; each is decoded once to know.
 
     Raises:
         DataError: for unusable columns or labels, dev labels that training never had, a backbone for images
-            with a column of text, or the reverse.
+            with a column of text, or the reverse; a class with fewer rows than shots.
+        ValueError: for a processor whose images cannot be augmented.
+
+    Warns:
+        DataWarning: if images were left out.
     """
     if fields.label is None:
         raise DataError("no label column: training needs one (--label)")
     check_modality(processor, fields)
     check_fields(train, fields)
+    handling: dict[str, Any] = {}
+    if dev is not None:
+        check_fields(dev, fields)
+    if skip_bad_images:
+        train, dev, handling["skipped_images"] = _without_bad_images(train, dev, fields)
+    views = _views(augment, processor, fields, seed)
+    if views is not None:
+        processor, handling["augment"], handling["augment_seed"] = views.transform, augment, seed
+    if isinstance(processor, ImageTransform):
+        handling["transform"] = processor.to_dict()
     labels = label_space(train, fields.label, kind or guess_kind(train, fields.label))
     source = f"{len(dev)} rows of their own" if dev is not None else ""
     if dev is None:
         total = len(train)
         train, dev = holdout(train, fields.label, dev_fraction, seed)
         source = f"{len(dev)} of the {total} training rows, held out (no dev set was given; seed {seed})"
-    else:
-        check_fields(dev, fields)
-    rows, cut = encode(train, fields, processor, labels, max_length)
+    if shots is not None:
+        handling["shots"], handling["shots_seed"] = shots, seed if shots_seed is None else shots_seed
+        train = few_shot(train, fields, shots, handling["shots_seed"])
+    rows, cut = encode(train, fields, processor, labels, max_length, views)
     dev_rows, dev_cut = encode(dev, fields, processor, labels, max_length)
     return TaskData(
         train=rows,
@@ -118,6 +151,8 @@ def prepare(
         max_length=max_length,
         truncated=cut + dev_cut,
         dev_source=source,
+        augment=views,
+        handling=handling,
     )
 
 
@@ -167,7 +202,12 @@ def check_modality(processor: Any, fields: Fields) -> None:
 
 
 def encode(
-    rows: Dataset, fields: Fields, processor: Any, labels: LabelSpace | None, max_length: int | None
+    rows: Dataset,
+    fields: Fields,
+    processor: Any,
+    labels: LabelSpace | None,
+    max_length: int | None,
+    augment: Augmentation | None = None,
 ) -> tuple[Dataset, int]:
     """Rows as a backbone reads them (labels None: without labels), and how many texts were cut.
 
@@ -175,7 +215,7 @@ def encode(
         DataError: as `encode_text` and `encode_images`.
     """
     if fields.image is not None:
-        return encode_images(rows, fields, processor, labels), 0
+        return encode_images(rows, fields, processor, labels, augment), 0
     return encode_text(rows, fields, processor, labels, max_length)
 
 
@@ -198,6 +238,25 @@ def stored_fields(preprocessing: Mapping[str, Any]) -> Fields:
 def stored_labels(preprocessing: Mapping[str, Any]) -> LabelSpace:
     """What a task predicts that `sidestep train` has saved."""
     return LabelSpace(preprocessing["problem"], tuple(preprocessing["labels"]))
+
+
+def _without_bad_images(train: Dataset, dev: Dataset | None, fields: Fields) -> tuple[Dataset, Dataset | None, int]:
+    """Both without the images that cannot be read, and how many those are."""
+    if fields.image is None:
+        raise DataError("skip_bad_images is for images, but a column of text is read: leave --skip-bad-images out")
+    before = len(train) + (0 if dev is None else len(dev))
+    train = drop_unreadable(train, fields.image, "training rows")
+    if dev is not None:
+        dev = drop_unreadable(dev, fields.image, "dev rows")
+    return train, dev, before - len(train) - (0 if dev is None else len(dev))
+
+
+def _views(augment: str, processor: Any, fields: Fields, seed: int) -> Augmentation | None:
+    if augment == NONE:
+        return None
+    if fields.image is None:
+        raise DataError(f"augment={augment!r} is for images, but a column of text is read: leave --augment out")
+    return Augmentation(views=augment, transform=ImageTransform.of(processor), seed=seed)  # type: ignore[arg-type]
 
 
 def _number(cell: Any) -> float | None:

@@ -1,20 +1,29 @@
 """A user's data as a `datasets.Dataset`, its labels as numbers, its rows as what a backbone reads."""
 
+from sidestep.data.augment import Augmentation
 from sidestep.data.encode import Collate, Fields, check_fields, encode_images, encode_text
+from sidestep.data.images import drop_unreadable
 from sidestep.data.labels import Kind, LabelSpace, holdout, label_space
-from sidestep.data.tables import DataError, DataWarning, TableOptions, read
+from sidestep.data.messages import DataError, DataWarning
+from sidestep.data.shots import few_shot
+from sidestep.data.tables import TableOptions, read
+from sidestep.pixels import ImageTransform
 
 __all__ = [
+    "Augmentation",
     "Collate",
     "DataError",
     "DataWarning",
     "Fields",
+    "ImageTransform",
     "Kind",
     "LabelSpace",
     "TableOptions",
     "check_fields",
+    "drop_unreadable",
     "encode_images",
     "encode_text",
+    "few_shot",
     "holdout",
     "label_space",
     "read",

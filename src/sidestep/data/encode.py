@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 from datasets import Dataset, Image, Value
 from torch import Tensor
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
+from sidestep.data.augment import Augmentation
+from sidestep.data.images import decode, refuse_absent, undecoded
 from sidestep.data.labels import LabelSpace
-from sidestep.data.tables import DataError, DataWarning, check_column, listed, named_rows
+from sidestep.data.messages import DataError, DataWarning, listed, named_rows
+from sidestep.data.tables import check_column
 
 NO_LIMIT = 10**6
 """A tokenizer that knows no limit says 10**30; no model reads this many tokens."""
@@ -103,7 +105,9 @@ def encode_text(
     return encoded if targets is None else encoded.add_column("labels", targets), truncated
 
 
-def encode_images(rows: Dataset, fields: Fields, processor: Any, labels: LabelSpace | None) -> Dataset:
+def encode_images(
+    rows: Dataset, fields: Fields, processor: Any, labels: LabelSpace | None, augment: Augmentation | None = None
+) -> Dataset:
     """The rows as pixel values, decoded and processed when they are read.
 
     Args:
@@ -112,26 +116,28 @@ def encode_images(rows: Dataset, fields: Fields, processor: Any, labels: LabelSp
         processor: `processor(images=[...], return_tensors="pt")["pixel_values"]` is a tensor
             (images, channels, rows, columns), or a list of such without the first axis.
         labels: None to leave the labels out.
+        augment: of training rows: makes the pixel values in the processor's place.
 
     Returns:
         A dataset whose rows hold "pixel_values" (channels, rows, columns) and, with `labels`, "labels".
         The undecoded image has the name "pixel_values" too, so that the Trainer's column removal keeps it.
 
     Raises:
-        DataError: for unusable fields or labels; when a row is read, for an image that cannot be, with its
-            file or row.
+        DataError: for unusable fields or labels, and files that are not there or empty; when a row is read, for
+            an image that cannot be, with its file or row.
     """
     check_fields(rows, fields)
     if fields.image is None:
         raise DataError("fields names no image column: use encode_text for text")
     targets = _targets(rows, fields, labels)
-    images = rows.with_format(None).select_columns([fields.image]).cast_column(fields.image, Image(decode=False))
+    refuse_absent(rows, fields.image)
+    images = undecoded(rows, fields.image)
     if fields.image != "pixel_values":
         images = images.rename_column(fields.image, "pixel_values")
     images = images.add_column("row", list(range(1, len(rows) + 1)))
     if targets is not None:
         images = images.add_column("labels", targets)
-    return images.with_transform(_Process(processor))
+    return images.with_transform(_Process(processor, augment))
 
 
 @dataclass
@@ -220,6 +226,7 @@ class _Tokenize:
 @dataclass(frozen=True)
 class _Process:
     processor: Any
+    augment: Augmentation | None
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {name: batch[name] for name in ("labels",) if name in batch}
@@ -227,22 +234,14 @@ class _Process:
             cells = batch["pixel_values"]
             # the Trainer's column removal takes the row numbers away
             rows = batch.get("row", [None] * len(cells))
-            images = [_decode(cell, row) for cell, row in zip(cells, rows, strict=True)]
-            out["pixel_values"] = self.processor(images=images, return_tensors="pt")["pixel_values"]
+            images = [decode(cell, row) for cell, row in zip(cells, rows, strict=True)]
+            out["pixel_values"] = self._pixels(images, rows)
         return out
 
-
-def _decode(cell: dict[str, Any], row: int | None) -> PIL.Image.Image:
-    """The image in RGB."""
-    try:
-        image = Image().decode_example(cell)
-        if image.mode.startswith("I;16"):
-            # Pillow would clip at 255 and leave a white image
-            image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        place = " in ".join([repr(cell["path"])] * bool(cell["path"]) + [f"row {row}"] * bool(row))
-        raise DataError(f"image {place or '(no path)'} cannot be read ({error}): replace or drop it") from error
+    def _pixels(self, images: list[PIL.Image.Image], rows: list[int | None]) -> Any:
+        if self.augment is None:
+            return self.processor(images=images, return_tensors="pt")["pixel_values"]
+        return torch.stack([self.augment(image, row) for image, row in zip(images, rows, strict=True)])
 
 
 def _check_text(rows: Dataset, name: str) -> None:

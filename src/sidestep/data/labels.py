@@ -9,7 +9,8 @@ from typing import Any, Literal
 from datasets import ClassLabel, Dataset, LargeList, List
 from sklearn.model_selection import train_test_split
 
-from sidestep.data.tables import DataError, check_column, listed, named_rows
+from sidestep.data.messages import DataError, listed, named_rows
+from sidestep.data.tables import check_column
 
 Kind = Literal["single", "multi", "regress"]
 KINDS: tuple[Kind, ...] = ("single", "multi", "regress")
@@ -45,7 +46,7 @@ class LabelSpace:
         if self.kind == "regress":
             return _numbers(rows, label_column)
         if self.kind == "single":
-            names = _single(rows, label_column)
+            names = class_of_each(rows, label_column)
             index = self._index([[name] for name in names], label_column)
             return [index[name] for name in names]
         cells = _multi(rows, label_column)
@@ -79,7 +80,7 @@ def label_space(rows: Dataset, label_column: str, kind: Kind) -> LabelSpace:
     if kind == "regress":
         _numbers(rows, label_column)
         return LabelSpace("regress", ())
-    cells = _multi(rows, label_column) if kind == "multi" else [[name] for name in _single(rows, label_column)]
+    cells = _multi(rows, label_column) if kind == "multi" else [[name] for name in class_of_each(rows, label_column)]
     feature = _element(rows, label_column)
     names = feature.names if isinstance(feature, ClassLabel) else _sorted({name for cell in cells for name in cell})
     if len(names) < 2:
@@ -88,6 +89,21 @@ def label_space(rows: Dataset, label_column: str, kind: Kind) -> LabelSpace:
             "a classifier needs at least 2"
         )
     return LabelSpace(kind, tuple(names))
+
+
+def class_of_each(rows: Dataset, column: str) -> list[str]:
+    """Each row's class name.
+
+    Raises:
+        DataError: for lists of labels, and missing ones.
+    """
+    check_column(rows, column)
+    if isinstance(rows.features[column], List | LargeList):
+        raise DataError(f"column {column!r} holds lists of labels: choose kind 'multi' (several labels a row)")
+    feature = _element(rows, column)
+    names = [_name(cell, feature) for cell in _cells(rows, column)]
+    _refuse_missing(column, [row for row, name in enumerate(names) if not name], len(names))
+    return [name for name in names if name]
 
 
 def holdout(rows: Dataset, label_column: str | None, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -137,17 +153,6 @@ def _strata(rows: Dataset, column: str) -> list[str] | None:
     numbers = [_finite(name) for name in names]
     measured = all(number is not None for number in numbers) and not all(map(_is_whole, names))
     return None if measured or any(SEPARATOR in name for name in names) else names
-
-
-def _single(rows: Dataset, column: str) -> list[str]:
-    """Each row's class name."""
-    check_column(rows, column)
-    if isinstance(rows.features[column], List | LargeList):
-        raise DataError(f"column {column!r} holds lists of labels: choose kind 'multi' (several labels a row)")
-    feature = _element(rows, column)
-    names = [_name(cell, feature) for cell in _cells(rows, column)]
-    _refuse_missing(column, [row for row, name in enumerate(names) if not name], len(names))
-    return [name for name in names if name]
 
 
 def _multi(rows: Dataset, column: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Whatever a user has (tables, json, parquet, image folders, hub ids) as one `datasets.Dataset`.
+"""Whatever a user has (tables, json, parquet, image folders and lists, hub ids) as one `datasets.Dataset`.
 
 Differs from `datasets.load_dataset("csv")`: that reader (pandas) turns the text "NA" into a missing value,
 drops or shifts ragged rows, and lets a stray quote swallow the lines after it. Here every cell of a table
@@ -8,13 +8,12 @@ stays the text it is, ragged rows are counted and named, and a stray quote is an
 import codecs
 import csv
 import difflib
-import glob
 import gzip
 import re
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +22,8 @@ from typing import TextIO
 import datasets
 from datasets import Dataset, DatasetDict, Features, Value
 
-NAMED = 5
-"""How many rows, lines or names a message lists before it says how many more there are."""
-
-
-class DataError(ValueError):
-    """Data that cannot be used: what was given, what is allowed, what to do."""
-
-
-class DataWarning(UserWarning):
-    """Data that was used, but not all of it or not as it stands."""
+from sidestep.data.image_files import read_folder, read_list
+from sidestep.data.messages import DataError, DataWarning, listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +63,10 @@ def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "
     """The rows of a file, a folder or a hub id.
 
     Args:
-        source: a .csv, .tsv, .json or .jsonl file (each may be .gz) or a .parquet file; a folder of class
-            folders of images (columns "image" and "label"); a folder that `datasets` saved; or a hub id,
-            with a configuration after a colon where it has several ("nyu-mll/glue:rte").
+        source: a .csv, .tsv, .json or .jsonl file (each may be .gz) or a .parquet file; a .txt file that lists
+            images, one "path label" a line, or a folder of class folders of images (both with columns "image" and
+            "label"); a folder that `datasets` saved; or a hub id, with a configuration after a colon where it has
+            several ("nyu-mll/glue:rte").
         options: how a table is written. Its cells all stay text. `columns` renames those of the others too.
         split: which split of a hub id or of a saved folder; of an image folder, the subfolder of that name
             if it holds class folders.
@@ -109,18 +101,6 @@ def check_column(rows: Dataset, name: str) -> None:
     meant = [column for column in rows.column_names if column.lower() in close]
     hint = f" (did you mean {meant[0]!r}?)" if meant else ""
     raise DataError(f"there is no column {name!r}{hint}: the columns are {listed(rows.column_names, limit=30)}")
-
-
-def listed(items: Iterable[object], limit: int = NAMED) -> str:
-    """The items as text, those after the limit as a count."""
-    words = [repr(item) if isinstance(item, str) else str(item) for item in items]
-    more = f" and {len(words) - limit} more" if len(words) > limit else ""
-    return ", ".join(words[:limit]) + more
-
-
-def named_rows(indices: Sequence[int]) -> str:
-    """The rows' numbers as a user counts them: from 1, without the header."""
-    return f"{'row' if len(indices) == 1 else 'rows'} {listed(index + 1 for index in indices)} (the first is 1)"
 
 
 def _file(path: Path, options: TableOptions) -> Dataset:
@@ -271,6 +251,11 @@ def _parquet(path: Path, _: TableOptions) -> Dataset:
         raise _corrupt(path, "parquet", error) from error
 
 
+def _list(path: Path, options: TableOptions) -> Dataset:
+    with _open(path, options.encoding) as file:
+        return read_list(path, file)
+
+
 def _corrupt(path: Path, form: str, error: Exception) -> DataError:
     reason = error.__cause__ or error
     said = "no rows" if isinstance(reason, StopIteration) else f"{type(reason).__name__}: {reason}"
@@ -283,6 +268,7 @@ READERS: dict[str, Callable[[Path, TableOptions], Dataset]] = {
     ".json": _json,
     ".jsonl": _json,
     ".parquet": _parquet,
+    ".txt": _list,
 }
 
 
@@ -293,15 +279,7 @@ def _folder(path: Path, split: str) -> Dataset:
     # a class may be called "train": only a folder that holds folders is a split
     if inner.is_dir() and any(child.is_dir() for child in inner.iterdir()):
         path = inner
-    # data_files, not data_dir: with data_dir a class called "test" would be taken for a split and left out
-    pattern = f"{glob.escape(str(path.resolve()))}/**"
-    try:
-        return datasets.load_dataset("imagefolder", data_files={"train": [pattern]}, split="train")
-    except Exception as error:
-        raise DataError(
-            f"{path} holds no images ({error.__cause__ or error}): give a folder with one folder of images "
-            "per class, a folder that datasets.save_to_disk made, or a file"
-        ) from error
+    return read_folder(path)
 
 
 def _saved(path: Path, split: str) -> Dataset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from sidestep.loading import CONFIG, TIMM, LoadError, import_timm
 from sidestep.model import SideModel
+from sidestep.pixels import image_shape
 
 Backbone: TypeAlias = str | Path | PreTrainedConfig | Callable[[], nn.Module]
 
@@ -130,16 +130,10 @@ def _length(model: SideModel, asked: int | None) -> int:
 
 def _image_shape(model: SideModel, asked: int | None) -> tuple[int, int, int]:
     """Channels, rows, columns."""
-    config = getattr(model.trunk, "config", None)
-    if config is None:
-        channels, own = model.trunk.pretrained_cfg["input_size"][:2]
-        with suppress(AttributeError):
-            own = model.trunk.patch_embed.img_size[0]
-    else:
-        channels, own = getattr(config, "num_channels", 3), config.image_size
-        own = own if isinstance(own, int) else own[0]
-    size = asked or own
-    return channels, size, size
+    own = image_shape(model.trunk)
+    if own is None:
+        raise ValueError(f"{_name(model)} does not say which images it takes: it cannot be planned for")
+    return own if asked is None else (own[0], asked, asked)
 
 
 def _labels(model: SideModel, rows: int) -> Tensor:

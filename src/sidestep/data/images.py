@@ -1,0 +1,110 @@
+"""Images of a column: decoded as RGB, named where they cannot be, and left out where that is asked for."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pyarrow.compute as pc
+from datasets import Dataset, Image
+
+from sidestep.data.messages import DataError, DataWarning, listed
+
+
+def decode(cell: dict[str, Any], row: int | None) -> PIL.Image.Image:
+    """The image in RGB.
+
+    Args:
+        cell: "bytes" or "path" of it.
+        row: its number, from 1; None if it is not known.
+
+    Raises:
+        DataError: if it cannot be read, with its file or row.
+    """
+    try:
+        image = Image().decode_example(cell)
+        if image.mode.startswith("I;16"):
+            # Pillow would clip at 255 and leave a white image
+            image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        place = " in ".join([repr(cell["path"])] * bool(cell["path"]) + [f"row {row}"] * bool(row))
+        raise DataError(
+            f"image {place or '(no path)'} cannot be read ({error}): replace or drop it, or leave out all such with "
+            "--skip-bad-images"
+        ) from error
+
+
+def drop_unreadable(rows: Dataset, column: str, what: str = "rows") -> Dataset:
+    """The rows whose images can be read; each is decoded once to know.
+
+    Args:
+        rows: with a column of images, or of paths of images.
+        column: its name.
+        what: the rows, as a warning calls them.
+
+    Raises:
+        DataError: if no image can be read.
+
+    Warns:
+        DataWarning: if some cannot, with their count and the first of them.
+    """
+    good, bad = [], []
+    for place, cell in enumerate(undecoded(rows, column)[column]):
+        try:
+            decode(cell, place + 1)
+            good.append(place)
+        except DataError:
+            bad.append(_name(cell, place))
+    if not good:
+        raise DataError(f"none of {len(rows)} images of the {what} can be read: {listed(bad)}: check the files")
+    if not bad:
+        return rows
+    warnings.warn(
+        f"{len(bad)} of {len(rows)} images of the {what} cannot be read and were left out: {listed(bad)}",
+        DataWarning,
+        stacklevel=2,
+    )
+    return rows.select(good)
+
+
+def refuse_absent(rows: Dataset, column: str) -> None:
+    """Refuses files that are not there or hold nothing, which costs no decoding.
+
+    Raises:
+        DataError: naming the first of them.
+    """
+    bad = [path for path in _local_paths(rows, column) if not _holds_something(Path(path))]
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {len(rows)} images of column {column!r} are not there or empty (0 bytes): {listed(bad)}: "
+            "replace or drop them, or leave out all such with --skip-bad-images"
+        )
+
+
+def undecoded(rows: Dataset, column: str) -> Dataset:
+    """That column alone, as "bytes" and "path"."""
+    return rows.with_format(None).select_columns([column]).cast_column(column, Image(decode=False))
+
+
+def _local_paths(rows: Dataset, column: str) -> Iterator[str]:
+    """The files of images that are not in the rows themselves."""
+    # batch by batch: taken whole, the bytes of images would fill the memory
+    for table in undecoded(rows, column).with_format("arrow").iter(batch_size=1000):
+        cells = table.column(column)
+        outside = pc.struct_field(cells, "path").filter(pc.struct_field(cells, "bytes").is_null())
+        # a path of a store that `datasets` reads itself is left to it
+        yield from (path for path in outside.to_pylist() if path is not None and "://" not in path)
+
+
+def _holds_something(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _name(cell: dict[str, Any], place: int) -> str:
+    return cell["path"] or f"row {place + 1}"
