@@ -37,6 +37,7 @@ ORDER = [
     "data",
     "settings",
     "schedules",
+    "recipes",
     "callbacks",
     "prepare",
     "results",

@@ -17,6 +17,8 @@ from transformers import (
     BertForMaskedLM,
     BertModel,
     PreTrainedTokenizerFast,
+    SwinConfig,
+    SwinModel,
     T5Config,
     T5ForConditionalGeneration,
     T5Model,
@@ -54,6 +56,7 @@ VIT = ViTConfig(
     image_size=16,
     patch_size=8,
 )
+SWIN = SwinConfig(embed_dim=8, depths=[2, 2], num_heads=[1, 2], image_size=32, window_size=4)
 T5 = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
 
 
@@ -290,7 +293,7 @@ def test_timm_weights_of_another_model_are_refused(weights, tmp_path):
         ("timm:test_vit@", "write timm:NAME, or timm:NAME@FILE"),
         ("timm:no_such_vit@{file}", r"cannot be loaded \(Unknown model \(no_such_vit\)\)"),
         ("timm:test_vit@{folder}/no.safetensors", "there is no file"),
-        ("timm:test_vit@{folder}/pickled.pth", r"read from \.safetensors files only, not from pickled\.pth"),
+        ("timm:test_vit@{folder}/pickled.pth", r"read from \.safetensors and \.npz files only, not from pickled\.pth"),
         ("timm:test_vit@{folder}/short.safetensors", "cannot be read"),
     ],
 )
@@ -308,6 +311,36 @@ def test_a_timm_model_that_the_hub_does_not_give_is_named(offline):
         load_backbone("timm:test_vit")
     with pytest.raises(LoadError, match=r"revision='main': timm names its versions by tag"):
         load_backbone("timm:test_vit", revision="main")
+
+
+def test_drop_path_has_the_rate_that_is_asked_for(weights, tmp_path):
+    _, file = weights
+    rates = drop_path_rates(load_backbone(f"timm:test_vit@{file}", drop_path=0.3))
+    depth = len(load_backbone(f"timm:test_vit@{file}").blocks)
+    # of each block's two, and none in the first block, whose rate is 0
+    assert rates == pytest.approx([0.3 * block / (depth - 1) for block in range(1, depth) for _ in range(2)])
+    SwinModel(SWIN).save_pretrained(tmp_path / "swin")
+    rates = drop_path_rates(load_backbone(tmp_path / "swin", drop_path=0.3))
+    assert (rates[0], rates[-1]) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert drop_path_rates(load_backbone(tmp_path / "swin"))[-1] == pytest.approx(0.1)  # transformers' own default
+    assert drop_path_rates(load_backbone(tmp_path / "swin", drop_path=0.0)) == []
+
+
+def drop_path_rates(model: torch.nn.Module) -> list[float]:
+    """The rates of a model's drop paths, in order."""
+    found = [module.drop_prob for module in model.modules() if "DropPath" in type(module).__name__]
+    return [rate for rate in found if rate]
+
+
+def test_a_drop_path_that_a_model_does_not_have_is_warned_of(tmp_path):
+    ViTModel(VIT).save_pretrained(tmp_path / "vit")
+    with pytest.warns(
+        LoadWarning, match=r"drop_path=0\.1 is left out: .* transformers' 'vit' model, .* timm:NAME@FILE"
+    ):
+        load_backbone(tmp_path / "vit", drop_path=0.1)
+    load_backbone(tmp_path / "vit", drop_path=0.0)  # nothing is left out
+    with pytest.raises(LoadError, match=r"drop_path=1: it is a rate from 0 to below 1"):
+        load_backbone(tmp_path / "vit", drop_path=1)
 
 
 def test_timm_missing_names_the_extra(monkeypatch):

@@ -1,6 +1,7 @@
-"""Backbones and their processors by name: a local folder, a hub id, or "timm:NAME" with or without "@FILE".
+"""Backbones and their processors by name: a folder, a hub id, "timm:NAME" with or without "@FILE", or "vit:FILE.npz".
 
-Weights are read as safetensors only and no code of a repository is run, so that loading executes nothing.
+Weights are read as safetensors, those of the original ViT as NumPy arrays, and no code of a repository is run, so that
+loading executes nothing.
 """
 
 from __future__ import annotations
@@ -20,14 +21,28 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTModel,
+)
 from transformers.utils import logging
 
 from sidestep.backbone import trunk_of
+from sidestep.pixels import IMAGE_TRANSFORM, ImageTransform
+from sidestep.vit_npz import NORM_EPS, NpzError, ViTArchive, read_sizes, read_vit
 
 Library = Literal["transformers", "timm"]
 
 TIMM = "timm:"
+VIT = "vit:"
+NPZ = ".npz"
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TIMM_PROCESSOR = "timm_processor.json"
@@ -48,7 +63,7 @@ class Source:
     """Where a backbone came from.
 
     Attributes:
-        id: the name that loads it, as it was given (hub id, folder, "timm:NAME[@FILE]"); "" when unknown.
+        id: the name that loads it, as it was given (hub id, folder, "timm:NAME[@FILE]", "vit:FILE"); "" when unknown.
         revision: commit of a hub id, or None.
         class_name: of the model.
         library: "transformers" or "timm".
@@ -86,36 +101,49 @@ def load_backbone(
     revision: str | None = None,
     head: bool = False,
     num_labels: int | None = None,
+    drop_path: float | None = None,
 ) -> nn.Module:
     """The pretrained model of this name, in eval mode.
 
     Args:
-        name: a folder or hub id for transformers, "timm:NAME" for timm's pretrained weights, or
-            "timm:NAME@FILE" for weights in a safetensors file.
+        name: a folder or hub id for transformers, "timm:NAME" for timm's pretrained weights,
+            "timm:NAME@FILE" for weights in a safetensors file or an original ViT's .npz file, or
+            "vit:FILE" for such a .npz file as transformers' ViT.
         dtype: precision of the weights, such as torch.bfloat16 or "bfloat16"; None: the checkpoint's own.
         revision: branch, tag or commit of a hub id.
         head: whether the model comes with a classification head of its own (text or images).
         num_labels: classes of that head; None: the checkpoint's.
+        drop_path: rate of the last block's drop path, which grows with depth from 0; None: the model's own. It acts in
+            training alone, with `attach(..., backbone_noise="drop_path")`.
 
     Raises:
         LoadError: if there is no such model, files are missing or unreadable, or the weights are of another
             architecture.
 
     Warns:
-        LoadWarning: if weights of the backbone itself (not its pooler or head) were not in the checkpoint.
+        LoadWarning: if weights of the backbone itself (not its pooler or head) were not in the checkpoint, or if the
+            model has no drop path whose rate could be set.
     """
     if num_labels is not None and not head:
         raise LoadError(
             f"num_labels={num_labels} without head=True: a backbone without a head of its own has no classes"
         )
+    if drop_path is not None and not 0 <= drop_path < 1:
+        raise LoadError(f"drop_path={drop_path}: it is a rate from 0 to below 1")
     wanted = _dtype(dtype)
     if str(name).startswith(TIMM):
         if revision is not None:
             raise LoadError(f"revision={revision!r}: timm names its versions by tag, as in timm:NAME.TAG")
         classes = num_labels if head else 0
-        return _load_timm(str(name), wanted, classes)
+        return _load_timm(str(name), wanted, classes, drop_path)
     config = _config(str(name), revision, {} if num_labels is None else {"num_labels": num_labels})
-    return _load_transformers(_auto_class(config) if head else AutoModel, str(name), config, wanted, revision)
+    if drop_path is not None:
+        _set_drop_path(str(name), config, drop_path)
+    if str(name).startswith(VIT):
+        kind: Any = ViTForImageClassification if head else ViTModel
+    else:
+        kind = _auto_class(config) if head else AutoModel
+    return _load_transformers(kind, str(name), config, wanted, revision)
 
 
 def load_class(
@@ -147,9 +175,14 @@ def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
     """
     if str(name).startswith(TIMM):
         return TimmProcessor.of(_timm_parts(str(name))[0])
+    if str(name).startswith(VIT):
+        return _npz_processor(str(name).removeprefix(VIT))
     folder = Path(name)
     if (folder / TIMM_PROCESSOR).is_file():
         return TimmProcessor.from_pretrained(folder)
+    if (folder / IMAGE_TRANSFORM).is_file():
+        with _as_load_error(str(folder / IMAGE_TRANSFORM), "processor"):
+            return ImageTransform.from_pretrained(folder)
     images = _reads_images(str(name), folder, revision)
     if folder.is_dir():
         _require_any(folder, IMAGE_FILES if images else TOKENIZER_FILES, "image processor" if images else "tokenizer")
@@ -228,7 +261,11 @@ def _timm_transform(processor: TimmProcessor) -> Any:
 
 
 def _config(name: str, revision: str | None, fields: Mapping[str, Any]) -> Any:
-    """The config of a folder or hub id with some fields set."""
+    """The config of a folder, hub id or .npz file with some fields set."""
+    if name.startswith(VIT):
+        if revision is not None:
+            raise LoadError(f"revision={revision!r}: {name} is a file, which has no revisions")
+        return _npz_config(name, fields)
     folder = Path(name)
     if folder.is_file():
         raise LoadError(f"{name} is a file: give the folder that holds {CONFIG} and the weights")
@@ -236,6 +273,22 @@ def _config(name: str, revision: str | None, fields: Mapping[str, Any]) -> Any:
         _check_folder(folder)
     with _quiet(local=folder.is_dir()), _as_load_error(name, CONFIG):
         return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False, **fields)
+
+
+def _set_drop_path(name: str, config: Any, rate: float) -> None:
+    if "drop_path_rate" in config.to_dict():
+        config.drop_path_rate = rate
+    elif rate:
+        _warn_of_no_drop_path(name, f"transformers' {config.model_type!r} model", rate)
+
+
+def _warn_of_no_drop_path(name: str, kind: str, rate: float) -> None:
+    warnings.warn(
+        f"drop_path={rate} is left out: {name} is loaded as {kind}, which has no drop path; timm's layout of a ViT has "
+        "it (timm:NAME, or timm:NAME@FILE for weights from a file)",
+        LoadWarning,
+        stacklevel=4,
+    )
 
 
 def _check_folder(folder: Path) -> None:
@@ -268,11 +321,13 @@ def _auto_class(config: Any) -> Any:
 def _load_transformers(
     kind: Any, name: str, config: Any, dtype: torch.dtype | None, revision: str | None
 ) -> PreTrainedModel:
+    weights = _read_npz(name.removeprefix(VIT)).for_transformers() if name.startswith(VIT) else None
     with _quiet(local=Path(name).is_dir()), _as_load_error(name, "weights"):
         model, report = kind.from_pretrained(
-            name,
+            None if weights else name,
             config=config,
-            dtype=dtype or "auto",
+            state_dict=weights,
+            dtype=dtype or ("auto" if weights is None else torch.float32),
             revision=revision or "main",
             use_safetensors=True,
             trust_remote_code=False,
@@ -281,6 +336,8 @@ def _load_transformers(
             ignore_mismatched_sizes=True,
         )
     _check_report(name, model, report)
+    # what `source_of` reads; from_pretrained sets it to what it was given
+    model.config._name_or_path = name
     return model.eval()
 
 
@@ -351,6 +408,47 @@ def _as_load_error(name: str, what: str) -> Iterator[None]:
         ) from error
 
 
+# --- the original ViT ----------------------------------------------------------------------------------------
+
+
+def _npz_config(name: str, fields: Mapping[str, Any]) -> ViTConfig:
+    """The config that the arrays of "vit:FILE" tell, with some fields set."""
+    file = name.removeprefix(VIT)
+    with _npz_as_load_error():
+        sizes = read_sizes(file)
+    own = {
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.depth,
+        "num_attention_heads": sizes.heads,
+        "intermediate_size": sizes.mlp_width,
+        "image_size": sizes.image,
+        "patch_size": sizes.patch,
+        "num_channels": sizes.channels,
+        "layer_norm_eps": NORM_EPS,
+    }
+    return ViTConfig(**{**own, **fields})
+
+
+def _read_npz(file: str) -> ViTArchive:
+    with _npz_as_load_error():
+        return read_vit(file)
+
+
+def _npz_processor(file: str) -> ViTImageProcessor:
+    """The image size of the file, and -1 to 1 for the darkest to the brightest pixel, as the original code has it."""
+    with _npz_as_load_error():
+        side = read_sizes(file).image
+    return ViTImageProcessor(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+@contextmanager
+def _npz_as_load_error() -> Iterator[None]:
+    try:
+        yield
+    except NpzError as error:
+        raise LoadError(str(error)) from error
+
+
 # --- timm --------------------------------------------------------------------------------------------------
 
 
@@ -376,7 +474,7 @@ def _timm_parts(name: str) -> tuple[str, str | None]:
     """Model name and weight file of "timm:NAME[@FILE]"."""
     model, at, file = name.removeprefix(TIMM).partition("@")
     if not model or (at and not file):
-        raise LoadError(f"{name!r}: write timm:NAME, or timm:NAME@FILE for weights in a safetensors file")
+        raise LoadError(f"{name!r}: write timm:NAME, or timm:NAME@FILE for weights in a .safetensors or .npz file")
     return model, file or None
 
 
@@ -388,13 +486,13 @@ def _timm_id(config: Mapping[str, Any]) -> str:
     return TIMM + config["architecture"] + (f".{tag}" if tag else "") + (f"@{file}" if file else "")
 
 
-def _load_timm(name: str, dtype: torch.dtype | None, classes: int | None) -> nn.Module:
+def _load_timm(name: str, dtype: torch.dtype | None, classes: int | None, drop_path: float | None = None) -> nn.Module:
     timm = import_timm()
     model_name, file = _timm_parts(name)
     if file is not None:
         _check_timm_file(name, Path(file))
     try:
-        model = timm.create_model(model_name, pretrained=file is None, num_classes=classes)
+        model = timm.create_model(model_name, pretrained=file is None, num_classes=classes, drop_path_rate=drop_path)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise LoadError(
@@ -403,20 +501,21 @@ def _load_timm(name: str, dtype: torch.dtype | None, classes: int | None) -> nn.
         ) from error
     if file is not None:
         _fill_timm(model, model_name, file)
+    if drop_path and not any("DropPath" in type(module).__name__ for module in model.modules()):
+        _warn_of_no_drop_path(name, f"timm's {type(model).__name__}", drop_path)
     return model.to(dtype=dtype).eval()
 
 
 def _check_timm_file(name: str, file: Path) -> None:
     if not file.is_file():
         raise LoadError(f"{name!r}: there is no file {file}")
-    if file.suffix != ".safetensors":
-        raise LoadError(f"{name!r}: weights are read from .safetensors files only, not from {file.name}")
+    if file.suffix not in (".safetensors", NPZ):
+        raise LoadError(f"{name!r}: weights are read from .safetensors and .npz files only, not from {file.name}")
 
 
 def _fill_timm(model: Any, model_name: str, file: str) -> None:
-    """Load a safetensors file in timm's names; a classifier of another size is left out."""
-    with _as_load_error(file, "weights"), safe_open(file, framework="pt") as reader:
-        weights = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - no mapping
+    """Load a .safetensors file in timm's names or an original ViT's .npz; a classifier of another size is left out."""
+    weights = _read_npz(file).for_timm() if Path(file).suffix == NPZ else _read_safetensors(file)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     own = model.state_dict()
     with _as_load_error(file, "weights"):
@@ -433,6 +532,11 @@ def _fill_timm(model: Any, model_name: str, file: str) -> None:
     model.load_state_dict({k: v for k, v in weights.items() if k in own and k not in wrong}, strict=False)
     # what `source_of` reads the file's name from
     model.pretrained_cfg = {**model.pretrained_cfg, "file": file}
+
+
+def _read_safetensors(file: str) -> dict[str, Tensor]:
+    with _as_load_error(file, "weights"), safe_open(file, framework="pt") as reader:
+        return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - no mapping
 
 
 def _timm_classifier(model: Any) -> str:

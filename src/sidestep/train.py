@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -15,20 +15,26 @@ import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from sidestep import checkpoints
-from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, StopIfDiverged
+from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, SetEpoch, StopIfDiverged
 from sidestep.heads import Classify, HeadConfig, Regress
 from sidestep.loading import source_of
 from sidestep.methods import SideNet, WeightDelta
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, scores
 from sidestep.model import SideModel
+from sidestep.pixels import check_image_size
 from sidestep.plan import check_fits
 from sidestep.predict import logits
 from sidestep.prepare import TaskData
 from sidestep.results import PACKAGES, Results, device_name
+from sidestep.schedules import rate_factor
 from sidestep.settings import TrainSettings
 from sidestep.step import StepCost, measure_step
 from sidestep.store import WEIGHTS
@@ -125,6 +131,13 @@ def _check_fit(model: SideModel, data: TaskData, settings: TrainSettings) -> Non
             f"label_smoothing={smoothing}: the Trainer smooths labels of transformers models only, and "
             f"{type(model.backbone).__name__} is timm's; leave it at 0"
         )
+    if data.fields.image is not None:
+        check_image_size(model.backbone, model.trunk, data.train[0]["pixel_values"])
+    if settings.drop_last and len(data.train) < settings.batch_size:
+        raise ValueError(
+            f"drop_last with {len(data.train)} training rows and batch_size={settings.batch_size}: no batch would be "
+            "left; lower the batch size, or train on the last batch too"
+        )
     if torch.cuda.is_available() and torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
         raise ValueError(
             f"{torch.cuda.device_count()} GPUs are visible: show one (CUDA_VISIBLE_DEVICES=0), or start one "
@@ -160,6 +173,7 @@ def _identity(model: SideModel, data: TaskData, settings: TrainSettings) -> dict
         "preprocessing": model.extras["preprocessing"],
         "training rows": _fingerprint(data.train),
         "dev rows": _fingerprint(data.dev),
+        "handling": dict(data.handling),
     }
 
 
@@ -190,9 +204,13 @@ def _trainer(
         clock,
         TensorBoardCallback(_writer(settings, start)),
     ]
+    if data.augment is not None:
+        callbacks.append(SetEpoch(data.augment.epoch))
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
-    trainer = Trainer(
+    trainer = _Trainer(
+        settings,
+        rate_factor(settings, settings.rate(model.record.name), steps),
         model=model,
         args=_arguments(model, data, settings, metric),
         # a bound method: of a collator with a tokenizer the Trainer stores that in every checkpoint
@@ -209,8 +227,35 @@ def _trainer(
     return trainer
 
 
+class _Trainer(Trainer):
+    """The Trainer with the settings' schedule, weight decay and whole batches."""
+
+    lr_scheduler: Any
+
+    def __init__(self, settings: TrainSettings, factor: Callable[[int], float], **given: Any) -> None:
+        super().__init__(**given)
+        self._settings, self._factor = settings, factor
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._factor)
+        return self.lr_scheduler
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        if self._settings.decay == "all":
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def get_train_dataloader(self) -> DataLoader:
+        # set for this one only: with it the Trainer leaves out dev rows too
+        self.args.dataloader_drop_last = self._settings.drop_last
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False
+
+
 def _arguments(model: SideModel, data: TaskData, settings: TrainSettings, metric: str) -> TrainingArguments:
-    total = settings.epochs * _steps_per_epoch(data, settings)
     return TrainingArguments(
         # absolute: the path of the best checkpoint is stored
         output_dir=str((settings.output / checkpoints.FOLDER).resolve()),
@@ -220,8 +265,6 @@ def _arguments(model: SideModel, data: TaskData, settings: TrainSettings, metric
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.rate(model.record.name),
         weight_decay=settings.weight_decay,
-        warmup_steps=int(settings.warmup * total),
-        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         max_grad_norm=settings.max_grad_norm,
         label_smoothing_factor=settings.label_smoothing,
         seed=settings.seed,
@@ -248,7 +291,8 @@ def _arguments(model: SideModel, data: TaskData, settings: TrainSettings, metric
 
 def _steps_per_epoch(data: TaskData, settings: TrainSettings) -> int:
     """Optimizer steps of an epoch; the last one may have fewer batches."""
-    batches = -(-len(data.train) // settings.batch_size)
+    whole, rest = divmod(len(data.train), settings.batch_size)
+    batches = whole + (rest > 0 and not settings.drop_last)
     return -(-batches // settings.accumulate)
 
 
@@ -356,6 +400,7 @@ def _results(
             "dev_rows": len(data.dev),
             "dev_source": data.dev_source,
             "truncated": data.truncated,
+            **data.handling,
         },
         trainable_parameters=sum(parameter.numel() for _, parameter in model.trained_parameters()),
         task_bytes=(settings.output / WEIGHTS).stat().st_size,
