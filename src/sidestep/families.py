@@ -118,9 +118,9 @@ def bert_block(block: Any) -> FrozenBlock:
 
 def timm_block(block: Any) -> FrozenBlock | None:
     """timm's plain ViT block, with LayerScale and drop path where it has them; None for its other kinds of block."""
-    attention = getattr(block, "attn", None)
-    if type(block).__name__ != "Block" or type(attention).__name__ != "Attention":
+    if type(block).__name__ != "Block" or type(block.attn).__name__ != "Attention":
         return None
+    attention = block.attn
     return FrozenBlock(
         heads=attention.num_heads,
         pre_norm=True,
