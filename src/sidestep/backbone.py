@@ -286,10 +286,21 @@ def set_noise(trunk: nn.Module, noise: Noise | None) -> None:
     if noise is None:
         return
     for module in trunk.modules():
-        kind = type(module).__name__
-        drop_path = "DropPath" in kind or "StochasticDepth" in kind
-        if "BatchNorm" not in kind and (noise == "all" or drop_path == (noise == "drop_path")):
+        if "BatchNorm" in type(module).__name__:
+            continue
+        if noise == "all" or _is_drop_path(module) == (noise == "drop_path"):
             module.training = True
+
+
+def drop_path_rate(trunk: nn.Module) -> float:
+    """The highest rate of a trunk's drop paths, which is the last block's; 0 where it has none."""
+    rates: list[Any] = [module.drop_prob for module in trunk.modules() if _is_drop_path(module)]
+    return max((float(rate or 0) for rate in rates), default=0.0)
+
+
+def _is_drop_path(module: nn.Module) -> bool:
+    kind = type(module).__name__
+    return "DropPath" in kind or "StochasticDepth" in kind
 
 
 def check_noise(noise: str | None) -> None:

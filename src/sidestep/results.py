@@ -37,6 +37,7 @@ class Results:
         resumed_from: step of the checkpoint that the last session continued from.
         device, versions: what it ran on.
         seed, learning_rate, settings: how it was trained.
+        recipe: the recipe that it followed, by name, and what was "overridden"; None: none.
         history: training loss and dev scores of each epoch.
         notes: what a reader should know besides.
     """
@@ -61,6 +62,7 @@ class Results:
     seed: int
     learning_rate: float
     settings: dict[str, Any]
+    recipe: dict[str, Any] | None
     history: list[dict[str, float]]
     notes: list[str]
 

@@ -75,6 +75,12 @@ def show_start(model: SideModel, data: TaskData, settings: TrainSettings) -> Non
     remark(f"learning rate {settings.rate(model.record.name):g}, seed {settings.seed}")
 
 
+def show_recipe(record: Mapping[str, Any]) -> None:
+    """Say which recipe a run follows, and what was set otherwise."""
+    changed = cell(record["overridden"])
+    remark(f"recipe {record['name']}" + (f", but {changed}" if record["overridden"] else ""))
+
+
 def show_results(results: Results, folder: Path) -> None:
     """Print what a run came to."""
     from sidestep.memory import format_bytes

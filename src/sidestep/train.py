@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -23,6 +23,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.integrations import TensorBoardCallback
 
 from sidestep import checkpoints
+from sidestep.backbone import drop_path_rate
 from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, SetEpoch, StopIfDiverged
 from sidestep.heads import Classify, HeadConfig, Regress
 from sidestep.loading import source_of
@@ -47,7 +48,9 @@ class TrainError(RuntimeError):
     """Training could not go on; the message says what to change and where the last good checkpoint is."""
 
 
-def train(model: SideModel, data: TaskData, settings: TrainSettings) -> Results:
+def train(
+    model: SideModel, data: TaskData, settings: TrainSettings, *, recipe: Mapping[str, Any] | None = None
+) -> Results:
     """Train a model, choose its best epoch on the dev rows (or keep the last), and save it as a task with its results.
 
     `settings.output` then holds the task, results.json, checkpoints/ (the best and the last, of the task
@@ -57,6 +60,7 @@ def train(model: SideModel, data: TaskData, settings: TrainSettings) -> Results:
         model: attached, with a head for `data.labels` (see `head_for`).
         data: see `prepare`.
         settings: how.
+        recipe: the name of the recipe that it follows and what differs from it, to be told in the results.
 
     Returns:
         What results.json holds; the model is left with the kept weights, in eval mode.
@@ -90,7 +94,7 @@ def train(model: SideModel, data: TaskData, settings: TrainSettings) -> Results:
         found = _last_scores(history) if _ends_scored(settings) else _dev_scores(model, data, settings)
     model.eval()
     model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=found)
-    results = _results(trainer, data, settings, metric, found, cost, seconds, start, history, clock.seconds)
+    results = _results(trainer, data, settings, recipe, metric, found, cost, seconds, start, history, clock.seconds)
     results.write(settings.output)
     return results
 
@@ -169,6 +173,7 @@ def _identity(model: SideModel, data: TaskData, settings: TrainSettings) -> dict
         "method": {"name": model.record.name, **model.settings.method.to_dict()},
         "head": model.settings.head and model.settings.head.to_dict(),
         "noise": model.settings.backbone_noise,
+        "drop path": drop_path_rate(model.trunk),
         "backbone": model.digest.exact[:16],
         "preprocessing": model.extras["preprocessing"],
         "training rows": _fingerprint(data.train),
@@ -375,6 +380,7 @@ def _results(
     trainer: Trainer,
     data: TaskData,
     settings: TrainSettings,
+    recipe: Mapping[str, Any] | None,
     metric: str,
     found: dict[str, float],
     cost: StepCost | None,
@@ -413,6 +419,7 @@ def _results(
         seed=settings.seed,
         learning_rate=settings.rate(model.record.name),
         settings=settings.to_dict(),
+        recipe=dict(recipe) if recipe else None,
         history=history,
         notes=_notes(model),
     )
@@ -435,7 +442,9 @@ def _notes(model: SideModel) -> list[str]:
     noise = model.settings.backbone_noise or (
         "its own" if issubclass(model.record.implementation, WeightDelta) else "none"
     )
-    notes = [f"noise of the backbone in training: {noise}"]
+    rate = drop_path_rate(model.trunk)
+    drops = "" if noise == "none" else f" (rate of its drop path: {rate:g})"
+    notes = [f"noise of the backbone in training: {noise}{drops}"]
     corrects = type(model.side).finish is not SideNet.finish
     if corrects and not any(place.site.kind == "norm" for place in model.places):
         notes.append("the backbone has no final norm: a correction before it is the same as one after it")

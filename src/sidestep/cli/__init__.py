@@ -1,4 +1,4 @@
-"""The command `sidestep`: train, eval, predict, inspect, methods, demo, report, plan.
+"""The command `sidestep`: train, eval, predict, inspect, methods, recipes, demo, report, plan.
 
 Whatever imports torch is imported inside the commands, so that help and typing errors come at once.
 """
@@ -9,7 +9,7 @@ import typer
 
 from sidestep.cli.compare import compare
 from sidestep.cli.demo import demo
-from sidestep.cli.listing import inspect, methods
+from sidestep.cli.listing import inspect, methods, recipes
 from sidestep.cli.plan import plan
 from sidestep.cli.report import report
 from sidestep.cli.tasks import evaluate, predict
@@ -29,6 +29,7 @@ app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(inspect)
 app.command()(methods)
+app.command()(recipes)
 app.command()(compare)
 app.command()(demo)
 app.command()(plan)

@@ -1,14 +1,17 @@
-"""`sidestep inspect` and `sidestep methods`."""
+"""`sidestep inspect`, `sidestep methods` and `sidestep recipes`."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 from sidestep.show import remark, show_facts, show_table
+
+if TYPE_CHECKING:
+    from sidestep.recipes import Group
 
 SHOWN = 30
 
@@ -41,6 +44,43 @@ def methods(debug: opt.Debug = False) -> None:
             for name, method in registered().items()
         ]
         show_table("Methods", ("name", "what it does", "settings (--set)"), rows)
+
+
+def recipes(prefix: opt.RecipePrefix = "", debug: opt.Debug = False) -> None:
+    """List the published recipes, or those below PREFIX with their settings."""
+    with reporting(debug):
+        from sidestep.recipes import groups, load, names
+
+        if not prefix:
+            rows: list[Any] = [(group.name, group.title, len(group.recipes)) for group in groups()]
+            show_table("Recipes", ("name", "what it is", "recipes"), rows)
+            remark("sidestep recipes NAME shows them; sidestep train --recipe NAME/TASK follows one")
+            return
+        found = [load(name) for name in names(prefix) or (prefix,)]
+        columns = ("name", "method", "settings (--set)", "learning rate", "drop path")
+        rows = [
+            (each.name, each.method, each.method_settings, f"{each.training['learning_rate']:g}", each.drop_path)
+            for each in found
+        ]
+        show_table("Recipes", columns, rows)
+        for group in groups():
+            if any(each.name in group.recipes for each in found):
+                _show_shared(group)
+
+
+def _show_shared(group: Group) -> None:
+    """What all recipes of a group have in common."""
+    first = next(iter(group.recipes.values()))
+    training = {name: value for name, value in first.training.items() if name != "learning_rate"}
+    facts = {
+        "source": first.source,
+        "backbone": first.backbone,
+        "pool": first.pool or "the method's own",
+        "training": training,
+        "images": first.images,
+        "augment": first.augment,
+    }
+    show_facts(f"All of {group.name}", facts)
 
 
 def _facts(about: dict[str, Any]) -> dict[str, object]:

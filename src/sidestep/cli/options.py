@@ -13,18 +13,20 @@ _data = partial(typer.Option, rich_help_panel="Data")
 _training = partial(typer.Option, rich_help_panel="Training")
 _running = partial(typer.Option, rich_help_panel="Output and running")
 
-Backbone = Annotated[str, _model(help="Hub id, folder, timm:NAME or timm:NAME@FILE.", show_default=False)]
+Backbone = Annotated[str, _model(help="Hub id, folder, timm:NAME, timm:NAME@FILE or vit:FILE.npz.", show_default=False)]
 OtherBackbone = Annotated[str | None, _model("--backbone", help="Where the backbone is, if it has moved.")]
+Recipe = Annotated[str | None, _model(help="One of `sidestep recipes`: it sets what no option here does.")]
 Method = Annotated[str, _model(help="One of `sidestep methods`.")]
 Set = Annotated[list[str] | None, _model("--set", help="name=value, a setting of the method; repeatable.")]
-Pool = Annotated[str | None, _model(help="What the head reads: cls, mean, last; default: the family's.")]
+Pool = Annotated[str | None, _model(help="What the head reads: cls, mean, mean_pre_norm, last; default: the family's.")]
 OwnHead = Annotated[bool, _model("--own-head", help="Train the backbone's own classification head.")]
 Checkpoint = Annotated[str | None, _model(help="late: recompute the late blocks in backward.")]
 Noise = Annotated[str | None, _model(help="Noise of the frozen backbone: drop_path, dropout or all.")]
+DropPath = Annotated[float | None, _model(help="Rate of the backbone's drop path; turns that noise on in training.")]
 Dtype = Annotated[str | None, _model(help="Precision of the backbone; default: its checkpoint's.")]
 Revision = Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")]
 
-SOURCE = "csv, tsv, json, jsonl or parquet file, folder of images, or hub id"
+SOURCE = "csv, tsv, json, jsonl or parquet file, folder or list (.txt) of images, or hub id"
 Train = Annotated[str, _data(help=f"Training rows: {SOURCE}.", show_default=False)]
 Dev = Annotated[str | None, _data(help="Dev rows; default: a share of the training rows is held out.")]
 Rows = Annotated[str, _data("--data", help=f"Rows: {SOURCE}.", show_default=False)]
@@ -40,6 +42,11 @@ Problem = Annotated[
     str | None,
     _data("--problem", "--task", help="single, multi or regress; default: multi for lists, else single."),
 ]
+Shots = Annotated[int | None, _data(help="Training rows of each class; default: all.")]
+ShotsSeed = Annotated[int | None, _data(help="Seed of their draw; default: --seed.")]
+SkipBadImages = Annotated[bool, _data("--skip-bad-images", help="Leave out images that cannot be read.")]
+Normalize = Annotated[str | None, _data(help="imagenet or half; default: the backbone's mean and deviation.")]
+Augment = Annotated[str, _data(help="Views of training images: none, flip, crop or randaugment.")]
 MaxLength = Annotated[int | None, _data(help="Tokens kept of a text; default: the tokenizer's limit.")]
 Columns = Annotated[str | None, _data(help="Names for a table's columns, in order: a,b,c.")]
 NoHeader = Annotated[bool, _data("--no-header", help="The table's first line is a row already.")]
@@ -51,14 +58,22 @@ BatchSize = Annotated[int, _training(help="Rows of one step.")]
 EvalBatchSize = Annotated[int, _training(help="Rows of one pass over the dev rows.")]
 Accumulate = Annotated[int, _training(help="Batches for one optimizer step.")]
 Rate = Annotated[float | None, _training("--lr", help="Learning rate; default: the method's.")]
-Schedule = Annotated[str, _training(help="What the rate does: linear, cosine or constant.")]
+Schedule = Annotated[str, _training(help="What the rate does: linear, cosine, cosine_epochs or constant.")]
 Warmup = Annotated[float, _training(help="Share of the steps in which the rate rises.")]
+WarmupEpochs = Annotated[int | None, _training(help="The same in epochs.")]
+StartRate = Annotated[float, _training(help="Rate at which the warm-up begins.")]
+EndRate = Annotated[float, _training(help="Rate at which the schedule ends.")]
+DropLast = Annotated[
+    bool, _training("--drop-last/--no-drop-last", help="Leave out what is left over of whole batches.")
+]
 WeightDecay = Annotated[float, _training(help="AdamW's.")]
+Decay = Annotated[str, _training(help="What it is applied to: weights (no biases, no norms) or all.")]
 MaxGradNorm = Annotated[float, _training(help="Where the gradient's norm is cut; 0: never.")]
 LabelSmoothing = Annotated[float, _training(help="For single-label classification.")]
 Patience = Annotated[int | None, _training(help="Stop after so many epochs without a better score.")]
+Keep = Annotated[str, _training(help="The epoch to keep: best (by its dev score) or last.")]
 Metric = Annotated[str | None, _training(help="Dev score that chooses the best epoch.")]
-Seed = Annotated[int, _training(help="Of weights, order, noise and held-out rows.")]
+Seed = Annotated[int, _training(help="Of weights, order, noise, held-out rows, shots and views.")]
 Bf16 = Annotated[bool, _training("--bf16", help="Autocast to bfloat16.")]
 
 Output = Annotated[Path, _running(help="Folder for the task.", show_default=False)]
@@ -70,11 +85,13 @@ Overwrite = Annotated[bool, _running("--overwrite", help="Replace what is there.
 Quiet = Annotated[bool, _running("--quiet", help="No progress bars.")]
 Debug = Annotated[bool, _running("--debug", help="Show an error's traceback.")]
 
+RecipePrefix = Annotated[str, typer.Argument(help="Such as dtl, dtl/vtab or dtl/vtab/svhn.")]
 Task = Annotated[Path, typer.Argument(help="Folder of a task.", show_default=False)]
 Table = Annotated[
     Path, _running("--output", help="csv, tsv, json, jsonl or parquet file to write.", show_default=False)
 ]
 AsJson = Annotated[bool, _running("--json", help="Print everything as JSON.")]
+Vision = Annotated[bool, _running("--vision", help="Digits on a vision Transformer, instead of text.")]
 DemoOutput = Annotated[Path, _running(help="Folder for the demo's tasks.")]
 ResultsFiles = Annotated[
     list[Path], typer.Argument(help="Files that `sidestep compare` has written.", show_default=False)
@@ -102,7 +119,7 @@ Planned = Annotated[
 Labels = Annotated[int, _model(help="Classes of the head.")]
 Batch = Annotated[int, _training("--batch", help="Rows of one step.")]
 Length = Annotated[int | None, _training(help="Tokens of a text; default: 128.")]
-ImageSize = Annotated[int | None, _training(help="Rows and columns of an image; default: the model's.")]
+ImageSize = Annotated[int | None, _data(help="Rows and columns of an image; default: the model's.")]
 Gpu = Annotated[str | None, _training(help="Memory of the card to plan for, such as 16GB; default: plan for the CPU.")]
 Precision = Annotated[str, _training(help="float32, 'bf16 autocast' or bfloat16 (the backbone's weights).")]
 Optimizer = Annotated[str, _training(help="AdamW, 'AdamW (fused)', SGD or Adafactor.")]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from sidestep.cli import options as opt
+from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import config_from, table_options
-from sidestep.show import hush, show_results, show_start
+from sidestep.show import hush, show_recipe, show_results, show_start
 
 if TYPE_CHECKING:
     from sidestep.methods import MethodConfig
@@ -17,15 +20,18 @@ if TYPE_CHECKING:
 
 
 def train(
+    context: typer.Context,
     backbone: opt.Backbone,
     train: opt.Train,
     output: opt.Output,
+    recipe: opt.Recipe = None,
     method: opt.Method = "read",
     set_: opt.Set = None,
     pool: opt.Pool = None,
     own_head: opt.OwnHead = False,
     checkpoint: opt.Checkpoint = None,
     backbone_noise: opt.Noise = None,
+    drop_path: opt.DropPath = None,
     dtype: opt.Dtype = None,
     revision: opt.Revision = None,
     text: opt.Text = None,
@@ -38,6 +44,12 @@ def train(
     train_split: opt.TrainSplit = "train",
     dev_split: opt.DevSplit = "validation",
     max_length: opt.MaxLength = None,
+    shots: opt.Shots = None,
+    shots_seed: opt.ShotsSeed = None,
+    image_size: opt.ImageSize = None,
+    normalize: opt.Normalize = None,
+    augment: opt.Augment = "none",
+    skip_bad_images: opt.SkipBadImages = False,
     columns: opt.Columns = None,
     no_header: opt.NoHeader = False,
     no_quoting: opt.NoQuoting = False,
@@ -46,12 +58,18 @@ def train(
     batch_size: opt.BatchSize = 32,
     eval_batch_size: opt.EvalBatchSize = 64,
     accumulate: opt.Accumulate = 1,
-    lr: opt.Rate = None,
+    drop_last: opt.DropLast = False,
+    learning_rate: opt.Rate = None,
     schedule: opt.Schedule = "linear",
     warmup: opt.Warmup = 0.06,
+    warmup_epochs: opt.WarmupEpochs = None,
+    start_rate: opt.StartRate = 0.0,
+    end_rate: opt.EndRate = 0.0,
     weight_decay: opt.WeightDecay = 0.0,
+    decay: opt.Decay = "weights",
     max_grad_norm: opt.MaxGradNorm = 1.0,
     label_smoothing: opt.LabelSmoothing = 0.0,
+    keep: opt.Keep = "best",
     patience: opt.Patience = None,
     metric: opt.Metric = None,
     seed: opt.Seed = 0,
@@ -70,21 +88,32 @@ def train(
         from sidestep.data import Fields, read
         from sidestep.loading import load_processor
         from sidestep.methods import method_named
+        from sidestep.pixels import adjusted
         from sidestep.prepare import check_problem, prepare
         from sidestep.settings import TrainSettings
         from sidestep.train import train as run
 
+        chosen = Chosen.of(context, recipe)
+        training = {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "drop_last": drop_last,
+            "learning_rate": learning_rate,
+            "schedule": schedule,
+            "warmup_epochs": warmup_epochs,
+            "start_rate": start_rate,
+            "end_rate": end_rate,
+            "weight_decay": weight_decay,
+            "decay": decay,
+            "max_grad_norm": max_grad_norm,
+            "keep": keep,
+        }
         settings = TrainSettings(
             output=output,
-            epochs=epochs,
-            batch_size=batch_size,
+            **chosen.over(training),
             eval_batch_size=eval_batch_size,
-            learning_rate=lr,
-            weight_decay=weight_decay,
             warmup=warmup,
-            schedule=schedule,  # type: ignore[arg-type]
             accumulate=accumulate,
-            max_grad_norm=max_grad_norm,
             label_smoothing=label_smoothing,
             seed=seed,
             bf16=bf16,
@@ -97,26 +126,39 @@ def train(
             overwrite=overwrite,
             progress=not quiet,
         )
+        asked = chosen.over(
+            {"method": method, "pool": pool, "drop_path": drop_path, "shots": shots, "augment": augment}
+        )
         hush(quiet)
         check_output(settings)
-        config = config_from(method_named(method).config, set_ or [])
+        config = config_from(method_named(asked["method"]).config, set_ or [], chosen.method_settings(asked["method"]))
         kind = check_problem(problem)
         table = table_options(columns, no_header, no_quoting, encoding)
+        own = chosen.recipe and chosen.recipe.transform()
+        processor = own or load_processor(backbone, revision=revision)
         data = prepare(
             read(train, table, split=train_split),
             None if dev is None else read(dev, table, split=dev_split),
             Fields(text=text, text2=text2, image=image, label=label),
-            load_processor(backbone, revision=revision),
+            adjusted(processor, size=image_size, normalize=normalize),
             kind=kind,
             max_length=max_length,
             dev_fraction=dev_fraction,
             seed=seed,
+            shots=asked["shots"],
+            shots_seed=shots_seed,
+            augment=asked["augment"],
+            skip_bad_images=skip_bad_images,
         )
-        where = {"name": backbone, "dtype": dtype, "revision": revision}
-        how = {"backbone_noise": backbone_noise, "checkpoint": checkpoint}
-        model = _attached(config, data, where, how, pool=pool, own_head=own_head, seed=seed)
+        where = {"name": backbone, "dtype": dtype, "revision": revision, "drop_path": asked["drop_path"]}
+        noise = backbone_noise or ("drop_path" if asked["drop_path"] else None)
+        how = {"backbone_noise": noise, "checkpoint": checkpoint}
+        model = _attached(config, data, where, how, pool=asked["pool"], own_head=own_head, seed=seed)
         show_start(model, data, settings)
-        show_results(run(model, data, settings), Path(output))
+        record = chosen.record()
+        if record is not None:
+            show_recipe(record)
+        show_results(run(model, data, settings, recipe=record), Path(output))
 
 
 def _attached(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -15,14 +15,14 @@ Config = TypeVar("Config")
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def config_from(kind: type[Config], pairs: Sequence[str]) -> Config:
-    """The config with the fields that "name=value" texts set, each read as the field's own type.
+def config_from(kind: type[Config], pairs: Sequence[str], start: Mapping[str, Any] | None = None) -> Config:
+    """The config with the fields that "name=value" texts set, each read as the field's own type; `start` has others.
 
     Raises:
         ValueError: for an unknown field (the message lists those there are), a value of another type, or one
             that the config refuses.
     """
-    hints, values = get_type_hints(kind), {}
+    hints, values = get_type_hints(kind), dict(start or {})
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for pair in pairs:
         name, equals, text = (part.strip() for part in pair.partition("="))

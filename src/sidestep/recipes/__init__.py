@@ -126,8 +126,9 @@ def load(name: str) -> Recipe:
 
 
 def names(prefix: str = "") -> tuple[str, ...]:
-    """Names of all recipes that begin so, in the order of their tables."""
-    return tuple(name for group in groups() for name in group.recipes if name.startswith(prefix))
+    """Names of the recipes below a prefix such as "dtl/vtab", or of that very name, in the order of their tables."""
+    every = [name for group in groups() for name in group.recipes]
+    return tuple(name for name in every if not prefix or f"{name}/".startswith(f"{prefix.rstrip('/')}/"))
 
 
 @lru_cache(maxsize=1)
