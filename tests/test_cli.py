@@ -278,7 +278,7 @@ def test_an_unknown_method_or_setting(place: Path) -> None:
     [
         (["--epochs", "0"], "epochs=0, but it must be at least 1"),
         (["--lr", "-1"], "learning_rate=-1.0, but it must be a number above 0"),
-        (["--pool", "max"], "pool='max': choose None or one of cls, mean, last"),
+        (["--pool", "max"], "pool='max': choose None or one of cls, mean, mean_pre_norm, last"),
         (["--checkpoint", "all"], "checkpoint='all': choose None or"),
         (["--backbone-noise", "some"], "backbone_noise='some': choose None or one of"),
         (["--dtype", "int8"], "dtype='int8': choose float32, bfloat16"),

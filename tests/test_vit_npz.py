@@ -105,8 +105,9 @@ def test_both_layouts_give_what_timms_own_loader_gives(file, timm_vit):
     assert expected.std() > 0.1
 
 
-def test_pre_logits_are_the_pooler_and_then_the_head_is_left_out(file):
+def test_pre_logits_are_the_pooler_and_then_the_head_is_left_out(file, capfd):
     model = load_backbone(f"vit:{file}")
+    assert capfd.readouterr() == ("", "")  # no bar, no report
     assert type(model) is ViTModel
     assert new_parameters(model) == set()
     kernel = torch.from_numpy(official()["pre_logits/kernel"])
@@ -148,6 +149,11 @@ def test_a_saved_task_finds_the_file_again(file, timm_vit, tmp_path, layout):
     np.savez(file, **{name: array + 0.1 for name, array in official().items()})
     with pytest.raises(store.TaskError, match=r"other weights|digest|another"):
         store.load(tmp_path / "task", backbone=load_backbone(f"{layout}{file}"))
+
+
+def test_a_plan_needs_the_shapes_only(file):
+    planned = ss.plan(f"vit:{file}", ss.ReadConfig(rank=4), batch=2)
+    assert planned.total_bytes > planned.peak_bytes > 0
 
 
 def test_precision_and_processor(file):

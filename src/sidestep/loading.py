@@ -265,7 +265,7 @@ def _config(name: str, revision: str | None, fields: Mapping[str, Any]) -> Any:
     if name.startswith(VIT):
         if revision is not None:
             raise LoadError(f"revision={revision!r}: {name} is a file, which has no revisions")
-        return _npz_config(name, fields)
+        return npz_config(name, fields)
     folder = Path(name)
     if folder.is_file():
         raise LoadError(f"{name} is a file: give the folder that holds {CONFIG} and the weights")
@@ -322,7 +322,7 @@ def _load_transformers(
     kind: Any, name: str, config: Any, dtype: torch.dtype | None, revision: str | None
 ) -> PreTrainedModel:
     weights = _read_npz(name.removeprefix(VIT)).for_transformers() if name.startswith(VIT) else None
-    with _quiet(local=Path(name).is_dir()), _as_load_error(name, "weights"):
+    with _quiet(local=weights is not None or Path(name).is_dir()), _as_load_error(name, "weights"):
         model, report = kind.from_pretrained(
             None if weights else name,
             config=config,
@@ -411,8 +411,12 @@ def _as_load_error(name: str, what: str) -> Iterator[None]:
 # --- the original ViT ----------------------------------------------------------------------------------------
 
 
-def _npz_config(name: str, fields: Mapping[str, Any]) -> ViTConfig:
-    """The config that the arrays of "vit:FILE" tell, with some fields set."""
+def npz_config(name: str, fields: Mapping[str, Any]) -> ViTConfig:
+    """The config that the arrays of "vit:FILE" tell, with some fields set.
+
+    Raises:
+        LoadError: if the file holds no Vision Transformer.
+    """
     file = name.removeprefix(VIT)
     with _npz_as_load_error():
         sizes = read_sizes(file)
