@@ -8,9 +8,12 @@ from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 
 
-def demo(output: opt.DemoOutput = Path("runs/demo"), debug: opt.Debug = False) -> None:
-    """Train READ and a probe on docstrings with a real encoder, and use the saved task."""
+def demo(vision: opt.Vision = False, output: opt.DemoOutput = Path("runs/demo"), debug: opt.Debug = False) -> None:
+    """Train side networks and a probe on a real backbone (text, or images), and use a saved task."""
     with reporting(debug):
-        from sidestep.demo import run
+        if vision:
+            from sidestep.demo_vision import run
+        else:
+            from sidestep.demo import run
 
         run(output)
