@@ -99,7 +99,7 @@ class ImageTransform:
         """What a Hugging Face or timm image processor does.
 
         Raises:
-            ValueError: for a tokenizer, and for a processor that does more than resize, crop and normalise; found by
+            ValueError: for a tokenizer, and for a processor that does not just resize, crop and normalise; found by
                 comparing both on two images.
         """
         if isinstance(processor, cls):
@@ -306,7 +306,7 @@ def _of_timm(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cannot_change(name: str) -> str:
     return (
-        f"{name} does more than resize, crop and normalise, so its size and normalisation cannot be changed and its "
+        f"{name} does not just resize, crop and normalise, so its size and normalisation cannot be changed and its "
         "images not be augmented: leave these options out, or give a sidestep.data.ImageTransform as the processor"
     )
 

@@ -311,6 +311,26 @@ def test_images_and_texts_go_to_the_backbones_that_read_them(place: Path, tmp_pa
         pairs(replace(asked, backbones=asked.backbones[:1]))
 
 
+def test_shots_are_drawn_anew_with_every_seed_and_rates_without_dev(place: Path, tmp_path: Path) -> None:
+    task = {**values()["task"][0], "shots": 3}
+    asked = comparison(place, task=[task], rows=2)
+    rows = Rows.of(asked.tasks[0], asked)
+    assert len(rows.train) == 32  # all, to draw from
+    prepared = Prepared.of(rows, Bench.load(asked.backbones[0]).processor, asked)
+    texts = [[tuple(row["input_ids"]) for row in prepared.data[seed].train] for seed in (0, 1)]
+    assert texts[0] != texts[1]
+    assert [len(found) for found in texts] == [6, 6]
+    assert (len(prepared.trial.train), len(prepared.trial.dev)) == (6, 7)
+    found = run(asked, tmp_path / "results.jsonl", tell=silent).records
+    assert {(one.settings["shots"], one.settings["rows"]) for one in found} == {(3, 6)}
+    assert len({one.key for one in found if one.kind == "score"}) == 4
+    assert run(asked, tmp_path / "results.jsonl", tell=silent).ran == 0
+
+
+def test_without_shots_no_line_speaks_of_them(finished: Path) -> None:
+    assert all("shots" not in one.settings for one in read(finished)[0])
+
+
 def test_data_that_cannot_be_read_stops_the_comparison_before_anything_is_run(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     with pytest.raises(DataError, match=r"task 'reviews': .*none\.tsv does not exist"):

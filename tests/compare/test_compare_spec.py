@@ -38,6 +38,10 @@ pool = "cls"
 [[backbone]]
 model = "timm:vit_base@weights.safetensors"
 
+[[backbone]]
+name = "original"
+model = "vit:ViT-B_16.npz"
+
 [[task]]
 name = "rte"
 train = "${DATA}/rte/train.tsv"
@@ -145,9 +149,10 @@ def test_a_file_with_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "study.toml").write_text(FILE)
     found, results = comparison_file(tmp_path / "study.toml")
     assert results == tmp_path / "study.jsonl"
-    assert [one.name for one in found.backbones] == ["base", "timm:vit_base"]
+    assert [one.name for one in found.backbones] == ["base", "timm:vit_base", "original"]
     assert found.backbones[0].model == str(tmp_path / "models" / "base")
     assert found.backbones[1].model == f"timm:vit_base@{tmp_path / 'weights.safetensors'}"
+    assert found.backbones[2].model == f"vit:{tmp_path / 'ViT-B_16.npz'}"
     text, photos = found.tasks
     assert (text.train, text.dev) == ("/data/rte/train.tsv", str(tmp_path / "rte" / "dev.tsv"))
     assert (text.options.quoting, text.rows, text.fields.text2) == (False, 100, "sentence2")
@@ -181,6 +186,7 @@ def test_the_results_go_where_the_file_says(tmp_path: Path) -> None:
         ({"contender": [{"method": "read", "set": {"rank": "8"}}]}, r"here, \[\[contender\]\] 1: "),
         ({"contender": [{"method": "read", "noise": "loud"}]}, "backbone_noise='loud'"),
         ({"task": [{"train": "a.tsv"}]}, r"\[\[task\]\] 1: name one column, of texts \(text\) or of images"),
+        ({"task": [{"train": "a.tsv", "text": "t", "shots": 0}]}, "shots=0, but it must be at least 1"),
         ({"task": [{"text": "text"}]}, r"\[\[task\]\] 1: train is missing"),
         ({"task": [{"train": "a.tsv", "text": "t", "split": "x"}]}, r"\[\[task\]\] 1: unknown field 'split'"),
         ({"backbone": []}, "here: no backbones: a comparison needs at least one"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ from sidestep.cli.values import table_options
 from sidestep.show import hush, remark, show_facts
 
 if TYPE_CHECKING:
-    from sidestep.data import Fields
+    from datasets import Dataset
+
+    from sidestep.data import Fields, TableOptions
     from sidestep.model import SideModel
 
 
@@ -21,6 +24,7 @@ def evaluate(
     text: opt.Text = None,
     text2: opt.Text2 = None,
     image: opt.Image = None,
+    skip_bad_images: opt.SkipBadImages = False,
     label: opt.Label = None,
     split: opt.Split = "validation",
     columns: opt.Columns = None,
@@ -35,14 +39,13 @@ def evaluate(
     """Score a task on rows with labels."""
     with reporting(debug):
         from sidestep import predict as predicting
-        from sidestep.data import read
 
         hush(quiet)
         _check_batch(batch_size)
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone)
-        found = read(rows, table, split=split)
         fields = _fields(model, text, text2, image, label)
+        found = _read(rows, table, split, fields, skip_bad_images=skip_bad_images)
         scores = predicting.evaluate(model, found, fields=fields, batch_size=batch_size, progress=not quiet)
         show_facts(f"{task} on {rows}", {"rows": len(found), **scores})
 
@@ -54,6 +57,7 @@ def predict(
     text: opt.Text = None,
     text2: opt.Text2 = None,
     image: opt.Image = None,
+    skip_bad_images: opt.SkipBadImages = False,
     split: opt.Split = "test",
     columns: opt.Columns = None,
     no_header: opt.NoHeader = False,
@@ -68,7 +72,6 @@ def predict(
     """Label rows: writes them with a prediction and the probability of each class."""
     with reporting(debug):
         from sidestep import predict as predicting
-        from sidestep.data import read
 
         hush(quiet)
         _check_batch(batch_size)
@@ -78,7 +81,7 @@ def predict(
         fields = _fields(model, text, text2, image, None)
         found = predicting.predict(
             model,
-            read(rows, table, split=split),
+            _read(rows, table, split, fields, skip_bad_images=skip_bad_images),
             fields=fields,
             batch_size=batch_size,
             progress=not quiet,
@@ -111,10 +114,20 @@ def _load(task: Path, name: str | None) -> SideModel:
     return store.load(task, backbone, device=device)
 
 
+def _read(rows: str, table: TableOptions, split: str, fields: Fields, *, skip_bad_images: bool) -> Dataset:
+    from sidestep.data import check_fields, drop_unreadable, read
+
+    found = read(rows, table, split=split)
+    if not skip_bad_images:
+        return found
+    if fields.image is None:
+        raise ValueError("--skip-bad-images is for images, but the task reads text: leave it out")
+    check_fields(found, replace(fields, label=None))
+    return drop_unreadable(found, fields.image)
+
+
 def _fields(model: SideModel, text: str | None, text2: str | None, image: str | None, label: str | None) -> Fields:
     """The columns that the task was trained on, with the user's in their place."""
-    from dataclasses import replace
-
     from sidestep.data import Fields
     from sidestep.prepare import stored_fields
 

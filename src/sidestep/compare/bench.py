@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -143,7 +144,7 @@ class Rows:
 
     @classmethod
     def of(cls, task: Task, comparison: Comparison) -> Rows:
-        """At most the comparison's number of rows, the first of a permutation with seed 0.
+        """At most the comparison's number of rows, the first of a permutation with seed 0; of shots, all to draw from.
 
         Raises:
             DataError: if the rows cannot be read; it names the task.
@@ -152,7 +153,8 @@ class Rows:
             train, dev = task.read()
         except DataError as error:
             raise DataError(f"task {task.name!r}: {error}") from error
-        return cls(task=task, train=_first(train, task.rows or comparison.rows), dev=_first(dev, comparison.dev_rows))
+        most = None if task.shots is not None else task.rows or comparison.rows
+        return cls(task=task, train=_first(train, most), dev=_first(dev, comparison.dev_rows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +163,14 @@ class Prepared:
 
     Attributes:
         task: what was asked for.
-        data: all training rows, and dev.
+        data: the training rows and dev, by the seed of a run; with shots every seed has rows of its own.
         trial: the training rows in two parts, for the choice of a rate; dev is not in it.
         fingerprint: of training and dev rows.
         trial_fingerprint: of the training rows.
     """
 
     task: Task
-    data: TaskData
+    data: Mapping[int, TaskData]
     trial: TaskData
     fingerprint: str
     trial_fingerprint: str
@@ -181,13 +183,16 @@ class Prepared:
             DataError: if columns or labels are unusable; it names the task.
         """
         fields, seed = rows.task.fields, comparison.seeds[0]
-        how: dict[str, Any] = {"kind": rows.task.problem, "max_length": comparison.max_length}
+        shots = rows.task.shots
+        how: dict[str, Any] = {"kind": rows.task.problem, "max_length": comparison.max_length, "shots": shots}
         try:
-            data = prepare(rows.train, rows.dev, fields, processor, **how)
+            data = dict.fromkeys(comparison.seeds, prepare(rows.train, rows.dev, fields, processor, seed=seed, **how))
+            for other in comparison.seeds[1:] if shots is not None else ():
+                data[other] = prepare(rows.train, rows.dev, fields, processor, seed=other, **how)
             inner, outer = holdout(rows.train, fields.label, comparison.holdout, seed)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DataWarning)  # the same rows have been warned of
-                trial = prepare(inner, outer, fields, processor, **how)
+                trial = prepare(inner, outer, fields, processor, seed=seed, **how)
         except DataError as error:
             raise DataError(f"task {rows.task.name!r}: {error}") from error
         parts = [fingerprint(part, fields) for part in (rows.train, rows.dev)]

@@ -20,7 +20,7 @@ from sidestep.compare.spec import (
     require_known,
 )
 from sidestep.data import Fields, TableOptions
-from sidestep.loading import TIMM
+from sidestep.loading import TIMM, VIT
 from sidestep.methods import method_named, methods
 from sidestep.prepare import check_problem
 from sidestep.settings import rates_of
@@ -180,6 +180,7 @@ def _task(table: _Table, base: Path) -> Task:
         train_split=table.get("train_split", str, "train"),
         dev_split=table.get("dev_split", str, "validation"),
         rows=table.get("rows", int),
+        shots=table.get("shots", int),
     )
     table.finish()
     return found
@@ -250,5 +251,7 @@ def _resolved_backbone(model: str, base: Path) -> str:
     if model.startswith(TIMM):
         architecture, at, file = model.partition("@")
         return f"{architecture}@{base / file}" if at else model
+    if model.startswith(VIT):
+        return f"{VIT}{base / model.removeprefix(VIT)}"
     folder = base / Path(model).expanduser()
     return str(folder) if folder.exists() or model.startswith((".", "~")) else model

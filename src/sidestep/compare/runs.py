@@ -142,7 +142,7 @@ class _Session:
         """Every contender with one seed, on all training rows."""
         for one in self.running:
             if (rate := rates[one.name]) is not None:
-                self._once("score", task, one, "dev", rate, seed, task.data)
+                self._once("score", task, one, "dev", rate, seed, task.data[seed])
             else:
                 self.done += 1
                 reason = "the trial of every learning rate failed"
@@ -191,7 +191,7 @@ class _Session:
     ) -> dict[str, Any]:
         """What a result says; everything by which it is found again."""
         asked, trial = self.comparison, part == "holdout"
-        data = task.trial if trial else task.data
+        data = task.trial if trial else task.data[asked.seeds[0] if seed is None else seed]
         settings = {
             **self.bench.settings(one),
             **_about(task.task),
@@ -223,7 +223,8 @@ def _trials(comparison: Comparison) -> int:
 
 def _about(task: Task) -> dict[str, Any]:
     columns = {name: getattr(task.fields, name) for name in ("text", "text2", "image", "label")}
-    return {"task": task.name, "columns": {name: column for name, column in columns.items() if column is not None}}
+    found = {"task": task.name, "columns": {name: column for name, column in columns.items() if column is not None}}
+    return found if task.shots is None else {**found, "shots": task.shots}
 
 
 def _best(trials: Mapping[float, Record]) -> float | None:

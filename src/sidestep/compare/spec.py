@@ -62,6 +62,7 @@ class Task:
         options: how the files are written.
         train_split, dev_split: of sources that have splits.
         rows: most training rows; None: the comparison's.
+        shots: training rows of each class, drawn anew with every seed, in the place of `rows`; None: not so.
     """
 
     name: str
@@ -73,6 +74,10 @@ class Task:
     train_split: str = "train"
     dev_split: str = "validation"
     rows: int | None = None
+    shots: int | None = None
+
+    def __post_init__(self) -> None:
+        _require("shots", self.shots, self.shots is None or self.shots >= 1, "at least 1, or not given")
 
     def read(self) -> tuple[Dataset, Dataset]:
         """All training rows and all dev rows.

@@ -58,8 +58,8 @@ def read_folder(path: Path) -> Dataset:
             f"{path} holds no images ({error.__cause__ or error}): give a folder with one folder of images "
             "per class, a folder that datasets.save_to_disk made, or a file"
         ) from error
-    # a metadata file may say the labels instead; other folders are none of its business
-    if isinstance(rows.features.get("label"), ClassLabel):
+    # a metadata file adds columns, and then a folder is no class
+    if set(rows.column_names) <= {"image", "label"} and isinstance(rows.features.get("label"), ClassLabel | None):
         _refuse_empty_classes(path, rows)
     return rows
 
@@ -68,12 +68,11 @@ def _refuse_empty_classes(path: Path, rows: Dataset) -> None:
     cells = rows.cast_column("image", Image(decode=False))["image"][:]
     root = path.resolve()
     filled = {Path(cell["path"]).relative_to(root).parts[0] for cell in cells}
-    classes = [
-        child.name for child in sorted(root.iterdir()) if child.is_dir() and not child.name.startswith((".", "__"))
-    ]
+    folders = [child.name for child in sorted(root.iterdir()) if child.is_dir()]
+    classes = [name for name in folders if not name.startswith((".", "__"))]  # `datasets` passes over the others
     empty = [name for name in classes if name not in filled]
-    if empty:
+    if empty and len(empty) < len(classes):
         raise DataError(
             f"{path} has {len(empty)} of {len(classes)} class folders without an image: {listed(empty)}: put images "
-            "there, or remove the folder"
+            "there (links to folders are not followed), or remove the folder"
         )

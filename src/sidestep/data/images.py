@@ -24,7 +24,7 @@ def decode(cell: dict[str, Any], row: int | None) -> PIL.Image.Image:
         DataError: if it cannot be read, with its file or row.
     """
     try:
-        image = Image().decode_example(cell)
+        image = Image().decode_example(_with_bytes(cell))
         if image.mode.startswith("I;16"):
             # Pillow would clip at 255 and leave a white image
             image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -89,14 +89,25 @@ def undecoded(rows: Dataset, column: str) -> Dataset:
     return rows.with_format(None).select_columns([column]).cast_column(column, Image(decode=False))
 
 
+def _with_bytes(cell: dict[str, Any]) -> dict[str, Any]:
+    """The cell with its file's bytes: `datasets` leaves files open that cannot be decoded."""
+    if cell["bytes"] is not None or not _is_local(cell["path"]):
+        return cell
+    return {**cell, "bytes": Path(cell["path"]).read_bytes()}
+
+
 def _local_paths(rows: Dataset, column: str) -> Iterator[str]:
     """The files of images that are not in the rows themselves."""
     # batch by batch: taken whole, the bytes of images would fill the memory
     for table in undecoded(rows, column).with_format("arrow").iter(batch_size=1000):
         cells = table.column(column)
         outside = pc.struct_field(cells, "path").filter(pc.struct_field(cells, "bytes").is_null())
-        # a path of a store that `datasets` reads itself is left to it
-        yield from (path for path in outside.to_pylist() if path is not None and "://" not in path)
+        yield from filter(_is_local, outside.to_pylist())
+
+
+def _is_local(path: str | None) -> bool:
+    """Whether it is a file; what is in a store, `datasets` reads itself."""
+    return path is not None and "://" not in path
 
 
 def _holds_something(path: Path) -> bool:

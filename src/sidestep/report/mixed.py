@@ -14,7 +14,9 @@ OWN = frozenset(
     {"backbone", "contender", "method", "config", "checkpoint", "score_of", "noise", "task", "seed", "rate", "trials"}
 )
 #: Settings that belong to a task's rows: compared within a task only.
-OF_A_TASK = frozenset({"rows", "part_rows", "part", "data", "columns", "problem", "metric", "max_length", "epochs"})
+OF_A_TASK = frozenset(
+    {"rows", "shots", "part_rows", "part", "data", "columns", "problem", "metric", "max_length", "epochs"}
+)
 
 Facts = Mapping[str, str]
 
