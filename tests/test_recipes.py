@@ -287,6 +287,19 @@ def test_another_method_takes_the_recipes_training_only(place: Path, tmp_path: P
     }
 
 
+def test_a_few_shot_recipe_draws_and_augments(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    quick = ("--image-size", 16, "--epochs", 1, "--set", "late_blocks=1")
+    few = train(place, tmp_path / "task", *quick, name="dtl/fewshot/pets-4")
+    assert "drop_last with 8 training rows and batch_size=32" in few.output
+    result = train(place, tmp_path / "task", *quick, "--no-drop-last", name="dtl/fewshot/pets-4")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "task" / "results.json").read_text())
+    assert found["data"]["train_rows"] == 8
+    assert found["data"]["augment"] == "randaugment"
+    assert found["recipe"]["overridden"]["drop_last"] is False
+
+
 def test_the_command_names_recipes_that_there_are(place: Path, tmp_path: Path) -> None:
     result = train(place, tmp_path / "task", name="dtl/vtab/svnh")
     assert result.exit_code == 2

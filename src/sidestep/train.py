@@ -443,7 +443,8 @@ def _notes(model: SideModel) -> list[str]:
         "its own" if issubclass(model.record.implementation, WeightDelta) else "none"
     )
     rate = drop_path_rate(model.trunk)
-    drops = "" if noise == "none" else f" (rate of its drop path: {rate:g})"
+    told = noise == "drop_path" or (rate and noise != "none")
+    drops = f" (rate of its drop path: {rate:g})" if told else ""
     notes = [f"noise of the backbone in training: {noise}{drops}"]
     corrects = type(model.side).finish is not SideNet.finish
     if corrects and not any(place.site.kind == "norm" for place in model.places):
