@@ -165,7 +165,13 @@ class SideModel(nn.Module):
             if self.record.implementation.replays:
                 backbones.prove_replay(backbone)
         # A method's constructor takes its config and the sites.
-        return self.record.implementation(config, sites)
+        side = self.record.implementation(config, sites)
+        if side.pooled_width is not None and self.settings.head is None:
+            raise ValueError(
+                f"{self.record.name} has a read-out of its own, which the own head of {type(backbone).__name__} does "
+                "not read: pass head=ss.Classify(...) or ss.Regress(...)"
+            )
+        return side
 
     @property
     def pool(self) -> Pool:

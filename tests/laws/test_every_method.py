@@ -29,6 +29,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"dtl+": ("dtl", {"rank": 4, "
 
 METHODS = {name: method for name, method in methods().items() if name != "collect"}
 METHODS |= {name: METHODS[method] for name, (method, _) in VARIANTS.items()}
+#: Methods that only a Sidestep head can read.
+OWN_READ_OUT = [
+    method.implementation
+    for method in METHODS.values()
+    if issubclass(method.implementation, SideNet) and method.implementation.pooled is not SideNet.pooled
+]
 SIDE = [name for name, method in METHODS.items() if issubclass(method.implementation, SideNet)]
 DELTA = [name for name, method in METHODS.items() if issubclass(method.implementation, WeightDelta)]
 
@@ -60,11 +66,14 @@ def config_of(method: str) -> Any:
     return kind(rank=4) if "rank" in kind.__dataclass_fields__ else kind()
 
 
-def attach(method: str, family: TinyFamily, *, head: bool = False, **kwargs: Any) -> ss.SideModel:
+def attach(
+    method: str, family: TinyFamily, backbone: nn.Module | None = None, *, head: bool = False, **kwargs: Any
+) -> ss.SideModel:
     """The tiny model with the method attached, on its own head or a Sidestep one."""
     torch.manual_seed(3)
-    own = ss.Classify(num_labels=LABELS) if head else None
-    return ss.attach(family.model(), config_of(method), head=own, **kwargs)
+    backbone = family.model() if backbone is None else backbone
+    own = head or METHODS[method].implementation in OWN_READ_OUT
+    return ss.attach(backbone, config_of(method), head=ss.Classify(num_labels=LABELS) if own else None, **kwargs)
 
 
 def loss_of(model: ss.SideModel, family: TinyFamily, batch: dict[str, Tensor] | None = None) -> Tensor:
@@ -91,7 +100,7 @@ def test_detached_outputs_are_the_backbones_own(method: str, family: str) -> Non
     kind = FAMILIES[family]
     backbone, batch = kind.model(), kind.inputs()
     before = logits(call(backbone, batch))
-    model = ss.attach(backbone, config_of(method))
+    model = attach(method, kind, backbone)
     randomize(model)
     if trained := [p for _, p in model.trained_parameters()]:
         loss_of(model.train(), kind).backward()
@@ -120,7 +129,7 @@ def test_the_bare_backbone_stays_usable(method: str, family: str) -> None:
     kind = FAMILIES[family]
     backbone, batch = kind.model(), kind.inputs()
     before = logits(call(backbone, batch))
-    model = ss.attach(backbone, config_of(method))
+    model = attach(method, kind, backbone)
     randomize(model)
     assert torch.equal(logits(call(backbone, batch)), before)
 
@@ -602,6 +611,14 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(method: str, family
     for name, parameter in model.trained_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", [name for name in SIDE if METHODS[name].implementation in OWN_READ_OUT])
+def test_a_read_out_of_its_own_needs_a_sidestep_head(method: str) -> None:
+    backbone = FAMILIES["vit"].model()
+    with pytest.raises(ValueError, match=f"{method} has a read-out of its own.*pass head=ss.Classify"):
+        ss.attach(backbone, config_of(method))
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
 
 
 def test_the_registry_is_what_the_laws_cover() -> None:
