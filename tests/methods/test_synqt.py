@@ -46,7 +46,10 @@ def side_parameters(model: ss.SideModel) -> int:
 def test_parameters_at_real_size(queries: int, expected: int) -> None:
     with torch.device("meta"):
         backbone = ViTModel(ViTConfig(), add_pooling_layer=False)
-    assert side_parameters(ss.attach(backbone, ss.SynQTConfig(queries=queries))) == expected
+    assert (
+        side_parameters(ss.attach(backbone, ss.SynQTConfig(queries=queries), head=ss.Classify(num_labels=3)))
+        == expected
+    )
 
 
 @pytest.mark.parametrize("queries", [1, 5])
