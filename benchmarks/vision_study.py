@@ -7,7 +7,8 @@ Tasks: the half of Caltech-101 that the backbone never saw (50 categories, 10 tr
 each), 1,000 training and 400 other images of MNIST, 400 and 400 of scikit-learn's digits. 4 epochs, batch 8, no
 augmentation, AdamW, 6 % warm-up, linear decay. Two rates for every method, tried on a stratified fifth of the training
 images; then all of them with the better rate and seeds 0 to 2, scored after the last epoch. DTL reads the mean before
-the final norm, as published; SynQT has a read-out of its own; all others read the class token.
+the final norm, as published, and DTL+ a second time the class token, which this backbone was trained to be read by;
+SynQT has a read-out of its own; all others read the class token.
 THREADS sets the number of threads (1).
 """
 
@@ -72,6 +73,7 @@ def contenders() -> tuple[Contender, ...]:
     return (
         Contender(name="dtl", config=ss.DTLConfig(), rates=(4e-3, 1.2e-2), pool=pool),
         Contender(name="dtl+", config=ss.DTLConfig(kernel=3), rates=(4e-3, 1.2e-2), pool=pool),
+        Contender(name="dtl+, class token", config=ss.DTLConfig(kernel=3), rates=(4e-3, 1.2e-2), pool="cls"),
         Contender(name="synqt", config=ss.SynQTConfig(), rates=(2e-3, 6e-3)),
         Contender(name="read", config=ss.ReadConfig(), rates=(2e-3, 6e-3)),
         Contender(name="probe", config=ss.ProbeConfig(), rates=(1e-2, 3e-2)),
