@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from parity_files import Oracle, OracleError, Reproduction
+from parity_unipt import unipt_clip4clip, unipt_vse
 from parity_vision import dtl_swin, dtl_vit, synqt
 
 OUTPUT_TOLERANCE = 1e-5
@@ -25,6 +26,8 @@ FAMILIES: dict[str, Callable[[Oracle], Reproduction]] = {
     "dtl_vit_": dtl_vit,
     "dtl_swin_": dtl_swin,
     "synqt_": synqt,
+    "unipt_vse_": unipt_vse,
+    "unipt_clip4clip_": unipt_clip4clip,
 }
 """By the beginning of a file's name."""
 
@@ -84,7 +87,7 @@ def judge(oracle: Oracle, found: Reproduction) -> Verdict:
     Raises:
         OracleError: if an output is missing on one side, or a shape differs.
     """
-    outputs, gradients, states = (oracle.group(prefix) for prefix in ("out.", "grad.", "act."))
+    outputs, gradients, states = oracle.group("out."), oracle.gradients(), oracle.states()
     seen = states.keys() & found.states.keys()
     if outputs.keys() != found.outputs.keys():
         raise OracleError(f"has the outputs {sorted(outputs)}, Sidestep's are {sorted(found.outputs)}")

@@ -47,6 +47,15 @@ class Oracle:
         """The tensors whose names begin with `prefix`, by the rest of their names."""
         return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
 
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients, by the names of their parameters."""
+        return self.group("grad.") or self.group("g.")
+
+    def states(self) -> dict[str, Tensor]:
+        """What goes in and comes out on the way."""
+        side = {name: value for name, value in self.tensors.items() if name.startswith("side_")}
+        return self.group("act.") | side
+
     def numbers(self, name: str) -> list[int]:
         """A list of whole numbers, such as "meta.depths"."""
         return [int(value) for value in self[name].flatten().tolist()]

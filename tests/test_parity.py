@@ -20,7 +20,7 @@ from parity_backbones import transformers_vit
 from parity_files import Oracle, OracleError
 
 ORACLES = sorted((Path(__file__).parent / "oracles").glob("*.safetensors"))
-ON_VIT = [path for path in ORACLES if not path.name.startswith("dtl_swin_")]
+ON_VIT = [path for path in ORACLES if path.name.startswith(("dtl_vit_", "synqt_"))]
 ONE = Path(__file__).parent / "oracles" / "dtl_vit_dtlplus_k4.safetensors"
 
 #: Files made by the formulas, of sizes that no official file has.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ProbeConfig,
         ReadConfig,
         SynQTConfig,
+        UniPTConfig,
         UnsupportedBackbone,
         methods,
     )
@@ -55,6 +56,7 @@ __all__ = [
     "Regress",
     "SideModel",
     "SynQTConfig",
+    "UniPTConfig",
     "UnsupportedBackbone",
     "attach",
     "detach",
@@ -79,6 +81,7 @@ _HOMES = {
         "ProbeConfig",
         "ReadConfig",
         "SynQTConfig",
+        "UniPTConfig",
         "UnsupportedBackbone",
         "methods",
     ),

@@ -25,16 +25,15 @@ TINY: dict[str, dict[str, Any]] = {
     "synqt": {"queries": 2, "hidden": 6, "attention_hidden": 3, "dropout": 0.0, "head_drop_path": 0.0},
 }
 #: Further settings of a method that run other code.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"dtl+": ("dtl", {"rank": 4, "late_blocks": 2, "kernel": 2})}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dtl+": ("dtl", {"rank": 4, "late_blocks": 2, "kernel": 2}),
+    "unipt-vector": ("unipt", {"variant": "clip4clip"}),
+}
 
 METHODS = {name: method for name, method in methods().items() if name != "collect"}
 METHODS |= {name: METHODS[method] for name, (method, _) in VARIANTS.items()}
 #: Methods that only a Sidestep head can read.
-OWN_READ_OUT = [
-    method.implementation
-    for method in METHODS.values()
-    if issubclass(method.implementation, SideNet) and method.implementation.pooled is not SideNet.pooled
-]
+OWN_READ_OUT = ("synqt", "unipt-vector")
 SIDE = [name for name, method in METHODS.items() if issubclass(method.implementation, SideNet)]
 DELTA = [name for name, method in METHODS.items() if issubclass(method.implementation, WeightDelta)]
 
@@ -43,6 +42,7 @@ REFUSED = {
     *(("bitfit", family) for family in ("t5", "llama")),
     *(("dtl+", family) for family in ("bert", "t5", "llama")),
     *(("synqt", family) for family in ("swin", "t5", "llama")),
+    *((method, family) for method in ("unipt", "unipt-vector") for family in ("swin", "t5", "llama")),
     ("late_writer", "swin"),
 }
 
@@ -72,7 +72,7 @@ def attach(
     """The tiny model with the method attached, on its own head or a Sidestep one."""
     torch.manual_seed(3)
     backbone = family.model() if backbone is None else backbone
-    own = head or METHODS[method].implementation in OWN_READ_OUT
+    own = head or method in OWN_READ_OUT
     return ss.attach(backbone, config_of(method), head=ss.Classify(num_labels=LABELS) if own else None, **kwargs)
 
 
@@ -613,10 +613,10 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(method: str, family
             torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("method", [name for name in SIDE if METHODS[name].implementation in OWN_READ_OUT])
+@pytest.mark.parametrize("method", OWN_READ_OUT)
 def test_a_read_out_of_its_own_needs_a_sidestep_head(method: str) -> None:
     backbone = FAMILIES["vit"].model()
-    with pytest.raises(ValueError, match=f"{method} has a read-out of its own.*pass head=ss.Classify"):
+    with pytest.raises(ValueError, match=f"{METHODS[method].name} has a read-out of its own.*pass head=ss.Classify"):
         ss.attach(backbone, config_of(method))
     assert all(parameter.requires_grad for parameter in backbone.parameters())
 

@@ -16,6 +16,7 @@ from sidestep.methods.controls import BitFitConfig, FullConfig, ProbeConfig
 from sidestep.methods.dtl import DTLConfig
 from sidestep.methods.read import ReadConfig
 from sidestep.methods.synqt import SynQTConfig
+from sidestep.methods.unipt import UniPTConfig
 
 __all__ = [
     "BitFitConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "ReadConfig",
     "SideNet",
     "SynQTConfig",
+    "UniPTConfig",
     "UnsupportedBackbone",
     "WeightDelta",
     "method_named",

@@ -1,0 +1,260 @@
+"""UniPT: one anchor, the last level, gathers from all levels below it by token-to-token attention without a softmax.
+
+Source: Diao et al., "UniPT: Universal Parallel Tuning for Transfer Learning with Efficient Parameter and Memory", CVPR
+2024, arXiv 2308.14316, and its official code (Paranioar/UniPT), whose outputs and gradients the tests reproduce.
+Differs: the result takes the last hidden state's place at its own width (with VSE the release reads a text embedding
+out of it); weights are formed anew in backward, so that of each level its hidden state and its projection are kept; the
+confidence's bias is left out, which a softmax over the levels does not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sidestep.layers import recompute
+from sidestep.methods.base import MethodConfig, SideNet, register
+from sidestep.sites import Site, stacks
+from sidestep.taps import Tap
+
+Variant = Literal["vse", "vil", "clip4clip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniPTConfig(MethodConfig):
+    """Settings of UniPT.
+
+    Attributes:
+        reduction: the levels are compared at the backbone's width over this.
+        variant: what the release does with one kind of model. "vse" and "vil" give an output for every token: levels
+            are projected and normed, and what the anchor gathers is mapped once ("vse"), or twice with a ReLU between
+            ("vil"). "clip4clip" corrects one vector, the first token's output: a ReLU comes before the projections, and
+            the last level is gathered from as well.
+    """
+
+    reduction: int = 2
+    variant: Variant = "vse"
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.reduction, int) and self.reduction >= 1
+        self.require("reduction", whole, "a whole number of at least 1")
+        known = self.variant in ("vse", "vil", "clip4clip")
+        self.require("variant", known, '"vse", "vil" or "clip4clip"')
+
+
+class Level(nn.Module):
+    """A level's tokens at the width at which levels are compared: (batch, tokens, width) -> (batch, tokens, hidden)."""
+
+    def __init__(self, width: int, hidden: int, *, relu: bool) -> None:
+        super().__init__()
+        self.tap = Tap(width, hidden, form="relu" if relu else "none")
+        self.norm = nn.Identity() if relu else nn.LayerNorm(hidden)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Linear and LayerNorm, or ReLU and Linear."""
+        normed: Tensor = self.norm(self.tap(tokens))
+        return normed
+
+
+class Interaction(nn.Module):
+    """UniPT's side network, apart from where its levels come from.
+
+    Args:
+        width: channels of the levels.
+        hidden: channels at which they are compared.
+        levels: how many there are, the embeddings included.
+        out: channels of the result.
+        variant: as in the config.
+    """
+
+    def __init__(self, width: int, hidden: int, levels: int, out: int, variant: Variant) -> None:
+        super().__init__()
+        self.variant = variant
+        relu = variant == "clip4clip"
+        self.levels = nn.ModuleList(Level(width, hidden, relu=relu) for _ in range(levels))
+        self.confidence = nn.Linear(hidden, 1, bias=False)
+        self.up = nn.Linear(hidden, out)
+        if variant == "clip4clip":
+            self.anchor = Level(out, hidden, relu=True)
+        else:
+            wide = [] if variant == "vse" else [nn.Linear(hidden, width), nn.ReLU()]
+            self.mix = nn.Sequential(*wide, nn.Linear(width if wide else hidden, hidden), nn.LayerNorm(hidden))
+
+    def read(self, level: int, tokens: Tensor) -> Tensor:
+        """(batch, tokens, hidden): one level's projection."""
+        projected: Tensor = recompute(self.levels[level], tokens)
+        return projected
+
+    def tokens(self, levels: Sequence[Tensor], keep: Tensor | None) -> Tensor:
+        """The result for every token ("vse", "vil").
+
+        Args:
+            levels: projections (batch, tokens, hidden) of all levels; the last is the anchor, the others are gathered.
+            keep: (batch, tokens) bool, False on padding; None when nothing is padded.
+
+        Returns:
+            (batch, tokens, out).
+        """
+        *targets, anchor = levels
+        weights = recompute(self._weights, anchor, keep, keep, *targets)
+        gathered = [recompute(_gather, anchor, *part, keep) for part in zip(targets, weights.unbind(1), strict=True)]
+        result: Tensor = recompute(self._result, anchor, sum(gathered[1:], gathered[0]))
+        return result
+
+    def vector(self, levels: Sequence[Tensor], vector: Tensor, position: Tensor, keep: Tensor | None) -> Tensor:
+        """One vector, corrected ("clip4clip").
+
+        Args:
+            levels: projections (batch, tokens, hidden) of all levels, which are gathered from.
+            vector: (batch, out), which is the anchor and is corrected.
+            position: (batch,) the token of which each level's own value is added.
+            keep: as `tokens`'.
+
+        Returns:
+            (batch, out).
+        """
+        anchor = recompute(self.anchor, vector[:, None])
+        weights = recompute(self._weights, anchor, None, keep, *levels)
+        gathered = [
+            recompute(_gather_at, anchor, *part, position, keep) for part in zip(levels, weights.unbind(1), strict=True)
+        ]
+        correction: Tensor = recompute(self._correction, sum(gathered[1:], gathered[0]))
+        return vector + correction.to(vector.dtype)
+
+    def _weights(self, anchor: Tensor, anchor_keep: Tensor | None, keep: Tensor | None, *targets: Tensor) -> Tensor:
+        """(batch, targets): how far each target is trusted; a row's sum is one."""
+        means = torch.stack([_mean(target, keep) for target in targets], dim=1)
+        scores: Tensor = self.confidence(_mean(anchor, anchor_keep)[:, None] * means)
+        return scores.squeeze(-1).to(anchor.dtype).softmax(-1)
+
+    def _result(self, anchor: Tensor, gathered: Tensor) -> Tensor:
+        total = anchor + self.mix(gathered)
+        result: Tensor = self.up(total.relu() if self.variant == "vse" else total)
+        return result
+
+    def _correction(self, gathered: Tensor) -> Tensor:
+        correction: Tensor = self.up(gathered.relu())
+        return correction[:, 0]
+
+
+def _gather(anchor: Tensor, target: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
+    """(batch, tokens, hidden): what each of the anchor's tokens finds in a target, with that of its own place."""
+    scores = _agreement(anchor, target, keep)
+    found = (scores / (scores.sum(-1, keepdim=True) + 1e-8)) @ target + target
+    return weight[:, None, None] * found
+
+
+def _gather_at(anchor: Tensor, target: Tensor, weight: Tensor, position: Tensor, keep: Tensor | None) -> Tensor:
+    """(batch, 1, hidden): what an anchor of one token finds in a target, with the token at `position`."""
+    scores = _agreement(anchor, target, keep)
+    own = target[torch.arange(len(target), device=target.device), position]
+    found = (scores / scores.sum(-1, keepdim=True).clamp(min=1e-6)) @ target + own[:, None]
+    return weight[:, None, None] * found
+
+
+def _agreement(anchor: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
+    """(batch, anchor's tokens, target's): products where they are positive, and zero on padding, in full precision."""
+    scores = (anchor @ target.transpose(1, 2)).to(anchor.dtype).relu()
+    return scores if keep is None else scores * keep[:, None]
+
+
+def _mean(tokens: Tensor, keep: Tensor | None) -> Tensor:
+    """(batch, hidden): mean of the kept tokens."""
+    if keep is None:
+        return tokens.mean(1)
+    return (tokens * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class UniPTState:
+    """The projections of the levels read so far, and the last level's first token (batch, width) where it is used."""
+
+    levels: tuple[Tensor, ...] = ()
+    first: Tensor | None = None
+
+
+@register("unipt", UniPTConfig)
+class UniPT(SideNet):
+    """UniPT: the last hidden state gathers from all levels below it, and the result takes its place.
+
+    Parameters for L levels (the embeddings and all blocks) of width d that are compared at h: "vse"
+    L(dh + 3h) + h^2 + 4h + hd + d; "vil" 2dh + d - h^2 more; "clip4clip" (L + 1)(dh + h) + h + hd + d.
+    """
+
+    def __init__(self, config: UniPTConfig, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.config = config
+        width, levels = sites[0].width, sites[0].depth + 1
+        self.interaction = Interaction(width, width // config.reduction, levels, width, config.variant)
+        if config.variant == "clip4clip":
+            self.pooled_width = width
+
+    @classmethod
+    def check(cls, config: UniPTConfig, sites: Sequence[Site]) -> None:
+        """Raise on all but bidirectional stacks of one width, and if the reduction does not divide that."""
+        reasons = {
+            "is an encoder-decoder": len(stacks(sites)) > 1,
+            "is causal": any(site.causal for site in sites),
+            "is hierarchical": any(site.stage > 0 for site in sites),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ValueError(
+                    "each token gathers from all tokens of all levels, so it takes one bidirectional stack of one "
+                    f"stage, and this backbone {reason}"
+                )
+        if sites[0].width % config.reduction:
+            raise ValueError(
+                f"reduction={config.reduction} does not divide the backbone's width, {sites[0].width}: choose a divisor"
+            )
+
+    @classmethod
+    def first_write(cls, config: UniPTConfig, sites: Sequence[Site]) -> Site | None:
+        """The end of the stack; none if the result is the head's own vector."""
+        return None if config.variant == "clip4clip" else sites[-1]
+
+    @classmethod
+    def kept_per_token(cls, config: UniPTConfig, site: Site) -> int:
+        """Each level and its projection, and at the end what was gathered."""
+        hidden = site.width // config.reduction
+        if site.kind == "norm":
+            return 0
+        return site.width + hidden * (2 if site.last and config.variant != "clip4clip" else 1)
+
+    @classmethod
+    def kept_per_row(cls, config: UniPTConfig, site: Site) -> int:
+        """The levels' weights; with "clip4clip" the vector, its projection and what it gathered."""
+        vectors = 2 * site.width if site.last and config.variant == "clip4clip" else 0
+        return 0 if site.kind == "norm" else site.depth + 2 + vectors
+
+    def start(self, site: Site, carried: Tensor | None) -> UniPTState:
+        """Nothing was read yet."""
+        return UniPTState()
+
+    def step(self, state: UniPTState, hidden: Tensor, site: Site) -> tuple[UniPTState, Tensor]:
+        """Read one level: the embeddings, or a block's output."""
+        if site.kind == "norm":
+            return state, hidden
+        level = self.interaction.read(len(state.levels), hidden)
+        # a copy, because a view would keep all tokens
+        first = hidden[:, 0].clone() if site.last and self.pooled_width else None
+        return UniPTState((*state.levels, level), first), hidden
+
+    def finish(self, state: UniPTState, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
+        """What all levels give for every token, in place of the last hidden state."""
+        if self.pooled_width:
+            return normed
+        return self.interaction.tokens(state.levels, site.keep).to(normed.dtype)
+
+    def pooled(self, state: UniPTState, site: Site) -> Tensor | None:
+        """(batch, width): with "clip4clip" the first token's output, corrected."""
+        if state.first is None:
+            return None
+        # the norm's own computation: a call would run the fold's hook on it once more
+        vector = state.first if site.norm is None else type(site.norm).forward(site.norm, state.first)
+        position = torch.zeros(len(vector), dtype=torch.long, device=vector.device)
+        return self.interaction.vector(state.levels, vector, position, site.keep)
