@@ -1,16 +1,16 @@
-"""The frozen backbones of the vision oracles, with the files' weights."""
+"""The frozen backbones of the oracles, with the files' weights."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from math import isqrt
 
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTModel
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
 from parity_files import Names, Oracle, load, rename
 
@@ -38,7 +38,7 @@ def timm_vit(oracle: Oracle) -> VisionTransformer:
         patch_size=patch,
         in_chans=channels,
         embed_dim=width,
-        depth=1 + max(int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))),
+        depth=depth(weights, "blocks"),
         num_heads=oracle.numbers("meta.num_heads")[0],
         mlp_ratio=oracle["w.blocks.0.mlp.fc1.weight"].shape[0] / width,
         qkv_bias="blocks.0.attn.qkv.bias" in weights,
@@ -69,6 +69,53 @@ def transformers_vit(oracle: Oracle) -> ViTModel:
     )
     load(model, dict(_for_transformers(like.state_dict())))
     return model
+
+
+def t5(oracle: Oracle) -> T5ForConditionalGeneration:
+    """transformers' T5 with tied embeddings."""
+    weights = {name: value for name, value in oracle.group("w.").items() if "side" not in name}
+    shared = oracle["w.shared.weight"]
+    weights |= dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"), shared)
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=shared.shape[0],
+            d_model=shared.shape[1],
+            d_kv=int(oracle.number("meta.d_kv")),
+            d_ff=oracle["w.encoder.block.0.layer.1.DenseReluDense.wi.weight"].shape[0],
+            num_layers=depth(weights, r"encoder\.block"),
+            num_decoder_layers=depth(weights, r"decoder\.block"),
+            num_heads=int(oracle.number("meta.num_heads")),
+            relative_attention_num_buckets=int(oracle.number("meta.relative_buckets")),
+            dropout_rate=0.0,
+        )
+    )
+    load(model, weights)
+    return model.eval()
+
+
+def bert(oracle: Oracle) -> BertModel:
+    """transformers' BERT."""
+    weights = oracle.group("w.bert.")
+    vocabulary, width = weights["embeddings.word_embeddings.weight"].shape
+    model = BertModel(
+        BertConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=depth(weights, r"encoder\.layer"),
+            num_attention_heads=int(oracle.number("meta.num_heads")),
+            intermediate_size=weights["encoder.layer.0.intermediate.dense.weight"].shape[0],
+            max_position_embeddings=weights["embeddings.position_embeddings.weight"].shape[0],
+            type_vocab_size=weights["embeddings.token_type_embeddings.weight"].shape[0],
+        ),
+        add_pooling_layer="pooler.dense.weight" in weights,
+    )
+    load(model, weights)
+    return model.eval()
+
+
+def depth(names: Iterable[str], blocks: str) -> int:
+    """How many numbered blocks there are whose names begin with this pattern."""
+    return 1 + max(int(found[1]) for name in names if (found := re.match(rf"{blocks}\.(\d+)\.", name)))
 
 
 def timm_swin(oracle: Oracle) -> SwinTransformer:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import parity
 import parity_samples
+import parity_samples_sherl
 import parity_vision
 from parity_backbones import transformers_vit
 from parity_files import Oracle, OracleError
@@ -40,6 +41,12 @@ SAMPLES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "synqt_three_queries": (parity_samples.synqt, {}),
     "synqt_one_query": (parity_samples.synqt, {"queries": 1, "depth": 3, "hidden": 7, "classes": 2}),
     "synqt_many_queries": (parity_samples.synqt, {"queries": 9, "depth": 1, "grid": 6, "width": 16, "heads": 2}),
+    "sherl_t5_five_blocks": (parity_samples_sherl.sherl_t5, {}),
+    "sherl_t5_two_blocks": (parity_samples_sherl.sherl_t5, {"depth": 2, "layers": (0,), "reduction": 6, "seed": 2}),
+    "sherl_vse_bert_small": (parity_samples_sherl.sherl_vse_bert, {}),
+    "sherl_vse_bert_deep": (parity_samples_sherl.sherl_vse_bert, {"depth": 5, "embedding": 18, "heads": 2}),
+    "sherl_clipvil_block_small": (parity_samples_sherl.sherl_block, {}),
+    "sherl_mdetr_block_small": (parity_samples_sherl.sherl_block, {"hidden": 3, "levels": 5}),
 }
 
 

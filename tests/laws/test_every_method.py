@@ -22,6 +22,8 @@ from tiny import FAMILIES, LABELS, TinyFamily, call, logits, randomize
 #: Settings that fit tiny models, where the defaults do not.
 TINY: dict[str, dict[str, Any]] = {
     "dtl": {"rank": 4, "late_blocks": 2},
+    "lst": {"reduction": 2, "heads": 2, "dropout": 0.0},
+    "sherl": {"reduction": 4, "dropout": 0.0},
     "synqt": {"queries": 2, "hidden": 6, "attention_hidden": 3, "dropout": 0.0, "head_drop_path": 0.0},
 }
 #: Further settings of a method that run other code.
@@ -41,6 +43,8 @@ DELTA = [name for name, method in METHODS.items() if issubclass(method.implement
 REFUSED = {
     *(("bitfit", family) for family in ("t5", "llama")),
     *(("dtl+", family) for family in ("bert", "t5", "llama")),
+    ("sherl", "swin"),
+    ("lst", "swin"),
     *(("synqt", family) for family in ("swin", "t5", "llama")),
     *((method, family) for method in ("unipt", "unipt-vector") for family in ("swin", "t5", "llama")),
     ("late_writer", "swin"),

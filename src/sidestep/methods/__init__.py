@@ -14,7 +14,9 @@ from sidestep.methods.base import (
 )
 from sidestep.methods.controls import BitFitConfig, FullConfig, ProbeConfig
 from sidestep.methods.dtl import DTLConfig
+from sidestep.methods.lst import LSTConfig
 from sidestep.methods.read import ReadConfig
+from sidestep.methods.sherl import SherlConfig
 from sidestep.methods.synqt import SynQTConfig
 from sidestep.methods.unipt import UniPTConfig
 
@@ -24,11 +26,13 @@ __all__ = [
     "DoraConfig",
     "FullConfig",
     "IA3Config",
+    "LSTConfig",
     "LoraConfig",
     "Method",
     "MethodConfig",
     "ProbeConfig",
     "ReadConfig",
+    "SherlConfig",
     "SideNet",
     "SynQTConfig",
     "UniPTConfig",

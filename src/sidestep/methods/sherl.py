@@ -1,0 +1,398 @@
+"""SHERL: features of all blocks are merged without their redundancy and take the place of the last block's input.
+
+Source: Diao et al., "SHERL: Synthesizing High Accuracy and Efficient Memory for Resource-Limited Transfer Learning",
+ECCV 2024, arXiv 2407.07523, and its official code (Paranioar/SHERL), whose outputs and gradients the tests reproduce.
+The early blocks are read only; gradients flow through the frozen last block alone (the "late route"). On an
+encoder-decoder the encoder's merged features are what the decoder's last block attends to.
+Differs: a level's projection and the merge are computed again in backward, so that of each level only its input and
+its code are kept; a level of zeros gets no weight (in the release its score is 0/0). Decoder-only models and vision
+Transformers are not in the paper: the former are treated as T5's decoder, the latter as BERT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sidestep.layers import recompute
+from sidestep.methods.base import MethodConfig, SideNet, register
+from sidestep.sites import Site, of_stack, stacks
+from sidestep.taps import Tap
+
+Projecting = Literal["gated", "linear_norm", "relu_linear"]
+
+#: Blocks that the release reads, by depth of an encoder-decoder's stack: T5-base and T5-large.
+PUBLISHED_LAYERS = {12: (1, 2, 3, 5, 6, 7, 9, 10, 11), 24: (*range(1, 23, 2), 22, 23)}
+GATE_SCALE = 0.1
+"""What the trained gate of the last level is divided by: it learns that many times faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SherlConfig(MethodConfig):
+    """Settings of SHERL. What is None is chosen by the kind of backbone.
+
+    The release's: T5 and CLIP-ViL have the gated projection, eps 1e-6 and no norm behind the output map; BERT
+    (retrieval) has `projection="linear_norm"`, `norm_out=True`, eps 1e-8; MDETR has `projection="linear_norm"`,
+    `norm_out=True`, `norm_out_eps=1e-5`, `merge_mlp=True`, `eps=1e-6`; CLIP4Clip has `projection="relu_linear"`.
+
+    Attributes:
+        reduction: the backbone's width over the side network's.
+        hidden: the side network's width itself; None: by `reduction`.
+        layers: blocks that are read besides the embeddings, from 0 and ascending. Where a stack's last block is the
+            late one, its own output is left out and the block before it has to be among them: it is the guide. None:
+            of an encoder-decoder with 12 or 24 blocks a stack the release's (T5-base, T5-large), else all. T5-3B has
+            (22, 23).
+        projection: how a level is brought to the side network's width: "gated" (W1, ReLU, then two maps of which one
+            is the sigmoid gate), "linear_norm" (linear map and LayerNorm) or "relu_linear" (ReLU before the map). None:
+            "linear_norm" on bidirectional encoders, else "gated".
+        norm_out: whether a LayerNorm follows the output map; None: with "linear_norm".
+        norm_out_eps: its epsilon.
+        merge_mlp: whether what is merged goes through an MLP before the guide is added (MDETR).
+        eps: added to the norms that are divided by; None: 1e-8 with "linear_norm", else 1e-6.
+        init_std: deviation of the linear maps at the start, with biases of zero. None: 0.01 with "gated" (CLIP-ViL:
+            0.02), else PyTorch's own start, and with `merge_mlp` Xavier's for the weights.
+        dropout: in training, of what `norm_out` gives and of what an encoder hands to its decoder.
+    """
+
+    reduction: int = 8
+    hidden: int | None = None
+    layers: tuple[int, ...] | None = None
+    projection: Projecting | None = None
+    norm_out: bool | None = None
+    norm_out_eps: float = 1e-12
+    merge_mlp: bool = False
+    eps: float | None = None
+    init_std: float | None = None
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, list):  # as a task's JSON has them
+            object.__setattr__(self, "layers", tuple(self.layers))
+        self.require("reduction", _whole(self.reduction, 1), "a whole number of at least 1")
+        self.require("hidden", self.hidden is None or _whole(self.hidden, 1), "a whole number of at least 1, or None")
+        self.require("layers", self.layers is None or _ascending(self.layers), "block numbers from 0, ascending")
+        known = get_args(Projecting)
+        self.require("projection", self.projection in (None, *known), f"None or one of {', '.join(known)}")
+        for name in ("norm_out_eps", "eps", "init_std"):
+            value = getattr(self, name)
+            self.require(name, value is None or (math.isfinite(value) and value > 0), "a number above 0")
+        self.require("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1")
+
+    def filled(self, sites: Sequence[Site]) -> SherlConfig:
+        """This config with what depends on the kind of backbone alone filled in."""
+        gated = any(site.causal for site in sites)
+        projection: Projecting = self.projection or ("gated" if gated else "linear_norm")
+        normed = projection == "linear_norm"
+        return replace(
+            self,
+            projection=projection,
+            norm_out=normed if self.norm_out is None else self.norm_out,
+            eps=self.eps or (1e-8 if normed else 1e-6),
+            init_std=self.init_std or (0.01 if projection == "gated" and not self.merge_mlp else None),
+        )
+
+    def side_width(self, width: int) -> int:
+        """The side network's width beside a backbone of this one."""
+        return self.hidden or width // self.reduction
+
+    def blocks_read(self, stack: Sequence[Site], *, encoder_decoder: bool) -> tuple[int, ...]:
+        """Numbers of the blocks of a stack whose outputs are read, the guide last."""
+        depth = stack[0].depth
+        published = PUBLISHED_LAYERS.get(depth) if encoder_decoder else None
+        chosen = self.layers or published or tuple(range(depth))
+        return tuple(block for block in chosen if not (stack[0].head and block == depth - 1))
+
+
+# --- a level's projection: (batch, tokens, width) -> (batch, tokens, hidden) ------------------------------------------
+
+
+class Gated(nn.Module):
+    """(W2 u + b2 + u) sigmoid(W3 u + b3) with u = relu(W1 f + b1)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.tap = Tap(width, hidden)
+        self.value, self.gate = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(batch, tokens, hidden)."""
+        code = self.tap(feature).relu()
+        return (self.value(code) + code) * torch.sigmoid(self.gate(code))
+
+
+class LinearNorm(nn.Module):
+    """A linear map and a LayerNorm."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.tap, self.norm = Tap(width, hidden), nn.LayerNorm(hidden)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(batch, tokens, hidden)."""
+        return self.norm(self.tap(feature))
+
+
+class ReluLinear(nn.Module):
+    """A linear map of what ReLU leaves."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.tap = Tap(width, hidden, form="relu")
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(batch, tokens, hidden)."""
+        return self.tap(feature)
+
+
+PROJECTIONS: dict[Projecting, type[nn.Module]] = {
+    "gated": Gated,
+    "linear_norm": LinearNorm,
+    "relu_linear": ReluLinear,
+}
+
+
+# --- the merge --------------------------------------------------------------------------------------------------------
+
+
+class Merge(nn.Module):
+    """Levels weighted by how well they fit the guide, the less the more they repeat each other; plus the guide.
+
+    Args:
+        hidden: width of levels and guide.
+        eps: added to the norms that are divided by.
+        mlp: inner width of the MLP that the weighted sum goes through; None: none.
+    """
+
+    def __init__(self, hidden: int, eps: float, mlp: int | None = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.score = nn.Linear(hidden, 1)
+        self.mlp: nn.Module = nn.Identity()
+        if mlp is not None:
+            self.mlp = nn.Sequential(nn.Linear(hidden, mlp), nn.ReLU(), nn.Linear(mlp, hidden), nn.LayerNorm(hidden))
+
+    def forward(self, guide: Tensor, *levels: Tensor) -> Tensor:
+        """Levels and guide (..., hidden) -> (..., hidden); in float32 under reduced precision."""
+        with torch.autocast(guide.device.type, enabled=False):
+            guide = _at_least_float32(guide)
+            stacked = torch.stack([_at_least_float32(level) for level in levels], dim=-2)
+            weighted = torch.einsum("...l,...lh->...h", self.weights(guide, stacked), stacked)
+            return self.mlp(weighted) + guide
+
+    def weights(self, guide: Tensor, levels: Tensor) -> Tensor:
+        """(..., levels), which sum to one wherever a level fits the guide (..., hidden), else zeros."""
+        fit = self.score(levels * guide[..., None, :]).squeeze(-1).relu()
+        unit = levels / (torch.linalg.vector_norm(levels, dim=-1, keepdim=True) + self.eps)
+        redundancy = (unit @ unit.transpose(-1, -2)).relu().sum(-1)
+        # A level of zeros has no direction: it is not even like itself.
+        score = fit / redundancy.masked_fill(redundancy == 0, torch.inf)
+        return score / (score.sum(-1, keepdim=True) + self.eps)
+
+
+class Aggregation(nn.Module):
+    """The levels of one stack and what is made of them.
+
+    Args:
+        width: channels of the features.
+        levels: how many there are, the guide included.
+        config: with what depends on the backbone filled in.
+    """
+
+    def __init__(self, width: int, levels: int, config: SherlConfig) -> None:
+        super().__init__()
+        assert config.projection is not None
+        assert config.eps is not None
+        hidden = config.side_width(width)
+        self.levels = nn.ModuleList(PROJECTIONS[config.projection](width, hidden) for _ in range(levels))
+        self.merge = Merge(hidden, config.eps, width if config.merge_mlp else None)
+        self.out = nn.Linear(hidden, width)
+        self.norm_out = nn.LayerNorm(width, eps=config.norm_out_eps) if config.norm_out else None
+        self.dropout = nn.Dropout(config.dropout if config.norm_out else 0.0)
+        self.gate = nn.Parameter(torch.zeros(1))
+        for module in self.modules():
+            _start(module, config.init_std, xavier=config.merge_mlp)
+
+    def forward(self, last: Tensor, *codes: Tensor) -> Tensor:
+        """(batch, tokens, width) from the raw feature of the guide and the levels' codes, the guide's last."""
+        out = self.out(self.merge(codes[-1], *codes[:-1]).relu())
+        if self.norm_out is not None:
+            out = self.norm_out(out)
+        return self.dropout(out) + torch.tanh(self.gate / GATE_SCALE) * last.to(self.gate.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a trainable scale, in that one's precision."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(batch, tokens, width)."""
+        hidden = hidden.to(self.weight.dtype)
+        return self.weight * (hidden * (hidden.square().mean(-1, keepdim=True) + self.eps).rsqrt())
+
+
+# --- the method -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SherlState:
+    """The codes (batch, tokens, hidden) of the levels so far, and the encoder's merged features for the decoder."""
+
+    codes: tuple[Tensor, ...] = ()
+    memory: Tensor | None = None
+
+
+@register("sherl", SherlConfig)
+class Sherl(SideNet):
+    """SHERL: merges the features of all blocks into the input of the last one.
+
+    Parameters of a stack of width d and side width h: each level has dh + h, with "gated" 2(h^2 + h) and with
+    "linear_norm" 2h more; the merge h + 1, with `merge_mlp` 2dh + d + 3h more; the way out hd + d + 1, with `norm_out`
+    2d more. A norm of the stack's own has d: where the backbone has one, causal stacks have theirs in its place, and so
+    has an encoder that feeds a decoder.
+    """
+
+    tokenwise = True
+
+    def __init__(self, config: SherlConfig, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.config = config.filled(sites)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks: dict[str, tuple[int, ...]] = {}
+        self.stacks, self.norms = nn.ModuleDict(), nn.ModuleDict()
+        for name in stacks(sites):
+            stack = of_stack(sites, name)
+            first = stack[0]
+            self.blocks[name] = config.blocks_read(stack, encoder_decoder=len(stacks(sites)) > 1)
+            self.stacks[name] = Aggregation(first.width, 1 + len(self.blocks[name]), self.config)
+            if first.final_norm and (first.causal or not first.head):
+                self.norms[name] = RMSNorm(first.width)
+
+    @classmethod
+    def check(cls, config: SherlConfig, sites: Sequence[Site]) -> None:
+        """Raise on hierarchical backbones, on a single block, and on layers or a width that do not fit."""
+        if any(site.stage > 0 for site in sites):
+            raise ValueError(
+                "it weighs the features of all blocks token by token, and this backbone is hierarchical: its stages "
+                "have other tokens and widths"
+            )
+        for name in stacks(sites):
+            cls._check_stack(config, of_stack(sites, name), encoder_decoder=len(stacks(sites)) > 1)
+
+    @classmethod
+    def _check_stack(cls, config: SherlConfig, stack: Sequence[Site], *, encoder_decoder: bool) -> None:
+        site, depth = stack[0], stack[0].depth
+        if site.head and depth < 2:
+            raise ValueError(f"the last block's input is made of what those before it gave, and there is {depth} block")
+        if config.hidden is None and site.width % config.reduction:
+            raise ValueError(
+                f"reduction={config.reduction} does not divide the width {site.width}: choose one that does, or set "
+                "hidden"
+            )
+        if config.layers is None:
+            return
+        if config.layers[-1] >= depth:
+            raise ValueError(
+                f"layers={config.layers}, but the {site.stack} has {depth} blocks: choose from 0 to {depth - 1}"
+            )
+        if site.head and depth - 2 not in config.layers:
+            raise ValueError(
+                f"layers={config.layers} lack the guide, block {depth - 2}: its output is what the last block would "
+                "read, so it has to be among them"
+            )
+
+    @classmethod
+    def first_write(cls, config: SherlConfig, sites: Sequence[Site]) -> Site | None:
+        """The output of the last block but one, of the stack that the head reads."""
+        return next(site for site in sites if site.head and site.kind == "block" and site.index == site.depth - 2)
+
+    @classmethod
+    def kept_per_token(cls, config: SherlConfig, site: Site) -> int:
+        """Each level's input and its code, if all blocks are read; the final norm's input, and the head's."""
+        if site.kind == "norm":
+            return 2 * site.width + 2 if site.head else 0
+        if site.head and site.last:
+            return 0
+        chosen = config.layers is None or site.kind == "stage" or site.index in config.layers
+        return site.width + config.side_width(site.width) if chosen else 0
+
+    def start(self, site: Site, carried: Tensor | None) -> SherlState:
+        """No level yet; a decoder has the encoder's merged features."""
+        return SherlState(memory=carried)
+
+    def step(self, state: SherlState, hidden: Tensor, site: Site) -> tuple[SherlState, Tensor]:
+        """Project a level; after the guide merge them, into the last block's input or into the encoder's memory."""
+        blocks, aggregation = self.blocks[site.stack], self.stacks[site.stack]
+        if site.kind == "block" and site.index not in blocks:
+            return state, hidden
+        codes = (*state.codes, recompute(_level(aggregation, len(state.codes)), hidden))
+        if len(codes) <= len(blocks):
+            return replace(state, codes=codes), hidden
+        if site.head:
+            written = recompute(aggregation, hidden, *codes, random=self._noisy)
+            return replace(state, codes=()), written.to(hidden.dtype)
+        memory = recompute(self._remember, site.stack, hidden, *codes, random=self._noisy)
+        return SherlState(memory=memory.to(hidden.dtype)), hidden
+
+    def memory(self, state: SherlState, site: Site) -> Tensor | None:
+        """The last decoder block reads the encoder's merged features, the others its output."""
+        return state.memory if site.last else None
+
+    def finish(self, state: SherlState, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
+        """The stack's own norm of what came out of the last block, where it has one."""
+        if not site.head or site.stack not in self.norms:
+            return normed
+        return recompute(self.norms[site.stack], raw).to(normed.dtype)
+
+    def carry(self, state: SherlState) -> Tensor | None:
+        """The encoder's merged and normed features (batch, tokens, width)."""
+        return state.memory
+
+    @property
+    def _noisy(self) -> bool:
+        return self.training and self.config.dropout > 0
+
+    def _remember(self, stack: str, last: Tensor, *codes: Tensor) -> Tensor:
+        """(batch, tokens, width): the merged features, normed where the stack ends in a norm."""
+        merged = self.stacks[stack](last, *codes)
+        return self.dropout(self.norms[stack](merged) if stack in self.norms else merged)
+
+
+def _level(aggregation: Any, number: int) -> Any:
+    return aggregation.levels[number]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _start(module: nn.Module, std: float | None, *, xavier: bool) -> None:
+    """Draw a linear map's weights: from a normal distribution, or as PyTorch does, or as Xavier does."""
+    if not isinstance(module, nn.Linear | Tap) or module.bias is None:
+        return
+    if std is not None:
+        nn.init.normal_(module.weight, std=std)
+        nn.init.zeros_(module.bias)
+        return
+    bound = module.weight.shape[1] ** -0.5
+    nn.init.uniform_(module.weight, -bound, bound)
+    nn.init.uniform_(module.bias, -bound, bound)
+    if xavier:
+        nn.init.xavier_uniform_(module.weight)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and value >= least
+
+
+def _ascending(layers: Any) -> bool:
+    """Whether these are block numbers, each higher than the one before."""
+    whole = isinstance(layers, tuple) and bool(layers) and all(_whole(block, 0) for block in layers)
+    return whole and list(layers) == sorted(set(layers))

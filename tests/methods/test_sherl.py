@@ -1,0 +1,459 @@
+"""SHERL against its definition: a plain autograd reference, published counts, bytes, precision, refusals."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers.initialization import no_init_weights
+
+import sidestep as ss
+from sidestep.methods import UnsupportedBackbone, sherl
+from sidestep.methods.sherl import Aggregation, Merge
+from tiny import FAMILIES, call, logits, randomize
+
+# --- the definition, unrolled by hand ---------------------------------------------------------------------------------
+
+
+def merged(codes: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Steps 3 to 5 of the method's page for one token after the other, without the guide."""
+    out = torch.zeros_like(codes[0])
+    for row, token in ((row, token) for row in range(out.shape[0]) for token in range(out.shape[1])):
+        guide, levels = codes[-1][row, token], [code[row, token] for code in codes[:-1]]
+        unit = [z / (z.square().sum().sqrt() + eps) for z in levels]
+        scores = []
+        for i, z in enumerate(levels):
+            redundancy = sum(torch.relu(unit[i] @ other) for other in unit)
+            scores.append(torch.relu(weight[0] @ (z * guide) + bias[0]) / redundancy)
+        total = sum(score.abs() for score in scores) + eps
+        for score, z in zip(scores, levels, strict=True):
+            out[row, token] = out[row, token] + score / total * z
+    return out
+
+
+def projected(level: Any, feature: Tensor) -> Tensor:
+    def linear(x: Tensor, module: Any) -> Tensor:
+        return x @ module.weight.T + module.bias
+
+    if isinstance(level, sherl.Gated):
+        u = torch.relu(linear(feature, level.tap))
+        return (linear(u, level.value) + u) * torch.sigmoid(linear(u, level.gate))
+    if isinstance(level, sherl.LinearNorm):
+        return nn.functional.layer_norm(
+            linear(feature, level.tap), level.norm.normalized_shape, *level.norm.parameters()
+        )
+    return linear(torch.relu(feature), level.tap)
+
+
+def aggregated(block: Aggregation, features: list[Tensor]) -> Tensor:
+    codes = [projected(level, feature) for level, feature in zip(block.levels, features, strict=True)]
+    mixed = merged(codes, block.merge.score.weight, block.merge.score.bias, block.merge.eps)
+    out = torch.relu(block.merge.mlp(mixed) + codes[-1]) @ block.out.weight.T + block.out.bias
+    if block.norm_out is not None:
+        out = block.norm_out(out)
+    return out + torch.tanh(block.gate / 0.1) * features[-1]
+
+
+def rms(hidden: Tensor, weight: Tensor) -> Tensor:
+    return weight * hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+@contextmanager
+def edited(module: nn.Module, before: Edit) -> Iterator[None]:
+    """`before` may change the arguments of each call of a module, by name."""
+    signature = inspect.signature(type(module).forward)
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        bound = signature.bind(module, *args, **kwargs)
+        before(bound.arguments)
+        return bound.args[1:], bound.kwargs
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def hidden_states(backbone: nn.Module, blocks: Any, batch: dict[str, Tensor]) -> list[Tensor]:
+    """What goes into the first block, and what comes out of each."""
+    found: list[Tensor] = []
+    handles = [blocks[0].register_forward_pre_hook(lambda m, args: found.append(args[0]))]
+    for block in blocks:
+        handles.append(block.register_forward_hook(lambda m, a, o: found.append(o[0] if isinstance(o, tuple) else o)))
+    with torch.no_grad():
+        call(backbone, batch)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def blocks_of(family: str, backbone: Any, stack: str = "decoder") -> Any:
+    trunk = getattr(backbone, "base_model", backbone)
+    return {
+        "bert": lambda: trunk.encoder.layer,
+        "vit": lambda: trunk.layers,
+        "timm_vit": lambda: trunk.blocks,
+        "llama": lambda: trunk.layers,
+        "t5": lambda: trunk.get_submodule(stack).block,
+    }[family]()
+
+
+def reference(model: ss.SideModel, family: str, batch: dict[str, Tensor]) -> Tensor:
+    """Logits of a detached model by the formulas of the method's page, in plain autograd."""
+    side, backbone = model.side, model.backbone
+    main = "decoder" if family in ("llama", "t5") else "encoder"
+    blocks = blocks_of(family, backbone)
+    states = hidden_states(backbone, blocks, batch)
+    # a feature's number in `states` is one above its block's, as the embeddings come first
+    x = aggregated(side.stacks[main], [states[0], *(states[block + 1] for block in side.blocks[main])])
+    memory = None
+    if family == "t5":
+        source = hidden_states(backbone, blocks_of(family, backbone, "encoder"), batch)
+        features = [source[0], *(source[block + 1] for block in side.blocks["encoder"])]
+        memory = rms(aggregated(side.stacks["encoder"], features), side.norms["encoder"].weight)
+
+    def into_last(arguments: dict[str, Any]) -> None:
+        name = next(iter(arguments.keys() - {"self"})) if len(arguments) == 2 else list(arguments)[1]
+        arguments[name] = x
+        if memory is not None:
+            arguments["encoder_hidden_states"] = memory
+
+    if main == "encoder":
+        with edited(blocks[-1], into_last):
+            return logits(call(backbone, batch))
+    trunk = backbone.decoder if family == "t5" else backbone.model
+    norm = trunk.final_layer_norm if family == "t5" else trunk.norm
+    own = norm.register_forward_hook(lambda m, args, out: rms(args[0], side.norms[main].weight))
+    with edited(blocks[-1], into_last):
+        out = logits(call(backbone, batch))
+    own.remove()
+    return out
+
+
+CASES = {
+    "bert": ("bert", {}),
+    "bert, some layers": ("bert", {"layers": (1,), "hidden": 5}),
+    "bert, gated": ("bert", {"projection": "gated", "norm_out": True}),
+    "vit": ("vit", {"reduction": 2}),
+    "timm_vit, relu": ("timm_vit", {"projection": "relu_linear", "eps": 1e-3}),
+    "timm_vit, mlp": ("timm_vit", {"merge_mlp": True, "norm_out_eps": 1e-5}),
+    "llama": ("llama", {}),
+    "llama, normed": ("llama", {"projection": "linear_norm"}),
+    "t5": ("t5", {"layers": (1, 2)}),
+    "t5, all": ("t5", {"reduction": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_equal_a_plain_reference(case: str) -> None:
+    family, settings = CASES[case]
+    kind = FAMILIES[family]
+    batch = {name: v.double() if v.is_floating_point() else v for name, v in kind.inputs(rows=2, tokens=5).items()}
+    model = ss.attach(kind.model().double(), ss.SherlConfig(**{"reduction": 4, **settings}), train_head=False)
+    model = model.double().eval()
+    randomize(model, scale=0.5)
+    names, parameters = zip(*model.trained_parameters(), strict=True)
+    out = logits(model(**batch))
+    cotangent = torch.randn_like(out)
+    found = torch.autograd.grad((out * cotangent).sum(), parameters)
+    expected = reference(model, family, batch)
+    # T5's and Llama's norms compute in float32
+    close = {"rtol": 1e-4, "atol": 1e-5} if family in ("t5", "llama") else {"rtol": 1e-7, "atol": 1e-9}
+    torch.testing.assert_close(out, expected, **close)
+    for name, mine, theirs in zip(
+        names, found, torch.autograd.grad((expected * cotangent).sum(), parameters), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, msg=name, **close)
+
+
+def test_recomputing_gives_the_gradients_of_keeping_under_dropout_too() -> None:
+    kind = FAMILIES["t5"]
+    model = ss.attach(kind.model(), ss.SherlConfig(reduction=4, dropout=0.5, norm_out=True)).train()
+    randomize(model)
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(5)
+        loss = logits(model(**kind.inputs())).square().sum()
+        return list(torch.autograd.grad(loss, [p for _, p in model.trained_parameters()]))
+
+    found = gradients()
+    with mock.patch.object(sherl, "recompute", lambda function, *args, random=False: function(*args)):
+        kept = gradients()
+    for mine, theirs in zip(found, kept, strict=True):
+        assert torch.equal(mine, theirs)
+    torch.manual_seed(6)
+    assert not torch.equal(logits(model(**kind.inputs())), logits(model(**kind.inputs())))
+    assert torch.equal(logits(model.eval()(**kind.inputs())), logits(model(**kind.inputs())))
+
+
+def test_the_encoders_merged_features_reach_the_last_decoder_block_alone() -> None:
+    kind = FAMILIES["t5"]
+    model = ss.attach(kind.model(), ss.SherlConfig(reduction=4)).eval()
+    read: list[Tensor] = []
+    with torch.no_grad():
+        own = model.backbone.encoder(**{k: v for k, v in kind.inputs().items() if not k.startswith("decoder")})[0]
+        for block in model.backbone.decoder.block:
+            cross = block.layer[1].EncDecAttention
+            cross.k.register_forward_hook(lambda m, args, out: read.append(args[0]))
+        model(**kind.inputs())
+    assert len(read) == 3
+    assert torch.equal(read[0], own)
+    assert torch.equal(read[1], own)
+    assert not torch.allclose(read[2], own)
+
+
+# --- what is read, and where it starts --------------------------------------------------------------------------------
+
+
+def test_layers_by_default_and_as_given() -> None:
+    def blocks(family: str, **settings: Any) -> dict[str, tuple[int, ...]]:
+        return ss.attach(FAMILIES[family].model(), ss.SherlConfig(reduction=4, **settings)).side.blocks
+
+    assert blocks("bert") == {"encoder": (0, 1)}
+    assert blocks("llama") == {"decoder": (0, 1)}
+    assert blocks("t5") == {"encoder": (0, 1, 2), "decoder": (0, 1)}
+    assert blocks("t5", layers=(1, 2)) == {"encoder": (1, 2), "decoder": (1,)}
+    assert blocks("bert", layers=(1, 2)) == {"encoder": (1,)}
+
+
+@pytest.mark.parametrize(
+    ("depth", "last"), [(12, (1, 2, 3, 5, 6, 7, 9, 10, 11)), (24, (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 22, 23))]
+)
+def test_an_encoder_decoder_of_a_published_depth_reads_the_published_layers(depth: int, last: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        config = T5Config(vocab_size=9, d_model=8, d_kv=4, num_heads=2, d_ff=8, num_layers=depth)
+        model = ss.attach(T5ForConditionalGeneration(config), ss.SherlConfig())
+    assert model.side.blocks == {"encoder": last, "decoder": last[:-1]}
+
+
+def test_the_kind_of_backbone_chooses_what_is_left_open() -> None:
+    def settings(family: str, **given: Any) -> tuple[Any, ...]:
+        side = ss.attach(FAMILIES[family].model(), ss.SherlConfig(reduction=4, **given)).side
+        found = side.config
+        return found.projection, found.norm_out, found.eps, sorted(side.norms)
+
+    assert settings("bert") == ("linear_norm", True, 1e-8, [])
+    assert settings("vit") == ("linear_norm", True, 1e-8, [])
+    assert settings("llama") == ("gated", False, 1e-6, ["decoder"])
+    assert settings("t5") == ("gated", False, 1e-6, ["decoder", "encoder"])
+    assert settings("bert", projection="gated") == ("gated", False, 1e-6, [])
+    assert settings("bert", norm_out=False, eps=1e-6) == ("linear_norm", False, 1e-6, [])
+
+
+def test_the_gated_variant_starts_small_and_without_the_last_feature() -> None:
+    torch.manual_seed(0)
+    block = Aggregation(256, 3, ss.SherlConfig(hidden=64, projection="gated").filled([]))
+    maps = [module for module in block.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)]
+    assert len(maps) == 3 * 3 + 2
+    assert all(abs(module.weight.std().item() / 0.01 - 1) < 0.3 and not module.bias.any() for module in maps)
+    features = [torch.randn(2, 3, 256) for _ in range(3)]
+    codes = [level(feature) for level, feature in zip(block.levels, features, strict=True)]
+    assert torch.equal(block(features[-1], *codes), block(torch.zeros(2, 3, 256), *codes))
+    with torch.no_grad():
+        block.gate.fill_(0.05)
+    difference = block(features[-1], *codes) - block(torch.zeros(2, 3, 256), *codes)
+    torch.testing.assert_close(difference, 0.4621172 * features[-1])  # tanh(0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bound"), [({}, 256**-0.5), ({"merge_mlp": True}, (6 / (256 + 64)) ** 0.5)], ids=["torch", "xavier"]
+)
+def test_other_variants_start_as_their_releases_do(settings: Any, bound: float) -> None:
+    torch.manual_seed(0)
+    block = Aggregation(256, 2, ss.SherlConfig(hidden=64, projection="linear_norm", **settings).filled([]))
+    largest = block.levels[0].tap.weight.abs().max().item()
+    assert 0.98 * bound < largest <= bound
+    assert 0 < block.levels[0].tap.bias.abs().max() <= 256**-0.5
+    block = Aggregation(256, 2, ss.SherlConfig(hidden=64, projection="gated", init_std=0.02).filled([]))
+    assert abs(block.out.weight.std().item() / 0.02 - 1) < 0.1
+
+
+# --- degenerate inputs and precision ----------------------------------------------------------------------------------
+
+
+def merge_of(*codes: Tensor) -> tuple[Merge, Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    merge = Merge(codes[0].shape[-1], 1e-6)
+    leaves = [code.clone().requires_grad_() for code in codes]
+    return merge, merge(*leaves), leaves
+
+
+def test_levels_of_zeros_get_no_weight_and_finite_gradients() -> None:
+    guide, level, zeros = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.zeros(2, 3, 8)
+    merge, out, leaves = merge_of(guide, zeros, level)
+    with torch.no_grad():
+        merge.score.bias.fill_(1.0)
+    out = merge(*leaves)
+    out.square().sum().backward()
+    assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
+    torch.testing.assert_close(out, merge(guide, level))
+    _, out, leaves = merge_of(zeros, zeros, zeros)
+    out.sum().backward()
+    assert torch.equal(out, zeros)
+    assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
+
+
+def test_where_no_level_fits_the_guide_remains() -> None:
+    guide, levels = torch.rand(2, 3, 8), [torch.rand(2, 3, 8) for _ in range(3)]
+    merge, _, _ = merge_of(guide, *levels)
+    with torch.no_grad():
+        merge.score.weight.fill_(-1.0)
+        merge.score.bias.zero_()
+    assert torch.equal(merge(guide, *levels), guide)
+
+
+def test_repeated_levels_share_the_weight_of_one() -> None:
+    guide, one, other = (torch.rand(2, 3, 8) for _ in range(3))
+    merge, _, _ = merge_of(guide, one, other)
+    with torch.no_grad():
+        merge.score.weight.fill_(1.0)
+    orthogonal = torch.zeros(1, 1, 8).repeat(2, 3, 1), torch.zeros(1, 1, 8).repeat(2, 3, 1)
+    orthogonal[0][..., :4], orthogonal[1][..., 4:] = one[..., :4], other[..., 4:]
+    twice = merge(guide, orthogonal[0], orthogonal[0], orthogonal[1])
+    torch.testing.assert_close(twice, merge(guide, *orthogonal), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_computed_in_float32_under_reduced_precision(dtype: torch.dtype) -> None:
+    codes = [1e-3 * torch.randn(2, 3, 8).to(dtype) for _ in range(4)]
+    merge, _, _ = merge_of(*codes)
+    expected = merge(*(code.float() for code in codes))
+    with torch.autocast("cpu", dtype):
+        found = merge(*codes)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+# --- published sizes --------------------------------------------------------------------------------------------------
+
+
+def t5(size: str) -> T5ForConditionalGeneration:
+    sizes = {
+        "base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+        "large": {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
+        "3b": {"d_model": 1024, "d_ff": 16384, "num_layers": 24, "num_heads": 32, "d_kv": 128},
+    }
+    return T5ForConditionalGeneration(T5Config(vocab_size=32128, decoder_start_token_id=0, **sizes[size]))
+
+
+@pytest.mark.parametrize(
+    ("size", "config", "parameters"),
+    [
+        ("base", ss.SherlConfig(reduction=2), 11_822_212),
+        ("base", ss.SherlConfig(reduction=4), 4_511_812),
+        ("base", ss.SherlConfig(reduction=8), 1_907_236),
+        ("base", ss.SherlConfig(reduction=16), 867_604),
+        ("large", ss.SherlConfig(reduction=8), 4_700_548),
+        ("3b", ss.SherlConfig(reduction=8, layers=(22, 23)), 1_087_620),
+    ],
+)
+def test_parameters_on_t5(size: str, config: ss.SherlConfig, parameters: int) -> None:
+    with torch.device("meta"):
+        model = ss.attach(t5(size), config)
+    assert sum(parameter.numel() for _, parameter in model.trained_parameters()) == parameters
+
+
+def test_parameters_of_the_other_releases() -> None:
+    with torch.device("meta"):
+        bert = ss.attach(BertModel(BertConfig(), add_pooling_layer=False), ss.SherlConfig(hidden=512)).side
+        vil = ss.SherlConfig(reduction=2, projection="gated")
+        mdetr = ss.SherlConfig(reduction=2, projection="linear_norm", merge_mlp=True)
+        blocks = (bert, Aggregation(768, 12, vil.filled([])), Aggregation(256, 4, mdetr.filled([])))
+    counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    assert counts == [5_133_058, 7_387_778, 232_450]
+
+
+@contextmanager
+def fakes() -> Iterator[None]:
+    """New tensors have a shape and take no memory; fake parameters cannot be moved and need not be."""
+    stay = mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module)
+    with FakeTensorMode(), no_init_weights(), stay:
+        yield
+
+
+@pytest.mark.parametrize(("reduction", "official", "bound"), [(8, 9.46, 8.5), (4, 12.31, 11.0)])
+def test_bytes_kept_on_t5_base(reduction: int, official: float, bound: float) -> None:
+    rows, length, targets = 4, 128, 4
+    with fakes():
+        backbone = t5("base").eval()
+        backbone.tie_weights()
+        model = ss.attach(backbone, ss.SherlConfig(reduction=reduction, dropout=0.0)).train()
+        ids = torch.randint(2, 30_000, (rows, length))
+        with ss.saved_bytes(model) as kept:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.randint(2, 30_000, (rows, targets)))
+    per_example = kept.total / rows / 2**20
+    assert per_example <= bound < official
+    inputs = (10 * length + 9 * targets) * 768 * 4 / 2**20
+    # beside the levels' inputs: keys and values of the last cross-attention, log-probabilities, the levels' codes
+    codes = (10 * length + 9 * targets) * (768 // reduction) * 4 / 2**20
+    rest = 2 * length * 768 * 4 / 2**20 + targets * 32128 * 4 / 2**20
+    assert per_example <= 1.1 * (inputs + codes + rest)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_hierarchical_backbone_is_refused_with_the_reason() -> None:
+    with pytest.raises(UnsupportedBackbone, match=r"^sherl does not work on Swin.*hierarchical: its stages"):
+        ss.attach(FAMILIES["swin"].model(), ss.SherlConfig(reduction=4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"reduction": 3}, "reduction=3 does not divide the width 16: choose one that does, or set hidden"),
+        ({"layers": (0, 1, 3)}, r"layers=\(0, 1, 3\), but the encoder has 3 blocks: choose from 0 to 2"),
+        ({"layers": (0, 2)}, r"layers=\(0, 2\) lack the guide, block 1"),
+    ],
+)
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_what_does_not_fit_the_backbone_is_refused(settings: dict[str, Any], said: str, family: str) -> None:
+    backbone = FAMILIES[family].model()
+    with pytest.raises(UnsupportedBackbone, match=said):
+        ss.attach(backbone, ss.SherlConfig(**{"reduction": 4, **settings}))
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_a_single_block_is_refused() -> None:
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    with pytest.raises(UnsupportedBackbone, match="there is 1 block"):
+        ss.attach(BertModel(config), ss.SherlConfig())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("reduction", 0, "a whole number of at least 1"),
+        ("hidden", 1.5, "a whole number of at least 1, or None"),
+        ("layers", (1, 1), "block numbers from 0, ascending"),
+        ("layers", (3, 2), "block numbers from 0, ascending"),
+        ("layers", (-1, 2), "block numbers from 0, ascending"),
+        ("layers", (), "block numbers from 0, ascending"),
+        ("projection", "linear", "None or one of gated, linear_norm, relu_linear"),
+        ("norm_out_eps", 0.0, "a number above 0"),
+        ("eps", float("nan"), "a number above 0"),
+        ("init_std", -0.1, "a number above 0"),
+        ("dropout", 1.0, "at least 0 and less than 1"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(field: str, value: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"SherlConfig: {field}=.*must be {said}"):
+        ss.SherlConfig(**{field: value})
+
+
+def test_a_config_comes_back_from_its_json() -> None:
+    config = ss.SherlConfig(layers=(1, 2), projection="gated", norm_out=False)
+    assert ss.SherlConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
