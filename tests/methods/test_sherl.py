@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 from transformers.initialization import no_init_weights
 
 import sidestep as ss
+from architectures import ARCHITECTURES
 from sidestep.methods import UnsupportedBackbone, sherl
 from sidestep.methods.sherl import Aggregation, Merge
 from tiny import FAMILIES, call, logits, randomize
@@ -213,6 +214,21 @@ def test_the_encoders_merged_features_reach_the_last_decoder_block_alone() -> No
     assert torch.equal(read[0], own)
     assert torch.equal(read[1], own)
     assert not torch.allclose(read[2], own)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "swin" not in name])
+def test_every_plain_architecture_trains_through_its_last_block_alone(name: str) -> None:
+    kind = ARCHITECTURES[name]
+    model = ss.attach(kind.model(), ss.SherlConfig(reduction=4), head=ss.Classify(num_labels=2)).train()
+    randomize(model)
+    with ss.saved_bytes(model) as kept:
+        loss = model(**kind.inputs(), labels=torch.tensor([0, 1])).loss
+    loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.side.parameters())
+    modules = {module: path for path, module in model.named_modules()}
+    *early, last = [modules[place.module] for place in model.places if place.site.kind == "block"]
+    within = {path for path in (*early, last) for row in kept.rows if row.module.startswith(f"{path}.")}
+    assert within == {last}
 
 
 # --- what is read, and where it starts --------------------------------------------------------------------------------
