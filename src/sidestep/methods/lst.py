@@ -1,0 +1,450 @@
+"""LST: a small Transformer beside the frozen one, a ladder of which each rung reads one block's output.
+
+Source: Sung, Cho, Bansal, "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", NeurIPS 2022,
+arXiv 2206.06522, and its official code (ylsung/Ladder-Side-Tuning), whose outputs and gradients on T5 the tests
+reproduce.
+Differs: what a rung makes is computed again in backward, so that of each block its hidden state and the narrow state
+beside it are kept; side blocks start at random as T5's do at their width (the release prunes the backbone); on
+backbones with one stack (not in the release) rotary positions take the relative bias's place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sidestep.layers import recompute
+from sidestep.methods.base import MethodConfig, SideNet, register
+from sidestep.sites import Site, of_stack, stacks
+from sidestep.taps import Tap
+
+TEMPERATURE = 0.1  # of the gates
+DOWN_STD = 0.01  # at the start, of the maps to and from the side's width
+MAX_DISTANCE = 128  # from which on T5's relative positions share a bucket
+ROTARY_BASE = 10_000.0
+EPS = 1e-6  # of the norms
+
+#: The release's blocks with a rung, by width and depth: T5-base leaves out every fourth, T5-large every second.
+PUBLISHED = {
+    (768, 12): tuple(block for block in range(12) if block % 4),
+    (1024, 24): tuple(range(1, 24, 2)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSTConfig(MethodConfig):
+    """Settings of LST.
+
+    A method does not see how many heads a backbone has: `heads`, `head_width` and `inner_width` say it where it differs
+    from T5's usual shapes, which follow from the width d.
+
+    Attributes:
+        reduction: the side's widths are the backbone's over this; it has as many heads.
+        layers: blocks with a rung, ascending, the same in both stacks of an encoder-decoder; None: the release's on
+            T5-base and T5-large (by their width and depth), all elsewhere. T5-3B: 23 alone.
+        heads: of the backbone; None: d / 64, at least one.
+        head_width: channels of a head of the backbone; None: d / heads.
+        inner_width: of the backbone's MLP; None: 4 d.
+        positions: "relative" (T5's bias, one table for each stack) or "rotary"; None: "relative" on encoder-decoders,
+            "rotary" elsewhere.
+        buckets: rows of the table of relative positions.
+        dropout: T5's, in the side network, in training.
+    """
+
+    reduction: int = 8
+    layers: tuple[int, ...] | None = None
+    heads: int | None = None
+    head_width: int | None = None
+    inner_width: int | None = None
+    positions: Literal["relative", "rotary"] | None = None
+    buckets: int = 32
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, list):  # as a task's JSON has them
+            object.__setattr__(self, "layers", tuple(self.layers))
+        self.require("reduction", _whole(self.reduction, 1), "a whole number of at least 1")
+        self.require("layers", self.layers is None or _ascending(self.layers), "block numbers from 0, ascending")
+        for name in ("heads", "head_width", "inner_width"):
+            value = getattr(self, name)
+            self.require(name, value is None or _whole(value, 1), "a whole number of at least 1, or None")
+        known = self.positions in (None, "relative", "rotary")
+        self.require("positions", known, '"relative", "rotary" or None')
+        even = _whole(self.buckets, 4) and self.buckets % 4 == 0
+        self.require("buckets", even, "a multiple of 4, because each direction has half of them, half of those exact")
+        self.require("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1")
+
+    def sizes(self, width: int) -> Sizes:
+        """The side's sizes beside a backbone of this width.
+
+        Raises:
+            ValueError: if the reduction does not divide the backbone's.
+        """
+        heads = self.heads or max(1, width // 64)
+        full = {
+            "width": width,
+            "head_width": self.head_width or width // heads,
+            "inner_width": self.inner_width or 4 * width,
+        }
+        for name, value in full.items():
+            if value % self.reduction:
+                raise ValueError(
+                    f"reduction={self.reduction} does not divide the backbone's {name}, {value}: choose a divisor"
+                    + ("" if name == "width" else f", or set {name} to what the backbone has")
+                )
+        return Sizes(heads=heads, **{name: value // self.reduction for name, value in full.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of a side block: its width, heads, channels of a head and inner width of the MLP."""
+
+    width: int
+    heads: int
+    head_width: int
+    inner_width: int
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def relative_buckets(distance: Tensor, buckets: int, *, causal: bool) -> Tensor:
+    """T5's buckets of relative positions: small distances have one each, larger ones share them by their logarithm.
+
+    Args:
+        distance: whole numbers, the key's position less the query's.
+        buckets: how many there are; half of them for each direction unless `causal`.
+        causal: whether keys behind the query are never seen.
+
+    Returns:
+        Bucket numbers from 0, of the same shape.
+    """
+    ahead = torch.zeros_like(distance)
+    if not causal:
+        buckets //= 2
+        ahead = (distance > 0) * buckets
+    apart = (-distance).clamp(min=0) if causal else distance.abs()
+    exact = buckets // 2
+    share = (apart.clamp(min=1).float() / exact).log() / math.log(MAX_DISTANCE / exact)
+    shared = (exact + (share * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return ahead + torch.where(apart < exact, apart, shared)
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary positions: channel i and its partner half the channels on turn by an angle that grows with the position.
+
+    Args:
+        x: (batch, heads, tokens, channels), an even number of channels.
+        positions: (tokens,).
+
+    Returns:
+        The same shape and precision.
+    """
+    half = x.shape[-1] // 2
+    precision = torch.promote_types(x.dtype, torch.float32)
+    powers = torch.arange(half, device=x.device, dtype=precision) / half
+    angles = positions.to(precision)[:, None] * ROTARY_BASE**-powers
+    cos, sin = angles.cos(), angles.sin()
+    one, two = x[..., :half], x[..., half:]
+    return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).to(x.dtype)
+
+
+# --- side blocks: T5's, at the width of the side ----------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """T5's attention: no biases, and no scale beside that of the maps' start."""
+
+    def __init__(self, sizes: Sizes, dropout: float) -> None:
+        super().__init__()
+        inner = sizes.heads * sizes.head_width
+        self.heads, self.dropout = sizes.heads, dropout
+        self.query = _linear(sizes.width, inner, (sizes.width * sizes.head_width) ** -0.5)
+        self.key = _linear(sizes.width, inner, sizes.width**-0.5)
+        self.value = _linear(sizes.width, inner, sizes.width**-0.5)
+        self.out = _linear(inner, sizes.width, inner**-0.5)
+
+    def forward(
+        self, x: Tensor, source: Tensor, bias: Tensor | None, seen: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        """What tokens (batch, tokens, width) read of a source (batch, source tokens, width).
+
+        Args:
+            x: what asks.
+            source: what is read.
+            bias: (1, heads, tokens, source tokens), added to the scores.
+            seen: bool, to (batch, heads, tokens, source tokens): which may be read; None: all.
+            positions: (tokens,) for queries and keys that are turned by them.
+        """
+        query, key, value = (
+            linear(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear, y in ((self.query, x), (self.key, source), (self.value, source))
+        )
+        if positions is not None:
+            query, key = rotate(query, positions), rotate(key, positions)
+        dropout = self.dropout if self.training else 0.0
+        mask = _mask(bias, seen, query.dtype)
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0)
+        out: Tensor = self.out(read.transpose(1, 2).flatten(2))
+        return out
+
+
+class SideBlock(nn.Module):
+    """Self-attention, in a decoder cross-attention, and an MLP with ReLU, each behind an RMS norm and added."""
+
+    def __init__(self, sizes: Sizes, dropout: float, *, crosses: bool) -> None:
+        super().__init__()
+        self.norm_attention = _norm(sizes.width)
+        self.attention = Attention(sizes, dropout)
+        self.crosses = crosses
+        if crosses:
+            self.norm_cross = _norm(sizes.width)
+            self.cross = Attention(sizes, dropout)
+        self.norm_mlp = _norm(sizes.width)
+        self.inner = _linear(sizes.width, sizes.inner_width, sizes.width**-0.5)
+        self.outer = _linear(sizes.inner_width, sizes.width, sizes.inner_width**-0.5)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        seen: Tensor | None,
+        positions: Tensor | None,
+        memory: Tensor | None,
+        memory_seen: Tensor | None,
+    ) -> Tensor:
+        """(batch, tokens, width) -> the same; arguments as `Attention`'s, those of the encoder's side states last."""
+        normed = self.norm_attention(x)
+        x = x + self.dropout(self.attention(normed, normed, bias, seen, positions))
+        if self.crosses:
+            x = x + self.dropout(self.cross(self.norm_cross(x), memory, None, memory_seen, None))
+        inner = self.dropout(self.inner(self.norm_mlp(x)).relu())
+        return x + self.dropout(self.outer(inner))
+
+
+# --- the ladder -------------------------------------------------------------------------------------------------------
+
+
+class Ladder(nn.Module):
+    """The side network of one stack.
+
+    Args:
+        site: any of the stack's.
+        config: of the method.
+        layers: the blocks with a rung.
+        relative: whether positions are a bias of the ladder's own; else they are rotary.
+        crosses: whether rungs read an encoder's ladder.
+    """
+
+    def __init__(self, site: Site, config: LSTConfig, layers: Sequence[int], *, relative: bool, crosses: bool) -> None:
+        super().__init__()
+        sizes = config.sizes(site.width)
+        self.causal, self.buckets, self.dropout = site.causal, config.buckets, nn.Dropout(config.dropout)
+        self.first = _down(site.width, sizes.width)
+        # One gate a block, as in the release: those of blocks without a rung are never read.
+        self.gates = nn.Parameter(torch.zeros(site.depth))
+        self.downs = nn.ModuleDict({str(block): _down(site.width, sizes.width) for block in layers})
+        self.blocks = nn.ModuleDict({str(block): SideBlock(sizes, config.dropout, crosses=crosses) for block in layers})
+        self.norm = _norm(sizes.width)
+        self.bias = nn.Parameter(torch.randn(config.buckets, sizes.heads) * sizes.width**-0.5) if relative else None
+
+    def start(self, embeddings: Tensor) -> Tensor:
+        """(batch, tokens, side width): where the ladder stands, from the embeddings (batch, tokens, width)."""
+        state: Tensor = self.first(self.dropout(embeddings))
+        return state
+
+    def climb(self, hidden: Tensor, state: Tensor, memory: Tensor | None, site: Site) -> Tensor:
+        """The state behind a rung.
+
+        Args:
+            hidden: (batch, tokens, width), the block's output.
+            state: (batch, tokens, side width).
+            memory: (batch, source tokens, side width) of the encoder's ladder, where this one reads it.
+            site: the block's.
+        """
+        # random, because dropout is in every part of a block
+        random = self.training and self.dropout.p > 0
+        result: Tensor = recompute(
+            self._rung, site.index, hidden, state, memory, site.keep, site.memory_keep, random=random
+        )
+        return result
+
+    def _rung(
+        self,
+        block: int,
+        hidden: Tensor,
+        state: Tensor,
+        memory: Tensor | None,
+        keep: Tensor | None,
+        memory_keep: Tensor | None,
+    ) -> Tensor:
+        name = str(block)
+        share = torch.sigmoid(self.gates[block] / TEMPERATURE)
+        state = share * state + (1 - share) * self.downs[name](hidden)
+        positions = torch.arange(state.shape[1], device=state.device)
+        distance = positions - positions[:, None]
+        seen = None if keep is None else keep[:, None, None]
+        if self.causal:
+            seen = distance <= 0 if seen is None else seen & (distance <= 0)
+        memory_seen = None if memory_keep is None else memory_keep[:, None, None]
+        turned, bias = positions if self.bias is None else None, None
+        if self.bias is not None:
+            numbers = relative_buckets(distance, self.buckets, causal=self.causal)
+            bias = F.embedding(numbers, self.bias).permute(2, 0, 1)[None]
+        result: Tensor = self.blocks[name](state, bias, seen, turned, memory, memory_seen)
+        return result
+
+
+@dataclass(frozen=True)
+class LSTState:
+    """Where a stack's ladder stands (batch, tokens, side width), and the encoder's, normed, seen from a decoder."""
+
+    side: Tensor | None = None
+    memory: Tensor | None = None
+
+
+@register("lst", LSTConfig)
+class LST(SideNet):
+    """LST: a small Transformer beside the frozen one reads its blocks and gives the last hidden state.
+
+    Parameters for a stack of N blocks of width d, of which n have a rung, with side width s, H heads of side width k,
+    inner side width f: (n + 1)(ds + s) + n(4sHk + 2sf + 2s) + N + s, in a decoder that crosses n(4sHk + s) more, with
+    relative positions H for each bucket more; and sd + d once.
+    """
+
+    def __init__(self, config: LSTConfig, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.config = config
+        names = stacks(sites)
+        relative = _relative(config, sites)
+        self.ladders = nn.ModuleDict()
+        for name in names:
+            site = of_stack(sites, name)[0]
+            crosses = len(names) > 1 and name == "decoder"
+            layers = _layers(config, site, len(names))
+            self.ladders[name] = Ladder(site, config, layers, relative=relative, crosses=crosses)
+        end = next(site for site in reversed(sites) if site.head)
+        self.up = nn.Linear(config.sizes(end.width).width, end.width)
+        nn.init.normal_(self.up.weight, std=DOWN_STD)
+        nn.init.zeros_(self.up.bias)
+
+    @classmethod
+    def check(cls, config: LSTConfig, sites: Sequence[Site]) -> None:
+        """Raise on hierarchical backbones, and if blocks are asked for that are not there or sizes do not divide."""
+        if any(site.stage > 0 for site in sites):
+            raise ValueError("the ladder has one width and one set of tokens, and this backbone is hierarchical")
+        for name in stacks(sites):
+            site = of_stack(sites, name)[0]
+            if config.layers is not None and config.layers[-1] >= site.depth:
+                raise ValueError(
+                    f"layers={config.layers}, but the {name} has {site.depth} blocks: choose from 0 to {site.depth - 1}"
+                )
+            head_width = config.sizes(site.width).head_width
+            if head_width % 2 and not _relative(config, sites):
+                raise ValueError(
+                    f"rotary positions turn pairs of channels, but a side head has {head_width}: choose another "
+                    "reduction, heads or head_width"
+                )
+
+    @classmethod
+    def first_write(cls, config: LSTConfig, sites: Sequence[Site]) -> Site | None:
+        """The end of the stack that the head reads."""
+        return sites[-1]
+
+    @classmethod
+    def kept_per_token(cls, config: LSTConfig, site: Site) -> int:
+        """The embeddings and the blocks with a rung, each with the state beside it; at the end that twice more."""
+        if site.kind == "norm":
+            return 0
+        side = config.sizes(site.width).width
+        rung = config.layers is None or site.kind == "stage" or site.index in config.layers
+        return (site.width + side if rung else 0) + (2 * side if site.last else 0)
+
+    def start(self, site: Site, carried: Tensor | None) -> LSTState:
+        """Nothing yet; a decoder has the encoder's side states."""
+        return LSTState(memory=carried)
+
+    def step(self, state: LSTState, hidden: Tensor, site: Site) -> tuple[LSTState, Tensor]:
+        """Begin at the embeddings; climb at a block that has a rung."""
+        ladder = self._ladder(site.stack)
+        if site.kind == "stage":
+            state = replace(state, side=ladder.start(hidden))
+        elif str(site.index) in ladder.blocks:
+            state = replace(state, side=ladder.climb(hidden, state.side, state.memory, site))
+        return state, hidden
+
+    def finish(self, state: LSTState, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
+        """What the ladder ends with, in place of the stack's last hidden state; an encoder's stays the backbone's."""
+        if not site.head:
+            return normed
+        ladder = self._ladder(site.stack)
+        random = self.training and self.config.dropout > 0
+        result: Tensor = recompute(self._result, ladder, state.side, random=random)
+        return result.to(normed.dtype)
+
+    def carry(self, state: LSTState) -> Tensor | None:
+        """The encoder's last side states, normed: (batch, tokens, side width)."""
+        carried: Tensor = recompute(self._ladder("encoder").norm, state.side)
+        return carried
+
+    def _result(self, ladder: Ladder, side: Tensor) -> Tensor:
+        result: Tensor = self.up(ladder.dropout(ladder.norm(side)))
+        return result
+
+    def _ladder(self, stack: str) -> Any:
+        return self.ladders[stack]
+
+
+def _layers(config: LSTConfig, site: Site, number: int) -> tuple[int, ...]:
+    """The blocks with a rung in a site's stack, on a backbone of so many stacks."""
+    if config.layers is not None:
+        return config.layers
+    every = tuple(range(site.depth))
+    return PUBLISHED.get((site.width, site.depth), every) if number > 1 else every
+
+
+def _relative(config: LSTConfig, sites: Sequence[Site]) -> bool:
+    """Whether positions are T5's bias."""
+    return config.positions == "relative" or (config.positions is None and len(stacks(sites)) > 1)
+
+
+def _mask(bias: Tensor | None, seen: Tensor | None, precision: torch.dtype) -> Tensor | None:
+    """What is added to attention scores; a row that sees nothing (padding before the first token) sees all alike."""
+    if seen is None:
+        return None if bias is None else bias.to(precision)
+    base = torch.zeros((), dtype=precision, device=seen.device) if bias is None else bias.to(precision)
+    return torch.where(seen, base, torch.finfo(precision).min)
+
+
+def _down(width: int, side: int) -> Tap:
+    tap = Tap(width, side)
+    nn.init.normal_(tap.weight, std=DOWN_STD)
+    return tap
+
+
+def _linear(inputs: int, outputs: int, std: float) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(linear.weight, std=std)
+    return linear
+
+
+def _norm(width: int) -> nn.RMSNorm:
+    return nn.RMSNorm(width, eps=EPS)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and value >= least
+
+
+def _ascending(layers: Any) -> bool:
+    """Whether it is a tuple of block numbers in order, each once."""
+    whole = isinstance(layers, tuple) and bool(layers) and all(_whole(block, 0) for block in layers)
+    return whole and all(a < b for a, b in pairwise(layers))
