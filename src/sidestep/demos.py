@@ -54,7 +54,7 @@ def train_contestant(
         backbone: detached again at the end.
         data: what it is trained on.
         settings: of the training; the task goes to a folder in `output`, and what lies there is replaced.
-        test: rows that it is scored on in the end; None: the dev rows.
+        test: rows that the scores returned are of; None: the dev rows, as in the results.json that is written.
     """
     remark(f"\n{contestant.name}: {settings.epochs} epochs at a learning rate of {contestant.rate:g}")
     settings = replace(
