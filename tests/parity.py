@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from parity_files import Oracle, OracleError, Reproduction
+from parity_lst import lst_t5
 from parity_sherl import sherl_block, sherl_pooled, sherl_t5, sherl_vse_bert
 from parity_unipt import unipt_clip4clip, unipt_vse
 from parity_vision import dtl_swin, dtl_vit, synqt
@@ -32,6 +33,7 @@ FAMILIES: dict[str, Callable[[Oracle], Reproduction]] = {
     "sherl_clipvil_block": sherl_block,
     "sherl_mdetr_block": sherl_block,
     "sherl_clip4clip_": sherl_pooled,
+    "lst_t5": lst_t5,
     "unipt_vse_": unipt_vse,
     "unipt_clip4clip_": unipt_clip4clip,
 }

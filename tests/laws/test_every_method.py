@@ -281,7 +281,8 @@ def test_a_weight_delta_moves_only_what_it_declares_and_detach_restores_it(metho
 def test_every_trained_parameter_gets_a_gradient_within_two_steps(method: str, family: str) -> None:
     kind = FAMILIES[family]
     # A weight delta is asked through the backbone's own head: what a Sidestep head does not read gets no gradient.
-    model = attach(method, kind, head=method in SIDE)
+    # So is LST on T5: the first decoder token, which that head reads, attends to itself alone.
+    model = attach(method, kind, head=method in SIDE and (method, family) != ("lst", "t5"))
     optimizer = torch.optim.SGD([p for _, p in model.trained_parameters()], lr=0.5)
     reached: set[str] = set()
     for _ in range(2):
@@ -581,12 +582,14 @@ def test_bfloat16_is_finite_and_close(method: str, family: str, precision: str) 
     kind = FAMILIES[family]
     exact = attach(method, kind, head=True)
     randomize(exact, scale=0.05)
+    smooth(exact.side)
     expected = gradients(exact, loss_of(exact, kind))
     backbone = kind.model()
     if precision == "weights":
         backbone = backbone.to(torch.bfloat16)
     model = ss.attach(backbone, config_of(method), head=ss.Classify(num_labels=LABELS))
     model.load_state_dict(exact.state_dict())
+    smooth(model.side)
     batch = kind.inputs()
     if precision == "weights":
         batch = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in batch.items()}
@@ -599,6 +602,13 @@ def test_bfloat16_is_finite_and_close(method: str, family: str, precision: str) 
     assert torch.isfinite(error).all()
     # bf16 rounds at 2^-9; three blocks and their norms add up to a few times that.
     assert error.norm() / whole.norm() < 3e-2
+
+
+def smooth(side: nn.Module) -> None:
+    """GELU for every ReLU: one unit that rounding brings over the kink is a large share of so narrow a network."""
+    for name, module in list(side.named_modules()):
+        if isinstance(module, nn.ReLU):
+            side.set_submodule(name, nn.GELU())
 
 
 @every

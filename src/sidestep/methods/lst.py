@@ -210,6 +210,7 @@ class SideBlock(nn.Module):
         self.norm_mlp = _norm(sizes.width)
         self.inner = _linear(sizes.width, sizes.inner_width, sizes.width**-0.5)
         self.outer = _linear(sizes.inner_width, sizes.width, sizes.inner_width**-0.5)
+        self.activation = nn.ReLU()
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -226,7 +227,7 @@ class SideBlock(nn.Module):
         x = x + self.dropout(self.attention(normed, normed, bias, seen, positions))
         if self.crosses:
             x = x + self.dropout(self.cross(self.norm_cross(x), memory, None, memory_seen, None))
-        inner = self.dropout(self.inner(self.norm_mlp(x)).relu())
+        inner = self.dropout(self.activation(self.inner(self.norm_mlp(x))))
         return x + self.dropout(self.outer(inner))
 
 
