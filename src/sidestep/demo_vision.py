@@ -38,7 +38,7 @@ SHOWN = 5
 FIELDS = Fields(image="image", label="label")
 COLUMNS = Features({"image": Image(), "label": Value("string")})
 
-# Read-outs and rates come from short searches on a fifth of the training images (80 of them), 2026-11-23; the epochs from
+# Read-outs and rates come from short searches on a fifth of the training images (80), 2026-11-23; the epochs from
 # what a demo may take.
 CONTESTANTS = (
     Contestant(name="linear probe", config=ProbeConfig(), rate=0.1, pool="cls"),
