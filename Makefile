@@ -22,8 +22,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# a worker for each core, because the tests use one thread each
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical
 
 # The oldest versions that pyproject.toml allows; run by hand, the date of the last run is in CONTRIBUTING.md.
 test-lowest:
@@ -31,7 +32,7 @@ test-lowest:
 	.venv-lowest/bin/python -m pip install --quiet uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[test]'
 	# old releases deprecate what others of their time still use
-	.venv-lowest/bin/python -m pytest -W ignore::DeprecationWarning
+	.venv-lowest/bin/python -m pytest --numprocesses logical -W ignore::DeprecationWarning
 
 clean:
 	rm -rf $(VENV) .venv-lowest
