@@ -62,7 +62,7 @@ FOR_METHODS = {"sites", "taps", "layers", "methods.base"}
 LIBRARIES_FOR_METHODS = {"torch", "einops"}
 #: The registry finds third parties' methods by entry point; LoRA and its like are PEFT's.
 EXTRA_LIBRARIES = {"methods.base": {"importlib"}, "methods.adapters": {"peft"}}
-STANDARD_LIBRARY = {"__future__", "abc", "collections", "dataclasses", "math", "typing"}
+STANDARD_LIBRARY = {"__future__", "abc", "collections", "dataclasses", "itertools", "math", "typing"}
 
 
 def sources() -> dict[str, Path]:
