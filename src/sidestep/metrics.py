@@ -1,26 +1,40 @@
 """Scores of predictions, from scikit-learn and scipy."""
 
+import string
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-Kind = Literal["single", "multi", "regress"]
+Kind = Literal["single", "multi", "regress", "text2text", "lm"]
+Written = Literal["text2text", "lm"]
+WRITTEN: tuple[Written, ...] = get_args(Written)
+"""The kinds of problem whose answer is a text that the model writes, by an encoder-decoder or a decoder alone."""
 
-PRIMARY: dict[str, str] = {"single": "accuracy", "multi": "f1_micro", "regress": "pearson"}
+PRIMARY: dict[str, str] = {
+    "single": "accuracy",
+    "multi": "f1_micro",
+    "regress": "pearson",
+    "text2text": "exact_match",
+    "lm": "exact_match",
+}
 """By which score the best checkpoint is chosen, unless the user says."""
 
 METRICS: dict[str, tuple[str, ...]] = {
     "single": ("accuracy", "f1", "f1_macro", "f1_micro", "matthews"),
     "multi": ("accuracy", "f1_macro", "f1_micro"),
     "regress": ("pearson", "spearman", "mse"),
+    "text2text": ("exact_match", "token_f1"),
+    "lm": ("exact_match", "token_f1"),
 }
 """The scores of each kind; "f1" exists for two classes only."""
+ARTICLES = ("a", "an", "the")
 
 GREATER_IS_BETTER: dict[str, bool] = {name: name != "mse" for names in METRICS.values() for name in names}
 """Whether a larger score is the better one."""
@@ -64,8 +78,8 @@ def scores(
     Warns:
         ScoreWarning: if a correlation is not defined.
     """
-    if kind not in METRICS:
-        raise ValueError(f"kind={kind!r}: choose {', '.join(METRICS)}")
+    if kind not in AXES:
+        raise ValueError(f"kind={kind!r}: choose {', '.join(AXES)}")
     predictions, targets = np.asarray(predictions), np.asarray(targets)
     if kind == "regress":
         predictions, targets = _flat(predictions), _flat(targets)
@@ -74,6 +88,32 @@ def scores(
         return _regress(predictions, targets)
     _check_classes(kind, predictions, targets, names)
     return _single(predictions, targets) if kind == "single" else _multi(predictions, targets)
+
+
+def text_scores(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    """The scores of texts that a model wrote, over the rows.
+
+    Args:
+        written: one text a row.
+        targets: the text that each should be.
+
+    Returns:
+        exact_match: the share of rows with exactly the target's text (letter case counts, the amount of white space
+            does not); where targets are names of classes, this is accuracy.
+        token_f1: the mean over rows of the F1 of the two texts' words, as SQuAD's evaluation counts them: in lower
+            case, without punctuation and articles. A row whose target has no such word counts as 1 if nothing but
+            punctuation and articles was written either, else as 0.
+
+    Raises:
+        ValueError: if there are no rows, or not as many texts as targets.
+    """
+    if not targets or len(written) != len(targets):
+        raise ValueError(f"{len(written)} texts for {len(targets)} targets: give one for each, at least one")
+    rows = list(zip(written, targets, strict=True))
+    return {
+        "exact_match": sum(text.split() == target.split() for text, target in rows) / len(rows),
+        "token_f1": sum(_token_f1(_words(text), _words(target)) for text, target in rows) / len(rows),
+    }
 
 
 @dataclass(frozen=True)
@@ -94,6 +134,17 @@ class ComputeMetrics:
         if isinstance(predictions, tuple):
             predictions = predictions[0]
         return scores(self.kind, predictions, evaluation.label_ids, self.names)
+
+
+def _words(text: str) -> list[str]:
+    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return [word for word in plain.split() if word not in ARTICLES]
+
+
+def _token_f1(words: list[str], target: list[str]) -> float:
+    if not words or not target:
+        return float(words == target)
+    return 2 * (Counter(words) & Counter(target)).total() / (len(words) + len(target))
 
 
 def _single(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:

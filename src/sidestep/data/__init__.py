@@ -7,14 +7,24 @@ from sidestep.data.labels import Kind, LabelSpace, holdout, label_space
 from sidestep.data.messages import DataError, DataWarning
 from sidestep.data.shots import few_shot
 from sidestep.data.tables import TableOptions, read
+from sidestep.data.written import (
+    CollateWritten,
+    Generation,
+    encode_prompts,
+    encode_targets,
+    prompt_limit,
+    with_targets,
+)
 from sidestep.pixels import ImageTransform
 
 __all__ = [
     "Augmentation",
     "Collate",
+    "CollateWritten",
     "DataError",
     "DataWarning",
     "Fields",
+    "Generation",
     "ImageTransform",
     "Kind",
     "LabelSpace",
@@ -22,9 +32,13 @@ __all__ = [
     "check_fields",
     "drop_unreadable",
     "encode_images",
+    "encode_prompts",
+    "encode_targets",
     "encode_text",
     "few_shot",
     "holdout",
     "label_space",
+    "prompt_limit",
     "read",
+    "with_targets",
 ]

@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import PIL.Image
 import torch
@@ -84,7 +84,7 @@ def encode_text(
     check_fields(rows, fields)
     if fields.text is None:
         raise DataError("fields names no text column: use encode_images for images")
-    limit = _limit(tokenizer, max_length, pair=fields.text2 is not None)
+    limit = token_limit(tokenizer, max_length, pair=fields.text2 is not None)
     targets = _targets(rows, fields, labels)
     encoded = rows.with_format(None).map(
         _Tokenize(tokenizer, fields.text, fields.text2, limit),
@@ -92,7 +92,7 @@ def encode_text(
         remove_columns=rows.column_names,
         desc="tokenizing",
     )
-    _refuse_empty(encoded, fields.text)
+    refuse_empty(encoded, fields.text)
     truncated = sum(encoded["truncated"][:])
     if truncated:
         warnings.warn(
@@ -144,7 +144,7 @@ def encode_images(
 class Collate:
     """A Trainer's data collator: rows of `encode_text` or `encode_images` as one batch.
 
-    Texts are padded to the longest of the batch on the tokenizer's side, and the padding is masked. Labels
+    Texts are padded to the longest of the batch, and the padding is masked. Labels
     become int64 (classes) or float32 (several classes, numbers). Other columns ("length") are dropped.
 
     A tokenizer without a pad token is copied, and the copy pads with id 0; the one that was given stays as it
@@ -154,10 +154,12 @@ class Collate:
     Attributes:
         tokenizer: None for images.
         pad_to_multiple_of: rounds the padded length up.
+        padding_side: of texts; None: the tokenizer's.
     """
 
     tokenizer: Any = None
     pad_to_multiple_of: int | None = None
+    padding_side: Literal["left", "right"] | None = None
 
     def __post_init__(self) -> None:
         # not under the name `tokenizer`: the Trainer would store the copy in its checkpoints
@@ -195,6 +197,7 @@ class Collate:
             self._padding,
             texts,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            padding_side=self.padding_side,
             return_attention_mask=True,
             return_tensors="pt",
         )
@@ -282,7 +285,12 @@ def _is_number(text: str) -> bool:
     return any(character.isdigit() for character in text)
 
 
-def _limit(tokenizer: Any, max_length: int | None, pair: bool) -> int | None:
+def token_limit(tokenizer: Any, max_length: int | None, *, pair: bool) -> int | None:
+    """Tokens kept of a text (or a pair): as asked, or the tokenizer's own limit; None: all.
+
+    Raises:
+        DataError: if there is no room for text beside the special tokens.
+    """
     if max_length is None:
         return tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else None
     special = tokenizer.num_special_tokens_to_add(pair=pair)
@@ -300,7 +308,12 @@ def _targets(rows: Dataset, fields: Fields, labels: LabelSpace | None) -> list[A
     return labels.encode(rows, fields.label)
 
 
-def _refuse_empty(encoded: Dataset, column: str) -> None:
+def refuse_empty(encoded: Dataset, column: str) -> None:
+    """Refuses rows without a token, by their "length".
+
+    Raises:
+        DataError: naming the rows.
+    """
     empty = [row for row, length in enumerate(encoded["length"][:]) if length == 0]
     if empty:
         raise DataError(

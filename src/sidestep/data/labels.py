@@ -4,16 +4,16 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 from datasets import ClassLabel, Dataset, LargeList, List
 from sklearn.model_selection import train_test_split
 
 from sidestep.data.messages import DataError, listed, named_rows
 from sidestep.data.tables import check_column
+from sidestep.metrics import WRITTEN, Kind
 
-Kind = Literal["single", "multi", "regress"]
-KINDS: tuple[Kind, ...] = ("single", "multi", "regress")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 SEPARATOR = "|"
 """Between the labels of one cell of text; a comma would need quotes in a csv file."""
 
@@ -23,8 +23,8 @@ class LabelSpace:
     """What a task predicts.
 
     Attributes:
-        kind: one class of several, any number of them, or a number.
-        names: the classes, in the order of the outputs; empty for a number.
+        kind: one class of several, any number of them, a number, or a text that the model writes.
+        names: the classes, in the order of the outputs; empty for a number or a text.
     """
 
     kind: Kind
@@ -32,11 +32,11 @@ class LabelSpace:
 
     @property
     def outputs(self) -> int:
-        """Width of the head: one output per class, one for a number."""
+        """Width of the head: one output per class, one for a number (no head for a text)."""
         return len(self.names) or 1
 
     def encode(self, rows: Dataset, label_column: str) -> list[Any]:
-        """Each row's target: an int (single), a list of 0.0 and 1.0 per class (multi) or a float (regress).
+        """Each row's target: an int (single), 0.0 or 1.0 per class (multi), a float (regress) or a text (written).
 
         Classes are compared by name, so a dev file may number its labels otherwise or be of another format.
 
@@ -45,6 +45,8 @@ class LabelSpace:
         """
         if self.kind == "regress":
             return _numbers(rows, label_column)
+        if self.kind in WRITTEN:
+            return target_texts(rows, label_column)
         if self.kind == "single":
             names = class_of_each(rows, label_column)
             index = self._index([[name] for name in names], label_column)
@@ -73,13 +75,17 @@ def label_space(rows: Dataset, label_column: str, kind: Kind) -> LabelSpace:
     For kind "multi" a cell is a list of labels, or text with "|" between them (empty: none).
 
     Raises:
-        DataError: for an unknown kind, a missing label, fewer than 2 classes, a target that is not finite.
+        DataError: for an unknown kind, a missing label, fewer than 2 classes, a target that is not finite, and as
+            `target_texts`.
     """
     if kind not in KINDS:
         raise DataError(f"kind={kind!r}: choose {listed(KINDS)}")
     if kind == "regress":
         _numbers(rows, label_column)
         return LabelSpace("regress", ())
+    if kind in WRITTEN:
+        target_texts(rows, label_column)
+        return LabelSpace(kind, ())
     cells = _multi(rows, label_column) if kind == "multi" else [[name] for name in class_of_each(rows, label_column)]
     feature = _element(rows, label_column)
     names = feature.names if isinstance(feature, ClassLabel) else _sorted({name for cell in cells for name in cell})
@@ -104,6 +110,35 @@ def class_of_each(rows: Dataset, column: str) -> list[str]:
     names = [_name(cell, feature) for cell in _cells(rows, column)]
     _refuse_missing(column, [row for row, name in enumerate(names) if not name], len(names))
     return [name for name in names if name]
+
+
+def target_texts(rows: Dataset, column: str) -> list[str]:
+    """Each row's target as a text; of a `ClassLabel` column, the names.
+
+    Raises:
+        DataError: for lists, numbers (by type, or text that is a number in every row), missing and empty texts; names
+            the rows.
+    """
+    check_column(rows, column)
+    feature, cells = rows.features[column], _cells(rows, column)
+    if isinstance(feature, List | LargeList):
+        raise DataError(f"column {column!r} holds lists: a text to write is one text a row")
+    if isinstance(feature, ClassLabel):
+        return class_of_each(rows, column)
+    _refuse_missing(column, [row for row, cell in enumerate(cells) if cell is None], len(cells))
+    empty = [row for row, cell in enumerate(cells) if isinstance(cell, str) and not cell.strip()]
+    if empty:
+        raise DataError(
+            f"column {column!r} has an empty text in {len(empty)} of {len(cells)} rows, {named_rows(empty)}: there is "
+            "nothing to learn to write; fill or drop these rows"
+        )
+    if not all(isinstance(cell, str) for cell in cells) or all(_finite(cell) is not None for cell in cells):
+        raise DataError(
+            f"column {column!r} holds labels that are no text ({listed(dict.fromkeys(cells), limit=3)}): write words in "
+            "their place (such as negative and positive for 0 and 1), choose --problem single or regress, or, if numbers "
+            "are what the model should write, put a word before them"
+        )
+    return cells
 
 
 def holdout(rows: Dataset, label_column: str | None, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
