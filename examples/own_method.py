@@ -22,6 +22,7 @@ class SumConfig(ss.MethodConfig):
     rank: int = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require("rank", self.rank >= 1, "at least 1")
 
 

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
 from sidestep.families import Family, Pool
+from sidestep.layers import masked_mean
 from sidestep.methods.base import SideNet
 from sidestep.sites import Place, Site
 
@@ -468,13 +469,8 @@ def take_rows(hidden: Tensor, index: Tensor) -> Tensor:
 
 def mean_tokens(hidden: Tensor, site: Site) -> Tensor:
     """(batch, width): mean of the kept tokens of (batch, tokens, width), without those before the grid."""
-    hidden = hidden[:, site.prefix :]
-    if site.keep is None:
-        return hidden.mean(1)
-    weights = site.keep[:, site.prefix :].to(hidden.dtype)
-    # One matrix product keeps the mask, not a masked copy of the hidden state.
-    total = torch.bmm(weights[:, None], hidden)[:, 0]
-    return total / weights.sum(1, keepdim=True).clamp(min=1)
+    keep = None if site.keep is None else site.keep[:, site.prefix :]
+    return masked_mean(hidden[:, site.prefix :], keep)
 
 
 def single_token(site: Site) -> Site:

@@ -25,6 +25,16 @@ def recompute(function: Callable[..., Any], *args: Any, random: bool = False) ->
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
 
 
+def masked_mean(tokens: Tensor, keep: Tensor | None) -> Tensor:
+    """(batch, width): mean of the kept tokens of (batch, tokens, width); `keep` is (batch, tokens) bool, None: all."""
+    if keep is None:
+        return tokens.mean(1)
+    weights = keep.to(tokens.dtype)
+    # One matrix product keeps the mask, not a masked copy of the tokens.
+    total = torch.bmm(weights[:, None], tokens)[:, 0]
+    return total / weights.sum(1, keepdim=True).clamp(min=1)
+
+
 def regrid(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Average-pool tokens (batch, rows x columns, width) from one grid to a coarser one, as patch merging does."""
     grid = rearrange(tokens, "b (h w) c -> b c h w", h=old[0])

@@ -166,3 +166,13 @@ def of_stack(sites: Sequence[Site], stack: str) -> list[Site]:
 def stacks(sites: Sequence[Site]) -> list[str]:
     """The names of the stacks, in the order in which a pass runs them."""
     return list(dict.fromkeys(site.stack for site in sites))
+
+
+def not_plain(sites: Sequence[Site]) -> str | None:
+    """Why these are not the sites of one bidirectional stack of one stage, said of the backbone; None if they are."""
+    reasons = {
+        "is an encoder-decoder": len(stacks(sites)) > 1,
+        "is causal": any(site.causal for site in sites),
+        "is hierarchical": any(site.stage > 0 for site in sites),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)

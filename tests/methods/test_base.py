@@ -17,6 +17,7 @@ class OwnConfig(MethodConfig):
     size: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require("size", self.size > 0, "at least 1")
 
 

@@ -192,9 +192,7 @@ def _contender(table: _Table) -> Contender:
     checkpoint = table.get("checkpoint", bool, False)
     config = table.get("set", dict, {})
     try:
-        made = method_named(method).config.from_dict(
-            {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-        )
+        made = method_named(method).config.from_dict(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{table.where}: {error}") from error
     found = Contender(

@@ -43,6 +43,7 @@ class LoraConfig(MethodConfig):
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require("rank", self.rank >= 1, "at least 1")
         self.require("alpha", self.alpha > 0, "positive")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1")
@@ -66,6 +67,7 @@ class IA3Config(MethodConfig):
     feedforward: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = (self.targets is None) == (self.feedforward is None)
         self.require("feedforward", given, "given together with targets")
 

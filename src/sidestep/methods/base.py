@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import entry_points
+from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -23,7 +24,16 @@ class UnsupportedBackbone(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Base of every method's config: plain data, checked in `__post_init__`."""
+    """Base of every method's config: plain data, checked in `__post_init__`.
+
+    A list becomes a tuple, so that a config read from JSON or TOML equals the one that was written.
+    """
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
@@ -47,6 +57,17 @@ class MethodConfig:
         """Raise unless `allowed`, saying what the field was given and what it may be."""
         if not allowed:
             raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r}, but it must be {what}")
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a config's value is a whole number of at least `least`."""
+    return isinstance(value, int) and value >= least
+
+
+def is_ascending(value: Any) -> bool:
+    """Whether a config's value is a tuple of block numbers from 0 in order, each once, and not empty."""
+    whole = isinstance(value, tuple) and bool(value) and all(is_whole(block, 0) for block in value)
+    return whole and all(a < b for a, b in pairwise(value))
 
 
 class SideNet(nn.Module, ABC):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.layers import recompute
-from sidestep.methods.base import MethodConfig, SideNet, register
+from sidestep.methods.base import MethodConfig, SideNet, is_whole, register
 from sidestep.sites import Site
 from sidestep.taps import Tap
 
@@ -48,13 +48,14 @@ class DTLConfig(MethodConfig):
     kernel: int = 0
 
     def __post_init__(self) -> None:
-        self.require("rank", _whole(self.rank, 1), "a whole number of at least 1")
+        super().__post_init__()
+        self.require("rank", is_whole(self.rank, 1), "a whole number of at least 1")
         late = self.late_blocks
-        self.require("late_blocks", late is None or _whole(late, 1), "a whole number of at least 1, or None")
-        self.require("first_read", _whole(self.first_read, 0), "a whole number of at least 0")
+        self.require("late_blocks", late is None or is_whole(late, 1), "a whole number of at least 1, or None")
+        self.require("first_read", is_whole(self.first_read, 0), "a whole number of at least 0")
         beta = self.beta
         self.require("beta", isinstance(beta, int | float) and math.isfinite(beta) and beta > 0, "a number above 0")
-        self.require("kernel", _whole(self.kernel, 0), "a whole number: 0 for DTL, or the side of a convolution")
+        self.require("kernel", is_whole(self.kernel, 0), "a whole number: 0 for DTL, or the side of a convolution")
 
     def first_late(self, depth: int) -> int:
         """The first block of `depth` that is written after."""
@@ -150,7 +151,8 @@ class DTL(SideNet):
 
     def _write(self, blocks: tuple[str, ...], site: Site, *codes: Tensor) -> Tensor:
         """(batch, tokens, width): the gated state, with DTL+ convolved over the grid."""
-        weight = torch.cat([self._writer(name).weight for name in blocks], dim=1)
+        writers: list[Any] = [self.writes[name] for name in blocks]
+        weight = torch.cat([writer.weight for writer in writers], dim=1)
         state = F.linear(torch.cat(codes, dim=-1), weight)
         gated = state * torch.sigmoid(self.config.beta * state)
         if not self.config.kernel:
@@ -162,9 +164,6 @@ class DTL(SideNet):
         mixed = self.mixes[str(site.stage)](F.pad(grid, (before, after, before, after)))
         return torch.cat([prefix, rearrange(mixed, "b c h w -> b (h w) c")], dim=1)
 
-    def _writer(self, name: str) -> Any:
-        return self.writes[name]
-
     def _check_grid(self, site: Site) -> None:
         """A kernel of up to twice the grid's side less one still meets a token with each of its weights."""
         if not self.config.kernel or site.grid is None:
@@ -175,10 +174,6 @@ class DTL(SideNet):
                 f"dtl: kernel={self.config.kernel} is too large for a token grid of {site.grid[0]} x {site.grid[1]}: "
                 f"choose at most {largest}, or larger images"
             )
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and value >= least
 
 
 def _blocks(sites: Sequence[Site]) -> list[Site]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.layers import recompute
-from sidestep.methods.base import MethodConfig, SideNet, register
+from sidestep.methods.base import MethodConfig, SideNet, is_ascending, is_whole, register
 from sidestep.sites import Site, of_stack, stacks
 from sidestep.taps import Tap
 
@@ -68,16 +67,15 @@ class LSTConfig(MethodConfig):
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, list):  # as a task's JSON has them
-            object.__setattr__(self, "layers", tuple(self.layers))
-        self.require("reduction", _whole(self.reduction, 1), "a whole number of at least 1")
-        self.require("layers", self.layers is None or _ascending(self.layers), "block numbers from 0, ascending")
+        super().__post_init__()
+        self.require("reduction", is_whole(self.reduction, 1), "a whole number of at least 1")
+        self.require("layers", self.layers is None or is_ascending(self.layers), "block numbers from 0, ascending")
         for name in ("heads", "head_width", "inner_width"):
             value = getattr(self, name)
-            self.require(name, value is None or _whole(value, 1), "a whole number of at least 1, or None")
+            self.require(name, value is None or is_whole(value, 1), "a whole number of at least 1, or None")
         known = self.positions in (None, "relative", "rotary")
         self.require("positions", known, '"relative", "rotary" or None')
-        even = _whole(self.buckets, 4) and self.buckets % 4 == 0
+        even = is_whole(self.buckets, 4) and self.buckets % 4 == 0
         self.require("buckets", even, "a multiple of 4, because each direction has half of them, half of those exact")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1")
 
@@ -439,13 +437,3 @@ def _linear(inputs: int, outputs: int, std: float) -> nn.Linear:
 
 def _norm(width: int) -> nn.RMSNorm:
     return nn.RMSNorm(width, eps=EPS)
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and value >= least
-
-
-def _ascending(layers: Any) -> bool:
-    """Whether it is a tuple of block numbers in order, each once."""
-    whole = isinstance(layers, tuple) and bool(layers) and all(_whole(block, 0) for block in layers)
-    return whole and all(a < b for a, b in pairwise(layers))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sidestep.layers import recompute
-from sidestep.methods.base import MethodConfig, SideNet, register
+from sidestep.methods.base import MethodConfig, SideNet, is_ascending, is_whole, register
 from sidestep.sites import Site, of_stack, stacks
 from sidestep.taps import Tap
 
@@ -71,11 +71,10 @@ class SherlConfig(MethodConfig):
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, list):  # as a task's JSON has them
-            object.__setattr__(self, "layers", tuple(self.layers))
-        self.require("reduction", _whole(self.reduction, 1), "a whole number of at least 1")
-        self.require("hidden", self.hidden is None or _whole(self.hidden, 1), "a whole number of at least 1, or None")
-        self.require("layers", self.layers is None or _ascending(self.layers), "block numbers from 0, ascending")
+        super().__post_init__()
+        self.require("reduction", is_whole(self.reduction, 1), "a whole number of at least 1")
+        self.require("hidden", self.hidden is None or is_whole(self.hidden, 1), "a whole number of at least 1, or None")
+        self.require("layers", self.layers is None or is_ascending(self.layers), "block numbers from 0, ascending")
         known = get_args(Projecting)
         self.require("projection", self.projection in (None, *known), f"None or one of {', '.join(known)}")
         for name in ("norm_out_eps", "eps", "init_std"):
@@ -225,17 +224,12 @@ class Aggregation(nn.Module):
         return self.dropout(out) + torch.tanh(self.gate / GATE_SCALE) * last.to(self.gate.dtype)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm with a trainable scale, in that one's precision."""
-
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, tokens, width)."""
-        hidden = hidden.to(self.weight.dtype)
-        return self.weight * (hidden * (hidden.square().mean(-1, keepdim=True) + self.eps).rsqrt())
+        return super().forward(hidden.to(self.weight.dtype))
 
 
 # --- the method -------------------------------------------------------------------------------------------------------
@@ -273,7 +267,7 @@ class Sherl(SideNet):
             self.blocks[name] = config.blocks_read(stack, encoder_decoder=len(stacks(sites)) > 1)
             self.stacks[name] = Aggregation(first.width, 1 + len(self.blocks[name]), self.config)
             if first.final_norm and (first.causal or not first.head):
-                self.norms[name] = RMSNorm(first.width)
+                self.norms[name] = RMSNorm(first.width, eps=1e-6)
 
     @classmethod
     def check(cls, config: SherlConfig, sites: Sequence[Site]) -> None:
@@ -386,13 +380,3 @@ def _start(module: nn.Module, std: float | None, *, xavier: bool) -> None:
     nn.init.uniform_(module.bias, -bound, bound)
     if xavier:
         nn.init.xavier_uniform_(module.weight)
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and value >= least
-
-
-def _ascending(layers: Any) -> bool:
-    """Whether these are block numbers, each higher than the one before."""
-    whole = isinstance(layers, tuple) and bool(layers) and all(_whole(block, 0) for block in layers)
-    return whole and list(layers) == sorted(set(layers))

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.layers import recompute
-from sidestep.methods.base import MethodConfig, SideNet, register
-from sidestep.sites import FrozenBlock, Site, stacks
+from sidestep.methods.base import MethodConfig, SideNet, is_whole, register
+from sidestep.sites import FrozenBlock, Site, not_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ class SynQTConfig(MethodConfig):
     head_drop_path: float = 0.3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("queries", "hidden", "attention_hidden"):
-            value = getattr(self, name)
-            self.require(name, isinstance(value, int) and value >= 1, "a whole number of at least 1")
+            self.require(name, is_whole(getattr(self, name), 1), "a whole number of at least 1")
         for name in ("dropout", "head_drop_path"):
             self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
 
@@ -222,18 +222,12 @@ class SynQT(SideNet):
     def check(cls, config: SynQTConfig, sites: Sequence[Site]) -> None:
         """Raise on all but plain bidirectional ViT- and BERT-type blocks in one stage."""
         ahead = [site.next_block for site in sites if site.kind != "norm" and not site.last]
-        reasons = {
-            "is an encoder-decoder": len(stacks(sites)) > 1,
-            "is causal": any(site.causal for site in sites),
-            "is hierarchical": any(site.stage > 0 for site in sites),
-            "has no frozen_block in the family table (sidestep/families.py)": any(block is None for block in ahead),
-        }
-        for reason, holds in reasons.items():
-            if holds:
-                raise ValueError(
-                    "its queries run through the frozen blocks, which must be plain bidirectional ViT- or BERT-type "
-                    f"ones, and this backbone {reason}"
-                )
+        unknown = "has no frozen_block in the family table (sidestep/families.py)" if None in ahead else None
+        if reason := not_plain(sites) or unknown:
+            raise ValueError(
+                "its queries run through the frozen blocks, which must be plain bidirectional ViT- or BERT-type "
+                f"ones, and this backbone {reason}"
+            )
 
     @classmethod
     def kept_per_token(cls, config: SynQTConfig, site: Site) -> int:

@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sidestep.layers import recompute
-from sidestep.methods.base import MethodConfig, SideNet, register
-from sidestep.sites import Site, stacks
+from sidestep.layers import masked_mean, recompute
+from sidestep.methods.base import MethodConfig, SideNet, is_whole, register
+from sidestep.sites import Site, not_plain
 from sidestep.taps import Tap
 
 Variant = Literal["vse", "vil", "clip4clip"]
@@ -40,8 +40,8 @@ class UniPTConfig(MethodConfig):
     variant: Variant = "vse"
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.reduction, int) and self.reduction >= 1
-        self.require("reduction", whole, "a whole number of at least 1")
+        super().__post_init__()
+        self.require("reduction", is_whole(self.reduction, 1), "a whole number of at least 1")
         known = self.variant in ("vse", "vil", "clip4clip")
         self.require("variant", known, '"vse", "vil" or "clip4clip"')
 
@@ -127,8 +127,8 @@ class Interaction(nn.Module):
 
     def _weights(self, anchor: Tensor, anchor_keep: Tensor | None, keep: Tensor | None, *targets: Tensor) -> Tensor:
         """(batch, targets): how far each target is trusted; a row's sum is one."""
-        means = torch.stack([_mean(target, keep) for target in targets], dim=1)
-        scores: Tensor = self.confidence(_mean(anchor, anchor_keep)[:, None] * means)
+        means = torch.stack([masked_mean(target, keep) for target in targets], dim=1)
+        scores: Tensor = self.confidence(masked_mean(anchor, anchor_keep)[:, None] * means)
         return scores.squeeze(-1).to(anchor.dtype).softmax(-1)
 
     def _result(self, anchor: Tensor, gathered: Tensor) -> Tensor:
@@ -162,13 +162,6 @@ def _agreement(anchor: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
     return scores if keep is None else scores * keep[:, None]
 
 
-def _mean(tokens: Tensor, keep: Tensor | None) -> Tensor:
-    """(batch, hidden): mean of the kept tokens."""
-    if keep is None:
-        return tokens.mean(1)
-    return (tokens * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp(min=1)
-
-
 @dataclass(frozen=True)
 class UniPTState:
     """The projections of the levels read so far, and the last level's first token (batch, width) where it is used."""
@@ -196,17 +189,11 @@ class UniPT(SideNet):
     @classmethod
     def check(cls, config: UniPTConfig, sites: Sequence[Site]) -> None:
         """Raise on all but bidirectional stacks of one width, and if the reduction does not divide that."""
-        reasons = {
-            "is an encoder-decoder": len(stacks(sites)) > 1,
-            "is causal": any(site.causal for site in sites),
-            "is hierarchical": any(site.stage > 0 for site in sites),
-        }
-        for reason, holds in reasons.items():
-            if holds:
-                raise ValueError(
-                    "each token gathers from all tokens of all levels, so it takes one bidirectional stack of one "
-                    f"stage, and this backbone {reason}"
-                )
+        if reason := not_plain(sites):
+            raise ValueError(
+                "each token gathers from all tokens of all levels, so it takes one bidirectional stack of one stage, "
+                f"and this backbone {reason}"
+            )
         if sites[0].width % config.reduction:
             raise ValueError(
                 f"reduction={config.reduction} does not divide the backbone's width, {sites[0].width}: choose a divisor"
