@@ -13,18 +13,25 @@ ROOT = Path(sidestep.__file__).parent
 
 #: The package from the bottom up. A folder counts as one module, except for the methods and their base.
 ORDER = [
+    "sparse_codec",
+    "diffs",
     "sites",
     "taps",
     "layers",
+    "hard_concrete",
+    "selection",
+    "diff_optimizer",
     "families",
     "backbone",
     "methods.base",
     "methods",
+    "caches",
     "fold",
-    "heads",
     "metrics",
+    "heads",
     "memory",
     "model",
+    "pair",
     "energy",
     "step",
     "meters",
@@ -58,7 +65,7 @@ ORDER = [
 UPWARDS = {("model", "store"): "model.save_pretrained is a shortcut to store.save"}
 
 #: All that a method may import: it never sees a Hugging Face class, so it cannot fork one.
-FOR_METHODS = {"sites", "taps", "layers", "methods.base"}
+FOR_METHODS = {"sites", "taps", "layers", "diffs", "methods.base"}
 LIBRARIES_FOR_METHODS = {"torch", "einops"}
 #: The registry finds third parties' methods by entry point; LoRA and its like are PEFT's.
 EXTRA_LIBRARIES = {"methods.base": {"importlib"}, "methods.adapters": {"peft"}}

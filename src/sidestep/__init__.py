@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sidestep.heads import Classify, Regress
+    from sidestep.heads import Classify, Regress, Retrieve
     from sidestep.memory import peak_memory, saved_bytes
     from sidestep.methods import (
         BitFitConfig,
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
         ProbeConfig,
         ReadConfig,
         SherlConfig,
+        SparseConfig,
         SynQTConfig,
         UniPTConfig,
         UnsupportedBackbone,
         methods,
     )
-    from sidestep.model import SideModel, attach, detach
+    from sidestep.model import SideModel
+    from sidestep.pair import PairModel, attach, detach
     from sidestep.plan import Plan, plan
     from sidestep.store import load
 
@@ -53,12 +55,15 @@ __all__ = [
     "LSTConfig",
     "LoraConfig",
     "MethodConfig",
+    "PairModel",
     "Plan",
     "ProbeConfig",
     "ReadConfig",
     "Regress",
+    "Retrieve",
     "SherlConfig",
     "SideModel",
+    "SparseConfig",
     "SynQTConfig",
     "UniPTConfig",
     "UnsupportedBackbone",
@@ -72,7 +77,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "heads": ("Classify", "Regress"),
+    "heads": ("Classify", "Regress", "Retrieve"),
     "memory": ("peak_memory", "saved_bytes"),
     "methods": (
         "BitFitConfig",
@@ -86,12 +91,14 @@ _HOMES = {
         "ProbeConfig",
         "ReadConfig",
         "SherlConfig",
+        "SparseConfig",
         "SynQTConfig",
         "UniPTConfig",
         "UnsupportedBackbone",
         "methods",
     ),
-    "model": ("SideModel", "attach", "detach"),
+    "model": ("SideModel",),
+    "pair": ("PairModel", "attach", "detach"),
     "plan": ("Plan", "plan"),
     "store": ("load",),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -87,20 +88,21 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 def _stack(
     name: str, trunk: nn.Module, root: nn.Module, prefix: str, family: Family, *, causal: bool, head: bool
 ) -> Stack:
-    containers = _block_lists(root)
+    containers = _block_lists(root, family)
     if not containers:
         raise ValueError(
             f"{type(trunk).__name__} holds no list of repeated blocks: Sidestep needs a Transformer (or a model "
-            "whose blocks stand in an nn.ModuleList or nn.Sequential)"
+            "whose blocks stand in an nn.ModuleList or nn.Sequential), or a ResNet"
         )
     blocks = [block for container in containers.values() for block in container.children()]
-    if all(_convolves(block) for block in blocks):
+    if family.layout != "channels" and all(_convolves(block) for block in blocks):
         raise ValueError(
             f"the blocks of {type(trunk).__name__} are convolutions ({type(blocks[0]).__name__}): Sidestep needs a "
-            "Transformer, whose blocks hand on (batch, tokens, width)"
+            "Transformer, whose blocks hand on (batch, tokens, width), and of convolutional networks it takes ResNets"
         )
     owners = {path.rpartition(".")[0].rpartition(".")[0] for path in containers}
-    if len(containers) > 1 and (len(owners) > 1 or not all(_is_indexed(path) for path in containers)):
+    one_tower = len(containers) == 1 or (len(owners) == 1 and all(_is_indexed(path) for path in containers))
+    if family.blocks is None and not one_tower:
         raise ValueError(
             f"{type(trunk).__name__} has several towers of blocks ({', '.join(containers)}): "
             "attach to one of them (for example model.vision_model)"
@@ -119,13 +121,17 @@ def _is_indexed(path: str) -> bool:
     return any(part.isdigit() for part in path.split("."))
 
 
-def _block_lists(root: nn.Module) -> dict[str, nn.Module]:
-    """Lists of blocks by path: of Hugging Face's checkpointing layers (the innermost), else lists named "blocks"."""
+def _block_lists(root: nn.Module, family: Family) -> dict[str, nn.Module]:
+    """Lists of blocks by path: those that the family names, else Hugging Face's checkpointing layers (the innermost),
+    else lists named "blocks".
+    """
     lists: dict[str, Any] = {
         path: module
         for path, module in root.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
     }
+    if family.blocks is not None:
+        return {path: module for path, module in lists.items() if re.fullmatch(family.blocks, path)}
     checkpointing = {
         path: module
         for path, module in lists.items()
@@ -192,6 +198,22 @@ def _width(block: nn.Module) -> int:
     return sizes[0]
 
 
+def _map_widths(block: nn.Module) -> tuple[int, int]:
+    """Channels of what goes into a block of convolutions, and of what its last norm gives."""
+    convolutions = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
+    norms = [module for module in block.modules() if _is_norm(module)]
+    if not (convolutions and norms):
+        raise ValueError(f"{type(block).__name__} has no convolution and norm from which its width could be read")
+    return convolutions[0].in_channels, next(norms[-1].parameters()).numel()
+
+
+def _widths(stage: Sequence[tuple[str, nn.Module]], family: Family) -> list[int]:
+    """Channels of a stage's input and of the output of each of its blocks."""
+    if family.layout == "channels":
+        return [_map_widths(stage[0][1])[0], *(_map_widths(block)[1] for _, block in stage)]
+    return [_width(stage[0][1])] * (1 + len(stage))
+
+
 def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
     """Every site of a backbone and the module it sits on, in the order of a pass.
 
@@ -205,24 +227,26 @@ def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
         depth = sum(len(stage) for stage in stack.stages)
         index = 0
         for number, stage in enumerate(stack.stages):
+            widths = _widths(stage, family)
             site = Site(
                 kind="stage",
                 stack=stack.name,
                 stage=number,
                 index=index,
                 depth=depth,
-                width=_width(stage[0][1]),
+                width=widths[0],
                 prefix=prefix,
                 causal=stack.causal,
                 final_norm=stack.norm is not None,
                 head=stack.head,
                 spatial=family.grid is not no_grid,
+                convolutional=family.layout == "channels",
             )
             parts = [family.frozen_block(block) if with_blocks and family.frozen_block else None for _, block in stage]
             first = replace(site, next_block=parts[0])
             places.append(Place(site=first, name=stage[0][0], module=stage[0][1]))
-            for (name, block), following in zip(stage, [*parts[1:], None], strict=True):
-                site = replace(site, kind="block", index=index, next_block=following)
+            for (name, block), width, following in zip(stage, widths[1:], [*parts[1:], None], strict=True):
+                site = replace(site, kind="block", index=index, width=width, next_block=following)
                 places.append(Place(site=site, name=name, module=block))
                 index += 1
         if stack.norm is not None:
@@ -430,6 +454,20 @@ def head_tensors(trunk: Any) -> set[int]:
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     kept = set(module.state_dict(keep_vars=True))
     return ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
+
+
+def joined(digests: Sequence[Digest]) -> Digest:
+    """One digest that stands for several, in their order."""
+    shared = set[str].intersection(*(set(digest.rounded) for digest in digests))
+    return Digest(
+        dtype="+".join(sorted({dtype for digest in digests for dtype in digest.dtype.split("+")})),
+        exact=_hash(digest.exact for digest in digests),
+        rounded={dtype: _hash(digest.rounded[dtype] for digest in digests) for dtype in sorted(shared)},
+    )
+
+
+def _hash(parts: Iterable[str]) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 _NARROWER = (torch.bfloat16, torch.float16)

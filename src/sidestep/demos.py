@@ -15,7 +15,7 @@ from datasets import Dataset
 from sidestep.families import Pool
 from sidestep.memory import format_bytes
 from sidestep.methods import FullConfig, MethodConfig
-from sidestep.model import attach, detach
+from sidestep.pair import attach, detach
 from sidestep.predict import evaluate
 from sidestep.prepare import TaskData
 from sidestep.results import Results

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sidestep.sites import FrozenBlock, Projection
 
-Pool = Literal["cls", "mean", "mean_pre_norm", "last"]
+Pool = Literal["cls", "mean", "mean_pre_norm", "last", "own", "gpo"]
 Grid = tuple[int, int]
 
 
@@ -41,6 +41,12 @@ def argument_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any]
 def shape_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
     """The hidden state's own shape (batch, rows, columns, channels): timm's Swin."""
     rows, columns = hidden.shape[1:3]
+    return rows, columns
+
+
+def map_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
+    """The hidden state's own shape (batch, channels, rows, columns): ResNets."""
+    rows, columns = hidden.shape[-2:]
     return rows, columns
 
 
@@ -141,20 +147,23 @@ class Family:
     """What Sidestep has to be told about an architecture.
 
     Attributes:
-        pool: default read-out of `Classify` and `Regress`: "cls" (first token), "mean" (kept tokens) or "last".
+        pool: default read-out of Sidestep's heads: "cls" (first token), "mean" (kept tokens) or "last".
         causal: whether tokens see earlier ones only, where the attention modules do not say so themselves.
         prefix: tokens before the grid, a number or the model's attribute that holds it.
-        layout: "tokens" (batch, tokens, width) or "grid" (batch, rows, columns, width).
+        layout: "tokens" (batch, tokens, width), "grid" (batch, rows, columns, width) or, of convolutions, "channels"
+            (batch, width, rows, columns).
+        blocks: pattern of the names of the stages' lists of blocks; None: found by structure.
         grid: the token grid at a site, from the model, the pass's inputs, the block's arguments and its output.
         final_norm: name of the stack's final norm; "" for none; None: found by structure.
-        first_token_heads: model classes whose own head reads the first token only.
+        first_token_heads: model classes whose own head (or read-out, of a tower) reads the first token only.
         frozen_block: the parts of a block, for methods that replay it.
     """
 
     pool: Pool = "mean"
     causal: bool = False
     prefix: int | str = 0
-    layout: Literal["tokens", "grid"] = "tokens"
+    layout: Literal["tokens", "grid", "channels"] = "tokens"
+    blocks: str | None = None
     grid: Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any], Tensor], Grid | None] = no_grid
     final_norm: str | None = None
     first_token_heads: tuple[str, ...] = ()
@@ -170,6 +179,16 @@ _VIT = Family(
     first_token_heads=("ViTForImageClassification", "DeiTForImageClassification"),
     frozen_block=vit_block,
 )
+# CLIP's last norm sees the pooled token only, which is the first.
+_CLIP_VISION = Family(
+    pool="cls",
+    prefix=1,
+    grid=patch_grid,
+    final_norm="",
+    first_token_heads=("CLIPVisionModel", "ChineseCLIPVisionModel"),
+)
+
+_RESNET = Family(layout="channels", grid=map_grid, final_norm="")
 
 FAMILIES: dict[str, Family] = {
     "bert": Family(first_token_heads=("BertForSequenceClassification",), frozen_block=bert_block),
@@ -192,13 +211,37 @@ FAMILIES: dict[str, Family] = {
     # OPT registers its final norm before its blocks.
     "opt": Family(final_norm="decoder.final_layer_norm"),
     "beit": Family(pool="cls", prefix=1, grid=patch_grid),
-    # CLIP's last norm sees the pooled token only.
-    "clip_vision_model": Family(pool="cls", prefix=1, grid=patch_grid, final_norm=""),
+    "clip_vision_model": _CLIP_VISION,
+    "chinese_clip_vision_model": _CLIP_VISION,
     "VisionTransformer": Family(
         pool="cls", prefix="num_prefix_tokens", grid=patch_grid, final_norm="norm", frozen_block=timm_block
     ),
     "SwinTransformer": Family(layout="grid", grid=shape_grid, final_norm="norm"),
+    "resnet": replace(_RESNET, blocks=r"encoder\.stages\.\d+\.layers"),
+    "ResNet": replace(_RESNET, blocks=r"layer\d+"),
 }
+
+
+@dataclass(frozen=True)
+class DualFamily:
+    """How a dual encoder (`vision_model`, `text_model`, a projection of each and `logit_scale`) reads its towers."""
+
+    image_pool: Pool = "own"
+    text_pool: Pool = "own"
+
+
+DUAL_FAMILIES: dict[str, DualFamily] = {
+    "clip": DualFamily(),
+    # projects the text's first token itself, without its pooler
+    "chinese_clip": DualFamily(text_pool="cls"),
+    "vision-text-dual-encoder": DualFamily(),
+}
+
+
+def dual_family_of(model: nn.Module) -> DualFamily | None:
+    """The row for a dual encoder; None for other models."""
+    config = getattr(model, "config", None)
+    return DUAL_FAMILIES.get(getattr(config, "model_type", ""))
 
 
 def family_of(model: nn.Module) -> Family:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from sidestep.families import Pool
 from sidestep.fold import Reading, last_kept, mean_tokens, take_rows
+from sidestep.metrics import Kind
 
-POOLS: tuple[Pool, ...] = get_args(Pool)
+Loss = Literal["contrastive", "triplet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +29,16 @@ class HeadConfig:
             or "last" (the last kept token). None: the family's default.
     """
 
+    pools: ClassVar[tuple[Pool, ...]] = ("cls", "mean", "mean_pre_norm", "last")
+
     pool: Pool | None = None
 
     def __post_init__(self) -> None:
-        if self.pool is not None and self.pool not in POOLS:
-            raise ValueError(f"pool={self.pool!r}: choose None or one of {', '.join(POOLS)}")
+        self._check_pool("pool", self.pool)
+
+    def _check_pool(self, name: str, pool: Pool | None) -> None:
+        if pool is not None and pool not in self.pools:
+            raise ValueError(f"{name}={pool!r}: choose None or one of {', '.join(self.pools)}")
 
     @property
     @abstractmethod
@@ -39,8 +47,12 @@ class HeadConfig:
 
     @property
     @abstractmethod
-    def kind(self) -> Literal["single", "multi", "regress"]:
+    def kind(self) -> Kind:
         """What the loss and the scores are computed for."""
+
+    def build(self, width: int, pool: Pool) -> Head:
+        """The module, for features of `width` channels and this read-out."""
+        return Head(self, width, pool)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and the head's name, as JSON-ready values."""
@@ -78,7 +90,7 @@ class Classify(HeadConfig):
         return self.num_labels
 
     @property
-    def kind(self) -> Literal["single", "multi", "regress"]:
+    def kind(self) -> Kind:
         """The problem."""
         return self.problem
 
@@ -106,12 +118,65 @@ class Regress(HeadConfig):
         return self.targets
 
     @property
-    def kind(self) -> Literal["single", "multi", "regress"]:
+    def kind(self) -> Kind:
         """Regression."""
         return "regress"
 
 
-HEADS: dict[str, type[HeadConfig]] = {"Classify": Classify, "Regress": Regress}
+@dataclass(frozen=True, kw_only=True)
+class Retrieve(HeadConfig):
+    """Images and texts as embeddings of one space: a linear map without bias of what is read, of length one.
+
+    Attributes:
+        pool: as of other heads, for both towers, and two more: "own", the pooled output of the tower as the model makes
+            it (CLIP: the class token through its norm, the end-of-text token), and "gpo", learned weights of the
+            projected tokens sorted by channel. None: what the model projects itself if its checkpoint has the
+            projections, else the families' defaults.
+        text_pool: of the text tower, where it is another; None: as `pool`.
+        dim: channels of the embeddings; None: as the model's own projections. These are where the maps start, if the
+            checkpoint has them and they fit; else they start at random.
+        loss: "contrastive", symmetric cross-entropy over the batch with a trained temperature, or "triplet", hinges on
+            the cosine as VSE has them.
+        margin: of the triplets.
+        hardest: whether a triplet's negative is the hardest of the batch (VSE after its first epoch), or the mean is
+            taken over all that violate the margin (VSE in its first).
+    """
+
+    pools: ClassVar[tuple[Pool, ...]] = (*HeadConfig.pools, "own", "gpo")
+
+    text_pool: Pool | None = None
+    dim: int | None = None
+    loss: Loss = "contrastive"
+    margin: float = 0.2
+    hardest: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_pool("text_pool", self.text_pool)
+        if self.dim is not None and self.dim < 1:
+            raise ValueError(f"dim={self.dim}: at least 1, or None for the model's own")
+        if self.loss not in get_args(Loss):
+            raise ValueError(f"loss={self.loss!r}: choose {' or '.join(get_args(Loss))}")
+        if not 0 < self.margin <= 2:
+            raise ValueError(f"margin={self.margin}: cosines lie 2 apart at most; choose a number above 0 and up to 2")
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the embeddings."""
+        assert self.dim is not None
+        return self.dim
+
+    @property
+    def kind(self) -> Kind:
+        """Retrieval."""
+        return "retrieval"
+
+    def build(self, width: int, pool: Pool) -> Head:
+        """The map of one tower, with `dim` set."""
+        return EmbeddingHead(self, width, pool)
+
+
+HEADS: dict[str, type[HeadConfig]] = {"Classify": Classify, "Regress": Regress, "Retrieve": Retrieve}
 
 
 def head_from_dict(values: dict[str, Any]) -> HeadConfig:
@@ -133,9 +198,10 @@ class Head(nn.Module):
     def __init__(self, config: HeadConfig, width: int, pool: Pool) -> None:
         super().__init__()
         self.config, self.pool = config, pool
-        self.linear = nn.Linear(width, config.outputs)
+        self.linear = nn.Linear(width, config.outputs, bias=config.kind != "retrieval")
         nn.init.normal_(self.linear.weight, std=0.02)
-        nn.init.constant_(self.linear.bias, getattr(config, "center", 0.0))
+        if self.linear.bias is not None:
+            nn.init.constant_(self.linear.bias, getattr(config, "center", 0.0))
 
     def forward(self, reading: Reading) -> Tensor:
         """(batch, outputs) from what the fold read."""
@@ -165,3 +231,74 @@ class Head(nn.Module):
         else:
             loss = F.mse_loss(logits, labels.float().view_as(logits), reduction=reduction)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+class EmbeddingHead(Head):
+    """The embedding of one tower of a dual encoder: read and projected ("gpo": the other way round), of length one."""
+
+    def __init__(self, config: Retrieve, width: int, pool: Pool) -> None:
+        super().__init__(config, width, pool)
+        nn.init.normal_(self.linear.weight, std=width**-0.5)
+        self.gpo = GPO() if pool == "gpo" else None
+
+    def forward(self, reading: Reading) -> Tensor:
+        """(batch, dim), in float32 at least."""
+        if self.gpo is None or reading.pooled is not None:
+            return unit(super().forward(reading))
+        hidden, site = reading.hidden[:, reading.site.prefix :], reading.site
+        keep = None if site.keep is None else site.keep[:, site.prefix :]
+        return unit(self.gpo(self.linear(hidden.to(self.linear.weight.dtype)), keep))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Each row over its length, which is computed as CLIP does, in float32 at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x / x.pow(2).sum(-1, keepdim=True).pow(0.5).clamp(min=1e-8)
+
+
+class GPO(nn.Module):
+    """Generalised pooling: in each channel the tokens are sorted, and weighted by their place in that order.
+
+    The weights hang on the number of tokens alone: sinusoidal codes of the places go through a bidirectional GRU.
+
+    Source: Chen et al., "Learning the Best Pooling Strategy for Visual Semantic Embedding", CVPR 2021 (VSE-infinity).
+
+    Args:
+        code: channels of a place's code.
+        hidden: of the GRU, in each direction.
+    """
+
+    temperature = 0.1
+
+    def __init__(self, code: int = 32, hidden: int = 32) -> None:
+        super().__init__()
+        self.gru = nn.GRU(code, hidden, batch_first=True, bidirectional=True)
+        self.linear = nn.Linear(hidden, 1, bias=False)
+
+    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(batch, width) of tokens (batch, tokens, width); `keep` is (batch, tokens) bool, None: all."""
+        if keep is None:
+            keep = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+        lengths, which = keep.sum(1).unique(return_inverse=True)
+        weights = self.weights(lengths)[which]
+        last = torch.finfo(tokens.dtype).min
+        ordered = tokens.masked_fill(~keep[..., None], last).sort(dim=1, descending=True).values
+        return torch.einsum("bn,bnd->bd", weights.to(tokens.dtype), ordered[:, : weights.shape[1]])
+
+    def weights(self, lengths: Tensor) -> Tensor:
+        """(lengths, longest): the weights of the places of as many sorted tokens, 0 behind them."""
+        places = torch.arange(int(lengths.max()), device=lengths.device)
+        packed = pack_padded_sequence(
+            self._codes(places).expand(len(lengths), -1, -1), lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
+        both, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
+        scores = self.linear(torch.stack(both.chunk(2, -1)).mean(0)).squeeze(-1)
+        beyond = places >= lengths[:, None]
+        return (scores / self.temperature).masked_fill(beyond, -torch.inf).softmax(1)
+
+    def _codes(self, places: Tensor) -> Tensor:
+        """(places, code): sines and cosines in turns."""
+        width, kind = self.gru.input_size, self.linear.weight.dtype
+        rates = 10000.0 ** (-torch.arange(0, width, 2, device=places.device, dtype=kind) / width)
+        angles = places[:, None] * rates
+        return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]

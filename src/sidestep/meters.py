@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from sidestep.energy import EnergyCounter, MeterError, Source, energy_counter, energy_per_step
 from sidestep.methods import ProbeConfig, UnsupportedBackbone
-from sidestep.model import Settings, SideModel, attach, detach
+from sidestep.model import Settings, SideModel
+from sidestep.pair import attach, detach
 from sidestep.step import (
     Batch,
     StepCount,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-Kind = Literal["single", "multi", "regress", "text2text", "lm"]
+Kind = Literal["single", "multi", "regress", "text2text", "lm", "retrieval"]
 Written = Literal["text2text", "lm"]
 WRITTEN: tuple[Written, ...] = get_args(Written)
 """The kinds of problem whose answer is a text that the model writes, by an encoder-decoder or a decoder alone."""
@@ -23,8 +23,14 @@ PRIMARY: dict[str, str] = {
     "regress": "pearson",
     "text2text": "exact_match",
     "lm": "exact_match",
+    "retrieval": "rsum",
 }
 """By which score the best checkpoint is chosen, unless the user says."""
+
+RANKS = (1, 5, 10)
+"""At which a recall is computed."""
+DIRECTIONS = ("i2t", "t2i")
+"""Of retrieval: texts are looked for by an image, or images by a text."""
 
 METRICS: dict[str, tuple[str, ...]] = {
     "single": ("accuracy", "f1", "f1_macro", "f1_micro", "matthews"),
@@ -32,6 +38,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "regress": ("pearson", "spearman", "mse"),
     "text2text": ("exact_match", "token_f1"),
     "lm": ("exact_match", "token_f1"),
+    "retrieval": (*(f"{way}_r{rank}" for way in DIRECTIONS for rank in RANKS), "rsum"),
 }
 """The scores of each kind; "f1" exists for two classes only."""
 ARTICLES = ("a", "an", "the")
@@ -43,6 +50,7 @@ AXES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "single": (("rows", "classes"), ("rows",)),
     "multi": (("rows", "classes"), ("rows", "classes")),
     "regress": (("rows",), ("rows",)),
+    "retrieval": (("texts", "images"), ("texts",)),
 }
 """Of predictions and targets."""
 
@@ -65,8 +73,12 @@ def scores(
             f1_micro.
             "regress": pearson, spearman, mse. The two correlations are not defined for one row or for values
             that are all the same; they count as 0.0 then, with a warning.
-        predictions: logits (rows, classes); numbers (rows,) or (rows, 1).
-        targets: class numbers (rows,); 0 or 1 (rows, classes); numbers (rows,) or (rows, 1).
+            "retrieval": recalls at 1, 5 and 10 in percent: i2t_r1 is the share of images whose most similar text is
+            one of their own (any of several counts), t2i_r1 the share of texts whose most similar image is their
+            own; rsum, the sum of the six. Of equal similarities, the wrong one counts as the larger.
+        predictions: logits (rows, classes); numbers (rows,) or (rows, 1); similarities (texts, images).
+        targets: class numbers (rows,); 0 or 1 (rows, classes); numbers (rows,) or (rows, 1); the number of each
+            text's image (texts,).
         names: the classes; checked against the width of the predictions.
 
     Returns:
@@ -87,7 +99,23 @@ def scores(
     if kind == "regress":
         return _regress(predictions, targets)
     _check_classes(kind, predictions, targets, names)
+    if kind == "retrieval":
+        return _retrieval(predictions, targets)
     return _single(predictions, targets) if kind == "single" else _multi(predictions, targets)
+
+
+def similarities(images: NDArray[Any], texts: NDArray[Any], owners: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Predictions and targets of retrieval, from the embeddings of pairs in which an image may stand several times.
+
+    Args:
+        images, texts: (pairs, dim), of length one.
+        owners: (pairs,) which image it is.
+
+    Returns:
+        Similarities (texts, images), each image once, and the number of each text's image (texts,).
+    """
+    _, first, targets = np.unique(owners, return_index=True, return_inverse=True)
+    return texts @ images[first].T, targets
 
 
 def text_scores(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
@@ -129,8 +157,10 @@ class ComputeMetrics:
     names: tuple[str, ...] | None = None
 
     def __call__(self, evaluation: Any) -> dict[str, float]:
-        """The scores; of a tuple of outputs the first one is the logits."""
+        """The scores; of a tuple of outputs the first one is the logits (of retrieval: images, then texts)."""
         predictions = evaluation.predictions
+        if self.kind == "retrieval":
+            return scores(self.kind, *similarities(*predictions, evaluation.label_ids))
         if isinstance(predictions, tuple):
             predictions = predictions[0]
         return scores(self.kind, predictions, evaluation.label_ids, self.names)
@@ -168,6 +198,19 @@ def _multi(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]
         "f1_macro": float(f1_score(true, chosen, average="macro", zero_division=0)),
         "f1_micro": float(f1_score(true, chosen, average="micro", zero_division=0)),
     }
+
+
+def _retrieval(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
+    own = np.zeros(predictions.shape, bool)
+    own[np.arange(len(targets)), targets] = True
+    # per text, its image's similarity and the number of other images before it; per image, those of its best text
+    right = predictions[own]
+    before = {
+        "t2i": ((predictions >= right[:, None]) & ~own).sum(axis=1),
+        "i2t": ((predictions >= np.where(own, predictions, -np.inf).max(axis=0)) & ~own).sum(axis=0),
+    }
+    found = {f"{way}_r{rank}": 100 * float((before[way] < rank).mean()) for way in DIRECTIONS for rank in RANKS}
+    return {**found, "rsum": sum(found.values())}
 
 
 def _regress(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
@@ -213,6 +256,8 @@ def _check_classes(kind: str, predictions: NDArray[Any], targets: NDArray[Any], 
     classes = predictions.shape[1]
     if names and len(names) != classes:
         raise ValueError(f"predictions have {classes} columns, but there are {len(names)} classes: {', '.join(names)}")
-    top = classes - 1 if kind == "single" else 1
+    if kind == "retrieval" and len(missing := set(range(classes)) - set(targets.tolist())):
+        raise ValueError(f"{len(missing)} of {classes} images have no text: leave them out, or give each one")
+    top = 1 if kind == "multi" else classes - 1
     if targets.min() < 0 or targets.max() > top:
         raise ValueError(f"targets are {targets.min()} to {targets.max()}: they should be 0 to {top}")

@@ -6,7 +6,8 @@ import inspect
 import types
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +16,22 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import ModelOutput
 
 from sidestep import backbone as backbones
 from sidestep.backbone import Digest, Noise
+from sidestep.diffs import SparseDiff
 from sidestep.families import Pool, family_of
 from sidestep.fold import Fold, Hook
 from sidestep.heads import Head, HeadConfig
 from sidestep.methods import MethodConfig, ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta, method_of
 from sidestep.methods.base import Method
 from sidestep.methods.controls import Probe
+from sidestep.metrics import Written
 from sidestep.sites import Site
 
 Checkpoint = Literal["late"]
@@ -41,48 +47,15 @@ class Settings:
     backbone_noise: Noise | None = None
     checkpoint: Checkpoint | None = None
 
-
-def attach(
-    backbone: nn.Module,
-    method: MethodConfig,
-    *,
-    head: HeadConfig | None = None,
-    train_head: bool | None = None,
-    backbone_noise: Noise | None = None,
-    checkpoint: Checkpoint | None = None,
-) -> SideModel:
-    """A model that tunes `method` (and a head) on a backbone, frozen and in eval mode from here on.
-
-    Args:
-        backbone: a Hugging Face model, with or without a task head, or a timm model.
-        method: for example `ReadConfig(rank=128)`.
-        head: `Classify`, `Regress`, or None for the backbone's own head.
-        train_head: with head=None, whether the backbone's own head is trained; None: if it is new or the class is a
-            For...Classification class. A pooler is trained if it is new.
-        backbone_noise: "drop_path", "dropout" or "all" leave that noise on in training; None: eval mode. A method that
-            changes the backbone's weights trains with the backbone's own noise in any case.
-        checkpoint: "late" recomputes the blocks after the method's first write in backward.
-
-    Raises:
-        UnsupportedBackbone: if the method cannot work on this backbone.
-        ValueError: if the backbone is compiled, attached already, or a setting is out of range.
-        TypeError: if the backbone is no torch module.
-    """
-    backbones.check_noise(backbone_noise)
-    if checkpoint not in (None, "late"):
-        raise ValueError(f'checkpoint={checkpoint!r}: choose None or "late"')
-    if head is not None and train_head is not None:
-        raise ValueError(
-            f"train_head={train_head} with a {type(head).__name__} head: a Sidestep head is always trained, and "
-            "train_head is about the backbone's own; leave one of them out"
-        )
-    _check_attachable(backbone)
-    return SideModel(backbone, Settings(method, head, train_head, backbone_noise, checkpoint))
-
-
-def detach(model: SideModel) -> nn.Module:
-    """The untouched backbone: hooks removed, weights, gradient flags and mode as they were before `attach`."""
-    return model.detach_backbone()
+    def __post_init__(self) -> None:
+        backbones.check_noise(self.backbone_noise)
+        if self.checkpoint not in (None, "late"):
+            raise ValueError(f'checkpoint={self.checkpoint!r}: choose None or "late"')
+        if self.head is not None and self.train_head is not None:
+            raise ValueError(
+                f"train_head={self.train_head} with a {type(self.head).__name__} head: a Sidestep head is always "
+                "trained, and train_head is about the backbone's own; leave one of them out"
+            )
 
 
 class SideModel(nn.Module):
@@ -97,6 +70,7 @@ class SideModel(nn.Module):
         settings: what it was attached with.
         side: the side network (for a method that changes weights, a probe that does nothing).
         head: the Sidestep head, or None.
+        sparse: the sparse diff of the backbone's weights that is trained in their place, or None.
         places: the backbone's sites and the modules they sit on.
         fold: the hooks.
         extras: what `save_pretrained` stores besides (tokenizer or processor, preprocessing, scores).
@@ -105,13 +79,14 @@ class SideModel(nn.Module):
     backbone: Any
     side: SideNet
     head: Head | None
+    sparse: SparseDiff | None
 
     def __init__(self, backbone: nn.Module, settings: Settings) -> None:
         super().__init__()
         self.settings = settings
         self.record: Method = method_of(settings.method)
         self.extras: dict[str, Any] = {}
-        self._before = _Before.of(backbone)
+        self._before = Before.of(backbone)
         self._digest: Digest | None = None
 
         places = backbones.find_places(backbone)
@@ -127,7 +102,7 @@ class SideModel(nn.Module):
         pool = self.pool
         self.head = None
         if settings.head is not None:
-            self.head = Head(settings.head, self._feature_width(sites), pool).to(device=_device(backbone))
+            self.head = settings.head.build(self._feature_width(sites), pool).to(device=_device(backbone))
         self.places, self._delta = places, delta
         self._set_trained()
         self.fold = Fold(
@@ -138,7 +113,7 @@ class SideModel(nn.Module):
             family_of(backbone),
             narrow=self._narrow(sites),
             mean_first=mean_first,
-            through=self.head is None,
+            through=self._reads_own,
             frozen=delta is None,
         )
         if settings.checkpoint == "late":
@@ -179,6 +154,16 @@ class SideModel(nn.Module):
         asked = self.settings.head.pool if self.settings.head is not None else None
         return asked or backbones.default_pool(self.backbone)
 
+    @property
+    def head_config(self) -> dict[str, Any] | None:
+        """The head's config as JSON-ready values, with its read-out as it was resolved; None for the backbone's own."""
+        return None if self.settings.head is None else {**self.settings.head.to_dict(), "pool": self.pool}
+
+    @property
+    def _reads_own(self) -> bool:
+        """Whether the hidden states go on into the backbone's own head, or its own pooled output."""
+        return self.settings.head is None or self.pool == "own"
+
     def _feature_width(self, sites: list[Site]) -> int:
         own = self.side.pooled_width
         return own if own is not None else next(site.width for site in reversed(sites) if site.head)
@@ -189,7 +174,7 @@ class SideModel(nn.Module):
         write = self._first_write()
         if self._delta is not None or not self.side.tokenwise or staged or not _at_end(write):
             return None
-        if self.settings.head is not None:
+        if not self._reads_own:
             return self.pool if self.pool in ("cls", "last") and self.side.pooled_width is None else None
         return "cls" if type(self.backbone).__name__ in family_of(self.backbone).first_token_heads else None
 
@@ -225,16 +210,23 @@ class SideModel(nn.Module):
 
     def _set_trained(self) -> None:
         """Unfreeze what is trained, list the task's tensors, and keep their original values for `detach`."""
-        # A Sidestep head does not run through the backbone's own.
-        unread = self._beyond_trunk() if self.head is not None else set()
+        # A Sidestep head does not run through the backbone's own, nor through its pooler unless it reads that.
         new, own = backbones.new_parameters(self.backbone), self._own_head()
+        unread: set[int] = set()
+        if self.head is not None:
+            unread = own if self._reads_own else self._beyond_trunk()
         moved = {id(p) for name, p in self.trunk.named_parameters() if self._delta and self._delta.moves(name, p)}
+        unfit = unread | own | {id(p) for name, p in self.backbone.named_parameters() if name in new}
+        self.sparse = self._build_sparse(moved - unfit)
+        if self.sparse is not None:
+            moved = set()
         stored = []
         for name, parameter in self.backbone.named_parameters():
             if id(parameter) in unread:
                 continue
             trained = id(parameter) in moved or self._trains_head(name, id(parameter) in own, new)
-            parameter.requires_grad_(trained)
+            if self.sparse is None or not self.sparse.covers(parameter):
+                parameter.requires_grad_(trained)
             if trained or name in new:
                 stored.append(name)
         stored += self._running_statistics()
@@ -242,8 +234,15 @@ class SideModel(nn.Module):
         # a backbone without values (a plan's, on the meta device) has none to keep
         place = "meta" if self.device.type == "meta" else "cpu"
         self._originals = {name: tensors[name].detach().to(place, copy=True) for name in stored}
-        side = [name for name in super().state_dict() if name.startswith(("side.", "head."))]
+        side = [name for name in super().state_dict() if name.startswith(("side.", "head.", "sparse."))]
         self._task_names = (*side, *(f"backbone.{name}" for name in stored))
+
+    def _build_sparse(self, moved: set[int]) -> SparseDiff | None:
+        """The sparse diff of these weights of the trunk, if the method trains one."""
+        if self._delta is None:
+            return None
+        with _naming(self.record, self.backbone):
+            return self._delta.diff({name: p for name, p in self.trunk.named_parameters() if id(p) in moved})
 
     def _own_head(self) -> set[int]:
         """Identities of the parameters of the backbone's own head (a weight that is tied to the trunk's is none)."""
@@ -268,7 +267,7 @@ class SideModel(nn.Module):
 
     def _trains_head(self, name: str, own: bool, new: set[str]) -> bool:
         """Whether a parameter of the backbone's own head (`own`) or of a pooler is trained."""
-        if self.head is not None or not (own or backbones.in_pooler(name)):
+        if not (own or backbones.in_pooler(name)) or not self._reads_own:
             return False
         if self.settings.train_head is not None:
             return self.settings.train_head and (own or name in new)
@@ -283,11 +282,16 @@ class SideModel(nn.Module):
             self.generation_config = self.backbone.generation_config
         # The Trainer hands `num_items_in_batch` to models that scale their loss by it and divides the others' loss
         # itself. Sidestep's heads and causal language models do; other Hugging Face heads may take it and ignore it.
-        self.accepts_loss_kwargs = self.head is not None or self._is_causal_lm()
+        # The loss of encoder-decoders, a mean over the batch's tokens, is scaled in `_run`.
+        self._scales_loss = self.head is None and self._is_text2text()
+        self.accepts_loss_kwargs = self.head is not None or self._is_causal_lm() or self._scales_loss
         self._bind_forward()
 
     def _is_causal_lm(self) -> bool:
         return type(self.backbone).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+    def _is_text2text(self) -> bool:
+        return type(self.backbone).__name__ in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
 
     def _bind_forward(self) -> None:
         """Give this instance's `forward` the backbone's signature: by it the Trainer keeps or drops columns."""
@@ -322,6 +326,8 @@ class SideModel(nn.Module):
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """The backbone's inputs (and `labels`) -> its output type, or with a Sidestep head a classifier output."""
+        if self.sparse is not None:
+            self.sparse.write()
         output = self._run(args, labels, self._defaults(args, kwargs))
         if labels is not None and self.training and torch.is_grad_enabled():
             self._check_trains(output)
@@ -330,7 +336,11 @@ class SideModel(nn.Module):
     def _run(self, args: tuple[Any, ...], labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
         if self.head is None and isinstance(self.backbone, PreTrainedModel):
             given = {} if labels is None else {"labels": labels}
-            return self.fold.run(self.backbone, *args, **given, **kwargs)[0]
+            items = kwargs.pop("num_items_in_batch", None) if self._scales_loss else None
+            output = self.fold.run(self.backbone, *args, **given, **kwargs)[0]
+            if items is not None and labels is not None:
+                output.loss = output.loss * (labels >= 0).sum() / items
+            return output
         items = kwargs.pop("num_items_in_batch", None)
         if not isinstance(self.backbone, PreTrainedModel):
             args, kwargs = (*args, *kwargs.values()), {}
@@ -339,6 +349,8 @@ class SideModel(nn.Module):
             loss = None if labels is None else nn.functional.cross_entropy(output, labels)
             return ImageClassifierOutput(loss=loss, logits=output)
         assert reading is not None
+        if self._reads_own and reading.pooled is None:
+            reading = replace(reading, pooled=output.pooler_output)
         logits = self.head(reading)
         loss = None if labels is None else self.head.loss(logits, labels, items)
         kind = ImageClassifierOutput if self.main_input_name == "pixel_values" else SequenceClassifierOutput
@@ -347,11 +359,14 @@ class SideModel(nn.Module):
     def _check_trains(self, output: Any) -> None:
         """Raise where the loss of a training step has no gradient, instead of autograd's own error in backward."""
         if isinstance(output, ModelOutput) and not output.loss.requires_grad:
-            raise ValueError(
-                f"nothing is trained: {self.record.name} leaves it to the head, and the own head of "
-                f"{type(self.backbone).__name__} is frozen: pass head=ss.Classify(...), or train_head=True if the "
-                "head is not tied to the embeddings"
-            )
+            raise ValueError(self._nothing_trained())
+
+    def _nothing_trained(self) -> str:
+        return (
+            f"nothing is trained: {self.record.name} leaves it to the head, and the own head of "
+            f"{type(self.backbone).__name__} is frozen: pass head=ss.Classify(...), or train_head=True if the head is "
+            "not tied to the embeddings, or choose another method"
+        )
 
     def _defaults(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Fill in what a frozen pass needs: no cache where nothing is generated, a decoder's first token."""
@@ -381,17 +396,20 @@ class SideModel(nn.Module):
         """The backbone's `generate` with the task active.
 
         Raises:
-            ValueError: if the model has a Sidestep head, or the method mixes tokens and a cache is asked for.
+            ValueError: if the model has a Sidestep head, or a cache is asked for that the method cannot go on from.
         """
         if self.head is not None:
             raise ValueError(f"a model with a {type(self.settings.head).__name__} head does not generate text")
         config = kwargs.get("generation_config", getattr(self, "generation_config", None))
         cached = kwargs.get("use_cache", getattr(config, "use_cache", True))
-        if cached and not self.side.tokenwise:
+        # where nobody says, transformers uses one
+        if cached is not False and not self.caches:
             raise ValueError(
                 f"{self.record.name} mixes tokens, so a key-value cache would give other outputs than it was trained "
                 "for: pass use_cache=False"
             )
+        if self.sparse is not None:
+            self.sparse.write()
         return self.fold.run(self.backbone.generate, *args, **kwargs)[0]
 
     def train(self, mode: bool = True) -> SideModel:
@@ -427,6 +445,20 @@ class SideModel(nn.Module):
         return backbones.trunk_of(self.backbone)
 
     @property
+    def writes(self) -> Written | None:
+        """What the backbone's own head writes: "text2text" (an encoder-decoder's), "lm" (a decoder's), or no text."""
+        if self.head is not None:
+            return None
+        if self._is_text2text():
+            return "text2text"
+        return "lm" if self._is_causal_lm() and backbones.is_causal(self.backbone) else None
+
+    @property
+    def caches(self) -> bool:
+        """Whether text is generated with a key-value cache as it is without."""
+        return self.side.tokenwise or self.side.caches
+
+    @property
     def main_input_name(self) -> str:
         """Name of the model's first input."""
         return getattr(self.backbone, "main_input_name", "pixel_values")
@@ -447,15 +479,16 @@ class SideModel(nn.Module):
         if self._digest is None:
             plain_name = self._delta.plain_name if self._delta is not None else str
             named = backbones.pretrained_tensors(self.backbone, self._originals, plain_name)
-            self._digest = backbones.digest_of(named)
+            with nullcontext() if self.sparse is None else self.sparse.lifted():
+                self._digest = backbones.digest_of(named)
         return self._digest
 
     @property
     def head_digest(self) -> Digest | None:
         """The digest of what the task needs of the backbone besides: its own frozen head or loaded pooler."""
-        if self.head is not None:
+        if not self._reads_own:
             return None
-        beyond = self._beyond_trunk()
+        beyond = self._beyond_trunk() - (self._own_head() if self.head is not None else set())
         rest = [
             (name, parameter.detach())
             for name, parameter in sorted(self.backbone.named_parameters())
@@ -463,9 +496,20 @@ class SideModel(nn.Module):
         ]
         return backbones.digest_of(rest) if rest else None
 
+    @property
+    def parts(self) -> tuple[SideModel, ...]:
+        """The attached backbones: of a `PairModel` two, here this one."""
+        return (self,)
+
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that are trained."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+        """Names and parameters that are trained (not the weights that a sparse diff is written into)."""
+        dense = set() if self.sparse is None else {id(p) for p in self.sparse.tensors.values()}
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in dense)
+
+    @property
+    def untrained(self) -> str | None:
+        """Why nothing is trained; None if something is."""
+        return None if any(True for _ in self.trained_parameters()) else self._nothing_trained()
 
     def _get_name(self) -> str:
         # The Trainer's label smoothing shifts labels by the class name of a causal language model.
@@ -495,7 +539,7 @@ class SideModel(nn.Module):
         shapes = {
             name: (tuple(value.shape), tuple(tensors[name].shape))
             for name, value in state_dict.items()
-            if name in tensors and value.shape != tensors[name].shape
+            if name in tensors and value.shape != tensors[name].shape and not name.startswith("sparse.")
         }
         if missing or unexpected or shapes:
             raise ValueError(
@@ -504,7 +548,10 @@ class SideModel(nn.Module):
             )
         with torch.no_grad():
             for name in self._task_names:
-                tensors[name].copy_(state_dict[name])
+                if not name.startswith("sparse."):
+                    tensors[name].copy_(state_dict[name])
+        if self.sparse is not None:
+            self.sparse.place_flat(state_dict["sparse.positions"], state_dict["sparse.values"])
         return _IncompatibleKeys([], [])
 
     def _named_tensors(self) -> dict[str, Tensor]:
@@ -522,6 +569,9 @@ class SideModel(nn.Module):
             return self.backbone
         self.fold.remove()
         backbones.uncheckpoint_blocks([place.module for place in self.places])
+        if self.sparse is not None:
+            self.sparse.revert()
+            self.sparse.unhook()
         with torch.no_grad():
             tensors = dict([*self.backbone.named_parameters(), *self.backbone.named_buffers()])
             for name, value in self._originals.items():
@@ -534,7 +584,7 @@ class SideModel(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Before:
+class Before:
     """What `attach` changes on a backbone besides hooks: gradient flags and modes."""
 
     requires_grad: dict[str, bool]
@@ -542,16 +592,19 @@ class _Before:
 
     @property
     def training(self) -> bool:
+        """Whether the model as a whole was in training mode."""
         return self.modes[""]
 
     @classmethod
-    def of(cls, model: nn.Module) -> _Before:
+    def of(cls, model: nn.Module) -> Before:
+        """Those of a model as it is now."""
         return cls(
             {name: parameter.requires_grad for name, parameter in model.named_parameters()},
             {name: module.training for name, module in model.named_modules()},
         )
 
     def restore(self, model: nn.Module) -> None:
+        """Put them back."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.requires_grad[name])
         for name, module in model.named_modules():
@@ -574,7 +627,13 @@ class _naming:
             ) from error
 
 
-def _check_attachable(backbone: nn.Module) -> None:
+def check_attachable(backbone: nn.Module) -> None:
+    """Raise unless nothing is attached to the backbone and it is not compiled.
+
+    Raises:
+        ValueError: if it is.
+        TypeError: if it is no torch module.
+    """
     if isinstance(backbone, SideModel):
         raise ValueError("this is an attached model already: call ss.detach(model) first, then attach again")
     if not isinstance(backbone, nn.Module):

@@ -33,7 +33,8 @@ from sidestep.backbone import Digest
 from sidestep.heads import head_from_dict
 from sidestep.loading import Source, load_class, load_processor, source_of
 from sidestep.methods import UnsupportedBackbone, method_named
-from sidestep.model import Settings, SideModel, attach, detach
+from sidestep.model import Settings, SideModel
+from sidestep.pair import attach, detach
 from sidestep.versions import version_of, versions
 
 FORMAT = 1

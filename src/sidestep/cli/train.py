@@ -44,6 +44,8 @@ def train(
     train_split: opt.TrainSplit = "train",
     dev_split: opt.DevSplit = "validation",
     max_length: opt.MaxLength = None,
+    max_new_tokens: opt.MaxNewTokens = None,
+    num_beams: opt.NumBeams = 1,
     shots: opt.Shots = None,
     shots_seed: opt.ShotsSeed = None,
     image_size: opt.ImageSize = None,
@@ -86,10 +88,10 @@ def train(
     with reporting(debug):
         from sidestep.checkpoints import check_output
         from sidestep.data import Fields, read
-        from sidestep.loading import load_processor
+        from sidestep.loading import check_writes, load_processor
         from sidestep.methods import method_named
         from sidestep.pixels import adjusted
-        from sidestep.prepare import check_problem, prepare
+        from sidestep.prepare import check_problem, prepare, written_kind
         from sidestep.settings import TrainSettings
         from sidestep.train import train as run
 
@@ -133,6 +135,8 @@ def train(
         check_output(settings)
         config = config_from(method_named(asked["method"]).config, set_ or [], chosen.method_settings(asked["method"]))
         kind = check_problem(problem)
+        if (writes := written_kind(kind)) is not None:
+            check_writes(backbone, writes, revision=revision)
         table = table_options(columns, no_header, no_quoting, encoding)
         own = chosen.recipe and chosen.recipe.transform()
         processor = own or load_processor(backbone, revision=revision)
@@ -149,6 +153,8 @@ def train(
             shots_seed=shots_seed,
             augment=asked["augment"],
             skip_bad_images=skip_bad_images,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
         )
         where = {"name": backbone, "dtype": dtype, "revision": revision, "drop_path": asked["drop_path"]}
         noise = backbone_noise or ("drop_path" if asked["drop_path"] else None)
@@ -171,15 +177,22 @@ def _attached(
     own_head: bool,
     seed: int,
 ) -> SideModel:
-    """The model to train: with a Sidestep head, or the backbone's own."""
+    """The model to train: with a Sidestep head, or the backbone's own (for classes, or to write text)."""
     import torch
 
     from sidestep.loading import load_backbone
-    from sidestep.model import attach
+    from sidestep.pair import attach
+    from sidestep.prepare import written_kind
     from sidestep.train import head_for
 
     if own_head and pool is not None:
         raise ValueError(f"--pool {pool} with --own-head: the backbone's own head reads what it reads")
+    writes = written_kind(data.labels.kind)
+    if own_head and writes is not None:
+        raise ValueError(f"--own-head with --task {writes}: it is for classification; leave it out")
+    head = None if own_head else head_for(data, pool)
     torch.manual_seed(seed)
-    backbone = load_backbone(**where, head=own_head, num_labels=data.labels.outputs if own_head else None)
-    return attach(backbone, config, head=None if own_head else head_for(data, pool), **how)
+    backbone = load_backbone(
+        **where, head=own_head, num_labels=data.labels.outputs if own_head else None, writes=writes
+    )
+    return attach(backbone, config, head=head, **how)

@@ -22,7 +22,8 @@ from sidestep.families import Pool
 from sidestep.heads import Classify, HeadConfig
 from sidestep.loading import load_backbone, load_processor
 from sidestep.methods import UnsupportedBackbone, WeightDelta, method_of
-from sidestep.model import SideModel, attach, detach
+from sidestep.model import SideModel
+from sidestep.pair import attach, detach
 from sidestep.prepare import TaskData, prepare
 
 

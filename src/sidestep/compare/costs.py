@@ -13,7 +13,8 @@ from sidestep.compare.ledger import Ledger
 from sidestep.compare.spec import Comparison, Contender, Costs
 from sidestep.heads import Classify
 from sidestep.meters import Cost, measure
-from sidestep.model import Settings, SideModel, detach
+from sidestep.model import Settings, SideModel
+from sidestep.pair import detach
 from sidestep.plan import plan_for
 from sidestep.plan.blank import blank_batch
 

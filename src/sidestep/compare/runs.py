@@ -19,7 +19,7 @@ from sidestep.compare.ledger import Ledger, Tell
 from sidestep.compare.records import Kind, Record
 from sidestep.compare.spec import Comparison, Contender, Task
 from sidestep.metrics import GREATER_IS_BETTER
-from sidestep.model import detach
+from sidestep.pair import detach
 from sidestep.prepare import TaskData
 from sidestep.results import Results
 from sidestep.settings import TrainSettings

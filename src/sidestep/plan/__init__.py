@@ -12,7 +12,8 @@ from sidestep.backbone import Noise
 from sidestep.heads import Classify, HeadConfig
 from sidestep.memory import peak_memory, saved_bytes
 from sidestep.methods import MethodConfig
-from sidestep.model import Checkpoint, SideModel, attach
+from sidestep.model import Checkpoint, SideModel
+from sidestep.pair import attach
 from sidestep.plan.blank import Backbone, blank_batch, build
 from sidestep.plan.fit import Alternative, PlanWarning, alternatives, best_device, check_fits, largest_batch, memory_of
 from sidestep.plan.trace import (
