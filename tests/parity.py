@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from parity_diff import Comparison, diff_fixmask, diff_project, diff_step, diff_z
 from parity_files import Oracle, OracleError, Reproduction
 from parity_lst import lst_t5
 from parity_sherl import sherl_block, sherl_pooled, sherl_t5, sherl_vse_bert
@@ -38,6 +39,13 @@ FAMILIES: dict[str, Callable[[Oracle], Reproduction]] = {
     "unipt_clip4clip_": unipt_clip4clip,
 }
 """By the beginning of a file's name."""
+DIFFS: dict[str, Callable[[Oracle], Comparison]] = {
+    "diff_z": diff_z,
+    "diff_step_": diff_step,
+    "diff_project": diff_project,
+    "diff_fixmask": diff_fixmask,
+}
+"""The same for files that name their tensors and tolerances in a way of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +74,19 @@ class Verdict:
         return f"{'ok  ' if self.passed else 'FAIL'} {numbers}{unequal}"
 
 
-def family_of(path: Path) -> Callable[[Oracle], Reproduction]:
+def family_of(path: Path) -> Callable[[Oracle], Reproduction | Comparison]:
     """How a file is reproduced, by the beginning of its name.
 
     Raises:
         OracleError: if it is of no known family.
     """
-    for prefix, reproduce in FAMILIES.items():
+    for prefix, reproduce in (FAMILIES | DIFFS).items():
         if path.name.startswith(prefix):
             return reproduce
-    raise OracleError(f"is of no known family: the name has to begin with {', '.join(FAMILIES)}")
+    raise OracleError(f"is of no known family: the name has to begin with {', '.join(FAMILIES | DIFFS)}")
 
 
-def check(path: Path) -> Verdict:
+def check(path: Path) -> Verdict | Comparison:
     """Reproduce one file.
 
     Raises:
@@ -86,7 +94,8 @@ def check(path: Path) -> Verdict:
     """
     reproduce = family_of(path)
     oracle = Oracle.read(path)
-    return judge(oracle, reproduce(oracle))
+    found = reproduce(oracle)
+    return found if isinstance(found, Comparison) else judge(oracle, found)
 
 
 def judge(oracle: Oracle, found: Reproduction) -> Verdict:

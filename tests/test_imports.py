@@ -49,6 +49,7 @@ ORDER = [
     "prepare",
     "results",
     "checkpoints",
+    "retrieval",
     "predict",
     "train",
     "show",
