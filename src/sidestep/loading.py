@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
@@ -27,6 +27,7 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -34,7 +35,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sidestep.backbone import trunk_of
+from sidestep.backbone import is_causal, trunk_of
+from sidestep.families import DUAL_FAMILIES, dual_family_of
+from sidestep.metrics import Written
 from sidestep.pixels import IMAGE_TRANSFORM, ImageTransform
 from sidestep.vit_npz import NORM_EPS, NpzError, ViTArchive, read_sizes, read_vit
 
@@ -101,6 +104,7 @@ def load_backbone(
     revision: str | None = None,
     head: bool = False,
     num_labels: int | None = None,
+    writes: Written | None = None,
     drop_path: float | None = None,
 ) -> nn.Module:
     """The pretrained model of this name, in eval mode.
@@ -113,12 +117,13 @@ def load_backbone(
         revision: branch, tag or commit of a hub id.
         head: whether the model comes with a classification head of its own (text or images).
         num_labels: classes of that head; None: the checkpoint's.
+        writes: "text2text" or "lm": the model comes with its language model head, as an encoder-decoder or a decoder.
         drop_path: rate of the last block's drop path, which grows with depth from 0; None: the model's own. It acts in
             training alone, with `attach(..., backbone_noise="drop_path")`.
 
     Raises:
         LoadError: if there is no such model, files are missing or unreadable, or the weights are of another
-            architecture.
+            architecture; if the model writes no text, or not in the way that is asked for.
 
     Warns:
         LoadWarning: if weights of the backbone itself (not its pooler or head) were not in the checkpoint, or if the
@@ -132,6 +137,8 @@ def load_backbone(
         raise LoadError(f"drop_path={drop_path}: it is a rate from 0 to below 1")
     wanted = _dtype(dtype)
     if str(name).startswith(TIMM):
+        if writes is not None:
+            raise LoadError(f"{name} reads images and writes no text: choose problem single, multi or regress")
         if revision is not None:
             raise LoadError(f"revision={revision!r}: timm names its versions by tag, as in timm:NAME.TAG")
         classes = num_labels if head else 0
@@ -139,11 +146,24 @@ def load_backbone(
     config = _config(str(name), revision, {} if num_labels is None else {"num_labels": num_labels})
     if drop_path is not None:
         _set_drop_path(str(name), config, drop_path)
-    if str(name).startswith(VIT):
-        kind: Any = ViTForImageClassification if head else ViTModel
+    if writes is not None:
+        kind: Any = _writing_class(str(name), config, writes)
+    elif str(name).startswith(VIT):
+        kind = ViTForImageClassification if head else ViTModel
     else:
         kind = _auto_class(config) if head else AutoModel
     return _load_transformers(kind, str(name), config, wanted, revision)
+
+
+def check_writes(name: str | Path, writes: Written, *, revision: str | None = None) -> None:
+    """Refuses a model that does not write text in this way; no weights are read.
+
+    Raises:
+        LoadError: naming what to choose.
+    """
+    if str(name).startswith(TIMM):
+        raise LoadError(f"{name} reads images and writes no text: choose problem single, multi or regress")
+    _writing_class(str(name), _config(str(name), revision, {}), writes)
 
 
 def load_class(
@@ -178,17 +198,112 @@ def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
     if str(name).startswith(VIT):
         return _npz_processor(str(name).removeprefix(VIT))
     folder = Path(name)
+    if all((folder / part).is_dir() for part in PairProcessor.PARTS):
+        return PairProcessor(*(load_processor(folder / part) for part in PairProcessor.PARTS))
     if (folder / TIMM_PROCESSOR).is_file():
         return TimmProcessor.from_pretrained(folder)
     if (folder / IMAGE_TRANSFORM).is_file():
         with _as_load_error(str(folder / IMAGE_TRANSFORM), "processor"):
             return ImageTransform.from_pretrained(folder)
-    images = _reads_images(str(name), folder, revision)
+    return _load_processor(name, _reads_images(str(name), folder, revision), revision)
+
+
+def _load_processor(name: str | Path, images: bool, revision: str | None) -> Any:
+    """The image processor or the tokenizer of a transformers model."""
+    folder = Path(name)
     if folder.is_dir():
         _require_any(folder, IMAGE_FILES if images else TOKENIZER_FILES, "image processor" if images else "tokenizer")
     kind = AutoImageProcessor if images else AutoTokenizer
     with _quiet(local=folder.is_dir()), _as_load_error(str(name), "processor" if images else "tokenizer"):
-        return kind.from_pretrained(str(name), revision=revision or "main", trust_remote_code=False)
+        processor = kind.from_pretrained(str(name), revision=revision or "main", trust_remote_code=False)
+    if not images and (most := _most_tokens(str(name), folder, revision)) is not None:
+        # not every tokenizer knows what its model takes
+        processor.model_max_length = min(processor.model_max_length, most)
+    return processor
+
+
+@dataclass(frozen=True)
+class PairProcessor:
+    """What a dual encoder's images and texts are read with.
+
+    Attributes:
+        image: image processor, or an `ImageTransform`.
+        text: tokenizer.
+    """
+
+    PARTS: ClassVar = ("image", "text")
+
+    image: Any
+    text: Any
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The tokenizer's."""
+        return self.text.pad_token_id
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write both to folders of their own."""
+        for part in self.PARTS:
+            getattr(self, part).save_pretrained(str(Path(folder) / part))
+
+
+def load_pair_processor(name: str, text_name: str | None = None, *, revision: str | None = None) -> PairProcessor:
+    """The image processor and the tokenizer of a dual encoder, or of two encoders.
+
+    Raises:
+        LoadError: if one is missing.
+    """
+    if text_name is None:
+        return PairProcessor(*(_load_processor(name, images, revision) for images in (True, False)))
+    image, text = load_processor(name, revision=revision), load_processor(text_name)
+    for processor, wanted, given in ((image, False, name), (text, True, text_name)):
+        if isinstance(processor, PreTrainedTokenizerBase) != wanted:
+            raise LoadError(
+                f"{given} reads {'images' if wanted else 'text'}: --backbone is the encoder of images and "
+                "--text-backbone that of texts"
+            )
+    return PairProcessor(image, text)
+
+
+def load_pair(
+    name: str,
+    text_name: str | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    drop_path: float | None = None,
+) -> nn.Module:
+    """A dual encoder by its name, or of an encoder of images and one of texts, with new projections.
+
+    Raises:
+        LoadError: if it cannot be loaded, is no dual encoder, or an encoder is timm's.
+    """
+    model = load_backbone(name, dtype=dtype, revision=revision, drop_path=drop_path)
+    if text_name is not None:
+        return paired(model, load_backbone(text_name, dtype=dtype))
+    if dual_family_of(model) is None:
+        raise LoadError(
+            f"{name} is a {type(model).__name__}, no dual encoder ({', '.join(DUAL_FAMILIES)}): give one, or name the "
+            "encoder of texts beside it (--text-backbone)"
+        )
+    return model
+
+
+def paired(image: nn.Module, text: nn.Module) -> nn.Module:
+    """A dual encoder of two encoders, with new projections.
+
+    Raises:
+        LoadError: if one of them is not of transformers.
+    """
+    for model in (image, text):
+        if not isinstance(model, PreTrainedModel) or dual_family_of(model) is not None:
+            raise LoadError(f"{type(model).__name__} cannot be one of two towers: give an encoder of transformers")
+    names = [model.config._name_or_path for model in (image, text)]
+    model = transformers.VisionTextDualEncoderModel(vision_model=image, text_model=text).eval()
+    # the towers' configs are copies now; by these names they are loaded again
+    for tower, name in zip((model.vision_model, model.text_model), names, strict=True):
+        tower.config._name_or_path = name
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +433,32 @@ def _auto_class(config: Any) -> Any:
     )
 
 
+def _writing_class(name: str, config: Any, writes: Written) -> Any:
+    """The auto class with a language model head for this config."""
+    both = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    if type(config) in both:
+        able: Written | None = "text2text"
+    else:
+        able = "lm" if _is_decoder(config) else None
+    if able != writes:
+        is_what = {"text2text": "an encoder-decoder", "lm": "a decoder", None: "neither encoder-decoder nor decoder"}
+        choose = {"text2text": "--task text2text", "lm": "--task lm", None: "--task single, multi or regress"}
+        raise LoadError(
+            f"task {writes!r} needs {is_what[writes]}, but {name} ({config.model_type!r}) is {is_what[able]}: choose "
+            f"{choose[able]}, or another backbone"
+        )
+    return transformers.AutoModelForSeq2SeqLM if able == "text2text" else transformers.AutoModelForCausalLM
+
+
+def _is_decoder(config: Any) -> bool:
+    """Whether transformers' language model of this config sees earlier tokens only."""
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    # BERT-type models have such a class as well: their attention tells
+    with torch.device("meta"), _quiet(local=True):
+        return is_causal(transformers.AutoModelForCausalLM.from_config(config))
+
+
 def _load_transformers(
     kind: Any, name: str, config: Any, dtype: torch.dtype | None, revision: str | None
 ) -> PreTrainedModel:
@@ -375,6 +516,15 @@ def _reads_images(name: str, folder: Path, revision: str | None) -> bool:
         config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     mapping = transformers.MODEL_MAPPING
     return type(config) in mapping and mapping[type(config)].main_input_name == "pixel_values"
+
+
+def _most_tokens(name: str, folder: Path, revision: str | None) -> int | None:
+    """How many tokens a model has positions for; None: it does not say, or a folder holds a processor alone."""
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        return None
+    with _quiet(local=folder.is_dir()), _as_load_error(name, CONFIG):
+        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager

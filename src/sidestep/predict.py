@@ -1,10 +1,11 @@
-"""What a task says about rows: logits, scores, and a table with label names and probabilities."""
+"""What a task says about rows: logits or texts, scores, and a table with label names and probabilities."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,25 @@ from datasets import ClassLabel, Dataset, Image
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from sidestep.data import DataError, Fields, Kind, LabelSpace
+from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace, encode_prompts
 from sidestep.data.labels import SEPARATOR
-from sidestep.heads import Classify
-from sidestep.metrics import scores
+from sidestep.data.pairs import captioned, encode_pairs
+from sidestep.heads import Classify, Retrieve
+from sidestep.metrics import scores, text_scores
 from sidestep.model import SideModel
-from sidestep.prepare import collator, encode, stored_fields, stored_labels
+from sidestep.pair import Attached
+from sidestep.prepare import (
+    encode,
+    prompt_collator,
+    stored_fields,
+    stored_generation,
+    stored_labels,
+    written_kind,
+)
+from sidestep.retrieval import neighbours, recalls
 from sidestep.step import accepted
 
 PREDICTION = "prediction"
@@ -29,14 +41,14 @@ PROBABILITY = "p_"
 
 
 def evaluate(
-    model: SideModel,
+    model: Attached,
     rows: Dataset,
     *,
     fields: Fields | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, float]:
-    """The scores of a task on rows with labels.
+    """The scores of a task on rows with labels; where it writes texts, of these.
 
     Args:
         model: with `extras["processor"]` and `extras["preprocessing"]`, as `load` and `train` leave it.
@@ -49,15 +61,21 @@ def evaluate(
         DataError: for missing columns, and labels that training never had.
     """
     fields, labels = _reading(model, fields)
+    if labels.kind == "retrieval":
+        pairs, _ = encode_pairs(captioned(rows, fields), fields, model.extras["processor"], _max_length(model))
+        return recalls(model, pairs, batch_size=batch_size, progress=progress)
     if fields.label is None:
         raise DataError("scores need a label column: name it (--label)")
     encoded = _encode(model, rows, fields, labels)
+    if written_kind(labels.kind):
+        texts = written(model, encoded, _generation(model), batch_size=batch_size, progress=progress)
+        return text_scores(texts, encoded["target"][:])
     found = logits(model, encoded, fields, batch_size=batch_size, progress=progress)
     return scores(labels.kind, found, np.array(encoded.with_format(None)["labels"][:]), labels.names or None)
 
 
 def predict(
-    model: SideModel,
+    model: Attached,
     rows: Dataset,
     *,
     fields: Fields | None = None,
@@ -66,7 +84,9 @@ def predict(
 ) -> Dataset:
     """The rows with a column "prediction" and, for classes, one "p_NAME" with the probability of each.
 
-    Several labels of a row are joined by "|"; an image stays as its path.
+    Of retrieval, what is closest to each image and each caption (see `retrieval.neighbours`).
+
+    Several labels of a row are joined by "|"; an image stays as its path; a text is as the model writes it.
 
     Args:
         model: as for `evaluate`.
@@ -79,8 +99,15 @@ def predict(
         DataError: for missing columns, or a column that has the name of one of these.
     """
     fields, labels = _reading(model, fields)
-    found = logits(model, _encode(model, rows, fields, None), fields, batch_size=batch_size, progress=progress)
-    columns = predicted(labels, found)
+    if labels.kind == "retrieval":
+        return neighbours(model, rows, fields, batch_size=batch_size, progress=progress)
+    if (kind := written_kind(labels.kind)) is not None:
+        prompts, _ = encode_prompts(rows, fields, model.extras["processor"], kind, _max_length(model))
+        texts = written(model, prompts, _generation(model), batch_size=batch_size, progress=progress)
+        columns: dict[str, list[Any]] = {PREDICTION: texts}
+    else:
+        encoded = _encode(model, rows, fields, None)
+        columns = predicted(labels, logits(model, encoded, fields, batch_size=batch_size, progress=progress))
     taken = [name for name in columns if name in rows.column_names]
     if taken:
         raise DataError(f"the rows have columns named {', '.join(taken)} already: rename them")
@@ -114,23 +141,85 @@ def logits(
     progress: bool = False,
 ) -> NDArray[Any]:
     """(rows, outputs) in the order of the rows; they are run sorted by length, so that little is padding."""
-    order = _by_length(encoded)
-    if "labels" in encoded.column_names:
-        encoded = encoded.remove_columns("labels")
-    loader = DataLoader(
-        Subset(encoded, order.tolist()),
-        batch_size=batch_size,
-        collate_fn=collator(fields, model.extras.get("processor")),
-        num_workers=workers,
-    )
-    bar = track(loader, "predicting", console=Console(stderr=True), disable=not progress, transient=True)
+    order, collate = _by_length(encoded), Collate(model.extras.get("processor") if fields.text else None)
+    batches = _batches(model, encoded, order, collate, batch_size=batch_size, workers=workers, progress=progress)
     model.eval()
     with torch.inference_mode():
-        parts = [model(**accepted(model, batch)).logits.float().cpu().numpy() for batch in bar]
+        parts = [model(**batch).logits.float().cpu().numpy() for batch in batches]
     found = np.concatenate(parts)
     back = np.empty_like(found)
     back[order] = found
     return back
+
+
+def written(
+    model: SideModel,
+    encoded: Dataset,
+    generation: Generation,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: bool = False,
+) -> list[str]:
+    """The texts that a task writes after prompts, in the order of the rows, without special tokens.
+
+    With a key-value cache where the method is exact with one (`model.caches`).
+
+    Args:
+        model: with a language model head, and the tokenizer as `extras["processor"]`.
+        encoded: prompts as `encode_prompts` gives them, with targets or without.
+        generation: how they are written.
+        batch_size: rows of one pass; they are run sorted by length.
+        workers: processes that load data.
+        progress: whether a bar is shown.
+
+    Raises:
+        DataError: if the model writes no text.
+    """
+    tokenizer, kind = model.extras["processor"], model.writes
+    if kind is None:
+        raise DataError(f"{type(model.backbone).__name__} as it is attached writes no text")
+    order, end = _by_length(encoded), tokenizer.eos_token_id
+    collate = prompt_collator(tokenizer, kind)
+    how: dict[str, Any] = {
+        **asdict(generation),
+        "do_sample": False,
+        "use_cache": model.caches,
+        "eos_token_id": end,
+        "pad_token_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    }
+    texts = [""] * len(encoded)
+    model.eval()
+    start = 0
+    # tensors made under inference_mode could not be used in training, which goes on after an evaluation
+    with torch.no_grad():
+        for batch in _batches(
+            model, encoded, order, collate, batch_size=batch_size, workers=workers, progress=progress
+        ):
+            ids = model.generate(**batch, **how)
+            new = ids[:, batch["input_ids"].shape[1] :] if kind == "lm" else ids
+            for text in tokenizer.batch_decode(new, skip_special_tokens=True):
+                texts[order[start]] = text
+                start += 1
+    return texts
+
+
+def _batches(
+    model: SideModel,
+    encoded: Dataset,
+    order: NDArray[np.int64],
+    collate: Collate,
+    *,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+) -> Iterator[dict[str, Tensor]]:
+    """What the model takes of the rows without labels, in this order."""
+    kept = encoded.remove_columns([name for name in ("labels", "target") if name in encoded.column_names])
+    rows = Subset(kept, order.tolist())
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collate, num_workers=workers)
+    for batch in track(loader, "predicting", console=Console(stderr=True), disable=not progress, transient=True):
+        yield accepted(model, batch)
 
 
 def write_table(rows: Dataset, path: Path, *, overwrite: bool = False) -> None:
@@ -178,7 +267,7 @@ WRITERS: dict[str, Callable[[Dataset, str], object]] = {
 }
 
 
-def _reading(model: SideModel, fields: Fields | None) -> tuple[Fields, LabelSpace]:
+def _reading(model: Attached, fields: Fields | None) -> tuple[Fields, LabelSpace]:
     preprocessing = model.extras.get("preprocessing") or {}
     if model.extras.get("processor") is None:
         raise DataError("this task holds no tokenizer or image processor: set model.extras['processor']")
@@ -186,9 +275,13 @@ def _reading(model: SideModel, fields: Fields | None) -> tuple[Fields, LabelSpac
     return fields or stored_fields(preprocessing), labels
 
 
-def labels_of(model: SideModel) -> LabelSpace:
+def labels_of(model: Attached) -> LabelSpace:
     """What a model's head says that it predicts: of a task that was saved from Python, without `sidestep train`."""
+    if model.writes is not None:
+        return LabelSpace(model.writes, ())
     head, config = model.settings.head, getattr(model, "config", None)
+    if isinstance(head, Retrieve):
+        return LabelSpace("retrieval", ())
     if isinstance(head, Classify):
         names = head.labels or map(str, range(head.num_labels))
         return LabelSpace(head.kind, tuple(names))
@@ -201,9 +294,16 @@ def labels_of(model: SideModel) -> LabelSpace:
 
 
 def _encode(model: SideModel, rows: Dataset, fields: Fields, labels: LabelSpace | None) -> Dataset:
-    length = (model.extras.get("preprocessing") or {}).get("max_length")
     wanted = Fields(text=fields.text, text2=fields.text2, image=fields.image, label=fields.label if labels else None)
-    return encode(rows, wanted, model.extras["processor"], labels, length)[0]
+    return encode(rows, wanted, model.extras["processor"], labels, _max_length(model))[0]
+
+
+def _max_length(model: Attached) -> int | None:
+    return (model.extras.get("preprocessing") or {}).get("max_length")
+
+
+def _generation(model: SideModel) -> Generation:
+    return stored_generation(model.extras.get("preprocessing") or {})
 
 
 def _by_length(encoded: Dataset) -> NDArray[np.int64]:

@@ -25,16 +25,18 @@ from transformers.integrations import TensorBoardCallback
 from sidestep import checkpoints
 from sidestep.backbone import drop_path_rate
 from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, SetEpoch, StopIfDiverged
-from sidestep.heads import Classify, HeadConfig, Regress
+from sidestep.heads import Classify, HeadConfig, Regress, Retrieve
 from sidestep.loading import source_of
 from sidestep.methods import SideNet, WeightDelta
-from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, scores
+from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, scores, text_scores
 from sidestep.model import SideModel
+from sidestep.pair import Attached
 from sidestep.pixels import check_image_size
 from sidestep.plan import check_fits
-from sidestep.predict import logits
-from sidestep.prepare import TaskData
+from sidestep.predict import logits, written
+from sidestep.prepare import TaskData, written_kind
 from sidestep.results import PACKAGES, Results, device_name
+from sidestep.retrieval import recalls
 from sidestep.schedules import rate_factor
 from sidestep.settings import TrainSettings
 from sidestep.step import StepCost, measure_step
@@ -49,7 +51,7 @@ class TrainError(RuntimeError):
 
 
 def train(
-    model: SideModel, data: TaskData, settings: TrainSettings, *, recipe: Mapping[str, Any] | None = None
+    model: Attached, data: TaskData, settings: TrainSettings, *, recipe: Mapping[str, Any] | None = None
 ) -> Results:
     """Train a model, choose its best epoch on the dev rows (or keep the last), and save it as a task with its results.
 
@@ -57,7 +59,7 @@ def train(
     alone) and logs/ (for TensorBoard).
 
     Args:
-        model: attached, with a head for `data.labels` (see `head_for`).
+        model: attached, with a head for `data.labels` (see `head_for` and `load_backbone(writes=...)`).
         data: see `prepare`.
         settings: how.
         recipe: the name of the recipe that it follows and what differs from it, to be told in the results.
@@ -99,8 +101,20 @@ def train(
     return results
 
 
-def head_for(data: TaskData, pool: Any = None) -> HeadConfig:
-    """The Sidestep head for what the data's labels are; a regression starts at the mean of its targets."""
+def head_for(data: TaskData, pool: Any = None) -> HeadConfig | None:
+    """The Sidestep head for what the data's labels are; a regression starts at the mean of its targets.
+
+    None where texts are written: the backbone's own language model head does that.
+
+    Raises:
+        ValueError: for a pool where texts are written.
+    """
+    if (kind := written_kind(data.labels.kind)) is not None:
+        if pool is not None:
+            raise ValueError(f"pool={pool!r} with problem {kind!r}: a language model head reads all tokens; leave it out")
+        return None
+    if data.labels.kind == "retrieval":
+        return Retrieve(pool=pool)
     if data.labels.kind == "regress":
         return Regress(pool=pool, center=float(np.mean(data.train.with_format(None)["labels"][:])))
     return Classify(num_labels=data.labels.outputs, labels=data.labels.names, problem=data.labels.kind, pool=pool)
@@ -109,13 +123,13 @@ def head_for(data: TaskData, pool: Any = None) -> HeadConfig:
 # --- before ------------------------------------------------------------------------------------------------
 
 
-def _readable(model: SideModel, data: TaskData) -> TaskData:
+def _readable(model: Attached, data: TaskData) -> TaskData:
     """The data without columns that the model's forward does not take.
 
     Not left to the Trainer's column removal: that takes the lengths away before the sampler asks for them,
     and the row numbers by which an unreadable image is named.
     """
-    names = {*inspect.signature(model.forward).parameters, "labels", "length", "row"}
+    names = {*inspect.signature(model.forward).parameters, "labels", "length", "row", "target"}
 
     def prune(rows: Dataset) -> Dataset:
         return rows.remove_columns([name for name in rows.column_names if name not in names])
@@ -123,7 +137,7 @@ def _readable(model: SideModel, data: TaskData) -> TaskData:
     return replace(data, train=prune(data.train), dev=prune(data.dev))
 
 
-def _check_fit(model: SideModel, data: TaskData, settings: TrainSettings) -> None:
+def _check_fit(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     smoothing = settings.label_smoothing
     if smoothing and data.labels.kind != "single":
         raise ValueError(
@@ -135,8 +149,15 @@ def _check_fit(model: SideModel, data: TaskData, settings: TrainSettings) -> Non
             f"label_smoothing={smoothing}: the Trainer smooths labels of transformers models only, and "
             f"{type(model.backbone).__name__} is timm's; leave it at 0"
         )
+    _check_task(model, data)
+    if data.labels.kind == "retrieval" and settings.batch_size < 2:
+        raise ValueError(
+            f"batch_size={settings.batch_size} for retrieval: the other pairs of a batch are the negatives, so there "
+            "have to be at least 2"
+        )
     if data.fields.image is not None:
-        check_image_size(model.backbone, model.trunk, data.train[0]["pixel_values"])
+        reader = model.parts[0]
+        check_image_size(reader.backbone, reader.trunk, data.train[0]["pixel_values"])
     if settings.drop_last and len(data.train) < settings.batch_size:
         raise ValueError(
             f"drop_last with {len(data.train)} training rows and batch_size={settings.batch_size}: no batch would be "
@@ -149,12 +170,26 @@ def _check_fit(model: SideModel, data: TaskData, settings: TrainSettings) -> Non
         )
 
 
-def _describe(model: SideModel, data: TaskData) -> None:
+def _check_task(model: Attached, data: TaskData) -> None:
+    """Refuse a model that does not write the texts that the data asks for, or of which nothing is trained."""
+    kind = written_kind(data.labels.kind)
+    if kind is None:
+        return
+    if model.writes != kind:
+        raise ValueError(
+            f"the problem is {kind!r}, but {type(model.backbone).__name__} as it is attached writes no such text: take "
+            f"the backbone of load_backbone(..., writes={kind!r}) and the head of head_for(data)"
+        )
+    if model.untrained is not None:
+        raise ValueError(model.untrained)
+
+
+def _describe(model: Attached, data: TaskData) -> None:
     """Store in the model what reads further rows the same way."""
     model.extras["processor"] = data.processor
     model.extras["preprocessing"] = data.preprocessing()
     config = getattr(model, "config", None)
-    if config is None or model.head is not None:
+    if config is None or model.head is not None or data.generation is not None:
         return
     if data.labels.names:
         config.id2label = dict(enumerate(data.labels.names))
@@ -166,7 +201,7 @@ def _describe(model: SideModel, data: TaskData) -> None:
         config.pad_token_id = data.processor.pad_token_id or 0
 
 
-def _identity(model: SideModel, data: TaskData, settings: TrainSettings) -> dict[str, Any]:
+def _identity(model: Attached, data: TaskData, settings: TrainSettings) -> dict[str, Any]:
     """What a run is: a resumed one has to be the same."""
     return {
         **settings.fixed(),
@@ -200,9 +235,9 @@ def largest_batch(data: TaskData, size: int) -> Any:
 
 
 def _trainer(
-    model: SideModel, data: TaskData, settings: TrainSettings, metric: str, start: Path | None, clock: EpochClock
+    model: Attached, data: TaskData, settings: TrainSettings, metric: str, start: Path | None, clock: EpochClock
 ) -> Trainer:
-    steps = _steps_per_epoch(data, settings)
+    steps, writes = _steps_per_epoch(data, settings), data.generation is not None
     callbacks: list[Any] = [
         ExactResume(settings.seed, steps, settings.save_steps),
         StopIfDiverged(),
@@ -222,8 +257,9 @@ def _trainer(
         data_collator=data.collate.__call__,
         train_dataset=data.train,
         eval_dataset=data.dev,
-        compute_metrics=ComputeMetrics(data.labels.kind, data.labels.names or None),
+        compute_metrics=None if writes else ComputeMetrics(data.labels.kind, data.labels.names or None),
         callbacks=callbacks,
+        score=(lambda: _dev_scores(model, data, settings)) if writes else None,
     )
     for printer in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printer)
@@ -233,13 +269,29 @@ def _trainer(
 
 
 class _Trainer(Trainer):
-    """The Trainer with the settings' schedule, weight decay and whole batches."""
+    """The Trainer with the settings' schedule, weight decay and whole batches.
+
+    `score` gives the dev scores of problems that are not scored by logits; without it `compute_metrics` does.
+    """
 
     lr_scheduler: Any
 
-    def __init__(self, settings: TrainSettings, factor: Callable[[int], float], **given: Any) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        factor: Callable[[int], float],
+        *,
+        score: Callable[[], dict[str, float]] | None,
+        **given: Any,
+    ) -> None:
         super().__init__(**given)
-        self._settings, self._factor = settings, factor
+        self._settings, self._factor, self._score = settings, factor, score
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._score is not None:
+            found.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._score().items()})
+        return found
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None:
@@ -260,7 +312,7 @@ class _Trainer(Trainer):
             self.args.dataloader_drop_last = False
 
 
-def _arguments(model: SideModel, data: TaskData, settings: TrainSettings, metric: str) -> TrainingArguments:
+def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric: str) -> TrainingArguments:
     return TrainingArguments(
         # absolute: the path of the best checkpoint is stored
         output_dir=str((settings.output / checkpoints.FOLDER).resolve()),
@@ -287,7 +339,7 @@ def _arguments(model: SideModel, data: TaskData, settings: TrainSettings, metric
         logging_nan_inf_filter=False,  # on, it puts an average where the loss was NaN
         report_to="none",  # TensorBoard is among the callbacks, with a folder of our choice
         disable_tqdm=not settings.progress,
-        train_sampling_strategy="random" if data.fields.text is None else "group_by_length",
+        train_sampling_strategy="random" if data.fields.image is not None else "group_by_length",
         remove_unused_columns=False,  # see _readable
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -370,7 +422,13 @@ def _last_scores(history: list[dict[str, float]]) -> dict[str, float]:
     return {name: value for name, value in scored.items() if name != "loss"}
 
 
-def _dev_scores(model: SideModel, data: TaskData, settings: TrainSettings) -> dict[str, float]:
+def _dev_scores(model: Attached, data: TaskData, settings: TrainSettings) -> dict[str, float]:
+    if data.generation is not None:
+        size, workers = settings.eval_batch_size, settings.workers
+        texts = written(model, data.dev, data.generation, batch_size=size, workers=workers)
+        return text_scores(texts, data.dev["target"][:])
+    if data.labels.kind == "retrieval":
+        return recalls(model, data.dev, batch_size=settings.eval_batch_size, workers=settings.workers)
     found = logits(model, data.dev, data.fields, batch_size=settings.eval_batch_size, workers=settings.workers)
     targets = np.array(data.dev.with_format(None)["labels"][:])
     return scores(data.labels.kind, found, targets, data.labels.names or None)
@@ -390,7 +448,6 @@ def _results(
     epoch_seconds: list[float],
 ) -> Results:
     model, state, steps = trainer.model, trainer.state, _steps_per_epoch(data, settings)
-    head = model.settings.head
     kept = (state.best_global_step if settings.keep == "best" else None) or state.global_step
     return Results(
         scores=found,
@@ -398,7 +455,7 @@ def _results(
         best_epoch=round(kept / steps, 3),
         epochs=round(state.global_step / steps, 3),
         method={"name": model.record.name, **model.settings.method.to_dict()},
-        head=None if head is None else {**head.to_dict(), "pool": model.pool},
+        head=model.head_config,
         backbone={**asdict(source_of(model.backbone)), "digest": model.digest.exact},
         labels=list(data.labels.names),
         data={
@@ -421,7 +478,7 @@ def _results(
         settings=settings.to_dict(),
         recipe=dict(recipe) if recipe else None,
         history=history,
-        notes=_notes(model),
+        notes=_notes(model, writes=data.generation is not None),
     )
 
 
@@ -438,7 +495,7 @@ def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
     return history
 
 
-def _notes(model: SideModel) -> list[str]:
+def _notes(model: Attached, *, writes: bool) -> list[str]:
     noise = model.settings.backbone_noise or (
         "its own" if issubclass(model.record.implementation, WeightDelta) else "none"
     )
@@ -446,7 +503,11 @@ def _notes(model: SideModel) -> list[str]:
     told = noise == "drop_path" or (rate and noise != "none")
     drops = f" (rate of its drop path: {rate:g})" if told else ""
     notes = [f"noise of the backbone in training: {noise}{drops}"]
-    corrects = type(model.side).finish is not SideNet.finish
-    if corrects and not any(place.site.kind == "norm" for place in model.places):
-        notes.append("the backbone has no final norm: a correction before it is the same as one after it")
+    if writes and not model.caches:
+        notes.append(f"texts are written without a key-value cache, with which {model.record.name} is not exact")
+    for part in model.parts:
+        corrects = type(part.side).finish is not SideNet.finish
+        if corrects and not any(place.site.kind == "norm" for place in part.places):
+            what = "backbone" if part is model else type(part.backbone).__name__
+            notes.append(f"the {what} has no final norm: a correction before it is the same as one after it")
     return notes

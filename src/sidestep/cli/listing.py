@@ -101,6 +101,8 @@ def _facts(about: dict[str, Any]) -> dict[str, object]:
         "columns": columns,
         "max length": preprocessing.get("max_length"),
         "padding": preprocessing.get("padding"),
+        "problem": preprocessing.get("problem"),
+        "writes": preprocessing.get("generation"),
         "scores": about["scores"],
         "stored values": about["parameters"],
         "weight file": format_bytes(about["bytes"]),

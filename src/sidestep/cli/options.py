@@ -15,10 +15,16 @@ _running = partial(typer.Option, rich_help_panel="Output and running")
 
 Backbone = Annotated[str, _model(help="Hub id, folder, timm:NAME, timm:NAME@FILE or vit:FILE.npz.", show_default=False)]
 OtherBackbone = Annotated[str | None, _model("--backbone", help="Where the backbone is, if it has moved.")]
+TextBackbone = Annotated[
+    str | None, _model(help="Encoder of the captions beside --backbone, for --task retrieval; default: a dual encoder's.")
+]
 Recipe = Annotated[str | None, _model(help="One of `sidestep recipes`: it sets what no option here does.")]
 Method = Annotated[str, _model(help="One of `sidestep methods`.")]
 Set = Annotated[list[str] | None, _model("--set", help="name=value, a setting of the method; repeatable.")]
-Pool = Annotated[str | None, _model(help="What the head reads: cls, mean, mean_pre_norm, last; default: the family's.")]
+Pool = Annotated[str | None, _model(help="What the head reads: cls, mean, mean_pre_norm, last, of dual encoders own and gpo too.")]
+TextPool = Annotated[str | None, _model(help="The same of the text tower, where it is another (--task retrieval).")]
+Dim = Annotated[int | None, _model(help="Channels of the embeddings (--task retrieval); default: the model's own.")]
+Loss = Annotated[str, _model(help="contrastive or triplet (--task retrieval).")]
 OwnHead = Annotated[bool, _model("--own-head", help="Train the backbone's own classification head.")]
 Checkpoint = Annotated[str | None, _model(help="late: recompute the late blocks in backward.")]
 Noise = Annotated[str | None, _model(help="Noise of the frozen backbone: drop_path, dropout or all.")]
@@ -34,13 +40,19 @@ TrainSplit = Annotated[str, _data(help="Split of --train, where it has several."
 DevSplit = Annotated[str, _data(help="Split of --dev, where it has several.")]
 Split = Annotated[str, _data(help="Split of --data, where it has several.")]
 DevFraction = Annotated[float, _data(help="Share held out where there is no --dev.")]
-Text = Annotated[str | None, _data(help="Column of the text.")]
+Text = Annotated[str | None, _data("--text", "--prompt", help="Column of the text, or of the prompt.")]
 Text2 = Annotated[str | None, _data(help="Column of the second text of a pair.")]
 Image = Annotated[str | None, _data(help="Column of images, or of their paths.")]
-Label = Annotated[str | None, _data(help="Column of the label.")]
+Label = Annotated[
+    str | None, _data("--label", "--target", "--completion", help="Column of the label, or of the text to write.")
+]
 Problem = Annotated[
     str | None,
-    _data("--problem", "--task", help="single, multi or regress; default: multi for lists, else single."),
+    _data(
+        "--problem",
+        "--task",
+        help="single, multi, regress, text2text or lm; default: multi for lists, else single.",
+    ),
 ]
 Shots = Annotated[int | None, _data(help="Training rows of each class; default: all.")]
 ShotsSeed = Annotated[int | None, _data(help="Seed of their draw; default: --seed.")]
@@ -48,6 +60,10 @@ SkipBadImages = Annotated[bool, _data("--skip-bad-images", help="Leave out image
 Normalize = Annotated[str | None, _data(help="imagenet or half; default: the backbone's mean and deviation.")]
 Augment = Annotated[str, _data(help="Views of training images: none, flip, crop or randaugment.")]
 MaxLength = Annotated[int | None, _data(help="Tokens kept of a text; default: the tokenizer's limit.")]
+MaxNewTokens = Annotated[
+    int | None, _data(help="Tokens to write at most; default: those of the longest training target.")
+]
+NumBeams = Annotated[int, _data(help="Beams to search with, where texts are written.")]
 Columns = Annotated[str | None, _data(help="Names for a table's columns, in order: a,b,c.")]
 NoHeader = Annotated[bool, _data("--no-header", help="The table's first line is a row already.")]
 NoQuoting = Annotated[bool, _data("--no-quoting", help="Quotes in the table are plain characters.")]

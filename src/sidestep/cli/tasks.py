@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from sidestep.data import Fields, TableOptions
-    from sidestep.model import SideModel
+    from sidestep.pair import Attached
 
 
 def evaluate(
@@ -45,7 +45,7 @@ def evaluate(
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone)
         fields = _fields(model, text, text2, image, label)
-        found = _read(rows, table, split, fields, skip_bad_images=skip_bad_images)
+        found = _read(model, rows, table, split, fields, skip_bad_images=skip_bad_images)
         scores = predicting.evaluate(model, found, fields=fields, batch_size=batch_size, progress=not quiet)
         show_facts(f"{task} on {rows}", {"rows": len(found), **scores})
 
@@ -81,7 +81,7 @@ def predict(
         fields = _fields(model, text, text2, image, None)
         found = predicting.predict(
             model,
-            _read(rows, table, split, fields, skip_bad_images=skip_bad_images),
+            _read(model, rows, table, split, fields, skip_bad_images=skip_bad_images),
             fields=fields,
             batch_size=batch_size,
             progress=not quiet,
@@ -95,7 +95,7 @@ def _check_batch(size: int) -> None:
         raise ValueError(f"batch_size={size}, but it must be at least 1")
 
 
-def _load(task: Path, name: str | None) -> SideModel:
+def _load(task: Path, name: str | None) -> Attached:
     """The model of a task, on its backbone or one from elsewhere, on a GPU if there is one."""
     import torch
 
@@ -114,19 +114,25 @@ def _load(task: Path, name: str | None) -> SideModel:
     return store.load(task, backbone, device=device)
 
 
-def _read(rows: str, table: TableOptions, split: str, fields: Fields, *, skip_bad_images: bool) -> Dataset:
-    from sidestep.data import check_fields, drop_unreadable, read
+def _read(
+    model: Attached, rows: str, table: TableOptions, split: str, fields: Fields, *, skip_bad_images: bool
+) -> Dataset:
+    from sidestep.data import check_fields, drop_unreadable
+    from sidestep.predict import labels_of
+    from sidestep.prepare import read_rows
 
-    found = read(rows, table, split=split)
+    kind = labels_of(model).kind
+    found = read_rows(rows, fields, table, kind, split=split)
     if not skip_bad_images:
         return found
     if fields.image is None:
         raise ValueError("--skip-bad-images is for images, but the task reads text: leave it out")
-    check_fields(found, replace(fields, label=None))
+    if kind != "retrieval":
+        check_fields(found, replace(fields, label=None))
     return drop_unreadable(found, fields.image)
 
 
-def _fields(model: SideModel, text: str | None, text2: str | None, image: str | None, label: str | None) -> Fields:
+def _fields(model: Attached, text: str | None, text2: str | None, image: str | None, label: str | None) -> Fields:
     """The columns that the task was trained on, with the user's in their place."""
     from sidestep.data import Fields
     from sidestep.prepare import stored_fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from sidestep.show import hush, show_recipe, show_results, show_start
 if TYPE_CHECKING:
     from sidestep.methods import MethodConfig
     from sidestep.model import SideModel
+    from sidestep.pair import Attached, PairModel
     from sidestep.prepare import TaskData
 
 
@@ -27,7 +29,11 @@ def train(
     recipe: opt.Recipe = None,
     method: opt.Method = "read",
     set_: opt.Set = None,
+    text_backbone: opt.TextBackbone = None,
     pool: opt.Pool = None,
+    text_pool: opt.TextPool = None,
+    dim: opt.Dim = None,
+    loss: opt.Loss = "contrastive",
     own_head: opt.OwnHead = False,
     checkpoint: opt.Checkpoint = None,
     backbone_noise: opt.Noise = None,
@@ -87,11 +93,11 @@ def train(
     """Train a task and save it in a folder."""
     with reporting(debug):
         from sidestep.checkpoints import check_output
-        from sidestep.data import Fields, read
-        from sidestep.loading import check_writes, load_processor
+        from sidestep.data import Fields
+        from sidestep.loading import check_writes, load_pair_processor, load_processor
         from sidestep.methods import method_named
         from sidestep.pixels import adjusted
-        from sidestep.prepare import check_problem, prepare, written_kind
+        from sidestep.prepare import check_problem, prepare, read_rows, written_kind
         from sidestep.settings import TrainSettings
         from sidestep.train import train as run
 
@@ -135,16 +141,24 @@ def train(
         check_output(settings)
         config = config_from(method_named(asked["method"]).config, set_ or [], chosen.method_settings(asked["method"]))
         kind = check_problem(problem)
+        pairs = kind == "retrieval"
+        if not pairs and (text_backbone, text_pool, dim, loss) != (None, None, None, "contrastive"):
+            raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --task retrieval")
         if (writes := written_kind(kind)) is not None:
             check_writes(backbone, writes, revision=revision)
         table = table_options(columns, no_header, no_quoting, encoding)
         own = chosen.recipe and chosen.recipe.transform()
-        processor = own or load_processor(backbone, revision=revision)
+        fields = Fields(text=text, text2=text2, image=image, label=None if pairs else label)
+        if pairs:
+            found = load_pair_processor(backbone, text_backbone, revision=revision)
+            processor = replace(found, image=adjusted(found.image, size=image_size, normalize=normalize))
+        else:
+            processor = adjusted(own or load_processor(backbone, revision=revision), size=image_size, normalize=normalize)
         data = prepare(
-            read(train, table, split=train_split),
-            None if dev is None else read(dev, table, split=dev_split),
-            Fields(text=text, text2=text2, image=image, label=label),
-            adjusted(processor, size=image_size, normalize=normalize),
+            read_rows(train, fields, table, kind, split=train_split),
+            None if dev is None else read_rows(dev, fields, table, kind, split=dev_split),
+            fields,
+            processor,
             kind=kind,
             max_length=max_length,
             dev_fraction=dev_fraction,
@@ -159,12 +173,34 @@ def train(
         where = {"name": backbone, "dtype": dtype, "revision": revision, "drop_path": asked["drop_path"]}
         noise = backbone_noise or ("drop_path" if asked["drop_path"] else None)
         how = {"backbone_noise": noise, "checkpoint": checkpoint}
-        model = _attached(config, data, where, how, pool=asked["pool"], own_head=own_head, seed=seed)
+        model: Attached
+        if pairs:
+            if own_head:
+                raise ValueError("--own-head with --task retrieval: the embeddings are Sidestep's; leave it out")
+            head = {"pool": asked["pool"], "text_pool": text_pool, "dim": dim, "loss": loss}
+            model = _attached_pair(config, {**where, "text_name": text_backbone}, how, head, seed)
+        else:
+            model = _attached(config, data, where, how, pool=asked["pool"], own_head=own_head, seed=seed)
         show_start(model, data, settings)
         record = chosen.record()
         if record is not None:
             show_recipe(record)
         show_results(run(model, data, settings, recipe=record), Path(output))
+
+
+def _attached_pair(
+    config: MethodConfig, where: dict[str, Any], how: dict[str, Any], head: dict[str, Any], seed: int
+) -> PairModel:
+    """The dual encoder to train, with new projections where there are none."""
+    import torch
+
+    from sidestep.heads import Retrieve
+    from sidestep.loading import load_pair
+    from sidestep.pair import attach
+
+    asked = Retrieve(**head)
+    torch.manual_seed(seed)
+    return attach(load_pair(**where), config, head=asked, **how)
 
 
 def _attached(
