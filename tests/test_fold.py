@@ -489,3 +489,37 @@ def test_a_trunk_that_changes_its_output_behind_the_last_site_is_named() -> None
     model = ss.attach(backbone, ss.ProbeConfig(), head=ss.Classify(num_labels=2)).eval()
     with pytest.raises(FoldError, match="the trunk's last hidden state is not what came out of it"):
         model(**FAMILIES["bert"].inputs())
+
+
+# --- key-value caches ---------------------------------------------------------------------------------------
+
+
+def test_the_past_is_that_before_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every site, though the blocks add the tokens of this pass to the cache on the way."""
+    seen: list[tuple[int, int]] = []
+
+    class Positions(Plain):
+        tokenwise = True
+
+        def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
+            seen.append((site.past, site.positions(hidden)[0].item()))
+            assert site.cache is None  # it declares no `caches`
+            return state, hidden
+
+        def finish(self, state: Any, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
+            seen.append((site.past, site.positions(normed)[0].item()))
+            return normed
+
+    model = attach_toy(monkeypatch, Positions, FAMILIES["llama"].model())
+    ids = torch.randint(3, 40, (2, 5))
+    cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+    model(input_ids=ids[:, 3:], past_key_values=cache)
+    assert seen == [(0, 0)] * 5 + [(3, 3)] * 5
+
+
+def test_a_method_that_mixes_tokens_is_refused_a_filled_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attach_toy(monkeypatch, Plain, FAMILIES["llama"].model())
+    ids = torch.randint(3, 40, (2, 5))
+    cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values  # an empty one does no harm
+    with pytest.raises(FoldError, match="the key-value cache holds 3 tokens, and Plain mixes tokens"):
+        model(input_ids=ids[:, 3:], past_key_values=cache)

@@ -128,6 +128,6 @@ def test_positions_go_on_after_the_cache() -> None:
     site = Site(kind="block", stack="decoder", stage=0, index=0, depth=1, width=4)
     hidden = torch.randn(2, 3, 4)
     assert site.positions(hidden).tolist() == [0, 1, 2]
-    later = site.during(keep=None, memory_keep=None, grid=None, past=5, cache=None)
+    later = site.during(keep=None, key_keep=None, memory_keep=None, grid=None, past=5, cache=None)
     assert later.positions(hidden).tolist() == [5, 6, 7]
     assert site.past == 0

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
+from sidestep.caches import SideCache
 from sidestep.families import Family, Pool
 from sidestep.layers import masked_mean
 from sidestep.methods.base import SideNet
@@ -53,6 +54,8 @@ class Pass:
     state: Any = None
     carried: Tensor | None = None
     grid: tuple[int, int] | None = None
+    past: int = 0
+    cache: SideCache | None = None
     encoder_only: bool = False
     row: Tensor | None = None
     output: Tensor | None = None
@@ -231,20 +234,56 @@ class Fold:
         assert self.current is not None
         inputs, tokens = self.current.inputs, hidden.shape[1]
         decoding = len(self.lengths) > 1 and site.stack == "decoder"
-        keep = _mask(inputs.get("decoder_attention_mask" if decoding else "attention_mask"))
-        cache = call.get("past_key_values")
+        if site.kind == "stage":
+            self._open_cache(self.current, site, call)
         if site.kind != "norm":
             self.current.grid = self.family.grid(self.trunk, inputs, call, hidden)
-        grid = self.current.grid
-        if keep is not None:
-            keep = keep[:, -tokens:] if grid is None and keep.shape[1] >= tokens else None
+        grid, past, cache = self.current.grid, self.current.past, self.current.cache
+        mask = _mask(inputs.get("decoder_attention_mask" if decoding else "attention_mask")) if grid is None else None
+        keep = _latest(mask, tokens)
         return site.during(
             keep=keep,
+            key_keep=keep if cache is None else _latest(mask, past + tokens),
             memory_keep=_mask(inputs.get("attention_mask")) if decoding else None,
             grid=grid,
-            past=0 if cache is None else cache.get_seq_length(),
+            past=past,
             cache=cache,
         )
+
+    def _open_cache(self, current: Pass, site: Site, call: Mapping[str, Any]) -> None:
+        """Note at a stack's start what its key-value cache holds: the blocks add this pass's tokens on the way.
+
+        Raises:
+            FoldError: if it holds tokens and the method cannot go on from them.
+        """
+        current.past, current.cache = 0, None
+        cache = None
+        if site.stack == self.last_stack:
+            given = (call.get("past_key_values"), call.get("layer_past"), current.inputs.get("past_key_values"))
+            cache = next((one for one in given if one is not None), None)
+        if cache is None:
+            return
+        current.past = cache.get_seq_length()
+        if self.method.caches:
+            current.cache = SideCache(cache, site.depth, current.past)
+        elif not self.method.tokenwise and current.past:
+            raise FoldError(
+                f"the key-value cache holds {current.past} tokens, and {type(self.method).__name__} mixes tokens "
+                "without keeping what it knew of them: pass the whole sequence and use_cache=False"
+            )
+
+    def as_tokens(self, hidden: Tensor) -> Tensor:
+        """A module's (batch, rows, columns, width) or (batch, width, rows, columns), seen as (batch, tokens, width)."""
+        if hidden.ndim != 4:
+            return hidden
+        return hidden.flatten(2).transpose(1, 2) if self.family.layout == "channels" else hidden.flatten(1, 2)
+
+    def as_given(self, tokens: Tensor, given: Tensor) -> Tensor:
+        """Tokens in the layout of the hidden state that they stand in for."""
+        if given.ndim == 4 and self.family.layout == "channels":
+            # Contiguous, or the convolutions behind would go on with channels last, by other kernels.
+            return tokens.transpose(1, 2).reshape(given.shape).contiguous()
+        return tokens.reshape(given.shape)
 
     def narrowed(self, hidden: Tensor, site: Site) -> tuple[Tensor, Site]:
         """Only the token that the head reads, copied so that its neighbours' storage is not kept."""
@@ -256,7 +295,12 @@ class Fold:
         return take_rows(hidden, last_kept(site.keep)), single_token(site)
 
     def step(self, current: Pass, hidden: Tensor, site: Site) -> Tensor:
-        """The method's step, with the guard on what lies before its first write."""
+        """The method's step, with the guards on the batch and on what lies before its first write."""
+        if self.method.training and hidden.shape[0] < self.method.least_rows:
+            raise ValueError(
+                f"{hidden.shape[0]} row in a batch, but {type(self.method).__name__} has batch norms on this backbone, "
+                f"which are trained on {self.method.least_rows} or more: give larger batches, or call model.eval()"
+            )
         if self.frozen and not current.written and hidden.requires_grad and torch.is_grad_enabled():
             raise FoldError(
                 f"the hidden state at {site.kind} {site.index} of the {site.stack} requires a gradient before the "
@@ -358,12 +402,12 @@ class AtStage(Hook):
         call = _bind(self.names, args, kwargs)
         given = call[self.names[0]]
         site = self.fold.seen(self.site, given, call)
-        hidden = _as_tokens(given)
+        hidden = self.fold.as_tokens(given)
         read, narrow = self.fold.narrowed(hidden, site)
         written = self.fold.step(current, read, narrow)
         if written is read:
             return None
-        return _with_argument(self.names, args, kwargs, self.names[0], written.reshape(given.shape))
+        return _with_argument(self.names, args, kwargs, self.names[0], self.fold.as_given(written, given))
 
 
 @dataclass(eq=False)
@@ -400,7 +444,7 @@ class AtBlock(Hook):
         fold, current = self.fold, self.fold.visit(self.site, self.order)
         given = output[0] if isinstance(output, tuple) else output
         site = fold.seen(self.site, given, _bind(self.names, args, kwargs))
-        read, narrow = fold.narrowed(_as_tokens(given), site)
+        read, narrow = fold.narrowed(fold.as_tokens(given), site)
         written = fold.step(current, read, narrow)
         if site.last and not site.final_norm:
             written = fold.finish(current, written, written, narrow)
@@ -410,8 +454,8 @@ class AtBlock(Hook):
             current.row = written
             current.output = written if fold.through else given
             return _with_first(output, current.output)
-        current.output = written
-        return None if written is read else _with_first(output, written.reshape(given.shape))
+        current.output = given if written is read else fold.as_given(written, given)
+        return None if written is read else _with_first(output, current.output)
 
 
 @dataclass(eq=False)
@@ -425,7 +469,7 @@ class BeforeNorm(Hook):
         if not self.fold.running or current is None:
             return None
         raw = args[0]
-        current.row = mean_tokens(_as_tokens(raw), self.fold.seen(self.site, raw, {}))[:, None]
+        current.row = mean_tokens(self.fold.as_tokens(raw), self.fold.seen(self.site, raw, {}))[:, None]
         return (raw.detach(), *args[1:])
 
 
@@ -445,7 +489,8 @@ class AtNorm(Hook):
             raise FoldError(_wrong_norm(self.site.stack, f"it got a tensor of shape {tuple(raw.shape)}"))
         site = fold.seen(self.site, raw, {})
         if current.row is None or not site.head:
-            current.output = fold.finish(current, _as_tokens(raw), _as_tokens(output), site).reshape(output.shape)
+            finished = fold.finish(current, fold.as_tokens(raw), fold.as_tokens(output), site)
+            current.output = fold.as_given(finished, output)
             return current.output
         # Only the row that the head reads goes through the norm with its gradient.
         normed = output if fold.through else type(module).forward(module, current.row)
@@ -485,11 +530,6 @@ def _wrong_norm(stack: str, why: str) -> str:
     )
 
 
-def _as_tokens(hidden: Tensor) -> Tensor:
-    """(batch, rows, columns, width) as (batch, tokens, width); tokens as they are."""
-    return hidden.flatten(1, 2) if hidden.ndim == 4 else hidden
-
-
 def _with_first(output: Any, hidden: Tensor) -> Any:
     """A block's output with another hidden state."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -497,6 +537,11 @@ def _with_first(output: Any, hidden: Tensor) -> Any:
 
 def _mask(mask: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _latest(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """The last columns of a padding mask, one for each token; None if it has fewer."""
+    return None if mask is None or mask.shape[1] < tokens else mask[:, -tokens:]
 
 
 def _lengths(places: Sequence[Place]) -> dict[str, int]:

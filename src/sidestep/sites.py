@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,25 @@ class FrozenBlock:
         return self.norm_mlp(hidden + self.scale_mlp(self.mlp(hidden)))
 
 
+class SideCache(Protocol):
+    """Where a method that declares `caches` keeps keys and values of its own while text is generated.
+
+    They are further layers of the model's cache, numbered by the method from 0, without gaps in one pass.
+    """
+
+    def extend(self, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (batch, heads, past + tokens, channels): those of earlier passes and these (of the tokens).
+
+        Raises:
+            ValueError: if the tokens in the cache did not all come by here.
+        """
+
+    def once(
+        self, number: int, make: Callable[[Tensor], tuple[Tensor, Tensor]], memory: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of an encoder's tokens: what `make(memory)` gave in the first pass with this cache."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """One place of a frozen backbone. The first group of fields is known at attach, the second belongs to one pass.
@@ -97,14 +116,17 @@ class Site:
         final_norm: whether the stack ends in a norm of its own.
         head: whether the head reads this stack's output.
         spatial: whether the tokens stand in a grid (images).
+        convolutional: whether the blocks are convolutions: tokens are positions, and a stage's first block may change
+            their grid and width on the way, so that the stage's input has those of the stage before.
         next_block: frozen parts of the block that this hidden state goes into, where there is one and the family table
             knows them.
         norm: the stack's final norm, at a site of kind "norm".
         keep: (batch, tokens) bool, False on padding; None when nothing is padded.
+        key_keep: (batch, past + tokens) bool, the same with the tokens in the key-value cache before them.
         memory_keep: the same for the encoder's tokens, seen from a decoder.
         grid: rows and columns of the token grid, None for text.
-        past: tokens already in the key-value cache.
-        cache: the model's own cache object, or None.
+        past: tokens that were in the key-value cache before this pass.
+        cache: for a method that declares `caches`, in a pass with a key-value cache, its part of that; else None.
     """
 
     kind: Kind
@@ -118,14 +140,16 @@ class Site:
     final_norm: bool = False
     head: bool = True
     spatial: bool = False
+    convolutional: bool = False
     next_block: FrozenBlock | None = None
     norm: nn.Module | None = None
 
     keep: Tensor | None = None
+    key_keep: Tensor | None = None
     memory_keep: Tensor | None = None
     grid: tuple[int, int] | None = None
     past: int = 0
-    cache: Any = None
+    cache: SideCache | None = None
 
     @property
     def last(self) -> bool:
@@ -140,13 +164,14 @@ class Site:
         self,
         *,
         keep: Tensor | None,
+        key_keep: Tensor | None,
         memory_keep: Tensor | None,
         grid: tuple[int, int] | None,
         past: int,
-        cache: Any,
+        cache: SideCache | None,
     ) -> Site:
         """This site with what belongs to one pass filled in."""
-        return replace(self, keep=keep, memory_keep=memory_keep, grid=grid, past=past, cache=cache)
+        return replace(self, keep=keep, key_keep=key_keep, memory_keep=memory_keep, grid=grid, past=past, cache=cache)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +198,7 @@ def not_plain(sites: Sequence[Site]) -> str | None:
     reasons = {
         "is an encoder-decoder": len(stacks(sites)) > 1,
         "is causal": any(site.causal for site in sites),
+        "is convolutional": any(site.convolutional for site in sites),
         "is hierarchical": any(site.stage > 0 for site in sites),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -24,6 +24,7 @@ TINY: dict[str, dict[str, Any]] = {
     "dtl": {"rank": 4, "late_blocks": 2},
     "lst": {"reduction": 2, "heads": 2, "dropout": 0.0},
     "sherl": {"reduction": 4, "dropout": 0.0},
+    "sparse": {"density": 0.05, "select": "random"},
     "synqt": {"queries": 2, "hidden": 6, "attention_hidden": 3, "dropout": 0.0, "head_drop_path": 0.0},
 }
 #: Further settings of a method that run other code.
@@ -39,8 +40,11 @@ OWN_READ_OUT = ("synqt", "unipt-vector")
 SIDE = [name for name, method in METHODS.items() if issubclass(method.implementation, SideNet)]
 DELTA = [name for name, method in METHODS.items() if issubclass(method.implementation, WeightDelta)]
 
+#: What works on a convolutional network; the rest reads tokens of one width, or changes linear maps.
+ON_RESNETS = ("read", "probe", "full", "bitfit", "sherl", "sparse")
 #: The pairs that must be refused; every other pair must work.
 REFUSED = {
+    *((method, family) for method in METHODS if method not in ON_RESNETS for family in ("resnet", "timm_resnet")),
     *(("bitfit", family) for family in ("t5", "llama")),
     *(("dtl+", family) for family in ("bert", "t5", "llama")),
     ("sherl", "swin"),
@@ -262,10 +266,13 @@ def test_a_weight_delta_moves_only_what_it_declares_and_detach_restores_it(metho
     before = {name: p.clone() for name, p in backbone.named_parameters()}
     model = ss.attach(backbone, config_of(method))
     declared = {name.removeprefix("backbone.") for name, _ in model.trained_parameters()}
+    if model.sparse is not None:
+        declared |= {name for name, p in backbone.named_parameters() if model.sparse.covers(p)}
     start = {name: p.clone() for name, p in backbone.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     loss_of(model.train(), kind).backward()
     optimizer.step()
+    loss_of(model, kind)  # a sparse diff is written into the weights before a pass
     moved = {name for name, p in backbone.named_parameters() if not torch.equal(p, start[name])}
     assert moved
     assert moved <= declared
@@ -349,7 +356,7 @@ def test_cached_generation_equals_uncached(method: str, family: str, how: dict[s
     if kind.causal:  # decoders are padded on the left for generation
         batch = {name: value.flip(1) for name, value in batch.items()}
     common = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_scores=True, **how)
-    if not model.side.tokenwise:
+    if not (model.side.tokenwise or model.side.caches):
         with pytest.raises(ValueError, match="use_cache=False"):
             model.generate(**batch, use_cache=True, **common)
         return
@@ -429,7 +436,8 @@ def test_checkpointing_keeps_gradients_and_runs_late_blocks_twice(method: str, f
         runs[id(block)] += 1
 
     # A block's own child counts its runs: the block's hooks stand outside the checkpoint.
-    watched = [next(m for m in block.modules() if isinstance(m, nn.Linear)) for block in saving.late_blocks()]
+    kinds = nn.Linear | nn.Conv2d
+    watched = [next(m for m in block.modules() if isinstance(m, kinds)) for block in saving.late_blocks()]
     for block, child in zip(saving.late_blocks(), watched, strict=True):
         child.register_forward_hook(lambda m, a, o, block=block: count(block, a, o))
     kept, found = [], []

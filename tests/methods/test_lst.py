@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 
 import sidestep as ss
+from sidestep.caches import SideCache
 from sidestep.methods import UnsupportedBackbone
-from sidestep.methods.lst import LST, Ladder, Sizes, relative_buckets, rotate
+from sidestep.methods.lst import LST, Attention, Ladder, Sizes, relative_buckets, rotate
 from sidestep.plan.fakes import fake_copy
 from tiny import FAMILIES, logits, randomize
+
+
+class DynamicSubclass(DynamicCache):
+    """Such as assisted decoding's, which count their tokens in ways of their own."""
+
 
 TINY: dict[str, Any] = {"reduction": 2, "heads": 2}
 QUIET: dict[str, Any] = {**TINY, "dropout": 0.0}
@@ -120,7 +128,8 @@ def test_a_side_block_is_t5s_block(decoder: bool) -> None:
     keep = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     memory_keep = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     site = next(p.site for p in model.places if p.site.stack == stack and p.site.kind == "block")
-    site = site.during(keep=keep, memory_keep=memory_keep if decoder else None, grid=None, past=0, cache=None)
+    read = memory_keep if decoder else None
+    site = site.during(keep=keep, key_keep=keep, memory_keep=read, grid=None, past=0, cache=None)
     found = ladder.climb(torch.randn(2, 6, 16), state, memory if decoder else None, site)
     seen = keep[:, None, None].expand(-1, 1, 6, -1)
     seen = seen & torch.ones(6, 6, dtype=torch.bool).tril() if decoder else seen
@@ -253,6 +262,139 @@ def test_generation_without_a_cache_follows_the_forward_pass(family: str, beams:
     allowed = [token for token in range(plain.shape[-1]) if token != 1]  # the end is not allowed before the length
     scores = torch.stack(made.scores, dim=1)
     torch.testing.assert_close(scores[..., allowed], plain[..., allowed], rtol=1e-4, atol=1e-4)
+
+
+# --- generation with a cache --------------------------------------------------------------------------------
+
+
+def gpt2() -> nn.Module:
+    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=3, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=1)
+    return GPT2LMHeadModel(config).eval()
+
+
+def short_decoder() -> nn.Module:
+    config = T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_decoder_layers=2, num_heads=2, pad_token_id=0
+    )
+    config.decoder_start_token_id, config.eos_token_id = 0, 1
+    return T5ForConditionalGeneration(config).eval()
+
+
+def padded(causal: bool) -> dict[str, Tensor]:
+    """Five texts of five lengths, padded on the side on which the kind of model wants it."""
+    generator = torch.Generator().manual_seed(8)
+    ids = torch.randint(3, 40, (5, 7), generator=generator)
+    mask = (torch.arange(7) < torch.tensor([7, 3, 5, 1, 6])[:, None]).long()
+    mask = mask.flip(1) if causal else mask
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("build", "causal", "settings"),
+    [
+        (FAMILIES["t5"].model, False, {}),
+        (FAMILIES["t5"].model, False, {"layers": (1,), "positions": "rotary"}),
+        (short_decoder, False, {"layers": (0, 1)}),
+        (FAMILIES["llama"].model, True, {}),
+        (FAMILIES["llama"].model, True, {"layers": (0, 2), "positions": "relative", "buckets": 8}),
+        (gpt2, True, {}),
+    ],
+    ids=["t5", "t5-rotary", "t5-short", "llama", "llama-relative", "gpt2"],
+)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 3}])
+def test_generation_with_a_cache_equals_generation_without(
+    build: Callable[[], nn.Module], causal: bool, settings: dict[str, Any], how: dict[str, Any]
+) -> None:
+    model = ss.attach(build(), ss.LSTConfig(**QUIET, **settings)).eval()
+    randomize(model, scale=1.0)
+    common = dict(max_new_tokens=8, pad_token_id=0, return_dict_in_generate=True, output_scores=True, **how)
+    with_cache = model.generate(**padded(causal), **common, do_sample=False)
+    without = model.generate(**padded(causal), **common, do_sample=False, use_cache=False)
+    assert torch.equal(with_cache.sequences, without.sequences)
+    for one, other in zip(with_cache.scores, without.scores, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_with_a_cache_each_token_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ss.attach(FAMILIES["t5"].model(), ss.LSTConfig(**QUIET)).eval()
+    read: list[tuple[bool, int]] = []
+    source = Attention.source
+    cross = {id(block.cross) for block in model.side.ladders["decoder"].blocks.values()}
+
+    def spy(self: Attention, tokens: Tensor, positions: Tensor | None = None) -> Any:
+        read.append((id(self) in cross, tokens.shape[1]))
+        return source(self, tokens, positions)
+
+    monkeypatch.setattr(Attention, "source", spy)
+    model.generate(**padded(False), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert [tokens for crosses, tokens in read if crosses] == [7] * 3  # each rung, in the first pass
+    assert sorted(tokens for crosses, tokens in read if not crosses) == [1] * 4 * 3 + [7] * 3
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("given", [False, True])
+@torch.no_grad()
+def test_a_sequence_in_parts_is_the_sequence(family: str, given: bool) -> None:
+    """Also through a cache that knows no config, whose layers are made as they come."""
+    kind = FAMILIES[family]
+    model = ss.attach(kind.model(), ss.LSTConfig(**QUIET)).eval()
+    randomize(model, scale=1.0)
+    ids = torch.randint(3, 40, (2, 9))
+    encoder = kind.encoder_decoder
+    name, text = ("decoder_input_ids", {"input_ids": ids}) if encoder else ("input_ids", {})
+    whole = model(**text, **{name: ids}, use_cache=False).logits
+    cache: Any = None
+    if given:
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder else DynamicCache()
+    parts = []
+    for part in ids.split([4, 1, 3, 1], dim=1):
+        out = model(**text, **{name: part}, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+    assert cache.get_seq_length() == 9
+
+
+def test_a_pass_with_a_cache_has_the_same_gradients() -> None:
+    kind = FAMILIES["llama"]
+    model = ss.attach(kind.model(), ss.LSTConfig(**QUIET)).eval()
+    randomize(model)
+    found = []
+    for use_cache in (True, False):
+        model.zero_grad()
+        model(**kind.inputs(), labels=kind.inputs()["input_ids"], use_cache=use_cache).loss.backward()
+        found.append([p.grad.clone() for _, p in model.trained_parameters() if p.grad is not None])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_a_cache_of_the_bare_backbone_is_refused() -> None:
+    backbone, ids = FAMILIES["llama"].model(), torch.randint(3, 40, (2, 4))
+    cache = backbone(input_ids=ids, use_cache=True).past_key_values
+    model = ss.attach(backbone, ss.LSTConfig(**QUIET)).eval()
+    with pytest.raises(ValueError, match="the cache holds 4 tokens, of which 0 went through this task's side network"):
+        model(input_ids=ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ({"cache_implementation": "static"}, "a StaticCache takes no further layers"),
+        ({"past_key_values": DynamicSubclass()}, "a DynamicSubclass takes no further layers"),
+    ],
+)
+def test_a_cache_that_cannot_grow_is_refused(how: dict[str, Any], kind: str) -> None:
+    model = ss.attach(FAMILIES["llama"].model(), ss.LSTConfig(**QUIET)).eval()
+    with pytest.raises(ValueError, match=f"{kind}: leave out cache_implementation, .* or use_cache=False"):
+        model.generate(torch.randint(3, 40, (2, 4)), max_new_tokens=2, **how)
+
+
+def test_an_offloaded_cache_is_refused() -> None:
+    cache = DynamicCache()
+    cache.offloading = True  # made offloaded, it asks for a GPU
+    with pytest.raises(ValueError, match="an offloaded DynamicCache takes no further layers"):
+        SideCache(cache, 2, 0)
 
 
 def test_dropout_is_drawn_the_same_in_backward() -> None:

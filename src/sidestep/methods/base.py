@@ -7,14 +7,16 @@ The laws in `tests/laws` then cover it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import entry_points
 from itertools import pairwise
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor, nn
 
+from sidestep.diffs import SparseDiff
 from sidestep.sites import Site
 
 
@@ -81,17 +83,22 @@ class SideNet(nn.Module, ABC):
         starts_as_identity: before training, outputs equal the frozen model's, bit for bit.
         replays: it runs queries of its own through the frozen blocks (`Site.next_block`), so that `attach` first proves
             that their parts make up the blocks.
+        caches: it mixes tokens, and keeps what it needs of earlier ones in `Site.cache`, so that key-value caches are
+            exact.
 
     Attributes:
         tokenwise: `step` at a block treats every token alone, so key-value caches and single-token heads are exact.
         pooled_width: channels of what `pooled` returns, set by a method with a read-out of its own; None: the head
             reads the last hidden state.
+        least_rows: the fewest rows of a batch that it can be trained on (2 where it has batch norms).
     """
 
     starts_as_identity: ClassVar[bool] = False
     replays: ClassVar[bool] = False
+    caches: ClassVar[bool] = False
     tokenwise: bool = False
     pooled_width: int | None = None
+    least_rows: int = 1
 
     @classmethod
     def check(cls, config: Any, sites: Sequence[Site]) -> None:
@@ -171,6 +178,67 @@ class WeightDelta(ABC):
 
     def check(self, moved: Sequence[str]) -> None:  # noqa: B027 - most methods have nothing to refuse
         """Raise `ValueError` with the reason if the method cannot work on a backbone in which it moves these."""
+
+    def diff(self, tensors: Mapping[str, nn.Parameter]) -> SparseDiff | None:
+        """What is trained in place of the tensors that the method moves, if it is a sparse diff of them.
+
+        Args:
+            tensors: the moved ones by their names in the trunk, without heads and what the checkpoint did not have.
+        """
+        return None
+
+
+ValueDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseDeltaConfig(MethodConfig):
+    """A sparse diff of the backbone's weights.
+
+    Attributes:
+        density: share of the weights' entries that are changed, above 0 and at most 1.
+        value_dtype: precision of the changes, in training and in the task's file.
+    """
+
+    density: float = 0.005
+    value_dtype: ValueDtype = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("density", 0 < self.density <= 1, "above 0 and at most 1")
+        self.require("value_dtype", self.value_dtype in get_args(ValueDtype), " or ".join(get_args(ValueDtype)))
+
+
+class SparseDelta(WeightDelta):
+    """A weight delta that ends as a sparse diff: zero but at a share `config.density` of the weights' entries."""
+
+    def moves(self, name: str, parameter: Tensor) -> bool:
+        """Every floating-point weight may be changed."""
+        return parameter.is_floating_point()
+
+    def insert(self, trunk: nn.Module) -> None:
+        """Raise if the backbone is quantised: its stored weights are codes, to which nothing can be added."""
+        codes = {str(tensor.dtype).removeprefix("torch.") for tensor in trunk.parameters() if not is_plain(tensor)}
+        if codes or getattr(getattr(trunk, "config", None), "quantization_config", None) is not None:
+            raise ValueError(
+                f"its weights are quantised ({', '.join(sorted(codes)) or 'by its config'}), and a diff is added to plain "
+                "ones: load it unquantised, or train a side network (read, dtl, sherl, ...), which leaves weights alone"
+            )
+
+    def diff(self, tensors: Mapping[str, nn.Parameter]) -> SparseDiff | None:
+        """The diff, without positions yet."""
+        total = sum(tensor.numel() for tensor in tensors.values())
+        nonzeros = round(self.config.density * total)
+        if not nonzeros:
+            raise ValueError(
+                f"density={self.config.density} of its {total} weights is less than one: choose at least {1 / total:.2g}"
+            )
+        return SparseDiff(tensors, nonzeros, getattr(torch, self.config.value_dtype))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers that can be added to."""
+    return tensor.is_floating_point() and tensor.itemsize > 1
 
 
 @dataclass(frozen=True)

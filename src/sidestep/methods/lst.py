@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sidestep.layers import recompute
 from sidestep.methods.base import MethodConfig, SideNet, is_ascending, is_whole, register
-from sidestep.sites import Site, of_stack, stacks
+from sidestep.sites import SideCache, Site, of_stack, stacks
 from sidestep.taps import Tap
 
 TEMPERATURE = 0.1  # of the gates
@@ -29,6 +29,8 @@ DOWN_STD = 0.01  # at the start, of the maps to and from the side's width
 MAX_DISTANCE = 128  # from which on T5's relative positions share a bucket
 ROTARY_BASE = 10_000.0
 EPS = 1e-6  # of the norms
+
+KeysValues = tuple[Tensor, Tensor]
 
 #: The release's blocks with a rung, by width and depth: T5-base leaves out every fourth, T5-large every second.
 PUBLISHED = {
@@ -170,35 +172,52 @@ class Attention(nn.Module):
         self.out = _linear(inner, sizes.width, inner**-0.5)
 
     def forward(
-        self, x: Tensor, source: Tensor, bias: Tensor | None, seen: Tensor | None, positions: Tensor | None
+        self,
+        x: Tensor,
+        source: KeysValues,
+        bias: Tensor | None,
+        seen: Tensor | None,
+        positions: Tensor | None,
     ) -> Tensor:
-        """What tokens (batch, tokens, width) read of a source (batch, source tokens, width).
+        """What tokens (batch, tokens, width) read of a source.
 
         Args:
             x: what asks.
-            source: what is read.
+            source: keys and values of what is read.
             bias: (1, heads, tokens, source tokens), added to the scores.
             seen: bool, to (batch, heads, tokens, source tokens): which may be read; None: all.
-            positions: (tokens,) for queries and keys that are turned by them.
+            positions: (tokens,) for queries that are turned by them.
         """
-        query, key, value = (
-            linear(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for linear, y in ((self.query, x), (self.key, source), (self.value, source))
-        )
-        if positions is not None:
-            query, key = rotate(query, positions), rotate(key, positions)
+        query = self._split(self.query(x), positions)
         dropout = self.dropout if self.training else 0.0
         mask = _mask(bias, seen, query.dtype)
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0)
+        read = F.scaled_dot_product_attention(query, *source, attn_mask=mask, dropout_p=dropout, scale=1.0)
         out: Tensor = self.out(read.transpose(1, 2).flatten(2))
         return out
 
+    def source(self, tokens: Tensor, positions: Tensor | None = None) -> KeysValues:
+        """Keys and values (batch, heads, tokens, head width) of (batch, tokens, width), keys turned by positions."""
+        return self._split(self.key(tokens), positions), self._split(self.value(tokens), None)
+
+    def _split(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """(batch, tokens, inner) by heads, turned where positions are given."""
+        x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x if positions is None else rotate(x, positions)
+
 
 class SideBlock(nn.Module):
-    """Self-attention, in a decoder cross-attention, and an MLP with ReLU, each behind an RMS norm and added."""
+    """Self-attention, in a decoder cross-attention, and an MLP with ReLU, each behind an RMS norm and added.
 
-    def __init__(self, sizes: Sizes, dropout: float, *, crosses: bool) -> None:
+    Args:
+        sizes: of the block.
+        dropout: its rate.
+        crosses: whether it reads an encoder's ladder.
+        number: under which its keys and values are in a cache.
+    """
+
+    def __init__(self, sizes: Sizes, dropout: float, *, crosses: bool, number: int) -> None:
         super().__init__()
+        self.number = number
         self.norm_attention = _norm(sizes.width)
         self.attention = Attention(sizes, dropout)
         self.crosses = crosses
@@ -219,12 +238,18 @@ class SideBlock(nn.Module):
         positions: Tensor | None,
         memory: Tensor | None,
         memory_seen: Tensor | None,
+        cache: SideCache | None,
     ) -> Tensor:
-        """(batch, tokens, width) -> the same; arguments as `Attention`'s, those of the encoder's side states last."""
+        """(batch, tokens, width) -> the same; arguments as `Attention`'s, then those of the encoder's side states."""
         normed = self.norm_attention(x)
-        x = x + self.dropout(self.attention(normed, normed, bias, seen, positions))
-        if self.crosses:
-            x = x + self.dropout(self.cross(self.norm_cross(x), memory, None, memory_seen, None))
+        source = self.attention.source(normed, positions)
+        if cache:
+            source = cache.extend(self.number, *source)
+        x = x + self.dropout(self.attention(normed, source, bias, seen, positions))
+        if self.crosses and memory is not None:
+            read = self.cross.source
+            source = cache.once(self.number, read, memory) if cache else read(memory)
+            x = x + self.dropout(self.cross(self.norm_cross(x), source, None, memory_seen, None))
         inner = self.dropout(self.activation(self.inner(self.norm_mlp(x))))
         return x + self.dropout(self.outer(inner))
 
@@ -251,7 +276,12 @@ class Ladder(nn.Module):
         # One gate a block, as in the release: those of blocks without a rung are never read.
         self.gates = nn.Parameter(torch.zeros(site.depth))
         self.downs = nn.ModuleDict({str(block): _down(site.width, sizes.width) for block in layers})
-        self.blocks = nn.ModuleDict({str(block): SideBlock(sizes, config.dropout, crosses=crosses) for block in layers})
+        self.blocks = nn.ModuleDict(
+            {
+                str(block): SideBlock(sizes, config.dropout, crosses=crosses, number=number)
+                for number, block in enumerate(layers)
+            }
+        )
         self.norm = _norm(sizes.width)
         self.bias = nn.Parameter(torch.randn(config.buckets, sizes.heads) * sizes.width**-0.5) if relative else None
 
@@ -269,36 +299,28 @@ class Ladder(nn.Module):
             memory: (batch, source tokens, side width) of the encoder's ladder, where this one reads it.
             site: the block's.
         """
+        if site.cache is not None:  # computed again, it would be added to the cache again
+            return self._rung(hidden, state, memory, site)
         # random, because dropout is in every part of a block
         random = self.training and self.dropout.p > 0
-        result: Tensor = recompute(
-            self._rung, site.index, hidden, state, memory, site.keep, site.memory_keep, random=random
-        )
+        result: Tensor = recompute(self._rung, hidden, state, memory, site, random=random)
         return result
 
-    def _rung(
-        self,
-        block: int,
-        hidden: Tensor,
-        state: Tensor,
-        memory: Tensor | None,
-        keep: Tensor | None,
-        memory_keep: Tensor | None,
-    ) -> Tensor:
-        name = str(block)
-        share = torch.sigmoid(self.gates[block] / TEMPERATURE)
+    def _rung(self, hidden: Tensor, state: Tensor, memory: Tensor | None, site: Site) -> Tensor:
+        name = str(site.index)
+        share = torch.sigmoid(self.gates[site.index] / TEMPERATURE)
         state = share * state + (1 - share) * self.downs[name](hidden)
-        positions = torch.arange(state.shape[1], device=state.device)
-        distance = positions - positions[:, None]
-        seen = None if keep is None else keep[:, None, None]
+        positions = site.positions(state)
+        distance = torch.arange(site.past + state.shape[1], device=state.device) - positions[:, None]
+        seen = None if site.key_keep is None else site.key_keep[:, None, None]
         if self.causal:
             seen = distance <= 0 if seen is None else seen & (distance <= 0)
-        memory_seen = None if memory_keep is None else memory_keep[:, None, None]
+        memory_seen = None if site.memory_keep is None else site.memory_keep[:, None, None]
         turned, bias = positions if self.bias is None else None, None
         if self.bias is not None:
             numbers = relative_buckets(distance, self.buckets, causal=self.causal)
             bias = F.embedding(numbers, self.bias).permute(2, 0, 1)[None]
-        result: Tensor = self.blocks[name](state, bias, seen, turned, memory, memory_seen)
+        result: Tensor = self.blocks[name](state, bias, seen, turned, memory, memory_seen, site.cache)
         return result
 
 
@@ -319,6 +341,8 @@ class LST(SideNet):
     relative positions H for each bucket more; and sd + d once.
     """
 
+    caches = True
+
     def __init__(self, config: LSTConfig, sites: Sequence[Site]) -> None:
         super().__init__()
         self.config = config
@@ -338,7 +362,7 @@ class LST(SideNet):
     @classmethod
     def check(cls, config: LSTConfig, sites: Sequence[Site]) -> None:
         """Raise on hierarchical backbones, and if blocks are asked for that are not there or sizes do not divide."""
-        if any(site.stage > 0 for site in sites):
+        if any(site.stage > 0 or site.convolutional for site in sites):
             raise ValueError("the ladder has one width and one set of tokens, and this backbone is hierarchical")
         for name in stacks(sites):
             site = of_stack(sites, name)[0]
