@@ -39,6 +39,7 @@ ORDER = [
     "vit_npz",
     "loading",
     "versions",
+    "sparse_codec",
     "store",
     "plan",
     "data",

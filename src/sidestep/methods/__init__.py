@@ -17,6 +17,7 @@ from sidestep.methods.dtl import DTLConfig
 from sidestep.methods.lst import LSTConfig
 from sidestep.methods.read import ReadConfig
 from sidestep.methods.sherl import SherlConfig
+from sidestep.methods.sparse import SparseConfig
 from sidestep.methods.synqt import SynQTConfig
 from sidestep.methods.unipt import UniPTConfig
 
@@ -34,6 +35,7 @@ __all__ = [
     "ReadConfig",
     "SherlConfig",
     "SideNet",
+    "SparseConfig",
     "SynQTConfig",
     "UniPTConfig",
     "UnsupportedBackbone",
