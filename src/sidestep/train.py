@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -117,7 +117,8 @@ def head_for(data: TaskData, pool: Any = None) -> HeadConfig | None:
         return Retrieve(pool=pool)
     if data.labels.kind == "regress":
         return Regress(pool=pool, center=float(np.mean(data.train.with_format(None)["labels"][:])))
-    return Classify(num_labels=data.labels.outputs, labels=data.labels.names, problem=data.labels.kind, pool=pool)
+    problem: Literal["single", "multi"] = "multi" if data.labels.kind == "multi" else "single"
+    return Classify(num_labels=data.labels.outputs, labels=data.labels.names, problem=problem, pool=pool)
 
 
 # --- before ------------------------------------------------------------------------------------------------

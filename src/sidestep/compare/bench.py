@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,11 +20,12 @@ from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Ta
 from sidestep.data import DataError, DataWarning, Fields, holdout
 from sidestep.families import Pool
 from sidestep.heads import Classify, HeadConfig
-from sidestep.loading import load_backbone, load_processor
+from sidestep.loading import check_writes, load_backbone, load_processor
 from sidestep.methods import UnsupportedBackbone, WeightDelta, method_of
 from sidestep.model import SideModel
 from sidestep.pair import attach, detach
-from sidestep.prepare import TaskData, prepare
+from sidestep.metrics import Written
+from sidestep.prepare import TaskData, prepare, strata, written_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Bench:
         digest: of its weights.
         precision: "bf16 autocast", or the dtype of the weights.
         attention: implementation.
+        writes: the kind of its tasks if those are texts to write; it has its language model head then.
     """
 
     spec: Backbone
@@ -46,16 +48,24 @@ class Bench:
     digest: str
     precision: str
     attention: str
+    writes: Written | None = None
 
     @classmethod
-    def load(cls, spec: Backbone, *, attention: Attention | None = None, bf16: bool = False) -> Bench:
+    def load(
+        cls,
+        spec: Backbone,
+        *,
+        attention: Attention | None = None,
+        bf16: bool = False,
+        writes: Written | None = None,
+    ) -> Bench:
         """The backbone on the accelerator, or on the CPU where there is none.
 
         Raises:
             LoadError: if it cannot be loaded.
             ValueError: if its attention cannot be chosen.
         """
-        model = load_backbone(spec.model, dtype=spec.dtype, revision=spec.revision)
+        model = load_backbone(spec.model, dtype=spec.dtype, revision=spec.revision, writes=writes)
         if attention is not None:
             _set_attention(model, attention, spec.name)
         model.to(device())
@@ -67,6 +77,7 @@ class Bench:
             digest=digest_of(pretrained_tensors(model)).exact[:16],
             precision="bf16 autocast" if bf16 else dtype,
             attention=getattr(getattr(model, "config", None), "_attn_implementation", None) or "timm's own",
+            writes=writes,
         )
 
     @property
@@ -79,7 +90,7 @@ class Bench:
         """Where the backbone is."""
         return next(self.model.parameters()).device
 
-    def attach(self, contender: Contender, head: HeadConfig, seed: int) -> SideModel:
+    def attach(self, contender: Contender, head: HeadConfig | None, seed: int) -> SideModel:
         """The contender on the backbone, with weights of this seed; `detach` brings the backbone back."""
         torch.manual_seed(seed)
         return attach(
@@ -95,12 +106,17 @@ class Bench:
         return contender.pool or self.spec.pool
 
     def refusal(self, contender: Contender) -> str | None:
-        """Why the contender cannot be attached: it does not work on this backbone, or its library is missing."""
+        """Why the contender cannot be run: it does not work on this backbone, trains nothing, or needs a library."""
         try:
-            detach(self.attach(contender, Classify(num_labels=2, pool=self.pool(contender)), seed=0))
+            model = self.attach(contender, self.blank_head(contender), seed=0)
         except (UnsupportedBackbone, ModuleNotFoundError) as error:
             return str(error)
-        return None
+        detach(model)
+        return model.untrained
+
+    def blank_head(self, contender: Contender, pool: Pool | None = None) -> Classify | None:
+        """A head for two classes that reads what the contender's reads (else `pool`); None where texts are written."""
+        return None if self.writes else Classify(num_labels=2, pool=self.pool(contender) or pool)
 
     def settings(self, contender: Contender) -> dict[str, Any]:
         """What a result says of backbone and contender."""
@@ -190,7 +206,7 @@ class Prepared:
             data = dict.fromkeys(comparison.seeds, prepare(rows.train, rows.dev, fields, processor, seed=seed, **how))
             for other in comparison.seeds[1:] if shots is not None else ():
                 data[other] = prepare(rows.train, rows.dev, fields, processor, seed=other, **how)
-            inner, outer = holdout(rows.train, fields.label, comparison.holdout, seed)
+            inner, outer = holdout(rows.train, strata(rows.task.problem, fields), comparison.holdout, seed)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DataWarning)  # the same rows have been warned of
                 trial = prepare(inner, outer, fields, processor, seed=seed, **how)
@@ -209,8 +225,8 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
     """The tasks of each backbone: those of texts, or those of images.
 
     Raises:
-        LoadError: if a backbone has no tokenizer or image processor.
-        ValueError: if nothing in the comparison reads a task, or a backbone has none.
+        LoadError: if a backbone has no tokenizer or image processor, or does not write what its tasks ask for.
+        ValueError: if nothing in the comparison reads a task, or a backbone has none, or tasks of several sorts.
     """
     found, used = {}, set()
     for backbone in comparison.backbones:
@@ -220,6 +236,8 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
         if not tasks:
             reads = "texts" if text else "images"
             raise ValueError(f"backbone {backbone.name!r} reads {reads}, but no task has any: add one, or leave it out")
+        if (writes := written_by(tasks)) is not None:
+            check_writes(backbone.model, writes, revision=backbone.revision)
         found[backbone.name] = tasks
         used |= {task.name for task in tasks}
     for task in comparison.tasks:
@@ -227,6 +245,19 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
             holds = "texts" if task.fields.text is not None else "images"
             raise ValueError(f"task {task.name!r} is of {holds}, but no backbone reads them: add one, or leave it out")
     return found
+
+
+def written_by(tasks: Sequence[Task]) -> Written | None:
+    """The kind of a backbone's tasks if these are texts to write.
+
+    Raises:
+        ValueError: if only some are, or they are of two kinds: a backbone has one head for all.
+    """
+    kinds = {task.name: written_kind(task.problem) for task in tasks}
+    if len(set(kinds.values())) > 1:
+        told = ", ".join(f"{name}: {kind or 'none is written'}" for name, kind in kinds.items())
+        raise ValueError(f"some tasks are texts to write and others are not ({told}): compare them one after the other")
+    return next(iter(kinds.values()), None)
 
 
 def fingerprint(rows: Dataset, fields: Fields) -> str:

@@ -33,14 +33,15 @@ def measure_costs(
         ledger: where the lines go.
         refused: contenders that cannot be attached, with the reason.
     """
-    probe = bench.attach(Contender.named("probe"), Classify(num_labels=2, pool=bench.spec.pool), seed=0)
+    plain = Contender.named("probe")
+    probe = bench.attach(plain, bench.blank_head(plain), seed=0)
     try:
         batch = blank_batch(probe, costs.batch, costs.length if bench.reads_text else None, None)
         default = probe.pool
     finally:
         detach(probe)
     batch = {name: value.to(bench.device) for name, value in batch.items()}
-    heads = {one.name: Classify(num_labels=2, pool=bench.pool(one) or default) for one in comparison.contenders}
+    heads = {one.name: bench.blank_head(one, default) for one in comparison.contenders}
     settings = {
         one.name: _settings(comparison, costs, bench, one, batch, heads[one.name]) for one in comparison.contenders
     }
@@ -75,7 +76,12 @@ def measure_costs(
 
 
 def _settings(
-    comparison: Comparison, costs: Costs, bench: Bench, one: Contender, batch: Mapping[str, Tensor], head: Classify
+    comparison: Comparison,
+    costs: Costs,
+    bench: Bench,
+    one: Contender,
+    batch: Mapping[str, Tensor],
+    head: Classify | None,
 ) -> dict[str, Any]:
     images = batch.get("pixel_values")
     return {
@@ -83,14 +89,14 @@ def _settings(
         "batch": costs.batch,
         "length": batch["input_ids"].shape[1] if images is None else None,
         "image_size": None if images is None else images.shape[-1],
-        "head": f"Classify(num_labels={head.num_labels}, pool={head.pool})",
+        "head": f"Classify(num_labels={head.num_labels}, pool={head.pool})" if head else "its language model head",
         "repeats": costs.repeats,
         "warmup": costs.warmup,
         "score_of": comparison.score_of(one),
     }
 
 
-def _attached_with(one: Contender, head: Classify) -> Settings:
+def _attached_with(one: Contender, head: Classify | None) -> Settings:
     return Settings(
         one.config,
         head,

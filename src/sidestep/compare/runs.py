@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sidestep.compare.bench import Bench, Prepared, Rows, pairs
+from sidestep.compare.bench import Bench, Prepared, Rows, pairs, written_by
 from sidestep.compare.costs import measure_costs
 from sidestep.compare.ledger import Ledger, Tell
 from sidestep.compare.records import Kind, Record
@@ -88,7 +88,8 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
     output.parent.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(output, tell)
     for spec in comparison.backbones:
-        bench = Bench.load(spec, attention=comparison.attention, bf16=comparison.bf16)
+        writes = written_by(tasks[spec.name])
+        bench = Bench.load(spec, attention=comparison.attention, bf16=comparison.bf16, writes=writes)
         prepared = [Prepared.of(rows[task.name], bench.processor, comparison) for task in tasks[spec.name]]
         _Session(comparison, bench, ledger).run(prepared)
     return Outcome(records=list(ledger.touched.values()), ran=ledger.ran, broken=ledger.broken)

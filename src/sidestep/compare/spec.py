@@ -15,6 +15,7 @@ from sidestep.backbone import Noise, check_noise
 from sidestep.data import Fields, Kind, TableOptions, holdout, read
 from sidestep.families import Pool
 from sidestep.methods import MethodConfig, method_named, method_of, methods
+from sidestep.prepare import strata
 from sidestep.settings import Schedule, rates_of
 
 CHECKPOINTED = ("lora", "full")
@@ -58,7 +59,8 @@ class Task:
         train: file, folder of images or hub id.
         dev: None: a fifth of the training rows, stratified.
         fields: the columns.
-        problem: None: several labels a row where the column holds lists, else one.
+        problem: None: several labels a row where the column holds lists, else one; "text2text" or "lm": the label is a
+            text to write.
         options: how the files are written.
         train_split, dev_split: of sources that have splits.
         rows: most training rows; None: the comparison's.
@@ -87,7 +89,7 @@ class Task:
         """
         train = read(self.train, self.options, split=self.train_split)
         if self.dev is None:
-            return holdout(train, self.fields.label, 0.2, seed=0)
+            return holdout(train, strata(self.problem, self.fields), 0.2, seed=0)
         return train, read(self.dev, self.options, split=self.dev_split)
 
 

@@ -8,7 +8,17 @@ from collections.abc import Iterable, Sequence
 from sidestep.compare.records import Record
 from sidestep.memory import format_bytes
 
-PARTS_OF_ONE = ("accuracy", "f1", "f1_macro", "f1_micro", "matthews", "pearson", "spearman")
+PARTS_OF_ONE = (
+    "accuracy",
+    "f1",
+    "f1_macro",
+    "f1_micro",
+    "matthews",
+    "pearson",
+    "spearman",
+    "exact_match",
+    "token_f1",
+)
 
 
 def summary(found: Iterable[Record]) -> tuple[list[str], list[list[object]]]:

@@ -18,6 +18,8 @@ from sidestep.pixels import image_shape
 Backbone: TypeAlias = str | Path | PreTrainedConfig | Callable[[], nn.Module]
 
 LENGTH = 128
+TARGET = 4
+"""Tokens of a text that an encoder-decoder writes: a word or two."""
 
 
 def build(
@@ -120,6 +122,11 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
         inputs = {name: torch.ones(shape, dtype=torch.long) for name in ("input_ids", "attention_mask")}
         # without any padding transformers would leave the mask out
         inputs["attention_mask"][-1, 1:] = 0
+    if model.settings.head is None and model.writes == "text2text":
+        target = torch.ones(rows, TARGET, dtype=torch.long)
+        return {**inputs, "decoder_input_ids": target, "labels": target.clone()}
+    if model.settings.head is None and model.writes == "lm":
+        return {**inputs, "labels": inputs["input_ids"].clone()}
     return {**inputs, "labels": _labels(model, rows)}
 
 
