@@ -178,7 +178,6 @@ def _relaxed(
     dense = {name: p for name, p in theta.items() if name not in masked}
     optimizer = DiffPruningOptimizer(
         masked,
-        base,
         dense.values(),
         lr=1e-5,
         gate=HardConcrete(),

@@ -40,8 +40,8 @@ class DiffPruningOptimizer(Optimizer):
     matters: the penalty's gradient is of the order of 1e-8.
 
     Args:
-        masked: the parameters with gates, by name; each holds theta from now on.
-        bases: their pretrained values by the same names; kept, not copied, where they are on the same device.
+        masked: the parameters with gates, by name, at their pretrained values; each holds theta from now on, until
+            `restore` is called.
         dense: the parameters without gates.
         lr: of w and of the dense parameters.
         gate: the gates' shape.
@@ -63,7 +63,6 @@ class DiffPruningOptimizer(Optimizer):
     def __init__(
         self,
         masked: Mapping[str, nn.Parameter],
-        bases: Mapping[str, Tensor],
         dense: Iterable[nn.Parameter] = (),
         *,
         lr: float,
@@ -89,9 +88,8 @@ class DiffPruningOptimizer(Optimizer):
                 self.state[p][entry] = torch.full((p.numel(),), fill, dtype=torch.float32, device=p.device)
             if structured:
                 self.state[p]["group"] = torch.tensor([alpha_init, 0.0, 0.0], device=p.device)
-            base = bases[name].to(p.device)
             self.relaxed.append(
-                RelaxedWeight(name, p, base, self.state[p], gate, penalty, partial(noise, tensor=number), chunk)
+                RelaxedWeight(name, p, self.state[p], gate, penalty, partial(noise, tensor=number), chunk)
             )
         for p in self._dense:
             for name in ("average", "square"):
@@ -108,6 +106,12 @@ class DiffPruningOptimizer(Optimizer):
         """Write theta for the present draw of the masks: the same bits whenever it is called between two steps."""
         for weight in self.relaxed:
             weight.write(self.steps)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the parameters their pretrained values back, bit for bit."""
+        for weight in self.relaxed:
+            weight.theta.copy_(weight.base)
 
     @torch.no_grad()
     def masks(self) -> Iterator[tuple[str, int, Tensor]]:
@@ -147,7 +151,7 @@ class DiffPruningOptimizer(Optimizer):
         for p in self._dense:
             if p.grad is not None:
                 average, square = self.state[p]["average"], self.state[p]["square"]
-                self._adamw(p, p.grad * w_cut, average, square, dense["lr"], dense["weight_decay"])
+                self._adamw(p, p.grad.float() * w_cut, average, square, dense["lr"], dense["weight_decay"])
         masked["step"] += 1
         self.draw()
         return loss
@@ -208,8 +212,7 @@ class RelaxedWeight:
 
     Args:
         name: the parameter's.
-        parameter: holds theta.
-        base: p0.
+        parameter: holds p0, and theta from now on.
         state: `ENTRIES`, flat, and with a gate for all of it "group": that gate's alpha and its two averages.
         gate: the gates' shape.
         penalty: the L0 penalty.
@@ -221,7 +224,6 @@ class RelaxedWeight:
         self,
         name: str,
         parameter: nn.Parameter,
-        base: Tensor,
         state: Mapping[str, Tensor],
         gate: HardConcrete,
         penalty: Penalty,
@@ -229,7 +231,8 @@ class RelaxedWeight:
         chunk: int,
     ) -> None:
         self.name, self.parameter, self.state = name, parameter, state
-        self.theta, self.base = parameter.detach().view(-1), base.detach().view(-1)
+        self.theta = parameter.detach().view(-1)
+        self.base = self.theta.clone()
         self.gate, self.penalty, self.noise, self.chunk = gate, penalty, noise, chunk
 
     def masks(self, draw: int) -> Iterator[tuple[slice, Tensor]]:
