@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import sidestep as ss
 from parity_backbones import bert, depth, t5
 from parity_files import Names, Oracle, Reproduction, load, rename
+from sidestep.heads import GPO, unit
 from sidestep.methods.sherl import Aggregation, Merge, ReluLinear
 
 MDETR_NORM_EPS = 1e-5
@@ -171,9 +171,7 @@ class TextHead(nn.Module):
     def __init__(self, width: int, embedding: int, code: int, hidden: int) -> None:
         super().__init__()
         self.text_fc = nn.Linear(width, embedding)
-        self.text_agg = nn.Module()
-        self.text_agg.gru = nn.GRU(code, hidden, batch_first=True, bidirectional=True)
-        self.text_agg.linear = nn.Linear(hidden, 1, bias=False)
+        self.text_agg = GPO(code, hidden)
 
     @classmethod
     def of(cls, oracle: Oracle) -> TextHead:
@@ -187,23 +185,8 @@ class TextHead(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(batch, embedding) of length one from (batch, tokens, width)."""
-        most = int(lengths.max())
-        features = self.text_fc(tokens)[:, :most]
-        real = torch.arange(most) < lengths[:, None]
-        weights = self._weights(lengths, real)
-        ordered = features.masked_fill(~real[..., None], -10000).sort(dim=1, descending=True).values
-        pooled = (ordered.masked_fill(~real[..., None], 0) * weights).sum(1)
-        return pooled / (pooled.norm(dim=-1, keepdim=True) + 1e-8)
-
-    def _weights(self, lengths: Tensor, real: Tensor) -> Tensor:
-        """(batch, tokens, 1): weights of the ordered features, which depend on the length only."""
-        width = self.text_agg.gru.input_size
-        places = torch.arange(real.shape[1])[:, None] * 10000.0 ** (-torch.arange(0, width, 2) / width)
-        code = torch.stack([places.sin(), places.cos()], -1).flatten(1)[:, :width].expand(len(lengths), -1, -1)
-        packed = pack_padded_sequence(code, lengths, batch_first=True, enforce_sorted=False)
-        both, _ = pad_packed_sequence(self.text_agg.gru(packed)[0], batch_first=True)
-        scores = self.text_agg.linear(torch.stack(both.chunk(2, -1)).mean(0)).squeeze(-1)
-        return (scores.masked_fill(~real, -10000) / 0.1).softmax(1)[..., None]
+        keep = torch.arange(tokens.shape[1]) < lengths[:, None]
+        return unit(self.text_agg(self.text_fc(tokens), keep))
 
 
 def _features(oracle: Oracle) -> list[Tensor]:

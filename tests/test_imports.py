@@ -18,6 +18,7 @@ ORDER = [
     "sites",
     "taps",
     "layers",
+    "pruning",
     "hard_concrete",
     "selection",
     "diff_optimizer",
@@ -67,7 +68,7 @@ ORDER = [
 UPWARDS = {("model", "store"): "model.save_pretrained is a shortcut to store.save"}
 
 #: All that a method may import: it never sees a Hugging Face class, so it cannot fork one.
-FOR_METHODS = {"sites", "taps", "layers", "diffs", "methods.base"}
+FOR_METHODS = {"sites", "taps", "layers", "pruning", "diffs", "methods.base"}
 LIBRARIES_FOR_METHODS = {"torch", "einops"}
 #: The registry finds third parties' methods by entry point; LoRA and its like are PEFT's.
 EXTRA_LIBRARIES = {"methods.base": {"importlib"}, "methods.adapters": {"peft"}}

@@ -90,7 +90,7 @@ def attach(
     return PairModel(backbone, settings) if isinstance(head, Retrieve) else SideModel(backbone, settings)
 
 
-def detach(model: SideModel | PairModel) -> nn.Module:
+def detach(model: Attached) -> nn.Module:
     """The untouched backbone: hooks removed, weights, gradient flags and mode as they were before `attach`."""
     return model.detach_backbone()
 
@@ -283,7 +283,9 @@ class PairModel(nn.Module):
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that are trained."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+        diffs = [tower.sparse for tower in self.parts if tower.sparse is not None]
+        trained = ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+        return ((name, p) for name, p in trained if not any(diff.covers(p) for diff in diffs))
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Recompute the blocks that a gradient flows through (`checkpoint="late"`)."""
@@ -336,6 +338,10 @@ class PairModel(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         return self.image._replicate_for_data_parallel()
+
+
+Attached = SideModel | PairModel
+"""What `attach` gives."""
 
 
 def contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:

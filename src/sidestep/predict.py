@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Subset
 from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace, encode_prompts
 from sidestep.data.labels import SEPARATOR
 from sidestep.data.pairs import captioned, encode_pairs
-from sidestep.heads import Classify, Retrieve
+from sidestep.heads import Classify
 from sidestep.metrics import scores, text_scores
 from sidestep.model import SideModel
-from sidestep.pair import Attached
+from sidestep.pair import Attached, PairModel
 from sidestep.prepare import (
     encode,
     prompt_collator,
@@ -277,11 +277,11 @@ def _reading(model: Attached, fields: Fields | None) -> tuple[Fields, LabelSpace
 
 def labels_of(model: Attached) -> LabelSpace:
     """What a model's head says that it predicts: of a task that was saved from Python, without `sidestep train`."""
+    if isinstance(model, PairModel):
+        return LabelSpace("retrieval", ())
     if model.writes is not None:
         return LabelSpace(model.writes, ())
     head, config = model.settings.head, getattr(model, "config", None)
-    if isinstance(head, Retrieve):
-        return LabelSpace("retrieval", ())
     if isinstance(head, Classify):
         names = head.labels or map(str, range(head.num_labels))
         return LabelSpace(head.kind, tuple(names))

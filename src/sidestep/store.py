@@ -30,11 +30,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sidestep.backbone import Digest
+from sidestep.diffs import SparseDiff
 from sidestep.heads import head_from_dict
-from sidestep.loading import Source, load_class, load_processor, source_of
+from sidestep.loading import Source, load_class, load_processor, paired, source_of
 from sidestep.methods import UnsupportedBackbone, method_named
-from sidestep.model import Settings, SideModel
-from sidestep.pair import attach, detach
+from sidestep.model import Settings
+from sidestep.pair import Attached, PairModel, attach, detach
+from sidestep.sparse_codec import POSITIONS, VALUES, DamagedDiff, SparseTensor, decode, encode
 from sidestep.versions import version_of, versions
 
 FORMAT = 1
@@ -69,7 +71,7 @@ class DtypeMismatch(UserWarning):
 
 
 def save(
-    model: SideModel,
+    model: Attached,
     folder: str | Path,
     *,
     overwrite: bool = False,
@@ -92,7 +94,7 @@ def save(
     folder = Path(folder)
     _check_free(folder, overwrite)
     names = portable_names(model)
-    tensors = _unshared({names[name]: value for name, value in model.state_dict().items()})
+    tensors = _packed(model, _unshared({names[name]: value for name, value in model.state_dict().items()}))
     config = _config(model, tensors, model.extras.get("scores") if scores is None else scores)
     _as_json(config)  # refuses what cannot be stored before anything is written
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,12 +112,19 @@ def save(
     _write_card(folder, config)
 
 
-def portable_names(model: SideModel) -> dict[str, str]:
+def portable_names(model: Attached) -> dict[str, str]:
     """Names in the file by names in the model: the same for every class of one backbone.
 
-    "side." and "head." stay; a backbone's tensor is named relative to its trunk ("trunk."), or by its full
+    "side.", "head." and "sparse." stay; a backbone's tensor is named relative to its trunk ("trunk."), or by its full
     name where it lies outside ("own.").
     """
+    if isinstance(model, PairModel):
+        towers = {
+            f"{tower}.{name}": f"{tower}.{portable}"
+            for tower, part in model.towers.items()
+            for name, portable in portable_names(part).items()
+        }
+        return towers | {name: name for name in model.state_dict() if name not in towers}
     inside_trunk = (*model.trunk.named_parameters(), *model.trunk.named_buffers())
     trunk = {id(tensor): name for name, tensor in inside_trunk}
     names = {}
@@ -126,6 +135,63 @@ def portable_names(model: SideModel) -> dict[str, str]:
         else:
             names[name] = f"trunk.{inside}" if inside else f"own.{name.removeprefix('backbone.')}"
     return names
+
+
+def _diffs(model: Attached) -> dict[str, SparseDiff]:
+    """The sparse diffs of a model by what the names of their tensors begin with."""
+    parts = {f"{name}.": part for name, part in model.towers.items()} if isinstance(model, PairModel) else {"": model}
+    return {prefix: part.sparse for prefix, part in parts.items() if part.sparse is not None}
+
+
+def _packed(model: Attached, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they are written: sparse diffs through the codec.
+
+    Raises:
+        TaskError: if a diff has no positions yet, or its values do not fit their precision.
+    """
+    packed = dict(tensors)
+    for prefix, diff in _diffs(model).items():
+        if not diff.is_placed:
+            raise TaskError(f"{model.record.name} has not chosen its support yet, so there is nothing to save: train first")
+        shapes = diff.shapes
+        entries = {
+            name: SparseTensor(shape=shapes[name], positions=positions, values=values)
+            for name, (positions, values) in diff.entries().items()
+        }
+        try:
+            packed |= {prefix + name: value for name, value in encode(entries, diff.value_dtype).items()}
+        except ValueError as error:
+            raise TaskError(f"the diff cannot be saved: {error}") from error
+    return packed
+
+
+def _unpacked(task: Task, model: Attached) -> dict[str, Tensor]:
+    """The reverse of `_packed`, with the positions in the model's tensors laid end to end.
+
+    Raises:
+        TaskError: if a diff is damaged, or of tensors that the model does not have in that shape.
+    """
+    tensors = dict(task.tensors)
+    for prefix, diff in _diffs(model).items():
+        names = [prefix + name for name in (POSITIONS, VALUES)]
+        if not tensors.keys() >= set(names):
+            continue  # what is missing is told of all tensors together
+        try:
+            entries = decode({name: tensors[prefix + name] for name in (POSITIONS, VALUES)})
+        except DamagedDiff as error:
+            raise TaskError(f"{task.folder}: {error}") from error
+        shapes = diff.shapes
+        unfit = [f"{name} {part.shape}" for name, part in entries.items() if shapes.get(name) != part.shape]
+        if unfit:
+            there = [f"{name} {shapes[name]}" for name in entries if name in shapes and shapes[name] != entries[name].shape]
+            raise TaskError(
+                f"{task.folder} changes tensors that {type(model.backbone).__name__} does not have in that shape: "
+                f"{_some(unfit)}; it has {_some(there) if there else 'none of these names'}. Load the task's own backbone, "
+                "with its embeddings not resized"
+            )
+        found = diff.flat({name: (part.positions, part.values) for name, part in entries.items()})
+        tensors |= dict(zip(names, found, strict=True))
+    return tensors
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
@@ -155,17 +221,16 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _config(model: SideModel, tensors: Mapping[str, Tensor], scores: Mapping[str, Any] | None) -> dict[str, Any]:
+def _config(model: Attached, tensors: Mapping[str, Tensor], scores: Mapping[str, Any] | None) -> dict[str, Any]:
     settings, extras = model.settings, model.extras
-    # the pool is stored as it was resolved: a later version may choose another for the family
-    head = None if settings.head is None else {**settings.head.to_dict(), "pool": model.pool}
     names = portable_names(model)
     return {
         "format": FORMAT,
         "sidestep": version_of("sidestep"),
         "versions": versions(PACKAGES),
         "method": {"name": model.record.name, "config": settings.method.to_dict()},
-        "head": head,
+        # the pool is stored as it was resolved: a later version may choose another for the family
+        "head": model.head_config,
         "attach": {
             "train_head": settings.train_head,
             "backbone_noise": settings.backbone_noise,
@@ -177,6 +242,7 @@ def _config(model: SideModel, tensors: Mapping[str, Tensor], scores: Mapping[str
             "config": _backbone_config(model),
             "digest": asdict(model.digest),
             "head_digest": None if model.head_digest is None else asdict(model.head_digest),
+            **_towers(model),
         },
         "labels": _labels(model),
         "preprocessing": extras.get("preprocessing") or {},
@@ -190,7 +256,18 @@ def _config(model: SideModel, tensors: Mapping[str, Tensor], scores: Mapping[str
     }
 
 
-def _backbone_config(model: SideModel) -> dict[str, Any]:
+def _towers(model: Attached) -> dict[str, Any]:
+    """Where the towers of a dual encoder came from, and their digests."""
+    if not isinstance(model, PairModel):
+        return {}
+    about = {
+        name: {**asdict(source_of(tower.backbone)), "digest": asdict(tower.digest)}
+        for name, tower in model.towers.items()
+    }
+    return {"towers": about}
+
+
+def _backbone_config(model: Attached) -> dict[str, Any]:
     """The fields of a backbone's config that the task depends on and a checkpoint may lack."""
     backbone = model.backbone
     if not isinstance(backbone, PreTrainedModel):
@@ -203,7 +280,7 @@ def _backbone_config(model: SideModel) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _labels(model: SideModel) -> list[str] | None:
+def _labels(model: Attached) -> list[str] | None:
     """Label names: of the head, or those that the user gave the backbone's own."""
     given = getattr(model.settings.head, "labels", None)
     if given is not None:
@@ -399,7 +476,7 @@ def load(
     allow_mismatch: bool = False,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-) -> SideModel:
+) -> Attached:
     """The model of a task folder, in eval mode.
 
     Args:
@@ -501,7 +578,7 @@ def inspect_task(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         The config's entries, and "folder", "digest" (the exact one), "tensors" (name -> shape, dtype and
-        whether it is trained), "parameters" (their number), "bytes" (of the weight file) and "files" (bytes
+        whether it is trained), "parameters" (their number, without a diff's positions), "bytes" (of the weight file) and "files" (bytes
         by name).
 
     Raises:
@@ -527,7 +604,7 @@ def inspect_task(folder: str | Path) -> dict[str, Any]:
         "folder": str(folder),
         "digest": config["backbone"]["digest"]["exact"],
         "tensors": tensors,
-        "parameters": sum(_count(tensor["shape"]) for tensor in tensors.values()),
+        "parameters": sum(_count(about["shape"]) for name, about in tensors.items() if not name.endswith(POSITIONS)),
         "bytes": path.stat().st_size,
         "files": {str(file.relative_to(folder)): file.stat().st_size for file in files if file.is_file()},
     }
@@ -566,7 +643,10 @@ def _settings(task: Task) -> Settings:
 
 def _stored_backbone(task: Task, *, own_head: bool, dtype: torch.dtype | str | None) -> nn.Module:
     stored = task.config["backbone"]
-    source = Source(**{key: stored[key] for key in Source.__dataclass_fields__})
+    source = _source(stored)
+    towers = [_source(tower) for tower in stored.get("towers", {}).values()]
+    if not source.id and towers and all(tower.id for tower in towers):
+        return paired(*(load_class(tower, class_name=tower.class_name, dtype=dtype, config={}) for tower in towers))
     if not source.id:
         raise TaskError(
             f"{task.folder} does not say where its backbone is to be had (a {source.class_name} that was not "
@@ -581,7 +661,11 @@ def _stored_backbone(task: Task, *, own_head: bool, dtype: torch.dtype | str | N
     return load_class(source, class_name=kind, dtype=wanted, config=fields)
 
 
-def _attach(task: Task, backbone: nn.Module, settings: Settings) -> SideModel:
+def _source(stored: Mapping[str, Any]) -> Source:
+    return Source(**{key: stored[key] for key in Source.__dataclass_fields__})
+
+
+def _attach(task: Task, backbone: nn.Module, settings: Settings) -> Attached:
     try:
         return attach(
             backbone,
@@ -597,7 +681,7 @@ def _attach(task: Task, backbone: nn.Module, settings: Settings) -> SideModel:
         ) from error
 
 
-def _check_digest(task: Task, model: SideModel, allow_mismatch: bool) -> None:
+def _check_digest(task: Task, model: Attached, allow_mismatch: bool) -> None:
     stored = task.config["backbone"]
     own, wanted = model.digest, Digest(**stored["digest"])
     if own.matches(wanted) != "different" and stored["head_digest"] is not None and model.head_digest is not None:
@@ -624,15 +708,17 @@ def _check_digest(task: Task, model: SideModel, allow_mismatch: bool) -> None:
     warnings.warn(f"{text}: outputs are not those of the task", BackboneMismatch, stacklevel=3)
 
 
-def _fill(task: Task, model: SideModel) -> None:
+def _fill(task: Task, model: Attached) -> None:
     """Copy the task's tensors into the model, all of them or none."""
     names = portable_names(model)
     own = {names[name]: tensor for name, tensor in model.state_dict().items()}
-    missing, surplus = sorted(own.keys() - task.tensors.keys()), sorted(task.tensors.keys() - own.keys())
+    tensors = _unpacked(task, model)
+    missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [
         f"{name} {tuple(value.shape)} for {tuple(own[name].shape)}"
-        for name, value in task.tensors.items()
-        if name in own and value.shape != own[name].shape
+        for name, value in tensors.items()
+        # a diff may have any number of nonzeros
+        if name in own and value.shape != own[name].shape and not name.endswith((POSITIONS, VALUES))
     ]
     if missing or surplus or shapes:
         kind = task.config["backbone"]["class_name"]
@@ -641,10 +727,10 @@ def _fill(task: Task, model: SideModel) -> None:
             f"{kind}): missing {_some(missing)}; without a place {_some(surplus)}; "
             f"other shapes {_some(shapes)}"
         )
-    model.load_state_dict({name: task.tensors[portable] for name, portable in names.items()})
+    model.load_state_dict({name: tensors[portable] for name, portable in names.items()})
 
 
-def _restore_extras(task: Task, model: SideModel) -> None:
+def _restore_extras(task: Task, model: Attached) -> None:
     config = task.config
     model.extras["preprocessing"] = config.get("preprocessing") or {}
     if config.get("scores") is not None:

@@ -16,12 +16,15 @@ _running = partial(typer.Option, rich_help_panel="Output and running")
 Backbone = Annotated[str, _model(help="Hub id, folder, timm:NAME, timm:NAME@FILE or vit:FILE.npz.", show_default=False)]
 OtherBackbone = Annotated[str | None, _model("--backbone", help="Where the backbone is, if it has moved.")]
 TextBackbone = Annotated[
-    str | None, _model(help="Encoder of the captions beside --backbone, for --task retrieval; default: a dual encoder's.")
+    str | None, _model(help="Encoder of captions beside that of images, for --task retrieval.")
 ]
 Recipe = Annotated[str | None, _model(help="One of `sidestep recipes`: it sets what no option here does.")]
 Method = Annotated[str, _model(help="One of `sidestep methods`.")]
 Set = Annotated[list[str] | None, _model("--set", help="name=value, a setting of the method; repeatable.")]
-Pool = Annotated[str | None, _model(help="What the head reads: cls, mean, mean_pre_norm, last, of dual encoders own and gpo too.")]
+Pool = Annotated[
+    str | None,
+    _model(help="What the head reads: cls, mean, mean_pre_norm, last (of a dual encoder own, gpo too)."),
+]
 TextPool = Annotated[str | None, _model(help="The same of the text tower, where it is another (--task retrieval).")]
 Dim = Annotated[int | None, _model(help="Channels of the embeddings (--task retrieval); default: the model's own.")]
 Loss = Annotated[str, _model(help="contrastive or triplet (--task retrieval).")]
@@ -51,7 +54,7 @@ Problem = Annotated[
     _data(
         "--problem",
         "--task",
-        help="single, multi, regress, text2text or lm; default: multi for lists, else single.",
+        help="single, multi, regress, text2text, lm or retrieval; default: multi for lists, else single.",
     ),
 ]
 Shots = Annotated[int | None, _data(help="Training rows of each class; default: all.")]

@@ -150,10 +150,11 @@ def train(
         own = chosen.recipe and chosen.recipe.transform()
         fields = Fields(text=text, text2=text2, image=image, label=None if pairs else label)
         if pairs:
-            found = load_pair_processor(backbone, text_backbone, revision=revision)
-            processor = replace(found, image=adjusted(found.image, size=image_size, normalize=normalize))
+            both = load_pair_processor(backbone, text_backbone, revision=revision)
+            processor = replace(both, image=adjusted(both.image, size=image_size, normalize=normalize))
         else:
-            processor = adjusted(own or load_processor(backbone, revision=revision), size=image_size, normalize=normalize)
+            found = own or load_processor(backbone, revision=revision)
+            processor = adjusted(found, size=image_size, normalize=normalize)
         data = prepare(
             read_rows(train, fields, table, kind, split=train_split),
             None if dev is None else read_rows(dev, fields, table, kind, split=dev_split),

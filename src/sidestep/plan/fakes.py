@@ -20,7 +20,7 @@ def fake_copy(model: SideModel) -> SideModel:
     stays as it is.
     """
     # by its memo, deepcopy takes these for what they stand for: nothing large is copied
-    memo: dict[int, Any] = {id(model._originals): {}, id(model.extras): {}}
+    memo: dict[int, Any] = {id(model.extras): {}, **{id(part._originals): {} for part in model.parts}}
     for module in model.modules():
         for tensor in _tensors(module):
             if id(tensor) not in memo:

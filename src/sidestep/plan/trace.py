@@ -217,7 +217,7 @@ def facts(step: Step, saved: Mapping[str, int]) -> dict[str, Any]:
         "method": model.record.name,
         "config": settings.method.to_dict(),
         "checkpoint": settings.checkpoint is not None,
-        "head": None if settings.head is None else {**settings.head.to_dict(), "pool": model.pool},
+        "head": model.head_config,
         "parameters": sum(parameter.numel() for parameter in step.parameters),
         "batch": len(batch["labels"]),
         "length": None if ids is None else ids.shape[1],

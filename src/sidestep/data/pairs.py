@@ -1,0 +1,184 @@
+"""Images and their captions: one row an image with all its captions, and batches of pairs in which it stands once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Image, LargeList, List, Value
+from torch import Tensor
+
+from sidestep.data.augment import Augmentation
+from sidestep.data.encode import Collate, Fields, encode_images, encode_text
+from sidestep.data.images import undecoded
+from sidestep.data.messages import DataError, listed
+from sidestep.data.tables import TableOptions, check_column, read
+
+
+def read_pairs(source: str, fields: Fields, options: TableOptions, *, split: str) -> Dataset:
+    """The rows of `read`, one an image with a list of its captions; a file's relative paths begin at its folder.
+
+    Raises:
+        DataError: as `read` and `captioned`.
+    """
+    rows = read(source, options, split=split)
+    path = Path(source).expanduser()
+    return captioned(rows, fields, path.parent if path.is_file() else None)
+
+
+def captioned(rows: Dataset, fields: Fields, folder: Path | None = None) -> Dataset:
+    """One row an image, in the order in which they come, with the list of its captions.
+
+    Args:
+        rows: with a column of images or of their paths, and one of captions: a text, or a list of texts.
+        fields: `image` and `text`.
+        folder: that relative paths begin at; None: the one that the command is run in.
+
+    Raises:
+        DataError: if a column is missing or holds something else, an image has no caption or a caption no image, or
+            images are not there.
+    """
+    if fields.image is None or fields.text is None or fields.text2 is not None:
+        raise DataError(
+            f"image={fields.image!r}, text={fields.text!r}, text2={fields.text2!r}: retrieval reads pairs, so name one "
+            "column of images (--image) and one of captions (--text)"
+        )
+    for name in (fields.image, fields.text):
+        check_column(rows, name)
+    captions = _captions(rows, fields.text)
+    cells = _cells(rows, fields.image)
+    keys = [_key(cell) for cell in cells]
+    if bare := [place + 1 for place, key in enumerate(keys) if not key]:
+        raise DataError(
+            f"{len(bare)} of {len(rows)} rows have captions and no image: row {listed(bare)}; drop these rows"
+        )
+    if bare := [key for key, texts in zip(keys, captions, strict=True) if not texts or not all(texts)]:
+        raise DataError(
+            f"{len(bare)} of {len(rows)} rows have an image and no caption: {listed(bare)}; give them one, or drop them"
+        )
+    groups: dict[str, list[str]] = {}
+    first: dict[str, int] = {}
+    for place, (key, texts) in enumerate(zip(keys, captions, strict=True)):
+        groups.setdefault(key, []).extend(texts)
+        first.setdefault(key, place)
+    images = [_located(cells[place], folder) for place in first.values()]
+    _refuse_missing(images, folder)
+    features = Features({fields.image: Image(decode=False), fields.text: List(Value("string"))})
+    found = Dataset.from_dict({fields.image: images, fields.text: list(groups.values())}, features=features)
+    return found.cast_column(fields.image, Image())
+
+
+def encode_pairs(
+    rows: Dataset, fields: Fields, processor: Any, max_length: int | None, augment: Augmentation | None = None
+) -> tuple[Dataset, int]:
+    """A row for each caption, with its image, and how many captions were cut.
+
+    Args:
+        rows: as `captioned` gives them.
+        fields: `image` and `text`.
+        processor: with `image`, an image processor, and `text`, a tokenizer.
+        max_length: tokens kept of a caption; None: the tokenizer's limit.
+        augment: of training images; a view hangs on the image, not on the caption.
+
+    Returns:
+        A dataset of rows with "pixel_values", "input_ids", the tokenizer's other columns, "length", and as "labels" the
+        number of the image; images are decoded when they are read.
+
+    Raises:
+        DataError: as `encode_images` and `encode_text`.
+    """
+    texts, owners, cut = encode_captions(rows, fields, processor.text, max_length)
+    images = encode_images(rows, Fields(image=fields.image), processor.image, None, augment)
+    return texts.add_column("labels", owners).with_transform(_WithImages(images)), cut
+
+
+def encode_captions(
+    rows: Dataset, fields: Fields, tokenizer: Any, max_length: int | None
+) -> tuple[Dataset, list[int], int]:
+    """All captions as token ids, the number of each one's image, and how many were cut.
+
+    Raises:
+        DataError: as `encode_text`.
+    """
+    assert fields.text is not None
+    captions = rows.with_format(None)[fields.text][:]
+    owners = [number for number, texts in enumerate(captions) for _ in texts]
+    flat = Dataset.from_dict({fields.text: [text for texts in captions for text in texts]})
+    texts, cut = encode_text(flat, Fields(text=fields.text), tokenizer, None, max_length)
+    return texts, owners, cut
+
+
+@dataclass
+class CollatePairs(Collate):
+    """A Trainer's data collator of the rows of `encode_pairs`; an image with several captions stands there once."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """What a `PairModel` takes: images, texts, `image_index` and `labels`."""
+        images = {row["labels"]: torch.as_tensor(row["pixel_values"]) for row in rows}
+        places = {owner: place for place, owner in enumerate(images)}
+        return {
+            "pixel_values": torch.stack(list(images.values())),
+            **self._pad(rows),
+            "image_index": torch.tensor([places[row["labels"]] for row in rows]),
+            "labels": torch.tensor([row["labels"] for row in rows]),
+        }
+
+
+@dataclass(frozen=True)
+class _WithImages:
+    """Adds to rows of captions the pixels of their images, each of which is decoded once."""
+
+    images: Dataset
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        if "labels" not in batch or "input_ids" not in batch:
+            return dict(batch)
+        owners = list(dict.fromkeys(batch["labels"]))
+        pixels = dict(zip(owners, self.images[owners]["pixel_values"], strict=True))
+        return {**batch, "pixel_values": [pixels[owner] for owner in batch["labels"]]}
+
+
+def _captions(rows: Dataset, name: str) -> list[list[str]]:
+    feature = rows.features[name]
+    several = isinstance(feature, List | LargeList)
+    kind = feature.feature if several else feature
+    if not (isinstance(kind, Value) and kind.dtype in ("string", "large_string")):
+        raise DataError(f"caption column {name!r} holds {feature}, not texts or lists of texts")
+    cells = rows.with_format(None)[name][:]
+    texts = [cell or [] for cell in cells] if several else [[cell] if cell else [] for cell in cells]
+    return [[(text or "").strip() for text in row] for row in texts]
+
+
+def _cells(rows: Dataset, name: str) -> list[dict[str, Any]]:
+    feature = rows.features[name]
+    if not isinstance(feature, Image) and not (isinstance(feature, Value) and feature.dtype == "string"):
+        raise DataError(f"image column {name!r} holds {feature}, not images or paths of images")
+    if isinstance(feature, Value):
+        return [{"path": path, "bytes": None} for path in rows.with_format(None)[name][:]]
+    return [cell or {"path": None, "bytes": None} for cell in undecoded(rows, name)[name][:]]
+
+
+def _key(cell: Mapping[str, Any]) -> str:
+    """What tells images apart: the bytes where they are in the rows, else the path."""
+    return sha256(cell["bytes"]).hexdigest() if cell["bytes"] is not None else cell["path"] or ""
+
+
+def _located(cell: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    if folder is None or cell["bytes"] is not None or "://" in cell["path"]:
+        return cell
+    return {**cell, "path": str(folder / cell["path"])}
+
+
+def _refuse_missing(images: Sequence[Mapping[str, Any]], folder: Path | None) -> None:
+    files = [cell["path"] for cell in images if cell["bytes"] is None and "://" not in cell["path"]]
+    missing = [Path(file).name for file in files if not Path(file).is_file()]
+    if missing:
+        where = (folder or Path.cwd()).resolve()
+        raise DataError(
+            f"{len(missing)} of {len(images)} images are not there: {listed(missing)}, looked for from {where}: paths "
+            "are relative to the file's folder, or absolute"
+        )
