@@ -14,6 +14,8 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
     SwinConfig,
     SwinForImageClassification,
     T5Config,
@@ -58,6 +60,20 @@ def vit() -> nn.Module:
 def swin() -> nn.Module:
     return SwinForImageClassification(
         SwinConfig(embed_dim=8, depths=[2, 2], num_heads=[1, 2], image_size=32, window_size=4, num_labels=LABELS)
+    )
+
+
+def resnet() -> nn.Module:
+    """Bottlenecks; its second stage halves the grid."""
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], layer_type="bottleneck", num_labels=LABELS)
+    )
+
+
+def timm_resnet() -> nn.Module:
+    """Basic blocks of 4, 8, 16 and 32 channels; the last stage keeps the grid of the one before."""
+    return timm.create_model(
+        "resnet10t", layers=(1, 1, 1, 2), channels=(4, 8, 16, 32), stem_width=4, output_stride=16, num_classes=LABELS
     )
 
 
@@ -123,6 +139,9 @@ class TinyFamily:
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
+            for name, buffer in model.named_buffers():
+                if "running_" in name:
+                    buffer.add_(0.1 * torch.rand_like(buffer))
         return model
 
     def inputs(self, rows: int = 4, tokens: int = 7, seed: int = 1) -> dict[str, Tensor]:
@@ -152,6 +171,8 @@ FAMILIES = {
         TinyFamily("t5", t5, encoder_decoder=True),
         TinyFamily("llama", llama, causal=True),
         TinyFamily("timm_vit", timm_vit, image=16),
+        TinyFamily("resnet", resnet, image=16),
+        TinyFamily("timm_resnet", timm_resnet, image=32),
     )
 }
 

@@ -35,7 +35,12 @@ def masked_mean(tokens: Tensor, keep: Tensor | None) -> Tensor:
     return total / weights.sum(1, keepdim=True).clamp(min=1)
 
 
-def regrid(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Average-pool tokens (batch, rows x columns, width) from one grid to a coarser one, as patch merging does."""
+def regrid(
+    tokens: Tensor,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    pool: Callable[[Tensor, tuple[int, int]], Tensor] = F.adaptive_avg_pool2d,
+) -> Tensor:
+    """Pool tokens (batch, rows x columns, width) from one grid to a coarser one; by their average, as patch merging."""
     grid = rearrange(tokens, "b (h w) c -> b c h w", h=old[0])
-    return rearrange(F.adaptive_avg_pool2d(grid, new), "b c h w -> b (h w) c")
+    return rearrange(pool(grid, new), "b c h w -> b (h w) c")

@@ -40,11 +40,11 @@ OWN_READ_OUT = ("synqt", "unipt-vector")
 SIDE = [name for name, method in METHODS.items() if issubclass(method.implementation, SideNet)]
 DELTA = [name for name, method in METHODS.items() if issubclass(method.implementation, WeightDelta)]
 
-#: What works on a convolutional network; the rest reads tokens of one width, or changes linear maps.
-ON_RESNETS = ("read", "probe", "full", "bitfit", "sherl", "sparse")
+#: They read tokens of one width and one grid, or change the linear maps of an attention: none of it is in a ResNet.
+NOT_ON_RESNETS = ("dtl", "dtl+", "lst", "synqt", "unipt", "unipt-vector", "lora", "dora", "ia3", "late_writer")
 #: The pairs that must be refused; every other pair must work.
 REFUSED = {
-    *((method, family) for method in METHODS if method not in ON_RESNETS for family in ("resnet", "timm_resnet")),
+    *((method, family) for method in NOT_ON_RESNETS for family in ("resnet", "timm_resnet")),
     *(("bitfit", family) for family in ("t5", "llama")),
     *(("dtl+", family) for family in ("bert", "t5", "llama")),
     ("sherl", "swin"),

@@ -99,8 +99,13 @@ class DTL(SideNet):
 
     @classmethod
     def check(cls, config: DTLConfig, sites: Sequence[Site]) -> None:
-        """Raise if blocks are asked for that are not there, or a grid where there is none."""
+        """Raise on convolutional networks, or if blocks or a grid are asked for that are not there."""
         blocks = _blocks(sites)
+        if blocks[0].convolutional:
+            raise ValueError(
+                "what it adds behind a block is read in front of it, and the first block of a convolutional network's "
+                "stage changes width and grid in between"
+            )
         depth = len(blocks)
         first_late = config.first_late(depth)
         if first_late < 0:

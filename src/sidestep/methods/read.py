@@ -145,7 +145,7 @@ class Read(SideNet):
         joined = len(stacks(sites)) > 1
         self.stacks = nn.ModuleDict()
         for name in stacks(sites):
-            widths = [site.width for site in of_stack(sites, name) if site.kind == "stage"]
+            widths = list({site.stage: site.width for site in of_stack(sites, name) if site.kind == "block"}.values())
             self.stacks[name] = Recurrence(widths, config.rank, GATES[config.cell], joined=joined and name == "decoder")
         width = next(site.width for site in reversed(sites) if site.head)
         self.out = nn.Linear(config.rank, width)
@@ -172,9 +172,10 @@ class Read(SideNet):
         return ReadState(source=carried)
 
     def step(self, state: ReadState, hidden: Tensor, site: Site) -> tuple[ReadState, Tensor]:
-        """Advance the recurrence at a block; at a new stage fit the state to the coarser grid."""
+        """Advance the recurrence at a block; where the grid has become coarser, fit the state to it."""
+        state = self._regrid(state, site)
         if site.kind == "stage":
-            return self._regrid(state, site), hidden
+            return state, hidden
         recurrence: Any = self.stacks[site.stack]
         new = recompute(recurrence, recurrence.taps[site.stage], hidden, state.hidden, state.source, site.memory_keep)
         total = state.total

@@ -5,8 +5,9 @@ ECCV 2024, arXiv 2407.07523, and its official code (Paranioar/SHERL), whose outp
 The early blocks are read only; gradients flow through the frozen last block alone (the "late route"). On an
 encoder-decoder the encoder's merged features are what the decoder's last block attends to.
 Differs: a level's projection and the merge are computed again in backward, so that of each level only its input and
-its code are kept; a level of zeros gets no weight (in the release its score is 0/0). Decoder-only models and vision
-Transformers are not in the paper: the former are treated as T5's decoder, the latter as BERT.
+its code are kept (of a convolutional network's only the pooled features); a level of zeros gets no weight (in the
+release its score is 0/0). Decoder-only models and vision Transformers are not in the paper: the former are treated as
+T5's decoder, the latter as BERT.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sidestep.layers import recompute
+from sidestep.layers import recompute, regrid
 from sidestep.methods.base import MethodConfig, SideNet, is_ascending, is_whole, register
 from sidestep.sites import Site, of_stack, stacks
 from sidestep.taps import Tap
 
-Projecting = Literal["gated", "linear_norm", "relu_linear"]
+Projecting = Literal["gated", "linear_norm", "relu_linear", "conv_norm"]
 
 #: Blocks that the release reads, by depth of an encoder-decoder's stack: T5-base and T5-large.
 PUBLISHED_LAYERS = {12: (1, 2, 3, 5, 6, 7, 9, 10, 11), 24: (*range(1, 23, 2), 22, 23)}
@@ -37,23 +39,25 @@ class SherlConfig(MethodConfig):
     """Settings of SHERL. What is None is chosen by the kind of backbone.
 
     The release's: T5 and CLIP-ViL have the gated projection, eps 1e-6 and no norm behind the output map; BERT
-    (retrieval) has `projection="linear_norm"`, `norm_out=True`, eps 1e-8; MDETR has `projection="linear_norm"`,
-    `norm_out=True`, `norm_out_eps=1e-5`, `merge_mlp=True`, `eps=1e-6`; CLIP4Clip has `projection="relu_linear"`.
+    (retrieval) has `projection="linear_norm"`, `norm_out=True`, eps 1e-8; the ResNet beside it has
+    `projection="conv_norm"`, eps 1e-8; MDETR has `projection="linear_norm"`, `norm_out=True`, `norm_out_eps=1e-5`,
+    `merge_mlp=True`, `eps=1e-6`; CLIP4Clip has `projection="relu_linear"`.
 
     Attributes:
         reduction: the backbone's width over the side network's.
         hidden: the side network's width itself; None: by `reduction`.
         layers: blocks that are read besides the embeddings, from 0 and ascending. Where a stack's last block is the
             late one, its own output is left out and the block before it has to be among them: it is the guide. None:
-            of an encoder-decoder with 12 or 24 blocks a stack the release's (T5-base, T5-large), else all. T5-3B has
-            (22, 23).
+            of an encoder-decoder with 12 or 24 blocks a stack the release's (T5-base, T5-large), of a convolutional
+            network, whose embeddings are not read, the last of each stage and the guide, else all. T5-3B has (22, 23).
         projection: how a level is brought to the side network's width: "gated" (W1, ReLU, then two maps of which one
-            is the sigmoid gate), "linear_norm" (linear map and LayerNorm) or "relu_linear" (ReLU before the map). None:
+            is the sigmoid gate), "linear_norm" (linear map and LayerNorm), "relu_linear" (ReLU before the map) or
+            "conv_norm" (1x1 convolution and batch norm; on convolutional networks, and nothing else there). None:
             "linear_norm" on bidirectional encoders, else "gated".
         norm_out: whether a LayerNorm follows the output map; None: with "linear_norm".
         norm_out_eps: its epsilon.
         merge_mlp: whether what is merged goes through an MLP before the guide is added (MDETR).
-        eps: added to the norms that are divided by; None: 1e-8 with "linear_norm", else 1e-6.
+        eps: added to the norms that are divided by; None: 1e-8 with "linear_norm" and "conv_norm", else 1e-6.
         init_std: deviation of the linear maps at the start, with biases of zero. None: 0.01 with "gated" (CLIP-ViL:
             0.02), else PyTorch's own start, and with `merge_mlp` Xavier's for the weights.
         dropout: in training, of what `norm_out` gives and of what an encoder hands to its decoder.
@@ -84,14 +88,13 @@ class SherlConfig(MethodConfig):
 
     def filled(self, sites: Sequence[Site]) -> SherlConfig:
         """This config with what depends on the kind of backbone alone filled in."""
-        gated = any(site.causal for site in sites)
-        projection: Projecting = self.projection or ("gated" if gated else "linear_norm")
-        normed = projection == "linear_norm"
+        natural: Projecting = "gated" if any(site.causal for site in sites) else "linear_norm"
+        projection = self.projection or ("conv_norm" if any(site.convolutional for site in sites) else natural)
         return replace(
             self,
             projection=projection,
-            norm_out=normed if self.norm_out is None else self.norm_out,
-            eps=self.eps or (1e-8 if normed else 1e-6),
+            norm_out=projection == "linear_norm" if self.norm_out is None else self.norm_out,
+            eps=self.eps or (1e-8 if projection in ("linear_norm", "conv_norm") else 1e-6),
             init_std=self.init_std or (0.01 if projection == "gated" and not self.merge_mlp else None),
         )
 
@@ -103,6 +106,9 @@ class SherlConfig(MethodConfig):
         """Numbers of the blocks of a stack whose outputs are read, the guide last."""
         depth = stack[0].depth
         published = PUBLISHED_LAYERS.get(depth) if encoder_decoder else None
+        if stack[0].convolutional:
+            ends = {site.stage: site.index for site in stack if site.kind == "block"}
+            published = tuple(sorted({*ends.values(), depth - 2}))
         chosen = self.layers or published or tuple(range(depth))
         return tuple(block for block in chosen if not (stack[0].head and block == depth - 1))
 
@@ -224,6 +230,103 @@ class Aggregation(nn.Module):
         return self.dropout(out) + torch.tanh(self.gate / GATE_SCALE) * last.to(self.gate.dtype)
 
 
+# --- the same of feature maps: (batch, rows x columns, channels) ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The features read so far, by their largest and their mean value at each position of the present grid."""
+
+    pairs: tuple[tuple[Tensor, Tensor], ...] = ()
+    grid: tuple[int, int] | None = None
+
+    def at(self, grid: tuple[int, int] | None) -> Maps:
+        """Pooled to a coarser grid: kernel and stride are as many positions as fall on one of it."""
+        old = self.grid
+        if old is None or grid is None or old == grid:
+            return replace(self, grid=grid)
+        pairs = (
+            (regrid(largest, old, grid, F.adaptive_max_pool2d), regrid(mean, old, grid)) for largest, mean in self.pairs
+        )
+        return Maps(tuple(pairs), grid)
+
+    def adding(self, feature: Tensor) -> Maps:
+        """With a feature of this grid."""
+        return replace(self, pairs=(*self.pairs, (feature, feature)))
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm of (batch, tokens, channels) in two halves, of which only the first is computed again in backward."""
+
+    def normed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The normed tokens in the weights' precision, and in training the batch's statistics for `follow`."""
+        flat = tokens.flatten(0, 1).to(self.weight.dtype)
+        running = (None, None) if self.training else (self.running_mean, self.running_var)
+        out = F.batch_norm(flat, *running, self.weight, self.bias, training=self.training, eps=self.eps)
+        moved = torch.stack(torch.var_mean(flat.detach(), 0)) if self.training else None
+        return out.view(tokens.shape), moved
+
+    def follow(self, statistics: Tensor | None) -> None:
+        """Move the running statistics by a batch's variance and mean, (2, channels); None: they stay."""
+        if statistics is None:
+            return
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.running_var.lerp_(statistics[0], self.momentum)
+        self.running_mean.lerp_(statistics[1], self.momentum)
+        self.num_batches_tracked.add_(1)
+
+
+class ConvNorm(nn.Module):
+    """A 1x1 convolution, which is a linear map at each position, and a batch norm."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.tap, self.norm = Tap(width, channels), BatchNorm(channels)
+
+    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(batch, positions, channels), and the norm's statistics of this batch in training."""
+        return self.norm.normed(self.tap(feature))
+
+
+class ConvAggregation(nn.Module):
+    """The levels of a convolutional network, pooled to the guide's grid, and what is made of them.
+
+    Args:
+        widths: channels of the features, the guide's last.
+        config: with what depends on the backbone filled in.
+    """
+
+    def __init__(self, widths: Sequence[int], config: SherlConfig) -> None:
+        super().__init__()
+        assert config.eps is not None
+        hidden = config.side_width(widths[-1])
+        self.levels = nn.ModuleList(ConvNorm(width, hidden) for width in widths)
+        self.merge = Merge(hidden, config.eps)
+        self.out = ConvNorm(hidden, widths[-1])
+        self.gate = nn.Parameter(torch.zeros(1))
+        for module in self.modules():
+            _start(module, config.init_std, xavier=False)
+
+    def forward(self, last: Tensor, maps: Maps) -> Tensor:
+        """(batch, positions, width) from the raw feature of the guide, and all features at its grid, its own last."""
+        # Pooled features need no gradient: of each only the sum of both poolings is kept, and the guide's own once.
+        pooled = [largest + mean for largest, mean in maps.pairs[:-1]]
+        written, *statistics = recompute(self._written, last, *pooled)
+        for layer, moved in zip((*self.levels, self.out), statistics, strict=True):
+            layer.norm.follow(moved)
+        return written
+
+    def _written(self, last: Tensor, *pooled: Tensor) -> tuple[Tensor | None, ...]:
+        """What is written, and the statistics of every norm."""
+        features = (*pooled, 2 * last)
+        codes, statistics = zip(*(level(x) for level, x in zip(self.levels, features, strict=True)), strict=True)
+        out, own = self.out(self.merge(codes[-1], *codes[:-1]))
+        return out.relu() + torch.tanh(self.gate / GATE_SCALE) * last.to(out.dtype), *statistics, own
+
+
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm with a trainable scale, in that one's precision."""
 
@@ -237,9 +340,13 @@ class RMSNorm(nn.RMSNorm):
 
 @dataclass(frozen=True)
 class SherlState:
-    """The codes (batch, tokens, hidden) of the levels so far, and the encoder's merged features for the decoder."""
+    """The codes (batch, tokens, hidden) of the levels so far, and the encoder's merged features for the decoder.
+
+    On a convolutional network the features themselves, pooled as far as the grid has become coarser.
+    """
 
     codes: tuple[Tensor, ...] = ()
+    maps: Maps | None = None
     memory: Tensor | None = None
 
 
@@ -250,10 +357,9 @@ class Sherl(SideNet):
     Parameters of a stack of width d and side width h: each level has dh + h, with "gated" 2(h^2 + h) and with
     "linear_norm" 2h more; the merge h + 1, with `merge_mlp` 2dh + d + 3h more; the way out hd + d + 1, with `norm_out`
     2d more. A norm of the stack's own has d: where the backbone has one, causal stacks have theirs in its place, and so
-    has an encoder that feeds a decoder.
+    has an encoder that feeds a decoder. On a convolutional network a level of width d_l has d_l h + 3h, the way out
+    hd + 3d + 1.
     """
-
-    tokenwise = True
 
     def __init__(self, config: SherlConfig, sites: Sequence[Site]) -> None:
         super().__init__()
@@ -261,21 +367,39 @@ class Sherl(SideNet):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks: dict[str, tuple[int, ...]] = {}
         self.stacks, self.norms = nn.ModuleDict(), nn.ModuleDict()
+        convolutional = any(site.convolutional for site in sites)
+        self.tokenwise = not convolutional
+        self.least_rows = 2 if convolutional else 1
         for name in stacks(sites):
             stack = of_stack(sites, name)
             first = stack[0]
-            self.blocks[name] = config.blocks_read(stack, encoder_decoder=len(stacks(sites)) > 1)
-            self.stacks[name] = Aggregation(first.width, 1 + len(self.blocks[name]), self.config)
+            blocks = self.blocks[name] = config.blocks_read(stack, encoder_decoder=len(stacks(sites)) > 1)
+            if convolutional:
+                widths = {site.index: site.width for site in stack if site.kind == "block"}
+                self.stacks[name] = ConvAggregation([widths[block] for block in blocks], self.config)
+                continue
+            self.stacks[name] = Aggregation(first.width, 1 + len(blocks), self.config)
             if first.final_norm and (first.causal or not first.head):
                 self.norms[name] = RMSNorm(first.width, eps=1e-6)
 
     @classmethod
     def check(cls, config: SherlConfig, sites: Sequence[Site]) -> None:
-        """Raise on hierarchical backbones, on a single block, and on layers or a width that do not fit."""
-        if any(site.stage > 0 for site in sites):
+        """Raise on hierarchical Transformers, a single block, and a projection, layers or a width that do not fit."""
+        convolutional = any(site.convolutional for site in sites)
+        if not convolutional and any(site.stage > 0 for site in sites):
             raise ValueError(
                 "it weighs the features of all blocks token by token, and this backbone is hierarchical: its stages "
                 "have other tokens and widths"
+            )
+        if convolutional and (config.filled(sites).projection != "conv_norm" or config.norm_out or config.merge_mlp):
+            raise ValueError(
+                f"projection={config.projection!r}, norm_out={config.norm_out} and merge_mlp={config.merge_mlp}, but "
+                "on convolutional networks there is one form, of 1x1 convolutions and batch norms: leave all three out"
+            )
+        if not convolutional and config.projection == "conv_norm":
+            raise ValueError(
+                "projection='conv_norm' is for convolutional networks: leave it out, or choose "
+                '"gated", "linear_norm" or "relu_linear"'
             )
         for name in stacks(sites):
             cls._check_stack(config, of_stack(sites, name), encoder_decoder=len(stacks(sites)) > 1)
@@ -285,10 +409,11 @@ class Sherl(SideNet):
         site, depth = stack[0], stack[0].depth
         if site.head and depth < 2:
             raise ValueError(f"the last block's input is made of what those before it gave, and there is {depth} block")
-        if config.hidden is None and site.width % config.reduction:
+        guide = config.blocks_read(stack, encoder_decoder=encoder_decoder)[-1:]
+        width = next((site.width for site in stack if site.kind == "block" and site.index in guide), site.width)
+        if config.hidden is None and width % config.reduction:
             raise ValueError(
-                f"reduction={config.reduction} does not divide the width {site.width}: choose one that does, or set "
-                "hidden"
+                f"reduction={config.reduction} does not divide the width {width}: choose one that does, or set hidden"
             )
         if config.layers is None:
             return
@@ -309,11 +434,18 @@ class Sherl(SideNet):
 
     @classmethod
     def kept_per_token(cls, config: SherlConfig, site: Site) -> int:
-        """Each level's input and its code, if all blocks are read; the final norm's input, and the head's."""
+        """Each level's input and its code, if all blocks are read; the final norm's input, and the head's.
+
+        On a convolutional network, at the guide, as many features as there are stages up to it: all are pooled to its
+        grid, and none is wider.
+        """
         if site.kind == "norm":
             return 2 * site.width + 2 if site.head else 0
         if site.head and site.last:
             return 0
+        if site.convolutional:
+            guide = site.kind == "block" and site.index == site.depth - 2
+            return (site.stage + 1) * site.width if guide else 0
         chosen = config.layers is None or site.kind == "stage" or site.index in config.layers
         return site.width + config.side_width(site.width) if chosen else 0
 
@@ -324,6 +456,8 @@ class Sherl(SideNet):
     def step(self, state: SherlState, hidden: Tensor, site: Site) -> tuple[SherlState, Tensor]:
         """Project a level; after the guide merge them, into the last block's input or into the encoder's memory."""
         blocks, aggregation = self.blocks[site.stack], self.stacks[site.stack]
+        if site.convolutional:
+            return self._step_of_maps(state, hidden, site)
         if site.kind == "block" and site.index not in blocks:
             return state, hidden
         codes = (*state.codes, recompute(_level(aggregation, len(state.codes)), hidden))
@@ -334,6 +468,15 @@ class Sherl(SideNet):
             return replace(state, codes=()), written.to(hidden.dtype)
         memory = recompute(self._remember, site.stack, hidden, *codes, random=self._noisy)
         return SherlState(memory=memory.to(hidden.dtype)), hidden
+
+    def _step_of_maps(self, state: SherlState, hidden: Tensor, site: Site) -> tuple[SherlState, Tensor]:
+        """Pool what was read so far to this grid, and read; after the guide merge all into the last block's input."""
+        blocks, maps = self.blocks[site.stack], (state.maps or Maps()).at(site.grid)
+        if site.kind == "block" and site.index in blocks:
+            maps = maps.adding(hidden)
+        if site.kind == "block" and site.index == blocks[-1]:
+            return SherlState(), self.stacks[site.stack](hidden, maps).to(hidden.dtype)
+        return replace(state, maps=maps), hidden
 
     def memory(self, state: SherlState, site: Site) -> Tensor | None:
         """The last decoder block reads the encoder's merged features, the others its output."""
