@@ -239,7 +239,7 @@ def test_what_is_for_images_is_refused_for_texts() -> None:
     rows, fields = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]}), Fields(text="text", label="label")
     for asked in ({"skip_bad_images": True}, {"augment": "flip"}):
         with pytest.raises(DataError, match="is for images, but a column of text is read: leave --"):
-            prepare(rows, rows, fields, tokenizer(pad=True), **asked)  # type: ignore[arg-type]
+            prepare(rows, rows, fields, tokenizer(pad=True), **asked)
 
 
 # --- views ------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_the_transform_of_views_is_that_of_dev(tmp_path: Path) -> None:
     processor = ViTImageProcessor(size={"height": 8, "width": 8})
     data = prepare(rows, rows, FIELDS, processor, augment="crop", seed=5)
     expected = ImageTransform(size=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert data.processor == data.augment.transform == expected  # type: ignore[union-attr]
+    assert data.processor == data.augment.transform == expected
     assert data.handling == {"augment": "crop", "augment_seed": 5, "transform": expected.to_dict()}
     with pytest.raises(ValueError, match="ConvNextImageProcessor does not just resize"):
         prepare(rows, rows, FIELDS, ConvNextImageProcessor(), augment="crop")

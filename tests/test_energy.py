@@ -67,7 +67,7 @@ def test_a_counter_of_another_device_is_refused() -> None:
     with pytest.raises(MeterError, match="energy='rapl', but the model is on 'cuda:0': RAPL measures the processor"):
         energy_counter(CUDA, "rapl")
     with pytest.raises(ValueError, match="energy='battery': choose None or one of nvml, rapl"):
-        energy_counter(CPU, "battery")  # type: ignore[arg-type]
+        energy_counter(CPU, "battery")
 
 
 class NvmlError(Exception):
@@ -148,7 +148,7 @@ def test_a_reading_spans_five_seconds_or_one_step(monkeypatch: pytest.MonkeyPatc
         done.append(seconds)
 
     waits: list[int] = []
-    joules = energy_per_step(step, counter, lambda: waits.append(len(done)))  # type: ignore[arg-type]
+    joules = energy_per_step(step, counter, lambda: waits.append(len(done)))
     assert len(done) == steps
     assert waits == list(range(steps + 1))  # the device is idle when a reading is taken
     assert joules == pytest.approx(10 * seconds)

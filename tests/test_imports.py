@@ -13,6 +13,7 @@ ROOT = Path(sidestep.__file__).parent
 
 #: The package from the bottom up. A folder counts as one module, except for the methods and their base.
 ORDER = [
+    "wording",
     "sparse_codec",
     "diffs",
     "sites",

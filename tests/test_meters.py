@@ -231,7 +231,7 @@ def test_rounds_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="repeats=0, warmup=1: at least one round is timed"):
         measure(backbone, {"read": READ}, batch, repeats=0)
     with pytest.raises(ValueError, match="energy='sun': choose None or one of nvml, rapl"):
-        measure(backbone, {"read": READ}, batch, energy="sun")  # type: ignore[arg-type]
+        measure(backbone, {"read": READ}, batch, energy="sun")
 
 
 def test_each_round_begins_with_another_and_attaches_to_the_one_backbone(monkeypatch: pytest.MonkeyPatch) -> None:

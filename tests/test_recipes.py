@@ -184,7 +184,7 @@ def test_dtl_decays_all_but_biases_and_synqt_everything() -> None:
     )
     dtl = ss.DTLConfig(late_blocks=1, kernel=3)
     model = ss.attach(ViTModel(config, add_pooling_layer=False), dtl, head=ss.Classify(num_labels=3))
-    exempted = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    exempted = Trainer.get_decay_parameter_names(None, model)
     trained = {name for name, _ in model.trained_parameters()}
     assert trained & set(exempted) == {name for name in trained if not name.endswith(".bias")}
     assert load("dtl/vtab/svhn").training["decay"] == "weights"

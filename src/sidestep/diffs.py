@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sidestep.wording import some
+
 UNPLACED = -1
 """Stands for a position that is not chosen yet."""
 
@@ -129,7 +131,7 @@ class SparseDiff(nn.Module):
             given = entries[name]
             index, value = given if isinstance(given, tuple) else (given, torch.zeros(len(given)))
             if name not in starts:
-                raise ValueError(f"a diff of {name}, but there is no such tensor: there are {_some(self._tensors)}")
+                raise ValueError(f"a diff of {name}, but there is no such tensor: there are {some(self._tensors)}")
             numel = self._tensors[name].numel()
             if len(index) and not (0 <= int(index[0]) and int(index[-1]) < numel):
                 raise ValueError(f"positions {int(index[0])} to {int(index[-1])} in {name}, which has {numel} entries")
@@ -271,8 +273,3 @@ def _put(tensor: Tensor, index: Tensor, values: Tensor) -> None:
         data.view(-1).index_copy_(0, index, values)
     else:
         data.put_(index, values)
-
-
-def _some(names: Mapping[str, Any], most: int = 4) -> str:
-    shown = ", ".join(list(names)[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -28,10 +28,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-    ViTModel,
 )
 from transformers.utils import logging
 
@@ -40,6 +36,7 @@ from sidestep.families import DUAL_FAMILIES, dual_family_of
 from sidestep.metrics import Written
 from sidestep.pixels import IMAGE_TRANSFORM, ImageTransform
 from sidestep.vit_npz import NORM_EPS, NpzError, ViTArchive, read_sizes, read_vit
+from sidestep.wording import some
 
 Library = Literal["transformers", "timm"]
 
@@ -149,7 +146,7 @@ def load_backbone(
     if writes is not None:
         kind: Any = _writing_class(str(name), config, writes)
     elif str(name).startswith(VIT):
-        kind = ViTForImageClassification if head else ViTModel
+        kind = transformers.ViTForImageClassification if head else transformers.ViTModel
     else:
         kind = _auto_class(config) if head else AutoModel
     return _load_transformers(kind, str(name), config, wanted, revision)
@@ -497,12 +494,12 @@ def _check_report(name: str, model: PreTrainedModel, report: Mapping[str, Any]) 
     missing = [key for key in inside if key in report["missing_keys"]]
     if len(missing) == len(inside):
         raise LoadError(
-            f"no weight of {name} matches {kind} (it has {_some(report['unexpected_keys'])}; {kind} needs "
-            f"{_some(inside)}): the weights are of another architecture than {CONFIG} says"
+            f"no weight of {name} matches {kind} (it has {some(sorted(report['unexpected_keys']))}; {kind} needs "
+            f"{some(sorted(inside))}): the weights are of another architecture than {CONFIG} says"
         )
     if news := [key for key in missing if "pooler" not in key.split(".")]:
         warnings.warn(
-            f"{len(news)} of {len(inside)} weights of {kind} are not in {name} and are random: {_some(news)}",
+            f"{len(news)} of {len(inside)} weights of {kind} are not in {name} and are random: {some(sorted(news))}",
             LoadWarning,
             stacklevel=4,
         )
@@ -561,7 +558,7 @@ def _as_load_error(name: str, what: str) -> Iterator[None]:
 # --- the original ViT ----------------------------------------------------------------------------------------
 
 
-def npz_config(name: str, fields: Mapping[str, Any]) -> ViTConfig:
+def npz_config(name: str, fields: Mapping[str, Any]) -> transformers.ViTConfig:
     """The config that the arrays of "vit:FILE" tell, with some fields set.
 
     Raises:
@@ -580,7 +577,7 @@ def npz_config(name: str, fields: Mapping[str, Any]) -> ViTConfig:
         "num_channels": sizes.channels,
         "layer_norm_eps": NORM_EPS,
     }
-    return ViTConfig(**{**own, **fields})
+    return transformers.ViTConfig(**{**own, **fields})
 
 
 def _read_npz(file: str) -> ViTArchive:
@@ -588,11 +585,12 @@ def _read_npz(file: str) -> ViTArchive:
         return read_vit(file)
 
 
-def _npz_processor(file: str) -> ViTImageProcessor:
+def _npz_processor(file: str) -> transformers.ViTImageProcessor:
     """The image size of the file, and -1 to 1 for the darkest to the brightest pixel, as the original code has it."""
     with _npz_as_load_error():
         side = read_sizes(file).image
-    return ViTImageProcessor(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    size = {"height": side, "width": side}
+    return transformers.ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 @contextmanager
@@ -681,7 +679,7 @@ def _fill_timm(model: Any, model_name: str, file: str) -> None:
     if bad := [key for key in (*wrong, *missing) if key not in head]:
         raise LoadError(
             f"the weights of {file} do not fit {model_name}: {len(missing)} of {len(own)} are missing, "
-            f"{len(wrong)} have another shape ({_some(bad)}): the file is of another model"
+            f"{len(wrong)} have another shape ({some(sorted(bad))}): the file is of another model"
         )
     model.load_state_dict({k: v for k, v in weights.items() if k in own and k not in wrong}, strict=False)
     # what `source_of` reads the file's name from
@@ -716,10 +714,4 @@ def _require_any(folder: Path, names: Sequence[str], what: str) -> None:
 
 
 def _holds(folder: Path) -> str:
-    return f"it holds {_some(path.name for path in folder.iterdir())}"
-
-
-def _some(names: Any, most: int = 4) -> str:
-    listed = sorted(names)
-    shown = ", ".join(listed[:most]) or "nothing"
-    return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"
+    return f"it holds {some(sorted(path.name for path in folder.iterdir()))}"

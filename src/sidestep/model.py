@@ -33,6 +33,7 @@ from sidestep.methods.base import Method
 from sidestep.methods.controls import Probe
 from sidestep.metrics import Written
 from sidestep.sites import Site
+from sidestep.wording import some
 
 Checkpoint = Literal["late"]
 
@@ -543,8 +544,8 @@ class SideModel(nn.Module):
         }
         if missing or unexpected or shapes:
             raise ValueError(
-                f"these weights are of another task: missing {_some(missing)}; unexpected {_some(unexpected)}; "
-                f"other shapes {_some([f'{name} {given} for {own}' for name, (given, own) in shapes.items()])}"
+                f"these weights are of another task: missing {some(missing)}; unexpected {some(unexpected)}; "
+                f"other shapes {some(f'{name} {given} for {own}' for name, (given, own) in shapes.items())}"
             )
         with torch.no_grad():
             for name in self._task_names:
@@ -660,8 +661,3 @@ def _same_place(a: Site, b: Site) -> bool:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    shown = ", ".join(names[:most]) or "none"
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

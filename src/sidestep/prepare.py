@@ -385,6 +385,7 @@ def _views(augment: str, processor: Any, fields: Fields, seed: int) -> Augmentat
         return None
     if fields.image is None:
         raise DataError(f"augment={augment!r} is for images, but a column of text is read: leave --augment out")
+    # ignored: a text may be other views, which Augmentation refuses
     return Augmentation(views=augment, transform=ImageTransform.of(processor), seed=seed)  # type: ignore[arg-type]
 
 

@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from sidestep.model import Settings
 from sidestep.pair import Attached, PairModel, attach, detach
 from sidestep.sparse_codec import POSITIONS, VALUES, DamagedDiff, SparseTensor, decode, encode
 from sidestep.versions import version_of, versions
+from sidestep.wording import some
 
 FORMAT = 1
 PACKAGES = ("torch", "transformers", "timm", "safetensors")
@@ -186,7 +187,7 @@ def _unpacked(task: Task, model: Attached) -> dict[str, Tensor]:
             there = [f"{name} {shapes[name]}" for name in entries if name in shapes and shapes[name] != entries[name].shape]
             raise TaskError(
                 f"{task.folder} changes tensors that {type(model.backbone).__name__} does not have in that shape: "
-                f"{_some(unfit)}; it has {_some(there) if there else 'none of these names'}. Load the task's own backbone, "
+                f"{some(unfit)}; it has {some(there) if there else 'none of these names'}. Load the task's own backbone, "
                 "with its embeddings not resized"
             )
         found = diff.flat({name: (part.positions, part.values) for name, part in entries.items()})
@@ -724,8 +725,8 @@ def _fill(task: Task, model: Attached) -> None:
         kind = task.config["backbone"]["class_name"]
         raise TaskError(
             f"the tensors of {task.folder} do not fit {type(model.backbone).__name__} (the task was made on "
-            f"{kind}): missing {_some(missing)}; without a place {_some(surplus)}; "
-            f"other shapes {_some(shapes)}"
+            f"{kind}): missing {some(missing)}; without a place {some(surplus)}; "
+            f"other shapes {some(shapes)}"
         )
     model.load_state_dict({name: tensors[portable] for name, portable in names.items()})
 
@@ -752,9 +753,3 @@ def _count(shape: Sequence[int]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    listed = list(names)
-    shown = ", ".join(listed[:most]) or "none"
-    return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"

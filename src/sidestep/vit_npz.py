@@ -11,7 +11,7 @@ import math
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from numpy.lib.npyio import NpzFile
 from torch import Tensor
+
+from sidestep.wording import some
 
 NORM_EPS = 1e-6
 """Of every LayerNorm in the original code; the files do not say it."""
@@ -179,7 +181,7 @@ def read_vit(path: str | Path) -> ViTArchive:
         f"{name} {tuple(arrays[name].shape)}" for name, shape in _shapes(sizes).items() if arrays[name].shape != shape
     ]
     if wrong:
-        raise NpzError(f"{path}: arrays do not fit each other ({_some(wrong)}), for a ViT of {sizes}")
+        raise NpzError(f"{path}: arrays do not fit each other ({some(sorted(wrong))}), for a ViT of {sizes}")
     return ViTArchive(sizes=sizes, arrays=arrays)
 
 
@@ -270,12 +272,6 @@ def _sizes(path: str | Path, archive: NpzFile) -> ViTSizes:
 
 def _another(path: str | Path, missing: set[str], unexpected: set[str]) -> NpzError:
     return NpzError(
-        f"{path} is no Vision Transformer as google-research/vision_transformer stores it: it lacks {_some(missing)} "
-        f"and has, beyond what is read, {_some(unexpected)}"
+        f"{path} is no Vision Transformer as google-research/vision_transformer stores it: it lacks "
+        f"{some(sorted(missing))} and has, beyond what is read, {some(sorted(unexpected))}"
     )
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    listed = sorted(names)
-    shown = ", ".join(listed[:most]) or "nothing"
-    return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"

@@ -95,7 +95,7 @@ def test_rates_are_chosen_on_training_rows_and_every_seed_is_scored_once(finishe
     ]
     for name in ("probe", "full"):
         own = [one for one in trials if one.settings["contender"] == name]
-        best = max(own, key=lambda one: (one.measured["score"], -one.measured["history"][-1]["dev_loss"]))  # type: ignore[index]
+        best = max(own, key=lambda one: (one.measured["score"], -one.measured["history"][-1]["dev_loss"]))
         assert {one.settings["rate"] for one in scores if one.settings["contender"] == name} == {best.settings["rate"]}
     assert {one.settings["rows"] for one in trials} == {25}
     assert {one.settings["rows"] for one in scores} == {32}

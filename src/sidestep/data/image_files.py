@@ -53,7 +53,7 @@ def read_folder(path: Path) -> Dataset:
     pattern = f"{glob.escape(str(path.resolve()))}/**"
     try:
         rows = datasets.load_dataset("imagefolder", data_files={"train": [pattern]}, split="train")
-    except Exception as error:
+    except Exception as error:  # the readers of `datasets` raise what they like
         raise DataError(
             f"{path} holds no images ({error.__cause__ or error}): give a folder with one folder of images "
             "per class, a folder that datasets.save_to_disk made, or a file"

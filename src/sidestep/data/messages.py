@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from sidestep.wording import some
+
 NAMED = 5
 """How many rows, lines or names a message lists before it says how many more there are."""
 
@@ -16,9 +18,7 @@ class DataWarning(UserWarning):
 
 def listed(items: Iterable[object], limit: int = NAMED) -> str:
     """The items as text, those after the limit as a count."""
-    words = [repr(item) if isinstance(item, str) else str(item) for item in items]
-    more = f" and {len(words) - limit} more" if len(words) > limit else ""
-    return ", ".join(words[:limit]) + more
+    return some((repr(item) if isinstance(item, str) else str(item) for item in items), limit)
 
 
 def named_rows(indices: Sequence[int]) -> str:
