@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sidestep.metrics import GREATER_IS_BETTER, METRICS, PRIMARY, ComputeMetrics, ScoreWarning, scores
+from sidestep.metrics import (
+    GREATER_IS_BETTER,
+    METRICS,
+    PRIMARY,
+    ComputeMetrics,
+    ScoreWarning,
+    scores,
+    text_scores,
+)
 
 RANDOM = np.random.default_rng(0)
 
@@ -114,3 +122,29 @@ def test_compute_metrics_takes_the_logits_and_can_be_sent_to_another_process():
     expected = scores("single", logits, targets)
     for predictions in (logits, (logits, np.zeros((3, 7)))):
         assert compute(SimpleNamespace(predictions=predictions, label_ids=targets)) == expected
+
+
+def test_written_texts_are_compared_whole_and_by_words() -> None:
+    found = text_scores(["a good  film", "Good film!", "bad", "the"], ["a good film", "good film", "a bad book", "a"])
+    # whole: white space does not count, case does; by words: 1, 1, 2 * 1 / (1 + 2), and two texts without a word
+    assert found == {"exact_match": 0.25, "token_f1": pytest.approx((1 + 1 + 2 / 3 + 1) / 4)}
+    assert text_scores(["bad bad"], ["bad"])["token_f1"] == pytest.approx(2 / 3)
+    assert text_scores([""], ["bad"]) == {"exact_match": 0.0, "token_f1": 0.0}
+
+
+def test_texts_and_targets_have_to_be_as_many() -> None:
+    with pytest.raises(ValueError, match="1 texts for 2 targets"):
+        text_scores(["a"], ["a", "b"])
+
+
+def test_recalls_by_hand() -> None:
+    # two images with two texts each, and one with one; the second text of image 0 is closer to image 1
+    near = np.array([[0.9, 0.1, 0.2], [0.3, 0.8, 0.1], [0.2, 0.7, 0.6], [0.1, 0.2, 0.9], [0.0, 0.1, 0.5]])
+    found = scores("retrieval", near, np.array([0, 0, 1, 1, 2]))
+    assert found["t2i_r1"] == pytest.approx(100 * 3 / 5)  # texts 0, 2 and 4
+    assert found["i2t_r1"] == pytest.approx(100 * 1 / 3)  # image 0; text 1 is before image 1's, text 3 before image 2's
+    assert (found["t2i_r5"], found["i2t_r10"]) == (100, 100)
+    assert found["rsum"] == pytest.approx(60 + 100 / 3 + 400)
+    assert scores("retrieval", np.zeros((12, 12)), np.arange(12))["rsum"] == 0  # of equal ones the wrong come first
+    with pytest.raises(ValueError, match="1 of 3 images have no text"):
+        scores("retrieval", near, np.array([0, 0, 1, 1, 1]))
