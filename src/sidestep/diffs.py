@@ -124,8 +124,14 @@ class SparseDiff(nn.Module):
         Raises:
             ValueError: if a tensor or a position is not there.
         """
-        if not any(len(given[0] if isinstance(given, tuple) else given) for given in entries.values()):
-            raise ValueError("a diff without nonzeros: give at least one position")
+        self.place_flat(*self.flat(entries))
+
+    def flat(self, entries: Mapping[str, tuple[Tensor, Tensor] | Tensor]) -> tuple[Tensor, Tensor]:
+        """Positions in all tensors laid end to end and values, of entries as `place` takes them.
+
+        Raises:
+            ValueError: as `place`.
+        """
         positions, values, starts = [], [], self._starts()
         for name in sorted(entries, key=lambda name: starts.get(name, 0)):
             given = entries[name]
@@ -137,7 +143,9 @@ class SparseDiff(nn.Module):
                 raise ValueError(f"positions {int(index[0])} to {int(index[-1])} in {name}, which has {numel} entries")
             positions.append(index.to(self.positions.device) + starts[name])
             values.append(value.to(self.values))
-        self.place_flat(torch.cat(positions), torch.cat(values))
+        if not sum(map(len, positions)):
+            raise ValueError("a diff without nonzeros: give at least one position")
+        return torch.cat(positions), torch.cat(values)
 
     @torch.no_grad()
     def place_flat(self, positions: Tensor, values: Tensor | None = None) -> None:

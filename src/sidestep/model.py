@@ -6,7 +6,7 @@ import inspect
 import types
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -480,7 +480,7 @@ class SideModel(nn.Module):
         if self._digest is None:
             plain_name = self._delta.plain_name if self._delta is not None else str
             named = backbones.pretrained_tensors(self.backbone, self._originals, plain_name)
-            with nullcontext() if self.sparse is None else self.sparse.lifted():
+            with self._without_diff():
                 self._digest = backbones.digest_of(named)
         return self._digest
 
@@ -495,17 +495,22 @@ class SideModel(nn.Module):
             for name, parameter in sorted(self.backbone.named_parameters())
             if id(parameter) in beyond and f"backbone.{name}" not in self._task_names
         ]
-        return backbones.digest_of(rest) if rest else None
+        with self._without_diff():
+            return backbones.digest_of(rest) if rest else None
 
     @property
     def parts(self) -> tuple[SideModel, ...]:
         """The attached backbones: of a `PairModel` two, here this one."""
         return (self,)
 
+    def _without_diff(self) -> AbstractContextManager[None]:
+        """The backbone's weights are the pretrained ones meanwhile, where a sparse diff is written into them."""
+        return nullcontext() if self.sparse is None else self.sparse.lifted()
+
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that are trained (not the weights that a sparse diff is written into)."""
-        dense = set() if self.sparse is None else {id(p) for p in self.sparse.tensors.values()}
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in dense)
+        trained = ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+        return ((name, p) for name, p in trained if self.sparse is None or not self.sparse.covers(p))
 
     @property
     def untrained(self) -> str | None:
