@@ -19,7 +19,7 @@ from torch import Tensor
 from parity_diff import Comparison, diff_fixmask, diff_project, diff_step, diff_z
 from parity_files import Oracle, OracleError, Reproduction
 from parity_lst import lst_t5
-from parity_sherl import sherl_block, sherl_pooled, sherl_t5, sherl_vse_bert
+from parity_sherl import sherl_block, sherl_pooled, sherl_t5, sherl_vse_bert, sherl_vse_cnn
 from parity_unipt import unipt_clip4clip, unipt_vse
 from parity_vision import dtl_swin, dtl_vit, synqt
 
@@ -31,6 +31,8 @@ FAMILIES: dict[str, Callable[[Oracle], Reproduction]] = {
     "synqt_": synqt,
     "sherl_t5": sherl_t5,
     "sherl_vse_bert": sherl_vse_bert,
+    "sherl_vse_cnn_train": sherl_vse_cnn,
+    "sherl_vse_cnn_eval": sherl_vse_cnn,
     "sherl_clipvil_block": sherl_block,
     "sherl_mdetr_block": sherl_block,
     "sherl_clip4clip_": sherl_pooled,

@@ -166,6 +166,45 @@ def sherl_block(path: Path, *, width: int = 10, hidden: int = 5, levels: int = 3
     return _save(path, inputs, {"y": y, "loss": loss}, {}, trained, {})
 
 
+def sherl_vse_cnn(
+    path: Path,
+    *,
+    widths: tuple[int, ...] = (5, 7, 9),
+    sides: tuple[int, ...] = (12, 6, 2),
+    hidden: int = 3,
+    rows: int = 3,
+    seed: int = 1,
+) -> Path:
+    """The aggregation of feature maps alone, as section 1.3 of its page states it."""
+    torch.manual_seed(seed)
+    training = path.name.startswith("sherl_vse_cnn_train")
+    features = [torch.randn(rows, width, side, side) for width, side in zip(widths, sides, strict=True)]
+    maps = {f"hor_block.{number}.conv.0": (hidden, width, 1, 1) for number, width in enumerate(widths)}
+    norms = {f"hor_block.{number}.conv.1": hidden for number in range(len(widths))} | {"conv_out.1": widths[-1]}
+    trained = _draw("", maps | {"guide_block.fc_attn": (1, hidden), "conv_out.0": (widths[-1], hidden, 1, 1)}, norms)
+    _track(trained)
+
+    def conv_norm(x: Tensor, convolution: str, norm: str) -> Tensor:
+        x = F.conv2d(x, trained[f"{convolution}.weight"], trained[f"{convolution}.bias"])
+        mean, variance = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+        if training:
+            mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+        unit = (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+        return unit * trained[f"{norm}.weight"][:, None, None] + trained[f"{norm}.bias"][:, None, None]
+
+    codes = []
+    for number, feature in enumerate(features):
+        kernel, name = feature.shape[-1] // sides[-1], f"hor_block.{number}.conv"
+        pooled = F.max_pool2d(feature, kernel) + F.avg_pool2d(feature, kernel)
+        codes.append(conv_norm(pooled, f"{name}.0", f"{name}.1").movedim(1, -1))
+    merged = merge(trained, "", codes, 1e-8).movedim(-1, 1)
+    y = conv_norm(merged, "conv_out.0", "conv_out.1").relu() + torch.tanh(trained["gate_params"] / 0.1) * features[-1]
+    cotangent = torch.randn_like(y)
+    loss = (y * cotangent).sum() / y.numel()
+    inputs = {f"x{number}": feature for number, feature in enumerate(features)} | {"c": cotangent}
+    return _save(path, inputs, {"y": y, "loss": loss}, {}, trained, {})
+
+
 # --- the formulas -----------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +220,14 @@ def aggregate(
 ) -> Tensor:
     """Steps 1 to 6 of the page's first section."""
     codes = [project(weights, f"{prefix}hor_block.{number}.", feature) for number, feature in enumerate(features)]
+    y = _linear(weights, f"{prefix}{out}", merge(weights, prefix, codes, eps).relu())
+    if norm_out is not None:
+        y = _layer_norm(weights, f"{prefix}{norm_out[0]}", y, norm_out[1])
+    return y + torch.tanh(weights[f"{prefix}gate_params"] / 0.1) * features[-1]
+
+
+def merge(weights: Weights, prefix: str, codes: Sequence[Tensor], eps: float) -> Tensor:
+    """Steps 2 to 5."""
     guide, levels = codes[-1], codes[:-1]
     unit = [z / (z.norm(dim=-1, keepdim=True) + eps) for z in levels]
     redundancy = [sum(((s * other).sum(-1, keepdim=True)).relu() for other in unit) for s in unit]
@@ -195,10 +242,7 @@ def aggregate(
         mixed = _layer_norm(
             weights, f"{mlp}.3", _linear(weights, f"{mlp}.2", _linear(weights, f"{mlp}.0", mixed).relu())
         )
-    y = _linear(weights, f"{prefix}{out}", (mixed + guide).relu())
-    if norm_out is not None:
-        y = _layer_norm(weights, f"{prefix}{norm_out[0]}", y, norm_out[1])
-    return y + torch.tanh(weights[f"{prefix}gate_params"] / 0.1) * features[-1]
+    return mixed + guide
 
 
 def _gate(weights: Weights, name: str, feature: Tensor) -> Tensor:
@@ -247,7 +291,7 @@ def _mdetr(width: int, hidden: int, levels: int) -> Weights:
     return _draw("", maps, norms | {"norm_out": width, "guide_block.mlp.3": hidden})
 
 
-def _draw(prefix: str, maps: dict[str, tuple[int, int]], norms: dict[str, int]) -> Weights:
+def _draw(prefix: str, maps: dict[str, tuple[int, ...]], norms: dict[str, int]) -> Weights:
     drawn = {f"{name}.weight": 0.3 * torch.randn(shape) for name, shape in maps.items()}
     drawn |= {f"{name}.bias": 0.1 * torch.randn(shape[0]) for name, shape in maps.items()}
     drawn |= {f"{name}.weight": 1 + 0.1 * torch.randn(size) for name, size in norms.items()}

@@ -1,8 +1,9 @@
-"""SHERL on T5 and BERT, attached to through the public face, and its aggregation alone where that is all of a file."""
+"""SHERL on T5 and BERT, attached to through the public face, and its aggregations alone where that is all of a file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ import sidestep as ss
 from parity_backbones import bert, depth, t5
 from parity_files import Names, Oracle, Reproduction, load, rename
 from sidestep.heads import GPO, unit
-from sidestep.methods.sherl import Aggregation, Merge, ReluLinear
+from sidestep.methods.sherl import Aggregation, ConvAggregation, Maps, Merge, ReluLinear
 
 MDETR_NORM_EPS = 1e-5
 
@@ -46,6 +47,14 @@ BERT_NAMES: Names = _aggregation(
 )
 GATED_NAMES: Names = GATED("", "")
 MDETR_NAMES: Names = _aggregation("", "", tap="fc", norm="norm", norm_out="norm_out")
+CNN_NAMES: Names = (
+    (r"levels\.(\d+)\.tap\.(\w+)", r"hor_block.\1.conv.0.\2"),
+    (r"levels\.(\d+)\.norm\.(\w+)", r"hor_block.\1.conv.1.\2"),
+    (r"merge\.score\.(\w+)", r"guide_block.fc_attn.\1"),
+    (r"out\.tap\.(\w+)", r"conv_out.0.\1"),
+    (r"out\.norm\.(\w+)", r"conv_out.1.\1"),
+    (r"gate", r"gate_params"),
+)
 POOLED_NAMES: Names = (
     (r"levels\.(\d+)\.tap\.(\w+)", r"hor_block.\1.fc.\2"),
     (r"guide\.tap\.(\w+)", r"hor_block_last.fc.\1"),
@@ -119,6 +128,27 @@ def sherl_block(oracle: Oracle) -> Reproduction:
     official = _fit(block, oracle, MDETR_NAMES if mdetr else GATED_NAMES)
     codes = [level(feature) for level, feature in zip(block.levels, features, strict=True)]
     return _of_block(oracle, block, official, block(features[-1], *codes))
+
+
+def sherl_vse_cnn(oracle: Oracle) -> Reproduction:
+    """The aggregation of VSE-infinity's ResNet on given feature maps, by the batch's or the running statistics."""
+    number = len(oracle.group("in.x"))
+    features = [oracle[f"in.x{level}"] for level in range(number)]
+    hidden, eps = oracle["w.guide_block.fc_attn.weight"].shape[1], 1e-8
+    config = ss.SherlConfig(hidden=hidden, projection="conv_norm", eps=eps)
+    block = ConvAggregation([feature.shape[1] for feature in features], config)
+    block.train(oracle.path.name.startswith("sherl_vse_cnn_train"))
+    official = {name: rename(name, CNN_NAMES) for name, _ in block.named_parameters()}
+    for name, parameter in block.named_parameters():
+        parameter.data = oracle[f"w.{official[name]}"].reshape(parameter.shape)
+    grid = features[-1].shape[-2:]
+    pooled = (Maps().at(x.shape[-2:]).adding(x.flatten(2).mT).at(grid) for x in features)
+    maps = Maps(tuple(pair for found in pooled for pair in found.pairs), grid)
+    output = block(maps.pairs[-1][0], maps).mT.unflatten(-1, grid)
+    found = _of_block(oracle, block, official, output)
+    # the official convolutions have kernels of 1 x 1
+    shaped = {name: value.view_as(oracle[f"w.{name}"]) for name, value in found.gradients.items()}
+    return replace(found, gradients=shaped)
 
 
 def sherl_pooled(oracle: Oracle) -> Reproduction:

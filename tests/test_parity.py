@@ -45,6 +45,12 @@ SAMPLES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "sherl_t5_two_blocks": (parity_samples_sherl.sherl_t5, {"depth": 2, "layers": (0,), "reduction": 6, "seed": 2}),
     "sherl_vse_bert_small": (parity_samples_sherl.sherl_vse_bert, {}),
     "sherl_vse_bert_deep": (parity_samples_sherl.sherl_vse_bert, {"depth": 5, "embedding": 18, "heads": 2}),
+    "sherl_vse_cnn_train_small": (parity_samples_sherl.sherl_vse_cnn, {}),
+    "sherl_vse_cnn_eval_small": (parity_samples_sherl.sherl_vse_cnn, {"rows": 1, "sides": (6, 6, 3)}),
+    "sherl_vse_cnn_train_uneven": (
+        parity_samples_sherl.sherl_vse_cnn,
+        {"widths": (4, 3, 6, 5), "sides": (9, 6, 6, 3), "hidden": 4, "seed": 2},
+    ),
     "sherl_clipvil_block_small": (parity_samples_sherl.sherl_block, {}),
     "sherl_mdetr_block_small": (parity_samples_sherl.sherl_block, {"hidden": 3, "levels": 5}),
 }

@@ -270,13 +270,10 @@ class BatchNorm(nn.BatchNorm1d):
         """Move the running statistics by a batch's variance and mean, (2, channels); None: they stay."""
         if statistics is None:
             return
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
         assert self.momentum is not None
-        self.running_var.lerp_(statistics[0], self.momentum)
-        self.running_mean.lerp_(statistics[1], self.momentum)
-        self.num_batches_tracked.add_(1)
+        for name, value in zip(("running_var", "running_mean"), statistics, strict=True):
+            self.get_buffer(name).lerp_(value, self.momentum)
+        self.get_buffer("num_batches_tracked").add_(1)
 
 
 class ConvNorm(nn.Module):
