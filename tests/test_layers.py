@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 import sidestep as ss
-from sidestep.layers import recompute, regrid
+from sidestep.layers import masked_mean, recompute, regrid
+
+
+def test_a_masked_mean_is_of_the_kept_tokens() -> None:
+    tokens = torch.randn(3, 4, 5, dtype=torch.float64)
+    keep = torch.tensor([[True, True, True, True], [False, True, False, True], [False, False, False, False]])
+    expected = torch.stack([tokens[0].mean(0), tokens[1, [1, 3]].mean(0), torch.zeros(5, dtype=torch.float64)])
+    torch.testing.assert_close(masked_mean(tokens, keep), expected)
+    torch.testing.assert_close(masked_mean(tokens, None), tokens.mean(1))
 
 
 class Gate(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,23 @@ def test_what_is_no_method_config_is_refused_with_the_known() -> None:
         method_of(OwnConfig())
     with pytest.raises(TypeError, match="'read' is no method config"):
         ss.attach(FAMILIES["bert"].model(), "read")
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (ss.LSTConfig(layers=(0, 2)), "layers"),
+        (ss.SherlConfig(layers=(0, 2)), "layers"),
+        (ss.LoraConfig(targets=("query", "value")), "targets"),
+        (ss.DoraConfig(targets=("query",)), "targets"),
+        (ss.IA3Config(targets=("key", "fc2"), feedforward=("fc2",)), "feedforward"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_config_read_from_json_equals_the_one_that_was_written(config: MethodConfig, field: str) -> None:
+    read = json.loads(json.dumps(config.to_dict()))
+    assert isinstance(read[field], list)
+    assert type(config).from_dict(read) == config
 
 
 def test_a_taken_name_is_refused() -> None:

@@ -456,11 +456,6 @@ def test_a_value_out_of_range_is_refused(field: str, value: Any, says: str) -> N
         ss.LSTConfig(**{field: value})
 
 
-def test_layers_of_a_task_file_are_the_same() -> None:
-    config = ss.LSTConfig(layers=(0, 2))
-    assert ss.LSTConfig.from_dict({**config.to_dict(), "layers": [0, 2]}) == config
-
-
 @pytest.mark.parametrize(
     ("family", "config", "says"),
     [
