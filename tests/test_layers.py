@@ -9,14 +9,6 @@ import sidestep as ss
 from sidestep.layers import masked_mean, recompute, regrid
 
 
-def test_a_masked_mean_is_of_the_kept_tokens() -> None:
-    tokens = torch.randn(3, 4, 5, dtype=torch.float64)
-    keep = torch.tensor([[True, True, True, True], [False, True, False, True], [False, False, False, False]])
-    expected = torch.stack([tokens[0].mean(0), tokens[1, [1, 3]].mean(0), torch.zeros(5, dtype=torch.float64)])
-    torch.testing.assert_close(masked_mean(tokens, keep), expected)
-    torch.testing.assert_close(masked_mean(tokens, None), tokens.mean(1))
-
-
 class Gate(nn.Module):
     """A chain of elementwise products, each of which keeps its operands; recomputed or not."""
 
@@ -63,3 +55,11 @@ def test_regrid_averages_the_tokens_of_each_cell() -> None:
         for column in range(3):
             cell = [(2 * row + i) * 6 + 2 * column + j for i in range(2) for j in range(2)]
             torch.testing.assert_close(pooled[:, row * 3 + column], tokens[:, cell].mean(1))
+
+
+def test_a_masked_mean_is_of_the_kept_tokens() -> None:
+    tokens = torch.randn(3, 4, 5, dtype=torch.float64)
+    keep = torch.tensor([[True, True, True, True], [False, True, False, True], [False, False, False, False]])
+    expected = torch.stack([tokens[0].mean(0), tokens[1, [1, 3]].mean(0), torch.zeros(5, dtype=torch.float64)])
+    torch.testing.assert_close(masked_mean(tokens, keep), expected)
+    torch.testing.assert_close(masked_mean(tokens, None), tokens.mean(1))
