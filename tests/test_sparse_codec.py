@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -77,6 +80,11 @@ def test_random_diffs_come_back(seed: int) -> None:
         tensors[f"layer.{index}.weight"] = uniform(shape, random.choice([0, 0.001, 0.01, 0.3, 0.9, 1]), seed + index)
     dtype = DTYPES[seed % 3]
     assert_same(decode(encode(tensors, dtype)), tensors, dtype)
+
+
+def test_more_positions_than_are_decoded_at_a_time_come_back() -> None:
+    tensors = {"a": uniform((300, 1000), 0.4, 0), "b": uniform((3000, 1000), 0.005, 1)}
+    assert_same(decode(encode(tensors, torch.bfloat16)), tensors, torch.bfloat16)
 
 
 def test_every_class_of_gaps_comes_back_at_its_borders() -> None:
@@ -193,6 +201,21 @@ def test_a_forged_checksum_over_broken_content_is_no_other_error(stored: dict[st
         decode({**stored, POSITIONS: torch.tensor(list(forged), dtype=torch.uint8)})
 
 
+@pytest.mark.parametrize("gap", [-(1 << 40), (1 << 63) - 1])
+def test_forged_gaps_cannot_lead_backwards(gap: int) -> None:
+    data = encode({"a": sparse((1 << 40,), [1, 1 << 30])}, torch.float32)[POSITIONS].numpy().tobytes()
+    forged = zlib.compress(np.array([gap], "<i8").tobytes())
+    length = struct.unpack_from("<I", data, 40)[0]
+    header = json.loads(zlib.decompress(data[44 : 44 + length]))
+    end, header["streams"][-1] = len(data) - header["streams"][-1], len(forged)
+    packed = zlib.compress(json.dumps(header).encode())
+    body = struct.pack("<I", len(packed)) + packed + data[44 + length : end] + forged
+    values = torch.ones(2)
+    whole = data[:8] + hashlib.sha256(body + bits(values).numpy().tobytes()).digest() + body
+    with pytest.raises(DamagedDiff, match="positions do not increase"):
+        decode({POSITIONS: torch.tensor(list(whole), dtype=torch.uint8), VALUES: values})
+
+
 # --- what is refused ---------------------------------------------------------------------------------------
 
 
@@ -202,15 +225,27 @@ def test_a_forged_checksum_over_broken_content_is_no_other_error(stored: dict[st
         (torch.tensor([1.0]), torch.ones(1), r"torch\.float32: give one dimension of torch\.int64"),
         (torch.tensor([[1]]), torch.ones(1, 1), r"\(1, 1\) torch\.int64: give one dimension"),
         (torch.tensor([1, 2]), torch.ones(1), r"\(1,\) values for 2 positions: give one value"),
-        (torch.tensor([2, 1]), torch.ones(2), "not strictly increasing: sort them"),
-        (torch.tensor([1, 1]), torch.ones(2), "not strictly increasing: sort them"),
-        (torch.tensor([1, 12]), torch.ones(2), r"from 1 to 12 in a tensor of shape \(3, 4\).*0 to 11"),
-        (torch.tensor([-1, 1]), torch.ones(2), r"from -1 to 1 in a tensor of shape \(3, 4\)"),
     ],
 )
-def test_positions_that_fit_no_tensor_are_refused(positions: Tensor, values: Tensor, message: str) -> None:
+def test_positions_and_values_that_do_not_belong_together_are_refused(
+    positions: Tensor, values: Tensor, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         SparseTensor(shape=(3, 4), positions=positions, values=values)
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([2, 1], "the positions of a are not strictly increasing: sort them"),
+        ([1, 1], "the positions of a are not strictly increasing: sort them"),
+        ([1, 12], r"a has positions from 1 to 12 and the shape \(3, 4\).*0 to 11"),
+        ([-1, 1], r"a has positions from -1 to 1 and the shape \(3, 4\)"),
+    ],
+)
+def test_positions_that_fit_no_tensor_are_refused(positions: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode({"b": sparse((2,), [1]), "a": sparse((3, 4), positions)}, torch.float32)
 
 
 def test_values_that_a_dtype_cannot_hold_are_refused() -> None:
