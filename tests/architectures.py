@@ -47,6 +47,7 @@ T5: dict[str, Any] = {
     "decoder_start_token_id": 0,
 }
 SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
+RESNET: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 2]}
 DEBERTA: dict[str, Any] = dict(
     TEXT,
     relative_attention=True,
@@ -70,6 +71,10 @@ def timm_vit(**sizes: Any) -> nn.Module:
 
 def timm_swin() -> nn.Module:
     return timm.create_model("swin_tiny_patch4_window7_224", img_size=32, num_classes=3, **SWIN)
+
+
+def timm_resnet(name: str, **sizes: Any) -> nn.Module:
+    return timm.create_model(name, layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), num_classes=3, **sizes)
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,10 @@ def _swin(build: Callable[[], nn.Module], norm: str) -> Architecture:
     return Architecture(build, [[8, 8, 16, 16]], [norm], "mean", image=32)
 
 
+def _resnet(build: Callable[[], nn.Module], widths: list[int]) -> Architecture:
+    return Architecture(build, [widths], [None], "mean", image=32)
+
+
 ARCHITECTURES = {
     "bert": _text(lambda: t.BertModel(t.BertConfig(**TEXT))),
     "roberta": _text(lambda: t.RobertaModel(t.RobertaConfig(**TEXT))),
@@ -164,4 +173,9 @@ ARCHITECTURES = {
     "timm vit": _image(timm_vit, "norm"),
     "timm vit, registers": _image(lambda: timm_vit(reg_tokens=3), "norm", prefix=4),
     "timm swin": _swin(timm_swin, "norm"),
+    "resnet": _resnet(lambda: t.ResNetModel(t.ResNetConfig(layer_type="bottleneck", **RESNET)), [16, 32, 32]),
+    "resnet, basic blocks": _resnet(lambda: t.ResNetModel(t.ResNetConfig(layer_type="basic", **RESNET)), [16, 32, 32]),
+    "timm resnet": _resnet(lambda: timm_resnet("resnet18"), [8, 16, 32, 64]),
+    "timm resnext": _resnet(lambda: timm_resnet("resnext50_32x4d", cardinality=2, base_width=16), [32, 64, 128, 256]),
+    "timm seresnet": _resnet(lambda: timm_resnet("seresnet50"), [32, 64, 128, 256]),
 }

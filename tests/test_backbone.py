@@ -78,6 +78,66 @@ def test_blocks_are_counted_over_the_stages() -> None:
     ]
 
 
+def test_a_resnets_first_block_of_a_stage_takes_the_width_of_the_stage_before() -> None:
+    sites = [place.site for place in find_places(ARCHITECTURES["resnet"].model())]
+    assert [(site.kind, site.stage, site.index, site.width) for site in sites] == [
+        ("stage", 0, 0, 8),
+        ("block", 0, 0, 16),
+        ("stage", 1, 1, 16),
+        ("block", 1, 1, 32),
+        ("block", 1, 2, 32),
+    ]
+    assert all(site.convolutional and site.spatial for site in sites)
+
+
+@pytest.mark.parametrize("name", ["resnet", "timm resnet"])
+def test_a_method_sees_a_feature_map_as_tokens_that_share_its_storage(name: str) -> None:
+    model = ss.attach(ARCHITECTURES[name].model(), ss.ReadConfig(rank=4))
+    seen: dict[int, tuple[torch.Tensor, Any]] = {}
+    given: dict[int, torch.Tensor] = {}
+    step = model.side.step
+
+    def note(state: Any, hidden: torch.Tensor, site: Any) -> Any:
+        if site.kind == "block":
+            seen[site.index] = hidden, site
+        return step(state, hidden, site)
+
+    object.__setattr__(model.side, "step", note)
+    blocks = [place for place in model.places if place.site.kind == "block"]
+    for place in blocks:
+        # before the fold's own hook
+        place.module.register_forward_hook(
+            lambda module, args, output, index=place.site.index: given.update({index: output}), prepend=True
+        )
+    with torch.no_grad():
+        model(**ARCHITECTURES[name].inputs())
+    for index, (hidden, site) in seen.items():
+        rows, columns = site.grid
+        assert torch.equal(hidden, given[index].permute(0, 2, 3, 1).flatten(1, 2))
+        assert hidden.untyped_storage().data_ptr() == given[index].untyped_storage().data_ptr()
+        assert given[index].shape == (2, site.width, rows, columns)
+
+
+@pytest.mark.parametrize(
+    "config", [ss.ProbeConfig(), ss.BitFitConfig(), ss.FullConfig()], ids=["probe", "bitfit", "full"]
+)
+@pytest.mark.parametrize("checkpoint", [None, "late"])
+def test_batch_norms_move_once_a_step_or_not_at_all(config: Any, checkpoint: Any) -> None:
+    """A weight delta trains as the plain backbone does in training mode, also where blocks are computed again."""
+    kind = ARCHITECTURES["timm resnet"]
+    inputs = kind.inputs()
+    plain = kind.model()
+    if not isinstance(config, ss.ProbeConfig):
+        with torch.no_grad():
+            plain.train()(inputs["pixel_values"])
+    model = ss.attach(kind.model(), config, head=ss.Classify(num_labels=3), checkpoint=checkpoint).train()
+    model(**inputs, labels=torch.tensor([0, 2])).loss.backward()
+    found = dict(model.backbone.named_buffers())
+    for name, value in plain.named_buffers():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+    assert {norm.momentum for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)} == {0.1}
+
+
 def test_a_model_of_two_towers_is_refused_and_each_tower_taken() -> None:
     clip = t.CLIPModel(t.CLIPConfig(text_config=TEXT, vision_config=IMAGE))
     with pytest.raises(ValueError, match=r"CLIPModel has several towers of blocks .*attach to one of them"):
@@ -236,5 +296,7 @@ def test_a_timm_models_head_does_not_change_the_digest() -> None:
 
 
 def test_a_network_of_convolutions_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the blocks of ConvNeXt are convolutions \(ConvNeXtBlock\)"):
+    with pytest.raises(
+        ValueError, match=r"the blocks of ConvNeXt are convolutions \(ConvNeXtBlock\).*it takes ResNets"
+    ):
         find_places(timm.create_model("convnext_atto", num_classes=3))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -217,8 +218,8 @@ def _widths(stage: Sequence[tuple[str, nn.Module]], family: Family) -> list[int]
 def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
     """Every site of a backbone and the module it sits on, in the order of a pass.
 
-    Names are relative to the trunk (`trunk_of`). With `with_blocks`, sites carry their `FrozenBlock` where the
-    family table can fill it.
+    Names are relative to the trunk (`trunk_of`). With `with_blocks`, sites carry their `FrozenBlock` and
+    `BlockWeights` where the family table can fill them.
     """
     family = family_of(model)
     prefix = prefix_tokens(trunk_of(model), family)
@@ -246,11 +247,12 @@ def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
             first = replace(site, next_block=parts[0])
             places.append(Place(site=first, name=stage[0][0], module=stage[0][1]))
             for (name, block), width, following in zip(stage, widths[1:], [*parts[1:], None], strict=True):
-                site = replace(site, kind="block", index=index, width=width, next_block=following)
+                weights = family.block_weights(block) if with_blocks and family.block_weights else None
+                site = replace(site, kind="block", index=index, width=width, next_block=following, weights=weights)
                 places.append(Place(site=site, name=name, module=block))
                 index += 1
         if stack.norm is not None:
-            end = replace(site, kind="norm", next_block=None, norm=stack.norm[1])
+            end = replace(site, kind="norm", next_block=None, weights=None, norm=stack.norm[1])
             places.append(Place(site=end, name=stack.norm[0], module=stack.norm[1]))
     return places
 
@@ -337,7 +339,7 @@ class CheckpointedForward:
     """A block's `forward` that keeps only its inputs and runs again in backward.
 
     It wraps `forward`, not `__call__`, so hooks stay outside and run once; a cache would be written twice, so none
-    is passed on.
+    is passed on; running statistics of batch norms move the first time only.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -351,7 +353,24 @@ class CheckpointedForward:
         for name in ("past_key_values", "layer_past"):
             if kwargs.get(name) is not None:
                 kwargs[name] = None
+        norms = [module for module in self.block.modules() if isinstance(module, _BatchNorm) and module.training]
+        if norms:
+            kwargs["context_fn"] = lambda: (nullcontext(), _statistics_stay(norms))
         return checkpoint(run, self.block, *args, use_reentrant=False, **kwargs)
+
+
+@contextmanager
+def _statistics_stay(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Batch norms compute as ever, and their running statistics stay as they are."""
+    before = [(norm, norm.momentum, norm.get_buffer("num_batches_tracked").clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, batches in before:
+            norm.momentum = momentum
+            norm.get_buffer("num_batches_tracked").copy_(batches)
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:

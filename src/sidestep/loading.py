@@ -286,17 +286,17 @@ def load_pair(
     return model
 
 
-def paired(image: nn.Module, text: nn.Module) -> nn.Module:
+def paired(image: Any, text: Any) -> nn.Module:
     """A dual encoder of two encoders, with new projections.
 
     Raises:
         LoadError: if one of them is not of transformers.
     """
-    for model in (image, text):
-        if not isinstance(model, PreTrainedModel) or dual_family_of(model) is not None:
-            raise LoadError(f"{type(model).__name__} cannot be one of two towers: give an encoder of transformers")
-    names = [model.config._name_or_path for model in (image, text)]
-    model = transformers.VisionTextDualEncoderModel(vision_model=image, text_model=text).eval()
+    for encoder in (image, text):
+        if not isinstance(encoder, PreTrainedModel) or dual_family_of(encoder) is not None:
+            raise LoadError(f"{type(encoder).__name__} cannot be one of two towers: give an encoder of transformers")
+    names = [encoder.config._name_or_path for encoder in (image, text)]
+    model: Any = transformers.VisionTextDualEncoderModel(vision_model=image, text_model=text).eval()
     # the towers' configs are copies now; by these names they are loaded again
     for tower, name in zip((model.vision_model, model.text_model), names, strict=True):
         tower.config._name_or_path = name
@@ -675,7 +675,8 @@ def _fill_timm(model: Any, model_name: str, file: str) -> None:
     head = {f"{_timm_classifier(model)}.{part}" for part in ("weight", "bias")}
     weights = {key: value for key, value in weights.items() if key in own or key not in head}
     wrong = [key for key, value in weights.items() if key in own and value.shape != own[key].shape]
-    missing = [key for key in own if key not in weights]
+    # PyTorch itself does not ask for this count, which older files lack
+    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
     if bad := [key for key in (*wrong, *missing) if key not in head]:
         raise LoadError(
             f"the weights of {file} do not fit {model_name}: {len(missing)} of {len(own)} are missing, "

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from sidestep import checkpoints
+from sidestep import checkpoints, relax
 from sidestep.backbone import drop_path_rate
 from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, SetEpoch, StopIfDiverged
 from sidestep.heads import Classify, HeadConfig, Regress, Retrieve
@@ -39,6 +39,7 @@ from sidestep.results import PACKAGES, Results, device_name
 from sidestep.retrieval import recalls
 from sidestep.schedules import rate_factor
 from sidestep.settings import TrainSettings
+from sidestep.starts import SAMPLES, initialise
 from sidestep.step import StepCost, measure_step
 from sidestep.store import WEIGHTS
 from sidestep.versions import versions
@@ -79,12 +80,24 @@ def train(
     _check_fit(model, data, settings)
     _describe(model, data)
     metric = settings.best_by(data.labels.kind, len(data.labels.names))
-    start = checkpoints.begin(settings, _identity(model, data, settings))
-    clock = EpochClock()
-    trainer = _trainer(model, data, settings, metric, start, clock)
+    identity = _identity(model, data, settings)
+    start = checkpoints.begin(settings, identity)
+    first, last, clock = None, settings, EpochClock()
+    if relax.relaxes(model):
+        with _failures(relax.own(settings)):
+            batch = largest_batch(data, settings.batch_size) if settings.measure else None
+
+            def trainer_of(own: TrainSettings, at: Path | None, optimizer: Callable[[], Optimizer]) -> Trainer:
+                return _trainer(model, data, own, metric, at, EpochClock(), optimizer)
+
+            first = relax.projected(model, settings, identity, start, trainer_of, batch)
+        last = relax.last_stage(model, settings)
+    trainer = _trainer(model, data, last, metric, start, clock)
     with _failures(settings):
-        cost = None
-        if settings.measure:
+        if start is None:
+            _initialise(model, data, settings)
+        cost = None if first is None else first.cost
+        if settings.measure and first is None:
             batch = largest_batch(data, settings.batch_size)
             # the Trainer's optimizer is the fused one
             check_fits(
@@ -97,6 +110,8 @@ def train(
     model.eval()
     model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=found)
     results = _results(trainer, data, settings, recipe, metric, found, cost, seconds, start, history, clock.seconds)
+    if first is not None:
+        results = replace(results, first_stage=first.told(_history(first.log)))
     results.write(settings.output)
     return results
 
@@ -164,10 +179,24 @@ def _check_fit(model: Attached, data: TaskData, settings: TrainSettings) -> None
             f"drop_last with {len(data.train)} training rows and batch_size={settings.batch_size}: no batch would be "
             "left; lower the batch size, or train on the last batch too"
         )
+    _check_rows(model, data, settings)
     if torch.cuda.is_available() and torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
         raise ValueError(
             f"{torch.cuda.device_count()} GPUs are visible: show one (CUDA_VISIBLE_DEVICES=0), or start one "
             "process per GPU with torchrun"
+        )
+
+
+def _check_rows(model: Attached, data: TaskData, settings: TrainSettings) -> None:
+    """Refuse batches that are too small for a method's batch norms, the last one of an epoch included."""
+    least = max(part.side.least_rows for part in model.parts)
+    rest = 0 if settings.drop_last else len(data.train) % settings.batch_size
+    if (rest or settings.batch_size) < least:
+        raise ValueError(
+            f"batch_size={settings.batch_size} with {len(data.train)} training rows makes a batch of "
+            f"{rest or settings.batch_size}, but {model.record.name} has batch norms on this backbone, which are "
+            f"trained on {least} rows or more: choose another batch size"
+            + (", or leave the last batch out (--drop-last)" if rest and rest != len(data.train) else "")
         )
 
 
@@ -225,6 +254,14 @@ def _fingerprint(rows: Dataset) -> str:
     return f"{len(rows)}, {sha256(repr(columns).encode()).hexdigest()[:12]}"
 
 
+def _initialise(model: Attached, data: TaskData, settings: TrainSettings) -> None:
+    """Let a method whose start hangs on training rows see some, drawn by the seed."""
+    if not isinstance(model, SideModel) or not model.side.from_data:
+        return
+    drawn = np.random.default_rng(settings.seed).permutation(len(data.train))[:SAMPLES]
+    initialise(model, (data.collate([data.train[int(index)]]) for index in drawn))
+
+
 def largest_batch(data: TaskData, size: int) -> Any:
     """The batch of the longest training texts (or of the first images)."""
     rows = data.train
@@ -236,7 +273,13 @@ def largest_batch(data: TaskData, size: int) -> Any:
 
 
 def _trainer(
-    model: Attached, data: TaskData, settings: TrainSettings, metric: str, start: Path | None, clock: EpochClock
+    model: Attached,
+    data: TaskData,
+    settings: TrainSettings,
+    metric: str,
+    start: Path | None,
+    clock: EpochClock,
+    optimizer: Callable[[], Optimizer] | None = None,
 ) -> Trainer:
     steps, writes = _steps_per_epoch(data, settings), data.generation is not None
     callbacks: list[Any] = [
@@ -261,6 +304,7 @@ def _trainer(
         compute_metrics=None if writes else ComputeMetrics(data.labels.kind, data.labels.names or None),
         callbacks=callbacks,
         score=(lambda: _dev_scores(model, data, settings)) if writes else None,
+        make_optimizer=optimizer,
     )
     for printer in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printer)
@@ -273,9 +317,11 @@ class _Trainer(Trainer):
     """The Trainer with the settings' schedule, weight decay and whole batches.
 
     `score` gives the dev scores of problems that are not scored by logits; without it `compute_metrics` does.
+    `make_optimizer` makes another optimizer than AdamW, when a checkpoint's weights have been loaded.
     """
 
     lr_scheduler: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -283,10 +329,16 @@ class _Trainer(Trainer):
         factor: Callable[[int], float],
         *,
         score: Callable[[], dict[str, float]] | None,
+        make_optimizer: Callable[[], Optimizer] | None,
         **given: Any,
     ) -> None:
         super().__init__(**given)
-        self._settings, self._factor, self._score = settings, factor, score
+        self._settings, self._factor, self._score, self._make_optimizer = settings, factor, score, make_optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.optimizer is None and self._make_optimizer is not None:
+            self.optimizer = self._make_optimizer()
+        return super().create_optimizer(model)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -424,12 +476,13 @@ def _last_scores(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _dev_scores(model: Attached, data: TaskData, settings: TrainSettings) -> dict[str, float]:
+    if data.labels.kind == "retrieval":
+        return recalls(model, data.dev, batch_size=settings.eval_batch_size, workers=settings.workers)
+    assert isinstance(model, SideModel)
     if data.generation is not None:
         size, workers = settings.eval_batch_size, settings.workers
         texts = written(model, data.dev, data.generation, batch_size=size, workers=workers)
         return text_scores(texts, data.dev["target"][:])
-    if data.labels.kind == "retrieval":
-        return recalls(model, data.dev, batch_size=settings.eval_batch_size, workers=settings.workers)
     found = logits(model, data.dev, data.fields, batch_size=settings.eval_batch_size, workers=settings.workers)
     targets = np.array(data.dev.with_format(None)["labels"][:])
     return scores(data.labels.kind, found, targets, data.labels.names or None)
