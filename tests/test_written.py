@@ -27,6 +27,7 @@ from sidestep.methods import MethodConfig
 from sidestep.metrics import Written
 from sidestep.prepare import TaskData, prepare
 from sidestep.settings import TrainSettings
+from sidestep.starts import initialise
 from sidestep.train import head_for, train
 from small_tasks import image_backbone, text_backbone, write
 from tiny import FAMILIES, randomize
@@ -161,12 +162,38 @@ def test_an_interrupted_run_continues_to_the_same_bits(
     assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
 
 
+def test_a_start_by_fisher_information_is_made_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, how = task_data(place, "text2text"), {"save_steps": 2, "epochs": 2}
+    config = ss.LSTConfig(reduction=2, heads=2, head_width=8, inner_width=32, init="fisher")
+    made: list[int] = []
+
+    def spy(model: ss.SideModel, batches: Any) -> int:
+        made.append(initialise(model, batches))
+        return made[-1]
+
+    monkeypatch.setattr("sidestep.train.initialise", spy)
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+    train(attached(place, data, config), data, settings(tmp_path / "whole", **how))
+    with monkeypatch.context() as patched:
+        patched.setattr(StopIfDiverged, "on_step_begin", stop, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            train(attached(place, data, config), data, settings(tmp_path / "parts", **how))
+    train(attached(place, data, config, seed=9), data, settings(tmp_path / "parts", **how, resume=True))
+    assert made == [32, 32]  # all rows, in the two runs that began
+    found = [load_file(tmp_path / name / store.WEIGHTS) for name in ("whole", "parts")]
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
+
+
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("family", "method"), [("t5", "sherl"), ("t5", "read"), ("llama", "read"), ("llama", "dtl")]
-)
+@pytest.mark.parametrize(("family", "method"), [("t5", "sherl"), ("t5", "read"), ("llama", "read"), ("llama", "dtl")])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 3}], ids=str)
 def test_generation_with_a_cache_equals_generation_without(family: str, method: str, how: dict[str, Any]) -> None:
     kind = FAMILIES[family]
@@ -228,7 +255,11 @@ def test_a_method_that_cannot_use_a_cache_writes_without_and_says_so(
 @pytest.mark.parametrize(
     ("backbone", "writes", "says"),
     [
-        ("text2text", "lm", r"task 'lm' needs a decoder, but .*\('t5'\) is an encoder-decoder: choose --task text2text"),
+        (
+            "text2text",
+            "lm",
+            r"task 'lm' needs a decoder, but .*\('t5'\) is an encoder-decoder: choose --task text2text",
+        ),
         ("lm", "text2text", r"'text2text' needs an encoder-decoder, but .*\('llama'\) is a decoder: choose --task lm"),
         ("bert", "lm", r"\('bert'\) is neither encoder-decoder nor decoder: choose --task single, multi or regress"),
         ("bert", "text2text", r"is neither encoder-decoder nor decoder"),
@@ -246,7 +277,7 @@ def test_a_backbone_that_does_not_write_so_is_refused(
 
 def test_training_refuses_what_does_not_fit_the_data(place: Path, tmp_path: Path) -> None:
     data = task_data(place, "text2text")
-    with pytest.raises(ValueError, match=r"nothing is trained: probe leaves it to the head .* choose another method"):
+    with pytest.raises(ValueError, match=r"nothing is trained: probe leaves it to the head, .* choose another method"):
         train(attached(place, data, ss.ProbeConfig()), data, settings(tmp_path))
     classifier = ss.attach(load_backbone(place / "text2text"), READ, head=ss.Classify(num_labels=2))
     with pytest.raises(ValueError, match=r"the problem is 'text2text', but T5Model as it is attached writes no such"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def evaluate(
     if labels.kind == "retrieval":
         pairs, _ = encode_pairs(captioned(rows, fields), fields, model.extras["processor"], _max_length(model))
         return recalls(model, pairs, batch_size=batch_size, progress=progress)
+    assert isinstance(model, SideModel)
     if fields.label is None:
         raise DataError("scores need a label column: name it (--label)")
     encoded = _encode(model, rows, fields, labels)
@@ -101,8 +102,11 @@ def predict(
     fields, labels = _reading(model, fields)
     if labels.kind == "retrieval":
         return neighbours(model, rows, fields, batch_size=batch_size, progress=progress)
+    assert isinstance(model, SideModel)
     if (kind := written_kind(labels.kind)) is not None:
-        prompts, _ = encode_prompts(rows, fields, model.extras["processor"], kind, _max_length(model))
+        prompts, _ = encode_prompts(
+            rows, replace(fields, label=None), model.extras["processor"], kind, _max_length(model)
+        )
         texts = written(model, prompts, _generation(model), batch_size=batch_size, progress=progress)
         columns: dict[str, list[Any]] = {PREDICTION: texts}
     else:

@@ -111,8 +111,10 @@ class Bench:
             model = self.attach(contender, self.blank_head(contender), seed=0)
         except (UnsupportedBackbone, ModuleNotFoundError) as error:
             return str(error)
-        detach(model)
-        return model.untrained
+        try:
+            return model.untrained
+        finally:
+            detach(model)
 
     def blank_head(self, contender: Contender, pool: Pool | None = None) -> Classify | None:
         """A head for two classes that reads what the contender's reads (else `pool`); None where texts are written."""
