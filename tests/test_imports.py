@@ -33,6 +33,7 @@ ORDER = [
     "heads",
     "memory",
     "model",
+    "starts",
     "pair",
     "energy",
     "step",
@@ -54,6 +55,7 @@ ORDER = [
     "checkpoints",
     "retrieval",
     "predict",
+    "relax",
     "train",
     "show",
     "demo_corpus",
@@ -66,10 +68,12 @@ ORDER = [
 ]
 
 #: Imports inside a function that go the other way, with the reason.
-UPWARDS = {("model", "store"): "model.save_pretrained is a shortcut to store.save"}
+UPWARDS = dict.fromkeys(
+    (("model", "store"), ("pair", "store")), "save_pretrained of a model is a shortcut to store.save"
+)
 
 #: All that a method may import: it never sees a Hugging Face class, so it cannot fork one.
-FOR_METHODS = {"sites", "taps", "layers", "pruning", "diffs", "methods.base"}
+FOR_METHODS = {"sites", "taps", "layers", "pruning", "diffs", "hard_concrete", "selection", "diff_optimizer", "methods.base"}
 LIBRARIES_FOR_METHODS = {"torch", "einops"}
 #: The registry finds third parties' methods by entry point; LoRA and its like are PEFT's.
 EXTRA_LIBRARIES = {"methods.base": {"importlib"}, "methods.adapters": {"peft"}}

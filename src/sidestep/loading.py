@@ -251,6 +251,7 @@ def load_pair_processor(name: str, text_name: str | None = None, *, revision: st
         LoadError: if one is missing.
     """
     if text_name is None:
+        _require_dual(name, _config(name, revision, {}).model_type)
         return PairProcessor(*(_load_processor(name, images, revision) for images in (True, False)))
     image, text = load_processor(name, revision=revision), load_processor(text_name)
     for processor, wanted, given in ((image, False, name), (text, True, text_name)):
@@ -278,12 +279,16 @@ def load_pair(
     model = load_backbone(name, dtype=dtype, revision=revision, drop_path=drop_path)
     if text_name is not None:
         return paired(model, load_backbone(text_name, dtype=dtype))
-    if dual_family_of(model) is None:
-        raise LoadError(
-            f"{name} is a {type(model).__name__}, no dual encoder ({', '.join(DUAL_FAMILIES)}): give one, or name the "
-            "encoder of texts beside it (--text-backbone)"
-        )
+    _require_dual(name, getattr(getattr(model, "config", None), "model_type", "timm model"))
     return model
+
+
+def _require_dual(name: str, kind: str) -> None:
+    if kind not in DUAL_FAMILIES:
+        raise LoadError(
+            f"{name} is a {kind}, no dual encoder ({', '.join(DUAL_FAMILIES)}): give one, or name the encoder of texts "
+            "beside it (--text-backbone)"
+        )
 
 
 def paired(image: Any, text: Any) -> nn.Module:

@@ -160,7 +160,8 @@ class ComputeMetrics:
         """The scores; of a tuple of outputs the first one is the logits (of retrieval: images, then texts)."""
         predictions = evaluation.predictions
         if self.kind == "retrieval":
-            return scores(self.kind, *similarities(*predictions, evaluation.label_ids))
+            images, texts = predictions
+            return scores(self.kind, *similarities(images, texts, evaluation.label_ids))
         if isinstance(predictions, tuple):
             predictions = predictions[0]
         return scores(self.kind, predictions, evaluation.label_ids, self.names)

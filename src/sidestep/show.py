@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from sidestep.model import SideModel
+    from sidestep.pair import Attached
     from sidestep.prepare import TaskData
     from sidestep.results import Results
     from sidestep.settings import TrainSettings
@@ -65,7 +65,7 @@ def hush(quiet: bool) -> None:
         datasets.disable_progress_bars()
 
 
-def show_start(model: SideModel, data: TaskData, settings: TrainSettings) -> None:
+def show_start(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     """Say what is about to be trained on what."""
     count = sum(parameter.numel() for _, parameter in model.trained_parameters())
     classes = f" ({', '.join(data.labels.names[:10])})" if data.labels.names else ""

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidestep.memory import Peak, by_kind_of_module, peak_memory, saved_bytes
-from sidestep.model import SideModel
+from sidestep.pair import Attached
 
 MODULES = 40  # rows of `StepCount.kept_by_module`
 OTHER = "(other)"
@@ -33,7 +33,7 @@ class StepCount:
         kept_by_module: the same by module, the blocks of a stack together ("encoder.layer.*.output"), largest first;
             at most 40 rows, the last of which is then "(other)".
         gradient_bytes: of all gradients, when backward ends.
-        optimizer_bytes: of AdamW's state.
+        optimizer_bytes: of the optimizer's state.
         flops: of forward and backward, recomputation with it: matrix products, convolutions and attention, as PyTorch's
             counter has them.
     """
@@ -63,20 +63,23 @@ class StepCost(StepCount):
     resident_bytes: int | None
 
 
-def measure_step(model: SideModel, batch: Batch, *, bf16: bool = False) -> StepCost:
+def measure_step(
+    model: Attached, batch: Batch, *, bf16: bool = False, optimizer: torch.optim.Optimizer | None = None
+) -> StepCost:
     """Memory of a training step on a batch with labels; mode, weights and random generators stay as they are.
 
     Args:
         model: real, or made inside a `FakeTensorMode` that is active: then there are counts and no peaks.
         batch: with labels; real or fake as the model.
         bf16: run forward under autocast to bfloat16.
+        optimizer: with its state in place and rates of 0; None: the Trainer's AdamW.
     """
     inputs = accepted(model, batch)
     with _undone(model):
         model.train()
-        count = _count(model, inputs, bf16)
+        count = _count(model, inputs, bf16, optimizer or idle_adamw(model))
     # Not in one pass: what the counters hang on the graph makes recomputed blocks live longer.
-    peak = step_peak(model, batch, bf16=bf16)
+    peak = step_peak(model, batch, bf16=bf16, optimizer=optimizer)
     ids = batch.get("input_ids")
     return StepCost(
         **vars(count),
@@ -87,7 +90,9 @@ def measure_step(model: SideModel, batch: Batch, *, bf16: bool = False) -> StepC
     )
 
 
-def step_peak(model: SideModel, batch: Batch, *, bf16: bool = False) -> Peak | None:
+def step_peak(
+    model: Attached, batch: Batch, *, bf16: bool = False, optimizer: torch.optim.Optimizer | None = None
+) -> Peak | None:
     """How far memory rises in a training step over weights and optimizer state; None where it cannot be measured.
 
     Mode, weights and random generators stay as they are.
@@ -97,11 +102,11 @@ def step_peak(model: SideModel, batch: Batch, *, bf16: bool = False) -> Peak | N
     inputs = accepted(model, batch)
     with _undone(model):
         model.train()
-        optimizer = idle_adamw(model)
-        return peak_memory(lambda: train_step(model, inputs, optimizer, bf16), model.device)
+        used = optimizer or idle_adamw(model)
+        return peak_memory(lambda: train_step(model, inputs, used, bf16), model.device)
 
 
-def inference_peak(model: SideModel, batch: Batch, *, bf16: bool = False) -> int | None:
+def inference_peak(model: Attached, batch: Batch, *, bf16: bool = False) -> int | None:
     """How far allocated memory rises in an inference, in bytes; None where it cannot be measured."""
     if not _is_real(model):
         return None
@@ -111,21 +116,21 @@ def inference_peak(model: SideModel, batch: Batch, *, bf16: bool = False) -> int
         return peak_memory(lambda: predict(model, inputs, bf16), model.device).allocated
 
 
-def train_step(model: SideModel, batch: Batch, optimizer: torch.optim.Optimizer, bf16: bool) -> None:
+def train_step(model: Attached, batch: Batch, optimizer: torch.optim.Optimizer, bf16: bool) -> None:
     """Forward, backward and an optimizer step; no gradients are left."""
     _loss(model, batch, bf16).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def predict(model: SideModel, batch: Batch, bf16: bool) -> None:
+def predict(model: Attached, batch: Batch, bf16: bool) -> None:
     """A forward pass without labels and gradients."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         model(**inputs)
 
 
-def idle_adamw(model: SideModel) -> torch.optim.Optimizer:
+def idle_adamw(model: Attached) -> torch.optim.Optimizer:
     """The Trainer's AdamW with its state in place, at a learning rate of 0."""
     parameters = [parameter for _, parameter in model.trained_parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
@@ -136,7 +141,7 @@ def idle_adamw(model: SideModel) -> torch.optim.Optimizer:
     return optimizer
 
 
-def accepted(model: SideModel, batch: Batch) -> dict[str, Tensor]:
+def accepted(model: Attached, batch: Batch) -> dict[str, Tensor]:
     """The part of a batch that the model's forward takes, on the model's device."""
     names = inspect.signature(model.forward).parameters
     return {name: value.to(model.device) for name, value in batch.items() if name in names}
@@ -155,18 +160,17 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
-def _loss(model: SideModel, batch: Batch, bf16: bool) -> Tensor:
+def _loss(model: Attached, batch: Batch, bf16: bool) -> Tensor:
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         return model(**batch).loss
 
 
-def _count(model: SideModel, batch: Batch, bf16: bool) -> StepCount:
-    optimizer = idle_adamw(model)
+def _count(model: Attached, batch: Batch, bf16: bool, optimizer: torch.optim.Optimizer) -> StepCount:
     with FlopCounterMode(display=False) as flops:
         with saved_bytes(model) as kept:
             loss = _loss(model, batch, bf16)
         loss.backward()
-    gradients = nbytes(p.grad for _, p in model.trained_parameters() if p.grad is not None)
+    gradients = nbytes(p.grad for p in model.parameters() if p.grad is not None)
     optimizer.zero_grad()
     return StepCount(
         kept_bytes=kept.total,
@@ -185,7 +189,7 @@ def _grouped(kept: Mapping[str, int]) -> dict[str, int]:
     return {**dict(ordered[: MODULES - 1]), OTHER: sum(size for _, size in ordered[MODULES - 1 :])}
 
 
-def _is_real(model: SideModel) -> bool:
+def _is_real(model: Attached) -> bool:
     """Whether peaks can be measured."""
     return model.device.type in ("cpu", "cuda") and not isinstance(next(model.parameters()), FakeTensor)
 

@@ -24,7 +24,7 @@ from transformers.integrations import TensorBoardCallback
 
 from sidestep import checkpoints, relax
 from sidestep.backbone import drop_path_rate
-from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, SetEpoch, StopIfDiverged
+from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, MoveSupport, SetEpoch, StopIfDiverged
 from sidestep.heads import Classify, HeadConfig, Regress, Retrieve
 from sidestep.loading import source_of
 from sidestep.methods import SideNet, WeightDelta
@@ -39,7 +39,7 @@ from sidestep.results import PACKAGES, Results, device_name
 from sidestep.retrieval import recalls
 from sidestep.schedules import rate_factor
 from sidestep.settings import TrainSettings
-from sidestep.starts import SAMPLES, initialise
+from sidestep.starts import initialise, samples_of
 from sidestep.step import StepCost, measure_step
 from sidestep.store import WEIGHTS
 from sidestep.versions import versions
@@ -126,7 +126,9 @@ def head_for(data: TaskData, pool: Any = None) -> HeadConfig | None:
     """
     if (kind := written_kind(data.labels.kind)) is not None:
         if pool is not None:
-            raise ValueError(f"pool={pool!r} with problem {kind!r}: a language model head reads all tokens; leave it out")
+            raise ValueError(
+                f"pool={pool!r} with problem {kind!r}: a language model head reads all tokens; leave it out"
+            )
         return None
     if data.labels.kind == "retrieval":
         return Retrieve(pool=pool)
@@ -256,9 +258,10 @@ def _fingerprint(rows: Dataset) -> str:
 
 def _initialise(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     """Let a method whose start hangs on training rows see some, drawn by the seed."""
-    if not isinstance(model, SideModel) or not model.side.from_data:
+    samples = samples_of(model) if isinstance(model, SideModel) else 0
+    if not samples:
         return
-    drawn = np.random.default_rng(settings.seed).permutation(len(data.train))[:SAMPLES]
+    drawn = np.random.default_rng(settings.seed).permutation(len(data.train))[:samples]
     initialise(model, (data.collate([data.train[int(index)]]) for index in drawn))
 
 
@@ -288,6 +291,9 @@ def _trainer(
         clock,
         TensorBoardCallback(_writer(settings, start)),
     ]
+    moving = [part for part in model.parts if part.sparse is not None]
+    if moving:
+        callbacks.append(MoveSupport(moving))
     if data.augment is not None:
         callbacks.append(SetEpoch(data.augment.epoch))
     if settings.patience is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sidestep.data.augment import Augmentation
 from sidestep.data.encode import Collate, Fields, encode_images, encode_text
 from sidestep.data.images import undecoded
-from sidestep.data.messages import DataError, listed
+from sidestep.data.messages import DataError, listed, named_rows
 from sidestep.data.tables import TableOptions, check_column, read
 
 
@@ -52,10 +52,8 @@ def captioned(rows: Dataset, fields: Fields, folder: Path | None = None) -> Data
     captions = _captions(rows, fields.text)
     cells = _cells(rows, fields.image)
     keys = [_key(cell) for cell in cells]
-    if bare := [place + 1 for place, key in enumerate(keys) if not key]:
-        raise DataError(
-            f"{len(bare)} of {len(rows)} rows have captions and no image: row {listed(bare)}; drop these rows"
-        )
+    if lone := [place for place, key in enumerate(keys) if not key]:
+        raise DataError(f"{len(lone)} of {len(rows)} rows have a caption and no image, {named_rows(lone)}: drop them")
     if bare := [key for key, texts in zip(keys, captions, strict=True) if not texts or not all(texts)]:
         raise DataError(
             f"{len(bare)} of {len(rows)} rows have an image and no caption: {listed(bare)}; give them one, or drop them"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidestep.model import SideModel
+from sidestep.pair import Attached
 
 
-def fake_copy(model: SideModel) -> SideModel:
+def fake_copy(model: Attached) -> Attached:
     """A copy of an attached model (of real weights, or on the meta device) whose tensors are fake ones on the CPU.
 
     To be called under a `FakeTensorMode`. Hooks, recomputed blocks and gradient flags come along; the model itself
@@ -28,7 +28,7 @@ def fake_copy(model: SideModel) -> SideModel:
     return copy.deepcopy(model, memo)
 
 
-def fake_batch(model: SideModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fake_batch(model: Attached, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fake tensors in place of a batch, without the columns that the model does not take."""
     names = inspect.signature(model.forward).parameters
     return {name: fake_like(tensor) for name, tensor in batch.items() if name in names}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sidestep.memory import format_bytes
 from sidestep.methods import MethodConfig, methods
-from sidestep.model import SideModel
+from sidestep.pair import Attached
 from sidestep.plan.trace import Device, Plan, Precision, plan_for
 
 MOST = 2**20  # rows; a batch that still fits then is limited by something else
@@ -116,7 +116,7 @@ def alternatives(make: Callable[..., Plan], asked: MethodConfig) -> list[Alterna
 
 
 def check_fits(
-    model: SideModel,
+    model: Attached,
     batch: Mapping[str, Tensor],
     *,
     precision: Precision = "float32",

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 
 from sidestep.memory import by_kind_of_module, saved_bytes
-from sidestep.model import SideModel
+from sidestep.pair import Attached
 from sidestep.plan.cuda import ALLOCATION, CudaKernels
 from sidestep.plan.fakes import bytes_of, fake_batch, fake_copy
 from sidestep.plan.ledger import Ledger
@@ -107,7 +107,7 @@ class Plan:
 
 
 def plan_for(
-    model: SideModel,
+    model: Attached,
     batch: Mapping[str, Tensor],
     *,
     precision: Precision = "float32",
@@ -170,7 +170,7 @@ class Step:
     """
 
     def __init__(
-        self, model: SideModel, batch: Mapping[str, Tensor], precision: Precision, optimizer: str, device: Device
+        self, model: Attached, batch: Mapping[str, Tensor], precision: Precision, optimizer: str, device: Device
     ) -> None:
         self.model, self.batch, self.precision, self.device = model, batch, precision, device
         self.parameters = [parameter for _, parameter in model.trained_parameters()]

@@ -1,0 +1,219 @@
+"""Dual encoders: what a pair starts as, learns and leaves behind; the losses, GPO, and its task on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+    ViTModel,
+)
+
+import sidestep as ss
+from sidestep.heads import GPO
+from sidestep.methods import MethodConfig
+from sidestep.pair import contrastive_loss, triplet_loss
+from sidestep.store import TaskError
+
+END = 39
+TEXT = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
+IMAGE = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 16,
+    "patch_size": 8,
+}
+WORKING: list[MethodConfig] = [
+    ss.ReadConfig(rank=4),
+    ss.ProbeConfig(),
+    ss.SherlConfig(dropout=0.0),
+    ss.LoraConfig(),
+    ss.FullConfig(),
+]
+
+
+def clip(seed: int = 0) -> CLIPModel:
+    torch.manual_seed(seed)
+    ends = {"eos_token_id": END, "bos_token_id": 38, "pad_token_id": 0}
+    return CLIPModel(CLIPConfig(text_config={**TEXT, **ends}, vision_config=IMAGE, projection_dim=8)).eval()
+
+
+def two_encoders() -> VisionTextDualEncoderModel:
+    torch.manual_seed(0)
+    return VisionTextDualEncoderModel(
+        vision_model=ViTModel(ViTConfig(**IMAGE)), text_model=BertModel(BertConfig(**TEXT))
+    ).eval()
+
+
+def batch(tokens: int = 7) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 38, (4, 7), generator=generator)
+    ids[:, -1], ids[1, 4], ids[1, 5:] = END, END, 0
+    ids = F.pad(ids, (0, tokens - 7))
+    images = torch.randn(4, 3, 16, 16, generator=generator)
+    return {"pixel_values": images, "input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def names(config: MethodConfig) -> str:
+    return type(config).__name__
+
+
+@pytest.mark.parametrize("method", [ss.ReadConfig(rank=4), ss.ProbeConfig(), ss.LoraConfig()], ids=names)
+def test_a_zero_start_gives_clips_own_embeddings(method: MethodConfig) -> None:
+    backbone, inputs = clip(), batch()
+    with torch.no_grad():
+        plain = backbone(**inputs)
+        found = ss.attach(backbone, method, head=ss.Retrieve()).eval()(**inputs)
+    assert torch.equal(found.image_embeds, plain.image_embeds)
+    assert torch.equal(found.text_embeds, plain.text_embeds)
+
+
+def test_a_zero_start_gives_two_encoders_own_embeddings() -> None:
+    backbone, inputs = two_encoders(), batch()
+    with torch.no_grad():
+        plain = backbone(**inputs)
+        found = ss.attach(backbone, ss.ReadConfig(rank=4), head=ss.Retrieve()).eval()(**inputs)
+    torch.testing.assert_close(found.image_embeds, plain.image_embeds)
+    torch.testing.assert_close(found.text_embeds, plain.text_embeds)
+
+
+@pytest.mark.parametrize("dual", [clip, two_encoders], ids=["clip", "two"])
+@pytest.mark.parametrize("method", WORKING, ids=names)
+def test_what_is_trained_gets_gradients_and_detach_restores(dual: type, method: MethodConfig) -> None:
+    backbone, inputs = dual(), batch()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    model = ss.attach(backbone, method, head=ss.Retrieve(dim=8, pool="own")).train()
+    trained = dict(model.trained_parameters())
+    for _ in range(2):
+        model(**inputs, labels=torch.arange(4)).loss.backward()
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter -= 0.01 * parameter.grad.sign()
+    assert "logit_scale" in trained
+    if not isinstance(method, ss.FullConfig | ss.LoraConfig):
+        assert not [name for name in trained if ".backbone." in name]
+    assert ss.detach(model) is backbone
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in backbone.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_nothing_of_the_towers_is_kept_for_the_probe() -> None:
+    model, inputs = ss.attach(clip(), ss.ProbeConfig(), head=ss.Retrieve()).train(), batch()
+    with ss.saved_bytes(model) as kept:
+        assert model(**inputs, labels=torch.arange(4)).loss > 0
+    assert not [name for name, size in kept.by_module().items() if "encoder.layers" in name and size]
+
+
+@pytest.mark.parametrize("pool", ["own", "mean", "gpo"])
+def test_padding_changes_nothing(pool: str) -> None:
+    model = ss.attach(clip(), ss.ReadConfig(rank=4), head=ss.Retrieve(pool=pool)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch(14)).text_embeds, model(**batch()).text_embeds)
+
+
+@pytest.mark.parametrize("head", [ss.Retrieve(), ss.Retrieve(loss="triplet", pool="gpo")], ids=["contrastive", "vse"])
+def test_gradients_equal_finite_differences(head: ss.Retrieve) -> None:
+    model = ss.attach(clip().double(), ss.ReadConfig(rank=2), head=head).double().eval()
+    inputs = batch()
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    labels = torch.tensor([0, 1, 2, 1])
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    generator = torch.Generator().manual_seed(3)
+    for _, parameter in model.trained_parameters():
+        if parameter.grad is None:
+            continue
+        way = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter += sign * 1e-6 * way
+                values.append(model(**inputs, labels=labels).loss)
+                parameter -= sign * 1e-6 * way
+        torch.testing.assert_close((values[0] - values[1]) / 2e-6, (parameter.grad * way).sum(), rtol=1e-4, atol=1e-7)
+
+
+def test_the_contrastive_loss_is_clips_and_leaves_out_texts_of_the_same_image() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.5], [0.0, 3.0, 1.0], [1.0, 0.0, 2.0]])
+    plain = (F.cross_entropy(logits, torch.arange(3)) + F.cross_entropy(logits.T, torch.arange(3))) / 2
+    torch.testing.assert_close(contrastive_loss(logits, torch.eye(3).bool()), plain)
+    same = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    rows = [(2.0, [0.5]), (3.0, [1.0]), (2.0, [1.0, 0.0])]
+    columns = [(2.0, [1.0]), (3.0, [0.0]), (2.0, [0.5, 1.0])]
+    losses = [torch.tensor([right, *others]).logsumexp(0) - right for right, others in (*rows, *columns)]
+    torch.testing.assert_close(contrastive_loss(logits, same), torch.stack(losses).mean())
+    assert contrastive_loss(logits[:1, :1], same[:1, :1]) == 0
+
+
+def test_the_triplet_loss_by_hand() -> None:
+    cosines = torch.tensor([[0.5, 0.4, 0.6], [0.1, 0.9, 0.2], [0.3, 0.0, 0.7]])
+    one = torch.eye(3).bool()
+    # image to text: 0.3 and 0.1, nothing, nothing; text to image: nothing (0.3 to 0.5 is 0), nothing, 0.1
+    torch.testing.assert_close(triplet_loss(cosines, one, 0.2, hardest=True), torch.tensor(0.3 / 3 + 0.1 / 3))
+    torch.testing.assert_close(triplet_loss(cosines, one, 0.2, hardest=False), torch.tensor(0.4 / 2 + 0.1))
+    same = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]).bool()
+    torch.testing.assert_close(triplet_loss(cosines, same, 0.2, hardest=True), torch.tensor(0.1 / 3))
+
+
+def test_gpo_weighs_the_sorted_kept_tokens() -> None:
+    torch.manual_seed(0)
+    gpo, tokens = GPO(4, 5), torch.randn(2, 6, 3)
+    keep = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0]]).bool()
+    weights = gpo.weights(torch.tensor([3, 6]))
+    torch.testing.assert_close(weights.sum(1), torch.ones(2))
+    assert (weights[0, 3:] == 0).all()
+    ordered = tokens[1, 2:5].sort(0, descending=True).values
+    torch.testing.assert_close(gpo(tokens, keep)[1], weights[0, :3] @ ordered)
+
+
+def test_a_saved_pair_is_loaded_onto_its_backbone_and_no_other(tmp_path: Path) -> None:
+    clip().save_pretrained(tmp_path / "clip")
+    backbone = CLIPModel.from_pretrained(tmp_path / "clip").eval()
+    model = ss.attach(backbone, ss.ReadConfig(rank=4), head=ss.Retrieve())
+    with torch.no_grad():
+        for _, parameter in model.trained_parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.eval().save_pretrained(tmp_path / "task")
+    again = ss.load(tmp_path / "task")
+    with torch.no_grad():
+        before, after = model(**batch()), again(**batch())
+    assert torch.equal(before.image_embeds, after.image_embeds)
+    assert torch.equal(before.text_embeds, after.text_embeds)
+    other = clip()
+    with torch.no_grad():
+        other.text_model.embeddings.token_embedding.weight[5] += 1
+    with pytest.raises(TaskError, match="was made on CLIPModel"):
+        ss.load(tmp_path / "task", other)
+
+
+def test_what_cannot_be_attached_is_refused_by_name() -> None:
+    backbone = clip()
+    with pytest.raises(ss.UnsupportedBackbone, match="the text tower of CLIPModel: unipt does not work on"):
+        ss.attach(backbone, ss.UniPTConfig(), head=ss.Retrieve())
+    assert all(parameter.requires_grad for parameter in backbone.parameters())  # the image tower was put back
+    with pytest.raises(ValueError, match=r"needs a dual encoder .* but BertModel is none"):
+        ss.attach(BertModel(BertConfig(**TEXT)), ss.ReadConfig(), head=ss.Retrieve())
+    with pytest.raises(ValueError, match="pool='max': choose None or one of cls, mean"):
+        ss.Retrieve(pool="max")
+    inputs = {name: value if name == "pixel_values" else value[:3] for name, value in batch().items()}
+    model = ss.attach(backbone, ss.ReadConfig(), head=ss.Retrieve())
+    with pytest.raises(ValueError, match="a loss needs pairs, but there are 4 images, 3 texts, 3 labels"):
+        model(**inputs, labels=torch.arange(3))
