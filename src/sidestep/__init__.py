@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sidestep.memory import peak_memory, saved_bytes
     from sidestep.methods import (
         BitFitConfig,
+        DiffPruningConfig,
         DoraConfig,
         DTLConfig,
         FullConfig,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from sidestep.model import SideModel
     from sidestep.pair import PairModel, attach, detach
     from sidestep.plan import Plan, plan
+    from sidestep.starts import initialise
     from sidestep.store import load
 
 __version__ = "0.1.0"
@@ -49,6 +51,7 @@ __all__ = [
     "BitFitConfig",
     "Classify",
     "DTLConfig",
+    "DiffPruningConfig",
     "DoraConfig",
     "FullConfig",
     "IA3Config",
@@ -69,6 +72,7 @@ __all__ = [
     "UnsupportedBackbone",
     "attach",
     "detach",
+    "initialise",
     "load",
     "methods",
     "peak_memory",
@@ -82,6 +86,7 @@ _HOMES = {
     "methods": (
         "BitFitConfig",
         "DTLConfig",
+        "DiffPruningConfig",
         "DoraConfig",
         "FullConfig",
         "IA3Config",
@@ -100,6 +105,7 @@ _HOMES = {
     "model": ("SideModel",),
     "pair": ("PairModel", "attach", "detach"),
     "plan": ("Plan", "plan"),
+    "starts": ("initialise",),
     "store": ("load",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

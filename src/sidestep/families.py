@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from sidestep.sites import FrozenBlock, Projection
+from sidestep.sites import AttentionWeights, BlockWeights, FrozenBlock, Projection
 
 Pool = Literal["cls", "mean", "mean_pre_norm", "last", "own", "gpo"]
 Grid = tuple[int, int]
@@ -142,6 +142,34 @@ def timm_block(block: Any) -> FrozenBlock | None:
     )
 
 
+def t5_weights(block: Any) -> BlockWeights | None:
+    """Hugging Face's T5 block; None for those whose MLP is gated or has another activation (T5 1.1 and later)."""
+    layers = list(block.layer)
+    attention, mlp = layers[0], layers[-1]
+    if type(mlp.DenseReluDense).__name__ != "T5DenseActDense" or not isinstance(mlp.DenseReluDense.act, nn.ReLU):
+        return None
+    return BlockWeights(
+        attention=_t5_attention(attention.SelfAttention, attention.layer_norm),
+        cross=_t5_attention(layers[1].EncDecAttention, layers[1].layer_norm) if len(layers) > 2 else None,
+        norm_mlp=mlp.layer_norm,
+        inner=mlp.DenseReluDense.wi,
+        outer=mlp.DenseReluDense.wo,
+    )
+
+
+def _t5_attention(attention: Any, norm: nn.Module) -> AttentionWeights:
+    table = attention.relative_attention_bias if attention.has_relative_attention_bias else None
+    return AttentionWeights(
+        heads=attention.n_heads,
+        norm=norm,
+        query=attention.q,
+        key=attention.k,
+        value=attention.v,
+        out=attention.o,
+        table=table,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What Sidestep has to be told about an architecture.
@@ -157,6 +185,7 @@ class Family:
         final_norm: name of the stack's final norm; "" for none; None: found by structure.
         first_token_heads: model classes whose own head (or read-out, of a tower) reads the first token only.
         frozen_block: the parts of a block, for methods that replay it.
+        block_weights: the weights of a block, for methods that start from them.
     """
 
     pool: Pool = "mean"
@@ -168,6 +197,7 @@ class Family:
     final_norm: str | None = None
     first_token_heads: tuple[str, ...] = ()
     frozen_block: Callable[[nn.Module], FrozenBlock | None] | None = None
+    block_weights: Callable[[nn.Module], BlockWeights | None] | None = None
 
 
 DEFAULT = Family()
@@ -206,6 +236,7 @@ FAMILIES: dict[str, Family] = {
     "deit": replace(_VIT, prefix=2),
     "dinov2": Family(pool="cls", prefix=1, grid=patch_grid, frozen_block=dinov2_block),
     "swin": Family(grid=argument_grid),
+    "t5": Family(block_weights=t5_weights),
     "clip_text_model": Family(causal=True),
     "bloom": Family(causal=True),
     # OPT registers its final norm before its blocks.

@@ -142,6 +142,12 @@ class SideModel(nn.Module):
                 backbones.prove_replay(backbone)
         # A method's constructor takes its config and the sites.
         side = self.record.implementation(config, sites)
+        if side.from_data and self.settings.head is not None:
+            raise ValueError(
+                f"{self.record.name} as configured starts by the loss of the backbone's own head on training rows, and "
+                f"a {type(self.settings.head).__name__} head is none: let the backbone write the labels as words, or "
+                "choose a start without data"
+            )
         if side.pooled_width is not None and self.settings.head is None:
             raise ValueError(
                 f"{self.record.name} has a read-out of its own, which the own head of {type(backbone).__name__} does "
@@ -361,6 +367,11 @@ class SideModel(nn.Module):
         """Raise where the loss of a training step has no gradient, instead of autograd's own error in backward."""
         if isinstance(output, ModelOutput) and not output.loss.requires_grad:
             raise ValueError(self._nothing_trained())
+        if self.sparse is not None and self.sparse.is_idle:
+            raise ValueError(
+                f"{self.record.name} has not chosen yet which weights it trains: sidestep.train does that, and for a loop "
+                "of your own ss.initialise(model, batches)"
+            )
 
     def _nothing_trained(self) -> str:
         return (
@@ -511,6 +522,11 @@ class SideModel(nn.Module):
         """Names and parameters that are trained (not the weights that a sparse diff is written into)."""
         trained = ((name, p) for name, p in self.named_parameters() if p.requires_grad)
         return ((name, p) for name, p in trained if self.sparse is None or not self.sparse.covers(p))
+
+    @property
+    def delta(self) -> WeightDelta | None:
+        """The method, if it changes weights."""
+        return self._delta
 
     @property
     def untrained(self) -> str | None:

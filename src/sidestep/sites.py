@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,33 @@ class FrozenBlock:
         return self.norm_mlp(hidden + self.scale_mlp(self.mlp(hidden)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionWeights:
+    """The maps of an attention behind its norm, without biases, and its table of relative positions if it has one."""
+
+    heads: int
+    norm: Any
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    out: nn.Linear
+    table: nn.Embedding | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockWeights:
+    """The weights of a T5-type block, for methods that start from a copy of them (LST).
+
+    Self-attention, in a decoder cross-attention, and an MLP of two maps with ReLU between, each behind an RMS norm.
+    """
+
+    attention: AttentionWeights
+    cross: AttentionWeights | None
+    norm_mlp: Any
+    inner: nn.Linear
+    outer: nn.Linear
+
+
 class SideCache(Protocol):
     """Where a method that declares `caches` keeps keys and values of its own while text is generated.
 
@@ -120,6 +147,7 @@ class Site:
             their grid and width on the way, so that the stage's input has those of the stage before.
         next_block: frozen parts of the block that this hidden state goes into, where there is one and the family table
             knows them.
+        weights: those of the block whose output this is, where the family table knows them.
         norm: the stack's final norm, at a site of kind "norm".
         keep: (batch, tokens) bool, False on padding; None when nothing is padded.
         key_keep: (batch, past + tokens) bool, the same with the tokens in the key-value cache before them.
@@ -142,6 +170,7 @@ class Site:
     spatial: bool = False
     convolutional: bool = False
     next_block: FrozenBlock | None = None
+    weights: BlockWeights | None = None
     norm: nn.Module | None = None
 
     keep: Tensor | None = None

@@ -264,6 +264,81 @@ def test_generation_without_a_cache_follows_the_forward_pass(family: str, beams:
     torch.testing.assert_close(scores[..., allowed], plain[..., allowed], rtol=1e-4, atol=1e-4)
 
 
+# --- a start from the backbone ------------------------------------------------------------------------------
+
+T5_SIZES: dict[str, Any] = {"heads": 2, "head_width": 8, "inner_width": 32, "dropout": 0.0}
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+@pytest.mark.parametrize("index", [0, 2])
+@torch.no_grad()
+def test_undivided_a_side_block_is_the_backbones(stack: str, index: int) -> None:
+    model = ss.attach(FAMILIES["t5"].model(), ss.LSTConfig(reduction=1, init="magnitude", **T5_SIZES)).eval()
+    ladder: Ladder = model.side.ladders[stack]
+    ladder.gates.fill_(100.0)
+    theirs = getattr(model.backbone, stack)
+    state, memory = torch.randn(2, 6, 16), torch.randn(2, 5, 16)
+    places = [place for place in model.places if place.site.stack == stack and place.site.kind == "block"]
+    causal = stack == "decoder"
+    found = ladder.climb(torch.randn(2, 6, 16), state, memory if causal else None, places[index].site)
+    mask = torch.full((6, 6), torch.finfo().min).triu(1)[None, None] if causal else None
+    bias = theirs.block[0].layer[0].SelfAttention.compute_bias(6, 6)
+    bias = bias if mask is None else bias + mask
+    expected = theirs.block[index](state, position_bias=bias, encoder_hidden_states=memory if causal else None)[0]
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(ladder.norm.weight, theirs.final_layer_norm.weight)
+
+
+@torch.no_grad()
+def test_side_blocks_share_their_channels() -> None:
+    """What block 2 of the decoder hands to the next is in the same channels as what the encoder's blocks hand on."""
+    backbone = FAMILIES["t5"].model()
+    kept = [0, 2, 3, 5, 10, 11, 14, 15]
+    for block in (*backbone.encoder.block, *backbone.decoder.block):
+        block.layer[-1].DenseReluDense.wo.weight[kept] *= 20
+    model = ss.attach(backbone, ss.LSTConfig(reduction=2, init="magnitude", **T5_SIZES))
+    for stack in ("encoder", "decoder"):
+        ladder, theirs = model.side.ladders[stack], getattr(backbone, stack)
+        assert torch.equal(ladder.norm.weight, theirs.final_layer_norm.weight[kept])
+        assert torch.equal(ladder.bias, theirs.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+        for index, block in enumerate(theirs.block):
+            side: Any = ladder.blocks[str(index)]
+            assert torch.equal(side.norm_mlp.weight, block.layer[-1].layer_norm.weight[kept])
+            assert side.attention.query.weight.shape == (8, 8)
+    assert model.side.from_data is False
+
+
+def test_parameters_and_copies_do_not_hang_on_the_start() -> None:
+    with torch.device("meta"):
+        model = ss.attach(T5ForConditionalGeneration(T5Config(**BASE)), ss.LSTConfig(init="fisher"))
+    assert side_parameters(model) == 3_878_712
+    assert model.side.from_data
+    half = ss.attach(FAMILIES["t5"].model().bfloat16(), ss.LSTConfig(reduction=2, init="magnitude", **T5_SIZES))
+    assert {p.dtype for p in half.side.parameters()} == {torch.float32}
+
+
+def gated_t5() -> nn.Module:
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2)
+    config.feed_forward_proj, config.is_gated_act, config.dense_act_fn = "gated-gelu", True, "gelu_new"
+    return T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "says"),
+    [
+        (FAMILIES["bert"].model, {}, r"those of T5 \(RMS norms, relative positions, an MLP with ReLU\): choose init="),
+        (FAMILIES["llama"].model, {}, "which needs those of T5"),
+        (gated_t5, {}, "which needs those of T5"),
+        (FAMILIES["t5"].model, {"positions": "rotary"}, 'have relative positions: choose positions="relative"'),
+        (FAMILIES["t5"].model, {"buckets": 16}, "other sizes than the side network is made for: set buckets=32"),
+        (FAMILIES["t5"].model, {"heads": 1, "inner_width": 64}, "set heads=2, inner_width=32"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(build: Any, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UnsupportedBackbone, match=says):
+        ss.attach(build(), ss.LSTConfig(**{**T5_SIZES, "reduction": 2, "init": "fisher", **settings}))
+
+
 # --- generation with a cache --------------------------------------------------------------------------------
 
 
@@ -448,6 +523,7 @@ def test_it_writes_at_the_end_only() -> None:
         ("inner_width", -1, "inner_width=-1, but"),
         ("positions", "absolute", 'positions=\'absolute\', but it must be "relative", "rotary" or None'),
         ("buckets", 6, "buckets=6, but it must be a multiple of 4"),
+        ("init", "pruned", 'init=\'pruned\', but it must be "random", "magnitude" or "fisher"'),
         ("dropout", 1.0, "dropout=1.0, but it must be at least 0 and less than 1"),
     ],
 )

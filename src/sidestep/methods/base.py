@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sidestep.diffs import SparseDiff
+from sidestep.pruning import Score
 from sidestep.sites import Site
 
 
@@ -90,6 +91,7 @@ class SideNet(nn.Module, ABC):
         tokenwise: `step` at a block treats every token alone, so key-value caches and single-token heads are exact.
         pooled_width: channels of what `pooled` returns, set by a method with a read-out of its own; None: the head
             reads the last hidden state.
+        from_data: its start hangs on training rows: `ss.initialise` calls `initialise` with scores taken on them.
         least_rows: the fewest rows of a batch that it can be trained on (2 where it has batch norms).
     """
 
@@ -98,6 +100,7 @@ class SideNet(nn.Module, ABC):
     caches: ClassVar[bool] = False
     tokenwise: bool = False
     pooled_width: int | None = None
+    from_data: bool = False
     least_rows: int = 1
 
     @classmethod
@@ -121,6 +124,9 @@ class SideNet(nn.Module, ABC):
     def kept_per_row(cls, config: Any, site: Site) -> int:
         """What it keeps at a site besides, per row of the batch, however many tokens that has."""
         return 0
+
+    def initialise(self, sites: Sequence[Site], score: Score) -> None:
+        """Start from the backbone's own weights (`Site.weights`), by what `score` says that they are worth."""
 
     def start(self, site: Site, carried: Tensor | None) -> Any:
         """State before a stack's first site; in a decoder, `carried` is what the encoder's `carry` returned."""
@@ -210,7 +216,13 @@ class SparseDeltaConfig(MethodConfig):
 
 
 class SparseDelta(WeightDelta):
-    """A weight delta that ends as a sparse diff: zero but at a share `config.density` of the weights' entries."""
+    """A weight delta that ends as a sparse diff: zero but at a share `config.density` of the weights' entries.
+
+    Attributes:
+        samples: training rows that `ss.initialise` looks at for `choose`; 0: positions are chosen without.
+    """
+
+    samples: int = 0
 
     def moves(self, name: str, parameter: Tensor) -> bool:
         """Every floating-point weight may be changed."""
@@ -234,6 +246,15 @@ class SparseDelta(WeightDelta):
                 f"density={self.config.density} of its {total} weights is less than one: choose at least {1 / total:.2g}"
             )
         return SparseDiff(tensors, nonzeros, getattr(torch, self.config.value_dtype))
+
+    def choose(self, diff: SparseDiff, squares: Mapping[str, Tensor]) -> None:
+        """Place the diff by the sums of squared gradients of all weights, by the names in `diff.tensors`."""
+
+    def before_step(self, diff: SparseDiff, step: int, steps: int) -> None:
+        """Called in training before the batches of optimizer step `step` (from 1) of `steps`."""
+
+    def after_step(self, diff: SparseDiff, optimizer: Any) -> None:
+        """Called after the same step, when gradients are gone; the optimizer holds its state of `diff.values`."""
 
 
 def is_plain(tensor: Tensor) -> bool:

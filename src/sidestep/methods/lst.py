@@ -4,8 +4,9 @@ Source: Sung, Cho, Bansal, "LST: Ladder Side-Tuning for Parameter and Memory Eff
 arXiv 2206.06522, and its official code (ylsung/Ladder-Side-Tuning), whose outputs and gradients on T5 the tests
 reproduce.
 Differs: what a rung makes is computed again in backward, so that of each block its hidden state and the narrow state
-beside it are kept; side blocks start at random as T5's do at their width (the release prunes the backbone); on
-backbones with one stack (not in the release) rotary positions take the relative bias's place.
+beside it are kept; side blocks start at random as T5's do at their width unless `init` asks for the release's start, a
+pruned copy of T5's own; on backbones with one stack (not in the release) rotary positions take the relative bias's
+place.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from sidestep.layers import recompute
 from sidestep.methods.base import MethodConfig, SideNet, is_ascending, is_whole, register
+from sidestep.pruning import Score, magnitude, pruned_block, residual_channels
 from sidestep.sites import SideCache, Site, of_stack, stacks
 from sidestep.taps import Tap
 
@@ -57,6 +59,9 @@ class LSTConfig(MethodConfig):
             "rotary" elsewhere.
         buckets: rows of the table of relative positions.
         dropout: T5's, in the side network, in training.
+        init: what side blocks start from: "random"; "magnitude", the backbone's blocks without the channels whose
+            weights are smallest (T5 only); "fisher", the release's, without those whose weights the loss on training
+            rows hangs on least. Until `ss.initialise` has seen such rows, "fisher" is "magnitude".
     """
 
     reduction: int = 8
@@ -67,6 +72,7 @@ class LSTConfig(MethodConfig):
     positions: Literal["relative", "rotary"] | None = None
     buckets: int = 32
     dropout: float = 0.1
+    init: Literal["random", "magnitude", "fisher"] = "random"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +86,8 @@ class LSTConfig(MethodConfig):
         even = is_whole(self.buckets, 4) and self.buckets % 4 == 0
         self.require("buckets", even, "a multiple of 4, because each direction has half of them, half of those exact")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1")
+        starts = ("random", "magnitude", "fisher")
+        self.require("init", self.init in starts, '"random", "magnitude" or "fisher"')
 
     def sizes(self, width: int) -> Sizes:
         """The side's sizes beside a backbone of this width.
@@ -358,6 +366,9 @@ class LST(SideNet):
         self.up = nn.Linear(config.sizes(end.width).width, end.width)
         nn.init.normal_(self.up.weight, std=DOWN_STD)
         nn.init.zeros_(self.up.bias)
+        if config.init != "random":
+            self.from_data = config.init == "fisher"
+            self.initialise(sites, magnitude)
 
     @classmethod
     def check(cls, config: LSTConfig, sites: Sequence[Site]) -> None:
@@ -376,6 +387,8 @@ class LST(SideNet):
                     f"rotary positions turn pairs of channels, but a side head has {head_width}: choose another "
                     "reduction, heads or head_width"
                 )
+        if config.init != "random":
+            _check_prunable(config, sites)
 
     @classmethod
     def first_write(cls, config: LSTConfig, sites: Sequence[Site]) -> Site | None:
@@ -390,6 +403,20 @@ class LST(SideNet):
         side = config.sizes(site.width).width
         rung = config.layers is None or site.kind == "stage" or site.index in config.layers
         return (site.width + side if rung else 0) + (2 * side if site.last else 0)
+
+    @torch.no_grad()
+    def initialise(self, sites: Sequence[Site], score: Score) -> None:
+        """Start side blocks, norms and tables from the backbone's, without the channels that are worth least."""
+        reduction = self.config.reduction
+        blocks: dict[Any, Any] = {(site.stack, str(site.index)): site.weights for site in sites if site.weights}
+        residual = residual_channels(list(blocks.values()), reduction, score)
+        for stack in stacks(sites):
+            ladder: Any = self._ladder(stack)
+            norm: Any = of_stack(sites, stack)[-1].norm
+            for name, block in ladder.blocks.items():
+                block.load_state_dict(pruned_block(blocks[stack, name], residual, reduction, score))
+            ladder.bias.copy_(blocks[stack, "0"].attention.table.weight)
+            ladder.norm.weight.copy_(norm.weight[residual])
 
     def start(self, site: Site, carried: Tensor | None) -> LSTState:
         """Nothing yet; a decoder has the encoder's side states."""
@@ -437,6 +464,35 @@ def _layers(config: LSTConfig, site: Site, number: int) -> tuple[int, ...]:
 def _relative(config: LSTConfig, sites: Sequence[Site]) -> bool:
     """Whether positions are T5's bias."""
     return config.positions == "relative" or (config.positions is None and len(stacks(sites)) > 1)
+
+
+def _check_prunable(config: LSTConfig, sites: Sequence[Site]) -> None:
+    """Raise unless the backbone's blocks can be pruned to side blocks, with the reason."""
+    blocks = [site for site in sites if site.kind == "block"]
+    what = f"init={config.init!r} copies the backbone's blocks, pruned"
+    if any(site.weights is None for site in blocks):
+        raise ValueError(
+            f'{what}, which needs those of T5 (RMS norms, relative positions, an MLP with ReLU): choose init="random"'
+        )
+    if not _relative(config, sites):
+        raise ValueError(f'{what}, and they have relative positions: choose positions="relative", or init="random"')
+    sizes = config.sizes(blocks[0].width)
+    weights: Any = blocks[0].weights
+    has = {
+        "heads": (sizes.heads, weights.attention.heads),
+        "head_width": (
+            sizes.head_width * config.reduction,
+            weights.attention.query.out_features // weights.attention.heads,
+        ),
+        "inner_width": (sizes.inner_width * config.reduction, weights.inner.out_features),
+        "buckets": (config.buckets, weights.attention.table.num_embeddings),
+    }
+    wrong = {name: theirs for name, (ours, theirs) in has.items() if ours != theirs}
+    if wrong:
+        raise ValueError(
+            f"{what}, which have other sizes than the side network is made for: set "
+            + ", ".join(f"{name}={value}" for name, value in wrong.items())
+        )
 
 
 def _mask(bias: Tensor | None, seen: Tensor | None, precision: torch.dtype) -> Tensor | None:
