@@ -6,10 +6,12 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -419,6 +421,153 @@ def test_bytes_kept_on_t5_base(reduction: int, official: float, bound: float) ->
     assert per_example <= 1.1 * (inputs + codes + rest)
 
 
+# --- convolutional networks -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def resnet() -> ss.SideModel:
+    """The tiny timm ResNet (stages of 1, 1, 1 and 2 blocks) with random weights and running statistics."""
+    return on_resnet()
+
+
+def on_resnet(**settings: Any) -> ss.SideModel:
+    config = ss.SherlConfig(hidden=6, **settings)
+    model = ss.attach(FAMILIES["timm_resnet"].model(), config, head=ss.Classify(num_labels=3))
+    randomize(model)
+    return model
+
+
+def by_hand(model: ss.SideModel, pixels: Tensor) -> Tensor:
+    """(batch, classes): the release's form, of PyTorch's own convolutions and batch norms, on the bare backbone."""
+    trunk, block = model.trunk, model.side.stacks["encoder"]
+    x = trunk.maxpool(trunk.act1(trunk.bn1(trunk.conv1(pixels))))
+    features = []
+    for layer in (trunk.layer1, trunk.layer2, trunk.layer3):
+        features.append(x := layer(x))
+    features.append(last := trunk.layer4[0](x))
+
+    def conv_norm(layer: Any, x: Tensor) -> Tensor:
+        norm = nn.BatchNorm2d(len(layer.norm.weight)).to(x.dtype).train(model.training)
+        norm.load_state_dict(layer.norm.state_dict())
+        x = nn.functional.conv2d(x, layer.tap.weight[..., None, None], layer.tap.bias)
+        # the module's own parameters, for their gradients
+        return torch.func.functional_call(norm, {"weight": layer.norm.weight, "bias": layer.norm.bias}, x)
+
+    codes = []
+    for level, feature in zip(block.levels, features, strict=True):
+        kernel = feature.shape[-1] // last.shape[-1]
+        pooled = nn.functional.max_pool2d(feature, kernel) + nn.functional.avg_pool2d(feature, kernel)
+        codes.append(conv_norm(level, pooled).flatten(2).mT)
+    mixed = merged(codes, block.merge.score.weight, block.merge.score.bias, block.merge.eps) + codes[-1]
+    y = conv_norm(block.out, mixed.mT.unflatten(-1, last.shape[-2:])).relu() + torch.tanh(block.gate / 0.1) * last
+    assert model.head is not None
+    return model.head.linear(trunk.layer4[1](y).mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["running", "batch"])
+def test_a_resnets_outputs_and_gradients_equal_a_plain_reference(resnet: ss.SideModel, training: bool) -> None:
+    model, batch = resnet.double(), {"pixel_values": FAMILIES["timm_resnet"].inputs()["pixel_values"].double()}
+    model.side.train(training)
+    model.training = training
+    expected = by_hand(model, batch["pixel_values"])
+    weights = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weights).sum(), [p for _, p in model.trained_parameters()])
+    found = logits(model(**batch))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    gradients = torch.autograd.grad((found * weights).sum(), [p for _, p in model.trained_parameters()])
+    for (name, _), gradient, value in zip(model.trained_parameters(), gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, value, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_running_statistics_move_as_batch_norms_do_and_are_in_the_task(resnet: ss.SideModel, tmp_path: Path) -> None:
+    kind, side = FAMILIES["timm_resnet"], resnet.side
+    layers = [*side.stacks["encoder"].levels, side.stacks["encoder"].out]
+    twins = [nn.BatchNorm1d(len(layer.norm.weight)) for layer in layers]
+    codes: dict[int, Tensor] = {}
+    for number, layer in enumerate(layers):
+        layer.tap.register_forward_hook(lambda module, args, out, number=number: codes.update({number: out.detach()}))
+    for seed in range(2):
+        loss = resnet.train()(**kind.inputs(seed=seed), labels=kind.labels()).loss
+        for number, twin in enumerate(twins):
+            twin(codes[number].flatten(0, 1))
+        loss.backward()  # all of it is computed again
+    for layer, twin in zip(layers, twins, strict=True):
+        for name, value in twin.named_buffers():
+            torch.testing.assert_close(layer.norm.get_buffer(name), value, rtol=1e-5, atol=1e-6, msg=name)
+        assert layer.norm.num_batches_tracked == 2
+    resnet.eval().save_pretrained(tmp_path / "task")
+    again = ss.load(tmp_path / "task", kind.model())
+    for name, value in side.named_buffers():
+        assert torch.equal(again.side.get_buffer(name), value), name
+    expected = logits(resnet(**kind.inputs()))
+    assert torch.equal(logits(again(**kind.inputs())), expected)
+    assert torch.equal(logits(resnet(**kind.inputs())), expected)  # and inference moves nothing
+
+
+def test_a_compiled_training_step_moves_the_running_statistics_too() -> None:
+    torch._dynamo.reset()
+    kind, models = FAMILIES["timm_resnet"], [on_resnet().train(), on_resnet().train()]
+    models[0](**kind.inputs(), labels=kind.labels()).loss.backward()
+    compiled = torch.compile(models[1], backend="aot_eager", fullgraph=True)
+    compiled(**kind.inputs(), labels=kind.labels()).loss.backward()
+    plain, other = (dict(model.side.named_buffers()) for model in models)
+    for name, value in plain.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for (name, one), (_, two) in zip(*(model.trained_parameters() for model in models), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_of_each_feature_only_what_is_pooled_is_kept() -> None:
+    """Four rows of 64 x 64: grids of 16, 8, 4 and 2 a side, all of which come down to the guide's 2."""
+    channels = (8, 16, 32, 64)
+    backbone = timm.create_model("resnet10t", layers=(1, 1, 1, 2), channels=channels, num_classes=0)
+    model = ss.attach(backbone, ss.SherlConfig(hidden=4)).train()
+    with ss.saved_bytes(model) as kept:
+        model(pixel_values=torch.randn(4, 3, 64, 64))
+    inside = sum(row.counted for row in kept.rows if row.module.startswith("backbone.layer4.1."))
+    assert kept.total - inside <= 4 * 4 * 4 * sum(channels) + 4 * 4  # float32, rows, positions; the gate
+
+
+def test_parameters_on_resnext101() -> None:
+    with torch.device("meta"):
+        backbone = timm.create_model("resnext101_32x8d", num_classes=0)
+        model = ss.attach(backbone, ss.SherlConfig(hidden=512))
+    assert sum(p.numel() for _, p in model.trained_parameters()) == 3_027_458
+    assert model.side.blocks == {"encoder": (2, 6, 29, 31)}
+
+
+def test_a_batch_of_one_is_refused_in_training(resnet: ss.SideModel) -> None:
+    inputs = FAMILIES["timm_resnet"].inputs(rows=1)
+    said = r"1 row in a batch, but Sherl has batch norms on this backbone, which are trained on 2 or more: give larger"
+    with pytest.raises(ValueError, match=said):
+        resnet.train()(**inputs)
+    assert all(norm.num_batches_tracked == 0 for norm in resnet.modules() if isinstance(norm, sherl.BatchNorm))
+    assert logits(resnet.eval()(**inputs)).shape == (1, 3)
+
+
+def test_images_whose_grids_do_not_divide_are_pooled_too(resnet: ss.SideModel) -> None:
+    model = resnet.train()
+    model(pixel_values=torch.randn(2, 3, 50, 37), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for _, p in model.trained_parameters())
+
+
+def test_layers_of_a_resnet_are_the_last_of_each_stage_or_as_given() -> None:
+    assert on_resnet().side.blocks == {"encoder": (0, 1, 2, 3)}
+    assert on_resnet(layers=(1, 3)).side.blocks == {"encoder": (1, 3)}
+    with pytest.raises(UnsupportedBackbone, match=r"lack the guide, block 3"):
+        on_resnet(layers=(0, 1))
+
+
+def test_a_form_of_another_kind_of_backbone_is_refused() -> None:
+    for settings in ({"projection": "gated"}, {"norm_out": True}, {"merge_mlp": True}):
+        with pytest.raises(
+            UnsupportedBackbone, match="on convolutional networks there is one form, of 1x1 convolutions"
+        ):
+            on_resnet(**settings)
+    with pytest.raises(UnsupportedBackbone, match="projection='conv_norm' is for convolutional networks"):
+        ss.attach(FAMILIES["bert"].model(), ss.SherlConfig(reduction=4, projection="conv_norm"))
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -458,7 +607,7 @@ def test_a_single_block_is_refused() -> None:
         ("layers", (3, 2), "block numbers from 0, ascending"),
         ("layers", (-1, 2), "block numbers from 0, ascending"),
         ("layers", (), "block numbers from 0, ascending"),
-        ("projection", "linear", "None or one of gated, linear_norm, relu_linear"),
+        ("projection", "linear", "None or one of gated, linear_norm, relu_linear, conv_norm"),
         ("norm_out_eps", 0.0, "a number above 0"),
         ("eps", float("nan"), "a number above 0"),
         ("init_std", -0.1, "a number above 0"),
