@@ -78,9 +78,8 @@ def test_a_task_of_pairs_is_trained_scored_and_used(place: Path, tmp_path: Path,
     scored = run("eval", tmp_path / "task", "--data", place / "pairs.csv", "--quiet")
     assert scored.exit_code == 0, scored.output
     assert "t2i_r10" in scored.stdout
-    used = run(
-        "predict", tmp_path / "task", "--data", place / "pairs.csv", "--output", tmp_path / "near.csv", "--quiet"
-    )
+    output = ["--output", tmp_path / "near.csv", "--quiet"]
+    used = run("predict", tmp_path / "task", "--data", place / "pairs.csv", *output)
     assert used.exit_code == 0, used.output
     with (tmp_path / "near.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -108,7 +107,7 @@ def test_bad_pairs_are_named(place: Path, tmp_path: Path, changed: dict[str, str
     ("asked", "said"),
     [
         (["--backbone", "clip", "--batch-size", "1"], "batch_size=1 for retrieval: the other pairs of a batch are"),
-        (["--backbone", "vit"], "is a ViTModel, no dual encoder (clip, "),
+        (["--backbone", "vit"], "is a vit, no dual encoder (clip, "),
         (["--backbone", "bert", "--text-backbone", "vit"], "--backbone is the encoder of images"),
         (["--backbone", "clip", "--method", "unipt"], "the text tower of CLIPModel: unipt does not work on"),
         (["--backbone", "clip", "--shots", "2"], "retrieval has no classes"),
