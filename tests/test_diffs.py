@@ -58,7 +58,6 @@ def test_placing_again_gives_the_old_entries_back() -> None:
     change = diff.tensors["first"] - before["first"]
     assert change.view(-1).nonzero().flatten().tolist() == [7]
     assert torch.equal(diff.tensors["third"], before["third"])
-    assert [tensor.requires_grad for tensor in diff.tensors.values()] == [True, True, False]
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
@@ -68,11 +67,13 @@ def test_gradients_are_gathered_in_float32_and_the_dense_ones_freed_one_by_one(c
         first = diff.tensors["first"]
         first.data = first.data.t().contiguous().t()
     alive: list[int] = []
-    diff.sight = lambda name, gradient: alive.append(sum(t.grad is not None for t in diff.tensors.values()))
+    held = list(diff.tensors.values())
+    for tensor in held:
+        tensor.register_post_accumulate_grad_hook(lambda _: alive.append(sum(t.grad is not None for t in held)))
     factors = {name: torch.randn(shape) for name, shape in diff.shapes.items()}
     for _ in range(2):
         sum((factors[name] * tensor.square()).sum() for name, tensor in diff.tensors.items()).backward()
-    assert alive == [0] * 2 * len(diff.support())
+    assert alive == [0] * 6  # looked at behind the diff's own hook, at each tensor
     assert all(tensor.grad is None for tensor in diff.tensors.values())
     for name, positions in diff.support().items():
         part = next(part for part in diff._parts if part.name == name)
@@ -119,14 +120,18 @@ def test_unplaced_it_changes_nothing() -> None:
     diff.write()
     diff.revert()
     assert all(torch.equal(tensor, before[name]) for name, tensor in diff.tensors.items())
-    assert not any(tensor.requires_grad for tensor in diff.tensors.values())
+    sum(tensor.sum() for tensor in diff.tensors.values()).backward()
+    assert diff.is_idle
+    assert all(tensor.grad is None for tensor in [diff.values, *diff.tensors.values()])
 
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="48 nonzeros in weights of 47 entries: choose 1 to 47"):
         SparseDiff(tensors(), 48, torch.float32)
     diff = placed()
-    with pytest.raises(ValueError, match="a diff of fourth, but there is no such tensor: there are first, second, third"):
+    with pytest.raises(
+        ValueError, match="a diff of fourth, but there is no such tensor: there are first, second, third"
+    ):
         diff.place({"fourth": torch.tensor([0])})
     with pytest.raises(ValueError, match="positions 1 to 3 in second, which has 3 entries"):
         diff.place({"second": torch.tensor([1, 3])})

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from sidestep.data.augment import Epoch
+from sidestep.diffs import SparseDiff
+from sidestep.methods.base import SparseDelta
+from sidestep.model import SideModel
 
 SPREAD = 1_000_003  # between the seeds of two runs: epoch 1 of seed 0 is not epoch 0 of seed 1
 
@@ -60,6 +64,28 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Set the number, before the epoch's rows are read or processes that read them are started."""
         self.epoch.number = int(state.epoch or 0)
+
+
+class MoveSupport(TrainerCallback):
+    """Tells methods with a sparse diff of each optimizer step, around which they may move it."""
+
+    def __init__(self, models: Sequence[SideModel]) -> None:
+        self.models = models
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Before the step's first batch."""
+        for delta, diff in self._diffs():
+            delta.before_step(diff, state.global_step + 1, state.max_steps)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the step, before a checkpoint is made of it."""
+        for delta, diff in self._diffs():
+            delta.after_step(diff, kwargs["optimizer"])
+
+    def _diffs(self) -> Iterator[tuple[SparseDelta, SparseDiff]]:
+        for model in self.models:
+            if isinstance(model.delta, SparseDelta) and model.sparse is not None:
+                yield model.delta, model.sparse
 
 
 class StopIfDiverged(TrainerCallback):

@@ -47,7 +47,6 @@ class SparseDiff(nn.Module):
         positions: (nonzeros,) int64, ascending; all `UNPLACED` until `place` is called.
         base: (nonzeros,) the tensors' own values there.
         value_dtype: to which values are rounded before they are added; gradients pass through the rounding.
-        sight: sees every dense gradient before it is freed; None: nobody does.
     """
 
     values: nn.Parameter
@@ -63,7 +62,7 @@ class SparseDiff(nn.Module):
         super().__init__()
         self._tensors = dict(tensors)
         self.value_dtype = value_dtype
-        self.sight: GradientSight | None = None
+        self._sight: GradientSight | None = None
         if not 0 < nonzeros <= self.total:
             raise ValueError(f"{nonzeros} nonzeros in weights of {self.total} entries: choose 1 to {self.total}")
         self._parts: list[Part] = []
@@ -90,6 +89,15 @@ class SparseDiff(nn.Module):
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     @property
+    def starts(self) -> dict[str, int]:
+        """Where each tensor begins in all of them laid end to end."""
+        starts, start = {}, 0
+        for name, tensor in self._tensors.items():
+            starts[name] = start
+            start += tensor.numel()
+        return starts
+
+    @property
     def tensors(self) -> dict[str, nn.Parameter]:
         """All tensors by name."""
         return dict(self._tensors)
@@ -98,6 +106,11 @@ class SparseDiff(nn.Module):
     def is_placed(self) -> bool:
         """Whether the positions have been chosen."""
         return bool(self._parts)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether gradients are gathered for positions that have not been chosen."""
+        return bool(self._handles) and not self._parts
 
     def support(self) -> dict[str, Tensor]:
         """The positions in each tensor that has nonzeros, by its name: ascending, in the flat tensor."""
@@ -132,7 +145,7 @@ class SparseDiff(nn.Module):
         Raises:
             ValueError: as `place`.
         """
-        positions, values, starts = [], [], self._starts()
+        positions, values, starts = [], [], self.starts
         for name in sorted(entries, key=lambda name: starts.get(name, 0)):
             given = entries[name]
             index, value = given if isinstance(given, tuple) else (given, torch.zeros(len(given)))
@@ -155,21 +168,21 @@ class SparseDiff(nn.Module):
             self.values = nn.Parameter(self.values.new_zeros(len(positions)))
         self.values.copy_(torch.zeros(len(positions)) if values is None else values)
         self.positions = positions.to(self.positions.device, copy=True)
-        self._parts = list(self._cut(self._starts()))
+        self._parts = list(self._cut(self.starts))
         own = [_at(self._tensors[part.name], self._index(part)).to(self.base.dtype) for part in self._parts]
         self.base = torch.cat([self.base[:0], *own])
-        self.hook()
+        if not self._handles:
+            self.hook()
         self.write()
 
     def place_at_random(self, seed: int) -> None:
         """A uniformly random choice of positions, with zeros as values."""
         if self.positions.is_meta:  # a plan's: the tensors are there without values, and so are the positions
             share, low = len(self.positions) / self.total, 0
-            for name, start in self._starts().items():
+            for name, start in self.starts.items():
                 high = round((start + self._tensors[name].numel()) * share)
                 self._parts += [Part(name, start, low, high)] if high > low else []
                 low = high
-            self.hook()
             return
         chosen = np.random.default_rng(seed).choice(self.total, len(self.positions), replace=False, shuffle=False)
         self.place_flat(torch.from_numpy(np.sort(chosen)))
@@ -205,15 +218,20 @@ class SparseDiff(nn.Module):
 
     # --- gradients -------------------------------------------------------------------------------------------------
 
-    def hook(self, *, all_tensors: bool = False) -> None:
-        """Have gradients of the tensors that hold nonzeros gathered and freed; or of all, for somebody who looks on."""
+    def watch(self, sight: GradientSight | None) -> None:
+        """Show somebody the dense gradients of all tensors before they are freed; None ends it."""
+        self._sight = sight
+
+    def hook(self) -> None:
+        """Have the tensors' gradients gathered and freed.
+
+        All of them require one, also where there are no nonzeros, because an optimizer's list of parameters has to be the
+        same wherever the diff is.
+        """
         self.unhook()
-        parts = {part.name: part for part in self._parts}
         for name, tensor in self._tensors.items():
-            tensor.requires_grad_(all_tensors or name in parts)
-            if tensor.requires_grad:
-                gather = partial(self._gather, name, parts.get(name))
-                self._handles.append(tensor.register_post_accumulate_grad_hook(gather))
+            hook = tensor.requires_grad_().register_post_accumulate_grad_hook(partial(self._gather, name))
+            self._handles.append(hook)
 
     def unhook(self) -> None:
         """Leave the tensors' gradients to others; their flags stay."""
@@ -221,17 +239,18 @@ class SparseDiff(nn.Module):
             handle.remove()
         self._handles = []
 
-    def _gather(self, name: str, part: Part | None, tensor: Tensor) -> None:
+    def _gather(self, name: str, tensor: Tensor) -> None:
         """Add a dense gradient's entries to those of `values`, and free it."""
         gradient, tensor.grad = tensor.grad, None
+        part = next((part for part in self._parts if part.name == name), None)
         assert gradient is not None
         with torch.no_grad():
             if part is not None:
                 if self.values.grad is None:
                     self.values.grad = torch.zeros_like(self.values)
                 self.values.grad[part.low : part.high].add_(_at(gradient, self._index(part)))
-            if self.sight is not None:
-                self.sight(name, gradient)
+            if self._sight is not None:
+                self._sight(name, gradient)
 
     # --- small parts -----------------------------------------------------------------------------------------------
 
@@ -243,14 +262,6 @@ class SparseDiff(nn.Module):
 
     def _index(self, part: Part) -> Tensor:
         return self.positions[part.low : part.high] - part.start
-
-    def _starts(self) -> dict[str, int]:
-        """Where each tensor begins."""
-        starts, start = {}, 0
-        for name, tensor in self._tensors.items():
-            starts[name] = start
-            start += tensor.numel()
-        return starts
 
     def _cut(self, starts: Mapping[str, int]) -> Iterator[Part]:
         """The positions' share of each tensor that has any."""

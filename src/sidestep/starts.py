@@ -15,16 +15,17 @@ from sidestep.pruning import Scores
 SAMPLES = 1024  # the release's
 
 
-def initialise(model: SideModel, batches: Iterable[Mapping[str, Tensor]], *, samples: int = SAMPLES) -> int:
-    """Start a method from its backbone by the Fisher information of each weight, as LSTConfig(init="fisher") asks.
+def initialise(model: SideModel, batches: Iterable[Mapping[str, Tensor]], *, samples: int | None = None) -> int:
+    """Start a method from its backbone by the Fisher information of each weight.
 
-    That is the squared gradient of the backbone's own loss, summed over batches. With batches of one row it is the
-    empirical Fisher information; larger ones are faster and average before they square.
+    LSTConfig(init="fisher") takes from it which channels its side network begins with, SparseConfig(select="fisher") which
+    weights are trained. That is the squared gradient of the loss (LST: of the backbone's own), summed over batches. With
+    batches of one row it is the empirical Fisher information; larger ones are faster and average before they square.
 
     Args:
         model: attached with such a method.
         batches: of what its forward takes, with labels.
-        samples: the most batches that are looked at.
+        samples: the most batches that are looked at; None: as many as the method's config says, or 1024.
 
     Returns:
         How many were.
@@ -32,13 +33,16 @@ def initialise(model: SideModel, batches: Iterable[Mapping[str, Tensor]], *, sam
     Raises:
         ValueError: if the method's start takes no rows, or there are none.
     """
+    batches = islice(batches, samples_of(model) if samples is None else samples)
+    if model.sparse is not None and samples_of(model):
+        return _choose_support(model, batches)
     if not model.side.from_data:
         raise ValueError(
             f"{model.record.name} as configured starts without data: there is nothing to initialise "
             '(LSTConfig(init="fisher") and SparseConfig(select="fisher") ask for it)'
         )
     sites = [place.site for place in model.places]
-    scores, seen = _fisher(model, islice(batches, samples))
+    scores, seen = _fisher(model, batches)
     if not seen:
         raise ValueError("there are no rows to initialise from: give at least one batch")
     model.side.initialise(sites, lambda weight: scores[weight])

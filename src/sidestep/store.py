@@ -153,7 +153,9 @@ def _packed(model: Attached, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     packed = dict(tensors)
     for prefix, diff in _diffs(model).items():
         if not diff.is_placed:
-            raise TaskError(f"{model.record.name} has not chosen its support yet, so there is nothing to save: train first")
+            raise TaskError(
+                f"{model.record.name} has not chosen its support yet, so there is nothing to save: train first"
+            )
         shapes = diff.shapes
         entries = {
             name: SparseTensor(shape=shapes[name], positions=positions, values=values)
@@ -184,7 +186,9 @@ def _unpacked(task: Task, model: Attached) -> dict[str, Tensor]:
         shapes = diff.shapes
         unfit = [f"{name} {part.shape}" for name, part in entries.items() if shapes.get(name) != part.shape]
         if unfit:
-            there = [f"{name} {shapes[name]}" for name in entries if name in shapes and shapes[name] != entries[name].shape]
+            there = [
+                f"{name} {shapes[name]}" for name in entries if name in shapes and shapes[name] != entries[name].shape
+            ]
             raise TaskError(
                 f"{task.folder} changes tensors that {type(model.backbone).__name__} does not have in that shape: "
                 f"{some(unfit)}; it has {some(there) if there else 'none of these names'}. Load the task's own backbone, "

@@ -1,20 +1,27 @@
 """A sparse diff of the backbone's weights on a support that is chosen before training, or moved while it runs.
 
 Its trained state is as large as the diff: forward and backward use the dense weights, into which the diff is written.
+Sources: "fisher" is the FISH mask, Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", NeurIPS 2021;
+"grow" follows SpIEL, Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 2024.
+
+Differs: "grow" looks for new entries in the gradients of one optimizer step, all weights at once (SpIEL sums several
+steps, and has a fixed number of entries for each matrix).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sidestep.diffs import SparseDiff
 from sidestep.methods.base import SparseDelta, SparseDeltaConfig, is_whole, register
+from sidestep.selection import largest, sweep_over
 
-Select = Literal["random"]
+Select = Literal["fisher", "random", "grow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,25 +29,116 @@ class SparseConfig(SparseDeltaConfig):
     """A sparse diff with memory for its nonzeros alone.
 
     Attributes:
-        select: how the support is chosen.
+        select: how the support is chosen: "fisher", where the squared gradient of the loss is largest, the mean over
+            training rows before training; "random"; "grow", at random first, and then moved: entries that changed least
+            are given up for those with the largest gradient.
         seed: of a random support.
+        samples: "fisher": the most training rows that are looked at.
+        grow_every: "grow": optimizer steps from one move to the next.
+        grow_share: "grow": share of the entries that the first move gives up; it falls linearly to 0 at the last step.
     """
 
-    select: Select = "random"
+    select: Select = "fisher"
     seed: int = 0
+    samples: int = 1024
+    grow_every: int = 20
+    grow_share: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require("select", self.select in get_args(Select), " or ".join(get_args(Select)))
         self.require("seed", is_whole(self.seed, 0), "a whole number of at least 0")
+        for name in ("samples", "grow_every"):
+            self.require(name, is_whole(getattr(self, name), 1), "a whole number of at least 1")
+        self.require("grow_share", 0 < self.grow_share < 1, "above 0 and below 1")
 
 
 @register("sparse", SparseConfig)
 class Sparse(SparseDelta):
-    """Sparse tuning: trains a small share of the backbone's weights."""
+    """Sparse tuning: trains a small share of the backbone's weights, chosen before training or while it runs."""
+
+    def __init__(self, config: SparseConfig) -> None:
+        super().__init__(config)
+        self.samples = config.samples if config.select == "fisher" else 0
+        self._candidates: Candidates | None = None
 
     def diff(self, tensors: Mapping[str, nn.Parameter]) -> SparseDiff | None:
         """The diff, with its positions where no data are needed to choose them."""
         diff = super().diff(tensors)
-        if diff is not None:
+        if diff is not None and (self.config.select != "fisher" or diff.positions.is_meta):
             diff.place_at_random(self.config.seed)
         return diff
+
+    def choose(self, diff: SparseDiff, squares: Mapping[str, Tensor]) -> None:
+        """Place the diff where the squared gradient is largest."""
+        found = largest(sweep_over(squares), len(diff.values))
+        diff.place({name: positions for name, (positions, _) in found.items()})
+
+    def before_step(self, diff: SparseDiff, step: int, steps: int) -> None:
+        """Look out for new entries in the step that a move follows."""
+        count = self._moved(diff, step, steps)
+        if count:
+            self._candidates = Candidates(diff, count)
+            diff.watch(self._candidates.see)
+
+    def after_step(self, diff: SparseDiff, optimizer: Any) -> None:
+        """Give up the entries that changed least for those that were found; averages of the others move with them."""
+        found, self._candidates = self._candidates, None
+        if found is None:
+            return
+        diff.watch(None)
+        grown = found.best()
+        dropped = diff.values.detach().abs().topk(len(grown), largest=False).indices
+        keep = torch.ones_like(diff.positions, dtype=torch.bool)
+        keep[dropped] = False
+        positions, order = torch.cat([diff.positions[keep], grown]).sort()
+
+        def moved(entries: Tensor) -> Tensor:
+            return torch.cat([entries[keep], entries.new_zeros(len(grown))])[order]
+
+        for name, average in optimizer.state[diff.values].items():
+            if isinstance(average, Tensor) and average.shape == diff.values.shape:
+                optimizer.state[diff.values][name] = moved(average)
+        diff.place_flat(positions, moved(diff.values.detach()))
+
+    def _moved(self, diff: SparseDiff, step: int, steps: int) -> int:
+        """How many entries move after optimizer step `step` of `steps`."""
+        if self.config.select != "grow" or step % self.config.grow_every:
+            return 0
+        return int(self.config.grow_share * (1 - step / steps) * len(diff.values))
+
+
+class Candidates:
+    """Entries without a diff where the gradients of an optimizer step are largest.
+
+    The first batch of the step proposes twice as many as are wanted, over all tensors; on these the gradients of the
+    step's other batches are added. So no more than a tensor's gradient is held at a time.
+    """
+
+    def __init__(self, diff: SparseDiff, count: int) -> None:
+        self.count, self._starts, self._support = count, diff.starts, diff.support()
+        self._seen: set[str] = set()
+        self._positions = diff.positions.new_zeros(0)
+        self._sums = diff.values.detach().new_zeros(0)
+
+    def see(self, name: str, gradient: Tensor) -> None:
+        """Take a tensor's gradient into account."""
+        start, flat = self._starts[name], gradient.reshape(-1)
+        if name in self._seen:
+            own = (self._positions >= start) & (self._positions < start + len(flat))
+            self._sums[own] += flat[self._positions[own] - start]
+            return
+        self._seen.add(name)
+        size = flat.abs()
+        if name in self._support:
+            size[self._support[name]] = 0
+        best = size.topk(min(2 * self.count, len(flat))).indices
+        best = best[size[best] > 0]
+        positions = torch.cat([self._positions, best + start])
+        sums = torch.cat([self._sums, flat[best].to(self._sums.dtype)])
+        kept = sums.abs().topk(min(2 * self.count, len(sums))).indices
+        self._positions, self._sums = positions[kept], sums[kept]
+
+    def best(self) -> Tensor:
+        """The positions in all tensors laid end to end, as many as are wanted or were found."""
+        return self._positions[self._sums.abs().topk(min(self.count, len(self._sums))).indices]
