@@ -66,12 +66,12 @@ def patches(random: np.random.Generator, numel: int, density: float) -> Position
     return np.unique(found[found < numel])
 
 
-def hostile(random: np.random.Generator, numel: int, density: float) -> Positions:
-    """Gaps next to each class's upper border, where a class wastes most, in a random mix of the wanted mean."""
-    borders = np.array([0, 159, 200, 20_639, 86_000])
+def borders(random: np.random.Generator, numel: int, density: float) -> Positions:
+    """Gaps of two kinds next to the borders of token classes, in a random mix of the wanted mean."""
+    edges = np.array([0, 159, 200, 20_639, 86_000])
     mean = 1 / density - 1
-    above = int(np.searchsorted(borders, mean))
-    low, high = borders[max(0, above - 1)], borders[min(above, len(borders) - 1)]
+    above = int(np.searchsorted(edges, mean))
+    low, high = edges[max(0, above - 1)], edges[min(above, len(edges) - 1)]
     share = 0.0 if high == low else (mean - low) / (high - low)
     expected = int(numel * density)
     gaps = np.where(random.random(expected) < share, high, low) + random.integers(0, 2, expected)
@@ -84,7 +84,7 @@ SUPPORTS: dict[str, Callable[[np.random.Generator, int, float], Positions]] = {
     "patches": patches,
     "rows": rows,
     "columns": columns,
-    "hostile": hostile,
+    "borders": borders,
 }
 
 

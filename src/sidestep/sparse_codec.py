@@ -35,7 +35,7 @@ _PIECE = 1 << 15  # positions decoded at a time
 _COUNTS = (160, 80, 15, 1)
 _WIDTHS = (1, 1 << 8, 1 << 16, 0)
 _EXTRAS = ("<u1", "<u2", "<i8")
-_FIRSTS = np.cumsum((0, *_COUNTS))
+_FIRSTS = np.cumsum((0, *_COUNTS)).tolist()
 _SMALLEST = np.concatenate(([0], np.cumsum(np.repeat(_WIDTHS, _COUNTS))[:-1]))
 
 
@@ -202,10 +202,11 @@ def _restored(streams: list[memoryview], nonzeros: int) -> NDArray[np.int64]:
 def _summed(tokens: NDArray[np.uint8], extras: Mapping[int, NDArray[np.integer]]) -> NDArray[np.int64]:
     """Positions from tokens and the extras of each class, in pieces that stay in the processor's cache."""
     positions = np.empty(len(tokens), np.int64)
+    steps = _SMALLEST + 1
     used, last = dict.fromkeys(extras, 0), -1
     for start in range(0, len(tokens), _PIECE):
         piece, own = tokens[start : start + _PIECE], positions[start : start + _PIECE]
-        np.take(_SMALLEST + 1, piece, out=own, mode="clip")  # with the default mode numpy would fill a buffer first
+        own[:] = steps[piece]
         for index, extra in extras.items():
             places = np.flatnonzero(_of_class(piece, index))
             own[places] += extra[used[index] : used[index] + len(places)]
