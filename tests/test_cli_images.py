@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from click.testing import Result
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import sidestep as ss
@@ -173,6 +174,40 @@ def test_a_run_with_views_is_resumed_exactly(
         assert run(f"parts{step}", resume=True) == whole
         before, after = (load_file(tmp_path / name / store.WEIGHTS) for name in ("whole", f"parts{step}"))
         assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_sherl_trains_beside_a_timm_resnet(place: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = timm.create_model("test_resnet", num_classes=0).state_dict()
+    # as older files are, without the counts of batches
+    kept = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    save_file(kept, tmp_path / "resnet.safetensors")
+    rows = ["--train", place / "train800val200.txt", "--dev", place / "test.txt", "--image", "image"]
+    how = [
+        "--backbone",
+        f"timm:test_resnet@{tmp_path / 'resnet.safetensors'}",
+        "--method",
+        "sherl",
+        "--image-size",
+        "32",
+    ]
+    result = run("train", *how, *rows, "--output", tmp_path / "task", *FAST, "--batch-size", "15")
+    assert result.exit_code == 2, result.output
+    said = " ".join(result.stderr.split())
+    assert "batch_size=15 with 16 training rows makes a batch of 1, but sherl has batch norms on this backbone" in said
+    assert "or leave the last batch out (--drop-last)" in said
+    assert not (tmp_path / "task").exists()
+    result = run("train", *how, *rows, "--output", tmp_path / "task", *FAST, "--batch-size", "15", "--drop-last")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "task" / "results.json").read_text())
+    assert found["method"]["name"] == "sherl"
+    tensors = load_file(tmp_path / "task" / store.WEIGHTS)
+    counts = [value.item() for name, value in tensors.items() if name.endswith("num_batches_tracked")]
+    # the measured step before training leaves no trace: two epochs of one batch
+    assert set(counts) <= {1, 2}
+    assert len(counts) == 4  # its four stages have a block each, of which the last is the late one; and the way out
+    shown = run("eval", tmp_path / "task", "--data", place / "test.txt", "--quiet").stdout
+    assert f"{found['scores']['accuracy']:.4g}" in shown
 
 
 def test_a_run_with_other_views_or_shots_is_another_run(
