@@ -42,7 +42,6 @@ ORDER = [
     "vit_npz",
     "loading",
     "versions",
-    "sparse_codec",
     "store",
     "plan",
     "data",
