@@ -88,6 +88,7 @@ class DiffPruningOptimizer(Optimizer):
                 self.state[p][entry] = torch.full((p.numel(),), fill, dtype=torch.float32, device=p.device)
             if structured:
                 self.state[p]["group"] = torch.tensor([alpha_init, 0.0, 0.0], device=p.device)
+            self.state[p]["base"] = p.detach().flatten().clone()
             self.relaxed.append(
                 RelaxedWeight(name, p, self.state[p], gate, penalty, partial(noise, tensor=number), chunk)
             )
@@ -127,6 +128,10 @@ class DiffPruningOptimizer(Optimizer):
             for span, diff in weight.diffs(self.steps):
                 yield weight.name, span.start, diff
 
+    def weights(self) -> dict[str, Tensor]:
+        """w without its gates, flat, by name."""
+        return {weight.name: weight.state["w"] for weight in self.relaxed}
+
     @torch.no_grad()
     def penalty_value(self) -> float:
         """The L0 penalty, with its weight."""
@@ -155,6 +160,15 @@ class DiffPruningOptimizer(Optimizer):
         masked["step"] += 1
         self.draw()
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state without the pretrained values, with which another optimizer begins anyway."""
+        saved = super().state_dict()
+        saved["state"] = {
+            index: {name: value for name, value in kept.items() if name != "base"}
+            for index, kept in saved["state"].items()
+        }
+        return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up a saved state in place and in float32, and write theta for it."""
@@ -212,8 +226,9 @@ class RelaxedWeight:
 
     Args:
         name: the parameter's.
-        parameter: holds p0, and theta from now on.
-        state: `ENTRIES`, flat, and with a gate for all of it "group": that gate's alpha and its two averages.
+        parameter: holds theta.
+        state: "base", which is p0, and `ENTRIES`, all flat; with a gate for all of it "group": that
+            gate's alpha and its two averages.
         gate: the gates' shape.
         penalty: the L0 penalty.
         noise: (draw, chunk=..., like=...) -> uniform numbers.
@@ -231,8 +246,7 @@ class RelaxedWeight:
         chunk: int,
     ) -> None:
         self.name, self.parameter, self.state = name, parameter, state
-        self.theta = parameter.detach().view(-1)
-        self.base = self.theta.clone()
+        self.theta, self.base = parameter.detach().view(-1), state["base"]
         self.gate, self.penalty, self.noise, self.chunk = gate, penalty, noise, chunk
 
     def masks(self, draw: int) -> Iterator[tuple[slice, Tensor]]:

@@ -40,6 +40,9 @@ class Results:
         recipe: the recipe that it followed, by name, and what was "overridden"; None: none.
         history: training loss and dev scores of each epoch.
         notes: what a reader should know besides.
+        first_stage: what came of a stage before the one that the rest is about (diff pruning's relaxed weights): its
+            "seconds" and "history", the share of gates that were "open" at its end, the "nonzeros" that were kept, and
+            in how many "tensors" of "all_tensors".
     """
 
     scores: dict[str, float]
@@ -65,6 +68,7 @@ class Results:
     recipe: dict[str, Any] | None
     history: list[dict[str, float]]
     notes: list[str]
+    first_stage: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write results.json to a folder, in one step."""

@@ -5,25 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sidestep.metrics import METRICS, PRIMARY
 
-Schedule = Literal["linear", "cosine", "cosine_epochs", "constant"]
+Schedule = Literal["linear", "cosine", "cosine_epochs", "step", "constant"]
 Keep = Literal["best", "last"]
 Decay = Literal["weights", "all"]
 
 RATES: Mapping[str, tuple[float, float, float]] = {
     "bitfit": (5e-4, 2e-3, 5e-3),
+    "diff_pruning": (2e-5, 6e-5, 2e-4),
     "dora": (5e-4, 2e-3, 5e-3),
     "dtl": (1e-3, 3e-3, 8e-3),
     "full": (2e-5, 6e-5, 2e-4),
     "ia3": (1e-3, 5e-3, 2e-2),
     "lora": (5e-4, 2e-3, 5e-3),
+    "lst": (1e-3, 3e-3, 6e-3),
     "probe": (3e-3, 1e-2, 5e-2),
     "read": (5e-4, 2e-3, 6e-3),
+    "sherl": (5e-4, 1e-3, 3e-3),
+    "sparse": (3e-4, 1e-3, 3e-3),
     "synqt": (3e-4, 1e-3, 3e-3),
+    "unipt": (2e-4, 5e-4, 2e-3),
 }
 """Learning rates worth trying with each method, from low to high; the middle one is the default."""
 OTHER_RATES = (3e-4, 1e-3, 3e-3)
@@ -51,9 +57,11 @@ class TrainSettings:
         decay: what it is applied to: "weights", all but biases and norms; "all", whatever is trained.
         warmup: share of the steps in which the rate rises to its value.
         warmup_epochs: the same in epochs; it goes before `warmup`.
+        warmup_steps: the same in steps, which may be more than the run has; it goes before `warmup`.
         schedule: what the rate does after that (see `schedules.rate_factor`).
         start_rate: the rate that the warm-up begins at.
-        end_rate: the rate that a schedule other than "constant" ends at.
+        end_rate: the rate that a schedule other than "constant" and "step" ends at.
+        milestones: epochs after which the schedule "step" divides the rate by 10, ascending.
         drop_last: leave out what an epoch's whole batches leave over of the (shuffled) training rows.
         accumulate: batches for one optimizer step.
         max_grad_norm: where the gradient's norm is cut; 0 leaves it.
@@ -85,9 +93,11 @@ class TrainSettings:
     decay: Decay = "weights"
     warmup: float = 0.06
     warmup_epochs: int | None = None
+    warmup_steps: int | None = None
     schedule: Schedule = "linear"
     start_rate: float = 0.0
     end_rate: float = 0.0
+    milestones: tuple[int, ...] = ()
     drop_last: bool = False
     accumulate: int = 1
     max_grad_norm: float = 1.0
@@ -124,6 +134,7 @@ class TrainSettings:
         self._require("keep", self.keep in get_args(Keep), " or ".join(get_args(Keep)))
         self._require("decay", self.decay in get_args(Decay), " or ".join(get_args(Decay)))
         self._check_warmup()
+        self._check_milestones()
         if self.keep == "last" and self.patience is not None:
             raise ValueError(
                 f"patience={self.patience} with keep='last': stopping early chooses an epoch on dev; leave patience out"
@@ -136,7 +147,24 @@ class TrainSettings:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite: choose one, to continue a run or to start it anew")
 
+    def _check_milestones(self) -> None:
+        ascending = all(0 < a < b for a, b in pairwise((*self.milestones, self.epochs)))
+        within = f"epochs from 1 to {self.epochs - 1}, ascending"
+        self._require("milestones", not self.milestones or ascending, within)
+        if bool(self.milestones) != (self.schedule == "step"):
+            raise ValueError(
+                f"milestones={self.milestones} with schedule={self.schedule!r}: the schedule 'step' needs the epochs after "
+                "which the rate falls, and no other takes them"
+            )
+
     def _check_warmup(self) -> None:
+        steps = self.warmup_steps
+        self._require("warmup_steps", steps is None or steps >= 0, "at least 0, or not given")
+        if steps is not None and (self.warmup_epochs is not None or self.schedule == "cosine_epochs"):
+            raise ValueError(
+                f"warmup_steps={steps} with warmup_epochs={self.warmup_epochs} and schedule={self.schedule!r}: give one "
+                "of the two, and epochs where the schedule is set once an epoch"
+            )
         rise = self.warmup_epochs
         if rise is None:
             return
@@ -155,8 +183,10 @@ class TrainSettings:
         """The learning rate that is used with a method."""
         return self.learning_rate or rates_of(method)[1]
 
-    def warmup_steps(self, steps_per_epoch: int) -> int:
+    def rise(self, steps_per_epoch: int) -> int:
         """Optimizer steps in which the rate rises; whole epochs where it is set once per epoch."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
         if self.warmup_epochs is not None:
             return self.warmup_epochs * steps_per_epoch
         if self.schedule == "cosine_epochs":

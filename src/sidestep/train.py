@@ -84,7 +84,7 @@ def train(
     start = checkpoints.begin(settings, identity)
     first, last, clock = None, settings, EpochClock()
     if relax.relaxes(model):
-        with _failures(relax.own(settings)):
+        with _failures(relax.own(model, settings)):
             batch = largest_batch(data, settings.batch_size) if settings.measure else None
 
             def trainer_of(own: TrainSettings, at: Path | None, optimizer: Callable[[], Optimizer]) -> Trainer:

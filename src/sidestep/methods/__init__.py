@@ -13,6 +13,7 @@ from sidestep.methods.base import (
     register,
 )
 from sidestep.methods.controls import BitFitConfig, FullConfig, ProbeConfig
+from sidestep.methods.diff_pruning import DiffPruningConfig
 from sidestep.methods.dtl import DTLConfig
 from sidestep.methods.lst import LSTConfig
 from sidestep.methods.read import ReadConfig
@@ -24,6 +25,7 @@ from sidestep.methods.unipt import UniPTConfig
 __all__ = [
     "BitFitConfig",
     "DTLConfig",
+    "DiffPruningConfig",
     "DoraConfig",
     "FullConfig",
     "IA3Config",

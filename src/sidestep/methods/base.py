@@ -7,7 +7,7 @@ The laws in `tests/laws` then cover it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import entry_points
 from itertools import pairwise
@@ -233,19 +233,57 @@ class SparseDelta(WeightDelta):
         codes = {str(tensor.dtype).removeprefix("torch.") for tensor in trunk.parameters() if not is_plain(tensor)}
         if codes or getattr(getattr(trunk, "config", None), "quantization_config", None) is not None:
             raise ValueError(
-                f"its weights are quantised ({', '.join(sorted(codes)) or 'by its config'}), and a diff is added to plain "
-                "ones: load it unquantised, or train a side network (read, dtl, sherl, ...), which leaves weights alone"
+                f"its weights are quantised ({', '.join(sorted(codes)) or 'by its config'}), and a diff is added to "
+                "plain ones: load it unquantised, or train a side network (read, dtl, sherl, ...), which leaves weights alone"
             )
 
     def diff(self, tensors: Mapping[str, nn.Parameter]) -> SparseDiff | None:
         """The diff, without positions yet."""
         total = sum(tensor.numel() for tensor in tensors.values())
-        nonzeros = round(self.config.density * total)
+        nonzeros = int(self.config.density * total)
         if not nonzeros:
             raise ValueError(
-                f"density={self.config.density} of its {total} weights is less than one: choose at least {1 / total:.2g}"
+                f"density={self.config.density} of its {total} weights is less than one: "
+                f"choose at least {1 / total:.2g}"
             )
         return SparseDiff(tensors, nonzeros, getattr(torch, self.config.value_dtype))
+
+    @property
+    def relaxes(self) -> bool:
+        """Whether training begins with a stage in which all weights are free, between `relax` and `project`."""
+        return False
+
+    def stages(self, epochs: int, rate: float) -> tuple[tuple[int, float], tuple[int, float]]:
+        """Epochs and learning rate of that first stage and of the training of the diff, for those of the settings."""
+        return (epochs, rate), (epochs, rate)
+
+    def relax(
+        self,
+        diff: SparseDiff,
+        dense: Iterable[nn.Parameter],
+        *,
+        rate: float,
+        weight_decay: float,
+        max_norm: float,
+        seed: int,
+    ) -> Any:
+        """The optimizer of the first stage; all weights that the diff may change are its own from here on.
+
+        Its `restore` gives the weights their pretrained values back; a checkpoint of it holds all that it needs.
+
+        Args:
+            diff: without positions.
+            dense: what is trained besides: the head.
+            rate: learning rate; at 0 nothing moves.
+            weight_decay: of the weights and of the head.
+            max_norm: where gradients are cut; 0 leaves them.
+            seed: of what is random in it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has one stage")
+
+    def project(self, optimizer: Any, diff: SparseDiff) -> dict[str, Any]:
+        """Place the diff by what the first stage learned; what came of it, for the results."""
+        raise NotImplementedError(f"{type(self).__name__} has one stage")
 
     def choose(self, diff: SparseDiff, squares: Mapping[str, Tensor]) -> None:
         """Place the diff by the sums of squared gradients of all weights, by the names in `diff.tensors`."""

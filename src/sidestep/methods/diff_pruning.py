@@ -1,0 +1,157 @@
+"""Diff pruning: a sparse diff of the weights that learns where it is, by gates that a penalty closes.
+
+In a first stage the weights are p0 + z w with a random gate z for each entry, and an L0 penalty for open gates. Then
+the diff is projected: the entries largest in magnitude over all weights are kept, exactly as many as the density
+allows. These are trained on, as a sparse diff with fixed positions. Source: Guo, Rush, Kim,
+"Parameter-Efficient Transfer Learning with Diff Pruning", ACL 2021; dguo98/DiffPruning.
+
+Differs: the density is that of the backbone's weights, without the head; the penalty of a tensor's gate is the paper's
+product (the release has a sum); the diff goes on from where its gates left it (the release takes w without its gates);
+masks are drawn once in a step, so that accumulated gradients are exact; memory (see `diff_optimizer`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from sidestep.diff_optimizer import DiffPruningOptimizer
+from sidestep.diffs import SparseDiff
+from sidestep.hard_concrete import HardConcrete, Noise, Penalty, PenaltyKind
+from sidestep.methods.base import SparseDelta, SparseDeltaConfig, is_whole, register
+from sidestep.selection import largest
+
+Handover = Literal["continuous", "official"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffPruningConfig(SparseDeltaConfig):
+    """Diff pruning; the first stage's epochs and learning rate are those of training.
+
+    Attributes:
+        structured: whether each weight matrix and bias vector has one gate for all of it besides those of its entries.
+        penalty: what an open gate costs where there are both: "product", the expected number of nonzeros (the paper);
+            "sum" of the probabilities, in which the tensor's gate counts as one entry (the release).
+        lambda_l0: weight of the penalty, for each expected nonzero. AdamW's epsilon of 1e-8 and it belong together.
+        stretch: ends of the gate before it is cut to 0 and 1.
+        alpha_init: of the gates; 5 leaves 99.3 % of them open.
+        alpha_rate: learning rate of the gates, which stays the same.
+        handover: which values the second stage begins with: "continuous", the diff as its gates left it; "official",
+            w without its gates.
+        finetune_epochs: of the second stage.
+        finetune_rate: learning rate of the second stage.
+    """
+
+    structured: bool = True
+    penalty: PenaltyKind = "product"
+    lambda_l0: float = 1.25e-7
+    stretch: tuple[float, float] = (-1.5, 1.5)
+    alpha_init: float = 5.0
+    alpha_rate: float = 0.1
+    handover: Handover = "continuous"
+    finetune_epochs: int = 3
+    finetune_rate: float = 5e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ends = self.stretch
+        numbers = isinstance(ends, tuple) and len(ends) == 2
+        self.require("stretch", numbers and ends[0] < 0 and ends[1] > 1, "two numbers, below 0 and above 1")
+        self.require("penalty", self.penalty in get_args(PenaltyKind), " or ".join(get_args(PenaltyKind)))
+        self.require("handover", self.handover in get_args(Handover), " or ".join(get_args(Handover)))
+        self.require("lambda_l0", _is_number(self.lambda_l0) and self.lambda_l0 >= 0, "a number of at least 0")
+        self.require("alpha_init", _is_number(self.alpha_init), "a number")
+        for name in ("alpha_rate", "finetune_rate"):
+            value = getattr(self, name)
+            self.require(name, _is_number(value) and value > 0, "a number above 0")
+        self.require("finetune_epochs", is_whole(self.finetune_epochs, 1), "a whole number of at least 1")
+
+
+@register("diff_pruning", DiffPruningConfig)
+class DiffPruning(SparseDelta):
+    """Diff pruning: learns which small share of the backbone's weights to change, and how."""
+
+    @property
+    def relaxes(self) -> bool:
+        """All weights have gates at first."""
+        return True
+
+    def stages(self, epochs: int, rate: float) -> tuple[tuple[int, float], tuple[int, float]]:
+        """The settings' are the first stage's."""
+        return (epochs, rate), (self.config.finetune_epochs, self.config.finetune_rate)
+
+    def relax(
+        self,
+        diff: SparseDiff,
+        dense: Iterable[nn.Parameter],
+        *,
+        rate: float,
+        weight_decay: float,
+        max_norm: float,
+        seed: int,
+    ) -> DiffPruningOptimizer:
+        """The optimizer of the first stage; all weights that the diff may change are its own from here on.
+
+        Args:
+            diff: without positions.
+            dense: what is trained besides: the head.
+            rate: learning rate of w and of the head; 0 lets the gates rest too.
+            weight_decay: of w and of the head.
+            max_norm: where gradients are cut.
+            seed: of the gates' noise.
+        """
+        config = self.config
+        diff.unhook()
+        for tensor in diff.tensors.values():
+            tensor.requires_grad_(True)
+        return DiffPruningOptimizer(
+            diff.tensors,
+            dense,
+            lr=rate,
+            gate=HardConcrete(low=config.stretch[0], high=config.stretch[1]),
+            penalty=Penalty(weight=config.lambda_l0, kind=config.penalty),
+            structured=config.structured,
+            alpha_init=config.alpha_init,
+            alpha_rate=config.alpha_rate if rate else 0.0,
+            weight_decay=weight_decay,
+            max_norm=max_norm,
+            noise=Noise(seed),
+        )
+
+    def project(self, optimizer: DiffPruningOptimizer, diff: SparseDiff) -> dict[str, Any]:
+        """Place the diff where it is largest; the weights are the pretrained ones plus it.
+
+        Returns:
+            What came of it: the share of open gates ("open"), entries kept ("nonzeros") and tensors among them
+            ("tensors" of "all_tensors").
+
+        Raises:
+            ValueError: if no entry differs from the pretrained one.
+        """
+        chosen = largest(optimizer.diffs, len(diff.values))
+        kept = {name: entries for name, entries in chosen.items() if len(entries[0])}
+        if not kept:
+            raise ValueError(
+                "all gates are closed, so there is no diff to keep: train for fewer epochs, or choose a lower "
+                f"lambda_l0 ({self.config.lambda_l0:g} now) or a higher alpha_init ({self.config.alpha_init:g} now)"
+            )
+        opened = sum(int((z > 0).sum()) for _, _, z in optimizer.masks())
+        if self.config.handover == "official":
+            weights = optimizer.weights()
+            kept = {name: (positions, weights[name][positions]) for name, (positions, _) in kept.items()}
+        optimizer.restore()
+        diff.place(kept)
+        return {
+            "open": opened / diff.total,
+            "nonzeros": len(diff.values),
+            "tensors": len(kept),
+            "all_tensors": len(diff.tensors),
+        }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
