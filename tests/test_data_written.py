@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features
 
 from sidestep.data import CollateWritten, DataError, DataWarning, Fields, Generation, LabelSpace
 from sidestep.data.labels import label_space, target_texts
@@ -136,7 +136,7 @@ def test_prompts_stand_next_to_what_is_written() -> None:
 
 def test_how_texts_are_written_is_for_texts_only() -> None:
     found = Dataset.from_list(answered(8))
-    with pytest.raises(DataError, match="max_new_tokens and num_beams are for texts .* but the problem is 'single'"):
+    with pytest.raises(DataError, match=r"max_new_tokens and num_beams are for texts .* but the problem is 'single'"):
         prepare(found, found, TEXT, T5, num_beams=2)
     with pytest.raises(DataError, match="num_beams=0, but it must be at least 1"):
         prepare(found, found, TEXT, T5, kind="text2text", num_beams=0)

@@ -67,9 +67,7 @@ def tokenizer(single: str, pair: str, *, pad: bool = True) -> PreTrainedTokenize
     ends = [(name, ids[name]) for name in ("<s>", "</s>")]
     fast.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
     names: dict[str, Any] = {"pad_token": "<pad>"} if pad else {}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast, unk_token="<unk>", bos_token="<s>", eos_token="</s>", **names
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>", bos_token="<s>", eos_token="</s>", **names)
 
 
 def answered(rows: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -176,8 +176,8 @@ def prepare(
             max_length = prompt_limit(processor, max_length, both, generation.max_new_tokens, pair=pair)
     elif max_new_tokens is not None or num_beams != 1:
         raise DataError(
-            f"max_new_tokens and num_beams are for texts that a model writes, but the problem is {labels.kind!r}: leave "
-            f"them out, or choose {' or '.join(WRITTEN)}"
+            f"max_new_tokens and num_beams are for texts that a model writes, but the problem is {labels.kind!r}: "
+            f"leave them out, or choose {' or '.join(WRITTEN)}"
         )
     rows, cut = encode(train, fields, processor, labels, max_length, views)
     dev_rows, dev_cut = encode(dev, fields, processor, labels, max_length)

@@ -57,11 +57,11 @@ def recipes(prefix: opt.RecipePrefix = "", debug: opt.Debug = False) -> None:
             remark("sidestep recipes NAME shows them; sidestep train --recipe NAME/TASK follows one")
             return
         found = [load(name) for name in names(prefix) or (prefix,)]
-        columns = ("name", "method", "settings (--set)", "learning rate", "drop path")
-        rows = [
-            (each.name, each.method, each.method_settings, f"{each.training['learning_rate']:g}", each.drop_path)
-            for each in found
-        ]
+        columns = ("name", "method", "settings (--set)", "learning rate", "epochs", "drop path")
+        rows = []
+        for each in found:
+            rate, epochs = f"{each.training['learning_rate']:g}", each.training["epochs"]
+            rows.append((each.name, each.method, each.method_settings, rate, epochs, each.drop_path))
         show_table("Recipes", columns, rows)
         for group in groups():
             if any(each.name in group.recipes for each in found):
@@ -71,14 +71,18 @@ def recipes(prefix: opt.RecipePrefix = "", debug: opt.Debug = False) -> None:
 def _show_shared(group: Group) -> None:
     """What all recipes of a group have in common."""
     first = next(iter(group.recipes.values()))
-    training = {name: value for name, value in first.training.items() if name != "learning_rate"}
+    training = {name: value for name, value in first.training.items() if name not in ("learning_rate", "epochs")}
     facts = {
         "source": first.source,
         "backbone": first.backbone,
-        "pool": first.pool or "the method's own",
+        "problem": first.problem or "by the labels",
+        "pool": first.pool or ("the method's own" if first.images else "the backbone's own head"),
+        "head": first.head,
+        "noise of the backbone": first.noise,
         "training": training,
-        "images": first.images,
+        "images": first.images or "the backbone's own processor",
         "augment": first.augment,
+        "max length": first.max_length,
     }
     show_facts(f"All of {group.name}", facts)
 

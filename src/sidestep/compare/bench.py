@@ -22,9 +22,9 @@ from sidestep.families import Pool
 from sidestep.heads import Classify, HeadConfig
 from sidestep.loading import check_writes, load_backbone, load_processor
 from sidestep.methods import UnsupportedBackbone, WeightDelta, method_of
+from sidestep.metrics import Written
 from sidestep.model import SideModel
 from sidestep.pair import attach, detach
-from sidestep.metrics import Written
 from sidestep.prepare import TaskData, prepare, strata, written_kind
 
 

@@ -134,9 +134,9 @@ def target_texts(rows: Dataset, column: str) -> list[str]:
         )
     if not all(isinstance(cell, str) for cell in cells) or all(_finite(cell) is not None for cell in cells):
         raise DataError(
-            f"column {column!r} holds labels that are no text ({listed(dict.fromkeys(cells), limit=3)}): write words in "
-            "their place (such as negative and positive for 0 and 1), choose --problem single or regress, or, if numbers "
-            "are what the model should write, put a word before them"
+            f"column {column!r} holds labels that are no text ({listed(dict.fromkeys(cells), limit=3)}): write words "
+            "in their place (such as negative and positive for 0 and 1), choose --problem single or regress, or, if "
+            "numbers are what the model should write, put a word before them"
         )
     return cells
 

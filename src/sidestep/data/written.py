@@ -111,8 +111,7 @@ def with_targets(prompts: Dataset, texts: Sequence[str], targets: Sequence[Seque
     """
     known = tokenizer.batch_decode(list(targets), skip_special_tokens=True)
     told = [
-        text if tokenizer.unk_token_id in ids else back
-        for text, ids, back in zip(texts, targets, known, strict=True)
+        text if tokenizer.unk_token_id in ids else back for text, ids, back in zip(texts, targets, known, strict=True)
     ]
     lengths = [length + len(ids) for length, ids in zip(prompts["length"][:], targets, strict=True)]
     rows = prompts.remove_columns("length").add_column("length", lengths)
@@ -169,7 +168,7 @@ class CollateWritten(Collate):
     """A Trainer's data collator: prompts with targets as one batch, padding left out of the loss.
 
     For an encoder-decoder, prompts and targets are padded each for itself, and the model makes the decoder's input of
-    the labels. For a decoder, each target stands behind its prompt, on which there is no loss, with padding behind both.
+    the labels. For a decoder, each target stands behind its prompt, on which there is no loss, and padding behind both.
 
     Attributes:
         kind: which of the two models reads them.
