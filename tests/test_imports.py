@@ -43,6 +43,7 @@ ORDER = [
     "loading",
     "versions",
     "store",
+    "sums",
     "plan",
     "data",
     "settings",

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from sidestep.plan import Plan, plan
     from sidestep.starts import initialise
     from sidestep.store import load
+    from sidestep.sums import add_diff
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ __all__ = [
     "SynQTConfig",
     "UniPTConfig",
     "UnsupportedBackbone",
+    "add_diff",
     "attach",
     "detach",
     "initialise",
@@ -107,6 +109,7 @@ _HOMES = {
     "plan": ("Plan", "plan"),
     "starts": ("initialise",),
     "store": ("load",),
+    "sums": ("add_diff",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -1,9 +1,9 @@
 """A sparse diff of a model's weights, trained with memory for its nonzeros alone.
 
-Forward and backward use the model's own dense weights, into which the diff is written; the dense gradient of a tensor is
-cut down to the diff's entries as soon as it is there, and freed. So one tensor's dense gradient is alive at a time, and
-gradients and optimizer state have as many entries as the diff. The ways of SIFT (Song et al., arXiv 2312.11875) and SpIEL
-(Ansell et al., arXiv 2401.16405), without their copies of the weights.
+Forward and backward use the model's own dense weights, into which the diff is written; the dense gradient of a tensor
+is cut down to the diff's entries as soon as it is there, and freed. So one tensor's dense gradient is alive at a time,
+and gradients and optimizer state have as many entries as the diff. After SIFT (Song et al., arXiv 2312.11875), whose
+hooks take the slice of the gradient.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class SparseDiff(nn.Module):
             if name not in starts:
                 raise ValueError(f"a diff of {name}, but there is no such tensor: there are {some(self._tensors)}")
             numel = self._tensors[name].numel()
-            if len(index) and not (0 <= int(index[0]) and int(index[-1]) < numel):
+            if len(index) and (int(index[0]) < 0 or int(index[-1]) >= numel):
                 raise ValueError(f"positions {int(index[0])} to {int(index[-1])} in {name}, which has {numel} entries")
             positions.append(index.to(self.positions.device) + starts[name])
             values.append(value.to(self.values))
@@ -225,8 +225,8 @@ class SparseDiff(nn.Module):
     def hook(self) -> None:
         """Have the tensors' gradients gathered and freed.
 
-        All of them require one, also where there are no nonzeros, because an optimizer's list of parameters has to be the
-        same wherever the diff is.
+        All of them require one, also where there are no nonzeros, because an optimizer's list of parameters has to be
+        the same wherever the diff is.
         """
         self.unhook()
         for name, tensor in self._tensors.items():

@@ -369,8 +369,8 @@ class SideModel(nn.Module):
             raise ValueError(self._nothing_trained())
         if self.sparse is not None and self.sparse.is_idle:
             raise ValueError(
-                f"{self.record.name} has not chosen yet which weights it trains: sidestep.train does that, and for a loop "
-                "of your own ss.initialise(model, batches)"
+                f"{self.record.name} has not chosen yet which weights it trains: `sidestep train` does that, and for a "
+                "loop of your own ss.initialise(model, batches), except where all weights are trained first"
             )
 
     def _nothing_trained(self) -> str:

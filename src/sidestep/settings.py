@@ -153,8 +153,8 @@ class TrainSettings:
         self._require("milestones", not self.milestones or ascending, within)
         if bool(self.milestones) != (self.schedule == "step"):
             raise ValueError(
-                f"milestones={self.milestones} with schedule={self.schedule!r}: the schedule 'step' needs the epochs after "
-                "which the rate falls, and no other takes them"
+                f"milestones={self.milestones} with schedule={self.schedule!r}: the schedule 'step' needs the epochs "
+                "after which the rate falls, and no other takes them"
             )
 
     def _check_warmup(self) -> None:
@@ -162,8 +162,8 @@ class TrainSettings:
         self._require("warmup_steps", steps is None or steps >= 0, "at least 0, or not given")
         if steps is not None and (self.warmup_epochs is not None or self.schedule == "cosine_epochs"):
             raise ValueError(
-                f"warmup_steps={steps} with warmup_epochs={self.warmup_epochs} and schedule={self.schedule!r}: give one "
-                "of the two, and epochs where the schedule is set once an epoch"
+                f"warmup_steps={steps} with warmup_epochs={self.warmup_epochs} and schedule={self.schedule!r}: give "
+                "one of the two, and epochs where the schedule is set once an epoch"
             )
         rise = self.warmup_epochs
         if rise is None:
@@ -208,7 +208,7 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
-        return {**asdict(self), "output": str(self.output)}
+        return {**asdict(self), "output": str(self.output), "milestones": list(self.milestones)}
 
     def fixed(self) -> dict[str, Any]:
         """The fields that a resumed run has to share with the one that it continues."""

@@ -18,9 +18,10 @@ SAMPLES = 1024  # the release's
 def initialise(model: SideModel, batches: Iterable[Mapping[str, Tensor]], *, samples: int | None = None) -> int:
     """Start a method from its backbone by the Fisher information of each weight.
 
-    LSTConfig(init="fisher") takes from it which channels its side network begins with, SparseConfig(select="fisher") which
-    weights are trained. That is the squared gradient of the loss (LST: of the backbone's own), summed over batches. With
-    batches of one row it is the empirical Fisher information; larger ones are faster and average before they square.
+    LSTConfig(init="fisher") takes from it which channels its side network begins with, SparseConfig(select="fisher")
+    which weights are trained. That is the squared gradient of the loss (LST: of the backbone's own), summed over
+    batches. With batches of one row it is the empirical Fisher information; larger ones are faster and average before
+    they square.
 
     Args:
         model: attached with such a method.
@@ -59,7 +60,8 @@ def samples_of(model: SideModel) -> int:
 def _choose_support(model: SideModel, batches: Iterable[Mapping[str, Tensor]]) -> int:
     """Place a sparse diff by the sums of squared gradients of all weights; returns the number of batches."""
     diff, delta = model.sparse, model.delta
-    assert diff is not None and isinstance(delta, SparseDelta)
+    assert diff is not None
+    assert isinstance(delta, SparseDelta)
     squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in diff.tensors.items()}
 
     def add(name: str, gradient: Tensor) -> None:

@@ -179,24 +179,36 @@ def _unpacked(task: Task, model: Attached) -> dict[str, Tensor]:
         names = [prefix + name for name in (POSITIONS, VALUES)]
         if not tensors.keys() >= set(names):
             continue  # what is missing is told of all tensors together
-        try:
-            entries = decode({name: tensors[prefix + name] for name in (POSITIONS, VALUES)})
-        except DamagedDiff as error:
-            raise TaskError(f"{task.folder}: {error}") from error
-        shapes = diff.shapes
-        unfit = [f"{name} {part.shape}" for name, part in entries.items() if shapes.get(name) != part.shape]
-        if unfit:
-            there = [
-                f"{name} {shapes[name]}" for name in entries if name in shapes and shapes[name] != entries[name].shape
-            ]
-            raise TaskError(
-                f"{task.folder} changes tensors that {type(model.backbone).__name__} does not have in that shape: "
-                f"{some(unfit)}; it has {some(there) if there else 'none of these names'}. Load the task's own backbone, "
-                "with its embeddings not resized"
-            )
-        found = diff.flat({name: (part.positions, part.values) for name, part in entries.items()})
+        found = diff.flat(diff_of(task, diff, prefix))
         tensors |= dict(zip(names, found, strict=True))
     return tensors
+
+
+def diff_of(task: Task, diff: SparseDiff, prefix: str = "") -> dict[str, tuple[Tensor, Tensor]]:
+    """A task's sparse diff as `SparseDiff.place` takes it: positions and values by the names of tensors.
+
+    Args:
+        task: as read.
+        diff: of the model that it is for.
+        prefix: what the names of its tensors in the file begin with.
+
+    Raises:
+        TaskError: if the diff is damaged, or of tensors that the model does not have in that shape.
+    """
+    try:
+        entries = decode({name: task.tensors[prefix + name] for name in (POSITIONS, VALUES)})
+    except DamagedDiff as error:
+        raise TaskError(f"{task.folder}: {error}") from error
+    shapes = diff.shapes
+    unfit = {name: part.shape for name, part in entries.items() if shapes.get(name) != part.shape}
+    if unfit:
+        there = [f"{name} {shapes[name]}" for name in unfit if name in shapes]
+        raise TaskError(
+            f"{task.folder} changes tensors that the backbone does not have in that shape: "
+            f"{some([f'{name} {shape}' for name, shape in unfit.items()])}; it has {some(there)}. Load the task's own "
+            "backbone, with its embeddings not resized"
+        )
+    return {name: (part.positions, part.values) for name, part in entries.items()}
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
@@ -583,8 +595,8 @@ def inspect_task(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         The config's entries, and "folder", "digest" (the exact one), "tensors" (name -> shape, dtype and
-        whether it is trained), "parameters" (their number, without a diff's positions), "bytes" (of the weight file) and "files" (bytes
-        by name).
+        whether it is trained), "parameters" (their number, without a diff's positions), "bytes" (of the weight file)
+        and "files" (bytes by name).
 
     Raises:
         TaskError: as `read`, but for the checksum.

@@ -118,7 +118,7 @@ def test_fisher_takes_the_largest_mean_squared_gradients() -> None:
 
 def test_before_its_support_is_chosen_it_is_not_trained_or_saved(tmp_path: Path) -> None:
     model = attached(ss.SparseConfig()).train()
-    with pytest.raises(ValueError, match="sparse has not chosen yet which weights it trains: sidestep.train does that"):
+    with pytest.raises(ValueError, match="sparse has not chosen yet which weights it trains: `sidestep train`"):
         model(**BERT.inputs(), labels=BERT.labels())
     with pytest.raises(store.TaskError, match="has not chosen its support yet"):
         model.save_pretrained(tmp_path / "task")
@@ -178,6 +178,29 @@ def test_growing_gives_up_the_smallest_changes_and_moves_the_averages_along() ->
     assert before.keys() == diff.tensors.keys()
 
 
+def test_magnitude_keeps_the_largest_changes_and_rewinds_or_goes_on() -> None:
+    for rewind in (True, False):
+        model = attached(ss.SparseConfig(density=0.05, select="magnitude", rewind=rewind)).train()
+        diff, head = model.sparse, model.head.linear.weight
+        start = head.detach().clone()
+        trained = [p for _, p in model.trained_parameters() if p is not diff.values]
+        how = {"rate": 0.01, "weight_decay": 0.0, "max_norm": 0.0, "seed": 0}
+        optimizer = model.delta.relax(diff, trained, **how)
+        before = {name: tensor.detach().clone() for name, tensor in diff.tensors.items()}
+        model(**BERT.inputs(), labels=BERT.labels()).loss.backward()
+        optimizer.step()
+        after = {name: tensor.detach().clone() for name, tensor in diff.tensors.items()}
+        model.delta.project(optimizer, diff)
+        change = torch.cat([(after[name] - before[name]).flatten() for name in before])
+        chosen = torch.zeros_like(change, dtype=torch.bool)
+        chosen[diff.positions] = True
+        assert change[chosen].abs().min() >= change[~chosen].abs().max()
+        assert torch.equal(diff.values, torch.zeros_like(diff.values) if rewind else change[chosen])
+        assert torch.equal(head, start) == rewind
+        diff.revert()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in diff.tensors.items())
+
+
 # --- whole runs --------------------------------------------------------------------------------------------
 
 
@@ -204,16 +227,18 @@ def run(backbone: Path, output: Path, config: ss.SparseConfig, **how: Any) -> tu
     [
         ss.SparseConfig(density=0.05, samples=6, value_dtype="bfloat16"),
         ss.SparseConfig(density=0.05, select="grow", grow_every=3),
+        ss.SparseConfig(density=0.05, select="magnitude", full_epochs=1, full_rate=0.01),
     ],
-    ids=["fisher", "grow"],
+    ids=["fisher", "grow", "magnitude"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(backbone: Path, tmp_path: Path, config: ss.SparseConfig) -> None:
     whole, results = run(backbone, tmp_path / "whole", config, save_steps=3, accumulate=2, epochs=3)
     assert results.trainable_parameters == len(whole.sparse.values) + sum(p.numel() for p in whole.head.parameters())
     part = tmp_path / "part"
-    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sidestep.callbacks.StopIfDiverged.on_log", _stop_at(5))
-        run(backbone, part, config, save_steps=3, accumulate=2, epochs=3)
+        with pytest.raises(KeyboardInterrupt):
+            run(backbone, part, config, save_steps=3, accumulate=2, epochs=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sidestep.train.initialise", None)  # the support is loaded, not chosen again
         resumed, _ = run(backbone, part, config, save_steps=3, accumulate=2, epochs=3, resume=True)

@@ -1,8 +1,9 @@
 """A sparse diff of the backbone's weights on a support that is chosen before training, or moved while it runs.
 
 Its trained state is as large as the diff: forward and backward use the dense weights, into which the diff is written.
-Sources: "fisher" is the FISH mask, Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", NeurIPS 2021;
-"grow" follows SpIEL, Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 2024.
+Sources: "fisher" is the FISH mask, Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", NeurIPS
+2021; "magnitude" is LT-SFT, Ansell et al., "Composable Sparse Fine-Tuning for Cross-Lingual Transfer", ACL 2022; "grow"
+follows SpIEL, Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 2024.
 
 Differs: "grow" looks for new entries in the gradients of one optimizer step, all weights at once (SpIEL sums several
 steps, and has a fixed number of entries for each matrix).
@@ -10,7 +11,7 @@ steps, and has a fixed number of entries for each matrix).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 
 from sidestep.diffs import SparseDiff
 from sidestep.methods.base import SparseDelta, SparseDeltaConfig, is_whole, register
-from sidestep.selection import largest, sweep_over
+from sidestep.selection import CHUNK, largest, sweep_over
 
-Select = Literal["fisher", "random", "grow"]
+Select = Literal["fisher", "magnitude", "random", "grow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,16 @@ class SparseConfig(SparseDeltaConfig):
 
     Attributes:
         select: how the support is chosen: "fisher", where the squared gradient of the loss is largest, the mean over
-            training rows before training; "random"; "grow", at random first, and then moved: entries that changed least
-            are given up for those with the largest gradient.
+            training rows before training; "magnitude", where all weights, trained at first, changed most; "random";
+            "grow", at random first, and then moved: entries that changed least are given up for those with the largest
+            gradient.
         seed: of a random support.
         samples: "fisher": the most training rows that are looked at.
+        full_epochs: "magnitude": of the first stage, which trains all weights; epochs and rate of training are the
+            second's, which trains the diff.
+        full_rate: "magnitude": learning rate of the first stage.
+        rewind: "magnitude": whether the second stage begins where the first did, head included (LT-SFT); otherwise it
+            goes on from the changes that were kept (non-adaptive diff pruning).
         grow_every: "grow": optimizer steps from one move to the next.
         grow_share: "grow": share of the entries that the first move gives up; it falls linearly to 0 at the last step.
     """
@@ -41,6 +48,9 @@ class SparseConfig(SparseDeltaConfig):
     select: Select = "fisher"
     seed: int = 0
     samples: int = 1024
+    full_epochs: int = 3
+    full_rate: float = 6e-5
+    rewind: bool = True
     grow_every: int = 20
     grow_share: float = 0.2
 
@@ -48,7 +58,8 @@ class SparseConfig(SparseDeltaConfig):
         super().__post_init__()
         self.require("select", self.select in get_args(Select), " or ".join(get_args(Select)))
         self.require("seed", is_whole(self.seed, 0), "a whole number of at least 0")
-        for name in ("samples", "grow_every"):
+        self.require("full_rate", self.full_rate > 0, "above 0")
+        for name in ("samples", "full_epochs", "grow_every"):
             self.require(name, is_whole(getattr(self, name), 1), "a whole number of at least 1")
         self.require("grow_share", 0 < self.grow_share < 1, "above 0 and below 1")
 
@@ -65,9 +76,39 @@ class Sparse(SparseDelta):
     def diff(self, tensors: Mapping[str, nn.Parameter]) -> SparseDiff | None:
         """The diff, with its positions where no data are needed to choose them."""
         diff = super().diff(tensors)
-        if diff is not None and (self.config.select != "fisher" or diff.positions.is_meta):
+        if diff is not None and (self.config.select in ("random", "grow") or diff.positions.is_meta):
             diff.place_at_random(self.config.seed)
         return diff
+
+    @property
+    def relaxes(self) -> bool:
+        """Only where the support is that of the largest changes."""
+        return self.config.select == "magnitude"
+
+    def stages(self, epochs: int, rate: float) -> tuple[tuple[int, float], tuple[int, float]]:
+        """The settings' are the second stage's."""
+        return (self.config.full_epochs, self.config.full_rate), (epochs, rate)
+
+    def relax(
+        self,
+        diff: SparseDiff,
+        dense: Iterable[nn.Parameter],
+        *,
+        rate: float,
+        weight_decay: float,
+        max_norm: float,
+        seed: int,
+    ) -> FreeWeights:
+        """AdamW on all weights."""
+        diff.unhook()
+        return FreeWeights(diff.tensors, list(dense), rate, weight_decay, max_norm)
+
+    def project(self, optimizer: FreeWeights, diff: SparseDiff) -> dict[str, Any]:
+        """Place the diff where the weights changed most, with those changes or, rewound, without."""
+        found = {name: kept for name, kept in largest(optimizer.diffs, len(diff.values)).items() if len(kept[0])}
+        optimizer.restore(head=self.config.rewind)
+        diff.place({name: kept[0] if self.config.rewind else kept for name, kept in found.items()})
+        return {"nonzeros": len(diff.values), "tensors": len(found), "all_tensors": len(diff.tensors)}
 
     def choose(self, diff: SparseDiff, squares: Mapping[str, Tensor]) -> None:
         """Place the diff where the squared gradient is largest."""
@@ -106,6 +147,52 @@ class Sparse(SparseDelta):
         if self.config.select != "grow" or step % self.config.grow_every:
             return 0
         return int(self.config.grow_share * (1 - step / steps) * len(diff.values))
+
+
+class FreeWeights(torch.optim.AdamW):
+    """AdamW on whole weights, which can put them back; its checkpoints hold them, because a sparse task's do not."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        head: list[nn.Parameter],
+        rate: float,
+        weight_decay: float,
+        max_norm: float,
+    ) -> None:
+        super().__init__([*weights.values(), *head], lr=rate, weight_decay=weight_decay)
+        self._weights, self._head, self._max_norm = dict(weights), head, max_norm
+        self._before = {p: p.detach().clone() for p in (*self._weights.values(), *head)}
+
+    def step(self, closure: Any = None) -> Any:
+        """A step, after the gradients' common norm was cut."""
+        if self._max_norm:
+            nn.utils.clip_grad_norm_(list(self._before), self._max_norm)
+        return super().step(closure)
+
+    @torch.no_grad()
+    def restore(self, *, head: bool = False) -> None:
+        """Give the weights, and the head too if asked, the values back that they had at first."""
+        for parameter in (*self._weights.values(), *(self._head if head else ())):
+            parameter.copy_(self._before[parameter])
+
+    def diffs(self) -> Iterator[tuple[str, int, Tensor]]:
+        """How the weights changed: name, where a chunk begins, and its entries."""
+        for name, weight in self._weights.items():
+            new, old = (tensor.detach().reshape(-1).split(CHUNK) for tensor in (weight, self._before[weight]))
+            for number, (after, before) in enumerate(zip(new, old, strict=True)):
+                yield name, number * CHUNK, after.float() - before.float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's, and the weights."""
+        return {**super().state_dict(), "weights": {name: weight.detach() for name, weight in self._weights.items()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The reverse."""
+        for name, value in state_dict["weights"].items():
+            self._weights[name].copy_(value)
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "weights"})
 
 
 class Candidates:
