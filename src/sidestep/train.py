@@ -258,7 +258,14 @@ def _fingerprint(rows: Dataset) -> str:
 
 def _initialise(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     """Let a method whose start hangs on training rows see some, drawn by the seed."""
-    samples = samples_of(model) if isinstance(model, SideModel) else 0
+    if not isinstance(model, SideModel):
+        if any(part.sparse is not None and part.sparse.is_idle for part in model.parts):
+            raise ValueError(
+                f"{model.record.name} as configured chooses weights by one backbone's loss, and this is a pair: choose "
+                'select="random" or "grow"'
+            )
+        return
+    samples = samples_of(model)
     if not samples:
         return
     drawn = np.random.default_rng(settings.seed).permutation(len(data.train))[:samples]
