@@ -21,6 +21,7 @@ from tiny import FAMILIES, LABELS, TinyFamily, call, logits, randomize
 
 #: Settings that fit tiny models, where the defaults do not.
 TINY: dict[str, dict[str, Any]] = {
+    "diff_pruning": {"density": 0.05},
     "dtl": {"rank": 4, "late_blocks": 2},
     "lst": {"reduction": 2, "heads": 2, "dropout": 0.0},
     "sherl": {"reduction": 4, "dropout": 0.0},
@@ -81,7 +82,16 @@ def attach(
     torch.manual_seed(3)
     backbone = family.model() if backbone is None else backbone
     own = head or method in OWN_READ_OUT
-    return ss.attach(backbone, config_of(method), head=ss.Classify(num_labels=LABELS) if own else None, **kwargs)
+    return placed(
+        ss.attach(backbone, config_of(method), head=ss.Classify(num_labels=LABELS) if own else None, **kwargs)
+    )
+
+
+def placed(model: ss.SideModel) -> ss.SideModel:
+    """The model, with positions for a sparse diff that would get them in training."""
+    if model.sparse is not None and not model.sparse.is_placed:
+        model.sparse.place_at_random(0)
+    return model
 
 
 def loss_of(model: ss.SideModel, family: TinyFamily, batch: dict[str, Tensor] | None = None) -> Tensor:
@@ -264,7 +274,7 @@ def test_a_weight_delta_moves_only_what_it_declares_and_detach_restores_it(metho
     kind = FAMILIES[family]
     backbone = kind.model()
     before = {name: p.clone() for name, p in backbone.named_parameters()}
-    model = ss.attach(backbone, config_of(method))
+    model = placed(ss.attach(backbone, config_of(method)))
     declared = {name.removeprefix("backbone.") for name, _ in model.trained_parameters()}
     if model.sparse is not None:
         declared |= {name for name, p in backbone.named_parameters() if model.sparse.covers(p)}
