@@ -88,6 +88,21 @@ def test_a_task_of_pairs_is_trained_scored_and_used(place: Path, tmp_path: Path,
     assert run("inspect", tmp_path / "task").exit_code == 0
 
 
+@pytest.mark.parametrize("method", ["sherl", "unipt"])
+def test_a_recipe_of_retrieval_fills_what_was_not_typed(place: Path, tmp_path: Path, method: str) -> None:
+    both = ["--backbone", place / "vit", "--text-backbone", place / "bert", "--dim", 8, "--set", "hidden=4"]
+    data = ["--train", place / "pairs.csv", "--image", "image", "--text", "caption", "--dev-fraction", 0.25]
+    quick = ["--epochs", 3, "--batch-size", 4, "--quiet", "--output", tmp_path / "task"]
+    result = run("train", "--recipe", f"{method}/vse/f30k", *both, *data, *quick)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "task" / "results.json").read_text())
+    assert found["metric"] == "rsum"
+    assert (found["head"]["pool"], found["head"]["loss"], found["head"]["dim"]) == ("gpo", "triplet", 8)
+    assert found["settings"]["milestones"] == [2]  # 15 of 25, of 3
+    assert (found["settings"]["schedule"], found["settings"]["warmup_steps"]) == ("step", 0)
+    assert found["recipe"]["overridden"] == {"batch_size": 4, "dim": 8, "epochs": 3, "set": ["hidden=4"]}
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

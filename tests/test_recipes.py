@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner, Result
 
 import sidestep as ss
@@ -23,6 +26,7 @@ from sidestep.loading import LoadWarning, load_backbone
 from sidestep.pixels import ImageTransform
 from sidestep.recipes import Recipe, load
 from small_tasks import image_backbone, image_folder
+from written_tasks import answered, t5_backbone
 
 VTAB = (
     "cifar_100",
@@ -45,6 +49,7 @@ VTAB = (
     "smallnorb_azi",
     "smallnorb_ele",
 )
+GLUE = ("cola", "mrpc", "rte", "stsb", "mnli", "qnli", "qqp", "sst2")
 
 
 # --- the files ---------------------------------------------------------------------------------------------
@@ -58,7 +63,14 @@ def test_there_is_a_recipe_for_every_task_of_every_benchmark() -> None:
     assert recipes.names("dtl/vtab") == tuple(expected[:19])
     assert [name.replace("dtlplus", "dtl") for name in recipes.names("dtlplus")] == list(recipes.names("dtl"))
     assert recipes.names("synqt/vtab/") == tuple(f"synqt/vtab/{task}" for task in VTAB)
-    assert len(recipes.names()) == 2 * (19 + 19 + 25) + 19
+    assert [recipes.names(f"lst/glue-t5-{size}") for size in ("base", "large", "3b")] == [
+        tuple(f"lst/glue-t5-{size}/{task}" for task in GLUE) for size in ("base", "large", "3b")
+    ]
+    assert [name for name in recipes.names("sherl") if "glue" in name] == [
+        name.replace("lst", "sherl") for name in recipes.names("lst")
+    ]
+    assert recipes.names("unipt") == ("unipt/vse/f30k", "unipt/vse/coco")
+    assert len(recipes.names()) == 2 * (19 + 19 + 25) + 19 + 2 * 3 * 8 + 2 * 2
     assert recipes.names("dtl/vtab/svhn") == ("dtl/vtab/svhn",)
 
 
@@ -69,17 +81,27 @@ def test_every_recipe_can_be_followed(name: str, tmp_path: Path) -> None:
     assert recipe.config().to_dict() == {**type(recipe.config())().to_dict(), **recipe.method_settings}
     settings = recipe.settings(output=tmp_path)
     assert settings.learning_rate == recipe.training["learning_rate"] > settings.end_rate
-    assert recipe.transform().shape == (224, 224)
-    assert ss.Classify(num_labels=2, pool=recipe.pool).pool == recipe.pool
+    transform = recipe.transform()
+    assert (transform is None) == (recipe.problem is not None)
+    assert transform is None or transform.shape == (224, 224)
+    heads = {None: ss.Classify(num_labels=2), "retrieval": ss.Retrieve(), "text2text": None}
+    assert recipe.problem != "text2text" or (recipe.pool, recipe.head) == (None, {})
+    if (head := heads[recipe.problem]) is not None:
+        assert replace(head, pool=recipe.pool, **recipe.head).pool == recipe.pool
     assert 0 <= recipe.drop_path <= 0.5
-    assert recipe.noise == ("drop_path" if recipe.drop_path else None)
+    text = "dropout" if recipe.problem == "text2text" else None
+    assert recipe.noise == ("drop_path" if recipe.drop_path else text)
     assert {"batch_size", "epochs", "drop_last", "weight_decay", "decay", "max_grad_norm", "keep"} <= set(
         recipe.training
     )
 
 
+def of(values: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
+    return tuple(values[name] for name in names)
+
+
 def of_method(recipe: Recipe, *names: str) -> tuple[Any, ...]:
-    return tuple(recipe.method_settings[name] for name in names)
+    return of(recipe.method_settings, names)
 
 
 @pytest.mark.parametrize(
@@ -153,12 +175,72 @@ def test_synqts_numbers_are_those_of_its_page() -> None:
     assert recipe.transform() == ImageTransform(size=224)  # bicubic, ImageNet's mean and deviation
 
 
+@pytest.mark.parametrize("method", ["sherl", "lst"])
+@pytest.mark.parametrize(("size", "depth"), [("base", 12), ("large", 24), ("3b", 24)])
+def test_glues_numbers_are_those_of_the_releases(method: str, size: str, depth: int) -> None:
+    epochs = {task: load(f"{method}/glue-t5-{size}/{task}").training["epochs"] for task in GLUE}
+    assert epochs == {**dict.fromkeys(GLUE[:4], 20), **dict.fromkeys(GLUE[4:], 10)}
+    recipe = load(f"{method}/glue-t5-{size}/rte")
+    names = ("learning_rate", "batch_size", "warmup_steps", "schedule", "weight_decay", "keep")
+    assert of(recipe.training, names) == (3e-3, 100, 500, "linear", 0, "best")
+    assert (recipe.problem, recipe.noise, recipe.max_length) == ("text2text", "dropout", 128)
+    expected = {
+        ("sherl", "base"): (4, (1, 2, 3, 5, 6, 7, 9, 10, 11)),
+        ("sherl", "large"): (8, (*range(1, 23, 2), 22, 23)),
+        ("sherl", "3b"): (8, (22, 23)),
+        ("lst", "base"): (8, (1, 2, 3, 5, 6, 7, 9, 10, 11)),
+        ("lst", "large"): (8, tuple(range(1, 24, 2))),
+        ("lst", "3b"): (8, (23,)),
+    }
+    assert of_method(recipe, "reduction", "layers") == expected[method, size]
+    assert recipe.method_settings.get("init") == ("fisher" if method == "lst" else None)
+    assert recipe.method_settings["dropout"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("sherl/glue-t5-base/rte", 4_511_812),
+        ("sherl/glue-t5-large/rte", 4_700_548),
+        ("sherl/glue-t5-3b/rte", 1_087_620),
+        ("lst/glue-t5-base/rte", 3_878_712),
+        ("lst/glue-t5-large/rte", 9_057_328),
+        ("lst/glue-t5-3b/rte", 2_494_896),
+    ],
+)
+def test_glues_recipes_have_the_releases_parameters(name: str, parameters: int) -> None:
+    sizes: dict[str, dict[str, Any]] = {
+        "base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+        "large": {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
+        "3b": {"d_model": 1024, "d_ff": 16384, "d_kv": 128, "num_layers": 24, "num_heads": 32},
+    }
+    with torch.device("meta"):
+        backbone = T5ForConditionalGeneration(T5Config(**sizes[name.split("/")[1].rpartition("-")[2]]))
+        model = ss.attach(backbone, load(name).config())
+    assert sum(p.numel() for _, p in model.trained_parameters()) == parameters
+
+
+@pytest.mark.parametrize("method", ["sherl", "unipt"])
+def test_retrievals_numbers_are_those_of_the_releases(method: str) -> None:
+    recipe = load(f"{method}/vse/f30k")
+    names = ("learning_rate", "batch_size", "epochs", "milestones", "weight_decay", "decay", "max_grad_norm")
+    assert of(recipe.training, names) == (5e-4, 112, 25, (15,), 1e-2, "all", 2.0)
+    assert (recipe.problem, recipe.pool, dict(recipe.head)) == ("retrieval", "gpo", {"dim": 1024, "loss": "triplet"})
+    assert recipe.method_settings["hidden"] == 512
+    head = ss.Retrieve(pool=recipe.pool, **recipe.head)
+    assert (head.margin, head.hardest) == (0.2, True)
+    assert load(f"{method}/vse/coco").training == recipe.training
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("dtl/vtab/svnh", r"did you mean dtl/vtab/svhn.*dtl/vtab has cifar_100, .*, smallnorb_ele$"),
         ("dtl/fewshot/pets-3", r"dtl/fewshot has aircraft-1, .*cars-16$"),
-        ("dtl/vtab", r"names begin with dtl/fewshot, dtl/vtab, dtl/vtab-swin, dtlplus/fewshot.*synqt/vtab; `sidestep"),
+        (
+            "dtl/vtab",
+            r"names begin with dtl/fewshot, dtl/vtab, dtl/vtab-swin, dtlplus/fewshot.*synqt/vtab, unipt/vse; `sidestep",
+        ),
         ("", r"there is no recipe ''"),
     ],
 )
@@ -316,6 +398,33 @@ def test_recipes_are_listed() -> None:
     assert "dtl/vtab/pets" not in one
     missing = run("recipes", "zork")
     assert (missing.exit_code, "there is no recipe 'zork'" in missing.output) == (2, True)
+
+
+def test_a_recipe_of_text_fills_what_was_not_typed(tmp_path: Path) -> None:
+    t5_backbone(tmp_path / "t5")
+    rows = {
+        f"{name}.csv": "text,answer\n" + "".join(f"{r['text']},{r['answer']}\n" for r in answered(count, seed))
+        for name, count, seed in (("train", 24, 0), ("dev", 8, 1))
+    }
+    for name, text in rows.items():
+        (tmp_path / name).write_text(text)
+    fits = ("--set", "layers=1", "--set", "heads=2", "--set", "head_width=8", "--set", "inner_width=32")
+    data = ("--train", tmp_path / "train.csv", "--dev", tmp_path / "dev.csv", "--text", "text", "--target", "answer")
+    quick = ("--epochs", 1, "--batch-size", 8, "--quiet")
+    given = ("train", "--recipe", "lst/glue-t5-base/rte", "--backbone", tmp_path / "t5", *data, *fits, *quick)
+    result = run(*given, "--output", tmp_path / "task")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "task" / "results.json").read_text())
+    assert found["method"]["init"] == "fisher"
+    assert found["settings"]["warmup_steps"] == 500
+    assert found["metric"] == "exact_match"
+    assert "noise of the backbone in training: dropout" in found["notes"]
+    assert store.load(tmp_path / "task").extras["preprocessing"]["max_length"] == 128
+    other = run(*given, "--output", tmp_path / "other", "--warmup", 0.5, "--backbone-noise", "all")
+    assert other.exit_code == 0, other.output
+    found = json.loads((tmp_path / "other" / "results.json").read_text())
+    assert (found["settings"]["warmup_steps"], found["settings"]["warmup"]) == (None, 0.5)
+    assert "noise of the backbone in training: all" in found["notes"]
 
 
 # --- in Python ---------------------------------------------------------------------------------------------

@@ -51,6 +51,25 @@ def test_schedules_are_those_of_transformers(schedule, warmup):
         theirs.step()
 
 
+def test_steps_are_those_of_torch():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5])
+    ours = rates(0.5, epochs=6, schedule="step", milestones=(2, 5), warmup=0)
+    for epoch in range(6):
+        assert ours[epoch * STEPS : (epoch + 1) * STEPS] == pytest.approx([theirs.get_last_lr()[0]] * STEPS)
+        optimizer.step()
+        theirs.step()
+    rising = rates(0.5, epochs=6, schedule="step", milestones=(2,), warmup_steps=10)
+    assert rising[:11] == pytest.approx([0.05 * step for step in range(11)])
+    assert rising[11:14] == [0.5] * 3
+    assert rising[14:] == pytest.approx([0.05] * 28)
+
+
+def test_a_warm_up_in_steps_may_be_longer_than_the_run():
+    assert rates(1.0, epochs=2, warmup_steps=500) == pytest.approx([step / 500 for step in range(14)])
+    assert rates(1.0, epochs=2, warmup_steps=4)[:6] == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.9])
+
+
 @pytest.mark.parametrize("rate", [1e-3, 8e-3])
 def test_a_cosine_by_epochs_is_timms_scheduler_as_dtl_steps_it(rate):
     scheduler = pytest.importorskip("timm.scheduler")
@@ -89,15 +108,25 @@ def test_synqts_rates_rise_from_zero_and_end_at_the_floor():
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"schedule": "zigzag"}, "schedule='zigzag', but it must be linear or cosine or cosine_epochs or constant"),
+        (
+            {"schedule": "zigzag"},
+            "schedule='zigzag', but it must be linear or cosine or cosine_epochs or step or constant",
+        ),
         ({"warmup_epochs": 10}, "warmup_epochs=10, but it must be at least 0 and below the 10 epochs"),
         ({"warmup_epochs": 5, "schedule": "cosine_epochs"}, "warm up for less than half of the epochs"),
+        ({"warmup_steps": -1}, "warmup_steps=-1, but it must be at least 0, or not given"),
+        ({"warmup_steps": 5, "warmup_epochs": 1}, "warmup_steps=5 with warmup_epochs=1 and schedule='linear': give"),
+        ({"warmup_steps": 5, "schedule": "cosine_epochs"}, "epochs where the schedule is set once an epoch"),
+        ({"schedule": "step"}, "milestones=() with schedule='step': the schedule 'step' needs the epochs"),
+        ({"milestones": (2,)}, "rate falls, and no other takes them"),
+        ({"milestones": (5, 5), "schedule": "step"}, "but it must be epochs from 1 to 9, ascending"),
+        ({"milestones": (10,), "schedule": "step"}, "but it must be epochs from 1 to 9, ascending"),
         ({"end_rate": -1.0}, "end_rate=-1.0, but it must be a number of at least 0"),
         ({"decay": "some"}, "decay='some', but it must be weights or all"),
     ],
 )
 def test_settings_that_make_no_schedule_are_refused(how, said):
-    with pytest.raises(ValueError, match=r"must be|warm up") as caught:
+    with pytest.raises(ValueError, match=r"must be|warm up|give one|milestones") as caught:
         TrainSettings(output=Path("out"), **how)
     assert said in str(caught.value)
 

@@ -13,12 +13,13 @@ def rate_factor(settings: TrainSettings, rate: float, steps_per_epoch: int) -> C
 
     The rate rises from `start_rate` to its value over the warm-up. Then it stays ("constant") or goes to `end_rate`:
     in a line ("linear") or half a cosine ("cosine") that begin where the warm-up ends and are evaluated at every step.
+    "step" divides it by 10 after each of the epochs in `milestones`.
     "cosine_epochs" sets it once per epoch and counts the cosine from the run's first epoch, not from the warm-up's
     end; it lasts as many epochs as follow the warm-up, and the run's last epochs, as many as the warm-up has, are at
     `end_rate`. That is timm's `CosineLRScheduler` as its training script steps it.
 
     Args:
-        settings: `schedule`, `epochs`, `warmup` or `warmup_epochs`, `start_rate` and `end_rate`.
+        settings: `schedule`, `epochs`, the warm-up in one of its three forms, `start_rate`, `end_rate`, `milestones`.
         rate: the learning rate at its height.
         steps_per_epoch: optimizer steps of an epoch.
 
@@ -28,15 +29,17 @@ def rate_factor(settings: TrainSettings, rate: float, steps_per_epoch: int) -> C
     epochwise = settings.schedule == "cosine_epochs"
     unit = steps_per_epoch if epochwise else 1
     total = settings.epochs * steps_per_epoch // unit
-    rise = settings.warmup_steps(steps_per_epoch) // unit
-    shape = _SHAPES[settings.schedule]
+    rise = settings.rise(steps_per_epoch) // unit
+    falls = [epoch * steps_per_epoch for epoch in settings.milestones]
     start, end = settings.start_rate / rate, settings.end_rate / rate
 
     def factor(step: int) -> float:
         time = step // unit
         if time < rise:
             return start + (1 - start) * time / rise
-        return end + (1 - end) * shape(time, rise, total)
+        if falls:
+            return 0.1 ** sum(step >= fall for fall in falls)
+        return end + (1 - end) * _SHAPES[settings.schedule](time, rise, total)
 
     return factor
 

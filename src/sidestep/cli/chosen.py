@@ -66,13 +66,22 @@ def _values(recipe: Recipe, typed: Mapping[str, Any]) -> dict[str, Any]:
         **recipe.training,
         "method": recipe.method,
         "pool": None if typed.get("own_head") else recipe.pool,
+        **recipe.head,
+        "problem": recipe.problem,
+        "max_length": recipe.max_length,
+        "backbone_noise": recipe.noise if not recipe.drop_path else None,  # which goes with the rate
         "drop_path": recipe.drop_path,
         "augment": recipe.augment or "none",
         "shots": recipe.shots,
     }
-    if "warmup" in typed:
-        values["warmup_epochs"] = None
-    elif "epochs" in typed:
-        # a shorter or longer run warms up for the same share
-        values["warmup_epochs"] = round(values["warmup_epochs"] * typed["epochs"] / values["epochs"])
+    if {"warmup", "warmup_epochs", "warmup_steps"} & set(typed):
+        values |= {"warmup_epochs": None, "warmup_steps": None}
+    if "schedule" in typed:
+        values["milestones"] = ()
+    if "epochs" in typed:
+        # a shorter or longer run warms up for the same share, and its rate falls at the same shares
+        share = typed["epochs"] / recipe.training["epochs"]
+        if values.get("warmup_epochs"):
+            values["warmup_epochs"] = round(values["warmup_epochs"] * share)
+        values["milestones"] = tuple(round(epoch * share) for epoch in values.get("milestones", ()))
     return values

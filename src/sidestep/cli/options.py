@@ -15,9 +15,7 @@ _running = partial(typer.Option, rich_help_panel="Output and running")
 
 Backbone = Annotated[str, _model(help="Hub id, folder, timm:NAME, timm:NAME@FILE or vit:FILE.npz.", show_default=False)]
 OtherBackbone = Annotated[str | None, _model("--backbone", help="Where the backbone is, if it has moved.")]
-TextBackbone = Annotated[
-    str | None, _model(help="Encoder of captions beside that of images, for --task retrieval.")
-]
+TextBackbone = Annotated[str | None, _model(help="Encoder of captions beside that of images, for --task retrieval.")]
 Recipe = Annotated[str | None, _model(help="One of `sidestep recipes`: it sets what no option here does.")]
 Method = Annotated[str, _model(help="One of `sidestep methods`.")]
 Set = Annotated[list[str] | None, _model("--set", help="name=value, a setting of the method; repeatable.")]
@@ -77,9 +75,13 @@ BatchSize = Annotated[int, _training(help="Rows of one step.")]
 EvalBatchSize = Annotated[int, _training(help="Rows of one pass over the dev rows.")]
 Accumulate = Annotated[int, _training(help="Batches for one optimizer step.")]
 Rate = Annotated[float | None, _training("--lr", help="Learning rate; default: the method's.")]
-Schedule = Annotated[str, _training(help="What the rate does: linear, cosine, cosine_epochs or constant.")]
+Schedule = Annotated[str, _training(help="What the rate does: linear, cosine, cosine_epochs, step or constant.")]
 Warmup = Annotated[float, _training(help="Share of the steps in which the rate rises.")]
 WarmupEpochs = Annotated[int | None, _training(help="The same in epochs.")]
+WarmupSteps = Annotated[int | None, _training(help="The same in steps.")]
+Milestones = Annotated[
+    str | None, _training(help="Epochs after which the schedule step divides the rate by 10: 15,20.")
+]
 StartRate = Annotated[float, _training(help="Rate at which the warm-up begins.")]
 EndRate = Annotated[float, _training(help="Rate at which the schedule ends.")]
 DropLast = Annotated[

@@ -11,7 +11,7 @@ import typer
 from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
-from sidestep.cli.values import config_from, table_options
+from sidestep.cli.values import config_from, table_options, value_of
 from sidestep.show import hush, show_recipe, show_results, show_start
 
 if TYPE_CHECKING:
@@ -71,8 +71,10 @@ def train(
     schedule: opt.Schedule = "linear",
     warmup: opt.Warmup = 0.06,
     warmup_epochs: opt.WarmupEpochs = None,
+    warmup_steps: opt.WarmupSteps = None,
     start_rate: opt.StartRate = 0.0,
     end_rate: opt.EndRate = 0.0,
+    milestones: opt.Milestones = None,
     weight_decay: opt.WeightDecay = 0.0,
     decay: opt.Decay = "weights",
     max_grad_norm: opt.MaxGradNorm = 1.0,
@@ -109,8 +111,10 @@ def train(
             "learning_rate": learning_rate,
             "schedule": schedule,
             "warmup_epochs": warmup_epochs,
+            "warmup_steps": warmup_steps,
             "start_rate": start_rate,
             "end_rate": end_rate,
+            "milestones": () if milestones is None else value_of(tuple[int, ...], milestones, "--milestones"),
             "weight_decay": weight_decay,
             "decay": decay,
             "max_grad_norm": max_grad_norm,
@@ -135,12 +139,23 @@ def train(
             progress=not quiet,
         )
         asked = chosen.over(
-            {"method": method, "pool": pool, "drop_path": drop_path, "shots": shots, "augment": augment}
+            {
+                "method": method,
+                "pool": pool,
+                "dim": dim,
+                "loss": loss,
+                "problem": problem,
+                "max_length": max_length,
+                "backbone_noise": backbone_noise,
+                "drop_path": drop_path,
+                "shots": shots,
+                "augment": augment,
+            }
         )
         hush(quiet)
         check_output(settings)
         config = config_from(method_named(asked["method"]).config, set_ or [], chosen.method_settings(asked["method"]))
-        kind = check_problem(problem)
+        kind = check_problem(asked["problem"])
         pairs = kind == "retrieval"
         if not pairs and (text_backbone, text_pool, dim, loss) != (None, None, None, "contrastive"):
             raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --task retrieval")
@@ -161,7 +176,7 @@ def train(
             fields,
             processor,
             kind=kind,
-            max_length=max_length,
+            max_length=asked["max_length"],
             dev_fraction=dev_fraction,
             seed=seed,
             shots=asked["shots"],
@@ -172,13 +187,13 @@ def train(
             num_beams=num_beams,
         )
         where = {"name": backbone, "dtype": dtype, "revision": revision, "drop_path": asked["drop_path"]}
-        noise = backbone_noise or ("drop_path" if asked["drop_path"] else None)
+        noise = asked["backbone_noise"] or ("drop_path" if asked["drop_path"] else None)
         how = {"backbone_noise": noise, "checkpoint": checkpoint}
         model: Attached
         if pairs:
             if own_head:
                 raise ValueError("--own-head with --task retrieval: the embeddings are Sidestep's; leave it out")
-            head = {"pool": asked["pool"], "text_pool": text_pool, "dim": dim, "loss": loss}
+            head = {"pool": asked["pool"], "text_pool": text_pool, "dim": asked["dim"], "loss": asked["loss"]}
             model = _attached_pair(config, {**where, "text_name": text_backbone}, how, head, seed)
         else:
             model = _attached(config, data, where, how, pool=asked["pool"], own_head=own_head, seed=seed)

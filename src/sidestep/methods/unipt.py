@@ -30,6 +30,7 @@ class UniPTConfig(MethodConfig):
 
     Attributes:
         reduction: the levels are compared at the backbone's width over this.
+        hidden: that width itself (512 in the release's image-text retrieval); None: by `reduction`.
         variant: what the release does with one kind of model. "vse" and "vil" give an output for every token: levels
             are projected and normed, and what the anchor gathers is mapped once ("vse"), or twice with a ReLU between
             ("vil"). "clip4clip" corrects one vector, the first token's output: a ReLU comes before the projections, and
@@ -37,13 +38,19 @@ class UniPTConfig(MethodConfig):
     """
 
     reduction: int = 2
+    hidden: int | None = None
     variant: Variant = "vse"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("reduction", is_whole(self.reduction, 1), "a whole number of at least 1")
+        self.require("hidden", self.hidden is None or is_whole(self.hidden, 1), "a whole number of at least 1, or None")
         known = self.variant in ("vse", "vil", "clip4clip")
         self.require("variant", known, '"vse", "vil" or "clip4clip"')
+
+    def width(self, backbone: int) -> int:
+        """Channels at which the levels of a backbone of this width are compared."""
+        return self.hidden or backbone // self.reduction
 
 
 class Level(nn.Module):
@@ -182,7 +189,7 @@ class UniPT(SideNet):
         super().__init__()
         self.config = config
         width, levels = sites[0].width, sites[0].depth + 1
-        self.interaction = Interaction(width, width // config.reduction, levels, width, config.variant)
+        self.interaction = Interaction(width, config.width(width), levels, width, config.variant)
         if config.variant == "clip4clip":
             self.pooled_width = width
 
@@ -194,7 +201,7 @@ class UniPT(SideNet):
                 "each token gathers from all tokens of all levels, so it takes one bidirectional stack of one stage, "
                 f"and this backbone {reason}"
             )
-        if sites[0].width % config.reduction:
+        if config.hidden is None and sites[0].width % config.reduction:
             raise ValueError(
                 f"reduction={config.reduction} does not divide the backbone's width, {sites[0].width}: choose a divisor"
             )
@@ -207,7 +214,7 @@ class UniPT(SideNet):
     @classmethod
     def kept_per_token(cls, config: UniPTConfig, site: Site) -> int:
         """Each level and its projection, and at the end what was gathered."""
-        hidden = site.width // config.reduction
+        hidden = config.width(site.width)
         if site.kind == "norm":
             return 0
         return site.width + hidden * (2 if site.last and config.variant != "clip4clip" else 1)

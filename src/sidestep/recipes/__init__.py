@@ -43,10 +43,14 @@ class Recipe:
         backbone: what it was made for, in words.
         method: name of the method.
         method_settings: its config's fields.
-        pool: what the head reads; None: the method has a read-out of its own.
+        problem: what the task is, as `sidestep.prepare.prepare` names it; None: by the labels.
+        pool: what the head reads; None: the method has a read-out of its own, or the backbone's own head is there.
+        head: further fields of the head (`Retrieve`'s).
+        noise: what `attach` takes as `backbone_noise`.
         drop_path: rate of the backbone's drop path in training.
         training: fields of `TrainSettings`.
-        images: fields of `ImageTransform`, for all images but augmented ones.
+        images: fields of `ImageTransform`, for all images but augmented ones; empty: the backbone's own processor.
+        max_length: tokens that are kept of a text; None: as the tokenizer says.
         augment: random views of the training images; None: there are none.
         shots: training images of each class; None: all.
     """
@@ -56,17 +60,16 @@ class Recipe:
     backbone: str
     method: str
     method_settings: Mapping[str, Any]
+    problem: Literal["text2text", "retrieval"] | None
     pool: str | None
+    head: Mapping[str, Any]
+    noise: Literal["drop_path", "dropout", "all"] | None
     drop_path: float
     training: Mapping[str, Any]
     images: Mapping[str, Any]
+    max_length: int | None
     augment: str | None
     shots: int | None
-
-    @property
-    def noise(self) -> Literal["drop_path"] | None:
-        """What `attach` takes as `backbone_noise`."""
-        return "drop_path" if self.drop_path else None
 
     def config(self) -> MethodConfig:
         """The method's config."""
@@ -84,11 +87,11 @@ class Recipe:
 
         return TrainSettings(**{**self.training, **others})
 
-    def transform(self) -> ImageTransform:
-        """What makes pixel values of an image."""
+    def transform(self) -> ImageTransform | None:
+        """What makes pixel values of an image; None: the backbone's own processor."""
         from sidestep.pixels import ImageTransform
 
-        return ImageTransform.from_dict(self.images)
+        return ImageTransform.from_dict(self.images) if self.images else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,18 +171,26 @@ def _few_shot_rows(tasks: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
 
 def _recipe(name: str, shared: Mapping[str, Any], row: Mapping[str, Any]) -> Recipe:
     own = dict(row)
-    training = {**shared["training"], **_taken(own, ("learning_rate",))}
-    plain: dict[str, Any] = {"pool": None, "drop_path": 0.0, "augment": None, "shots": None}
+    training = {**shared["training"], **_taken(own, ("learning_rate", "epochs"))}
+    plain: dict[str, Any] = {"problem": None, "pool": None, "drop_path": 0.0, "max_length": None}
+    plain |= {"augment": None, "shots": None}
     plain |= {key: value for key, value in shared.items() if not isinstance(value, dict)}
     plain |= _taken(own, ("drop_path", "shots"))
+    plain.setdefault("noise", "drop_path" if plain["drop_path"] else None)
     return Recipe(
         name=name,
         # what is left of the row belongs to the method
-        method_settings=MappingProxyType({**shared["method_settings"], **own}),
-        training=MappingProxyType(training),
-        images=MappingProxyType(shared["images"]),
+        method_settings=_fixed({**shared.get("method_settings", {}), **own}),
+        training=_fixed(training),
+        images=_fixed(shared.get("images", {})),
+        head=_fixed(shared.get("head", {})),
         **plain,
     )
+
+
+def _fixed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values, not to be changed."""
+    return MappingProxyType({key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def _taken(values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
