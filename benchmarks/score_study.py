@@ -3,12 +3,12 @@
     python benchmarks/score_study.py            # scores, then costs; continues where it was stopped
     sidestep report benchmarks/results/score_study.jsonl --output score_study.html
 
-READ, the probe, BitFit, full tuning, LoRA, DoRA and IA3, all through `sidestep.compare`: 256 training rows a task (RTE
-128, whose pairs are the longest; SST-2 512, whose texts are the shortest), 4 epochs, batch 8, at most 128 tokens,
-AdamW, 6 % warm-up, linear decay. Two rates for every method, tried on a stratified fifth of the training rows; then all
-training rows with the better rate and seeds 0 to 2, scored after the last epoch on 250 dev rows. That is 70 trials and
-105 runs, which took 2.9 hours with one thread (THREADS=1, the default) beside other work. The costs are those of a
-step of 32 texts of 128 tokens.
+READ, SHERL, LST, UniPT, the probe, BitFit, full tuning, LoRA, DoRA and IA3, all through `sidestep.compare`: 256
+training rows a task (RTE 128, whose pairs are the longest; SST-2 512, whose texts are the shortest), 4 epochs, batch 8,
+at most 128 tokens, AdamW, 6 % warm-up, linear decay. Two rates for every method, tried on a stratified fifth of the
+training rows; then all training rows with the better rate and seeds 0 to 2, scored after the last epoch on 250 dev
+rows. That is 100 trials and 150 runs, which took HOURS hours with one thread (THREADS=1, the default) beside other
+work. The costs are those of a step of 32 texts of 128 tokens.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ ROWS, DEV_ROWS, FEWER_OR_MORE = 256, 250, {"rte": 128, "sst-2": 512}
 ORDER = ("sst-2", "cr", "sts-b", "mrpc", "rte")  # the shortest texts first
 RATES = {
     "read": (1e-3, 4e-3),
+    "sherl": (1e-3, 4e-3),
+    "lst": (3e-3, 1.2e-2),
+    "unipt": (1e-3, 4e-3),
     "probe": (1e-2, 5e-2),
     "bitfit": (2e-3, 6e-3),
     "full": (5e-5, 2e-4),

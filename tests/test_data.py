@@ -488,7 +488,7 @@ def test_missing_labels_are_named():
 
 def test_fewer_than_two_classes_are_refused():
     assert "holds 1 class ('a') in 3 rows" in error_of(label_space, rows_of(label=["a"] * 3), "label", "single")
-    assert "holds 0 class () in 2 rows" in error_of(label_space, rows_of(label=["", ""]), "label", "multi")
+    assert "holds 0 class (nothing) in 2 rows" in error_of(label_space, rows_of(label=["", ""]), "label", "multi")
 
 
 def test_several_labels_become_one_number_per_class():

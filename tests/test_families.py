@@ -16,10 +16,14 @@ from sidestep.families import DEFAULT, FAMILIES, Family, family_of, patch_grid, 
 FIRST_TOKEN_HEADS = sorted({name for family in FAMILIES.values() for name in family.first_token_heads})
 
 
+def is_vision(name: str) -> bool:
+    return name.endswith(("ImageClassification", "VisionModel"))
+
+
 def build(name: str) -> nn.Module:
-    """A tiny model of a class that has a head."""
+    """A tiny model of a class that has a head, or of a tower."""
     kind: Any = getattr(transformers, name)
-    sizes = IMAGE if name.endswith("ImageClassification") else DEBERTA if "Deberta" in name else TEXT
+    sizes = IMAGE if is_vision(name) else DEBERTA if "Deberta" in name else TEXT
     if "Distil" in name:
         sizes = {"vocab_size": 40, "dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32}
     torch.manual_seed(0)
@@ -39,10 +43,9 @@ def test_a_head_in_the_table_reads_the_first_token_only(name: str) -> None:
 
     last = [place.module for place in find_places(model) if place.site.last]
     last[0].register_forward_hook(cut)
-    image = "Image" in name
-    given = torch.randn(2, 3, 16, 16) if image else torch.randint(3, 40, (2, 7))
-    logits = model(given).logits
-    (logits * torch.randn_like(logits)).sum().backward()
+    output = model(torch.randn(2, 3, 16, 16) if is_vision(name) else torch.randint(3, 40, (2, 7)))
+    read = output.pooler_output if name.endswith("VisionModel") else output.logits
+    (read * torch.randn_like(read)).sum().backward()
     gradient = leaves[0].grad
     assert gradient is not None
     assert gradient[:, 0].abs().max() > 0

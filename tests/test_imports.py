@@ -73,7 +73,9 @@ UPWARDS = dict.fromkeys(
 )
 
 #: All that a method may import: it never sees a Hugging Face class, so it cannot fork one.
-FOR_METHODS = {"sites", "taps", "layers", "pruning", "diffs", "hard_concrete", "selection", "diff_optimizer", "methods.base"}
+FOR_METHODS = {"sites", "taps", "layers", "pruning", "diffs", "hard_concrete", "selection", "diff_optimizer"} | {
+    "methods.base"
+}
 LIBRARIES_FOR_METHODS = {"torch", "einops"}
 #: The registry finds third parties' methods by entry point; LoRA and its like are PEFT's.
 EXTRA_LIBRARIES = {"methods.base": {"importlib"}, "methods.adapters": {"peft"}}
