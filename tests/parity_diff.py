@@ -141,9 +141,8 @@ def diff_fixmask(oracle: Oracle) -> Comparison:
     places = {name: oracle[f"mask.{name}"].flatten().nonzero().flatten() for name in masked}
     diff = SparseDiff(masked, sum(map(len, places.values())), torch.float32)
     diff.place({name: (index, w[name].flatten()[index]) for name, index in places.items()})
-    diff.hook(all_tensors=True)
     seen: dict[str, Tensor] = {}
-    diff.sight = lambda name, gradient: seen.update({name: gradient})
+    diff.watch(lambda name, gradient: seen.update({name: gradient}))
     for name in theta.keys() - masked.keys():
         theta[name].data += w[name]
     _add_backward(found, oracle, theta, seen)
