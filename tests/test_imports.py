@@ -44,6 +44,7 @@ ORDER = [
     "versions",
     "store",
     "sums",
+    "bank",
     "plan",
     "data",
     "settings",

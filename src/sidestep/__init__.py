@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sidestep.bank import TaskBank
     from sidestep.heads import Classify, Regress, Retrieve
     from sidestep.memory import peak_memory, saved_bytes
     from sidestep.methods import (
@@ -69,6 +70,7 @@ __all__ = [
     "SideModel",
     "SparseConfig",
     "SynQTConfig",
+    "TaskBank",
     "UniPTConfig",
     "UnsupportedBackbone",
     "add_diff",
@@ -83,6 +85,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "bank": ("TaskBank",),
     "heads": ("Classify", "Regress", "Retrieve"),
     "memory": ("peak_memory", "saved_bytes"),
     "methods": (

@@ -97,13 +97,14 @@ class Fold:
     ) -> None:
         self.trunk, self.method, self.family = trunk, method, family
         self.narrow, self.mean_first, self.through, self.frozen = narrow, mean_first, through, frozen
-        self.running, self.attached, self.checked = False, True, False
+        self.running, self.attached, self.checked = False, False, False
         self.current: Pass | None = None
         self.finished: Pass | None = None
         self.carries = type(method).carry is not SideNet.carry
         self.last_stack = places[-1].site.stack
         self.lengths = _lengths(places)
-        self.handles = self._hook(entry, places)
+        self.entry, self.places = entry, places
+        self.put()
 
     def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Reading | None]:
         """`call(*args, **kwargs)` with the method active: its result, and what the head reads of the last pass.
@@ -125,6 +126,11 @@ class Fold:
         """Raise if the hooks were taken off: the backbone alone would answer, without the task."""
         if not self.attached:
             raise FoldError("this model was detached from its backbone: call ss.attach (or ss.load) again")
+
+    def put(self) -> None:
+        """Put the hooks on the backbone."""
+        self.attached = True
+        self.handles = self._hook(self.entry, self.places)
 
     def remove(self) -> None:
         """Take every hook off the backbone."""

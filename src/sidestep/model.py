@@ -495,6 +495,10 @@ class SideModel(nn.Module):
                 self._digest = backbones.digest_of(named)
         return self._digest
 
+    @digest.setter
+    def digest(self, known: Digest) -> None:
+        self._digest = known
+
     @property
     def head_digest(self) -> Digest | None:
         """The digest of what the task needs of the backbone besides: its own frozen head or loaded pooler."""
@@ -604,6 +608,38 @@ class SideModel(nn.Module):
         self._before.restore(self.backbone)
         return self.backbone
 
+    @property
+    def can_rest(self) -> bool:
+        """Whether `rest` and `resume` work: the method has no modules of its own inside the backbone."""
+        return self._delta is None or type(self._delta).remove is WeightDelta.remove
+
+    def rest(self) -> Rest:
+        """Leave the backbone as `detach` does; `resume` takes what this returns."""
+        tensors = self._named_tensors()
+        values = {name: tensors[f"backbone.{name}"].detach().clone() for name in self._originals}
+        rest = Rest(values, Before.of(self.backbone))
+        self.detach_backbone()
+        return rest
+
+    def resume(self, rest: Rest) -> None:
+        """Be attached again, exactly as before `rest`.
+
+        Raises:
+            ValueError: if another task is attached to the backbone meanwhile.
+        """
+        check_attachable(self.backbone)
+        with torch.no_grad():
+            tensors = self._named_tensors()
+            for name, value in rest.values.items():
+                tensors[f"backbone.{name}"].copy_(value)
+        if self.sparse is not None:
+            self.sparse.hook()
+            self.sparse.write()
+        if self.settings.checkpoint == "late":
+            backbones.checkpoint_blocks(self.late_blocks())
+        rest.flags.restore(self.backbone)
+        self.fold.put()
+
 
 @dataclass(frozen=True)
 class Before:
@@ -631,6 +667,14 @@ class Before:
             parameter.requires_grad_(self.requires_grad[name])
         for name, module in model.named_modules():
             module.training = self.modes[name]
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What a task was on its backbone besides hooks: values of tensors that are its own, gradient flags and modes."""
+
+    values: dict[str, Tensor]
+    flags: Before
 
 
 class _naming:

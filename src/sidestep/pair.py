@@ -19,7 +19,16 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils import ModelOutput
 
-from sidestep.backbone import Digest, Noise, default_pool, freeze, joined, new_parameters
+from sidestep.backbone import (
+    Digest,
+    Noise,
+    default_pool,
+    digest_of,
+    freeze,
+    joined,
+    new_parameters,
+    pretrained_tensors,
+)
 from sidestep.families import DUAL_FAMILIES, Pool, dual_family_of
 from sidestep.heads import HeadConfig, Retrieve
 from sidestep.methods import MethodConfig, UnsupportedBackbone, method_of
@@ -93,6 +102,13 @@ def attach(
 def detach(model: Attached) -> nn.Module:
     """The untouched backbone: hooks removed, weights, gradient flags and mode as they were before `attach`."""
     return model.detach_backbone()
+
+
+def digests_of(backbone: nn.Module) -> list[Digest]:
+    """The digests of a bare backbone as the parts of an attached model have them: one, or each tower's."""
+    dual: Any = backbone
+    towers = [backbone] if dual_family_of(backbone) is None else [dual.vision_model, dual.text_model]
+    return [digest_of(pretrained_tensors(tower)) for tower in towers]
 
 
 @dataclass

@@ -95,7 +95,7 @@ def save(
     folder = Path(folder)
     _check_free(folder, overwrite)
     names = portable_names(model)
-    tensors = _packed(model, _unshared({names[name]: value for name, value in model.state_dict().items()}))
+    tensors = packed(model, _unshared({names[name]: value for name, value in model.state_dict().items()}))
     config = _config(model, tensors, model.extras.get("scores") if scores is None else scores)
     _as_json(config)  # refuses what cannot be stored before anything is written
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def _diffs(model: Attached) -> dict[str, SparseDiff]:
     return {prefix: part.sparse for prefix, part in parts.items() if part.sparse is not None}
 
 
-def _packed(model: Attached, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def packed(model: Attached, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as they are written: sparse diffs through the codec.
 
     Raises:
@@ -169,7 +169,7 @@ def _packed(model: Attached, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unpacked(task: Task, model: Attached) -> dict[str, Tensor]:
-    """The reverse of `_packed`, with the positions in the model's tensors laid end to end.
+    """The reverse of `packed`, with the positions in the model's tensors laid end to end.
 
     Raises:
         TaskError: if a diff is damaged, or of tensors that the model does not have in that shape.
@@ -375,7 +375,7 @@ def _place(source: Path, target: Path) -> None:
         os.link(source, beside)
     except OSError:  # a file system without hard links
         shutil.copy2(source, beside)
-        _sync_path(beside)
+        sync_path(beside)
     os.replace(beside, target)
 
 
@@ -383,10 +383,10 @@ def _commit(folder: Path, config: Mapping[str, Any]) -> None:
     """Replace sidestep.json in one step, once everything that it names is on the disk."""
     beside = folder / f"{CONFIG}.new"
     beside.write_text(_as_json(config), encoding="utf-8")
-    _sync_path(beside)
-    _sync_path(folder)
+    sync_path(beside)
+    sync_path(folder)
     os.replace(beside, folder / CONFIG)
-    _sync_path(folder)
+    sync_path(folder)
 
 
 def _sweep(folder: Path) -> None:
@@ -404,10 +404,11 @@ def _sync(folder: Path) -> None:
     """Bring a folder and the files below it to the disk."""
     if folder.is_dir():
         for path in (*folder.rglob("*"), folder):
-            _sync_path(path)
+            sync_path(path)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Bring one file or folder to the disk."""
     if path.is_dir() and os.name == "nt":
         return  # folders cannot be opened there
     handle = os.open(path, os.O_RDONLY)
@@ -520,15 +521,58 @@ def load(
         raise TaskError(f"dtype={dtype} with a backbone: convert it first, with backbone.to(dtype)")
     if device is not None:
         backbone.to(device)
-    model = _attach(task, backbone, settings)
+    return put(task, backbone, allow_mismatch=allow_mismatch)
+
+
+def put(task: Task, backbone: nn.Module, *, digests: Sequence[Digest] = (), allow_mismatch: bool = False) -> Attached:
+    """As `load`, of a task that was read.
+
+    Args:
+        task: as read.
+        backbone: the model to put it on.
+        digests: of the backbone as `digests_of` gives them, where they are known; they take a while.
+        allow_mismatch: as for `load`.
+    """
+    model = _attach(task, backbone, _settings(task))
+    for part, digest in zip(model.parts, digests, strict=False):
+        part.digest = digest
     try:
         _check_digest(task, model, allow_mismatch)
-        _fill(task, model)
+        model.load_state_dict(_fitted(task, model))
         _restore_extras(task, model)
     except BaseException:
         detach(model)
         raise
     return model.eval()
+
+
+def check_fit(task: Task, blank: nn.Module) -> None:
+    """Raise what `load` would raise, but for digests, on a backbone `without_values`.
+
+    Raises:
+        TaskError: if the task's tensors or settings do not fit, or its diff is damaged.
+        UnsupportedBackbone: if the method cannot work on the backbone.
+    """
+    model = _attach(task, blank, _settings(task))
+    try:
+        _fitted(task, model)
+    finally:
+        detach(model)
+
+
+def copy(folder: str | Path, target: Path) -> None:
+    """Copy a task to a new folder, and bring it to the disk; what else lies in its folder stays there."""
+    folder = Path(folder)
+    config = read_config(folder)
+    weights, processor = _weights_path(folder, config), config["files"].get("processor")
+    target.mkdir()
+    shutil.copy2(weights, target / WEIGHTS)
+    if processor:
+        shutil.copytree(folder / processor, target / PROCESSOR)
+    _sync(target)
+    config = {**config, "files": {"weights": WEIGHTS, "processor": PROCESSOR if processor else None}}
+    _commit(target, config)
+    _write_card(target, config)
 
 
 def read(folder: str | Path) -> Task:
@@ -711,7 +755,7 @@ def _check_digest(task: Task, model: Attached, allow_mismatch: bool) -> None:
             f"{task.folder} was made on these weights in {wanted.dtype}, and the backbone is in {own.dtype}: "
             "outputs differ by rounding",
             DtypeMismatch,
-            stacklevel=3,
+            stacklevel=4,
         )
         return
     here = asdict(source_of(model.backbone))
@@ -722,11 +766,15 @@ def _check_digest(task: Task, model: Attached, allow_mismatch: bool) -> None:
     )
     if not allow_mismatch:
         raise TaskError(f"{text}: load the task's own backbone, or pass allow_mismatch=True if you know that it fits")
-    warnings.warn(f"{text}: outputs are not those of the task", BackboneMismatch, stacklevel=3)
+    warnings.warn(f"{text}: outputs are not those of the task", BackboneMismatch, stacklevel=4)
 
 
-def _fill(task: Task, model: Attached) -> None:
-    """Copy the task's tensors into the model, all of them or none."""
+def _fitted(task: Task, model: Attached) -> dict[str, Tensor]:
+    """The task's tensors by the model's names.
+
+    Raises:
+        TaskError: if they do not fit.
+    """
     names = portable_names(model)
     own = {names[name]: tensor for name, tensor in model.state_dict().items()}
     tensors = _unpacked(task, model)
@@ -744,7 +792,7 @@ def _fill(task: Task, model: Attached) -> None:
             f"{kind}): missing {some(missing)}; without a place {some(surplus)}; "
             f"other shapes {some(shapes)}"
         )
-    model.load_state_dict({name: tensors[portable] for name, portable in names.items()})
+    return {name: tensors[portable] for name, portable in names.items()}
 
 
 def _restore_extras(task: Task, model: Attached) -> None:

@@ -1,0 +1,392 @@
+"""TaskBank: many tasks on one backbone, which is held once; switched in place, added while others are in use.
+
+A bank's folder holds one ordinary task folder for each task. What is being added lies in a hidden folder beside them,
+and a single rename makes it a task or ends one, so a process that is killed leaves the old state or the new one. Who
+writes holds a lock, which the system lets go of when a process ends; who reads needs none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from sidestep import store
+from sidestep.backbone import Digest, joined, without_values
+from sidestep.model import Rest, SideModel, check_attachable
+from sidestep.pair import Attached, PairModel, detach, digests_of
+from sidestep.store import TaskError
+from sidestep.wording import some
+
+LOCK = ".lock"
+STAGING = ".moving-"
+NAME = re.compile(r"\w[\w.-]*")
+
+
+class BankError(TaskError):
+    """A bank cannot do what was asked for; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A task of a bank.
+
+    Attributes:
+        name: in the bank.
+        method: its name.
+        head: its config; None: the backbone's own.
+        labels: their names.
+        values: how many are stored.
+        bytes: of all its files.
+        sha256: of its tensors.
+    """
+
+    name: str
+    method: str
+    head: dict[str, Any] | None
+    labels: list[str] | None
+    values: int
+    bytes: int
+    sha256: str
+
+
+class BankFolder:
+    """The tasks of a bank on the disk, without their backbone."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Arg is the folder, which is made when the first task is added; what an interrupted change left is removed.
+
+        Raises:
+            BankError: if the path is a file.
+        """
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise BankError(f"{self.path} is a file: a bank is a folder")
+        if any(self.path.glob(f"{STAGING}*")):
+            with suppress(BankError, OSError), self._writing():
+                pass
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks that are there now, whoever added them."""
+        return sorted(file.parent.name for file in self.path.glob(f"[!.]*/{store.CONFIG}"))
+
+    def folder(self, name: str) -> Path:
+        """The task folder of this name, which `load` takes too.
+
+        Raises:
+            BankError: if there is none.
+        """
+        if name not in self.names:
+            raise BankError(f"{self.path} holds no task {name!r}: it holds {some(self.names)}")
+        return self.path / name
+
+    def entry(self, name: str) -> Entry:
+        """What a task's own files say of it; its weights are not read.
+
+        Raises:
+            TaskError: if there is none, or its files are damaged.
+        """
+        folder = self.folder(name)
+        about = store.inspect_task(folder)
+        return Entry(
+            name=name,
+            method=about["method"]["name"],
+            head=about["head"],
+            labels=about["labels"],
+            values=about["parameters"],
+            bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+            sha256=about["sha256"],
+        )
+
+    def digest(self) -> Digest | None:
+        """Of the backbone of all tasks; None: there are none yet."""
+        return next((_digest(store.read_config(self.path / name)) for name in self.names), None)
+
+    def add(self, name: str, task: str | Path | Attached, check: Callable[[store.Task], None] | None = None) -> None:
+        """Copy a task into the folder; it is there whole, or the folder is as before.
+
+        Args:
+            name: letters, digits, "_", "-" and ".".
+            task: a task folder or an attached model.
+            check: raises if the task may not be added.
+
+        Raises:
+            BankError: if there is a task of this name, the name cannot be a folder's, the task belongs to another
+                backbone than those that are there, or another process is writing.
+            TaskError: if the task is damaged, or what `check` raises.
+        """
+        if not NAME.fullmatch(name):
+            raise BankError(f"{name!r} cannot be a task's name: use letters, digits, '_', '-' and '.'")
+        if not isinstance(task, SideModel | PairModel):
+            store.read(task)  # before anything is copied, so that the message names the folder that was given
+        with self._writing() as staging:
+            if (self.path / name).exists():
+                raise BankError(f"{self.path} holds {name!r} already: choose another name, or remove that task first")
+            new = staging / name
+            if isinstance(task, SideModel | PairModel):
+                store.save(task, new)
+            else:
+                store.copy(task, new)
+            found = store.read(new)
+            self._check_backbone(found)
+            if check is not None:
+                check(found)
+            _move(new, self.path / name)
+
+    def remove(self, name: str) -> None:
+        """Delete a task.
+
+        Raises:
+            BankError: if there is none of this name, or another process is writing.
+        """
+        with self._writing() as staging:
+            _move(self.folder(name), staging / name)
+
+    def _check_backbone(self, task: store.Task) -> None:
+        here, its = self.digest(), _digest(task.config)
+        if here is not None and here.matches(its) != "same":
+            raise BankError(f"{_other_backbone(task, its, here)} of the tasks in {self.path}: a bank has one backbone")
+
+    @contextmanager
+    def _writing(self) -> Iterator[Path]:
+        """Nobody else writes meanwhile; a new folder beside the tasks, which is removed with all that is left in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.path / LOCK, timeout=0):
+                for left in self.path.glob(f"{STAGING}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+                staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=self.path))
+                try:
+                    yield staging
+                finally:
+                    shutil.rmtree(staging, ignore_errors=True)
+        except Timeout as error:
+            raise BankError(f"another process is writing {self.path}: try again when it is done") from error
+
+
+class TaskBank(AbstractContextManager["TaskBank"]):
+    """Tasks of every kind on one backbone, of which one at a time is active.
+
+    Switching writes a diff's entries into the backbone's weights and their own values back, and moves hooks; nothing is
+    computed by subtraction, so the backbone is the same bit for bit after any switches, and no task changes another.
+
+    Attributes:
+        backbone: held once; between `deactivate` and `activate` it is bare, and other models may be attached.
+        store: the tasks on the disk.
+        active: name of the active task, or None.
+        model: its model, or None.
+        seconds: how long the last switch to each task took.
+    """
+
+    def __init__(self, backbone: nn.Module, folder: str | Path | None = None, *, keep: int | None = None) -> None:
+        """Open a bank; its folder may hold tasks already.
+
+        Args:
+            backbone: a Hugging Face or timm model with nothing attached, where it will stay and in its final precision.
+            folder: the bank's; None: a temporary one, which `close` deletes.
+            keep: how many inactive tasks stay in memory, ready to be switched to without reading files (LoRA and its
+                like are always read); None: all that were used.
+
+        Raises:
+            BankError: if the tasks in the folder belong to another backbone.
+            ValueError: if something is attached to the backbone, it is compiled, or `keep` is below 0.
+        """
+        check_attachable(backbone)
+        if keep is not None and keep < 0:
+            raise ValueError(f"keep={keep}, but it must be None or a number of tasks from 0")
+        self.backbone, self._keep = backbone, keep
+        self._digests, self._blank = digests_of(backbone), without_values(backbone)
+        self._temporary = None
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="sidestep-bank-")
+            folder = self._temporary.name
+        self.store = BankFolder(folder)
+        self._resting: dict[str, Resting] = {}
+        self._checked: set[str] = set()
+        self.active: str | None = None
+        self.model: Attached | None = None
+        self.seconds: dict[str, float] = {}
+        its = self.store.digest()
+        if its is not None and self.digest.matches(its) != "same":
+            raise BankError(
+                f"the tasks in {self.store.path} belong to weights with digest {_short(its)}, and this "
+                f"{type(backbone).__name__} has {_short(self.digest)}: load their own backbone, in its precision"
+            )
+
+    @property
+    def digest(self) -> Digest:
+        """Of the backbone."""
+        return self._digests[0] if len(self._digests) == 1 else joined(self._digests)
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks that are there now, those that other processes added included."""
+        return self.store.names
+
+    def entries(self) -> list[Entry]:
+        """The tasks that are there now."""
+        return [self.store.entry(name) for name in self.names]
+
+    def add(self, name: str, task: str | Path | Attached) -> None:
+        """Store a task in the bank, whatever is active; it is checked before anything changes.
+
+        Args:
+            name: letters, digits, "_", "-" and ".".
+            task: a task folder, or an attached model (on this backbone or on another copy of it).
+
+        Raises:
+            BankError: as `BankFolder.add`, or if the task belongs to other weights, or the same in another precision.
+            TaskError: if it is damaged, or does not fit the backbone's class.
+            UnsupportedBackbone: if the method cannot work on the backbone.
+        """
+        self.store.add(name, task, self._check)
+
+    def remove(self, name: str) -> None:
+        """Delete a task from the bank.
+
+        Raises:
+            BankError: if it is active, there is none of this name, or another process is writing.
+        """
+        if name == self.active:
+            raise BankError(f"{name!r} is active: activate another task, or deactivate() it, before it is removed")
+        self.store.remove(name)
+        self._resting.pop(name, None)
+
+    def activate(self, name: str) -> Attached:
+        """Switch to a task: its model, in eval mode when it is first used, then as it was left.
+
+        The models of other tasks cannot be called meanwhile. `seconds[name]` says how long it took.
+
+        Raises:
+            BankError: if there is none of this name.
+            TaskError: if its files are damaged. The bank is as before.
+        """
+        started, before = time.perf_counter(), self.active
+        if name == self.active and self.model is not None and _is_on(self.model):
+            return self.model
+        sha256 = store.read_config(self.store.folder(name))["sha256"]
+        # all that may well fail comes before the active task is left
+        ready: Resting | store.Task | None = self._resting.pop(name, None)
+        if not isinstance(ready, Resting) or ready.sha256 != sha256:  # another process may have put another task in its place
+            ready = self._read(name)
+        self.deactivate()
+        try:
+            self.model = ready.resume() if isinstance(ready, Resting) else self._put(ready)
+        except BaseException:
+            if before is not None:
+                self.activate(before)
+            raise
+        self.active, self._sha256 = name, sha256
+        self.seconds[name] = time.perf_counter() - started
+        return self.model
+
+    def deactivate(self) -> nn.Module:
+        """Leave the active task: the bare backbone, bit for bit as it was given."""
+        if self.model is not None and self.active is not None and _is_on(self.model):
+            if isinstance(self.model, SideModel) and self.model.can_rest:
+                self._resting[self.active] = Resting(self.model, self.model.rest(), self._sha256)
+            detach(self.model)
+        while self._keep is not None and len(self._resting) > self._keep:
+            del self._resting[next(iter(self._resting))]
+        self.active = self.model = None
+        return self.backbone
+
+    def run(self, name: str, batch: Mapping[str, Any]) -> Any:
+        """A task's output for a batch of the backbone's inputs, without gradients."""
+        model = self.activate(name)
+        with torch.no_grad():
+            return model(**batch)
+
+    def close(self) -> None:
+        """Leave the bare backbone; the tasks stay on the disk, unless the folder is temporary."""
+        self.deactivate()
+        self._resting.clear()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- small parts -----------------------------------------------------------------------------------------------
+
+    def _check(self, task: store.Task) -> None:
+        """Raise unless this task can be put on the backbone; looked at once."""
+        if task.config["sha256"] not in self._checked:
+            self._check_fit(task)
+            self._checked.add(task.config["sha256"])
+
+    def _check_fit(self, task: store.Task) -> None:
+        with torch.random.fork_rng(devices=[]):
+            store.check_fit(task, self._blank)
+        its = _digest(task.config)
+        match = self.digest.matches(its)
+        if match == "same":
+            return
+        what = f"{_other_backbone(task, its, self.digest)} of this {type(self.backbone).__name__}"
+        if match == "dtype":
+            raise BankError(
+                f"{what}, the same in another precision: load the backbone in {its.dtype}, or put the task on this one "
+                "with ss.load, look at its scores, and add that model"
+            )
+        raise BankError(f"{what}: load the task's own backbone, with its embeddings not resized")
+
+    def _read(self, name: str) -> store.Task:
+        task = store.read(self.store.folder(name))
+        self._check(task)
+        return task
+
+    def _put(self, task: store.Task) -> Attached:
+        # a side network begins at random: a switch leaves the caller's random numbers alone
+        with torch.random.fork_rng(devices=[]):
+            return store.put(task, self.backbone, digests=self._digests)
+
+
+@dataclass(frozen=True)
+class Resting:
+    """An inactive task in memory."""
+
+    model: SideModel
+    rest: Rest
+    sha256: str
+
+    def resume(self) -> SideModel:
+        """Its model, on the backbone again."""
+        self.model.resume(self.rest)
+        return self.model
+
+
+def _is_on(model: Attached) -> bool:
+    """Whether nobody has detached it."""
+    return all(part.fold.attached for part in model.parts)
+
+
+def _digest(config: Mapping[str, Any]) -> Digest:
+    return Digest(**config["backbone"]["digest"])
+
+
+def _short(digest: Digest) -> str:
+    return f"{digest.exact[:16]} ({digest.dtype})"
+
+
+def _other_backbone(task: store.Task, its: Digest, here: Digest) -> str:
+    made = task.config["backbone"]["class_name"]
+    return f"{task.folder.name} was made on a {made} with digest {_short(its)}, which is not the {_short(here)}"
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a folder, and bring that to the disk."""
+    os.replace(source, target)
+    for folder in {source.parent, target.parent}:
+        store.sync_path(folder)
