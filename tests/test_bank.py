@@ -266,7 +266,9 @@ def test_tasks_of_another_backbone_are_refused(bank: ss.TaskBank, tmp_path: Path
         with pytest.raises(BankError, match="load the task's own backbone, with its embeddings not resized"):
             fresh.add("new", tmp_path / name)
         assert fresh.names == []
-    with pytest.raises(BankError, match=r"the tasks in .*bank belong to weights with digest .* load their own backbone"):
+    with pytest.raises(
+        BankError, match=r"the tasks in .*bank belong to weights with digest .* load their own backbone"
+    ):
         ss.TaskBank(backbone(9), tmp_path / "bank")
 
 
@@ -274,7 +276,9 @@ def test_tasks_of_another_precision_are_refused(bank: ss.TaskBank, tmp_path: Pat
     half = saved(tmp_path / "half", ss.SparseConfig(density=0.05, select="random"), dtype=BF16)
     assert_refused(bank, half, r"\(bfloat16\), which is not the .* \(float32\)")
     fresh = ss.TaskBank(backbone(dtype=BF16), tmp_path / "fresh")
-    with pytest.raises(BankError, match=r"the same in another precision: load the backbone in float32, or put the task"):
+    with pytest.raises(
+        BankError, match=r"the same in another precision: load the backbone in float32, or put the task"
+    ):
         fresh.add("new", tmp_path / "sparse")
 
 
@@ -291,7 +295,7 @@ def test_a_diff_on_a_quantised_backbone_is_refused_and_says_what_works(tmp_path:
     layer = codes.encoder.layer[0].output.dense
     layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
     bank = ss.TaskBank(codes, tmp_path / "bank")
-    with pytest.raises(ss.UnsupportedBackbone, match="quantised.*train a side network"):
+    with pytest.raises(ss.UnsupportedBackbone, match=r"quantised.*train a side network"):
         bank.add("new", saved(tmp_path / "task", ss.SparseConfig(density=0.05, select="random")))
     assert bank.names == []
 
@@ -350,7 +354,7 @@ def test_one_process_writes_at_a_time(bank: ss.TaskBank, tmp_path: Path) -> None
     before = state(bank.store.path)
     with FileLock(bank.store.path / LOCK):
         for act in (lambda: bank.add("new", tmp_path / "read"), lambda: bank.remove("read")):
-            with pytest.raises(BankError, match="another process is writing .*bank: try again when it is done"):
+            with pytest.raises(BankError, match=r"another process is writing .*bank: try again when it is done"):
                 act()
         assert outputs(bank, "read").shape[1] == 3
         assert ss.TaskBank(backbone(), bank.store.path).names == ["read", "sparse"]

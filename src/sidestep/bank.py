@@ -24,6 +24,7 @@ from torch import nn
 
 from sidestep import store
 from sidestep.backbone import Digest, joined, without_values
+from sidestep.heads import head_from_dict
 from sidestep.model import Rest, SideModel, check_attachable
 from sidestep.pair import Attached, PairModel, detach, digests_of
 from sidestep.store import TaskError
@@ -45,8 +46,8 @@ class Entry:
     Attributes:
         name: in the bank.
         method: its name.
-        head: its config; None: the backbone's own.
-        labels: their names.
+        outputs: of its head; None: the head is the backbone's own.
+        labels: names of classes, where it has them.
         values: how many are stored.
         bytes: of all its files.
         sha256: of its tensors.
@@ -54,7 +55,7 @@ class Entry:
 
     name: str
     method: str
-    head: dict[str, Any] | None
+    outputs: int | None
     labels: list[str] | None
     values: int
     bytes: int
@@ -103,7 +104,7 @@ class BankFolder:
         return Entry(
             name=name,
             method=about["method"]["name"],
-            head=about["head"],
+            outputs=None if about["head"] is None else head_from_dict(about["head"]).outputs,
             labels=about["labels"],
             values=about["parameters"],
             bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
@@ -279,8 +280,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         sha256 = store.read_config(self.store.folder(name))["sha256"]
         # all that may well fail comes before the active task is left
         ready: Resting | store.Task | None = self._resting.pop(name, None)
-        if not isinstance(ready, Resting) or ready.sha256 != sha256:  # another process may have put another task in its place
-            ready = self._read(name)
+        if not isinstance(ready, Resting) or ready.sha256 != sha256:
+            ready = self._read(name)  # not used yet, or another process has put another task in its place
         self.deactivate()
         try:
             self.model = ready.resume() if isinstance(ready, Resting) else self._put(ready)

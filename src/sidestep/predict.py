@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from sidestep.bank import TaskBank
 from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace, encode_prompts
 from sidestep.data.labels import SEPARATOR
 from sidestep.data.pairs import captioned, encode_pairs
@@ -119,6 +120,43 @@ def predict(
     for name, values in columns.items():
         table = table.add_column(name, values)
     return table
+
+
+def predict_each(
+    bank: TaskBank, rows: Dataset, names: Sequence[str], *, batch_size: int = 64, progress: bool = False
+) -> Dataset:
+    """As `predict`, each row by the task of a bank that is named for it, with one switch for each task.
+
+    The columns are those of all these tasks; a row has None in those that its task does not write. Predictions are
+    texts if those of one task are.
+
+    Args:
+        bank: its tasks read the columns that they were trained on.
+        rows: as `data.read` gives them.
+        names: of the task of each row.
+        batch_size: rows of one pass.
+        progress: whether a bar is shown.
+
+    Raises:
+        BankError: if the bank holds no task of such a name.
+        DataError: as `predict`, and for tasks of retrieval, whose rows belong together.
+    """
+    columns: dict[str, list[Any]] = {}
+    tasks = {name: [index for index, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
+    for name in tasks:
+        bank.store.folder(name)
+    for name, index in tasks.items():
+        model = bank.activate(name)
+        if isinstance(model, PairModel):
+            raise DataError(f"{name!r} is a task of retrieval, which looks at rows together: use `sidestep predict`")
+        found = predict(model, rows.select(index), batch_size=batch_size, progress=progress)
+        for column in found.column_names:
+            cells = columns.setdefault(column, [None] * len(rows))
+            for place, value in zip(index, found[column], strict=True):
+                cells[place] = value
+    if any(isinstance(value, str) for value in columns[PREDICTION]):
+        columns[PREDICTION] = [str(value) for value in columns[PREDICTION]]
+    return Dataset.from_dict(columns)
 
 
 def predicted(labels: LabelSpace, found: NDArray[Any]) -> dict[str, list[Any]]:

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -514,9 +514,9 @@ def load(
         BackboneMismatch: if they are others, and `allow_mismatch` is set.
     """
     task = read(folder)
-    settings = _settings(task)
+    _settings(task)  # what cannot be used is refused before a backbone is loaded
     if backbone is None:
-        backbone = _stored_backbone(task, own_head=settings.head is None, dtype=dtype)
+        backbone = stored_backbone(folder, dtype=dtype)
     elif dtype is not None:
         raise TaskError(f"dtype={dtype} with a backbone: convert it first, with backbone.to(dtype)")
     if device is not None:
@@ -702,20 +702,36 @@ def _settings(task: Task) -> Settings:
         raise TaskError(f"the settings in {task.folder / CONFIG} cannot be used: {error}") from error
 
 
-def _stored_backbone(task: Task, *, own_head: bool, dtype: torch.dtype | str | None) -> nn.Module:
-    stored = task.config["backbone"]
+def stored_backbone(
+    folder: str | Path, *, moved_to: str | None = None, dtype: torch.dtype | str | None = None
+) -> nn.Module:
+    """The backbone that a task was made on, with its own head if the task uses that.
+
+    Args:
+        folder: of the task.
+        moved_to: hub id, folder or "timm:NAME" in the place of the stored one.
+        dtype: None: the precision that the task was saved with.
+
+    Raises:
+        TaskError: if the folder is no task, or does not say where its backbone is to be had.
+        LoadError: if the backbone cannot be loaded.
+    """
+    config = read_config(Path(folder))
+    stored = config["backbone"]
     source = _source(stored)
+    if moved_to is not None:
+        source = replace(source, id=moved_to, revision=None)
     towers = [_source(tower) for tower in stored.get("towers", {}).values()]
     if not source.id and towers and all(tower.id for tower in towers):
         return paired(*(load_class(tower, class_name=tower.class_name, dtype=dtype, config={}) for tower in towers))
     if not source.id:
         raise TaskError(
-            f"{task.folder} does not say where its backbone is to be had (a {source.class_name} that was not "
+            f"{folder} does not say where its backbone is to be had (a {source.class_name} that was not "
             "loaded by name): load it yourself and pass backbone="
         )
     # mixed precision has no one name: the checkpoint's own
     wanted = dtype or (None if "+" in source.dtype else source.dtype)
-    kind = source.class_name if own_head else stored["trunk_class"]
+    kind = source.class_name if config.get("head") is None else stored["trunk_class"]
     fields = dict(stored["config"])
     if "id2label" in fields:  # JSON has text keys only
         fields["id2label"] = {int(index): label for index, label in fields["id2label"].items()}

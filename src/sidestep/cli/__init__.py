@@ -1,4 +1,4 @@
-"""The command `sidestep`: train, eval, predict, inspect, methods, recipes, demo, report, plan.
+"""The command `sidestep`: train, eval, predict, inspect, bank, methods, recipes, demo, report, plan.
 
 Whatever imports torch is imported inside the commands, so that help and typing errors come at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from sidestep.cli.bank import bank
 from sidestep.cli.compare import compare
 from sidestep.cli.demo import demo
 from sidestep.cli.listing import inspect, methods, recipes
@@ -28,6 +29,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(inspect)
+app.add_typer(bank)
 app.command()(methods)
 app.command()(recipes)
 app.command()(compare)

@@ -108,6 +108,10 @@ Debug = Annotated[bool, _running("--debug", help="Show an error's traceback.")]
 
 RecipePrefix = Annotated[str, typer.Argument(help="Such as dtl, dtl/vtab or dtl/vtab/svhn.")]
 Task = Annotated[Path, typer.Argument(help="Folder of a task.", show_default=False)]
+Bank = Annotated[Path, typer.Argument(help="Folder of a bank.", show_default=False)]
+BankName = Annotated[str, typer.Argument(help="Name of a task in the bank.", show_default=False)]
+OneTask = Annotated[str | None, _data("--task", help="Name of the task that all rows are for.")]
+TaskColumn = Annotated[str | None, _data(help="Column with the name of each row's task.")]
 Table = Annotated[
     Path, _running("--output", help="csv, tsv, json, jsonl or parquet file to write.", show_default=False)
 ]

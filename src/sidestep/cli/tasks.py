@@ -41,7 +41,7 @@ def evaluate(
         from sidestep import predict as predicting
 
         hush(quiet)
-        _check_batch(batch_size)
+        check_batch(batch_size)
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone)
         fields = _fields(model, text, text2, image, label)
@@ -74,7 +74,7 @@ def predict(
         from sidestep import predict as predicting
 
         hush(quiet)
-        _check_batch(batch_size)
+        check_batch(batch_size)
         predicting.check_table(output, overwrite=overwrite)
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone)
@@ -90,7 +90,8 @@ def predict(
         remark(f"{len(found)} rows written to {output}")
 
 
-def _check_batch(size: int) -> None:
+def check_batch(size: int) -> None:
+    """Refuses a batch without rows."""
     if size < 1:
         raise ValueError(f"batch_size={size}, but it must be at least 1")
 
@@ -100,18 +101,9 @@ def _load(task: Path, name: str | None) -> Attached:
     import torch
 
     from sidestep import store
-    from sidestep.loading import Source, load_class
 
     device = "cuda" if torch.cuda.is_available() else None
-    if name is None:
-        return store.load(task, device=device)
-    about = store.inspect_task(task)
-    stored = about["backbone"]
-    source = Source(id=name, revision=None, **{part: stored[part] for part in ("class_name", "library", "dtype")})
-    kind = source.class_name if about["head"] is None else stored["trunk_class"]
-    dtype = None if "+" in source.dtype else source.dtype
-    backbone = load_class(source, class_name=kind, dtype=dtype, config=stored["config"])
-    return store.load(task, backbone, device=device)
+    return store.load(task, store.stored_backbone(task, moved_to=name), device=device)
 
 
 def _read(

@@ -1,0 +1,138 @@
+"""`sidestep bank`: many tasks on one backbone, in one folder."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+from sidestep.cli import options as opt
+from sidestep.cli.errors import reporting
+from sidestep.cli.tasks import check_batch
+from sidestep.cli.values import table_options
+from sidestep.show import hush, remark, show_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from sidestep.bank import BankFolder, Entry, TaskBank
+
+bank = typer.Typer(name="bank", help="Keep many tasks on one backbone, and run them.", no_args_is_help=True)
+
+
+@bank.command()
+def add(folder: opt.Bank, name: opt.BankName, task: opt.Task, debug: opt.Debug = False) -> None:
+    """Copy a task into a bank; the bank is made with its first task."""
+    with reporting(debug):
+        from sidestep.bank import BankFolder
+        from sidestep.memory import format_bytes
+
+        held = BankFolder(folder)
+        held.add(name, task)
+        remark(f"{name} added to {folder}: {format_bytes(held.entry(name).bytes)}, {len(held.names)} tasks")
+
+
+@bank.command("list")
+def list_(folder: opt.Bank, as_json: opt.AsJson = False, debug: opt.Debug = False) -> None:
+    """List a bank's tasks and what they take on the disk."""
+    with reporting(debug):
+        from sidestep.memory import format_bytes
+
+        held = _open(folder)
+        entries = [held.entry(name) for name in held.names]
+        if as_json:
+            print(json.dumps([asdict(entry) for entry in entries], indent=2, ensure_ascii=False))
+            return
+        rows = [(each.name, each.method, _head(each), each.values, format_bytes(each.bytes)) for each in entries]
+        show_table(f"Bank {folder}", ("name", "method", "head", "stored values", "on disk"), rows)
+        digest = held.digest()
+        backbone = f", on weights with digest {digest.exact[:16]} ({digest.dtype})" if digest else ""
+        remark(f"{len(rows)} tasks, {format_bytes(sum(entry.bytes for entry in entries))}{backbone}")
+
+
+@bank.command()
+def remove(folder: opt.Bank, name: opt.BankName, debug: opt.Debug = False) -> None:
+    """Delete a task from a bank."""
+    with reporting(debug):
+        _open(folder).remove(name)
+        remark(f"{name} removed from {folder}")
+
+
+@bank.command()
+def run(
+    folder: opt.Bank,
+    rows: opt.Rows,
+    output: opt.Table,
+    task_column: opt.TaskColumn = None,
+    task: opt.OneTask = None,
+    split: opt.Split = "test",
+    columns: opt.Columns = None,
+    no_header: opt.NoHeader = False,
+    no_quoting: opt.NoQuoting = False,
+    encoding: opt.Encoding = "utf-8",
+    backbone: opt.OtherBackbone = None,
+    batch_size: opt.BatchSize = 64,
+    overwrite: opt.Overwrite = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Label rows of several tasks on one backbone: each by its own task, in the rows' order."""
+    with reporting(debug):
+        from sidestep import predict as predicting
+        from sidestep.data import read
+
+        hush(quiet)
+        check_batch(batch_size)
+        predicting.check_table(output, overwrite=overwrite)
+        held = _open(folder)
+        found = read(rows, table_options(columns, no_header, no_quoting, encoding), split=split)
+        names = _names(found, task_column, task)
+        for name in dict.fromkeys(names):
+            held.folder(name)
+        with _loaded(held, backbone) as loaded:
+            table = predicting.predict_each(loaded, found, names, batch_size=batch_size, progress=not quiet)
+            for name, count in Counter(names).items():
+                remark(f"{name}: {count} rows; switched to in {1000 * loaded.seconds[name]:.0f} ms")
+        predicting.write_table(table, output, overwrite=overwrite)
+        remark(f"{len(table)} rows written to {output}")
+
+
+def _open(folder: opt.Bank) -> BankFolder:
+    from sidestep.bank import BankError, BankFolder
+
+    if not folder.exists():
+        raise BankError(f"there is no bank {folder}: `sidestep bank add` makes one")
+    return BankFolder(folder)
+
+
+def _head(entry: Entry) -> str:
+    if entry.labels:
+        return ", ".join(entry.labels)
+    return "the backbone's own" if entry.outputs is None else f"{entry.outputs} outputs"
+
+
+def _names(rows: Dataset, column: str | None, task: str | None) -> list[str]:
+    """Each row's task."""
+    if (column is None) == (task is None):
+        raise ValueError("say which task the rows are for: one of --task NAME and --task-column COLUMN")
+    if column is None:
+        return [str(task)] * len(rows)
+    if column not in rows.column_names:
+        raise ValueError(f"there is no column {column!r}: the rows have {', '.join(rows.column_names)}")
+    return [str(name) for name in rows.with_format(None)[column][:]]
+
+
+def _loaded(held: BankFolder, name: str | None) -> TaskBank:
+    """The bank on its backbone, on a GPU if there is one; with the backbone's own head if a task uses that."""
+    import torch
+
+    from sidestep.bank import TaskBank
+    from sidestep.store import stored_backbone
+
+    entries = [held.entry(name) for name in held.names]
+    wanted = next((entry for entry in entries if entry.outputs is None), entries[0])
+    backbone = stored_backbone(held.folder(wanted.name), moved_to=name)
+    return TaskBank(backbone.to("cuda" if torch.cuda.is_available() else "cpu"), held.path)

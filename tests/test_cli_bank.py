@@ -1,0 +1,109 @@
+"""`sidestep bank`: tasks of one backbone added, listed, run on rows of several tasks, and removed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from sidestep.bank import LOCK
+from small_tasks import reviews, text_backbone, write
+from test_cli import refusal, succeed, table
+
+TRAINED = ["--epochs", "1", "--batch-size", "8", "--lr", "0.02", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three tasks of one backbone and one of another."""
+    folder = tmp_path_factory.mktemp("bank")
+    text_backbone(folder / "bert")
+    text_backbone(folder / "other", seed=1)
+    rows = reviews(40)
+    write(folder / "rows.csv", rows)
+    write(folder / "judged.csv", [{**row, "label": ("bad", "good", "fair")[n % 3]} for n, row in enumerate(rows)])
+    sparse = ["--method", "sparse", "--set", "density=0.05", "--set", "select=random"]
+    for name, backbone, file, more in (
+        ("reviews", "bert", "rows.csv", ["--set", "rank=8"]),
+        ("judged", "bert", "judged.csv", sparse),
+        ("length", "bert", "rows.csv", [*sparse, "--label", "score", "--problem", "regress"]),
+        ("stranger", "other", "rows.csv", ["--set", "rank=8"]),
+    ):
+        source = ["--backbone", folder / backbone, "--train", folder / file, "--text", "text"]
+        succeed("train", *source, "--output", folder / name, *TRAINED, *more)
+    for name in ("reviews", "judged", "length"):
+        assert f"{name} added to" in succeed("bank", "add", folder / "bank", name, folder / name).stderr
+    return folder
+
+
+def test_rows_of_several_tasks_are_labelled_in_their_order(place: Path, tmp_path: Path) -> None:
+    rows, tasks = reviews(10, 3), ("judged", "reviews", "length")
+    mixed = [{"id": n, "text": row["text"], "task": tasks[n % 3]} for n, row in enumerate(rows)]
+    write(tmp_path / "rows.csv", mixed)
+    data = ["--data", tmp_path / "rows.csv", "--task-column", "task"]
+    said = succeed("bank", "run", place / "bank", *data, "--output", tmp_path / "out.csv", "--quiet").stderr
+    assert "judged: 4 rows; switched to in" in said
+    found = table(tmp_path / "out.csv")
+    assert [int(row["id"]) for row in found] == list(range(10))
+    for name in tasks:
+        succeed(
+            "predict", place / name, "--data", tmp_path / "rows.csv", "--output", tmp_path / f"{name}.csv", "--quiet"
+        )
+        alone = table(tmp_path / f"{name}.csv")
+        for row in found:
+            if row["task"] != name:
+                continue
+            for column, value in alone[int(row["id"])].items():
+                own = row[column]
+                # other batches, so other padding
+                assert own == value or float(own) == pytest.approx(float(value), rel=1e-4, abs=1e-5)
+            others = {"p_bad", "p_good", "p_fair", "p_neg", "p_pos"} - set(alone[0])
+            assert not any(row[column] for column in others)
+
+
+def test_one_task_for_all_rows(place: Path, tmp_path: Path) -> None:
+    for command in (["bank", "run", place / "bank", "--task", "judged"], ["predict", place / "judged"]):
+        output = tmp_path / f"{command[0]}.csv"
+        succeed(*command, "--data", place / "rows.csv", "--output", output, "--quiet")
+    assert table(tmp_path / "bank.csv") == table(tmp_path / "predict.csv")
+
+
+def test_a_list_says_what_is_there_and_what_it_takes(place: Path) -> None:
+    shown = succeed("bank", "list", place / "bank")
+    for word in ("judged", "sparse", "bad, fair, good", "length", "1 outputs", "reviews", "read"):
+        assert word in shown.stdout
+    assert "3 tasks," in shown.stderr
+    entries = json.loads(succeed("bank", "list", place / "bank", "--json").stdout)
+    assert [entry["name"] for entry in entries] == ["judged", "length", "reviews"]
+    files = [file for file in (place / "bank" / "judged").rglob("*") if file.is_file()]
+    assert entries[0]["bytes"] == sum(file.stat().st_size for file in files)
+
+
+def test_a_task_is_removed_and_its_name_free_again(place: Path) -> None:
+    succeed("bank", "add", place / "bank", "twice", place / "reviews")
+    assert "holds 'twice' already" in refusal("bank", "add", place / "bank", "twice", place / "judged")
+    succeed("bank", "remove", place / "bank", "twice")
+    assert "holds no task 'twice'" in refusal("bank", "remove", place / "bank", "twice")
+
+
+def test_mistakes_are_one_message(place: Path, tmp_path: Path) -> None:
+    bank, rows = place / "bank", place / "rows.csv"
+    assert "a bank has one backbone" in refusal("bank", "add", bank, "stranger", place / "stranger")
+    assert "no task folder" in refusal("bank", "add", bank, "new", place / "bert")
+    for command in (["list"], ["remove", "x"], ["run", "--task", "x", "--data", rows, "--output", "x.csv"]):
+        assert "there is no bank" in refusal("bank", command[0], tmp_path / "none", *command[1:])
+    output = ["--output", tmp_path / "out.csv"]
+    for given, message in (
+        ([], "one of --task NAME and --task-column COLUMN"),
+        (["--task", "judged", "--task-column", "label"], "one of --task NAME and --task-column COLUMN"),
+        (["--task", "nobody"], "holds no task 'nobody': it holds judged, length, reviews"),
+        (["--task-column", "nowhere"], "there is no column 'nowhere': the rows have text"),
+        (["--task-column", "label"], "holds no task"),
+        (["--task", "judged", "--batch-size", "0"], "batch_size=0"),
+    ):
+        assert message in refusal("bank", "run", bank, "--data", rows, *output, *given)
+    assert not (tmp_path / "out.csv").exists()
+    with FileLock(bank / LOCK):
+        assert "another process is writing" in refusal("bank", "add", bank, "new", place / "reviews")
