@@ -26,6 +26,7 @@ from sidestep.plan import (
     plan,
     plan_for,
 )
+from sidestep.step import measure_step
 from tiny import FAMILIES, TinyFamily
 
 HEAD = ss.Classify(num_labels=3)
@@ -88,6 +89,38 @@ def test_kept_bytes_are_those_that_saved_bytes_counts(name: str) -> None:
         model(**batch())
     planned = plan_for(model, batch())
     assert planned.saved_bytes == sum(planned.saved_by_module.values()) == kept.total
+
+
+TWO_STAGES = [
+    ss.DiffPruningConfig(),
+    ss.DiffPruningConfig(structured=False),
+    ss.SparseConfig(select="magnitude"),
+]
+
+
+@pytest.mark.parametrize("method", TWO_STAGES, ids=["structured", "unstructured", "magnitude"])
+def test_the_stage_in_which_all_weights_are_free_is_planned(method: MethodConfig) -> None:
+    config = t.BertConfig(**{**BERT.to_dict(), "vocab_size": 9000, "hidden_size": 128})  # several chunks of the largest
+    torch.manual_seed(0)
+    model = ss.attach(t.BertModel(config), method, head=HEAD).train()
+    inputs = batch(rows=2)
+    planned = plan_for(model, inputs)
+    cost = measure_step(model, inputs)
+    assert planned.peak_bytes == pytest.approx(cost.peak_bytes, rel=0.02)
+    assert planned.optimizer_bytes == pytest.approx(cost.optimizer_bytes, rel=0.001)
+    assert planned == plan(config, method, head=HEAD, batch=2, length=32)
+    words = 3 if isinstance(method, ss.SparseConfig) else 7
+    assert planned.optimizer_bytes >= words * 4 * model.sparse.total
+    assert "first stage" in planned.notes[0]
+
+
+@pytest.mark.parametrize("method", [ss.SparseConfig(), ss.SparseConfig(select="grow")], ids=["fisher", "grow"])
+def test_a_sparse_diff_is_planned_before_its_positions_are_chosen(method: MethodConfig) -> None:
+    model = attached(method)
+    planned = plan_for(model, batch())
+    assert planned == plan(BERT, method, head=HEAD, batch=4, length=32)
+    model.place_anywhere()
+    assert planned.peak_bytes == pytest.approx(measured(model, batch()), rel=0.02)
 
 
 def test_grouped_keys_are_copied_where_there_is_padding() -> None:

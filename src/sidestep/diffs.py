@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from sidestep.wording import some
@@ -177,7 +178,7 @@ class SparseDiff(nn.Module):
 
     def place_at_random(self, seed: int) -> None:
         """A uniformly random choice of positions, with zeros as values."""
-        if self.positions.is_meta:  # a plan's: the tensors are there without values, and so are the positions
+        if self.positions.is_meta or isinstance(self.positions, FakeTensor):  # a plan's have no values
             share, low = len(self.positions) / self.total, 0
             for name, start in self.starts.items():
                 high = round((start + self._tensors[name].numel()) * share)

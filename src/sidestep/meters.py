@@ -26,7 +26,7 @@ from sidestep.step import (
     Batch,
     StepCount,
     accepted,
-    idle_adamw,
+    idle_optimizer,
     inference_peak,
     measure_step,
     nbytes,
@@ -34,6 +34,7 @@ from sidestep.step import (
     same_random_numbers,
     train_step,
 )
+from sidestep.store import packed
 
 __all__ = [
     "Cost",
@@ -203,16 +204,18 @@ def measure_memory(
     backbone_parameters = sum(parameter.numel() for parameter in backbone.parameters())
     with same_random_numbers(backbone), attached(backbone, contender) as model:
         step = measure_step(model, batch, bf16=bf16)
+        planned_bytes = None if planned is None else planned(model, batch)
+        model.place_anywhere()
         return Cost(
             **{field.name: getattr(step, field.name) for field in fields(StepCount)},
             parameters=sum(parameter.numel() for _, parameter in model.trained_parameters()),
             backbone_parameters=backbone_parameters,
-            task_bytes=file_bytes(model.state_dict()),
+            task_bytes=file_bytes(packed(model, model.state_dict())),
             model_bytes=nbytes([*model.parameters(), *model.buffers()]),
             peak_bytes=step.peak_bytes,
             resident_bytes=step.resident_bytes,
             inference_peak_bytes=inference_peak(model, batch, bf16=bf16),
-            planned_peak_bytes=None if planned is None else planned(model, batch),
+            planned_peak_bytes=planned_bytes,
         )
 
 
@@ -295,8 +298,9 @@ def _check(contenders: Contenders, repeats: int, warmup: int) -> None:
 
 def _step_seconds(model: SideModel, batch: Batch, bf16: bool) -> float:
     model.train()
-    inputs, optimizer = accepted(model, batch), idle_adamw(model)
-    return _seconds(lambda: train_step(model, inputs, optimizer, bf16), model.device)
+    inputs = accepted(model, batch)
+    with idle_optimizer(model) as optimizer:
+        return _seconds(lambda: train_step(model, inputs, optimizer, bf16), model.device)
 
 
 def _inference_seconds(model: SideModel, batch: Batch, bf16: bool) -> float:
@@ -312,10 +316,11 @@ def _step_joules(
         return None
     with attached(backbone, contender) as model:
         model.train()
-        inputs, optimizer = accepted(model, batch), idle_adamw(model)
-        return energy_per_step(
-            lambda: train_step(model, inputs, optimizer, bf16), counter, lambda: _synchronize(model.device)
-        )
+        inputs = accepted(model, batch)
+        with idle_optimizer(model) as optimizer:
+            return energy_per_step(
+                lambda: train_step(model, inputs, optimizer, bf16), counter, lambda: _synchronize(model.device)
+            )
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -340,6 +345,8 @@ def attached(backbone: nn.Module, contender: Settings) -> Iterator[SideModel]:
     """The contender on the backbone, which is as before afterwards."""
     model = attach(backbone, **{field.name: getattr(contender, field.name) for field in fields(Settings)})
     try:
+        if not model.relaxes:
+            model.place_anywhere()
         yield model
     finally:
         detach(model)

@@ -29,7 +29,7 @@ from sidestep.families import Pool, family_of
 from sidestep.fold import Fold, Hook
 from sidestep.heads import Head, HeadConfig
 from sidestep.methods import MethodConfig, ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta, method_of
-from sidestep.methods.base import Method
+from sidestep.methods.base import Method, SparseDelta
 from sidestep.methods.controls import Probe
 from sidestep.metrics import Written
 from sidestep.sites import Site
@@ -529,6 +529,33 @@ class SideModel(nn.Module):
 
     @property
     def delta(self) -> WeightDelta | None:
+    @property
+    def relaxes(self) -> bool:
+        """Whether training begins with a stage in which all weights are free, after which a diff gets its positions."""
+        placed = self.sparse is None or self.sparse.is_placed
+        return isinstance(self._delta, SparseDelta) and self._delta.relaxes and not placed
+
+    def place_anywhere(self) -> None:
+        """Give a sparse diff that has no positions random ones: memory and time do not depend on where they are."""
+        if self.sparse is not None and not self.sparse.is_placed:
+            self.sparse.place_at_random(0)
+
+    def relax(
+        self, *, rate: float, weight_decay: float = 0.0, max_norm: float = 1.0, seed: int = 0
+    ) -> torch.optim.Optimizer:
+        """The optimizer of that stage (see `SparseDelta.relax`); its `restore` gives pretrained values back.
+
+        Args:
+            rate: learning rate; at 0 nothing moves.
+            weight_decay: of the weights and of the head.
+            max_norm: where gradients are cut; 0 leaves them.
+            seed: of what is random in it.
+        """
+        assert isinstance(self._delta, SparseDelta)
+        assert self.sparse is not None
+        dense = [p for _, p in self.trained_parameters() if p is not self.sparse.values]
+        return self._delta.relax(self.sparse, dense, rate=rate, weight_decay=weight_decay, max_norm=max_norm, seed=seed)
+
         """The method, if it changes weights."""
         return self._delta
 

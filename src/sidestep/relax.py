@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from sidestep import checkpoints
+from sidestep.callbacks import EpochClock
 from sidestep.methods.base import SparseDelta
 from sidestep.model import SideModel
 from sidestep.pair import Attached
@@ -32,8 +33,8 @@ FOLDER = "relax"
 PROJECTED = "projected.safetensors"
 STAGE = "stage"  # the key of what came of it, in the file's metadata
 
-MakeTrainer = Callable[[TrainSettings, Path | None, Callable[[], Optimizer]], Trainer]
-"""The Trainer for settings, from a checkpoint on, with the optimizer that the function makes."""
+MakeTrainer = Callable[[TrainSettings, Path | None, EpochClock, Callable[[], Optimizer]], Trainer]
+"""The Trainer for settings, from a checkpoint on, with a clock and the optimizer that the function makes."""
 
 
 def relaxes(model: Attached) -> TypeGuard[SideModel]:
@@ -42,8 +43,7 @@ def relaxes(model: Attached) -> TypeGuard[SideModel]:
     Raises:
         ValueError: if it would have, but the model has two towers.
     """
-    delta = model.parts[0].delta
-    if not (isinstance(delta, SparseDelta) and delta.relaxes):
+    if not model.parts[0].relaxes:
         return False
     if not isinstance(model, SideModel):
         raise ValueError(f"{model.record.name} trains one backbone, and this is a pair: choose sparse for the two")
@@ -58,17 +58,24 @@ class FirstStage:
         found: see `SparseDelta.project`.
         log: the Trainer's.
         seconds: of the session that ended it.
+        epoch_seconds: of its optimizer steps alone, for each epoch.
         cost: of its step, where that was measured.
     """
 
     found: dict[str, Any]
     log: list[dict[str, Any]]
     seconds: float
+    epoch_seconds: list[float]
     cost: StepCost | None
 
     def told(self, history: list[dict[str, float]]) -> dict[str, Any]:
         """What the results say of it; `history` is read from the log."""
-        return {**self.found, "seconds": round(self.seconds, 3), "history": history}
+        return {
+            **self.found,
+            "seconds": round(self.seconds, 3),
+            "epoch_seconds": self.epoch_seconds,
+            "history": history,
+        }
 
 
 def projected(
@@ -122,27 +129,20 @@ def _relaxed(
     assert diff is not None
     made: list[Any] = []
 
-    def make(rate: float | None = None) -> Any:
+    def make() -> Any:
+        rate = how.rate(model.record.name)
         made.append(
-            method.relax(
-                diff,
-                [p for _, p in model.trained_parameters() if p is not diff.values],
-                rate=how.rate(model.record.name) if rate is None else rate,
-                weight_decay=settings.weight_decay,
-                max_norm=settings.max_grad_norm,
-                seed=settings.seed,
+            model.relax(
+                rate=rate, weight_decay=settings.weight_decay, max_norm=settings.max_grad_norm, seed=settings.seed
             )
         )
         return made[-1]
 
-    begin = time.perf_counter()
+    begin, clock = time.perf_counter(), EpochClock()
     try:
-        cost = None
-        if batch is not None:
-            cost = measure_step(model, batch, bf16=settings.bf16, optimizer=make(0.0))
-            made.pop().restore()
+        cost = None if batch is None else measure_step(model, batch, bf16=settings.bf16)
         start = checkpoints.begin(how, identity)
-        trainer = make_trainer(how, start, make)
+        trainer = make_trainer(how, start, clock, make)
         if start is not None and checkpoints.is_finished(start):
             model.load_state_dict(load_file(start / checkpoints.WEIGHTS))
             make().load_state_dict(torch.load(start / "optimizer.pt", map_location=model.device, weights_only=True))
@@ -154,7 +154,10 @@ def _relaxed(
         for optimizer in made:
             optimizer.restore()
         raise
-    return FirstStage(found=found, log=trainer.state.log_history, seconds=time.perf_counter() - begin, cost=cost)
+    seconds = time.perf_counter() - begin
+    return FirstStage(
+        found=found, log=trainer.state.log_history, seconds=seconds, epoch_seconds=clock.seconds, cost=cost
+    )
 
 
 def own(model: SideModel, settings: TrainSettings) -> TrainSettings:

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidestep.memory import Peak, by_kind_of_module, peak_memory, saved_bytes
+from sidestep.model import SideModel
 from sidestep.pair import Attached
 
 MODULES = 40  # rows of `StepCount.kept_by_module`
@@ -63,23 +65,20 @@ class StepCost(StepCount):
     resident_bytes: int | None
 
 
-def measure_step(
-    model: Attached, batch: Batch, *, bf16: bool = False, optimizer: torch.optim.Optimizer | None = None
-) -> StepCost:
+def measure_step(model: Attached, batch: Batch, *, bf16: bool = False) -> StepCost:
     """Memory of a training step on a batch with labels; mode, weights and random generators stay as they are.
 
     Args:
         model: real, or made inside a `FakeTensorMode` that is active: then there are counts and no peaks.
         batch: with labels; real or fake as the model.
         bf16: run forward under autocast to bfloat16.
-        optimizer: with its state in place and rates of 0; None: the Trainer's AdamW.
     """
     inputs = accepted(model, batch)
-    with _undone(model):
+    with _undone(model), idle_optimizer(model) as optimizer:
         model.train()
-        count = _count(model, inputs, bf16, optimizer or idle_adamw(model))
+        count = _count(model, inputs, bf16, optimizer)
     # Not in one pass: what the counters hang on the graph makes recomputed blocks live longer.
-    peak = step_peak(model, batch, bf16=bf16, optimizer=optimizer)
+    peak = step_peak(model, batch, bf16=bf16)
     ids = batch.get("input_ids")
     return StepCost(
         **vars(count),
@@ -90,9 +89,7 @@ def measure_step(
     )
 
 
-def step_peak(
-    model: Attached, batch: Batch, *, bf16: bool = False, optimizer: torch.optim.Optimizer | None = None
-) -> Peak | None:
+def step_peak(model: Attached, batch: Batch, *, bf16: bool = False) -> Peak | None:
     """How far memory rises in a training step over weights and optimizer state; None where it cannot be measured.
 
     Mode, weights and random generators stay as they are.
@@ -100,10 +97,9 @@ def step_peak(
     if not _is_real(model):
         return None
     inputs = accepted(model, batch)
-    with _undone(model):
+    with _undone(model), idle_optimizer(model) as optimizer:
         model.train()
-        used = optimizer or idle_adamw(model)
-        return peak_memory(lambda: train_step(model, inputs, used, bf16), model.device)
+        return peak_memory(lambda: train_step(model, inputs, optimizer, bf16), model.device)
 
 
 def inference_peak(model: Attached, batch: Batch, *, bf16: bool = False) -> int | None:
@@ -130,15 +126,36 @@ def predict(model: Attached, batch: Batch, bf16: bool) -> None:
         model(**inputs)
 
 
-def idle_adamw(model: Attached) -> torch.optim.Optimizer:
-    """The Trainer's AdamW with its state in place, at a learning rate of 0."""
-    parameters = [parameter for _, parameter in model.trained_parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
+@contextmanager
+def idle_optimizer(model: Attached) -> Iterator[torch.optim.Optimizer]:
+    """The optimizer of a training step with its state in place, at a learning rate of 0.
+
+    The Trainer's AdamW, or that of a first stage in which all weights are free, which takes more memory than the next.
+    """
+    first = model if isinstance(model, SideModel) and model.relaxes else None
+    optimizer: Any
+    if first is not None:
+        optimizer = first.relax(rate=0.0)
+    else:
+        parameters = [parameter for _, parameter in model.trained_parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+    try:
+        fill_state(optimizer)
+        yield optimizer
+    finally:
+        if first is not None:
+            optimizer.restore()
+            first.sparse.hook()  # type: ignore[union-attr]
+
+
+def fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Take a step without gradients where the optimizer makes its state in the first one."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
+    if parameters:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def accepted(model: Attached, batch: Batch) -> dict[str, Tensor]:

@@ -87,8 +87,13 @@ def train(
         with _failures(relax.own(model, settings)):
             batch = largest_batch(data, settings.batch_size) if settings.measure else None
 
-            def trainer_of(own: TrainSettings, at: Path | None, optimizer: Callable[[], Optimizer]) -> Trainer:
-                return _trainer(model, data, own, metric, at, EpochClock(), optimizer)
+            if batch is not None and start is None:
+                check_fits(model, batch, precision="bf16 autocast" if settings.bf16 else "float32")
+
+            def trainer_of(
+                own: TrainSettings, at: Path | None, clock: EpochClock, optimizer: Callable[[], Optimizer]
+            ) -> Trainer:
+                return _trainer(model, data, own, metric, at, clock, optimizer)
 
             first = relax.projected(model, settings, identity, start, trainer_of, batch)
         last = relax.last_stage(model, settings)

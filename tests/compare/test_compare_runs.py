@@ -127,6 +127,42 @@ def test_a_comparison_that_has_ended_runs_nothing_and_leaves_no_litter(place: Pa
     assert not list(place.glob(".*"))
 
 
+def test_sparse_diffs_are_compared_with_or_without_a_stage_before_them(place: Path, tmp_path: Path) -> None:
+    sparse = {"density": 0.05, "full_epochs": 1, "samples": 4}
+    contenders = [
+        {"method": "diff_pruning", "set": {"density": 0.05, "lambda_l0": 1e-5, "finetune_epochs": 1}, "rates": [1e-3]},
+        {"method": "sparse", "set": sparse, "rates": [1e-2]},
+        {"method": "sparse", "name": "magnitude", "set": {**sparse, "select": "magnitude"}, "rates": [1e-2]},
+        {"method": "full", "rates": [1e-3]},
+    ]
+    costs = {"batch": 2, "length": 8, "repeats": 1, "warmup": 0}
+    asked = comparison(place, contender=contenders, seeds=[0], costs=costs)
+    output = tmp_path / "results.jsonl"
+    found = run(asked, output, tell=silent)
+    assert [one.reason for one in found.records] == [None] * 8
+    scores, taken = (
+        {one.settings["contender"]: one.measured for one in found.records if one.kind == kind}
+        for kind in ("score", "cost")
+    )
+    kept = scores["sparse"]["nonzeros"]
+    for name in ("diff_pruning", "sparse", "magnitude"):
+        assert (scores[name]["nonzeros"], scores[name]["parameters"] - kept) == (kept, taken[name]["parameters"] - kept)
+        # positions and values, whatever else a file says
+        assert 5 * kept < taken[name]["task_bytes"] < scores[name]["task_bytes"] < taken["full"]["task_bytes"]
+        assert taken[name]["planned_peak_bytes"] == pytest.approx(taken[name]["peak_bytes"], rel=0.05)
+        assert taken[name]["step_seconds"]["median"] > 0
+    assert "nonzeros" not in scores["full"]
+    words = {
+        name: round(cost["optimizer_bytes"] / taken["full"]["optimizer_bytes"] * 2) for name, cost in taken.items()
+    }
+    assert words == {"diff_pruning": 7, "sparse": 0, "magnitude": 3, "full": 2}
+    first = scores["diff_pruning"]["first_stage"]
+    assert 0 < first["open"] < 1
+    assert scores["diff_pruning"]["train_seconds"] > sum(first["epoch_seconds"]) > 0
+    assert "first_stage" not in scores["sparse"]
+    assert run(asked, output, tell=silent).ran == 0
+
+
 def test_further_seeds_and_contenders_are_added_to_what_is_there(place: Path, finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "more.jsonl"
     output.write_bytes(finished.read_bytes())

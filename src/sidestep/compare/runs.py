@@ -19,6 +19,7 @@ from sidestep.compare.ledger import Ledger, Tell
 from sidestep.compare.records import Kind, Record
 from sidestep.compare.spec import Comparison, Contender, Task
 from sidestep.metrics import GREATER_IS_BETTER
+from sidestep.model import SideModel
 from sidestep.pair import detach
 from sidestep.prepare import TaskData
 from sidestep.results import Results
@@ -163,7 +164,7 @@ class _Session:
     def _train(self, one: Contender, data: TaskData, rate: float, seed: int) -> dict[str, Any]:
         model = self.bench.attach(one, head_for(data, self.bench.pool(one)), seed)
         try:
-            return _measured(train(model, data, self._how(rate, seed)))
+            return _measured(train(model, data, self._how(rate, seed)), model)
         finally:
             detach(model)
 
@@ -240,9 +241,9 @@ def _best(trials: Mapping[float, Record]) -> float | None:
     return max(came_through, key=lambda rate: value(came_through[rate]), default=None)
 
 
-def _measured(results: Results) -> dict[str, Any]:
-    """What is kept of a training run."""
-    metric = results.metric
+def _measured(results: Results, model: SideModel) -> dict[str, Any]:
+    """What is kept of a training run; of a sparse diff also its nonzeros, and of a first stage what came of it."""
+    metric, first = results.metric, results.first_stage
     history = [
         {
             "epoch": entry["epoch"],
@@ -253,6 +254,9 @@ def _measured(results: Results) -> dict[str, Any]:
         for entry in results.history
     ]
     pick = max if GREATER_IS_BETTER[metric] else min
+    further: dict[str, Any] = {} if model.sparse is None else {"nonzeros": len(model.sparse.values)}
+    if first is not None:
+        further["first_stage"] = {name: value for name, value in first.items() if name != "history"}
     return {
         "metric": metric,
         "score": results.scores[metric],
@@ -261,8 +265,9 @@ def _measured(results: Results) -> dict[str, Any]:
         "history": history,
         "parameters": results.trainable_parameters,
         "task_bytes": results.task_bytes,
-        "train_seconds": round(sum(results.epoch_seconds), 4),
+        "train_seconds": round(sum(results.epoch_seconds) + sum(first["epoch_seconds"] if first else ()), 4),
         "epoch_seconds": statistics.median(results.epoch_seconds),
+        **further,
     }
 
 

@@ -76,7 +76,7 @@ class Sparse(SparseDelta):
     def diff(self, tensors: Mapping[str, nn.Parameter]) -> SparseDiff | None:
         """The diff, with its positions where no data are needed to choose them."""
         diff = super().diff(tensors)
-        if diff is not None and (self.config.select in ("random", "grow") or diff.positions.is_meta):
+        if diff is not None and self.config.select in ("random", "grow"):
             diff.place_at_random(self.config.seed)
         return diff
 
@@ -152,6 +152,8 @@ class Sparse(SparseDelta):
 class FreeWeights(torch.optim.AdamW):
     """AdamW on whole weights, which can put them back; its checkpoints hold them, because a sparse task's do not."""
 
+    state: Any  # under "before" also the weights' first values
+
     def __init__(
         self,
         weights: Mapping[str, nn.Parameter],
@@ -163,6 +165,7 @@ class FreeWeights(torch.optim.AdamW):
         super().__init__([*weights.values(), *head], lr=rate, weight_decay=weight_decay)
         self._weights, self._head, self._max_norm = dict(weights), head, max_norm
         self._before = {p: p.detach().clone() for p in (*self._weights.values(), *head)}
+        self.state["before"] = self._before  # counts so as what the optimizer keeps
 
     def step(self, closure: Any = None) -> Any:
         """A step, after the gradients' common norm was cut."""
@@ -184,8 +187,10 @@ class FreeWeights(torch.optim.AdamW):
                 yield name, number * CHUNK, after.float() - before.float()
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's, and the weights."""
-        return {**super().state_dict(), "weights": {name: weight.detach() for name, weight in self._weights.items()}}
+        """AdamW's, and the weights instead of what they were at first."""
+        saved = super().state_dict()
+        saved["state"] = {index: kept for index, kept in saved["state"].items() if index != "before"}
+        return {**saved, "weights": {name: weight.detach() for name, weight in self._weights.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -193,6 +198,7 @@ class FreeWeights(torch.optim.AdamW):
         for name, value in state_dict["weights"].items():
             self._weights[name].copy_(value)
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "weights"})
+        self.state["before"] = self._before
 
 
 class Candidates:

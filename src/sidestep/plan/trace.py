@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 
 from sidestep.memory import by_kind_of_module, saved_bytes
+from sidestep.model import SideModel
 from sidestep.pair import Attached
 from sidestep.plan.cuda import ALLOCATION, CudaKernels
 from sidestep.plan.fakes import bytes_of, fake_batch, fake_copy
@@ -139,7 +140,8 @@ def plan_for(
             step.backward(loss)
         del loss
         # its state is made beside the ledger, because a step finds it in place
-        step.optimizer.step()
+        if any(parameter not in step.optimizer.state for parameter in step.parameters):
+            step.optimizer.step()
         with step.ledger:
             step.update()
         top = step.ledger.highest()
@@ -151,7 +153,7 @@ def plan_for(
             peak_phase=top.phase,
             peak_op=top.op,
             attention=tuple(sorted({name for op, name in ATTENTION.items() if op in step.ledger.ops})),
-            notes=(GPU_NOTE,) if device == "cuda" else (),
+            notes=(*((GPU_NOTE,) if device == "cuda" else ()), *((STAGE_NOTE,) if step.is_first_stage else ())),
             **facts(step, saved.by_module()),
         )
 
@@ -162,10 +164,17 @@ GPU_NOTE = (
 )
 
 
+STAGE_NOTE = (
+    "planned is the first stage, in which all weights are free, with its own optimizer: the next takes memory for the "
+    "nonzeros alone"
+)
+
+
 class Step:
     """Training steps of a model on one batch, phase by phase.
 
     Attributes:
+        is_first_stage: whether they are those of a stage in which all weights are free, which has its own optimizer.
         ledger: told where the phases end.
     """
 
@@ -173,9 +182,17 @@ class Step:
         self, model: Attached, batch: Mapping[str, Tensor], precision: Precision, optimizer: str, device: Device
     ) -> None:
         self.model, self.batch, self.precision, self.device = model, batch, precision, device
-        self.parameters = [parameter for _, parameter in model.trained_parameters()]
-        self.name = optimizer
-        self.optimizer = OPTIMIZERS[optimizer](self.parameters, foreach=device == "cuda")
+        self.is_first_stage = isinstance(model, SideModel) and model.relaxes
+        if isinstance(model, SideModel) and model.relaxes:
+            self.optimizer = model.relax(rate=1e-4)
+            self.name = type(self.optimizer).__name__
+        else:
+            for part in model.parts:
+                part.place_anywhere()
+            parameters = [parameter for _, parameter in model.trained_parameters()]
+            self.optimizer = OPTIMIZERS[optimizer](parameters, foreach=device == "cuda")
+            self.name = optimizer
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.ledger = Ledger(ALLOCATION if device == "cuda" else 1)
 
     def run(self) -> None:
@@ -218,7 +235,7 @@ def facts(step: Step, saved: Mapping[str, int]) -> dict[str, Any]:
         "config": settings.method.to_dict(),
         "checkpoint": settings.checkpoint is not None,
         "head": model.head_config,
-        "parameters": sum(parameter.numel() for parameter in step.parameters),
+        "parameters": sum(parameter.numel() for _, parameter in model.trained_parameters()),
         "batch": len(batch["labels"]),
         "length": None if ids is None else ids.shape[1],
         "image_size": None if images is None else images.shape[-1],
