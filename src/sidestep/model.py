@@ -522,13 +522,6 @@ class SideModel(nn.Module):
         """The backbone's weights are the pretrained ones meanwhile, where a sparse diff is written into them."""
         return nullcontext() if self.sparse is None else self.sparse.lifted()
 
-    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that are trained (not the weights that a sparse diff is written into)."""
-        trained = ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-        return ((name, p) for name, p in trained if self.sparse is None or not self.sparse.covers(p))
-
-    @property
-    def delta(self) -> WeightDelta | None:
     @property
     def relaxes(self) -> bool:
         """Whether training begins with a stage in which all weights are free, after which a diff gets its positions."""
@@ -556,6 +549,13 @@ class SideModel(nn.Module):
         dense = [p for _, p in self.trained_parameters() if p is not self.sparse.values]
         return self._delta.relax(self.sparse, dense, rate=rate, weight_decay=weight_decay, max_norm=max_norm, seed=seed)
 
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that are trained (not the weights that a sparse diff is written into)."""
+        trained = ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+        return ((name, p) for name, p in trained if self.sparse is None or not self.sparse.covers(p))
+
+    @property
+    def delta(self) -> WeightDelta | None:
         """The method, if it changes weights."""
         return self._delta
 
