@@ -74,7 +74,7 @@ def replay(model: ss.SideModel, taps: Tensor, keep: Tensor) -> Tensor:
     """The head's outputs (batch, outputs) from recorded taps, as the live model computes them."""
     side, state, hidden = model.side, None, taps[:, 0]
     for place in model.places:
-        site = place.site.during(keep=keep, memory_keep=None, grid=None, past=0, cache=None)
+        site = place.site.during(keep=keep, key_keep=keep, memory_keep=None, grid=None, past=0, cache=None)
         if site.kind == "stage":
             state = side.start(site, None)
             state, _ = side.step(state, hidden, site)

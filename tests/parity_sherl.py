@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +13,7 @@ import sidestep as ss
 from parity_backbones import bert, depth, t5
 from parity_files import Names, Oracle, Reproduction, load, rename
 from sidestep.heads import GPO, unit
-from sidestep.methods.sherl import Aggregation, ConvAggregation, Maps, Merge, ReluLinear
+from sidestep.methods.sherl import Aggregation, ConvAggregation, Maps, PooledAggregation
 
 MDETR_NORM_EPS = 1e-5
 
@@ -152,47 +152,17 @@ def sherl_vse_cnn(oracle: Oracle) -> Reproduction:
 
 
 def sherl_pooled(oracle: Oracle) -> Reproduction:
-    """CLIP4Clip's aggregation, from the method's projection and merge: no late route, tokens pooled level by level."""
-    features = _features(oracle)
-    block = PooledAggregation(oracle, len(features))
+    """The aggregation of CLIP4Clip on given features: a vector, corrected by the levels' pooled tokens."""
+    features, vector = _features(oracle), oracle["in.last"][:, 0]
+    gated = "w.guide_block.gate_parameters" in oracle.tensors
+    config = ss.SherlConfig(hidden=oracle["w.fc_out.weight"].shape[1], pool_tokens=True, level_gates=gated)
+    block = PooledAggregation(features[0].shape[-1], len(features), vector.shape[-1], config.filled([]))
     official = _fit(block, oracle, POOLED_NAMES)
-    mask, position = (oracle.tensors.get(f"in.{name}") for name in ("mask", "position"))
-    return _of_block(oracle, block, official, block(features, oracle["in.last"], mask, position))
-
-
-class PooledAggregation(nn.Module):
-    """Section 1.4 of the method's page around `ReluLinear` and `Merge`."""
-
-    def __init__(self, oracle: Oracle, levels: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        width, wide = oracle["in.last"].shape[-1], oracle["in.x0"].shape[-1]
-        hidden = oracle["w.fc_out.weight"].shape[1]
-        self.eps = eps
-        self.levels = nn.ModuleList(ReluLinear(wide, hidden) for _ in range(levels))
-        self.guide = ReluLinear(width, hidden)
-        self.spatial = nn.ModuleList(nn.Linear(hidden, 1) for _ in range(levels))
-        self.merge = Merge(hidden, eps)
-        self.out = nn.Linear(hidden, width)
-        gated = "w.guide_block.gate_parameters" in oracle.tensors
-        self.level_gates = nn.Parameter(torch.ones(levels)) if gated else None
-
-    def forward(self, features: Iterable[Tensor], last: Tensor, mask: Tensor | None, position: Tensor | None) -> Tensor:
-        """(batch, width) from features (batch, tokens, wide) and `last` (batch, 1, width)."""
-        guide = self.guide(last)
-        pooled = [
-            self._pool(number, level(feature), guide, mask, position)
-            for number, (level, feature) in enumerate(zip(self.levels, features, strict=True))
-        ]
-        return self.out(self.merge(guide[:, 0], *pooled).relu()) + last[:, 0]
-
-    def _pool(self, number: int, code: Tensor, guide: Tensor, mask: Tensor | None, position: Tensor | None) -> Tensor:
-        """(batch, hidden): a level's tokens by their scores, and its class or end-of-text token."""
-        scores = self.spatial[number](guide * code).squeeze(-1)
-        scores = (scores if mask is None else scores * mask).relu()
-        weights = scores / (scores.sum(1, keepdim=True) + self.eps)
-        chosen = code[:, 0] if position is None else code[torch.arange(len(code)), position]
-        gate = 1.0 if self.level_gates is None else torch.sigmoid(self.level_gates[number] / 0.1)
-        return torch.einsum("bn,bnh->bh", weights, code) + gate * chosen
+    codes = [level(feature) for level, feature in zip(block.levels, features, strict=True)]
+    mask = oracle.tensors.get("in.mask")
+    position = oracle.tensors.get("in.position", torch.zeros(len(vector), dtype=torch.long))
+    output = block(vector, codes, position, None if mask is None else mask.bool())
+    return _of_block(oracle, block, official, output)
 
 
 class TextHead(nn.Module):

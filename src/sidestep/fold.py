@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from sidestep.caches import SideCache
 from sidestep.families import Family, Pool
-from sidestep.layers import masked_mean
+from sidestep.layers import last_kept, masked_mean
 from sidestep.methods.base import SideNet
 from sidestep.sites import Place, Site
 
@@ -36,11 +37,17 @@ class Reading:
         hidden: (batch, tokens, width) output of the stack that the head reads; one token if the fold is narrowed.
         site: the end of that stack, with the pass's padding and grid.
         pooled: (batch, width) read-out of the method's own, or None.
+        correct: the method's correction of the vector that the head makes of all this, or None.
     """
 
     hidden: Tensor
     site: Site
     pooled: Tensor | None
+    correct: Callable[[Tensor], Tensor] | None = None
+
+    def corrected(self, vector: Tensor) -> Tensor:
+        """The head's vector (batch, features) as the method would have it."""
+        return vector if self.correct is None else self.correct(vector)
 
 
 @dataclass
@@ -322,7 +329,8 @@ class Fold:
         output = self.method.finish(current.state, raw, normed, site)
         current.written |= output is not normed
         if site.head:
-            current.reading = Reading(output, site, self.method.pooled(current.state, site))
+            correct = partial(self.method.correct, current.state, site) if self.method.corrects else None
+            current.reading = Reading(output, site, self.method.pooled(current.state, site), correct)
         else:
             current.carried = self.method.carry(current.state)
         return output
@@ -506,11 +514,6 @@ class AtNorm(Hook):
 
 
 # --- small parts ------------------------------------------------------------------------------------------------------
-
-
-def last_kept(keep: Tensor) -> Tensor:
-    """(batch,) position of each row's last kept token, from (batch, tokens) bool."""
-    return keep.shape[1] - 1 - keep.flip(1).int().argmax(1)
 
 
 def take_rows(hidden: Tensor, index: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from sidestep.families import Pool
-from sidestep.fold import Reading, last_kept, mean_tokens, take_rows
+from sidestep.fold import Reading, mean_tokens, take_rows
+from sidestep.layers import last_kept
 from sidestep.metrics import Kind
 
 Loss = Literal["contrastive", "triplet"]
@@ -49,6 +50,10 @@ class HeadConfig:
     @abstractmethod
     def kind(self) -> Kind:
         """What the loss and the scores are computed for."""
+
+    def features(self, width: int) -> int:
+        """Channels of the vector that a method may correct, if what is read has `width`."""
+        return width
 
     def build(self, width: int, pool: Pool) -> Head:
         """The module, for features of `width` channels and this read-out."""
@@ -171,6 +176,10 @@ class Retrieve(HeadConfig):
         """Retrieval."""
         return "retrieval"
 
+    def features(self, width: int) -> int:
+        """Those of the embedding: it is corrected before it is brought to length one."""
+        return self.outputs
+
     def build(self, width: int, pool: Pool) -> Head:
         """The map of one tower, with `dim` set."""
         return EmbeddingHead(self, width, pool)
@@ -205,8 +214,15 @@ class Head(nn.Module):
 
     def forward(self, reading: Reading) -> Tensor:
         """(batch, outputs) from what the fold read."""
-        features = reading.pooled if reading.pooled is not None else self.read(reading)
+        return self.map(reading.corrected(self.features(reading)))
+
+    def map(self, features: Tensor) -> Tensor:
+        """The linear map, in its own precision."""
         return self.linear(features.to(self.linear.weight.dtype))
+
+    def features(self, reading: Reading) -> Tensor:
+        """(batch, width): what is read, or the method's own read-out."""
+        return reading.pooled if reading.pooled is not None else self.read(reading)
 
     def read(self, reading: Reading) -> Tensor:
         """(batch, width): the pooled hidden state."""
@@ -243,11 +259,15 @@ class EmbeddingHead(Head):
 
     def forward(self, reading: Reading) -> Tensor:
         """(batch, dim), in float32 at least."""
+        return unit(reading.corrected(self.project(reading)))
+
+    def project(self, reading: Reading) -> Tensor:
+        """(batch, dim), of any length."""
         if self.gpo is None or reading.pooled is not None:
-            return unit(super().forward(reading))
+            return self.map(self.features(reading))
         hidden, site = reading.hidden[:, reading.site.prefix :], reading.site
         keep = None if site.keep is None else site.keep[:, site.prefix :]
-        return unit(self.gpo(self.linear(hidden.to(self.linear.weight.dtype)), keep))
+        return self.gpo(self.map(hidden), keep)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -35,6 +35,21 @@ def masked_mean(tokens: Tensor, keep: Tensor | None) -> Tensor:
     return total / weights.sum(1, keepdim=True).clamp(min=1)
 
 
+def last_kept(keep: Tensor) -> Tensor:
+    """(batch,) position of each row's last kept token, from (batch, tokens) bool."""
+    return keep.shape[1] - 1 - keep.flip(1).int().argmax(1)
+
+
+def own_token(tokens: Tensor, keep: Tensor | None, *, causal: bool) -> Tensor:
+    """(batch,) position of the token that stands for a row of (batch, tokens, width).
+
+    Where a token sees only earlier ones it is the last kept one (CLIP's end of text), else the first (a class token).
+    """
+    if causal and keep is not None:
+        return last_kept(keep)
+    return torch.full((len(tokens),), tokens.shape[1] - 1 if causal else 0, device=tokens.device)
+
+
 def regrid(
     tokens: Tensor,
     old: tuple[int, int],

@@ -32,7 +32,7 @@ from sidestep.methods import MethodConfig, ProbeConfig, SideNet, UnsupportedBack
 from sidestep.methods.base import Method, SparseDelta
 from sidestep.methods.controls import Probe
 from sidestep.metrics import Written
-from sidestep.sites import Site
+from sidestep.sites import Place, Site
 from sidestep.wording import some
 
 Checkpoint = Literal["late"]
@@ -90,7 +90,7 @@ class SideModel(nn.Module):
         self._before = Before.of(backbone)
         self._digest: Digest | None = None
 
-        places = backbones.find_places(backbone)
+        places = self._with_features(backbones.find_places(backbone), settings.head)
         sites = [place.site for place in places]
         trunk = backbones.trunk_of(backbone)
         delta = self._build_delta(backbone, trunk, settings.method)
@@ -148,12 +148,19 @@ class SideModel(nn.Module):
                 f"a {type(self.settings.head).__name__} head is none: let the backbone write the labels as words, or "
                 "choose a start without data"
             )
-        if side.pooled_width is not None and self.settings.head is None:
+        if self.settings.head is None and (side.pooled_width is not None or side.corrects):
             raise ValueError(
                 f"{self.record.name} has a read-out of its own, which the own head of {type(backbone).__name__} does "
-                "not read: pass head=ss.Classify(...) or ss.Regress(...)"
+                "not read: pass head=ss.Classify(...), ss.Regress(...) or ss.Retrieve(...)"
             )
         return side
+
+    @staticmethod
+    def _with_features(places: list[Place], head: HeadConfig | None) -> list[Place]:
+        """The places with the width of the head's vector at their sites."""
+        width = places[-1].site.width
+        features = width if head is None else head.features(width)
+        return [replace(place, site=replace(place.site, features=features)) for place in places]
 
     @property
     def pool(self) -> Pool:

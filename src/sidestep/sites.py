@@ -142,6 +142,7 @@ class Site:
         causal: whether a token sees only earlier ones.
         final_norm: whether the stack ends in a norm of its own.
         head: whether the head reads this stack's output.
+        features: channels of the vector that a Sidestep head makes of that, which a method may correct.
         spatial: whether the tokens stand in a grid (images).
         convolutional: whether the blocks are convolutions: tokens are positions, and a stage's first block may change
             their grid and width on the way, so that the stage's input has those of the stage before.
@@ -167,6 +168,7 @@ class Site:
     causal: bool = False
     final_norm: bool = False
     head: bool = True
+    features: int = 0
     spatial: bool = False
     convolutional: bool = False
     next_block: FrozenBlock | None = None
@@ -222,11 +224,16 @@ def stacks(sites: Sequence[Site]) -> list[str]:
     return list(dict.fromkeys(site.stack for site in sites))
 
 
-def not_plain(sites: Sequence[Site]) -> str | None:
-    """Why these are not the sites of one bidirectional stack of one stage, said of the backbone; None if they are."""
+def not_plain(sites: Sequence[Site], *, causal: bool = False) -> str | None:
+    """Why these are not the sites of one stack of one stage, said of the backbone; None if they are.
+
+    Args:
+        sites: all of a backbone.
+        causal: whether it may be causal.
+    """
     reasons = {
         "is an encoder-decoder": len(stacks(sites)) > 1,
-        "is causal": any(site.causal for site in sites),
+        "is causal": not causal and any(site.causal for site in sites),
         "is convolutional": any(site.convolutional for site in sites),
         "is hierarchical": any(site.stage > 0 for site in sites),
     }

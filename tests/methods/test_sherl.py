@@ -15,13 +15,13 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, T5Config, T5ForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 import sidestep as ss
 from architectures import ARCHITECTURES
 from sidestep.methods import UnsupportedBackbone, sherl
-from sidestep.methods.sherl import Aggregation, Merge
+from sidestep.methods.sherl import Aggregation, Merge, PooledAggregation
 from tiny import FAMILIES, call, logits, randomize
 
 # --- the definition, unrolled by hand ---------------------------------------------------------------------------------
@@ -180,6 +180,95 @@ def test_outputs_and_gradients_equal_a_plain_reference(case: str) -> None:
         names, found, torch.autograd.grad((expected * cotangent).sum(), parameters), strict=True
     ):
         torch.testing.assert_close(mine, theirs, msg=name, **close)
+
+
+# --- one vector, corrected by pooled tokens (CLIP4Clip) ---------------------------------------------------------------
+
+
+def corrected(block: PooledAggregation, levels: list[Tensor], vector: Tensor, length: int, own: int) -> Tensor:
+    """Section 1.4 of the method's page for one row: levels (tokens, width) of which `length` tokens are real."""
+    guide = vector.relu() @ block.guide.tap.weight.T + block.guide.tap.bias
+    pooled = []
+    for number, tokens in enumerate(levels):
+        z = projected(block.levels[number], tokens)
+        scorer = block.spatial[number]
+        scores = [(scorer.weight[0] @ (guide * z[n]) + scorer.bias[0]).clamp(min=0) for n in range(length)]
+        gate = 1 if block.level_gates is None else torch.sigmoid(block.level_gates[number] / 0.1)
+        pooled.append(sum(s / (sum(scores) + 1e-6) * z[n] for n, s in enumerate(scores)) + gate * z[own])
+    codes = [x[None, None] for x in (*pooled, guide)]
+    mixed = merged(codes, block.merge.score.weight, block.merge.score.bias, 1e-6)[0, 0]
+    return vector + torch.relu(mixed + guide) @ block.out.weight.T + block.out.bias
+
+
+def small_clip() -> CLIPModel:
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {"hidden_size": 16, "vocab_size": 40, "max_position_embeddings": 16, "eos_token_id": 39, **sizes}
+    image = {"hidden_size": 24, "image_size": 16, "patch_size": 8, **sizes}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=8)).eval()
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["msvd", "msrvtt"])
+def test_clips_embeddings_are_corrected_by_the_levels_of_their_tower(gated: bool) -> None:
+    torch.manual_seed(0)
+    clip = small_clip().double()
+    ids = torch.randint(3, 38, (2, 6))
+    ids[0, 5], ids[1, 3:] = 39, torch.tensor([39, 0, 0])
+    texts = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    images = {"pixel_values": torch.randn(2, 3, 16, 16).double()}
+    blocks = (clip.vision_model.encoder.layers, clip.text_model.encoder.layers)
+    levels = [hidden_states(clip, own, {**texts, **images}) for own in blocks]
+    with torch.no_grad():
+        plain = [clip.get_image_features(**images).pooler_output, clip.get_text_features(**texts).pooler_output]
+    config = ss.SherlConfig(hidden=6, pool_tokens=True, level_gates=gated)
+    model = ss.attach(clip, config, head=ss.Retrieve()).double().eval()
+    for tower in (model.image, model.text):
+        randomize(tower.side, scale=0.5)
+        with torch.no_grad():
+            for parameter in tower.side.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+    found = model(**texts, **images)
+    for embeds, tower, states, vectors, ends in (
+        (found.image_embeds, model.image, levels[0], plain[0], [(5, 0), (5, 0)]),
+        (found.text_embeds, model.text, levels[1], plain[1], [(6, 5), (4, 3)]),
+    ):
+        (block,) = tower.side.stacks.values()
+        rows = zip(vectors, ends, strict=True)
+        by_hand = [
+            corrected(block, [level[row] for level in states], vector, *end) for row, (vector, end) in enumerate(rows)
+        ]
+        torch.testing.assert_close(embeds, nn.functional.normalize(torch.stack(by_hand), dim=-1))
+
+
+def test_parameters_of_clip4clip_on_clip() -> None:
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig())  # the defaults are ViT-B/32's sizes
+    for gated, both in ((True, 9_598_006), (False, 9_597_980)):
+        config = ss.SherlConfig(hidden=512, pool_tokens=True, level_gates=gated)
+        model = ss.attach(clip, config, head=ss.Retrieve())
+        image, text = (sum(p.numel() for p in tower.side.parameters()) for tower in (model.image, model.text))
+        assert (image, text) == (5_650_971 - 13 * (not gated), 3_947_035 - 13 * (not gated))
+        assert image + text == both
+        assert [tower.late_blocks() for tower in (model.image, model.text)] == [[], []]
+        ss.detach(model)
+
+
+@pytest.mark.parametrize("settings", [{"norm_out": True}, {"merge_mlp": True}, {"projection": "conv_norm"}])
+def test_what_does_not_go_with_pooled_tokens_is_refused(settings: Any) -> None:
+    with pytest.raises(ValueError, match="pool_tokens=True, but it must be False with norm_out, merge_mlp and conv_no"):
+        ss.SherlConfig(pool_tokens=True, **settings)
+
+
+def test_pooled_tokens_take_one_stack_and_a_head() -> None:
+    with pytest.raises(ValueError, match="level_gates=True, but it must be False without pool_tokens"):
+        ss.SherlConfig(level_gates=True)
+    for family, says in (("t5", "is an encoder-decoder"), ("swin", "is hierarchical"), ("resnet", "is convolutional")):
+        with pytest.raises(UnsupportedBackbone, match=f"one stack of one stage, and this backbone {says}"):
+            ss.attach(FAMILIES[family].model(), ss.SherlConfig(pool_tokens=True))
+    with pytest.raises(ValueError, match="a read-out of its own, which the own head of BertFor"):
+        ss.attach(FAMILIES["bert"].model(), ss.SherlConfig(pool_tokens=True))
+
+
+# --- on backbones -----------------------------------------------------------------------------------------------------
 
 
 def test_recomputing_gives_the_gradients_of_keeping_under_dropout_too() -> None:

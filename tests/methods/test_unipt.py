@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
 import sidestep as ss
 from sidestep.methods import UnsupportedBackbone
@@ -144,18 +144,28 @@ def test_the_result_takes_the_last_hidden_states_place() -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
-def test_a_vector_is_the_first_tokens_output_corrected(family: str) -> None:
+def test_a_vector_is_what_the_head_reads_corrected(family: str) -> None:
     kind = FAMILIES[family]
     backbone, batch = kind.model(), kind.inputs()
     with torch.no_grad():
         plain = backbone.base_model(**batch).last_hidden_state[:, 0]
-    model = ss.attach(backbone, ss.UniPTConfig(variant="clip4clip"), head=ss.Classify(num_labels=3)).eval()
+    head = ss.Classify(num_labels=3, pool="cls")
+    model = ss.attach(backbone, ss.UniPTConfig(variant="clip4clip"), head=head).eval()
     torch.nn.init.zeros_(model.side.interaction.up.weight)
     torch.nn.init.zeros_(model.side.interaction.up.bias)
     # with nothing to add, the head reads the backbone's own first token
     torch.testing.assert_close(logits(model(**batch)), model.head.linear(plain))
     randomize(model)
     assert not torch.allclose(logits(model(**batch)), model.head.linear(plain), atol=1e-3)
+
+
+def test_it_corrects_the_embeddings_of_both_towers_of_clip() -> None:
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig())
+    model = ss.attach(clip, ss.UniPTConfig(hidden=512, variant="clip4clip"), head=ss.Retrieve())
+    for tower, width in ((model.image, 768), (model.text, 512)):
+        assert side_parameters(tower) == 13 * (width * 512 + 512) + 2 * (512 * 512 + 512) + 512
+        assert tower.late_blocks() == []
 
 
 def test_what_stands_in_the_padding_does_not_matter() -> None:

@@ -91,6 +91,7 @@ class SideNet(nn.Module, ABC):
         tokenwise: `step` at a block treats every token alone, so key-value caches and single-token heads are exact.
         pooled_width: channels of what `pooled` returns, set by a method with a read-out of its own; None: the head
             reads the last hidden state.
+        corrects: whether it changes the vector that the head makes of what it reads (`correct`).
         from_data: its start hangs on training rows: `ss.initialise` calls `initialise` with scores taken on them.
         least_rows: the fewest rows of a batch that it can be trained on (2 where it has batch norms).
     """
@@ -100,6 +101,7 @@ class SideNet(nn.Module, ABC):
     caches: ClassVar[bool] = False
     tokenwise: bool = False
     pooled_width: int | None = None
+    corrects: bool = False
     from_data: bool = False
     least_rows: int = 1
 
@@ -151,6 +153,13 @@ class SideNet(nn.Module, ABC):
     def pooled(self, state: Any, site: Site) -> Tensor | None:
         """(batch, pooled_width) for the head, when the method has a read-out of its own."""
         return None
+
+    def correct(self, state: Any, site: Site, vector: Tensor) -> Tensor:
+        """The head's vector (batch, `site.features`) as the method would have it, when it `corrects`.
+
+        It is what the head reads, or with `Retrieve` its projection.
+        """
+        return vector
 
 
 class WeightDelta(ABC):

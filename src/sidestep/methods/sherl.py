@@ -7,7 +7,7 @@ encoder-decoder the encoder's merged features are what the decoder's last block 
 Differs: a level's projection and the merge are computed again in backward, so that of each level only its input and
 its code are kept (of a convolutional network's only the pooled features); a level of zeros gets no weight (in the
 release its score is 0/0). Decoder-only models and vision Transformers are not in the paper: the former are treated as
-T5's decoder, the latter as BERT.
+T5's decoder, the latter as BERT. CLIP4Clip's form writes nothing: it corrects the vector that the head makes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidestep.layers import recompute, regrid
+from sidestep.layers import own_token, recompute, regrid
 from sidestep.methods.base import MethodConfig, SideNet, is_ascending, is_whole, register
-from sidestep.sites import Site, of_stack, stacks
+from sidestep.sites import Site, not_plain, of_stack, stacks
 from sidestep.taps import Tap
 
 Projecting = Literal["gated", "linear_norm", "relu_linear", "conv_norm"]
@@ -31,7 +31,7 @@ Projecting = Literal["gated", "linear_norm", "relu_linear", "conv_norm"]
 #: Blocks that the release reads, by depth of an encoder-decoder's stack: T5-base and T5-large.
 PUBLISHED_LAYERS = {12: (1, 2, 3, 5, 6, 7, 9, 10, 11), 24: (*range(1, 23, 2), 22, 23)}
 GATE_SCALE = 0.1
-"""What the trained gate of the last level is divided by: it learns that many times faster."""
+"""What a trained gate is divided by: it learns that many times faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class SherlConfig(MethodConfig):
     The release's: T5 and CLIP-ViL have the gated projection, eps 1e-6 and no norm behind the output map; BERT
     (retrieval) has `projection="linear_norm"`, `norm_out=True`, eps 1e-8; the ResNet beside it has
     `projection="conv_norm"`, eps 1e-8; MDETR has `projection="linear_norm"`, `norm_out=True`, `norm_out_eps=1e-5`,
-    `merge_mlp=True`, `eps=1e-6`; CLIP4Clip has `projection="relu_linear"`.
+    `merge_mlp=True`, `eps=1e-6`; CLIP4Clip has `pool_tokens=True`, `hidden=512`, and on MSR-VTT `level_gates=True`.
 
     Attributes:
         reduction: the backbone's width over the side network's.
@@ -53,7 +53,7 @@ class SherlConfig(MethodConfig):
         projection: how a level is brought to the side network's width: "gated" (W1, ReLU, then two maps of which one
             is the sigmoid gate), "linear_norm" (linear map and LayerNorm), "relu_linear" (ReLU before the map) or
             "conv_norm" (1x1 convolution and batch norm; on convolutional networks, and nothing else there). None:
-            "linear_norm" on bidirectional encoders, else "gated".
+            "linear_norm" on bidirectional encoders, with `pool_tokens` "relu_linear", else "gated".
         norm_out: whether a LayerNorm follows the output map; None: with "linear_norm".
         norm_out_eps: its epsilon.
         merge_mlp: whether what is merged goes through an MLP before the guide is added (MDETR).
@@ -61,6 +61,10 @@ class SherlConfig(MethodConfig):
         init_std: deviation of the linear maps at the start, with biases of zero. None: 0.01 with "gated" (CLIP-ViL:
             0.02), else PyTorch's own start, and with `merge_mlp` Xavier's for the weights.
         dropout: in training, of what `norm_out` gives and of what an encoder hands to its decoder.
+        pool_tokens: CLIP4Clip's form: each level's tokens are pooled by how well they fit the guide, which is made of
+            the vector that the head reads or (`Retrieve`) projects, and that vector is corrected. All blocks are read
+            by default, the last one too, and none is written into.
+        level_gates: whether a level's own token (end of text, class token) has a trained gate there.
     """
 
     reduction: int = 8
@@ -73,6 +77,8 @@ class SherlConfig(MethodConfig):
     eps: float | None = None
     init_std: float | None = None
     dropout: float = 0.1
+    pool_tokens: bool = False
+    level_gates: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,15 +91,19 @@ class SherlConfig(MethodConfig):
             value = getattr(self, name)
             self.require(name, value is None or (math.isfinite(value) and value > 0), "a number above 0")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1")
+        plain = not (self.norm_out or self.merge_mlp or self.projection == "conv_norm")
+        self.require("pool_tokens", plain or not self.pool_tokens, "False with norm_out, merge_mlp and conv_norm")
+        self.require("level_gates", self.pool_tokens or not self.level_gates, "False without pool_tokens")
 
     def filled(self, sites: Sequence[Site]) -> SherlConfig:
         """This config with what depends on the kind of backbone alone filled in."""
         natural: Projecting = "gated" if any(site.causal for site in sites) else "linear_norm"
+        natural = "relu_linear" if self.pool_tokens else natural
         projection = self.projection or ("conv_norm" if any(site.convolutional for site in sites) else natural)
         return replace(
             self,
             projection=projection,
-            norm_out=projection == "linear_norm" if self.norm_out is None else self.norm_out,
+            norm_out=projection == "linear_norm" and not self.pool_tokens if self.norm_out is None else self.norm_out,
             eps=self.eps or (1e-8 if projection in ("linear_norm", "conv_norm") else 1e-6),
             init_std=self.init_std or (0.01 if projection == "gated" and not self.merge_mlp else None),
         )
@@ -110,7 +120,11 @@ class SherlConfig(MethodConfig):
             ends = {site.stage: site.index for site in stack if site.kind == "block"}
             published = tuple(sorted({*ends.values(), depth - 2}))
         chosen = self.layers or published or tuple(range(depth))
-        return tuple(block for block in chosen if not (stack[0].head and block == depth - 1))
+        return tuple(block for block in chosen if block < depth - 1 or not self.has_late_route(stack))
+
+    def has_late_route(self, stack: Sequence[Site]) -> bool:
+        """Whether a stack's last block reads what is merged: of the stack that the head reads, unless pooled."""
+        return stack[0].head and not self.pool_tokens
 
 
 # --- a level's projection: (batch, tokens, width) -> (batch, tokens, hidden) ------------------------------------------
@@ -230,6 +244,61 @@ class Aggregation(nn.Module):
         return self.dropout(out) + torch.tanh(self.gate / GATE_SCALE) * last.to(self.gate.dtype)
 
 
+class PooledAggregation(nn.Module):
+    """The levels of one stack with their tokens pooled, and how a vector is corrected by them.
+
+    Args:
+        width: channels of the features.
+        levels: how many there are.
+        features: channels of the vector.
+        config: with what depends on the backbone filled in.
+    """
+
+    def __init__(self, width: int, levels: int, features: int, config: SherlConfig) -> None:
+        super().__init__()
+        assert config.projection is not None
+        assert config.eps is not None
+        hidden, project = config.side_width(width), PROJECTIONS[config.projection]
+        self.levels = nn.ModuleList(project(width, hidden) for _ in range(levels))
+        self.guide = project(features, hidden)
+        self.spatial = nn.ModuleList(nn.Linear(hidden, 1) for _ in range(levels))
+        self.level_gates = nn.Parameter(torch.ones(levels)) if config.level_gates else None
+        self.merge = Merge(hidden, config.eps)
+        self.out = nn.Linear(hidden, features)
+        for module in self.modules():
+            _start(module, config.init_std, xavier=False)
+
+    def forward(self, vector: Tensor, codes: Sequence[Tensor], position: Tensor, keep: Tensor | None) -> Tensor:
+        """The vector (batch, features) corrected.
+
+        Args:
+            vector: what the guide is made of.
+            codes: the levels' projections (batch, tokens, hidden).
+            position: (batch,) the token of which each level's own value is added.
+            keep: (batch, tokens) bool, False on padding; None when nothing is padded.
+        """
+        guide = recompute(self.guide, vector)
+        pooled = [recompute(self._pool, level, guide, code, position, keep) for level, code in enumerate(codes)]
+        correction: Tensor = recompute(self._correction, guide, *pooled)
+        return vector + correction
+
+    def _pool(self, level: int, guide: Tensor, code: Tensor, position: Tensor, keep: Tensor | None) -> Tensor:
+        """(batch, hidden): a level's tokens by how well they fit the guide, and its own token."""
+        scorer: Any = self.spatial[level]
+        with torch.autocast(guide.device.type, enabled=False):
+            guide, code = _at_least_float32(guide), _at_least_float32(code)
+            fit = torch.einsum("bth,bh->bt", code, guide * scorer.weight[0]) + scorer.bias
+            fit = (fit if keep is None else fit * keep).relu()
+            own = code[torch.arange(len(code), device=code.device), position]
+            if self.level_gates is not None:
+                own = own * torch.sigmoid(self.level_gates[level] / GATE_SCALE)
+            return torch.einsum("bt,bth->bh", fit / (fit.sum(1, keepdim=True) + self.merge.eps), code) + own
+
+    def _correction(self, guide: Tensor, *pooled: Tensor) -> Tensor:
+        correction: Tensor = self.out(self.merge(guide, *pooled).relu())
+        return correction
+
+
 # --- the same of feature maps: (batch, rows x columns, channels) ------------------------------------------------------
 
 
@@ -339,12 +408,14 @@ class RMSNorm(nn.RMSNorm):
 class SherlState:
     """The codes (batch, tokens, hidden) of the levels so far, and the encoder's merged features for the decoder.
 
-    On a convolutional network the features themselves, pooled as far as the grid has become coarser.
+    On a convolutional network the features themselves, pooled as far as the grid has become coarser. Where tokens are
+    pooled at the end, which of them are real.
     """
 
     codes: tuple[Tensor, ...] = ()
     maps: Maps | None = None
     memory: Tensor | None = None
+    keep: Tensor | None = None
 
 
 @register("sherl", SherlConfig)
@@ -355,7 +426,8 @@ class Sherl(SideNet):
     "linear_norm" 2h more; the merge h + 1, with `merge_mlp` 2dh + d + 3h more; the way out hd + d + 1, with `norm_out`
     2d more. A norm of the stack's own has d: where the backbone has one, causal stacks have theirs in its place, and so
     has an encoder that feeds a decoder. On a convolutional network a level of width d_l has d_l h + 3h, the way out
-    hd + 3d + 1.
+    hd + 3d + 1. With `pool_tokens`, for a vector of e channels, a level has h + 1 more, and one with `level_gates`; the
+    guide has eh + h, the way out he + e.
     """
 
     def __init__(self, config: SherlConfig, sites: Sequence[Site]) -> None:
@@ -365,7 +437,8 @@ class Sherl(SideNet):
         self.blocks: dict[str, tuple[int, ...]] = {}
         self.stacks, self.norms = nn.ModuleDict(), nn.ModuleDict()
         convolutional = any(site.convolutional for site in sites)
-        self.tokenwise = not convolutional
+        self.corrects = config.pool_tokens
+        self.tokenwise = not (convolutional or config.pool_tokens)
         self.least_rows = 2 if convolutional else 1
         for name in stacks(sites):
             stack = of_stack(sites, name)
@@ -375,6 +448,9 @@ class Sherl(SideNet):
                 widths = {site.index: site.width for site in stack if site.kind == "block"}
                 self.stacks[name] = ConvAggregation([widths[block] for block in blocks], self.config)
                 continue
+            if config.pool_tokens:
+                self.stacks[name] = PooledAggregation(first.width, 1 + len(blocks), first.features, self.config)
+                continue
             self.stacks[name] = Aggregation(first.width, 1 + len(blocks), self.config)
             if first.final_norm and (first.causal or not first.head):
                 self.norms[name] = RMSNorm(first.width, eps=1e-6)
@@ -382,6 +458,8 @@ class Sherl(SideNet):
     @classmethod
     def check(cls, config: SherlConfig, sites: Sequence[Site]) -> None:
         """Raise on hierarchical Transformers, a single block, and a projection, layers or a width that do not fit."""
+        if config.pool_tokens and (reason := not_plain(sites, causal=True)):
+            raise ValueError(f"pool_tokens=True takes one stack of one stage, and this backbone {reason}")
         convolutional = any(site.convolutional for site in sites)
         if not convolutional and any(site.stage > 0 for site in sites):
             raise ValueError(
@@ -403,8 +481,8 @@ class Sherl(SideNet):
 
     @classmethod
     def _check_stack(cls, config: SherlConfig, stack: Sequence[Site], *, encoder_decoder: bool) -> None:
-        site, depth = stack[0], stack[0].depth
-        if site.head and depth < 2:
+        site, depth, late = stack[0], stack[0].depth, config.has_late_route(stack)
+        if late and depth < 2:
             raise ValueError(f"the last block's input is made of what those before it gave, and there is {depth} block")
         guide = config.blocks_read(stack, encoder_decoder=encoder_decoder)[-1:]
         width = next((site.width for site in stack if site.kind == "block" and site.index in guide), site.width)
@@ -418,7 +496,7 @@ class Sherl(SideNet):
             raise ValueError(
                 f"layers={config.layers}, but the {site.stack} has {depth} blocks: choose from 0 to {depth - 1}"
             )
-        if site.head and depth - 2 not in config.layers:
+        if late and depth - 2 not in config.layers:
             raise ValueError(
                 f"layers={config.layers} lack the guide, block {depth - 2}: its output is what the last block would "
                 "read, so it has to be among them"
@@ -426,7 +504,9 @@ class Sherl(SideNet):
 
     @classmethod
     def first_write(cls, config: SherlConfig, sites: Sequence[Site]) -> Site | None:
-        """The output of the last block but one, of the stack that the head reads."""
+        """The output of the last block but one, of the stack that the head reads; none where a vector is corrected."""
+        if config.pool_tokens:
+            return None
         return next(site for site in sites if site.head and site.kind == "block" and site.index == site.depth - 2)
 
     @classmethod
@@ -437,14 +517,22 @@ class Sherl(SideNet):
         grid, and none is wider.
         """
         if site.kind == "norm":
-            return 2 * site.width + 2 if site.head else 0
-        if site.head and site.last:
+            return 2 * site.width + 2 if site.head and not config.pool_tokens else 0
+        if site.head and site.last and not config.pool_tokens:
             return 0
         if site.convolutional:
             guide = site.kind == "block" and site.index == site.depth - 2
             return (site.stage + 1) * site.width if guide else 0
         chosen = config.layers is None or site.kind == "stage" or site.index in config.layers
         return site.width + config.side_width(site.width) if chosen else 0
+
+    @classmethod
+    def kept_per_row(cls, config: SherlConfig, site: Site) -> int:
+        """With `pool_tokens`: each level's pooled tokens, and at the end the vector, the guide and the correction."""
+        if not config.pool_tokens or site.kind == "norm":
+            return 0
+        hidden = config.side_width(site.width)
+        return 2 * hidden + (2 * site.features + hidden if site.last else 0)
 
     def start(self, site: Site, carried: Tensor | None) -> SherlState:
         """No level yet; a decoder has the encoder's merged features."""
@@ -458,6 +546,8 @@ class Sherl(SideNet):
         if site.kind == "block" and site.index not in blocks:
             return state, hidden
         codes = (*state.codes, recompute(_level(aggregation, len(state.codes)), hidden))
+        if self.corrects:
+            return replace(state, codes=codes, keep=site.keep), hidden
         if len(codes) <= len(blocks):
             return replace(state, codes=codes), hidden
         if site.head:
@@ -488,6 +578,12 @@ class Sherl(SideNet):
     def carry(self, state: SherlState) -> Tensor | None:
         """The encoder's merged and normed features (batch, tokens, width)."""
         return state.memory
+
+    def correct(self, state: SherlState, site: Site, vector: Tensor) -> Tensor:
+        """The head's vector, corrected by the levels' pooled tokens."""
+        position = own_token(state.codes[-1], state.keep, causal=site.causal)
+        corrected: Tensor = self.stacks[site.stack](vector, state.codes, position, state.keep)
+        return corrected
 
     @property
     def _noisy(self) -> bool:

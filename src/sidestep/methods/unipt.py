@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sidestep.layers import masked_mean, recompute
+from sidestep.layers import masked_mean, own_token, recompute
 from sidestep.methods.base import MethodConfig, SideNet, is_whole, register
 from sidestep.sites import Site, not_plain
 from sidestep.taps import Tap
@@ -33,8 +33,8 @@ class UniPTConfig(MethodConfig):
         hidden: that width itself (512 in the release's image-text retrieval); None: by `reduction`.
         variant: what the release does with one kind of model. "vse" and "vil" give an output for every token: levels
             are projected and normed, and what the anchor gathers is mapped once ("vse"), or twice with a ReLU between
-            ("vil"). "clip4clip" corrects one vector, the first token's output: a ReLU comes before the projections, and
-            the last level is gathered from as well.
+            ("vil"). "clip4clip" corrects one vector, what the head reads or (`Retrieve`) projects of that: a ReLU comes
+            before the projections, and the last level is gathered from as well.
     """
 
     reduction: int = 2
@@ -130,7 +130,7 @@ class Interaction(nn.Module):
             recompute(_gather_at, anchor, *part, position, keep) for part in zip(levels, weights.unbind(1), strict=True)
         ]
         correction: Tensor = recompute(self._correction, sum(gathered[1:], gathered[0]))
-        return vector + correction.to(vector.dtype)
+        return vector + correction
 
     def _weights(self, anchor: Tensor, anchor_keep: Tensor | None, keep: Tensor | None, *targets: Tensor) -> Tensor:
         """(batch, targets): how far each target is trusted; a row's sum is one."""
@@ -171,10 +171,10 @@ def _agreement(anchor: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class UniPTState:
-    """The projections of the levels read so far, and the last level's first token (batch, width) where it is used."""
+    """The projections of the levels read so far, and which of their tokens are real."""
 
     levels: tuple[Tensor, ...] = ()
-    first: Tensor | None = None
+    keep: Tensor | None = None
 
 
 @register("unipt", UniPTConfig)
@@ -182,24 +182,27 @@ class UniPT(SideNet):
     """UniPT: the last hidden state gathers from all levels below it, and the result takes its place.
 
     Parameters for L levels (the embeddings and all blocks) of width d that are compared at h: "vse"
-    L(dh + 3h) + h^2 + 4h + hd + d; "vil" 2dh + d - h^2 more; "clip4clip" (L + 1)(dh + h) + h + hd + d.
+    L(dh + 3h) + h^2 + 4h + hd + d; "vil" 2dh + d - h^2 more; "clip4clip" for a vector of e channels
+    L(dh + h) + 2(eh + h) + e.
     """
 
     def __init__(self, config: UniPTConfig, sites: Sequence[Site]) -> None:
         super().__init__()
         self.config = config
         width, levels = sites[0].width, sites[0].depth + 1
-        self.interaction = Interaction(width, config.width(width), levels, width, config.variant)
-        if config.variant == "clip4clip":
-            self.pooled_width = width
+        self.corrects = config.variant == "clip4clip"
+        out = sites[-1].features if self.corrects else width
+        self.interaction = Interaction(width, config.width(width), levels, out, config.variant)
 
     @classmethod
     def check(cls, config: UniPTConfig, sites: Sequence[Site]) -> None:
-        """Raise on all but bidirectional stacks of one width, and if the reduction does not divide that."""
-        if reason := not_plain(sites):
+        """Raise on all but one stack of one width, for tokens a bidirectional one, or if the reduction does not fit."""
+        vector = config.variant == "clip4clip"
+        if reason := not_plain(sites, causal=vector):
+            what, stack = ("a vector", "stack") if vector else ("each token", "bidirectional stack")
             raise ValueError(
-                "each token gathers from all tokens of all levels, so it takes one bidirectional stack of one stage, "
-                f"and this backbone {reason}"
+                f"{what} gathers from all tokens of all levels, so it takes one {stack} of one stage, and this "
+                f"backbone {reason}"
             )
         if config.hidden is None and sites[0].width % config.reduction:
             raise ValueError(
@@ -222,7 +225,7 @@ class UniPT(SideNet):
     @classmethod
     def kept_per_row(cls, config: UniPTConfig, site: Site) -> int:
         """The levels' weights; with "clip4clip" the vector, its projection and what it gathered."""
-        vectors = 2 * site.width if site.last and config.variant == "clip4clip" else 0
+        vectors = 2 * site.features if site.last and config.variant == "clip4clip" else 0
         return 0 if site.kind == "norm" else site.depth + 2 + vectors
 
     def start(self, site: Site, carried: Tensor | None) -> UniPTState:
@@ -234,21 +237,15 @@ class UniPT(SideNet):
         if site.kind == "norm":
             return state, hidden
         level = self.interaction.read(len(state.levels), hidden)
-        # a copy, because a view would keep all tokens
-        first = hidden[:, 0].clone() if site.last and self.pooled_width else None
-        return UniPTState((*state.levels, level), first), hidden
+        return UniPTState((*state.levels, level), site.keep), hidden
 
     def finish(self, state: UniPTState, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
         """What all levels give for every token, in place of the last hidden state."""
-        if self.pooled_width:
+        if self.corrects:
             return normed
         return self.interaction.tokens(state.levels, site.keep).to(normed.dtype)
 
-    def pooled(self, state: UniPTState, site: Site) -> Tensor | None:
-        """(batch, width): with "clip4clip" the first token's output, corrected."""
-        if state.first is None:
-            return None
-        # the norm's own computation: a call would run the fold's hook on it once more
-        vector = state.first if site.norm is None else type(site.norm).forward(site.norm, state.first)
-        position = torch.zeros(len(vector), dtype=torch.long, device=vector.device)
-        return self.interaction.vector(state.levels, vector, position, site.keep)
+    def correct(self, state: UniPTState, site: Site, vector: Tensor) -> Tensor:
+        """The head's vector with what it gathers from all levels ("clip4clip")."""
+        position = own_token(state.levels[-1], state.keep, causal=site.causal)
+        return self.interaction.vector(state.levels, vector, position, state.keep)
