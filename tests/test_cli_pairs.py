@@ -98,6 +98,7 @@ def test_a_recipe_of_retrieval_fills_what_was_not_typed(place: Path, tmp_path: P
     found = json.loads((tmp_path / "task" / "results.json").read_text())
     assert found["metric"] == "rsum"
     assert (found["head"]["pool"], found["head"]["loss"], found["head"]["dim"]) == ("gpo", "triplet", 8)
+    assert found["head"]["mean_epochs"] == 1
     assert found["settings"]["milestones"] == [2]  # 15 of 25, of 3
     assert (found["settings"]["schedule"], found["settings"]["warmup_steps"]) == ("step", 0)
     assert found["recipe"]["overridden"] == {"batch_size": 4, "dim": 8, "epochs": 3, "set": ["hidden=4"]}

@@ -173,6 +173,28 @@ def test_the_triplet_loss_by_hand() -> None:
     torch.testing.assert_close(triplet_loss(cosines, same, 0.2, hardest=True), torch.tensor(0.1 / 3))
 
 
+def test_vses_loss_goes_from_the_mean_to_the_hardest() -> None:
+    model, inputs = ss.attach(clip(), ss.ProbeConfig(), head=ss.Retrieve(loss="triplet", mean_epochs=1)), batch()
+    inputs["labels"] = torch.arange(4)
+
+    def loss(epoch: float) -> Tensor:
+        model.epoch = epoch
+        return model(**inputs).loss
+
+    mean, hardest = (ss.attach(clip(), ss.ProbeConfig(), head=ss.Retrieve(loss="triplet", hardest=h)) for h in (0, 1))
+    for other in (mean, hardest):
+        other.load_state_dict(model.state_dict())
+    model.train()
+    assert loss(0) == loss(0.99) == mean(**inputs).loss
+    assert loss(1) == 0
+    torch.testing.assert_close(loss(1.25), hardest(**inputs).loss / 4)
+    assert loss(2) == loss(7) == hardest(**inputs).loss != mean(**inputs).loss
+    model.eval()
+    assert loss(0) == hardest(**inputs).loss
+    with pytest.raises(ValueError, match="mean_epochs=1: choose 0 or more, and 0 with hardest=False"):
+        ss.Retrieve(loss="triplet", hardest=False, mean_epochs=1)
+
+
 def test_gpo_weighs_the_sorted_kept_tokens() -> None:
     torch.manual_seed(0)
     gpo, tokens = GPO(4, 5), torch.randn(2, 6, 3)

@@ -14,6 +14,7 @@ from sidestep.data.augment import Epoch
 from sidestep.diffs import SparseDiff
 from sidestep.methods.base import SparseDelta
 from sidestep.model import SideModel
+from sidestep.pair import PairModel
 
 SPREAD = 1_000_003  # between the seeds of two runs: epoch 1 of seed 0 is not epoch 0 of seed 1
 
@@ -64,6 +65,21 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Set the number, before the epoch's rows are read or processes that read them are started."""
         self.epoch.number = int(state.epoch or 0)
+
+
+class TellEpoch(TrainerCallback):
+    """Tells a dual encoder before each step how far training is: VSE's loss goes by it."""
+
+    def __init__(self, model: PairModel, steps_per_epoch: int) -> None:
+        self.model, self.steps_per_epoch = model, steps_per_epoch
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Set the epoch, with its fraction."""
+        self.model.epoch = state.global_step / self.steps_per_epoch
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """From here on the loss is what it ended as."""
+        self.model.epoch = math.inf
 
 
 class MoveSupport(TrainerCallback):

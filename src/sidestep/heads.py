@@ -143,8 +143,10 @@ class Retrieve(HeadConfig):
         loss: "contrastive", symmetric cross-entropy over the batch with a trained temperature, or "triplet", hinges on
             the cosine as VSE has them.
         margin: of the triplets.
-        hardest: whether a triplet's negative is the hardest of the batch (VSE after its first epoch), or the mean is
-            taken over all that violate the margin (VSE in its first).
+        hardest: whether a triplet's negative is the hardest of the batch, or the mean is taken over all that violate
+            the margin.
+        mean_epochs: epochs in which that mean comes before the hardest, whose loss then rises from zero within an epoch
+            (VSE: 1). Of `sidestep.train`; in a loop of your own, set `PairModel.epoch`.
     """
 
     pools: ClassVar[tuple[Pool, ...]] = (*HeadConfig.pools, "own", "gpo")
@@ -154,6 +156,7 @@ class Retrieve(HeadConfig):
     loss: Loss = "contrastive"
     margin: float = 0.2
     hardest: bool = True
+    mean_epochs: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,6 +167,8 @@ class Retrieve(HeadConfig):
             raise ValueError(f"loss={self.loss!r}: choose {' or '.join(get_args(Loss))}")
         if not 0 < self.margin <= 2:
             raise ValueError(f"margin={self.margin}: cosines lie 2 apart at most; choose a number above 0 and up to 2")
+        if self.mean_epochs < 0 or (self.mean_epochs and not self.hardest):
+            raise ValueError(f"mean_epochs={self.mean_epochs}: choose 0 or more, and 0 with hardest=False")
 
     @property
     def outputs(self) -> int:

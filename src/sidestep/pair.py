@@ -135,6 +135,7 @@ class PairModel(nn.Module):
     Attributes:
         image, text: the towers, attached.
         logit_scale: logarithm of what cosines are multiplied by; None with the triplet loss.
+        epoch: how far training is, in epochs, for a loss that goes by it (`Retrieve.mean_epochs`); else past all.
         backbone: the dual encoder as given (no submodule: the towers hold what is used of it).
         settings, record, extras: as of a `SideModel`.
     """
@@ -151,7 +152,7 @@ class PairModel(nn.Module):
                 f"head=ss.Retrieve(...) needs a dual encoder of images and texts ({', '.join(DUAL_FAMILIES)}), but "
                 f"{type(backbone).__name__} is none: two encoders make a VisionTextDualEncoderModel"
             )
-        self.settings, self.extras = settings, dict[str, Any]()
+        self.settings, self.extras, self.epoch = settings, dict[str, Any](), math.inf
         self.record: Method = method_of(settings.method)
         object.__setattr__(self, "backbone", backbone)
         self._before = Before.of(backbone)
@@ -241,11 +242,19 @@ class PairModel(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             cosines = images @ texts.T
             if self.logit_scale is None:
-                return triplet_loss(cosines, same, self.head.margin, hardest=self.head.hardest)
+                return self._triplet_loss(cosines, same)
             if self.training:
                 with torch.no_grad():
                     self.logit_scale.clamp_(0, LARGEST_SCALE)
             return contrastive_loss(cosines * self.logit_scale.exp(), same)
+
+    def _triplet_loss(self, cosines: Tensor, same: Tensor) -> Tensor:
+        """In training the loss of the present epoch: over all violations first, then rising, of the hardest."""
+        head, epoch = self.head, self.epoch if self.training else math.inf
+        if epoch < head.mean_epochs:
+            return triplet_loss(cosines, same, head.margin, hardest=False)
+        rise = min(1.0, epoch - head.mean_epochs) if head.mean_epochs else 1.0
+        return rise * triplet_loss(cosines, same, head.margin, hardest=head.hardest)
 
     # --- what it holds: as of a `SideModel` ------------------------------------------------------------------------
 

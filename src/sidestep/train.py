@@ -24,13 +24,13 @@ from transformers.integrations import TensorBoardCallback
 
 from sidestep import checkpoints, relax
 from sidestep.backbone import drop_path_rate
-from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, MoveSupport, SetEpoch, StopIfDiverged
+from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, MoveSupport, SetEpoch, StopIfDiverged, TellEpoch
 from sidestep.heads import Classify, HeadConfig, Regress, Retrieve
 from sidestep.loading import source_of
 from sidestep.methods import SideNet, WeightDelta
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, scores, text_scores
 from sidestep.model import SideModel
-from sidestep.pair import Attached
+from sidestep.pair import Attached, PairModel
 from sidestep.pixels import check_image_size
 from sidestep.plan import check_fits
 from sidestep.predict import logits, written
@@ -308,6 +308,8 @@ def _trainer(
         callbacks.append(MoveSupport(moving))
     if data.augment is not None:
         callbacks.append(SetEpoch(data.augment.epoch))
+    if isinstance(model, PairModel):
+        callbacks.append(TellEpoch(model, steps))
     if settings.patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     trainer = _Trainer(

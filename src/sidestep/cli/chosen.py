@@ -51,6 +51,10 @@ class Chosen:
         """What the recipe sets of its method; nothing of another one."""
         return dict(self.recipe.method_settings) if self.recipe and self.recipe.method == method else {}
 
+    def head(self) -> dict[str, Any]:
+        """What the recipe sets of the head of pairs."""
+        return dict(self.recipe.head) if self.recipe else {}
+
     def record(self) -> dict[str, Any] | None:
         """The recipe's name, and what was typed in the place of its values; None without a recipe."""
         if self.recipe is None:

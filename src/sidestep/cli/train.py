@@ -194,7 +194,7 @@ def train(
             if own_head:
                 raise ValueError("--own-head with --task retrieval: the embeddings are Sidestep's; leave it out")
             head = {"pool": asked["pool"], "text_pool": text_pool, "dim": asked["dim"], "loss": asked["loss"]}
-            model = _attached_pair(config, {**where, "text_name": text_backbone}, how, head, seed)
+            model = _attached_pair(config, {**where, "text_name": text_backbone}, how, {**chosen.head(), **head}, seed)
         else:
             model = _attached(config, data, where, how, pool=asked["pool"], own_head=own_head, seed=seed)
         show_start(model, data, settings)
