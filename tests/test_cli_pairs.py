@@ -5,19 +5,24 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from typer.testing import CliRunner
 
 import sidestep as ss
+from sidestep.callbacks import TellEpoch
 from sidestep.cli import app
 from sidestep.data import Fields
 from sidestep.data.pairs import captioned
 from sidestep.loading import load_pair_processor
 from sidestep.prepare import prepare
+from sidestep.store import WEIGHTS
 from small_tasks import SPECIAL, WORDS, image_backbone, image_folder, text_backbone, tokenizer, write
 
 FIELDS = Fields(image="image", text="caption")
@@ -102,6 +107,32 @@ def test_a_recipe_of_retrieval_fills_what_was_not_typed(place: Path, tmp_path: P
     assert found["settings"]["milestones"] == [2]  # 15 of 25, of 3
     assert (found["settings"]["schedule"], found["settings"]["warmup_steps"]) == ("step", 0)
     assert found["recipe"]["overridden"] == {"batch_size": 4, "dim": 8, "epochs": 3, "set": ["hidden=4"]}
+
+
+def test_a_stopped_run_of_augmented_images_goes_on_bit_for_bit(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = ["--backbone", place / "clip", "--augment", "crop", "--epochs", 3, "--loss", "triplet"]
+    assert train(place, tmp_path / "whole", *how).exit_code == 0
+
+    def stop(self: TellEpoch, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.model.epoch = state.global_step / self.steps_per_epoch
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TellEpoch, "on_step_begin", stop)
+        train(place, tmp_path / "parts", *how)
+    assert not (tmp_path / "parts" / "results.json").exists()
+    result = train(place, tmp_path / "parts", *how, "--resume")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "parts" / "results.json").read_text())["resumed_from"] == 3
+    whole, parts = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    plain = train(place, tmp_path / "plain", *how[:2], *how[4:])
+    assert plain.exit_code == 0, plain.output
+    other = load_file(tmp_path / "plain" / WEIGHTS)
+    assert not all(torch.equal(whole[name], other[name]) for name in whole)  # the images were augmented
 
 
 @pytest.mark.parametrize(

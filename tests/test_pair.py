@@ -122,6 +122,60 @@ def test_nothing_of_the_towers_is_kept_for_the_probe() -> None:
     assert not [name for name, size in kept.by_module().items() if "encoder.layers" in name and size]
 
 
+@pytest.mark.parametrize("method", [ss.ReadConfig(rank=4), ss.SherlConfig(reduction=4)], ids=names)
+def test_bytes_kept_are_within_the_stated_formula(method: MethodConfig) -> None:
+    model, inputs = ss.attach(clip(), method, head=ss.Retrieve()).train(), batch(32)
+    with ss.saved_bytes(model) as kept:
+        assert model(**inputs, labels=torch.arange(4)).loss > 0
+    late = [block for tower in model.parts for block in tower.late_blocks()]
+    inside = tuple(f"{name}." for name, module in model.named_modules() if any(module is block for block in late))
+    total = kept.total - sum(row.counted for row in kept.rows if inside and row.module.startswith(inside))
+    kind, stated = model.record.implementation, 0
+    for tower, tokens in ((model.image, 5), (model.text, 32)):
+        sites = [place.site for place in tower.places]
+        per_row = sum(tokens * kind.kept_per_token(method, site) + kind.kept_per_row(method, site) for site in sites)
+        # the tower's pooled output with its norm, the embedding before and after its length is one, padding masks
+        stated += 4 * 4 * (per_row + 4 * sites[-1].width + 4 * 8) + 5 * 4 * tokens * len(sites)
+    assert total <= stated + 4 * 8 * 4 * 4, str(kept)
+
+
+@pytest.mark.parametrize("method", [ss.SherlConfig(reduction=4, dropout=0.0), ss.LoraConfig(dropout=0.0)], ids=names)
+def test_recomputed_blocks_keep_less_and_leave_the_gradients(method: MethodConfig) -> None:
+    found, kept = [], []
+    for checkpoint in (None, "late"):
+        torch.manual_seed(4)
+        model = ss.attach(clip(), method, head=ss.Retrieve(), checkpoint=checkpoint).eval()
+        with torch.no_grad():
+            for _, parameter in model.trained_parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        with ss.saved_bytes(model) as record:
+            loss = model(**batch(), labels=torch.arange(4)).loss
+        loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.trained_parameters()})
+        kept.append(record.total)
+    assert kept[1] < kept[0]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", [ss.ReadConfig(rank=4), ss.SherlConfig(dropout=0.0)], ids=names)
+def test_towers_in_bfloat16_train_in_float32(method: MethodConfig) -> None:
+    inputs = batch()
+    exact = ss.attach(clip(), method, head=ss.Retrieve()).eval()
+    model = ss.attach(clip().bfloat16(), method, head=ss.Retrieve()).eval()
+    model.load_state_dict(exact.state_dict())
+    expected = exact(**inputs, labels=torch.arange(4))
+    found = model(**inputs | {"pixel_values": inputs["pixel_values"].bfloat16()}, labels=torch.arange(4))
+    found.loss.backward()
+    trained = dict(model.trained_parameters())
+    assert all(
+        p.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in trained.values() if p.grad is not None
+    )
+    assert found.image_embeds.dtype == torch.float32
+    torch.testing.assert_close(found.image_embeds, expected.image_embeds, atol=0.05, rtol=0)
+    torch.testing.assert_close(found.text_embeds, expected.text_embeds, atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("pool", ["own", "mean", "gpo"])
 def test_padding_changes_nothing(pool: str) -> None:
     model = ss.attach(clip(), ss.ReadConfig(rank=4), head=ss.Retrieve(pool=pool)).eval()
@@ -236,6 +290,12 @@ def test_what_cannot_be_attached_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="pool='max': choose None or one of cls, mean"):
         ss.Retrieve(pool="max")
     inputs = {name: value if name == "pixel_values" else value[:3] for name, value in batch().items()}
+    model = ss.attach(backbone, ss.ReadConfig(), head=ss.Retrieve())
+    ss.detach(model)
+    fisher = ss.attach(backbone, ss.SparseConfig(density=0.05, select="fisher"), head=ss.Retrieve())
+    with pytest.raises(ValueError, match="sparse as configured would start by one backbone's loss, and this is a pair"):
+        ss.initialise(fisher, [batch()])
+    ss.detach(fisher)
     model = ss.attach(backbone, ss.ReadConfig(), head=ss.Retrieve())
     with pytest.raises(ValueError, match="a loss needs pairs, but there are 4 images, 3 texts, 3 labels"):
         model(**inputs, labels=torch.arange(3))

@@ -32,8 +32,13 @@ def initialise(model: SideModel, batches: Iterable[Mapping[str, Tensor]], *, sam
         How many were.
 
     Raises:
-        ValueError: if the method's start takes no rows, or there are none.
+        ValueError: if the method's start takes no rows, there are none, or the model is a pair.
     """
+    if len(model.parts) > 1:
+        raise ValueError(
+            f"{model.record.name} as configured would start by one backbone's loss, and this is a pair: choose a start "
+            'without data (select="random" or "grow")'
+        )
     batches = islice(batches, samples_of(model) if samples is None else samples)
     if model.sparse is not None and samples_of(model):
         return _choose_support(model, batches)
