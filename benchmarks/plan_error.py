@@ -63,7 +63,11 @@ def compare(config: PreTrainedConfig, method: Any, checkpoint: Any, batch: int, 
     with torch.device(device):
         model = ss.attach(build(config), method, head=HEAD, checkpoint=checkpoint).train()
         inputs = blank_batch(model, batch, None, None)
-    optimizer = torch.optim.AdamW([parameter for _, parameter in model.trained_parameters()])
+    if model.relaxes:
+        optimizer = model.relax(rate=0.0)
+    else:
+        model.place_anywhere()
+        optimizer = torch.optim.AdamW([parameter for _, parameter in model.trained_parameters()])
 
     def step() -> None:
         model(**inputs).loss.backward()

@@ -182,9 +182,10 @@ class Step:
         self, model: Attached, batch: Mapping[str, Tensor], precision: Precision, optimizer: str, device: Device
     ) -> None:
         self.model, self.batch, self.precision, self.device = model, batch, precision, device
-        self.is_first_stage = isinstance(model, SideModel) and model.relaxes
-        if isinstance(model, SideModel) and model.relaxes:
-            self.optimizer = model.relax(rate=1e-4)
+        first = model if isinstance(model, SideModel) and model.relaxes else None
+        self.is_first_stage = first is not None
+        if first is not None:
+            self.optimizer = first.relax(rate=0.0)
             self.name = type(self.optimizer).__name__
         else:
             for part in model.parts:
