@@ -41,8 +41,8 @@ class Results:
         history: training loss and dev scores of each epoch.
         notes: what a reader should know besides.
         first_stage: what came of a stage before the one that the rest is about (diff pruning's relaxed weights): its
-            "seconds", "epoch_seconds" and "history", the share of gates that were "open" at its end, the "nonzeros" that were kept, and
-            in how many "tensors" of "all_tensors".
+            "seconds", "epoch_seconds" (of optimizer steps alone) and "history", the share of gates that were "open" at
+            its end, the "nonzeros" that were kept, and in how many "tensors" of "all_tensors".
     """
 
     scores: dict[str, float]
