@@ -214,11 +214,12 @@ def test_a_task_that_was_replaced_by_another_process_is_read_again(tmp_path: Pat
     folders = stream(tmp_path, STREAM)
     bank, other = ss.TaskBank(backbone(), tmp_path / "bank"), BankFolder(tmp_path / "bank")
     bank.add("task", folders[1])
-    assert outputs(bank, "task").shape[1] == 3
-    bank.deactivate()
-    other.remove("task")
-    other.add("task", folders[2])
-    assert outputs(bank, "task").shape[1] == 7
+    for folder, labels in ((folders[1], 3), (folders[2], 7), (folders[0], 3)):
+        other.remove("task")
+        other.add("task", folder)
+        assert outputs(bank, "task").shape[1] == labels
+        if labels == 7:
+            bank.deactivate()
 
 
 def test_entries_say_what_is_there_and_ss_load_reads_them(tmp_path: Path) -> None:
@@ -347,7 +348,7 @@ def test_the_active_task_is_not_removed(bank: ss.TaskBank) -> None:
     bank.activate("read")
     bank.remove("sparse")
     assert bank.names == ["read"]
-    assert {file.partition("/")[0] for file in state(bank.store.path)} == {LOCK, "read"}
+    assert {file.partition("/")[0] for file in state(bank.store.path)} - {LOCK} == {"read"}
 
 
 def test_one_process_writes_at_a_time(bank: ss.TaskBank, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ class BankFolder:
         Raises:
             BankError: if there is none.
         """
-        if name not in self.names:
+        if not (NAME.fullmatch(name) and (self.path / name / store.CONFIG).is_file()):
             raise BankError(f"{self.path} holds no task {name!r}: it holds {some(self.names)}")
         return self.path / name
 
@@ -216,6 +216,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         self.store = BankFolder(folder)
         self._resting: dict[str, Resting] = {}
         self._checked: set[str] = set()
+        self._sha256 = ""
         self.active: str | None = None
         self.model: Attached | None = None
         self.seconds: dict[str, float] = {}
@@ -275,9 +276,9 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             TaskError: if its files are damaged. The bank is as before.
         """
         started, before = time.perf_counter(), self.active
-        if name == self.active and self.model is not None and _is_on(self.model):
-            return self.model
         sha256 = store.read_config(self.store.folder(name))["sha256"]
+        if (name, sha256) == (self.active, self._sha256) and self.model is not None and _is_on(self.model):
+            return self.model
         # all that may well fail comes before the active task is left
         ready: Resting | store.Task | None = self._resting.pop(name, None)
         if not isinstance(ready, Resting) or ready.sha256 != sha256:

@@ -132,7 +132,10 @@ class Fold:
     def require_attached(self) -> None:
         """Raise if the hooks were taken off: the backbone alone would answer, without the task."""
         if not self.attached:
-            raise FoldError("this model was detached from its backbone: call ss.attach (or ss.load) again")
+            raise FoldError(
+                "this model was detached from its backbone: call ss.attach (or ss.load) again, or activate "
+                "its task in the bank"
+            )
 
     def put(self) -> None:
         """Put the hooks on the backbone."""
