@@ -4,18 +4,19 @@
     python benchmarks/diff_study.py table    # the tables, and results/diff_density.svg
     python benchmarks/diff_study.py smoke    # one task, one seed, few rows, into a folder of its own
 
-All runs go through `sidestep.compare`: 192 training rows a task (the first of a permutation), batch 8, AdamW, 6 %
+All runs go through `sidestep.compare`: 160 training rows a task (the first of a permutation), batch 8, AdamW, 6 %
 warm-up, linear decay, at most 128 tokens, scored on 200 dev rows after the last epoch, seeds 0 to 2 (the densities:
 seed 0). One rate for every method, none of them tuned. Methods of two stages train 3 epochs in each, the others 6, so
 that all see every row six times. The costs are those of a step of 8 texts of 64 tokens; of two stages, of the first.
 
 The published first stage has 1,376 steps (MRPC, batch 8, 3 epochs) with rate 1e-5, lambda 1.25e-7 and gates that move
-by 0.1 a step at most; here it has 72. The two rates of the weights and lambda are multiplied by 1376 / 72, the rate of
-the gates by its root: simulated with the penalty alone, a gate then falls from 5 to 0 in 21 % of the steps (published:
-13 %), to -5 in 38 % (28 %) and ends at -7.9 (-6.9). `first_stage.open` in the results is the share of open gates at the
+by 0.1 a step at most; here it has 60. The two rates of the weights and lambda are multiplied by 1376 / 60, the rate of
+the gates by its root: simulated with the penalty alone, a gate then falls from 5 to 0 in 22 % of the steps (published:
+13 %), to -5 in 42 % (28 %) and ends at -8.2 (-6.9). `first_stage.open` in the results is the share of open gates at the
 stage's end.
 
-Estimated time on two quiet cores: ESTIMATE. THREADS sets the number of threads (2).
+Estimated from single steps: 150 minutes of processor time, so 75 to 90 minutes on two cores without other work. THREADS
+sets the number of threads (2).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ RESULTS = Path(__file__).parent / "results" / "diff_study.jsonl"
 PLOT = RESULTS.with_name("diff_density.svg")
 ORDER = ("sst-2", "sts-b", "mrpc", "rte")  # the shortest texts first
 DENSITY, DENSITIES, DENSITY_TASK = 0.005, (0.001, 0.0025, 0.005, 0.01, 0.05), "sts-b"
-ROWS, DEV_ROWS, EPOCHS, BATCH = 192, 200, 3, 8
+ROWS, DEV_ROWS, EPOCHS, BATCH = 160, 200, 3, 8
 SHORTER = 1376 / (EPOCHS * ROWS / BATCH)
 """Steps of the published first stage for one here."""
 
