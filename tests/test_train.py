@@ -629,7 +629,7 @@ def test_other_errors_are_not_taken_for_those(backbone: Path, tmp_path: Path) ->
         ({"warmup": 1.0}, "warmup=1.0, but it must be a share from 0 to below 1"),
         ({"patience": 0}, "patience=0, but it must be at least 1, or not given"),
         ({"seed": -1}, "seed=-1, but it must be from 0 to 4294967295"),
-        ({"schedule": "step"}, "schedule='step', but it must be linear or cosine or cosine_epochs or constant"),
+        ({"schedule": "stairs"}, "schedule='stairs', but it must be linear or cosine or cosine_epochs or step or "),
         ({"label_smoothing": -0.1}, "label_smoothing=-0.1, but it must be a share from 0 to below 1"),
         ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0, but it must be a number of at least 0"),
         ({"resume": True, "overwrite": True}, "resume and overwrite: choose one"),
