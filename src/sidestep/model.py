@@ -633,14 +633,20 @@ class SideModel(nn.Module):
             self.sparse.revert()
             self.sparse.unhook()
         with torch.no_grad():
-            tensors = dict([*self.backbone.named_parameters(), *self.backbone.named_buffers()])
-            for name, value in self._originals.items():
-                tensors[name].copy_(value)
-                tensors[name].grad = None
+            for name, tensor in self._stored().items():
+                tensor.copy_(self._originals[name])
+                tensor.grad = None
         if self._delta is not None:
             self._delta.remove(self.trunk)
         self._before.restore(self.backbone)
         return self.backbone
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The backbone's tensors whose values are the task's own."""
+        if not self._originals:  # a walk through the modules takes longer than a switch's other steps
+            return {}
+        tensors = dict([*self.backbone.named_parameters(), *self.backbone.named_buffers()])
+        return {name: tensors[name] for name in self._originals}
 
     @property
     def can_rest(self) -> bool:
@@ -649,8 +655,7 @@ class SideModel(nn.Module):
 
     def rest(self) -> Rest:
         """Leave the backbone as `detach` does; `resume` takes what this returns."""
-        tensors = self._named_tensors()
-        values = {name: tensors[f"backbone.{name}"].detach().clone() for name in self._originals}
+        values = {name: tensor.detach().clone() for name, tensor in self._stored().items()}
         rest = Rest(values, Before.of(self.backbone))
         self.detach_backbone()
         return rest
@@ -663,9 +668,8 @@ class SideModel(nn.Module):
         """
         check_attachable(self.backbone)
         with torch.no_grad():
-            tensors = self._named_tensors()
-            for name, value in rest.values.items():
-                tensors[f"backbone.{name}"].copy_(value)
+            for name, tensor in self._stored().items():
+                tensor.copy_(rest.values[name])
         if self.sparse is not None:
             self.sparse.hook()
             self.sparse.write()
