@@ -5,8 +5,9 @@
 
 A small BERT (random weights, MiniLM's vocabulary) on disk learns 64 rows of SST-2 by `sidestep train --method
 diff_pruning`: 16 steps, with a checkpoint every 2. In each round a run is killed (SIGKILL) after a random share of the
-time that the undisturbed one took, resumed, and compared with it: all bytes of the weight file. A kill that comes after
-the end of a run does not count. Runs are forked from one process, which has imported all that they need.
+time that the undisturbed one took, resumed, and compared with it: the task's config and all bytes of its tensors. A
+kill that comes after the end of a run does not count. Runs are forked from one process, which has imported what they
+need.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.utils.tensorboard
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from sidestep import checkpoints, relax, store, train
@@ -111,7 +113,7 @@ def main() -> None:
         begin = time.perf_counter()
         ended(started(arguments, folder / "whole"))
         whole = time.perf_counter() - begin
-        expected = (folder / "whole" / store.WEIGHTS).read_bytes()
+        expected = task(folder / "whole")
         output = folder / "killed"
         for number in itertools.count(1 + max((one["number"] for one in done), default=-1)):
             if len(done) >= KILLS:
@@ -125,11 +127,17 @@ def main() -> None:
             process.join()
             found = stage_of(output)
             ended(started(arguments, output))
-            equal = (output / store.WEIGHTS).read_bytes() == expected
+            equal = task(output) == expected
             share = round(delay / whole, 3)
             done.append({"number": number, "after": share, "stage": found, "equal": equal, "date": f"{date.today()}"})
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(done[-1]) + "\n")
+
+
+def task(folder: Path) -> tuple[str, dict[str, bytes]]:
+    """A task's config, and the bytes of its tensors (safetensors writes its metadata in any order)."""
+    tensors = load_file(folder / store.WEIGHTS)
+    return (folder / store.CONFIG).read_text(), {name: value.numpy().tobytes() for name, value in tensors.items()}
 
 
 def rounds() -> list[dict[str, Any]]:
