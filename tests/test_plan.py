@@ -66,13 +66,34 @@ def measured(model: ss.SideModel, inputs: dict[str, Tensor]) -> int:
     return ss.peak_memory(step).allocated
 
 
-@pytest.mark.parametrize("name", ["read", "full", "lora+checkpoint"])
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+TRANSFORMERS = [family for family in FAMILIES.values() if "resnet" not in family.name]
+RESNETS = [family for family in FAMILIES.values() if "resnet" in family.name]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *((family, name) for family in TRANSFORMERS for name in ("read", "full", "lora+checkpoint")),
+        *((family, "read") for family in RESNETS),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(family: TinyFamily, name: str) -> None:
     method, checkpoint = CONTENDERS[name]
     model = ss.attach(family.model(), method, head=HEAD, checkpoint=checkpoint).train()
     inputs = {**family.inputs(rows=16, tokens=24), "labels": family.labels(16)}
     assert plan_for(model, inputs).peak_bytes == pytest.approx(measured(model, inputs), rel=0.1)
+
+
+@pytest.mark.parametrize("family", RESNETS, ids=lambda family: family.name)
+def test_a_plan_says_that_it_does_not_see_what_convolutions_work_in(family: TinyFamily) -> None:
+    inputs = {**family.inputs(rows=16, tokens=24), "labels": family.labels(16)}
+    frozen, tuned = (
+        plan_for(ss.attach(family.model(), CONTENDERS[name][0], head=HEAD), inputs) for name in ("read", "full")
+    )
+    assert not frozen.notes
+    assert len(tuned.notes) == 1
+    assert "convolutions" in tuned.notes[0]
 
 
 @pytest.mark.parametrize("name", ["probe", "full+checkpoint", "lora"])

@@ -153,7 +153,7 @@ def plan_for(
             peak_phase=top.phase,
             peak_op=top.op,
             attention=tuple(sorted({name for op, name in ATTENTION.items() if op in step.ledger.ops})),
-            notes=(*((GPU_NOTE,) if device == "cuda" else ()), *((STAGE_NOTE,) if step.is_first_stage else ())),
+            notes=tuple(_notes(model, step, device)),
             **facts(step, saved.by_module()),
         )
 
@@ -163,11 +163,25 @@ GPU_NOTE = (
     "allocator reserves beyond what is in use"
 )
 
+CONVOLUTION_NOTE = (
+    "a gradient flows through convolutions, whose library takes memory to work in that a plan does not see: the peak "
+    "may be higher, above all with a small batch"
+)
 
 STAGE_NOTE = (
     "planned is the first stage, in which all weights are free, with its own optimizer: the next takes memory for the "
     "nonzeros alone"
 )
+
+
+def _notes(model: Attached, step: Step, device: Device) -> Iterator[str]:
+    if device == "cuda":
+        yield GPU_NOTE
+    if step.is_first_stage:
+        yield STAGE_NOTE
+    convolutional = any(place.site.convolutional for part in model.parts for place in part.places)
+    if convolutional and "convolution_backward" in step.ledger.ops:
+        yield CONVOLUTION_NOTE
 
 
 class Step:
