@@ -161,6 +161,7 @@ def kills(place: Path) -> dict[str, int]:
             for number in range(1000):
                 BankFolder(folder).add(f"task{kill}-{number}", source)
             os._exit(0)
+        # the moment of the kill is what is random here: up to four additions after the child began
         time.sleep(chance.uniform(0, 4 * seconds))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -1,4 +1,4 @@
-"""How far a plan is from a measured step, for every method on five backbones: `python benchmarks/plan_error.py`.
+"""How far a plan is from a measured step, for every method on six backbones: `python benchmarks/plan_error.py`.
 
 Random weights (memory does not depend on them), a batch with padding, one training step with the optimizer's state
 in place. Compared is the rise above model and optimizer state: the plan's `peak_bytes` against what PyTorch's allocator
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, LlamaConfig, PreTrainedConfig, SwinConfig, T5Config, ViTConfig
+from transformers import BertConfig, LlamaConfig, PreTrainedConfig, ResNetConfig, SwinConfig, T5Config, ViTConfig
 
 import sidestep as ss
 from sidestep.memory import mib
@@ -39,6 +39,7 @@ BACKBONES: dict[str, PreTrainedConfig] = {
         num_key_value_heads=4,
     ),
     "Swin-T": SwinConfig(),
+    "ResNet-50": ResNetConfig(),
 }
 
 
@@ -111,10 +112,13 @@ def main() -> None:
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--only", choices=BACKBONES, help="one backbone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
     torch.manual_seed(0)
     for backbone, config in BACKBONES.items():
+        if given.only not in (None, backbone):
+            continue
         for label, method, checkpoint in contenders():
             RESULTS.once(
                 lambda c=config, m=method, k=checkpoint: compare(c, m, k, given.batch, given.device),

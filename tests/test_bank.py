@@ -389,7 +389,7 @@ def test_a_killed_process_leaves_the_old_state_or_the_new_one(tmp_path: Path) ->
         process.stdout.readline()
         process.stdin.write(b"go\n")
         process.stdin.flush()
-        time.sleep(chance.uniform(0.05, 0.3))
+        time.sleep(chance.uniform(0.05, 0.3))  # a random moment of the additions that go on there
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         bank = BankFolder(folder)

@@ -112,6 +112,13 @@ def test_kept_bytes_are_those_that_saved_bytes_counts(name: str) -> None:
     assert planned.saved_bytes == sum(planned.saved_by_module.values()) == kept.total
 
 
+def test_a_backbone_that_takes_images_of_any_size_is_planned_at_the_usual_one() -> None:
+    config = t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], num_channels=1)
+    usual, same, smaller = (plan(config, ss.ReadConfig(), head=HEAD, batch=2, image_size=n) for n in (None, 224, 64))
+    assert usual == same
+    assert smaller.batch_bytes < usual.batch_bytes
+
+
 TWO_STAGES = [
     ss.DiffPruningConfig(),
     ss.DiffPruningConfig(structured=False),

@@ -543,7 +543,7 @@ class SideModel(nn.Module):
     def relax(
         self, *, rate: float, weight_decay: float = 0.0, max_norm: float = 1.0, seed: int = 0
     ) -> torch.optim.Optimizer:
-        """The optimizer of that stage (see `SparseDelta.relax`); its `restore` gives pretrained values back.
+        """The optimizer of that stage (see `SparseDelta.relax`), until its `project` or `unrelax`.
 
         Args:
             rate: learning rate; at 0 nothing moves.
@@ -555,6 +555,12 @@ class SideModel(nn.Module):
         assert self.sparse is not None
         dense = [p for _, p in self.trained_parameters() if p is not self.sparse.values]
         return self._delta.relax(self.sparse, dense, rate=rate, weight_decay=weight_decay, max_norm=max_norm, seed=seed)
+
+    def unrelax(self, optimizer: Any) -> None:
+        """Undo `relax`: the weights have their pretrained values, and gradients are the diff's again."""
+        assert self.sparse is not None
+        optimizer.restore()
+        self.sparse.hook()
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that are trained (not the weights that a sparse diff is written into)."""

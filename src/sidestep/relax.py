@@ -152,7 +152,7 @@ def _relaxed(
         found = method.project(made[-1], diff)
     except BaseException:
         for optimizer in made:
-            optimizer.restore()
+            model.unrelax(optimizer)
         raise
     seconds = time.perf_counter() - begin
     return FirstStage(

@@ -144,8 +144,7 @@ def idle_optimizer(model: Attached) -> Iterator[torch.optim.Optimizer]:
         yield optimizer
     finally:
         if first is not None:
-            optimizer.restore()
-            first.sparse.hook()  # type: ignore[union-attr]
+            first.unrelax(optimizer)
 
 
 def fill_state(optimizer: torch.optim.Optimizer) -> None:

@@ -288,11 +288,18 @@ class SparseDelta(WeightDelta):
             weight_decay: of the weights and of the head.
             max_norm: where gradients are cut; 0 leaves them.
             seed: of what is random in it.
+
+        Raises:
+            NotImplementedError: of a method without this stage, for which nobody calls it (see `relaxes`).
         """
         raise NotImplementedError(f"{type(self).__name__} has one stage")
 
     def project(self, optimizer: Any, diff: SparseDiff) -> dict[str, Any]:
-        """Place the diff by what the first stage learned; what came of it, for the results."""
+        """Place the diff by what the first stage learned; what came of it, for the results.
+
+        Raises:
+            NotImplementedError: as `relax`.
+        """
         raise NotImplementedError(f"{type(self).__name__} has one stage")
 
     def choose(self, diff: SparseDiff, squares: Mapping[str, Tensor]) -> None:

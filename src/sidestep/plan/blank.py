@@ -17,6 +17,8 @@ from sidestep.pixels import image_shape
 
 Backbone: TypeAlias = str | Path | PreTrainedConfig | Callable[[], nn.Module]
 
+IMAGE_SIZE = 224
+"""Rows and columns where a model takes images of any size."""
 LENGTH = 128
 TARGET = 4
 """Tokens of a text that an encoder-decoder writes: a word or two."""
@@ -104,7 +106,7 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
         model: says whether it reads texts or images, and what its labels are.
         rows: of the batch.
         length: tokens of a text; None: `LENGTH`, or what the model takes at most.
-        image_size: rows and columns of an image; None: what the model was made for.
+        image_size: rows and columns of an image; None: what the model was made for, or `IMAGE_SIZE`.
 
     Raises:
         ValueError: if a size does not fit the model.
@@ -141,6 +143,8 @@ def _length(model: SideModel, asked: int | None) -> int:
 def _image_shape(model: SideModel, asked: int | None) -> tuple[int, int, int]:
     """Channels, rows, columns."""
     own = image_shape(model.trunk)
+    if own is None and (channels := getattr(getattr(model.trunk, "config", None), "num_channels", None)):
+        own = (channels, IMAGE_SIZE, IMAGE_SIZE)  # any size will do: transformers' ResNets name none
     if own is None:
         raise ValueError(f"{_name(model)} does not say which images it takes: it cannot be planned for")
     return own if asked is None else (own[0], asked, asked)
