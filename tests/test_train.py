@@ -407,10 +407,12 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_with_the_same_bits(backbone
         return subprocess.Popen([sys.executable, str(script), *arguments], env=environment)
 
     parts, whole = tmp_path / "parts", tmp_path / "whole"
-    run = start(str(parts))
-    middle = _wait_for_mid_epoch(parts, run)
-    os.kill(run.pid, signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
+    with start(str(parts)) as run:
+        try:
+            middle = _wait_for_mid_epoch(parts, run)
+        finally:
+            run.kill()
+    assert run.returncode == -signal.SIGKILL
     assert not (parts / "results.json").exists()
     last = checkpoints.last_complete(parts / checkpoints.FOLDER)
     assert last is not None

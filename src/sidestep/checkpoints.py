@@ -89,7 +89,8 @@ def is_complete(checkpoint: Path) -> bool:
         if not all((checkpoint / name).stat().st_size for name in FILES):
             return False
         read_state(checkpoint)
-        with safe_open(checkpoint / WEIGHTS, framework="pt"):
+        # for PyTorch a file is opened a second time, and its absence then is a RuntimeError
+        with safe_open(checkpoint / WEIGHTS, framework="np"):
             return True
     except (ValueError, OSError, SafetensorError):
         return False
