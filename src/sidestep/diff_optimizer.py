@@ -292,7 +292,8 @@ class RelaxedWeight:
                 of_w.mul_(group)
                 of_alpha.mul_(group)
             p = self.gate.nonzero(alpha)
-            sums = torch.stack([through_group.double(), p.sum(dtype=torch.float64)])
+            # exact enough within a chunk; only the sum of all chunks needs more digits
+            sums = torch.stack([through_group, p.sum()]).double()
             yield span, of_w, of_alpha.add_(sigmoid_slope(p).mul_(factor)), sums
 
     def group_gradient(self, draw: int, sums: Tensor) -> Tensor | None:

@@ -37,14 +37,16 @@ class HardConcrete:
 
     def mask(self, alpha: Tensor, u: Tensor) -> Tensor:
         """z, of the shape of alpha and u."""
-        return self._stretched(self._sigmoid(alpha, u))
+        return self._stretched(self._sigmoid(alpha, u)).clamp_(0, 1)
 
     def mask_and_slope(self, alpha: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """z as `mask` has it, bit for bit, and dz / dalpha."""
         s = self._sigmoid(alpha, u)
         slope = torch.addcmul(s, s, s, value=-1).mul_(self.high - self.low)
-        z = self._stretched(s)
-        return z, slope.mul_(z > 0).mul_(z < 1)
+        stretched = self._stretched(s)
+        # one pass where products with `z > 0` and `z < 1` are six
+        slope = torch.ops.aten.hardtanh_backward(slope, stretched, 0.0, 1.0)
+        return stretched.clamp_(0, 1), slope
 
     def nonzero(self, alpha: Tensor) -> Tensor:
         """The probability that z is not 0 (with low = 0, where it is 1, the release's value)."""
@@ -55,7 +57,7 @@ class HardConcrete:
         return torch.logit(u, EDGE).add_(alpha).sigmoid_()
 
     def _stretched(self, s: Tensor) -> Tensor:
-        return s.mul_(self.high - self.low).add_(self.low).clamp_(0, 1)
+        return s.mul_(self.high - self.low).add_(self.low)
 
 
 @dataclass(frozen=True, kw_only=True)
