@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sidestep.diff_optimizer import ENTRIES, DiffPruningOptimizer
+from sidestep.averages import BLOCK
+from sidestep.diff_optimizer import DiffPruningOptimizer
 from sidestep.hard_concrete import HardConcrete, Noise, Penalty
 from sidestep.memory import peak_memory
 
@@ -172,9 +173,11 @@ def test_gradients_of_several_batches_are_summed_under_one_mask() -> None:
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
-def test_a_saved_state_goes_on_bit_for_bit() -> None:
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_a_saved_state_goes_on_bit_for_bit(state_bits: int) -> None:
+    how = {"state_bits": state_bits, "chunk": BLOCK}
     model = net()
-    optimizer = relaxed(model)
+    optimizer = relaxed(model, **how)
     for step in range(5):
         if step == 2:
             saved = copy.deepcopy(optimizer.state_dict())
@@ -183,7 +186,7 @@ def test_a_saved_state_goes_on_bit_for_bit() -> None:
         optimizer.step()
         optimizer.zero_grad()
     again = net()
-    resumed = relaxed(again)
+    resumed = relaxed(again, **how)
     again.head.load_state_dict(head)
     resumed.load_state_dict(saved)
     for step in range(2, 5):
@@ -220,7 +223,10 @@ def test_the_penalty_alone_closes_the_gates_as_fast_as_stated() -> None:
 
 
 @pytest.mark.parametrize("structured", [False, True])
-def test_it_keeps_eight_words_for_each_parameter_and_needs_one_and_a_half_more(structured: bool) -> None:
+@pytest.mark.parametrize(("state_bits", "words"), [(32, 8), (8, 5 + 4 / BLOCK)])
+def test_it_keeps_eight_words_for_each_parameter_or_five_and_needs_one_and_a_half_more(
+    structured: bool, state_bits: int, words: float
+) -> None:
     width, layers, chunk = 512, 6, 1 << 16
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
     masked = dict(model.named_parameters())
@@ -231,15 +237,15 @@ def test_it_keeps_eight_words_for_each_parameter_and_needs_one_and_a_half_more(s
         gate=HardConcrete(),
         penalty=Penalty(**PENALTY),
         structured=structured,
+        state_bits=state_bits,
         noise=Noise(0),
         chunk=chunk,
     )
-    per_entry = (*ENTRIES, "base")
-    kept = [value for p in masked.values() for name, value in optimizer.state[p].items() if name in per_entry]
+    kept = [value for p in masked.values() for name, value in optimizer.state[p].items() if name != "group"]
     kept += masked.values()
-    assert sum(tensor.numel() * tensor.element_size() for tensor in kept) == 8 * word
-    rest = [value for state in optimizer.state.values() for name, value in state.items() if name not in per_entry]
-    assert sum(value.numel() for value in rest) <= 3 * len(masked)
+    assert sum(tensor.numel() * tensor.element_size() for tensor in kept) == words * word
+    rest = [value for state in optimizer.state.values() for name, value in state.items() if name == "group"]
+    assert sum(value.numel() for value in rest) == (3 * len(masked) if structured else 0)
 
     def step() -> None:
         for p in masked.values():
@@ -249,3 +255,27 @@ def test_it_keeps_eight_words_for_each_parameter_and_needs_one_and_a_half_more(s
 
     step()
     assert peak_memory(step).allocated <= 1.5 * word
+
+
+def test_averages_in_8_bits_train_as_float32_does() -> None:
+    def trained(**changes: Any) -> tuple[Tensor, float]:
+        model = net()
+        optimizer = relaxed(model, chunk=BLOCK, **changes)
+        loss = torch.zeros(())
+        for step in range(20):
+            loss = backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.cat(list(optimizer.weights().values())), float(loss)
+
+    start = float(backward(net(), 19))
+    exact, loss = trained()
+    rounded, rounded_loss = trained(state_bits=8)
+    assert not torch.equal(exact, rounded)
+    assert torch.corrcoef(torch.stack([exact, rounded]))[0, 1] > 0.99
+    assert abs(rounded_loss - loss) < 0.1 * (start - loss)
+
+
+def test_averages_in_8_bits_need_chunks_of_whole_blocks() -> None:
+    with pytest.raises(ValueError, match="whole blocks of 256 entries, not of 10"):
+        relaxed(net(), state_bits=8, chunk=10)

@@ -22,6 +22,7 @@ ORDER = [
     "pruning",
     "hard_concrete",
     "selection",
+    "averages",
     "diff_optimizer",
     "families",
     "backbone",

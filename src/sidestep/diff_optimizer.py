@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
+from sidestep.averages import BLOCK, EightBit, Float32
 from sidestep.hard_concrete import HardConcrete, Penalty, sigmoid_slope
 from sidestep.selection import CHUNK
 
-ENTRIES = ("w", "alpha", "w_average", "w_square", "alpha_average", "alpha_square")
-"""What is kept for each entry of a masked parameter, in float32, besides the parameter and its pretrained value."""
+ENTRIES = ("w", "alpha")
+"""What is trained for each entry of a masked parameter, in float32."""
+
+AVERAGES = {"average": True, "square": False}
+"""What AdamW keeps of the gradients of each of `ENTRIES` ("w_average" and so on), and whether it has a sign."""
 
 
 class DrawNoise(Protocol):
@@ -54,6 +58,7 @@ class DiffPruningOptimizer(Optimizer):
         max_norm: where the two global norms are cut; 0 leaves them.
         betas: of all averages.
         eps: of all updates.
+        state_bits: 32, or 8 for averages of the masked parameters' gradients as `averages.EightBit` keeps them.
         noise: the masks' noise: (draw, parameter, chunk, a tensor of the shape) -> uniform numbers.
         chunk: entries that are worked on at a time; with another one the noise is another.
 
@@ -76,17 +81,22 @@ class DiffPruningOptimizer(Optimizer):
         max_norm: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        state_bits: int = 32,
         noise: DrawNoise,
         chunk: int = CHUNK,
     ) -> None:
+        self.averages = EightBit() if state_bits == 8 else Float32()
+        if state_bits == 8 and chunk % BLOCK:
+            raise ValueError(f"averages in 8 bits need chunks of whole blocks of {BLOCK} entries, not of {chunk}")
         groups = [{"params": list(masked.values())}, {"params": list(dense)}]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "step": 0})
         self.alpha_rate, self.max_norm, self.betas, self.eps = alpha_rate, max_norm, betas, eps
         self.relaxed = []
         for number, (name, p) in enumerate(masked.items()):
-            for entry in ENTRIES:
-                fill = alpha_init if entry == "alpha" else 0.0
+            for entry, fill in zip(ENTRIES, (0.0, alpha_init), strict=True):
                 self.state[p][entry] = torch.full((p.numel(),), fill, dtype=torch.float32, device=p.device)
+                for average, signed in AVERAGES.items():
+                    self.state[p] |= self.averages.zeros(f"{entry}_{average}", self.state[p][entry], signed=signed)
             if structured:
                 self.state[p]["group"] = torch.tensor([alpha_init, 0.0, 0.0], device=p.device)
             self.state[p]["base"] = p.detach().flatten().clone()
@@ -149,9 +159,8 @@ class DiffPruningOptimizer(Optimizer):
         masked, dense = self.param_groups
         for weight, of_group in zip(self.relaxed, group_gradients, strict=True):
             for span, of_w, of_alpha, _ in weight.sweep(self.steps):
-                w, alpha, w_average, w_square, alpha_average, alpha_square = (weight.state[e][span] for e in ENTRIES)
-                self._adamw(w, of_w.mul_(w_cut), w_average, w_square, masked["lr"], masked["weight_decay"])
-                self._adamw(alpha, of_alpha.mul_(alpha_cut), alpha_average, alpha_square, self.alpha_rate)
+                self._update(weight.state, "w", span, of_w.mul_(w_cut), masked["lr"], masked["weight_decay"])
+                self._update(weight.state, "alpha", span, of_alpha.mul_(alpha_cut), self.alpha_rate)
             if of_group is not None:
                 self._adamw(*_with_gradient(weight.state["group"], of_group * alpha_cut), self.alpha_rate)
         for p in self._dense:
@@ -210,6 +219,17 @@ class DiffPruningOptimizer(Optimizer):
         # with the summand of torch's clip_grad_norm_
         return (self.max_norm / (total + 1e-6)).clamp_(max=1.0) if self.max_norm else torch.ones_like(total)
 
+    def _update(
+        self, state: Mapping[str, Tensor], entry: str, span: slice, grad: Tensor, rate: float, decay: float = 0.0
+    ) -> None:
+        """One update of a chunk of w or alpha, and of its averages."""
+        kept = {
+            name: self.averages.read(state, f"{entry}_{name}", span, signed=signed) for name, signed in AVERAGES.items()
+        }
+        self._adamw(state[entry][span], grad, kept["average"], kept["square"], rate, decay)
+        for name, signed in AVERAGES.items():
+            self.averages.write(kept[name], state, f"{entry}_{name}", span, signed=signed)
+
     def _adamw(
         self, value: Tensor, grad: Tensor, average: Tensor, square: Tensor, rate: float, decay: float = 0.0
     ) -> None:
@@ -235,8 +255,8 @@ class RelaxedWeight:
     Args:
         name: the parameter's.
         parameter: holds theta.
-        state: "base", which is p0, and `ENTRIES`, all flat; with a gate for all of it "group": that
-            gate's alpha and its two averages.
+        state: "base", which is p0, and `ENTRIES`, all flat; with a gate for all of it "group": that gate's alpha and
+            its two averages.
         gate: the gates' shape.
         penalty: the L0 penalty.
         noise: (draw, chunk=..., like=...) -> uniform numbers.

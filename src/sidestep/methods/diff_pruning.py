@@ -44,6 +44,7 @@ class DiffPruningConfig(SparseDeltaConfig):
             w without its gates.
         finetune_epochs: of the second stage.
         finetune_rate: learning rate of the second stage.
+        state_bits: of each of the first stage's averages of gradients: 32, or 8 with the package bitsandbytes.
     """
 
     structured: bool = True
@@ -55,6 +56,7 @@ class DiffPruningConfig(SparseDeltaConfig):
     handover: Handover = "continuous"
     finetune_epochs: int = 3
     finetune_rate: float = 5e-5
+    state_bits: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +66,7 @@ class DiffPruningConfig(SparseDeltaConfig):
         self.require("penalty", self.penalty in get_args(PenaltyKind), " or ".join(get_args(PenaltyKind)))
         self.require("handover", self.handover in get_args(Handover), " or ".join(get_args(Handover)))
         self.require("lambda_l0", _is_number(self.lambda_l0) and self.lambda_l0 >= 0, "a number of at least 0")
+        self.require("state_bits", self.state_bits in (8, 32), "8 or 32")
         self.require("alpha_init", _is_number(self.alpha_init), "a number")
         for name in ("alpha_rate", "finetune_rate"):
             value = getattr(self, name)
@@ -119,6 +122,7 @@ class DiffPruning(SparseDelta):
             alpha_rate=config.alpha_rate if rate else 0.0,
             weight_decay=weight_decay,
             max_norm=max_norm,
+            state_bits=config.state_bits,
             noise=Noise(seed),
         )
 

@@ -1,0 +1,76 @@
+"""Where an optimizer keeps its running averages: in float32, or in 8 bits with a scale for each block of entries.
+
+The 8-bit codes and their rounding are bitsandbytes'. Source: Dettmers, Lewis, Shleifer, Zettlemoyer, "8-bit Optimizers
+via Block-wise Quantization", ICLR 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Entries that share a scale, as in bitsandbytes' optimizers."""
+
+
+class Float32:
+    """Averages as they are."""
+
+    def zeros(self, name: str, like: Tensor, *, signed: bool) -> dict[str, Tensor]:
+        """What is kept of an average before there is any, by name, for a flat tensor of float32."""
+        return {name: torch.zeros_like(like)}
+
+    def read(self, state: Mapping[str, Tensor], name: str, span: slice, *, signed: bool) -> Tensor:
+        """A part of an average, to be changed in place and given to `write`."""
+        return state[name][span]
+
+    def write(self, values: Tensor, state: Mapping[str, Tensor], name: str, span: slice, *, signed: bool) -> None:
+        """Keep a part; what `read` gave is what is kept."""
+
+
+class EightBit(Float32):
+    """Averages as codes of 8 bits; parts begin where a block does.
+
+    Raises:
+        ModuleNotFoundError: without bitsandbytes.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from bitsandbytes import functional
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'averages in 8 bits need bitsandbytes, which is not installed: pip install "sidestep[8bit]"'
+            ) from error
+        self._library = functional
+        self._maps = {signed: functional.create_dynamic_map(signed=signed) for signed in (True, False)}
+
+    def zeros(self, name: str, like: Tensor, *, signed: bool) -> dict[str, Tensor]:
+        """Codes (uint8, one for each entry) and scales (float32, one for each block) of zeros."""
+        zero = int(self._maps[signed].abs().argmin())
+        codes = torch.full_like(like, zero, dtype=torch.uint8)
+        return {name: codes, _scale(name): like.new_zeros(-(-len(like) // BLOCK))}
+
+    def read(self, state: Mapping[str, Tensor], name: str, span: slice, *, signed: bool) -> Tensor:
+        """A copy of a part of an average, in float32."""
+        codes, scales = state[name][span], state[_scale(name)][_blocks(span)]
+        code = self._maps[signed].to(codes.device)
+        return self._library.dequantize_blockwise(codes, absmax=scales, code=code, blocksize=BLOCK)
+
+    def write(self, values: Tensor, state: Mapping[str, Tensor], name: str, span: slice, *, signed: bool) -> None:
+        """Keep a part, rounded to what its blocks' scales allow."""
+        codes, how = self._library.quantize_blockwise(
+            values, code=self._maps[signed].to(values.device), blocksize=BLOCK
+        )
+        state[name][span] = codes
+        state[_scale(name)][_blocks(span)] = how.absmax
+
+
+def _scale(name: str) -> str:
+    return f"{name}_scale"
+
+
+def _blocks(span: slice) -> slice:
+    return slice(span.start // BLOCK, -(-span.stop // BLOCK))
