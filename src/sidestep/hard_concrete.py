@@ -70,11 +70,11 @@ class Penalty:
 
     Attributes:
         weight: lambda, for each expected nonzero; summed over entries, never averaged.
-        kind: "product" or "sum"; without a gate for the tensor they are the same.
+        kind: "sum" or "product"; without a gate for the tensor they are the same.
     """
 
     weight: float
-    kind: PenaltyKind = "product"
+    kind: PenaltyKind = "sum"
 
     def value(self, expected: Tensor, group: Tensor | None) -> Tensor:
         """The penalty, for the sum of the entries' probabilities."""

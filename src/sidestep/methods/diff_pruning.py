@@ -5,9 +5,9 @@ the diff is projected: the entries largest in magnitude over all weights are kep
 allows. These are trained on, as a sparse diff with fixed positions. Source: Guo, Rush, Kim,
 "Parameter-Efficient Transfer Learning with Diff Pruning", ACL 2021; dguo98/DiffPruning.
 
-Differs: the density is that of the backbone's weights, without the head; the penalty of a tensor's gate is the paper's
-product (the release has a sum); the diff goes on from where its gates left it (the release takes w without its gates);
-masks are drawn once in a step, so that accumulated gradients are exact; memory (see `diff_optimizer`).
+Differs: the density is that of the backbone's weights, without the head; the diff goes on from where its gates left it
+(the release takes w without its gates); masks are drawn once in a step, so that accumulated gradients are exact; memory
+(see `diff_optimizer`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class DiffPruningConfig(SparseDeltaConfig):
 
     Attributes:
         structured: whether each weight matrix and bias vector has one gate for all of it besides those of its entries.
-        penalty: what an open gate costs where there are both: "product", the expected number of nonzeros (the paper);
-            "sum" of the probabilities, in which the tensor's gate counts as one entry (the release).
+        penalty: what an open gate costs where there are both: "sum" of the probabilities, in which the tensor's gate
+            counts as one entry (the release); "product", the expected number of nonzeros (the paper), which closes the
+            gates of large tensors before their weights have moved, unless lambda_l0 is far lower.
         lambda_l0: weight of the penalty, for each expected nonzero. AdamW's epsilon of 1e-8 and it belong together.
         stretch: ends of the gate before it is cut to 0 and 1.
         alpha_init: of the gates; 5 leaves 99.3 % of them open.
@@ -48,7 +49,7 @@ class DiffPruningConfig(SparseDeltaConfig):
     """
 
     structured: bool = True
-    penalty: PenaltyKind = "product"
+    penalty: PenaltyKind = "sum"
     lambda_l0: float = 1.25e-7
     stretch: tuple[float, float] = (-1.5, 1.5)
     alpha_init: float = 5.0
@@ -142,6 +143,7 @@ class DiffPruning(SparseDelta):
             raise ValueError(
                 "all gates are closed, so there is no diff to keep: train for fewer epochs, or choose a lower "
                 f"lambda_l0 ({self.config.lambda_l0:g} now) or a higher alpha_init ({self.config.alpha_init:g} now)"
+                + (', or penalty="sum"' if self.config.structured and self.config.penalty == "product" else "")
             )
         opened = sum(int((z > 0).sum()) for _, _, z in optimizer.masks())
         if self.config.handover == "official":
