@@ -1,6 +1,6 @@
 """What diff pruning's first stage takes for each parameter of a BERT-base with random weights, in words of 4 bytes.
 
-    python benchmarks/diff_pruning_memory.py [cpu|cuda]  # measures, and writes results/diff_pruning_memory-DEVICE.json
+    python benchmarks/diff_pruning_memory.py [cpu|cuda]  # measures, and writes results/diff_pruning_memory-DEVICE-*.json
     python benchmarks/diff_pruning_memory.py table       # the table alone
 
 Counted are the tensors that are kept from step to step. Measured is how far a step's allocations rise above them, which
@@ -31,14 +31,14 @@ TIMED = 3
 RELEASE, RELEASE_STEP = 11, 6
 
 
-def measure(device: str) -> None:
+def measure(device: str, state_bits: int) -> None:
     """Measure on a device and write the numbers."""
     torch.manual_seed(0)
     model = BertModel(BertConfig(), add_pooling_layer=False).to(device).train()
     masked = dict(model.named_parameters())
     numel = sum(p.numel() for p in masked.values())
     given = {"gate": HardConcrete(), "penalty": Penalty(weight=1.25e-7), "structured": True, "noise": Noise(0)}
-    optimizer = DiffPruningOptimizer(masked, lr=1e-5, **given)
+    optimizer = DiffPruningOptimizer(masked, lr=1e-5, state_bits=state_bits, **given)
     ids = torch.randint(0, 30000, (1, 8), device=device)
 
     def step() -> None:
@@ -60,11 +60,12 @@ def measure(device: str) -> None:
         "step": peak_memory(step, device).allocated / (4 * numel),
         "training_step": peak_memory(training_step, device).allocated / (4 * numel),
         "seconds": statistics.median(_seconds(step) for _ in range(TIMED)),
+        "state_bits": state_bits,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)",
-        "versions": versions(("torch", "transformers")),
+        "versions": versions(("torch", "transformers", "bitsandbytes")),
     }
     FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"diff_pruning_memory-{device}.json"
+    path = FOLDER / f"diff_pruning_memory-{device}-{state_bits}.json"
     path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
@@ -76,7 +77,8 @@ def table() -> None:
     for path in sorted(FOLDER.glob("diff_pruning_memory-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         print(
-            f"| Sidestep (measured, gradient and passes included) | {found['kept']:.3f} | "
+            f"| Sidestep, averages in {found['state_bits']} bits (measured, gradient and passes included) | "
+            f"{found['kept']:.3f} | "
             f"{found['training_step']:.3f} | {found['seconds']:.2f} s | {found['device']} |"
         )
 
@@ -91,5 +93,6 @@ def _seconds(step: Callable[[], None]) -> float:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["table"]:
-        measure(*sys.argv[1:] or ["cpu"])
+        for bits in (32, 8):
+            measure(*sys.argv[1:] or ["cpu"], bits)
     table()

@@ -112,8 +112,7 @@ def parts(task: str) -> Iterator[Comparison]:
     yield replace(asked, contenders=one_stage(), epochs=twice)
     yield asked
     for density in DENSITIES if task == DENSITY_TASK else ():
-        structured, _, magnitude = two_stages(task, density)
-        yield replace(asked, contenders=(structured, magnitude), seeds=asked.seeds[:1])
+        yield replace(asked, contenders=two_stages(task, density)[:1], seeds=asked.seeds[:1])
         yield replace(asked, contenders=one_stage(density)[:1], epochs=twice, seeds=asked.seeds[:1])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 BLOCK = 256
 """Entries that share a scale, as in bitsandbytes' optimizers."""
@@ -45,12 +46,13 @@ class EightBit(Float32):
                 'averages in 8 bits need bitsandbytes, which is not installed: pip install "sidestep[8bit]"'
             ) from error
         self._library = functional
-        self._maps = {signed: functional.create_dynamic_map(signed=signed) for signed in (True, False)}
+        with unset_fake_temporarily():  # the map is made from values, which tensors of a plan do not have
+            maps = {signed: functional.create_dynamic_map(signed=signed).tolist() for signed in (True, False)}
+        self._maps = {signed: torch.tensor(values) for signed, values in maps.items()}
 
     def zeros(self, name: str, like: Tensor, *, signed: bool) -> dict[str, Tensor]:
-        """Codes (uint8, one for each entry) and scales (float32, one for each block) of zeros."""
-        zero = int(self._maps[signed].abs().argmin())
-        codes = torch.full_like(like, zero, dtype=torch.uint8)
+        """Codes (uint8, one for each entry) and scales (float32, one for each block); scales of 0 make them zeros."""
+        codes = torch.zeros_like(like, dtype=torch.uint8)
         return {name: codes, _scale(name): like.new_zeros(-(-len(like) // BLOCK))}
 
     def read(self, state: Mapping[str, Tensor], name: str, span: slice, *, signed: bool) -> Tensor:

@@ -71,7 +71,9 @@ def whole(backbone: Path, data: TaskData, tmp_path_factory: pytest.TempPathFacto
 # --- one call does all stages ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"structured": False}, {"penalty": "sum", "handover": "official"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"structured": False}, {"penalty": "product", "handover": "official"}, {"state_bits": 8}]
+)
 def test_one_call_relaxes_projects_and_trains_on(
     changes: dict[str, Any], backbone: Path, data: TaskData, tmp_path: Path
 ) -> None:
@@ -240,6 +242,7 @@ def test_a_failure_in_the_first_stage_gives_the_weights_back(
         ({"stretch": (0.0, 1.5)}, "below 0 and above 1"),
         ({"stretch": (-1.5,)}, "two numbers"),
         ({"penalty": "mean"}, "product or sum"),
+        ({"state_bits": 16}, "state_bits=16, but it must be 8 or 32"),
         ({"handover": "raw"}, "continuous or official"),
         ({"lambda_l0": -1.0}, "at least 0"),
         ({"alpha_rate": 0.0}, "above 0"),
