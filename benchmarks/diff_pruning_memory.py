@@ -1,6 +1,6 @@
 """What diff pruning's first stage takes for each parameter of a BERT-base with random weights, in words of 4 bytes.
 
-    python benchmarks/diff_pruning_memory.py [cpu|cuda]  # measures, and writes results/diff_pruning_memory-DEVICE-*.json
+    python benchmarks/diff_pruning_memory.py [cpu|cuda]  # measures, and writes them into results
     python benchmarks/diff_pruning_memory.py table       # the table alone
 
 Counted are the tensors that are kept from step to step. Measured is how far a step's allocations rise above them, which
