@@ -230,10 +230,10 @@ def _split(
     cuts = np.searchsorted(positions, ends)
     if cuts[-1] != len(positions):
         raise ValueError("positions beyond the last tensor")
-    for start, low, high in zip(ends[:-1], cuts[:-1], cuts[1:], strict=True):
-        positions[low:high] -= start
-    counts = np.diff(cuts).tolist()
-    parts = zip(shapes.items(), torch.from_numpy(positions).split(counts), values.split(counts), strict=True)
+    counts = np.diff(cuts)
+    positions -= np.repeat(ends[:-1], counts)
+    sizes = counts.tolist()
+    parts = zip(shapes.items(), torch.from_numpy(positions).split(sizes), values.split(sizes), strict=True)
     for (name, shape), own_positions, own_values in parts:
         yield name, SparseTensor(shape=tuple(shape), positions=own_positions, values=own_values)
 
