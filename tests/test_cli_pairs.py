@@ -109,6 +109,14 @@ def test_a_recipe_of_retrieval_fills_what_was_not_typed(place: Path, tmp_path: P
     assert found["recipe"]["overridden"] == {"batch_size": 4, "dim": 8, "epochs": 3, "set": ["hidden=4"]}
 
 
+def test_a_recipe_for_one_epoch_has_no_milestone_left(place: Path, tmp_path: Path) -> None:
+    how = ["--backbone", place / "vit", "--text-backbone", place / "bert", "--dim", 8, "--set", "hidden=4"]
+    result = train(place, tmp_path / "task", "--recipe", "sherl/vse/f30k", *how, "--batch-size", 4, "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "task" / "results.json").read_text())["settings"]
+    assert (found["schedule"], found["milestones"]) == ("constant", [])
+
+
 def test_a_stopped_run_of_augmented_images_goes_on_bit_for_bit(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +146,7 @@ def test_a_stopped_run_of_augmented_images_goes_on_bit_for_bit(
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"image": "images/none.png"}, "1 of 9 images are not there: 'none.png', looked for from"),
+        ({"image": "images/none.png"}, "1 of 9 images are not there: 'images/none.png', looked for from"),
         ({"caption": " "}, "1 of 17 rows have an image and no caption: "),
         ({"image": ""}, "1 of 17 rows have a caption and no image, row 17"),
     ],

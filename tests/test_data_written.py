@@ -140,6 +140,8 @@ def test_how_texts_are_written_is_for_texts_only() -> None:
         prepare(found, found, TEXT, T5, num_beams=2)
     with pytest.raises(DataError, match="num_beams=0, but it must be at least 1"):
         prepare(found, found, TEXT, T5, kind="text2text", num_beams=0)
+    with pytest.raises(DataError, match="max_new_tokens=0, but it must be at least 1"):
+        prepare(found, found, TEXT, T5, kind="text2text", max_new_tokens=0)
 
 
 def test_held_out_rows_of_free_texts_are_drawn_at_random() -> None:

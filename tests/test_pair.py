@@ -20,9 +20,11 @@ from transformers import (
 
 import sidestep as ss
 from sidestep.heads import GPO
+from sidestep.loading import LoadError, paired
 from sidestep.methods import MethodConfig
 from sidestep.pair import contrastive_loss, triplet_loss
 from sidestep.store import TaskError
+from tiny import FAMILIES
 
 END = 39
 TEXT = {
@@ -297,5 +299,12 @@ def test_what_cannot_be_attached_is_refused_by_name() -> None:
         ss.initialise(fisher, [batch()])
     ss.detach(fisher)
     model = ss.attach(backbone, ss.ReadConfig(), head=ss.Retrieve())
+    with pytest.raises(ValueError, match="read as configured starts without data: there is nothing to initialise"):
+        ss.initialise(model, [batch()])
     with pytest.raises(ValueError, match="a loss needs pairs, but there are 4 images, 3 texts, 3 labels"):
         model(**inputs, labels=torch.arange(3))
+
+
+def test_an_encoder_without_one_width_is_no_tower() -> None:
+    with pytest.raises(LoadError, match="cannot be one of two towers: its config has no hidden_size"):
+        paired(FAMILIES["resnet"].model(), BertModel(BertConfig(**TEXT)))

@@ -300,6 +300,11 @@ def paired(image: Any, text: Any) -> nn.Module:
     for encoder in (image, text):
         if not isinstance(encoder, PreTrainedModel) or dual_family_of(encoder) is not None:
             raise LoadError(f"{type(encoder).__name__} cannot be one of two towers: give an encoder of transformers")
+        if not hasattr(encoder.config, "hidden_size"):
+            raise LoadError(
+                f"{type(encoder).__name__} cannot be one of two towers: its config has no hidden_size, which "
+                "VisionTextDualEncoderModel projects from: give an encoder that has one, as ViT and BERT do"
+            )
     names = [encoder.config._name_or_path for encoder in (image, text)]
     model: Any = transformers.VisionTextDualEncoderModel(vision_model=image, text_model=text).eval()
     # the towers' configs are copies now; by these names they are loaded again

@@ -170,7 +170,8 @@ def prepare(
     generation = None
     if labels.kind in WRITTEN:
         parts = [_targets(part, fields, processor, labels) for part in (train, dev)]
-        generation = Generation(max_new_tokens=max_new_tokens or max(map(len, parts[0])), num_beams=num_beams)
+        longest = max(map(len, parts[0])) if max_new_tokens is None else max_new_tokens
+        generation = Generation(max_new_tokens=longest, num_beams=num_beams)
         if labels.kind == "lm":
             both, pair = [*parts[0], *parts[1]], fields.text2 is not None
             max_length = prompt_limit(processor, max_length, both, generation.max_new_tokens, pair=pair)

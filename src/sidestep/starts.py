@@ -34,19 +34,19 @@ def initialise(model: SideModel, batches: Iterable[Mapping[str, Tensor]], *, sam
     Raises:
         ValueError: if the method's start takes no rows, there are none, or the model is a pair.
     """
+    if not any(samples_of(part) for part in model.parts):
+        raise ValueError(
+            f"{model.record.name} as configured starts without data: there is nothing to initialise "
+            '(LSTConfig(init="fisher") and SparseConfig(select="fisher") ask for it)'
+        )
     if len(model.parts) > 1:
         raise ValueError(
             f"{model.record.name} as configured would start by one backbone's loss, and this is a pair: choose a start "
             'without data (select="random" or "grow")'
         )
     batches = islice(batches, samples_of(model) if samples is None else samples)
-    if model.sparse is not None and samples_of(model):
+    if model.sparse is not None:
         return _choose_support(model, batches)
-    if not model.side.from_data:
-        raise ValueError(
-            f"{model.record.name} as configured starts without data: there is nothing to initialise "
-            '(LSTConfig(init="fisher") and SparseConfig(select="fisher") ask for it)'
-        )
     sites = [place.site for place in model.places]
     scores, seen = _fisher(model, batches)
     if not seen:

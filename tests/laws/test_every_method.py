@@ -639,6 +639,22 @@ def test_bfloat16_is_finite_and_close(method: str, family: str, precision: str) 
     assert error.norm() / whole.norm() < 3e-2
 
 
+@side_nets
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_cast_whole_is_finite_and_close(method: str, family: str, dtype: torch.dtype) -> None:
+    kind = FAMILIES[family]
+    model = attach(method, kind, head=True).eval()
+    randomize(model, scale=0.05)
+    smooth(model.side)
+    batch = kind.inputs()
+    with torch.no_grad():
+        expected = logits(model(**batch))
+        cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+        found = logits(model.to(dtype)(**cast)).float()
+    assert torch.isfinite(found).all()
+    assert (found - expected).norm() / expected.norm() < 3e-2
+
+
 def smooth(side: nn.Module) -> None:
     """GELU for every ReLU: one unit that rounding brings over the kink is a large share of so narrow a network."""
     for name, module in list(side.named_modules()):

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
 import sidestep as ss
 from sidestep.methods import UnsupportedBackbone
-from sidestep.methods.unipt import Interaction, UniPT
+from sidestep.methods.unipt import Interaction, UniPT, _gather
 from tiny import FAMILIES, logits, randomize
 
 
@@ -94,6 +94,12 @@ def test_tokens_equal_a_reference_that_goes_token_by_token(variant: Any) -> None
     found = net.tokens([net.read(number, tokens) for number, tokens in enumerate(hidden)], keep)
     for row, length in enumerate(lengths.tolist()):
         torch.testing.assert_close(found[row], row_of(net, [tokens[row] for tokens in hidden], length))
+
+
+def test_tokens_that_agree_with_none_find_nothing_in_half_precision() -> None:
+    anchor = torch.ones(1, 3, 4, dtype=torch.float16)
+    found = _gather(anchor, -anchor, torch.ones(1, dtype=torch.float16), None)
+    assert torch.equal(found, -anchor)
 
 
 def test_a_vector_gathers_from_the_last_level_too() -> None:

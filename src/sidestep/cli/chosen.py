@@ -87,5 +87,8 @@ def _values(recipe: Recipe, typed: Mapping[str, Any]) -> dict[str, Any]:
         share = typed["epochs"] / recipe.training["epochs"]
         if values.get("warmup_epochs"):
             values["warmup_epochs"] = round(values["warmup_epochs"] * share)
-        values["milestones"] = tuple(round(epoch * share) for epoch in values.get("milestones", ()))
+        scaled = {round(epoch * share) for epoch in values.get("milestones", ())}
+        values["milestones"] = tuple(sorted(scaled & set(range(1, typed["epochs"]))))
+        if values.get("schedule") == "step" and not values["milestones"]:
+            values["schedule"] = "constant"
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -173,9 +174,9 @@ def _located(cell: dict[str, Any], folder: Path | None) -> dict[str, Any]:
 
 def _refuse_missing(images: Sequence[Mapping[str, Any]], folder: Path | None) -> None:
     files = [cell["path"] for cell in images if cell["bytes"] is None and "://" not in cell["path"]]
-    missing = [Path(file).name for file in files if not Path(file).is_file()]
+    where = (folder or Path.cwd()).resolve()
+    missing = [os.path.relpath(file, where) for file in files if not Path(file).is_file()]
     if missing:
-        where = (folder or Path.cwd()).resolve()
         raise DataError(
             f"{len(missing)} of {len(images)} images are not there: {listed(missing)}, looked for from {where}: paths "
             "are relative to the file's folder, or absolute"

@@ -12,7 +12,6 @@ T5's decoder, the latter as BERT. CLIP4Clip's form writes nothing: it corrects t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.layers import own_token, recompute, regrid
-from sidestep.methods.base import MethodConfig, SideNet, is_ascending, is_whole, register
+from sidestep.methods.base import MethodConfig, SideNet, is_ascending, is_number, is_whole, register
 from sidestep.sites import Site, not_plain, of_stack, stacks
 from sidestep.taps import Tap
 
@@ -89,8 +88,9 @@ class SherlConfig(MethodConfig):
         self.require("projection", self.projection in (None, *known), f"None or one of {', '.join(known)}")
         for name in ("norm_out_eps", "eps", "init_std"):
             value = getattr(self, name)
-            self.require(name, value is None or (math.isfinite(value) and value > 0), "a number above 0")
-        self.require("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1")
+            self.require(name, value is None or (is_number(value) and value > 0), "a number above 0")
+        dropout = self.dropout
+        self.require("dropout", is_number(dropout) and 0 <= dropout < 1, "a number of at least 0 and less than 1")
         plain = not (self.norm_out or self.merge_mlp or self.projection == "conv_norm")
         self.require("pool_tokens", plain or not self.pool_tokens, "False with norm_out, merge_mlp and conv_norm")
         self.require("level_gates", self.pool_tokens or not self.level_gates, "False without pool_tokens")
@@ -196,16 +196,18 @@ class Merge(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(hidden, mlp), nn.ReLU(), nn.Linear(mlp, hidden), nn.LayerNorm(hidden))
 
     def forward(self, guide: Tensor, *levels: Tensor) -> Tensor:
-        """Levels and guide (..., hidden) -> (..., hidden); in float32 under reduced precision."""
+        """Levels and guide (..., hidden) -> (..., hidden) in the weights' precision; within in float32 at least."""
         with torch.autocast(guide.device.type, enabled=False):
             guide = _at_least_float32(guide)
             stacked = torch.stack([_at_least_float32(level) for level in levels], dim=-2)
             weighted = torch.einsum("...l,...lh->...h", self.weights(guide, stacked), stacked)
-            return self.mlp(weighted) + guide
+            own = self.score.weight.dtype
+            return (self.mlp(weighted.to(own)) + guide).to(own)
 
     def weights(self, guide: Tensor, levels: Tensor) -> Tensor:
         """(..., levels), which sum to one wherever a level fits the guide (..., hidden), else zeros."""
-        fit = self.score(levels * guide[..., None, :]).squeeze(-1).relu()
+        weight, bias = _at_least_float32(self.score.weight), _at_least_float32(self.score.bias)
+        fit = F.linear(levels * guide[..., None, :], weight, bias).squeeze(-1).relu()
         unit = levels / (torch.linalg.vector_norm(levels, dim=-1, keepdim=True) + self.eps)
         redundancy = (unit @ unit.transpose(-1, -2)).relu().sum(-1)
         # A level of zeros has no direction: it is not even like itself.

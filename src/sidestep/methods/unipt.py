@@ -151,7 +151,7 @@ class Interaction(nn.Module):
 def _gather(anchor: Tensor, target: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
     """(batch, tokens, hidden): what each of the anchor's tokens finds in a target, with that of its own place."""
     scores = _agreement(anchor, target, keep)
-    found = (scores / (scores.sum(-1, keepdim=True) + 1e-8)) @ target + target
+    found = (scores / (scores.sum(-1, keepdim=True) + 1e-8)).to(target.dtype) @ target + target
     return weight[:, None, None] * found
 
 
@@ -159,13 +159,16 @@ def _gather_at(anchor: Tensor, target: Tensor, weight: Tensor, position: Tensor,
     """(batch, 1, hidden): what an anchor of one token finds in a target, with the token at `position`."""
     scores = _agreement(anchor, target, keep)
     own = target[torch.arange(len(target), device=target.device), position]
-    found = (scores / scores.sum(-1, keepdim=True).clamp(min=1e-6)) @ target + own[:, None]
+    found = (scores / scores.sum(-1, keepdim=True).clamp(min=1e-6)).to(target.dtype) @ target + own[:, None]
     return weight[:, None, None] * found
 
 
 def _agreement(anchor: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
-    """(batch, anchor's tokens, target's): products where they are positive, and zero on padding, in full precision."""
-    scores = (anchor @ target.transpose(1, 2)).to(anchor.dtype).relu()
+    """(batch, anchor's tokens, target's): products where they are positive, and zero on padding, in full precision.
+
+    In half precision the small numbers by which sums of them are kept from 0 would be 0.
+    """
+    scores = (anchor @ target.transpose(1, 2)).to(torch.promote_types(anchor.dtype, torch.float32)).relu()
     return scores if keep is None else scores * keep[:, None]
 
 
