@@ -6,6 +6,7 @@ The laws in `tests/laws` then cover it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -65,6 +66,11 @@ class MethodConfig:
 def is_whole(value: Any, least: int) -> bool:
     """Whether a config's value is a whole number of at least `least`."""
     return isinstance(value, int) and value >= least
+
+
+def is_number(value: Any) -> bool:
+    """Whether a config's value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def is_ascending(value: Any) -> bool:
@@ -220,7 +226,7 @@ class SparseDeltaConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("density", 0 < self.density <= 1, "above 0 and at most 1")
+        self.require("density", is_number(self.density) and 0 < self.density <= 1, "a number above 0 and at most 1")
         self.require("value_dtype", self.value_dtype in get_args(ValueDtype), " or ".join(get_args(ValueDtype)))
 
 
