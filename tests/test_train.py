@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +386,7 @@ def test_images_and_noise_resume_exactly_too(tmp_path: Path, monkeypatch: pytest
 KILLED_HOW: dict[str, Any] = {"epochs": 16, "save_steps": 3}
 KILLED = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import datasets, torch, transformers
@@ -497,6 +499,9 @@ def test_resuming_with_other_settings_or_data_is_refused(backbone: Path, tmp_pat
     train(attached(backbone, data), data, settings(tmp_path))
     with pytest.raises(OutputError, match=r"holds another run \(batch_size is 4 and was 8\): resume with the"):
         train(attached(backbone, data), data, settings(tmp_path, batch_size=4, resume=True))
+    wider = attached(backbone, data, replace(READ, rank=5))
+    with pytest.raises(OutputError, match=r"holds another run \(method.rank is 5 and was 8\): resume"):
+        train(wider, data, settings(tmp_path, resume=True))
     other = prepare(rows(64, 7), rows(24, 1), TEXT, load_processor(backbone))
     with pytest.raises(OutputError, match=r"holds another run \(training rows is"):
         train(attached(backbone, other), other, settings(tmp_path, resume=True))

@@ -143,10 +143,10 @@ def _sweep(folder: Path) -> None:
 
 def _check_same(path: Path, run: Mapping[str, Any]) -> None:
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _flat(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read ({error}): start the run anew with --overwrite") from error
-    now = json.loads(json.dumps(run))
+    now = _flat(json.loads(json.dumps(run)))
     changed = [
         f"{name} is {_short(now.get(name))} and was {_short(before.get(name))}"
         for name in sorted(before.keys() | now.keys())
@@ -157,6 +157,14 @@ def _check_same(path: Path, run: Mapping[str, Any]) -> None:
             f"{path.parent.parent} holds another run ({'; '.join(changed)}): resume with the same settings "
             "and data, or start anew with --overwrite"
         )
+
+
+def _flat(values: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Values of nested mappings by names with dots."""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{within}{name}.") if isinstance(value, dict) else {f"{within}{name}": value}
+    return flat
 
 
 def _short(value: Any) -> str:
