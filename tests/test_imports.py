@@ -151,3 +151,9 @@ def test_every_exception_is_still_needed() -> None:
 def test_public_names_are_listed_once_and_exist() -> None:
     assert len(sidestep.__all__) == len(set(sidestep.__all__))
     assert all(hasattr(sidestep, name) for name in sidestep.__all__)
+
+
+def test_errors_that_public_functions_raise_are_public() -> None:
+    for name in ("BankError", "DifferentBackbones", "TaskError", "UnsupportedBackbone"):
+        assert name in sidestep.__all__
+        assert issubclass(getattr(sidestep, name), ValueError)

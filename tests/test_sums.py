@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import sidestep as ss
-from sidestep.store import TaskError
-from sidestep.sums import DifferentBackbones
+from sidestep.store import DtypeMismatch
+from test_pair import clip
 from tiny import FAMILIES, LABELS, logits
 
 BERT = FAMILIES["bert"]
 
 
-def task(folder: Path, seed: int, backbone: int = 0) -> Path:
+def task(folder: Path, seed: int, backbone: int = 0, **settings: Any) -> Path:
     torch.manual_seed(seed)
-    config = ss.SparseConfig(density=0.2, select="random", seed=seed)
+    config = ss.SparseConfig(density=0.2, select="random", seed=seed, **settings)
     model = ss.attach(BERT.model(backbone), config, head=ss.Classify(num_labels=LABELS))
     with torch.no_grad():
         for _, parameter in model.trained_parameters():
@@ -52,11 +53,56 @@ def test_the_weights_are_the_pretrained_ones_plus_both_diffs(tmp_path: Path) -> 
 
 def test_diffs_of_two_backbones_and_what_is_no_diff_are_refused(tmp_path: Path) -> None:
     model = ss.load(task(tmp_path / "task", 0), BERT.model())
-    with pytest.raises(DifferentBackbones, match="diffs add up on one backbone only"):
+    with pytest.raises(ss.DifferentBackbones, match="diffs add up on one backbone only"):
         ss.add_diff(model, task(tmp_path / "other", 1, backbone=9))
     read = ss.attach(BERT.model(), ss.ReadConfig(rank=2), head=ss.Classify(num_labels=LABELS))
     read.save_pretrained(tmp_path / "read")
-    with pytest.raises(TaskError, match="is a task of read, which is no sparse diff"):
+    with pytest.raises(ss.TaskError, match="is a task of read, which is no sparse diff"):
         ss.add_diff(model, tmp_path / "read")
-    with pytest.raises(TaskError, match="read, has no trained sparse diff"):
+    with pytest.raises(ss.TaskError, match="read, has no trained sparse diff"):
         ss.add_diff(read, tmp_path / "task")
+
+
+def test_another_precision_is_told_as_by_load(tmp_path: Path) -> None:
+    folders = [task(tmp_path / name, seed) for seed, name in enumerate(("task", "language"))]
+    with pytest.warns(DtypeMismatch):
+        model = ss.load(folders[0], BERT.model().bfloat16())
+    with pytest.warns(DtypeMismatch, match=r"language was made on these weights in float32, .* is in bfloat16") as told:
+        ss.add_diff(model, folders[1])
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("weights", "values", "scale", "said"),
+    [
+        (torch.float32, "float16", 1e9, r"values up to .*e\+0\d in .*, out of the range of torch.float16"),
+        (torch.float16, "float32", 1e9, r"values up to .*e\+0\d in .*, out of the range of torch.float16"),
+        (torch.float32, "float32", 1e39, "out of the range of torch.float32: choose a smaller scale"),
+        (torch.float32, "float32", float("nan"), "scale=nan, but it must be a finite number"),
+        (torch.float32, "float32", float("-inf"), "scale=-inf"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::sidestep.store.DtypeMismatch")
+def test_sums_that_do_not_fit_are_refused_and_nothing_is_changed(
+    tmp_path: Path, weights: torch.dtype, values: Any, scale: float, said: str
+) -> None:
+    folders = [task(tmp_path / name, seed, value_dtype=values) for seed, name in enumerate(("task", "language"))]
+    model = ss.load(folders[0], BERT.model().to(weights))
+    diff, before = model.sparse.values, {name: value.clone() for name, value in model.trunk.state_dict().items()}
+    kept = diff.detach().clone()
+    with pytest.raises(ValueError, match=said):
+        ss.add_diff(model, folders[1], scale=scale)
+    assert model.sparse.values is diff
+    assert torch.equal(diff, kept)
+    assert all(torch.equal(value, before[name]) for name, value in model.trunk.state_dict().items())
+
+
+def test_diffs_of_pairs_are_refused(tmp_path: Path) -> None:
+    pair = ss.attach(clip(), ss.SparseConfig(density=0.05, select="random"), head=ss.Retrieve())
+    pair.save_pretrained(tmp_path / "pair")
+    model = ss.load(task(tmp_path / "task", 0), BERT.model())
+    with pytest.raises(ss.TaskError, match="pair is of a dual encoder, and diffs of pairs cannot be added"):
+        ss.add_diff(model, tmp_path / "pair")
+    for folder in ("pair", "task"):
+        with pytest.raises(ss.TaskError, match="the model is of a dual encoder, and diffs of pairs cannot be added"):
+            ss.add_diff(pair, tmp_path / folder)

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sidestep.bank import TaskBank
+    from sidestep.bank import BankError, TaskBank
     from sidestep.heads import Classify, Regress, Retrieve
     from sidestep.memory import peak_memory, saved_bytes
     from sidestep.methods import (
@@ -44,16 +44,18 @@ if TYPE_CHECKING:
     from sidestep.pair import PairModel, attach, detach
     from sidestep.plan import Plan, plan
     from sidestep.starts import initialise
-    from sidestep.store import load
-    from sidestep.sums import add_diff
+    from sidestep.store import TaskError, load
+    from sidestep.sums import DifferentBackbones, add_diff
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BankError",
     "BitFitConfig",
     "Classify",
     "DTLConfig",
     "DiffPruningConfig",
+    "DifferentBackbones",
     "DoraConfig",
     "FullConfig",
     "IA3Config",
@@ -71,6 +73,7 @@ __all__ = [
     "SparseConfig",
     "SynQTConfig",
     "TaskBank",
+    "TaskError",
     "UniPTConfig",
     "UnsupportedBackbone",
     "add_diff",
@@ -85,7 +88,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "bank": ("TaskBank",),
+    "bank": ("BankError", "TaskBank"),
     "heads": ("Classify", "Regress", "Retrieve"),
     "memory": ("peak_memory", "saved_bytes"),
     "methods": (
@@ -111,8 +114,8 @@ _HOMES = {
     "pair": ("PairModel", "attach", "detach"),
     "plan": ("Plan", "plan"),
     "starts": ("initialise",),
-    "store": ("load",),
-    "sums": ("add_diff",),
+    "store": ("TaskError", "load"),
+    "sums": ("DifferentBackbones", "add_diff"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -117,9 +117,9 @@ class SparseDiff(nn.Module):
         """The positions in each tensor that has nonzeros, by its name: ascending, in the flat tensor."""
         return {part.name: self._index(part) for part in self._parts}
 
-    def entries(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The same with the values there, rounded to `value_dtype`."""
-        values = self._rounded().detach()
+    def entries(self, *, rounded: bool = True) -> dict[str, tuple[Tensor, Tensor]]:
+        """The same with the values there, rounded to `value_dtype` or as they are trained."""
+        values = (self._rounded() if rounded else self.values).detach()
         return {part.name: (self._index(part), values[part.low : part.high]) for part in self._parts}
 
     def covers(self, parameter: Tensor) -> bool:

@@ -375,10 +375,12 @@ class SideModel(nn.Module):
         if isinstance(output, ModelOutput) and not output.loss.requires_grad:
             raise ValueError(self._nothing_trained())
         if self.sparse is not None and self.sparse.is_idle:
-            raise ValueError(
-                f"{self.record.name} has not chosen yet which weights it trains: `sidestep train` does that, and for a "
-                "loop of your own ss.initialise(model, batches), except where all weights are trained first"
+            how = (
+                "as configured it trains all of them first, which needs `sidestep train` or sidestep.train.train"
+                if self.relaxes
+                else "`sidestep train` does that, and for a loop of your own ss.initialise(model, batches)"
             )
+            raise ValueError(f"{self.record.name} has not chosen yet which weights it trains: {how}")
 
     def _nothing_trained(self) -> str:
         return (

@@ -159,7 +159,7 @@ def packed(model: Attached, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         shapes = diff.shapes
         entries = {
             name: SparseTensor(shape=shapes[name], positions=positions, values=values)
-            for name, (positions, values) in diff.entries().items()
+            for name, (positions, values) in diff.entries(rounded=False).items()
         }
         try:
             packed |= {prefix + name: value for name, value in encode(entries, diff.value_dtype).items()}
@@ -758,6 +758,14 @@ def _attach(task: Task, backbone: nn.Module, settings: Settings) -> Attached:
         ) from error
 
 
+def dtype_mismatch(folder: Path, wanted: Digest, own: Digest) -> DtypeMismatch:
+    """The warning that a task's weights are those of a backbone in another precision."""
+    return DtypeMismatch(
+        f"{folder} was made on these weights in {wanted.dtype}, and the backbone is in {own.dtype}: outputs differ by "
+        "rounding"
+    )
+
+
 def _check_digest(task: Task, model: Attached, allow_mismatch: bool) -> None:
     stored = task.config["backbone"]
     own, wanted = model.digest, Digest(**stored["digest"])
@@ -767,12 +775,7 @@ def _check_digest(task: Task, model: Attached, allow_mismatch: bool) -> None:
     if match == "same":
         return
     if match == "dtype":
-        warnings.warn(
-            f"{task.folder} was made on these weights in {wanted.dtype}, and the backbone is in {own.dtype}: "
-            "outputs differ by rounding",
-            DtypeMismatch,
-            stacklevel=4,
-        )
+        warnings.warn(dtype_mismatch(task.folder, wanted, own), stacklevel=4)
         return
     here = asdict(source_of(model.backbone))
     text = (

@@ -6,14 +6,18 @@ were trained apart are added to the same pretrained weights.
 
 from __future__ import annotations
 
+import math
+import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sidestep.backbone import Digest
 from sidestep.model import SideModel
+from sidestep.pair import PairModel
 from sidestep.sparse_codec import POSITIONS, VALUES
-from sidestep.store import TaskError, diff_of, read
+from sidestep.store import TaskError, diff_of, dtype_mismatch, read
 
 
 class DifferentBackbones(TaskError):
@@ -33,23 +37,47 @@ def add_diff(model: SideModel, folder: str | Path, scale: float = 1.0) -> None:
 
     Raises:
         DifferentBackbones: if the diffs belong to different pretrained weights.
-        TaskError: if the folder is no task or is damaged, or either has no sparse diff.
+        TaskError: if the folder is no task or is damaged, either has no sparse diff or is of a dual encoder, or sums do
+            not fit the precision of the model's diff or weights.
+        ValueError: if `scale` is no finite number.
+
+    Warns:
+        DtypeMismatch: if the diff was learned on the same weights in another precision.
     """
-    diff, task = model.sparse, read(folder)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale}, but it must be a finite number")
+    task = read(folder)
+    for what, is_pair in (("the model", isinstance(model, PairModel)), (folder, "towers" in task.config["backbone"])):
+        if is_pair:
+            raise TaskError(f"{what} is of a dual encoder, and diffs of pairs cannot be added: give one backbone's")
+    diff = model.sparse
     if diff is None or not diff.is_placed:
         raise TaskError(f"the model's method, {model.record.name}, has no trained sparse diff to add one to")
     if not task.tensors.keys() >= {POSITIONS, VALUES}:
         raise TaskError(f"{folder} is a task of {task.config['method']['name']}, which is no sparse diff")
     wanted = Digest(**task.config["backbone"]["digest"])
-    if model.digest.matches(wanted) == "different":
+    match = model.digest.matches(wanted)
+    if match == "different":
         raise DifferentBackbones(
             f"{folder} was learned on weights with digest {wanted.exact[:16]}, and the model's diff on "
             f"{model.digest.exact[:16]}: diffs add up on one backbone only; train both on the same"
         )
-    entries, sums = diff_of(task, diff), diff.entries()
+    if match == "dtype":
+        warnings.warn(dtype_mismatch(task.folder, wanted, model.digest), stacklevel=2)
+    entries, sums, tensors = diff_of(task, diff), diff.entries(), diff.tensors
     for name, (positions, values) in entries.items():
         old, own = sums.get(name, (positions[:0], values[:0]))
         everywhere, order = torch.cat([old.cpu(), positions]).unique(return_inverse=True)
         changes = torch.cat([own.cpu().float(), scale * values.float()])
         sums[name] = everywhere, torch.zeros(len(everywhere)).index_add_(0, order, changes)
+        _check_fits(sums[name][1], name, (diff.value_dtype, tensors[name].dtype))
     diff.place(sums)
+
+
+def _check_fits(values: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    for dtype in dtypes:
+        if not values.to(dtype).isfinite().all():
+            raise TaskError(
+                f"the sum of the diffs has values up to {float(values.abs().max()):.4g} in {name}, out of the range of "
+                f"{dtype}: choose a smaller scale, or a wider precision of the diff and the weights"
+            )

@@ -237,10 +237,13 @@ def test_a_failure_in_the_first_stage_gives_the_weights_back(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"density": 0.0}, "density=0.0, but it must be above 0"),
-        ({"density": 1.5}, "density=1.5, but it must be above 0 and at most 1"),
+        ({"density": 0.0}, "density=0.0, but it must be a number above 0"),
+        ({"density": 1.5}, "density=1.5, but it must be a number above 0 and at most 1"),
         ({"stretch": (0.0, 1.5)}, "below 0 and above 1"),
+        ({"density": None}, "density=None, but it must be a number"),
         ({"stretch": (-1.5,)}, "two numbers"),
+        ({"stretch": (float("-inf"), 2.0)}, "two numbers"),
+        ({"stretch": ("a", 2.0)}, "two numbers"),
         ({"penalty": "mean"}, "product or sum"),
         ({"state_bits": 16}, "state_bits=16, but it must be 8 or 32"),
         ({"handover": "raw"}, "continuous or official"),
@@ -252,6 +255,17 @@ def test_a_failure_in_the_first_stage_gives_the_weights_back(
 def test_settings_are_checked(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ss.DiffPruningConfig(**changes)
+
+
+def test_weights_that_are_not_contiguous_are_refused_by_name() -> None:
+    backbone = FAMILIES["timm_resnet"].model().to(memory_format=torch.channels_last)
+    model = ss.attach(backbone, ss.DiffPruningConfig(density=0.1), head=ss.Classify(num_labels=LABELS))
+    name = next(name for name, weight in model.sparse.tensors.items() if not weight.is_contiguous())
+    with pytest.raises(ss.UnsupportedBackbone, match=rf"not contiguous, and {name} is not: make it so by \.contiguous"):
+        model.relax(rate=1e-3)
+    assert model.sparse.is_idle  # the hooks are still there
+    model.trunk.to(memory_format=torch.contiguous_format)
+    model.relax(rate=1e-3)
 
 
 def test_a_config_survives_its_dictionary() -> None:

@@ -699,8 +699,10 @@ def test_a_single_block_is_refused() -> None:
         ("projection", "linear", "None or one of gated, linear_norm, relu_linear, conv_norm"),
         ("norm_out_eps", 0.0, "a number above 0"),
         ("eps", float("nan"), "a number above 0"),
+        ("eps", "a", "a number above 0"),
         ("init_std", -0.1, "a number above 0"),
-        ("dropout", 1.0, "at least 0 and less than 1"),
+        ("dropout", 1.0, "a number of at least 0 and less than 1"),
+        ("dropout", "0.1", "a number of at least 0 and less than 1"),
     ],
 )
 def test_a_setting_out_of_range_is_named(field: str, value: Any, said: str) -> None:

@@ -118,8 +118,12 @@ def test_fisher_takes_the_largest_mean_squared_gradients() -> None:
 
 def test_before_its_support_is_chosen_it_is_not_trained_or_saved(tmp_path: Path) -> None:
     model = attached(ss.SparseConfig()).train()
-    with pytest.raises(ValueError, match="sparse has not chosen yet which weights it trains: `sidestep train`"):
+    with pytest.raises(ValueError, match=r"sparse has not chosen yet which weights it trains: .* ss\.initialise"):
         model(**BERT.inputs(), labels=BERT.labels())
+    for config in (ss.SparseConfig(select="magnitude"), ss.DiffPruningConfig()):
+        relaxing = ss.attach(BERT.model(), config, head=HEAD).train()
+        with pytest.raises(ValueError, match=r"which needs `sidestep train` or sidestep\.train\.train$"):
+            relaxing(**BERT.inputs(), labels=BERT.labels())
     with pytest.raises(store.TaskError, match="has not chosen its support yet"):
         model.save_pretrained(tmp_path / "task")
     with pytest.raises(ValueError, match="starts without data"):
@@ -324,18 +328,31 @@ def test_another_backbone_or_resized_embeddings_are_refused_and_another_precisio
         ss.load(tmp_path / "task", BERT.model().bfloat16())
 
 
+@pytest.mark.parametrize("values", ["bfloat16", "float16"])
+def test_values_beyond_their_precision_are_not_saved(tmp_path: Path, values: Any) -> None:
+    model = attached(ss.SparseConfig(density=0.05, select="random", value_dtype=values))
+    with torch.no_grad():
+        model.sparse.values[7] = torch.finfo(torch.float32).max
+    with pytest.raises(store.TaskError, match=f"cannot be saved: .* out of the range of torch.{values}"):
+        model.save_pretrained(tmp_path / "task")
+    assert not (tmp_path / "task").exists()
+
+
 # --- refusals ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"density": 0}, "density=0, but it must be above 0 and at most 1"),
+        ({"density": 0}, "density=0, but it must be a number above 0 and at most 1"),
+        ({"density": "0.5"}, "density='0.5', but it must be a number"),
         ({"density": 1.5}, "density=1.5"),
         ({"select": "best"}, "select='best', but it must be fisher or"),
         ({"value_dtype": "int8"}, "value_dtype='int8'"),
         ({"samples": 0}, "samples=0"),
+        ({"full_rate": float("inf")}, "full_rate=inf, but it must be a number above 0"),
         ({"grow_share": 1.0}, "grow_share=1.0"),
+        ({"grow_share": "0.2"}, "grow_share='0.2', but it must be a number above 0 and below 1"),
     ],
 )
 def test_values_out_of_range(fields: dict[str, Any], text: str) -> None:

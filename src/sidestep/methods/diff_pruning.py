@@ -12,7 +12,6 @@ Differs: the density is that of the backbone's weights, without the head; the di
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -22,7 +21,7 @@ from torch import nn
 from sidestep.diff_optimizer import DiffPruningOptimizer
 from sidestep.diffs import SparseDiff
 from sidestep.hard_concrete import HardConcrete, Noise, Penalty, PenaltyKind
-from sidestep.methods.base import SparseDelta, SparseDeltaConfig, is_whole, register
+from sidestep.methods.base import SparseDelta, SparseDeltaConfig, UnsupportedBackbone, is_number, is_whole, register
 from sidestep.selection import largest
 
 Handover = Literal["continuous", "official"]
@@ -62,16 +61,16 @@ class DiffPruningConfig(SparseDeltaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         ends = self.stretch
-        numbers = isinstance(ends, tuple) and len(ends) == 2
+        numbers = isinstance(ends, tuple) and len(ends) == 2 and all(map(is_number, ends))
         self.require("stretch", numbers and ends[0] < 0 and ends[1] > 1, "two numbers, below 0 and above 1")
         self.require("penalty", self.penalty in get_args(PenaltyKind), " or ".join(get_args(PenaltyKind)))
         self.require("handover", self.handover in get_args(Handover), " or ".join(get_args(Handover)))
-        self.require("lambda_l0", _is_number(self.lambda_l0) and self.lambda_l0 >= 0, "a number of at least 0")
+        self.require("lambda_l0", is_number(self.lambda_l0) and self.lambda_l0 >= 0, "a number of at least 0")
         self.require("state_bits", self.state_bits in (8, 32), "8 or 32")
-        self.require("alpha_init", _is_number(self.alpha_init), "a number")
+        self.require("alpha_init", is_number(self.alpha_init), "a number")
         for name in ("alpha_rate", "finetune_rate"):
             value = getattr(self, name)
-            self.require(name, _is_number(value) and value > 0, "a number above 0")
+            self.require(name, is_number(value) and value > 0, "a number above 0")
         self.require("finetune_epochs", is_whole(self.finetune_epochs, 1), "a whole number of at least 1")
 
 
@@ -107,8 +106,18 @@ class DiffPruning(SparseDelta):
             weight_decay: of w and of the head.
             max_norm: where gradients are cut.
             seed: of the gates' noise.
+
+        Raises:
+            UnsupportedBackbone: if a weight's entries do not lie in order in memory.
         """
         config = self.config
+        for name, tensor in diff.tensors.items():
+            if not tensor.is_contiguous():
+                raise UnsupportedBackbone(
+                    f"diff_pruning does not work on weights that are not contiguous, and {name} is not: make it so by "
+                    ".contiguous(), a model in channels_last by .to(memory_format=torch.contiguous_format), or choose "
+                    "sparse"
+                )
         diff.unhook()
         for tensor in diff.tensors.values():
             tensor.requires_grad_(True)
@@ -157,7 +166,3 @@ class DiffPruning(SparseDelta):
             "tensors": len(kept),
             "all_tensors": len(diff.tensors),
         }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

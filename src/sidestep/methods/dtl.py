@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.layers import recompute
-from sidestep.methods.base import MethodConfig, SideNet, is_whole, register
+from sidestep.methods.base import MethodConfig, SideNet, is_number, is_whole, register
 from sidestep.sites import Site
 from sidestep.taps import Tap
 
@@ -54,7 +54,7 @@ class DTLConfig(MethodConfig):
         self.require("late_blocks", late is None or is_whole(late, 1), "a whole number of at least 1, or None")
         self.require("first_read", is_whole(self.first_read, 0), "a whole number of at least 0")
         beta = self.beta
-        self.require("beta", isinstance(beta, int | float) and math.isfinite(beta) and beta > 0, "a number above 0")
+        self.require("beta", is_number(beta) and beta > 0, "a number above 0")
         self.require("kernel", is_whole(self.kernel, 0), "a whole number: 0 for DTL, or the side of a convolution")
 
     def first_late(self, depth: int) -> int:
