@@ -161,7 +161,7 @@ def _check_same(path: Path, run: Mapping[str, Any]) -> None:
 
 def _flat(values: Mapping[str, Any], within: str = "") -> dict[str, Any]:
     """Values of nested mappings by names with dots."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{within}{name}.") if isinstance(value, dict) else {f"{within}{name}": value}
     return flat
