@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ import sidestep as ss
 from sidestep.bank import LOCK, STAGING, BankError, BankFolder
 from sidestep.fold import FoldError
 from sidestep.methods import MethodConfig
-from sidestep.store import TaskError
+from sidestep.store import CONFIG, WEIGHTS, TaskError
 from tiny import FAMILIES, logits
 
 BERT = FAMILIES["bert"]
@@ -82,6 +84,15 @@ def assert_same_weights(model: nn.Module, before: dict[str, Tensor]) -> None:
     assert now.keys() == before.keys()
     # as bytes: a zero's sign counts
     assert all(torch.equal(now[name].view(torch.uint8), before[name].view(torch.uint8)) for name in now)
+
+
+def altered(source: Path, target: Path, part: str, **values: Any) -> Path:
+    """A copy of a task with the same tensors and other values in one part of its config."""
+    shutil.copytree(source, target)
+    config = json.loads((target / CONFIG).read_text())
+    config[part] |= values
+    (target / CONFIG).write_text(json.dumps(config))
+    return target
 
 
 def state(folder: Path) -> dict[str, bytes]:
@@ -222,6 +233,41 @@ def test_a_task_that_was_replaced_by_another_process_is_read_again(tmp_path: Pat
             bank.deactivate()
 
 
+@pytest.mark.parametrize("method", ["read", "sparse"])
+def test_the_same_tensors_with_other_labels_are_another_task(tmp_path: Path, method: str) -> None:
+    first, between = saved(tmp_path / "first", *STREAM[method]), saved(tmp_path / "between", *STREAM["sherl"])
+    second = altered(first, tmp_path / "second", "head", labels=["x", "y", "z"])
+    bank, other = ss.TaskBank(backbone(), tmp_path / "bank"), BankFolder(tmp_path / "bank")
+    bank.add("task", first)
+    bank.add("between", between)
+    old = bank.activate("task")
+    for path in ([], ["between"], ["between", "task", "between"]):
+        for source, labels in ((second, ["x", "y", "z"]), (first, None)):
+            other.remove("task")
+            other.add("task", source)
+            new = [bank.activate(name) for name in [*path, "task"]][-1]
+            assert new is not old
+            assert new.settings.head.labels == labels
+            assert bank.activate("task") is new
+            old = new
+
+
+def test_the_same_tensors_with_other_settings_are_looked_at_again(tmp_path: Path) -> None:
+    first = saved(tmp_path / "first", *STREAM["read"])
+    wider = altered(first, tmp_path / "wider", "head", num_labels=5)
+    digest = json.loads((first / CONFIG).read_text())["backbone"]["digest"]
+    half = {**digest, "dtype": "bfloat16", "exact": digest["rounded"]["bfloat16"], "rounded": {}}
+    bank = ss.TaskBank(backbone(), tmp_path / "bank")
+    bank.add("task", first)
+    with pytest.raises(TaskError, match="do not fit"):
+        bank.add("wider", wider)
+    other = BankFolder(bank.store.path)
+    other.remove("task")
+    other.add("task", altered(first, tmp_path / "half", "backbone", digest=half))
+    with pytest.raises(BankError, match="the same in another precision"):
+        bank.activate("task")
+
+
 def test_entries_say_what_is_there_and_ss_load_reads_them(tmp_path: Path) -> None:
     bank = ss.TaskBank(backbone(), tmp_path / "bank")
     source = saved(tmp_path / "sparse", ss.SparseConfig(density=0.05, select="random"))
@@ -326,6 +372,31 @@ def test_a_task_that_was_damaged_in_the_bank_leaves_the_active_one(bank: ss.Task
         bank.activate("read")
     assert bank.active == "sparse"
     assert torch.equal(outputs(bank, "sparse"), known)
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_a_damaged_task_stops_no_other_and_can_be_replaced(bank: ss.TaskBank, tmp_path: Path, file: str) -> None:
+    digest, known = bank.store.digest(), outputs(bank, "sparse")
+    damaged = bank.store.folder("read") / file
+    damaged.write_bytes(damaged.read_bytes()[:-9] if file == WEIGHTS else b"{")
+    opened = ss.TaskBank(backbone(), bank.store.path)
+    for act in (opened.activate, opened.store.entry):
+        with pytest.raises(BankError, match=rf"{file} .*: remove 'read' \(`sidestep bank remove`\) and add it again"):
+            act("read")
+    assert torch.equal(outputs(opened, "sparse"), known)
+    assert opened.store.digest() == digest
+    attached(ss.ReadConfig(rank=4), on=backbone(9)).save_pretrained(tmp_path / "stranger")
+    with pytest.raises(BankError, match="a bank has one backbone"):
+        opened.store.add("stranger", tmp_path / "stranger")
+    opened.remove("read")
+    opened.add("read", tmp_path / "read")
+    assert outputs(opened, "read").shape[1] == 3
+
+
+def test_nothing_is_removed_from_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BankError, match="holds no task 'x': it holds nothing"):
+        BankFolder(tmp_path / "none").remove("x")
+    assert not (tmp_path / "none").exists()
 
 
 def test_names_that_are_taken_impossible_or_unknown(bank: ss.TaskBank, tmp_path: Path) -> None:

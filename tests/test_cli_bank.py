@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from sidestep.bank import LOCK
+from sidestep.store import CONFIG, WEIGHTS
 from small_tasks import reviews, text_backbone, write
-from test_cli import refusal, succeed, table
+from test_cli import refusal, run, succeed, table
 
 TRAINED = ["--epochs", "1", "--batch-size", "8", "--lr", "0.02", "--quiet"]
+KEPT = {"length": "sparse", "reviews": "read"}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,37 @@ def test_a_list_says_what_is_there_and_what_it_takes(place: Path) -> None:
     assert [entry["name"] for entry in entries] == ["judged", "length", "reviews"]
     files = [file for file in (place / "bank" / "judged").rglob("*") if file.is_file()]
     assert entries[0]["bytes"] == sum(file.stat().st_size for file in files)
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_a_damaged_task_stops_no_other(place: Path, tmp_path: Path, file: str) -> None:
+    bank = tmp_path / "bank"
+    shutil.copytree(place / "bank", bank)
+    # judged is the first in the order of names, length the second
+    damaged = bank / "judged" / file
+    damaged.write_bytes(damaged.read_bytes()[:-9] if file == WEIGHTS else b"{")
+    shown, remedy = run("bank", "list", bank), "remove 'judged' (`sidestep bank remove`) and add it again"
+    assert shown.exit_code == 2
+    assert "2 tasks," in shown.stderr
+    assert f"Error: judged: {damaged} " in shown.stderr
+    assert remedy in shown.stderr
+    lines = shown.stdout.splitlines()
+    assert any("judged" in line and "unreadable" in line for line in lines)
+    assert all(any(name in line and method in line for line in lines) for name, method in KEPT.items())
+    listed = run("bank", "list", bank, "--json")
+    assert listed.exit_code == 2
+    entries = {entry["name"]: entry for entry in json.loads(listed.stdout)}
+    assert {name: entry.get("method") for name, entry in entries.items()} == {**KEPT, "judged": None}
+    assert remedy in entries["judged"]["unreadable"]
+
+    data = ["--data", place / "rows.csv", "--quiet"]
+    succeed("bank", "run", bank, "--task", "reviews", *data, "--output", tmp_path / "bank.csv")
+    succeed("predict", place / "reviews", *data, "--output", tmp_path / "alone.csv")
+    assert table(tmp_path / "bank.csv") == table(tmp_path / "alone.csv")
+    assert remedy in refusal("bank", "run", bank, "--task", "judged", *data, "--output", tmp_path / "none.csv")
+    succeed("bank", "remove", bank, "judged")
+    succeed("bank", "add", bank, "judged", place / "judged")
+    assert "3 tasks," in succeed("bank", "list", bank).stderr
 
 
 def test_a_task_is_removed_and_its_name_free_again(place: Path) -> None:

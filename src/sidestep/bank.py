@@ -7,6 +7,8 @@ writes holds a lock, which the system lets go of when a process ends; who reads 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -27,7 +29,7 @@ from sidestep.backbone import Digest, joined, without_values
 from sidestep.heads import head_from_dict
 from sidestep.model import Rest, SideModel, check_attachable
 from sidestep.pair import Attached, PairModel, detach, digests_of
-from sidestep.store import TaskError
+from sidestep.store import DamagedTask, TaskError
 from sidestep.wording import some
 
 LOCK = ".lock"
@@ -100,7 +102,8 @@ class BankFolder:
             TaskError: if there is none, or its files are damaged.
         """
         folder = self.folder(name)
-        about = store.inspect_task(folder)
+        with _what_to_do(name):
+            about = store.inspect_task(folder)
         return Entry(
             name=name,
             method=about["method"]["name"],
@@ -111,9 +114,30 @@ class BankFolder:
             sha256=about["sha256"],
         )
 
+    def config(self, name: str) -> dict[str, Any]:
+        """The config of a task.
+
+        Raises:
+            TaskError: if there is none, or it is damaged.
+        """
+        with _what_to_do(name):
+            return store.read_config(self.folder(name))
+
+    def read(self, name: str) -> store.Task:
+        """A task, read whole.
+
+        Raises:
+            TaskError: if there is none, or its files are damaged.
+        """
+        with _what_to_do(name):
+            return store.read(self.folder(name))
+
     def digest(self) -> Digest | None:
-        """Of the backbone of all tasks; None: there are none yet."""
-        return next((_digest(store.read_config(self.path / name)) for name in self.names), None)
+        """Of the backbone of all tasks, by the first that can be read; None: there is no such task."""
+        for name in self.names:
+            with suppress(TaskError):
+                return _digest(self.config(name))
+        return None
 
     def add(self, name: str, task: str | Path | Attached, check: Callable[[store.Task], None] | None = None) -> None:
         """Copy a task into the folder; it is there whole, or the folder is as before.
@@ -152,6 +176,7 @@ class BankFolder:
         Raises:
             BankError: if there is none of this name, or another process is writing.
         """
+        self.folder(name)  # before the lock, for which the bank's folder would be made
         with self._writing() as staging:
             _move(self.folder(name), staging / name)
 
@@ -216,7 +241,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         self.store = BankFolder(folder)
         self._resting: dict[str, Resting] = {}
         self._checked: set[str] = set()
-        self._sha256 = ""
+        self._identity = ""
         self.active: str | None = None
         self.model: Attached | None = None
         self.seconds: dict[str, float] = {}
@@ -238,7 +263,11 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         return self.store.names
 
     def entries(self) -> list[Entry]:
-        """The tasks that are there now."""
+        """The tasks that are there now.
+
+        Raises:
+            TaskError: if one of them is damaged.
+        """
         return [self.store.entry(name) for name in self.names]
 
     def add(self, name: str, task: str | Path | Attached) -> None:
@@ -276,12 +305,12 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             TaskError: if its files are damaged. The bank is as before.
         """
         started, before = time.perf_counter(), self.active
-        sha256 = store.read_config(self.store.folder(name))["sha256"]
-        if (name, sha256) == (self.active, self._sha256) and self.model is not None and _is_on(self.model):
+        identity = _identity(self.store.config(name))
+        if (name, identity) == (self.active, self._identity) and self.model is not None and _is_on(self.model):
             return self.model
         # all that may well fail comes before the active task is left
         ready: Resting | store.Task | None = self._resting.pop(name, None)
-        if not isinstance(ready, Resting) or ready.sha256 != sha256:
+        if not isinstance(ready, Resting) or ready.identity != identity:
             ready = self._read(name)  # not used yet, or another process has put another task in its place
         self.deactivate()
         try:
@@ -290,7 +319,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             if before is not None:
                 self.activate(before)
             raise
-        self.active, self._sha256 = name, sha256
+        self.active, self._identity = name, identity
         self.seconds[name] = time.perf_counter() - started
         return self.model
 
@@ -298,7 +327,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         """Leave the active task: the bare backbone, bit for bit as it was given."""
         if self.model is not None and self.active is not None and _is_on(self.model):
             if isinstance(self.model, SideModel) and self.model.can_rest:
-                self._resting[self.active] = Resting(self.model, self.model.rest(), self._sha256)
+                self._resting[self.active] = Resting(self.model, self.model.rest(), self._identity)
             detach(self.model)
         while self._keep is not None and len(self._resting) > self._keep:
             del self._resting[next(iter(self._resting))]
@@ -325,9 +354,10 @@ class TaskBank(AbstractContextManager["TaskBank"]):
 
     def _check(self, task: store.Task) -> None:
         """Raise unless this task can be put on the backbone; looked at once."""
-        if task.config["sha256"] not in self._checked:
+        identity = _identity(task.config)
+        if identity not in self._checked:
             self._check_fit(task)
-            self._checked.add(task.config["sha256"])
+            self._checked.add(identity)
 
     def _check_fit(self, task: store.Task) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -345,7 +375,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         raise BankError(f"{what}: load the task's own backbone, with its embeddings not resized")
 
     def _read(self, name: str) -> store.Task:
-        task = store.read(self.store.folder(name))
+        task = self.store.read(name)
         self._check(task)
         return task
 
@@ -361,7 +391,7 @@ class Resting:
 
     model: SideModel
     rest: Rest
-    sha256: str
+    identity: str
 
     def resume(self) -> SideModel:
         """Its model, on the backbone again."""
@@ -372,6 +402,20 @@ class Resting:
 def _is_on(model: Attached) -> bool:
     """Whether nobody has detached it."""
     return all(part.fold.attached for part in model.parts)
+
+
+def _identity(config: Mapping[str, Any]) -> str:
+    """By which a task is known: all of its config, in which the checksum of its tensors is one entry."""
+    return hashlib.sha256(json.dumps(config).encode()).hexdigest()
+
+
+@contextmanager
+def _what_to_do(name: str) -> Iterator[None]:
+    """Say of a damaged task how a bank's user replaces it."""
+    try:
+        yield
+    except DamagedTask as error:
+        raise BankError(f"{error.reason}: remove {name!r} (`sidestep bank remove`) and add it again") from error
 
 
 def _digest(config: Mapping[str, Any]) -> Digest:

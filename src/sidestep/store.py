@@ -60,6 +60,14 @@ class TaskError(ValueError):
     """A task cannot be written, read or put on a backbone; the message says why and what to do."""
 
 
+class DamagedTask(TaskError):
+    """A task's files are incomplete or altered; `reason` is the message without what to do."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}: copy the task again")
+        self.reason = reason
+
+
 class BackboneMismatch(UserWarning):
     """A task was loaded onto another backbone, because `allow_mismatch=True` asked for it."""
 
@@ -589,11 +597,11 @@ def read(folder: str | Path) -> Task:
             metadata = reader.metadata() or {}
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
-        raise TaskError(f"{path} is damaged ({error}): copy the task again") from error
+        raise DamagedTask(f"{path} is damaged ({error})") from error
     if metadata.get("sha256") != config["sha256"]:
-        raise TaskError(f"{path} belongs to another task than {folder / CONFIG}: copy both again")
+        raise DamagedTask(f"{path} belongs to another task than {folder / CONFIG}")
     if checksum(tensors) != config["sha256"]:
-        raise TaskError(f"{path} is damaged (its checksum differs): copy the task again")
+        raise DamagedTask(f"{path} is damaged (its checksum differs)")
     return Task(folder, config, tensors)
 
 
@@ -612,7 +620,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise TaskError(f"{path} cannot be read ({error}): copy the task again") from error
+        raise DamagedTask(f"{path} cannot be read ({error})") from error
     form = config.get("format") if isinstance(config, dict) else None
     if not isinstance(form, int):
         raise TaskError(f"{path} was not written by sidestep: it states no format")
@@ -631,7 +639,7 @@ def _check_keys(path: Path, config: Mapping[str, Any]) -> None:
         values = config.get(part)
         missing += [f"{part}.{key}" for key in keys if not isinstance(values, dict) or key not in values]
     if missing:
-        raise TaskError(f"{path} lacks {', '.join(missing)}: copy the task again")
+        raise DamagedTask(f"{path} lacks {', '.join(missing)}")
 
 
 def inspect_task(folder: str | Path) -> dict[str, Any]:
@@ -657,7 +665,7 @@ def inspect_task(folder: str | Path) -> dict[str, Any]:
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise TaskError(f"{path} is damaged ({error}): copy the task again") from error
+        raise DamagedTask(f"{path} is damaged ({error})") from error
     processor = config["files"].get("processor")
     files = [folder / CONFIG, path, *((folder / processor).rglob("*") if processor else ())]
     return {
@@ -675,10 +683,10 @@ def _weights_path(folder: Path, config: Mapping[str, Any]) -> Path:
     files = config["files"]
     names = [name for name in files.values() if name is not None] if isinstance(files, dict) else []
     if not names or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
-        raise TaskError(f"{folder / CONFIG} names files outside its folder: copy the task again")
+        raise DamagedTask(f"{folder / CONFIG} names files outside its folder")
     path = folder / files["weights"]
     if not path.is_file():
-        raise TaskError(f"{folder} is no complete task: {files['weights']} is missing")
+        raise DamagedTask(f"{folder} is no complete task: {files['weights']} is missing")
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -39,18 +40,17 @@ def add(folder: opt.Bank, name: opt.BankName, task: opt.Task, debug: opt.Debug =
 def list_(folder: opt.Bank, as_json: opt.AsJson = False, debug: opt.Debug = False) -> None:
     """List a bank's tasks and what they take on the disk."""
     with reporting(debug):
-        from sidestep.memory import format_bytes
+        from sidestep.bank import BankError
 
         held = _open(folder)
-        entries = [held.entry(name) for name in held.names]
+        entries, unreadable = _entries(held)
         if as_json:
-            print(json.dumps([asdict(entry) for entry in entries], indent=2, ensure_ascii=False))
-            return
-        rows = [(each.name, each.method, _head(each), each.values, format_bytes(each.bytes)) for each in entries]
-        show_table(f"Bank {folder}", ("name", "method", "head", "stored values", "on disk"), rows)
-        digest = held.digest()
-        backbone = f", on weights with digest {digest.exact[:16]} ({digest.dtype})" if digest else ""
-        remark(f"{len(rows)} tasks, {format_bytes(sum(entry.bytes for entry in entries))}{backbone}")
+            others = [{"name": name, "unreadable": reason} for name, reason in unreadable.items()]
+            print(json.dumps([asdict(entry) for entry in entries] + others, indent=2, ensure_ascii=False))
+        else:
+            _show(held, entries, unreadable)
+        if unreadable:
+            raise BankError("\n".join(f"{name}: {reason}" for name, reason in unreadable.items()))
 
 
 @bank.command()
@@ -90,9 +90,7 @@ def run(
         held = _open(folder)
         found = read(rows, table_options(columns, no_header, no_quoting, encoding), split=split)
         names = _names(found, task_column, task)
-        for name in dict.fromkeys(names):
-            held.folder(name)
-        with _loaded(held, backbone) as loaded:
+        with _loaded(held, dict.fromkeys(names), backbone) as loaded:
             table = predicting.predict_each(loaded, found, names, batch_size=batch_size, progress=not quiet)
             for name, count in Counter(names).items():
                 remark(f"{name}: {count} rows; switched to in {1000 * loaded.seconds[name]:.0f} ms")
@@ -106,6 +104,30 @@ def _open(folder: opt.Bank) -> BankFolder:
     if not folder.exists():
         raise BankError(f"there is no bank {folder}: `sidestep bank add` makes one")
     return BankFolder(folder)
+
+
+def _entries(held: BankFolder) -> tuple[list[Entry], dict[str, str]]:
+    """The tasks that can be read, and what is wrong with the others by their names."""
+    entries, unreadable = [], {}
+    for name in held.names:
+        try:
+            entries.append(held.entry(name))
+        except ValueError as error:  # a TaskError, or a head that this version does not know
+            unreadable[name] = str(error)
+    return entries, unreadable
+
+
+def _show(held: BankFolder, entries: list[Entry], unreadable: Iterable[str]) -> None:
+    from sidestep.memory import format_bytes
+
+    rows: list[tuple[object, ...]] = [
+        (each.name, each.method, _head(each), each.values, format_bytes(each.bytes)) for each in entries
+    ]
+    rows += [(name, "unreadable", None, None, None) for name in unreadable]
+    show_table(f"Bank {held.path}", ("name", "method", "head", "stored values", "on disk"), rows)
+    digest = held.digest()
+    backbone = f", on weights with digest {digest.exact[:16]} ({digest.dtype})" if digest else ""
+    remark(f"{len(entries)} tasks, {format_bytes(sum(entry.bytes for entry in entries))}{backbone}")
 
 
 def _head(entry: Entry) -> str:
@@ -125,14 +147,14 @@ def _names(rows: Dataset, column: str | None, task: str | None) -> list[str]:
     return [str(name) for name in rows.with_format(None)[column][:]]
 
 
-def _loaded(held: BankFolder, name: str | None) -> TaskBank:
-    """The bank on its backbone, on a GPU if there is one; with the backbone's own head if a task uses that."""
+def _loaded(held: BankFolder, names: Iterable[str], moved_to: str | None) -> TaskBank:
+    """The bank on its backbone, on a GPU if there is one; with the backbone's own head if a task of these uses that."""
     import torch
 
     from sidestep.bank import TaskBank
     from sidestep.store import stored_backbone
 
-    entries = [held.entry(name) for name in held.names]
+    entries = [held.entry(name) for name in names]
     wanted = next((entry for entry in entries if entry.outputs is None), entries[0])
-    backbone = stored_backbone(held.folder(wanted.name), moved_to=name)
+    backbone = stored_backbone(held.folder(wanted.name), moved_to=moved_to)
     return TaskBank(backbone.to("cuda" if torch.cuda.is_available() else "cpu"), held.path)
