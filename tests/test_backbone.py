@@ -21,6 +21,7 @@ from sidestep.backbone import (
     digest_of,
     find_places,
     new_parameters,
+    positions,
     pretrained_tensors,
     set_noise,
 )
@@ -159,6 +160,49 @@ def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="Sequential holds no list of repeated blocks: Sidestep needs a Transformer"):
         ss.attach(mlp, ss.ReadConfig(rank=2))
     assert all(parameter.requires_grad for parameter in mlp.parameters())
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+PLACES = {"max_position_embeddings": 12}
+IDS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+BART = {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, **IDS}
+
+
+@pytest.mark.parametrize(
+    ("build", "most"),
+    [
+        (lambda: t.BertModel(t.BertConfig(**SMALL, **PLACES)), 12),
+        (lambda: t.RobertaModel(t.RobertaConfig(**SMALL, **PLACES, **IDS)), 10),
+        (lambda: t.CLIPTextModel(t.CLIPTextConfig(**SMALL, **PLACES, **IDS)), 12),
+        (lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=12)), 12),
+        (lambda: t.OPTForCausalLM(t.OPTConfig(**SMALL, **PLACES, word_embed_proj_dim=16, ffn_dim=32)), 12),
+        (lambda: t.BartModel(t.BartConfig(**BART, **PLACES, decoder_attention_heads=2)), 12),
+    ],
+    ids=["bert", "roberta", "clip", "gpt2", "opt", "bart"],
+)
+def test_a_table_of_positions_is_as_long_as_the_longest_text(build: Callable[[], nn.Module], most: int) -> None:
+    model = build().eval()
+    reads, writes = positions(model)
+    assert (reads, writes) == (most, most)
+    texts = torch.randint(3, 39, (1, most + 1))
+    with torch.no_grad():
+        model(input_ids=texts[:, :most])
+        with pytest.raises((IndexError, RuntimeError, ValueError)):
+            model(input_ids=texts)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: t.LlamaModel(t.LlamaConfig(**SMALL, **PLACES)),
+        lambda: t.GPTNeoXModel(t.GPTNeoXConfig(**SMALL, **PLACES, **IDS)),
+        lambda: t.T5EncoderModel(t.T5Config(**T5)),
+        lambda: t.T5Model(t.T5Config(**T5)),
+    ],
+    ids=["llama", "gpt-neox", "t5 encoder", "t5"],
+)
+def test_rotary_and_relative_positions_have_no_end(build: Callable[[], nn.Module]) -> None:
+    assert positions(build()) == (None, None)
 
 
 def test_noise_leaves_batch_norms_alone() -> None:

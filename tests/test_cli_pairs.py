@@ -166,6 +166,7 @@ def test_bad_pairs_are_named(place: Path, tmp_path: Path, changed: dict[str, str
         (["--backbone", "bert", "--text-backbone", "vit"], "--backbone is the encoder of images"),
         (["--backbone", "clip", "--method", "unipt"], "the text tower of CLIPModel: unipt does not work on"),
         (["--backbone", "clip", "--shots", "2"], "retrieval has no classes"),
+        (["--backbone", "clip", "--max-length", "33"], "has 32 positions: choose at most 32"),
     ],
 )
 def test_what_cannot_be_done_is_said(place: Path, tmp_path: Path, asked: list[str], said: str) -> None:

@@ -252,6 +252,13 @@ def test_backbones_by_name(tmp_path: Path) -> None:
     assert plan("timm:vit_tiny_patch16_224", ss.ProbeConfig(), batch=2).image_size == 224
 
 
+def test_rotary_positions_are_planned_for_any_length() -> None:
+    llama = t.LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32
+    )
+    assert plan(llama, ss.ProbeConfig(), batch=2, length=64).length == 64
+
+
 def test_labels_follow_the_head() -> None:
     for head in (ss.Regress(), ss.Regress(targets=2), ss.Classify(num_labels=4, problem="multi")):
         assert plan(BERT, ss.ProbeConfig(), head=head, batch=2).head == {**head.to_dict(), "pool": "mean"}

@@ -666,6 +666,31 @@ def test_a_metric_of_another_problem_is_refused(backbone: Path, tmp_path: Path) 
         train(attached(backbone, data), data, settings(tmp_path, metric="pearson"))
 
 
+def test_texts_longer_than_the_models_positions_are_refused_before_anything_is_written(
+    backbone: Path, tmp_path: Path
+) -> None:
+    data = task_data(backbone, max_length=33)
+    with pytest.raises(ValueError, match="max_length=33, but BertModel has 32 positions: choose at most 32"):
+        train(attached(backbone, data), data, settings(tmp_path / "task"))
+    unlimited = load_processor(backbone)
+    unlimited.model_max_length = 10**30
+    long = Dataset.from_list([{"text": "good " * 40, "label": "pos"}, *reviews(8)])
+    data = prepare(rows(), long, TEXT, unlimited)
+    with pytest.raises(ValueError, match="texts of up to 42 tokens, but BertModel has 32 positions"):
+        train(attached(backbone, data), data, settings(tmp_path / "task"))
+    assert not (tmp_path / "task").exists()
+    data = prepare(rows(), rows(8), TEXT, unlimited)
+    train(attached(backbone, data), data, settings(tmp_path / "task", epochs=1))
+
+
+def test_rotary_positions_read_texts_longer_than_those_of_pretraining(tmp_path: Path) -> None:
+    folder = padless_backbone(tmp_path / "llama")
+    long = Dataset.from_list([{**row, "text": f"{row['text']} the" * 6} for row in reviews(16)])
+    data = prepare(long, rows(8), TEXT, load_processor(folder), max_length=100)
+    assert max(data.train["length"][:]) > load_backbone(folder).config.max_position_embeddings
+    train(attached(folder, data), data, settings(tmp_path / "task", epochs=1))
+
+
 def test_numbers_that_may_be_targets_have_to_be_called_so(backbone: Path) -> None:
     with pytest.raises(DataError, match=r"holds numbers that are not all whole .*say --problem regress"):
         task_data(backbone, Fields(text="text", label="score"))

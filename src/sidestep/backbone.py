@@ -72,6 +72,34 @@ def default_pool(model: nn.Module) -> Pool:
     return "last" if is_causal(model) else family_of(model).pool
 
 
+POSITION_TABLES = ("position_embeddings", "position_embedding", "positions_embed", "embed_positions", "wpe")
+"""What transformers' models call the table in which each position has a row."""
+
+
+def positions(model: nn.Module) -> tuple[int | None, int | None]:
+    """How many tokens a model of texts has positions for: of those that it reads, and of those that it writes.
+
+    None where it has no table of them: rotary and relative positions go on beyond the length of pretraining. A model of
+    one stack has one table for both.
+    """
+    trunk = trunk_of(model)
+    if is_encoder_decoder(model):
+        return _positions(trunk.encoder), _positions(trunk.decoder)
+    both = _positions(trunk)
+    return both, both
+
+
+def _positions(stack: nn.Module) -> int | None:
+    tables = (module for name, module in stack.named_modules() if name.rpartition(".")[2] in POSITION_TABLES)
+    return min((_token_rows(table) for table in tables if isinstance(table, nn.Embedding)), default=None)
+
+
+def _token_rows(table: nn.Embedding) -> int:
+    """The rows of tokens alone: RoBERTa's come after that of padding, BART's after two that nothing uses."""
+    first = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
+    return table.num_embeddings - first
+
+
 def find_stacks(model: nn.Module) -> list[Stack]:
     """The stacks of a Hugging Face or timm model, in running order.
 

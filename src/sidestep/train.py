@@ -23,8 +23,10 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.integrations import TensorBoardCallback
 
 from sidestep import checkpoints, relax
-from sidestep.backbone import drop_path_rate
+from sidestep.backbone import drop_path_rate, positions
 from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, MoveSupport, SetEpoch, StopIfDiverged, TellEpoch
+from sidestep.data import DataError
+from sidestep.data.messages import named_rows
 from sidestep.heads import Classify, HeadConfig, Regress, Retrieve
 from sidestep.loading import source_of
 from sidestep.methods import SideNet, WeightDelta
@@ -71,7 +73,7 @@ def train(
     Raises:
         OutputError: if the output folder is taken, or the run to resume was another one.
         TrainError: if training diverges or memory runs out; checkpoints stay.
-        ValueError: if a setting does not fit the problem.
+        ValueError: if a setting does not fit the problem, or texts the backbone's positions.
 
     Warns:
         PlanWarning: if a step will need more memory than there is.
@@ -181,6 +183,8 @@ def _check_fit(model: Attached, data: TaskData, settings: TrainSettings) -> None
     if data.fields.image is not None:
         reader = model.parts[0]
         check_image_size(reader.backbone, reader.trunk, data.train[0]["pixel_values"])
+    if data.fields.text is not None:
+        _check_positions(model.parts[-1].backbone, data)
     if settings.drop_last and len(data.train) < settings.batch_size:
         raise ValueError(
             f"drop_last with {len(data.train)} training rows and batch_size={settings.batch_size}: no batch would be "
@@ -219,6 +223,34 @@ def _check_task(model: Attached, data: TaskData) -> None:
         )
     if model.untrained is not None:
         raise ValueError(model.untrained)
+
+
+def _check_positions(backbone: nn.Module, data: TaskData) -> None:
+    """Refuse texts, asked for or there, that are longer than the backbone's tables of positions."""
+    name, (reads, writes) = type(backbone).__name__, positions(backbone)
+    parts = [rows.with_format(None) for rows in (data.train, data.dev)]
+    new = 0 if data.generation is None else data.generation.max_new_tokens
+    targets = [[len(ids) for ids in rows["labels"][:]] if new else [0] * len(rows) for rows in parts]
+    prompts = [np.subtract(rows["length"][:], own).max() for rows, own in zip(parts, targets, strict=True)]
+    behind = max(new, *map(max, targets)) if data.labels.kind == "lm" else 0
+    longest = behind + (max(prompts) if data.max_length is None else data.max_length)
+    if reads is not None and longest > reads:
+        given = f"max_length={longest}"
+        if data.max_length is None:
+            given = f"max_length=None leaves texts of up to {longest} tokens"
+        raise ValueError(f"{given}, but {name} has {reads} positions: choose at most {reads}")
+    if writes is None or data.labels.kind != "text2text":
+        return
+    for split, lengths in zip(("training", "dev"), targets, strict=True):
+        if long := [row for row, length in enumerate(lengths) if length > writes]:
+            raise DataError(
+                f"the decoder of {name} has {writes} positions, but targets have up to {max(lengths)} tokens, in "
+                f"{named_rows(long)} of the {split} rows: they are never cut; shorten or drop these rows"
+            )
+    if new > writes:
+        raise ValueError(
+            f"max_new_tokens={new}, but the decoder of {name} has {writes} positions: choose at most {writes}"
+        )
 
 
 def _describe(model: Attached, data: TaskData) -> None:

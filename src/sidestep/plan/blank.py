@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
+from sidestep.backbone import positions
 from sidestep.loading import CONFIG, TIMM, VIT, LoadError, import_timm, npz_config
 from sidestep.model import SideModel
 from sidestep.pixels import image_shape
@@ -133,7 +134,7 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
 
 
 def _length(model: SideModel, asked: int | None) -> int:
-    most = getattr(model.trunk.config, "max_position_embeddings", None)
+    most, _ = positions(model.backbone)
     length = asked if asked is not None else min(LENGTH, most or LENGTH)
     if length < 1 or (most is not None and length > most):
         raise ValueError(f"length={length}, but {_name(model)} takes 1 to {most or 'any number of'} tokens")
