@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from typer.testing import CliRunner
 
 import sidestep as ss
@@ -31,7 +32,7 @@ from sidestep.starts import initialise
 from sidestep.train import head_for, train
 from small_tasks import image_backbone, text_backbone, write
 from tiny import FAMILIES, randomize
-from written_tasks import answered, llama_backbone, t5_backbone
+from written_tasks import VOCABULARY, answered, llama_backbone, t5_backbone, tokenizer
 
 TEXT = Fields(text="text", label="answer")
 READ = ss.ReadConfig(rank=8)
@@ -294,6 +295,98 @@ def test_training_refuses_what_does_not_fit_the_data(place: Path, tmp_path: Path
         prepare(pictures, None, fields, load_processor(vit), kind="lm")
 
 
+# --- tables of positions -----------------------------------------------------------------------------------
+
+
+def bart() -> PreTrainedModel:
+    """Of 16 positions in each stack."""
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 0}
+    config = BartConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **sizes, **heads, **ids)
+    config.forced_eos_token_id = None
+    return BartForConditionalGeneration(config)
+
+
+def gpt2() -> PreTrainedModel:
+    """Of 16 positions."""
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, bos_token_id=2, eos_token_id=1, **sizes))
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a backbone for each kind of problem, both of 16 positions."""
+    folder = tmp_path_factory.mktemp("tables")
+    for kind, model, single in (("text2text", bart(), "$A </s>"), ("lm", gpt2(), "<s> $A")):
+        model.save_pretrained(folder / kind)
+        tokenizer(single, f"{single} $B").save_pretrained(folder / kind)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["text2text", "lm"])
+def test_a_max_length_beyond_the_table_of_positions_is_refused(tables: Path, tmp_path: Path, kind: Written) -> None:
+    data = task_data(tables, kind, max_length=17)
+    model = attached(tables, data)
+    said = f"max_length=17, but {type(model.backbone).__name__} has 16 positions: choose at most 16"
+    with pytest.raises(ValueError, match=said):
+        train(model, data, settings(tmp_path / "task"))
+    data = task_data(tables, kind, max_length=16)
+    train(attached(tables, data), data, settings(tmp_path / "task", epochs=1))
+
+
+def test_an_lms_table_holds_the_prompt_and_what_is_written(tables: Path, tmp_path: Path) -> None:
+    unlimited = load_processor(tables / "lm")
+    unlimited.model_max_length = 10**30
+    longest = Dataset.from_list([{"text": "good " * 9, "answer": "bad"}])
+    data = prepare(longest, longest, TEXT, unlimited, kind="lm", max_new_tokens=7)
+    with pytest.raises(ValueError, match="texts of up to 17 tokens, but GPT2LMHeadModel has 16 positions"):
+        train(attached(tables, data), data, settings(tmp_path / "task"))
+    data = prepare(longest, longest, TEXT, unlimited, kind="lm", max_new_tokens=6)
+    train(attached(tables, data), data, settings(tmp_path / "task", epochs=1))
+
+
+@pytest.mark.parametrize("split", ["training", "dev"])
+def test_targets_longer_than_the_decoders_table_are_named(tables: Path, tmp_path: Path, split: str) -> None:
+    short = Dataset.from_list(answered(8))
+    long = Dataset.from_list([*answered(2), {"text": "a film", "answer": "very " * 16}])
+    parts = (long, short) if split == "training" else (short, long)
+    data = prepare(*parts, TEXT, load_processor(tables / "text2text"), kind="text2text")
+    said = rf"decoder of BartFor.* has 16 positions, but targets have up to 17 tokens, in row 3 .* of the {split} rows"
+    with pytest.raises(DataError, match=said):
+        train(attached(tables, data), data, settings(tmp_path / "task"))
+
+
+def test_more_new_tokens_than_the_decoders_table_has_are_refused(tables: Path, place: Path, tmp_path: Path) -> None:
+    data = task_data(tables, "text2text", max_new_tokens=17)
+    said = "max_new_tokens=17, but the decoder of BartForConditionalGeneration has 16 positions: choose at most 16"
+    with pytest.raises(ValueError, match=said):
+        train(attached(tables, data), data, settings(tmp_path / "task"))
+    for backbones, new in ((tables, 16), (place, 40)):
+        data = task_data(backbones, "text2text", max_new_tokens=new)
+        train(attached(backbones, data), data, settings(tmp_path / str(new), epochs=1))
+
+
+def test_rotary_positions_write_on_past_those_of_pretraining(place: Path, tmp_path: Path) -> None:
+    data = task_data(place, "lm", max_length=100, max_new_tokens=40)
+    train(attached(place, data), data, settings(tmp_path, epochs=1))
+
+
+def test_a_prompt_longer_than_the_table_of_positions_is_refused(tables: Path, place: Path) -> None:
+    written = {kind: attached(tables, task_data(tables, kind)).eval() for kind in ("text2text", "lm")}
+    for model in written.values():
+        for how in ((torch.full((1, 17), 5),), ()):
+            given = {} if how else {"input_ids": torch.full((1, 17), 5)}
+            with pytest.raises(ValueError, match=r"a prompt of 17 tokens, but .* has 16 positions: give at most 16"):
+                model.generate(*how, **given, max_new_tokens=1)
+        model.generate(torch.full((1, 16), 5), max_new_tokens=1)
+    mask = torch.tensor([[0] * 4 + [1] * 15])
+    padded = {"input_ids": torch.full((1, 19), 5), "attention_mask": mask}
+    assert written["lm"].generate(**padded, max_new_tokens=1).shape == (1, 20)
+    rotary = attached(place, task_data(place, "lm")).eval()
+    assert rotary.generate(torch.full((1, 40), 5), max_new_tokens=1).shape == (1, 41)
+
+
 # --- commands and comparisons ------------------------------------------------------------------------------
 
 
@@ -321,6 +414,14 @@ def test_the_commands_go_from_rows_to_written_texts(place: Path, tmp_path: Path)
     assert json.loads((task / "results.json").read_text())["metric"] == "exact_match"
     refused = command("train", *made, "--task", "text2text", *how, "--output", tmp_path / "other", code=2)
     assert "choose --task lm" in " ".join(refused.split())
+
+
+def test_a_command_for_longer_texts_than_the_model_reads_ends_in_a_message(tables: Path, tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", answered(8))
+    made = ("--backbone", tables / "lm", "--train", tmp_path / "train.csv", "--output", tmp_path / "x", "--quiet")
+    asked = ("--task", "lm", "--prompt", "text", "--completion", "answer", "--max-length", 100)
+    said = command("train", *made, *asked, code=2)
+    assert "Error: max_length=100, but GPT2LMHeadModel has 16 positions: choose at most 16" in " ".join(said.split())
 
 
 def test_methods_are_compared_on_written_texts(place: Path, tmp_path: Path) -> None:

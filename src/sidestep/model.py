@@ -417,10 +417,12 @@ class SideModel(nn.Module):
         """The backbone's `generate` with the task active.
 
         Raises:
-            ValueError: if the model has a Sidestep head, or a cache is asked for that the method cannot go on from.
+            ValueError: if the model has a Sidestep head, a prompt is longer than the backbone has positions for, or a
+                cache is asked for that the method cannot go on from.
         """
         if self.head is not None:
             raise ValueError(f"a model with a {type(self.settings.head).__name__} head does not generate text")
+        self._check_prompts(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")), kwargs)
         config = kwargs.get("generation_config", getattr(self, "generation_config", None))
         cached = kwargs.get("use_cache", getattr(config, "use_cache", True))
         # where nobody says, transformers uses one
@@ -432,6 +434,19 @@ class SideModel(nn.Module):
         if self.sparse is not None:
             self.sparse.write()
         return self.fold.run(self.backbone.generate, *args, **kwargs)[0]
+
+    def _check_prompts(self, tokens: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Refuse prompts that are longer than the backbone's table of positions; masked padding is no part of them."""
+        most, _ = backbones.positions(self.backbone)
+        if most is None or tokens is None or self.main_input_name != "input_ids":
+            return
+        mask = kwargs.get("attention_mask")
+        longest = tokens.shape[1] if mask is None else int(mask.sum(1).max())
+        if longest > most:
+            raise ValueError(
+                f"a prompt of {longest} tokens, but {type(self.backbone).__name__} has {most} positions: give at most "
+                f"{most}"
+            )
 
     def train(self, mode: bool = True) -> SideModel:
         """Training mode for the method and the head; the backbone stays in eval mode unless noise was asked for."""
