@@ -1,4 +1,4 @@
-"""A method's own keys and values as further layers of the model's key-value cache.
+"""What a method needs of the model's key-value cache: further layers of its own, and to know who filled it.
 
 The model reorders, selects and crops all layers of its cache alike, so what a method keeps there follows beam search
 without a line of its own.
@@ -11,6 +11,38 @@ from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+OWNER = "sidestep_owner"
+"""Attribute of a cache: whose keys and values are in it, of how many tokens. A copy of the cache has it too."""
+_REMEDY = "start from an empty cache, or from one that the attached model filled"
+
+
+def claim(cache: Cache, owner: str, past: int | Tensor, tokens: int) -> None:
+    """Note that a pass of `owner` adds to a cache, unless others added to it.
+
+    Args:
+        cache: the model's.
+        owner: names the model whose keys and values alone may be in it.
+        past: tokens that are in the cache before this pass.
+        tokens: how many this pass adds.
+
+    Raises:
+        ValueError: if the bare backbone or another task filled any of it.
+    """
+    noted, through = getattr(cache, OWNER, (None, 0))
+    if noted != owner:
+        through = 0
+        if isinstance(cache, EncoderDecoderCache) and any(cache.is_updated.values()):
+            raise ValueError(f"the cache holds cross-attention that was not made by this task's model: {_REMEDY}")
+    elif not isinstance(past, int):
+        return  # a static cache counts on its device, and to compare would wait for that
+    if past > through:
+        raise ValueError(_foreign(past, through))
+    setattr(cache, OWNER, (owner, past + tokens))
+
+
+def _foreign(past: int | Tensor, through: int) -> str:
+    return f"the cache holds {past} tokens, of which {through} went through this task's model: {_REMEDY}"
 
 
 class SideCache:
@@ -36,10 +68,7 @@ class SideCache:
         """See `sites.SideCache`."""
         layer = self._layer(self.cache.self_attention_cache if self.both else self.cache, number)
         if layer.get_seq_length() != self.past:
-            raise ValueError(
-                f"the cache holds {self.past} tokens, of which {layer.get_seq_length()} went through this task's side "
-                "network: start from an empty cache, or from one that the attached model filled"
-            )
+            raise ValueError(_foreign(self.past, layer.get_seq_length()))
         return layer.update(keys, values)
 
     def once(

@@ -8,6 +8,7 @@ a `Pass`, made at the backbone's entry and dropped at its exit.
 from __future__ import annotations
 
 import inspect
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
-from sidestep.caches import SideCache
+from sidestep.caches import SideCache, claim
 from sidestep.families import Family, Pool
 from sidestep.layers import last_kept, masked_mean
 from sidestep.methods.base import SideNet
@@ -87,6 +88,7 @@ class Fold:
         through: whether a narrowed hidden state also goes on through the backbone's own norm and head (only where the
             family table knows that they take it); else they get all tokens and their result is not used.
         frozen: whether nothing before the method's first write may require a gradient.
+        late: whether blocks come after that write: their keys and values in a cache are then of this task alone.
     """
 
     def __init__(
@@ -101,9 +103,12 @@ class Fold:
         mean_first: bool,
         through: bool,
         frozen: bool,
+        late: bool,
     ) -> None:
         self.trunk, self.method, self.family = trunk, method, family
         self.narrow, self.mean_first, self.through, self.frozen = narrow, mean_first, through, frozen
+        # a string, which copies of this fold and of a cache share
+        self.late, self.name = late, uuid.uuid4().hex
         self.running, self.attached, self.checked = False, False, False
         self.current: Pass | None = None
         self.finished: Pass | None = None
@@ -251,7 +256,7 @@ class Fold:
         inputs, tokens = self.current.inputs, hidden.shape[1]
         decoding = len(self.lengths) > 1 and site.stack == "decoder"
         if site.kind == "stage":
-            self._open_cache(self.current, site, call)
+            self._open_cache(self.current, site, call, tokens)
         if site.kind != "norm":
             self.current.grid = self.family.grid(self.trunk, inputs, call, hidden)
         grid, past, cache = self.current.grid, self.current.past, self.current.cache
@@ -266,11 +271,12 @@ class Fold:
             cache=cache,
         )
 
-    def _open_cache(self, current: Pass, site: Site, call: Mapping[str, Any]) -> None:
+    def _open_cache(self, current: Pass, site: Site, call: Mapping[str, Any], tokens: int) -> None:
         """Note at a stack's start what its key-value cache holds: the blocks add this pass's tokens on the way.
 
         Raises:
             FoldError: if it holds tokens and the method cannot go on from them.
+            ValueError: if others filled it, and this task's blocks would read what those made.
         """
         current.past, current.cache = 0, None
         cache = None
@@ -287,6 +293,8 @@ class Fold:
                 f"the key-value cache holds {current.past} tokens, and {type(self.method).__name__} mixes tokens "
                 "without keeping what it knew of them: pass the whole sequence and use_cache=False"
             )
+        if self.late:
+            claim(cache, self.name, current.past, tokens)
 
     def as_tokens(self, hidden: Tensor) -> Tensor:
         """A module's (batch, rows, columns, width) or (batch, width, rows, columns), seen as (batch, tokens, width)."""

@@ -116,6 +116,7 @@ class SideModel(nn.Module):
             mean_first=mean_first,
             through=self._reads_own,
             frozen=delta is None,
+            late=bool(self.late_blocks()),
         )
         if settings.checkpoint == "late":
             backbones.checkpoint_blocks(self.late_blocks())
