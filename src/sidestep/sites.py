@@ -93,6 +93,11 @@ class AttentionWeights:
     out: nn.Linear
     table: nn.Embedding | None = None
 
+    @property
+    def head_width(self) -> int:
+        """Channels of a head."""
+        return self.query.out_features // self.heads
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWeights:

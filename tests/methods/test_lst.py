@@ -68,6 +68,31 @@ def test_sizes_that_follow_from_the_width_are_those_of_t5() -> None:
         assert ss.LSTConfig(reduction=8).sizes(sizes["d_model"]) == expected
 
 
+def test_sizes_that_are_left_open_are_the_t5s() -> None:
+    """Whatever its heads and its MLP; T5-3B has the width and depth of T5-large."""
+    config = T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    side = ss.attach(T5ForConditionalGeneration(config), ss.LSTConfig(reduction=4)).side
+    for ladder in side.ladders.values():
+        for block in ladder.blocks.values():
+            assert block.attention.heads == 4
+            assert block.attention.query.weight.shape == (8, 8)
+            assert block.inner.weight.shape == (12, 8)
+        assert ladder.bias.shape == (32, 4)
+    explicit = {"heads": 32, "head_width": 128, "inner_width": 16384}
+    with torch.device("meta"):
+        largest = T5ForConditionalGeneration(T5Config(**LARGE | {"d_kv": 128, "d_ff": 16384, "num_heads": 32}))
+        model = ss.attach(largest, ss.LSTConfig(layers=(23,)))
+        open_ones = {name: p.shape for name, p in model.side.named_parameters()}
+        model = ss.attach(ss.detach(model), ss.LSTConfig(layers=(23,), **explicit))
+    assert open_ones == {name: p.shape for name, p in model.side.named_parameters()}
+
+
+def test_a_given_size_goes_before_the_t5s() -> None:
+    side = ss.attach(FAMILIES["t5"].model(), ss.LSTConfig(reduction=2, heads=1, inner_width=8)).side
+    block: Any = side.ladders["encoder"].blocks["0"]
+    assert (block.attention.heads, block.attention.query.out_features, block.inner.out_features) == (1, 4, 4)
+
+
 def test_bytes_kept_on_t5_base() -> None:
     # On fake tensors, which take neither memory nor time. The release keeps 37.7 MiB for each example.
     with torch.device("meta"):
@@ -83,15 +108,16 @@ def test_bytes_kept_on_t5_base() -> None:
 
 
 def test_parameters_by_the_formula() -> None:
-    d, s, heads, k, f, blocks, rungs = 16, 8, 2, 4, 32, 3, 2
-    stack = (rungs + 1) * (d * s + s) + rungs * (4 * s * heads * k + 2 * s * f + 2 * s) + blocks + s
+    d, s, heads, k, blocks, rungs = 16, 8, 2, 4, 3, 2
+    stack = (rungs + 1) * (d * s + s) + rungs * (4 * s * heads * k + 2 * s) + blocks + s
+    mlp = rungs * 2 * s * (4 * d) // 2  # that of T5 is known, 2 d wide
     crosses = rungs * (4 * s * heads * k + s)
     up = s * d + d
     layers = (0, 2)
     single = ss.attach(FAMILIES["bert"].model(), ss.LSTConfig(**TINY, layers=layers), head=ss.Classify(num_labels=3))
-    assert side_parameters(single) == stack + up
+    assert side_parameters(single) == stack + mlp + up
     pair = ss.attach(FAMILIES["t5"].model(), ss.LSTConfig(**TINY, layers=layers))
-    assert side_parameters(pair) == 2 * (stack + 32 * heads) + crosses + up
+    assert side_parameters(pair) == 2 * (stack + mlp // 2 + 32 * heads) + crosses + up
 
 
 # --- T5's parts ---------------------------------------------------------------------------------------------
@@ -119,7 +145,7 @@ def test_a_side_block_is_t5s_block(decoder: bool) -> None:
     ladder: Ladder = model.side.ladders[stack]
     ladder.gates.fill_(100.0)
     config = T5Config(
-        d_model=8, d_kv=4, d_ff=32, num_heads=2, relative_attention_num_buckets=8, dropout_rate=0.0, is_decoder=decoder
+        d_model=8, d_kv=4, d_ff=16, num_heads=2, relative_attention_num_buckets=8, dropout_rate=0.0, is_decoder=decoder
     )
     config._attn_implementation = "eager"
     block = T5Block(config, has_relative_attention_bias=True, layer_idx=0).eval()
@@ -448,7 +474,7 @@ def test_a_cache_of_the_bare_backbone_is_refused() -> None:
     backbone, ids = FAMILIES["llama"].model(), torch.randint(3, 40, (2, 4))
     cache = backbone(input_ids=ids, use_cache=True).past_key_values
     model = ss.attach(backbone, ss.LSTConfig(**QUIET)).eval()
-    with pytest.raises(ValueError, match="the cache holds 4 tokens, of which 0 went through this task's side network"):
+    with pytest.raises(ValueError, match="the cache holds 4 tokens, of which 0 went through this task's model"):
         model(input_ids=ids[:, :1], past_key_values=cache)
 
 
@@ -538,8 +564,9 @@ def test_a_value_out_of_range_is_refused(field: str, value: Any, says: str) -> N
         ("swin", QUIET, "this backbone is hierarchical"),
         ("t5", {**QUIET, "layers": (0, 3)}, r"layers=\(0, 3\), but the encoder has 3 blocks: choose from 0 to 2"),
         ("bert", {"reduction": 3}, "reduction=3 does not divide the backbone's width, 16: choose a divisor"),
-        ("bert", {"reduction": 4, "heads": 8}, "does not divide the backbone's head_width, 2: .* or set head_width"),
+        ("bert", {"reduction": 4, "heads": 8}, "backbone's head_width, 2: choose a divisor, or set head_width to a"),
         ("bert", {"reduction": 4, "inner_width": 30}, "does not divide the backbone's inner_width, 30"),
+        ("t5", {"reduction": 16}, "reduction=16 does not divide the backbone's head_width, 8: choose a divisor"),
         ("bert", {"reduction": 16, "heads": 1}, "a side head has 1: choose another reduction, heads or head_width"),
     ],
 )
@@ -550,6 +577,7 @@ def test_what_does_not_fit_is_refused(family: str, config: dict[str, Any], says:
 
 
 def test_odd_heads_are_no_matter_to_a_bias() -> None:
-    model = ss.attach(FAMILIES["t5"].model(), ss.LSTConfig(reduction=16, heads=1, dropout=0.0))
+    model = ss.attach(FAMILIES["t5"].model(), ss.LSTConfig(reduction=8, dropout=0.0))
+    assert model.side.ladders["encoder"].blocks["0"].attention.query.out_features == 2  # two heads of one channel
     out: Tensor = logits(model(**FAMILIES["t5"].inputs()))
     assert torch.isfinite(out).all()

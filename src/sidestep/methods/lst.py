@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from sidestep.layers import recompute
 from sidestep.methods.base import MethodConfig, SideNet, is_ascending, is_whole, register
 from sidestep.pruning import Score, magnitude, pruned_block, residual_channels
-from sidestep.sites import SideCache, Site, of_stack, stacks
+from sidestep.sites import BlockWeights, SideCache, Site, of_stack, stacks
 from sidestep.taps import Tap
 
 TEMPERATURE = 0.1  # of the gates
@@ -45,16 +45,16 @@ PUBLISHED = {
 class LSTConfig(MethodConfig):
     """Settings of LST.
 
-    A method does not see how many heads a backbone has: `heads`, `head_width` and `inner_width` say it where it differs
-    from T5's usual shapes, which follow from the width d.
+    What is None of `heads`, `head_width` and `inner_width` is the backbone's on T5 with ReLU. On others, whose blocks a
+    method does not see, it follows from the width d as on T5-base: set the three where the backbone differs.
 
     Attributes:
         reduction: the side's widths are the backbone's over this; it has as many heads.
         layers: blocks with a rung, ascending, the same in both stacks of an encoder-decoder; None: the release's on
             T5-base and T5-large (by their width and depth), all elsewhere. T5-3B: 23 alone.
-        heads: of the backbone; None: d / 64, at least one.
-        head_width: channels of a head of the backbone; None: d / heads.
-        inner_width: of the backbone's MLP; None: 4 d.
+        heads: of the backbone; None elsewhere: d / 64, at least one.
+        head_width: channels of a head of the backbone; None elsewhere: d / heads.
+        inner_width: of the backbone's MLP; None elsewhere: 4 d.
         positions: "relative" (T5's bias, one table for each stack) or "rotary"; None: "relative" on encoder-decoders,
             "rotary" elsewhere.
         buckets: rows of the table of relative positions.
@@ -89,23 +89,23 @@ class LSTConfig(MethodConfig):
         starts = ("random", "magnitude", "fisher")
         self.require("init", self.init in starts, '"random", "magnitude" or "fisher"')
 
-    def sizes(self, width: int) -> Sizes:
-        """The side's sizes beside a backbone of this width.
+    def sizes(self, width: int, weights: BlockWeights | None = None) -> Sizes:
+        """The side's sizes beside a backbone of this width, with blocks of these weights where they are known.
 
         Raises:
             ValueError: if the reduction does not divide the backbone's.
         """
-        heads = self.heads or max(1, width // 64)
+        heads = self.heads or (weights.attention.heads if weights else max(1, width // 64))
         full = {
             "width": width,
-            "head_width": self.head_width or width // heads,
-            "inner_width": self.inner_width or 4 * width,
+            "head_width": self.head_width or (weights.attention.head_width if weights else width // heads),
+            "inner_width": self.inner_width or (weights.inner.out_features if weights else 4 * width),
         }
         for name, value in full.items():
             if value % self.reduction:
                 raise ValueError(
                     f"reduction={self.reduction} does not divide the backbone's {name}, {value}: choose a divisor"
-                    + ("" if name == "width" else f", or set {name} to what the backbone has")
+                    + ("" if name == "width" else f", or set {name} to a multiple")
                 )
         return Sizes(heads=heads, **{name: value // self.reduction for name, value in full.items()})
 
@@ -270,15 +270,17 @@ class Ladder(nn.Module):
 
     Args:
         site: any of the stack's.
+        sizes: of its blocks.
         config: of the method.
         layers: the blocks with a rung.
         relative: whether positions are a bias of the ladder's own; else they are rotary.
         crosses: whether rungs read an encoder's ladder.
     """
 
-    def __init__(self, site: Site, config: LSTConfig, layers: Sequence[int], *, relative: bool, crosses: bool) -> None:
+    def __init__(
+        self, site: Site, sizes: Sizes, config: LSTConfig, layers: Sequence[int], *, relative: bool, crosses: bool
+    ) -> None:
         super().__init__()
-        sizes = config.sizes(site.width)
         self.causal, self.buckets, self.dropout = site.causal, config.buckets, nn.Dropout(config.dropout)
         self.first = _down(site.width, sizes.width)
         # One gate a block, as in the release: those of blocks without a rung are never read.
@@ -361,9 +363,10 @@ class LST(SideNet):
             site = of_stack(sites, name)[0]
             crosses = len(names) > 1 and name == "decoder"
             layers = _layers(config, site, len(names))
-            self.ladders[name] = Ladder(site, config, layers, relative=relative, crosses=crosses)
+            sizes = _sizes(config, of_stack(sites, name))
+            self.ladders[name] = Ladder(site, sizes, config, layers, relative=relative, crosses=crosses)
         end = next(site for site in reversed(sites) if site.head)
-        self.up = nn.Linear(config.sizes(end.width).width, end.width)
+        self.up = nn.Linear(end.width // config.reduction, end.width)
         nn.init.normal_(self.up.weight, std=DOWN_STD)
         nn.init.zeros_(self.up.bias)
         if config.init != "random":
@@ -381,7 +384,7 @@ class LST(SideNet):
                 raise ValueError(
                     f"layers={config.layers}, but the {name} has {site.depth} blocks: choose from 0 to {site.depth - 1}"
                 )
-            head_width = config.sizes(site.width).head_width
+            head_width = _sizes(config, of_stack(sites, name)).head_width
             if head_width % 2 and not _relative(config, sites):
                 raise ValueError(
                     f"rotary positions turn pairs of channels, but a side head has {head_width}: choose another "
@@ -400,7 +403,7 @@ class LST(SideNet):
         """The embeddings and the blocks with a rung, each with the state beside it; at the end that twice more."""
         if site.kind == "norm":
             return 0
-        side = config.sizes(site.width).width
+        side = site.width // config.reduction
         rung = config.layers is None or site.kind == "stage" or site.index in config.layers
         return (site.width + side if rung else 0) + (2 * side if site.last else 0)
 
@@ -461,6 +464,11 @@ def _layers(config: LSTConfig, site: Site, number: int) -> tuple[int, ...]:
     return PUBLISHED.get((site.width, site.depth), every) if number > 1 else every
 
 
+def _sizes(config: LSTConfig, stack: Sequence[Site]) -> Sizes:
+    """The sizes of a stack's side blocks."""
+    return config.sizes(stack[0].width, next((site.weights for site in stack if site.weights), None))
+
+
 def _relative(config: LSTConfig, sites: Sequence[Site]) -> bool:
     """Whether positions are T5's bias."""
     return config.positions == "relative" or (config.positions is None and len(stacks(sites)) > 1)
@@ -476,14 +484,11 @@ def _check_prunable(config: LSTConfig, sites: Sequence[Site]) -> None:
         )
     if not _relative(config, sites):
         raise ValueError(f'{what}, and they have relative positions: choose positions="relative", or init="random"')
-    sizes = config.sizes(blocks[0].width)
+    sizes = _sizes(config, blocks)
     weights: Any = blocks[0].weights
     has = {
         "heads": (sizes.heads, weights.attention.heads),
-        "head_width": (
-            sizes.head_width * config.reduction,
-            weights.attention.query.out_features // weights.attention.heads,
-        ),
+        "head_width": (sizes.head_width * config.reduction, weights.attention.head_width),
         "inner_width": (sizes.inner_width * config.reduction, weights.inner.out_features),
         "buckets": (config.buckets, weights.attention.table.num_embeddings),
     }
