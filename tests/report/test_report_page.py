@@ -16,6 +16,7 @@ from sidestep.report.files import write_page
 from sidestep.report.load import load
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE = 240_000  # milliseconds, for machines with other work
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 LIGHT, DARK = "rgb(255, 254, 251)", "rgb(27, 26, 24)"
 
@@ -52,8 +53,9 @@ def open_page(browser: Any, page_file: Path) -> Iterator[Any]:
         page.on("console", lambda message: troubles.append(message.text))
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("request", lambda request: troubles.append(request.url) if request.url != file.as_uri() else None)
+        page.set_default_timeout(PATIENCE)
         page.goto(file.as_uri())
-        page.wait_for_selector("html[data-drawn]", timeout=60_000)
+        page.wait_for_selector("html[data-drawn]")
         return page
 
     yield opened
