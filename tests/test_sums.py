@@ -63,12 +63,15 @@ def test_diffs_of_two_backbones_and_what_is_no_diff_are_refused(tmp_path: Path) 
         ss.add_diff(read, tmp_path / "task")
 
 
-def test_another_precision_is_told_as_by_load(tmp_path: Path) -> None:
+def test_another_precision_is_refused_as_by_load_or_told(tmp_path: Path) -> None:
     folders = [task(tmp_path / name, seed) for seed, name in enumerate(("task", "language"))]
     with pytest.warns(DtypeMismatch):
-        model = ss.load(folders[0], BERT.model().bfloat16())
-    with pytest.warns(DtypeMismatch, match=r"language was made on these weights in float32, .* is in bfloat16") as told:
+        model = ss.load(folders[0], BERT.model().bfloat16(), allow_mismatch=True)
+    said = r"language was made on these weights in float32, .* is in bfloat16"
+    with pytest.raises(ss.TaskError, match=f"{said}.*load the backbone in float32"):
         ss.add_diff(model, folders[1])
+    with pytest.warns(DtypeMismatch, match=said) as told:
+        ss.add_diff(model, folders[1], allow_mismatch=True)
     assert told[0].filename == __file__
 
 
@@ -87,11 +90,11 @@ def test_sums_that_do_not_fit_are_refused_and_nothing_is_changed(
     tmp_path: Path, weights: torch.dtype, values: Any, scale: float, said: str
 ) -> None:
     folders = [task(tmp_path / name, seed, value_dtype=values) for seed, name in enumerate(("task", "language"))]
-    model = ss.load(folders[0], BERT.model().to(weights))
+    model = ss.load(folders[0], BERT.model().to(weights), allow_mismatch=True)
     diff, before = model.sparse.values, {name: value.clone() for name, value in model.trunk.state_dict().items()}
     kept = diff.detach().clone()
     with pytest.raises(ValueError, match=said):
-        ss.add_diff(model, folders[1], scale=scale)
+        ss.add_diff(model, folders[1], scale=scale, allow_mismatch=True)
     assert model.sparse.values is diff
     assert torch.equal(diff, kept)
     assert all(torch.equal(value, before[name]) for name, value in model.trunk.state_dict().items())

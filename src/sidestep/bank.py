@@ -370,7 +370,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         if match == "dtype":
             raise BankError(
                 f"{what}, the same in another precision: load the backbone in {its.dtype}, or put the task on this one "
-                "with ss.load, look at its scores, and add that model"
+                "with ss.load(..., allow_mismatch=True), look at its scores, and add that model"
             )
         raise BankError(f"{what}: load the task's own backbone, with its embeddings not resized")
 

@@ -206,7 +206,7 @@ def _summed(tokens: NDArray[np.uint8], extras: Mapping[int, NDArray[np.integer]]
     used, last = dict.fromkeys(extras, 0), -1
     for start in range(0, len(tokens), _PIECE):
         piece, own = tokens[start : start + _PIECE], positions[start : start + _PIECE]
-        own[:] = steps[piece]
+        np.take(steps, piece, out=own, mode="clip")  # twice as fast as with checks: there are 256 steps
         for index, extra in extras.items():
             places = np.flatnonzero(_of_class(piece, index))
             own[places] += extra[used[index] : used[index] + len(places)]

@@ -508,12 +508,14 @@ def load(
     Args:
         folder: what `save_pretrained` wrote.
         backbone: the model to put the task on; None: loaded by the name that is stored in the task.
-        allow_mismatch: whether another backbone is a warning rather than an error.
+        allow_mismatch: whether another backbone, or for a sparse diff another precision, is a warning rather than an
+            error.
         dtype: precision in which the backbone is loaded; None: the precision that the task was saved with.
         device: where the model goes.
 
     Raises:
-        TaskError: if the folder is no task, is damaged or too new, or belongs to another backbone.
+        TaskError: if the folder is no task, is damaged or too new, or belongs to another backbone; or if it is a sparse
+            diff of the backbone in another precision.
         LoadError: if the backbone cannot be loaded.
         UnsupportedBackbone: if the method cannot work on the backbone.
 
@@ -766,12 +768,24 @@ def _attach(task: Task, backbone: nn.Module, settings: Settings) -> Attached:
         ) from error
 
 
-def dtype_mismatch(folder: Path, wanted: Digest, own: Digest) -> DtypeMismatch:
-    """The warning that a task's weights are those of a backbone in another precision."""
-    return DtypeMismatch(
-        f"{folder} was made on these weights in {wanted.dtype}, and the backbone is in {own.dtype}: outputs differ by "
-        "rounding"
-    )
+def dtype_mismatch(
+    folder: Path, wanted: Digest, own: Digest, *, is_diff: bool, allow_mismatch: bool
+) -> DtypeMismatch:
+    """The warning that a task was made on these weights in another precision; a diff has to be allowed to be.
+
+    A side network only reads other states then. A diff is written into the weights and rounded with them, and in a
+    narrower precision much of it can vanish.
+
+    Raises:
+        TaskError: if it is a diff, and `allow_mismatch` is not set.
+    """
+    text = f"{folder} was made on these weights in {wanted.dtype}, and the backbone is in {own.dtype}"
+    if is_diff and not allow_mismatch:
+        raise TaskError(
+            f"{text}, where a diff is rounded together with the weights: load the backbone in {wanted.dtype}, or pass "
+            "allow_mismatch=True and look at the scores"
+        )
+    return DtypeMismatch(f"{text}: outputs differ by rounding")
 
 
 def _check_digest(task: Task, model: Attached, allow_mismatch: bool) -> None:
@@ -783,7 +797,8 @@ def _check_digest(task: Task, model: Attached, allow_mismatch: bool) -> None:
     if match == "same":
         return
     if match == "dtype":
-        warnings.warn(dtype_mismatch(task.folder, wanted, own), stacklevel=4)
+        found = dtype_mismatch(task.folder, wanted, own, is_diff=bool(_diffs(model)), allow_mismatch=allow_mismatch)
+        warnings.warn(found, stacklevel=4)
         return
     here = asdict(source_of(model.backbone))
     text = (

@@ -24,7 +24,7 @@ class DifferentBackbones(TaskError):
     """Diffs were learned on different pretrained weights: their sum means nothing."""
 
 
-def add_diff(model: SideModel, folder: str | Path, scale: float = 1.0) -> None:
+def add_diff(model: SideModel, folder: str | Path, scale: float = 1.0, *, allow_mismatch: bool = False) -> None:
     """Add the sparse diff of a task to that of a model; head and labels stay the model's.
 
     Where both change an entry, the changes are summed. The model is then as any other: it can be saved, trained on with
@@ -34,15 +34,16 @@ def add_diff(model: SideModel, folder: str | Path, scale: float = 1.0) -> None:
         model: with a sparse diff that has been trained or loaded.
         folder: a task with a sparse diff of the same backbone.
         scale: what its changes are multiplied by; -1 takes a diff away that was added (up to rounding).
+        allow_mismatch: whether a diff of the same backbone in another precision is a warning rather than an error.
 
     Raises:
         DifferentBackbones: if the diffs belong to different pretrained weights.
-        TaskError: if the folder is no task or is damaged, either has no sparse diff or is of a dual encoder, or sums do
-            not fit the precision of the model's diff or weights.
+        TaskError: if the folder is no task or is damaged, either has no sparse diff or is of a dual encoder, the diff
+            was learned in another precision, or sums do not fit the precision of the model's diff or weights.
         ValueError: if `scale` is no finite number.
 
     Warns:
-        DtypeMismatch: if the diff was learned on the same weights in another precision.
+        DtypeMismatch: if the diff was learned on the same weights in another precision, and `allow_mismatch` is set.
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}, but it must be a finite number")
@@ -63,7 +64,8 @@ def add_diff(model: SideModel, folder: str | Path, scale: float = 1.0) -> None:
             f"{model.digest.exact[:16]}: diffs add up on one backbone only; train both on the same"
         )
     if match == "dtype":
-        warnings.warn(dtype_mismatch(task.folder, wanted, model.digest), stacklevel=2)
+        found = dtype_mismatch(task.folder, wanted, model.digest, is_diff=True, allow_mismatch=allow_mismatch)
+        warnings.warn(found, stacklevel=2)
     entries, sums, tensors = diff_of(task, diff), diff.entries(), diff.tensors
     for name, (positions, values) in entries.items():
         old, own = sums.get(name, (positions[:0], values[:0]))

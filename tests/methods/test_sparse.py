@@ -309,7 +309,7 @@ def test_the_codecs_own_checksum_guards_a_file_with_a_forged_one(tmp_path: Path)
         store._unpacked(task, attached())
 
 
-def test_another_backbone_or_resized_embeddings_are_refused_and_another_precision_told(tmp_path: Path) -> None:
+def test_another_backbone_precision_or_resized_embeddings_are_refused(tmp_path: Path) -> None:
     changed(attached()).save_pretrained(tmp_path / "task")
     with pytest.raises(store.TaskError, match="digest"):
         ss.load(tmp_path / "task", BERT.model(seed=9))
@@ -324,8 +324,13 @@ def test_another_backbone_or_resized_embeddings_are_refused_and_another_precisio
     ):
         ss.load(tmp_path / "task", resized, allow_mismatch=True)
     assert all(torch.equal(p, q) for p, q in zip(resized.parameters(), before, strict=True))
+    half = BERT.model().bfloat16()
+    before = [p.clone() for p in half.parameters()]
+    with pytest.raises(store.TaskError, match="load the backbone in float32, or pass allow_mismatch=True"):
+        ss.load(tmp_path / "task", half)
+    assert all(torch.equal(p, q) for p, q in zip(half.parameters(), before, strict=True))
     with pytest.warns(store.DtypeMismatch, match="float32.*bfloat16"):
-        ss.load(tmp_path / "task", BERT.model().bfloat16())
+        ss.load(tmp_path / "task", half, allow_mismatch=True)
 
 
 @pytest.mark.parametrize("values", ["bfloat16", "float16"])
