@@ -374,15 +374,23 @@ def test_a_task_that_was_damaged_in_the_bank_leaves_the_active_one(bank: ss.Task
     assert torch.equal(outputs(bank, "sparse"), known)
 
 
+@pytest.mark.parametrize("left", [b"{", None], ids=["altered", "lost"])
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
-def test_a_damaged_task_stops_no_other_and_can_be_replaced(bank: ss.TaskBank, tmp_path: Path, file: str) -> None:
+def test_a_damaged_task_stops_no_other_and_can_be_replaced(
+    bank: ss.TaskBank, tmp_path: Path, file: str, left: bytes | None
+) -> None:
     digest, known = bank.store.digest(), outputs(bank, "sparse")
     damaged = bank.store.folder("read") / file
-    damaged.write_bytes(damaged.read_bytes()[:-9] if file == WEIGHTS else b"{")
+    damaged.unlink()
+    if left is not None:
+        damaged.write_bytes(left)
     opened = ss.TaskBank(backbone(), bank.store.path)
     for act in (opened.activate, opened.store.entry):
         with pytest.raises(BankError, match=rf"{file} .*: remove 'read' \(`sidestep bank remove`\) and add it again"):
             act("read")
+    with pytest.warns(UserWarning, match=f"{file} .*: remove 'read'"):
+        assert "read" not in {entry.name for entry in opened.entries()}
+    assert "read" in opened.names
     assert torch.equal(outputs(opened, "sparse"), known)
     assert opened.store.digest() == digest
     attached(ss.ReadConfig(rank=4), on=backbone(9)).save_pretrained(tmp_path / "stranger")

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from sidestep.wording import some
 LOCK = ".lock"
 STAGING = ".moving-"
 NAME = re.compile(r"\w[\w.-]*")
+TASK_FILES = (store.CONFIG, store.WEIGHTS)  # either makes a folder a task's, so that a damaged one is seen and removed
 
 
 class BankError(TaskError):
@@ -82,8 +84,8 @@ class BankFolder:
 
     @property
     def names(self) -> list[str]:
-        """The tasks that are there now, whoever added them."""
-        return sorted(file.parent.name for file in self.path.glob(f"[!.]*/{store.CONFIG}"))
+        """The tasks that are there now, whoever added them; damaged ones included."""
+        return sorted({file.parent.name for part in TASK_FILES for file in self.path.glob(f"[!.]*/{part}")})
 
     def folder(self, name: str) -> Path:
         """The task folder of this name, which `load` takes too.
@@ -91,7 +93,7 @@ class BankFolder:
         Raises:
             BankError: if there is none.
         """
-        if not (NAME.fullmatch(name) and (self.path / name / store.CONFIG).is_file()):
+        if not (NAME.fullmatch(name) and any((self.path / name / part).is_file() for part in TASK_FILES)):
             raise BankError(f"{self.path} holds no task {name!r}: it holds {some(self.names)}")
         return self.path / name
 
@@ -113,6 +115,16 @@ class BankFolder:
             bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
             sha256=about["sha256"],
         )
+
+    def entries(self) -> tuple[list[Entry], dict[str, str]]:
+        """What the tasks say of themselves, and of those that cannot be read, by their names, what is wrong."""
+        entries, unreadable = [], {}
+        for name in self.names:
+            try:
+                entries.append(self.entry(name))
+            except ValueError as error:  # a TaskError, or a head that this version does not know
+                unreadable[name] = str(error)
+        return entries, unreadable
 
     def config(self, name: str) -> dict[str, Any]:
         """The config of a task.
@@ -263,12 +275,11 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         return self.store.names
 
     def entries(self) -> list[Entry]:
-        """The tasks that are there now.
-
-        Raises:
-            TaskError: if one of them is damaged.
-        """
-        return [self.store.entry(name) for name in self.names]
+        """The tasks that are there now and can be read; of each of the others a warning says what is wrong."""
+        entries, unreadable = self.store.entries()
+        for reason in unreadable.values():
+            warnings.warn(reason, stacklevel=2)
+        return entries
 
     def add(self, name: str, task: str | Path | Attached) -> None:
         """Store a task in the bank, whatever is active; it is checked before anything changes.

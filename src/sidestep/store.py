@@ -617,8 +617,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise TaskError(f"{folder} is no task folder: there is no such folder")
     if not path.is_file():
+        kind = DamagedTask if (folder / WEIGHTS).is_file() else TaskError
         there = ", ".join(sorted(item.name for item in folder.iterdir())[:6]) or "nothing"
-        raise TaskError(f"{folder} is no task folder: {CONFIG} is missing (it holds {there})")
+        raise kind(f"{folder} is no task folder: {CONFIG} is missing (it holds {there})")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -768,9 +769,7 @@ def _attach(task: Task, backbone: nn.Module, settings: Settings) -> Attached:
         ) from error
 
 
-def dtype_mismatch(
-    folder: Path, wanted: Digest, own: Digest, *, is_diff: bool, allow_mismatch: bool
-) -> DtypeMismatch:
+def dtype_mismatch(folder: Path, wanted: Digest, own: Digest, *, is_diff: bool, allow_mismatch: bool) -> DtypeMismatch:
     """The warning that a task was made on these weights in another precision; a diff has to be allowed to be.
 
     A side network only reads other states then. A diff is written into the weights and rounded with them, and in a

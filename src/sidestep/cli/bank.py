@@ -43,7 +43,7 @@ def list_(folder: opt.Bank, as_json: opt.AsJson = False, debug: opt.Debug = Fals
         from sidestep.bank import BankError
 
         held = _open(folder)
-        entries, unreadable = _entries(held)
+        entries, unreadable = held.entries()
         if as_json:
             others = [{"name": name, "unreadable": reason} for name, reason in unreadable.items()]
             print(json.dumps([asdict(entry) for entry in entries] + others, indent=2, ensure_ascii=False))
@@ -104,17 +104,6 @@ def _open(folder: opt.Bank) -> BankFolder:
     if not folder.exists():
         raise BankError(f"there is no bank {folder}: `sidestep bank add` makes one")
     return BankFolder(folder)
-
-
-def _entries(held: BankFolder) -> tuple[list[Entry], dict[str, str]]:
-    """The tasks that can be read, and what is wrong with the others by their names."""
-    entries, unreadable = [], {}
-    for name in held.names:
-        try:
-            entries.append(held.entry(name))
-        except ValueError as error:  # a TaskError, or a head that this version does not know
-            unreadable[name] = str(error)
-    return entries, unreadable
 
 
 def _show(held: BankFolder, entries: list[Entry], unreadable: Iterable[str]) -> None:
