@@ -37,7 +37,7 @@ from sidestep.cli import app
 from text_tasks import TASKS, encoder
 
 RESULTS = Path(__file__).parent / "results" / "kill_study.jsonl"
-KILLS = 20
+KILLS = 40
 FORK = multiprocessing.get_context("fork")
 IMPORTED = (torch.utils.tensorboard, train)  # by a run when it needs them
 
@@ -64,7 +64,7 @@ def prepare(folder: Path) -> list[str]:
         "--backbone",
         folder / "backbone",
     ]
-    method = ["--method", "diff_pruning", "--set", "lambda_l0=1e-5", "--set", "finetune_epochs=1"]
+    method = ["--method", "diff_pruning", "--set", "lambda_l0=1e-5", "--set", "finetune_epochs=4"]
     how = ["--epochs", "1", "--batch-size", "8", "--save-steps", "2", "--lr", "1e-3", "--quiet"]
     return ["train", *map(str, data), *method, *how]
 
