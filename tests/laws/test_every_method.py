@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sidestep as ss
 from sidestep.backbone import CheckpointedForward, find_places
@@ -608,7 +610,7 @@ def pad(value: Tensor, by: int, side: str) -> Tensor:
     return torch.cat([value, zeros] if side == "right" else [zeros, value], dim=1)
 
 
-# --- 15, 16 -------------------------------------------------------------------------------------------------
+# --- 15 -----------------------------------------------------------------------------------------------------
 
 
 @side_nets
@@ -660,6 +662,47 @@ def smooth(side: nn.Module) -> None:
     for name, module in list(side.named_modules()):
         if isinstance(module, nn.ReLU):
             side.set_submodule(name, nn.GELU())
+
+
+# --- 16, 17 -----------------------------------------------------------------------------------------------------
+
+
+@every
+def test_a_training_step_stays_on_the_device_of_the_weights(
+    method: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors of the meta device stand for a GPU's: a tensor made on the CPU would be refused beside them."""
+    kind = FAMILIES[family]
+    model = attach(method, kind, head=True)
+    # there is no autocast for the meta device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    with torch.random.fork_rng(devices=[]), FakeTensorMode():
+        moved = on_meta(model).train()
+        batch = {name: meta_like(value) for name, value in {**kind.inputs(), "labels": kind.labels()}.items()}
+        if moved.relaxes:
+            optimizer = moved.relax(rate=0.1)
+        else:
+            moved.place_anywhere()
+            optimizer = torch.optim.AdamW(parameter for _, parameter in moved.trained_parameters())
+        loss = moved(**batch).loss
+        loss.backward()
+        optimizer.step()
+        assert loss.device.type == "meta"
+
+
+def on_meta(model: ss.SideModel) -> ss.SideModel:
+    """A copy of what `model.to("meta")` would move, as fake tensors; tensors that are plain attributes stay."""
+    memo: dict[int, Any] = {id(model.extras): {}, **{id(part._originals): {} for part in model.parts}}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo[id(tensor)] = meta_like(tensor)
+    return copy.deepcopy(model, memo)
+
+
+def meta_like(tensor: Tensor) -> Tensor:
+    """The fake of a tensor, a parameter of a parameter."""
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 @every
