@@ -401,6 +401,47 @@ def test_a_damaged_task_stops_no_other_and_can_be_replaced(
     assert outputs(opened, "read").shape[1] == 3
 
 
+def test_a_model_that_rests_leaves_the_active_task_alone(bank: ss.TaskBank) -> None:
+    resting = bank.activate("sparse")
+    state, known, own = resting.state_dict(), outputs(bank, "read"), bank.activate("read")
+    resting._digest = None
+    for act in (
+        lambda: resting(**BERT.inputs()),
+        lambda: resting.load_state_dict(state),
+        lambda: resting.digest,
+    ):
+        with pytest.raises((FoldError, ValueError), match=r"detached from its backbone|a task attached already"):
+            act()
+    assert torch.equal(outputs(bank, "read"), known)
+    assert bank.model is own
+    plain = backbone().state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in bank.deactivate().state_dict().items())
+    assert resting.digest == bank.digest
+
+
+def test_tasks_within_one_autocast_context_do_not_share_weights(bank: ss.TaskBank) -> None:
+    alone, names = {}, bank.names
+    for name in names:
+        with torch.autocast("cpu", torch.bfloat16):
+            alone[name] = bank.activate(name)(**BERT.inputs()).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        for name in names * 2:
+            assert torch.equal(bank.activate(name)(**BERT.inputs()).logits, alone[name]), name
+
+
+def test_a_task_that_cannot_be_activated_keeps_what_was_trained(bank: ss.TaskBank) -> None:
+    model = bank.activate("sparse")
+    with torch.no_grad():
+        model.sparse.values.add_(1)
+    other = ss.attach(bank.deactivate(), ss.ReadConfig(rank=2), head=ss.Classify(num_labels=2))
+    trained = model.sparse.values.detach().clone()
+    with pytest.raises(ValueError, match="a task attached already"):
+        bank.activate("sparse")
+    ss.detach(other)
+    assert bank.activate("sparse") is model
+    assert torch.equal(model.sparse.values, trained)
+
+
 def test_nothing_is_removed_from_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(BankError, match="holds no task 'x': it holds nothing"):
         BankFolder(tmp_path / "none").remove("x")

@@ -263,6 +263,13 @@ def test_what_is_no_module_is_refused(backbone: Any) -> None:
         ss.attach(backbone, READ)
 
 
+def test_a_refused_attach_leaves_the_backbone_as_it_was() -> None:
+    backbone = FAMILIES["bert"].model()
+    with pytest.raises(ValueError, match="density"):
+        ss.attach(backbone, ss.SparseConfig(density=1e-9))
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
 def test_attaching_twice_is_refused_until_the_first_is_detached() -> None:
     backbone = bert()
     model = ss.attach(backbone, READ)

@@ -38,7 +38,9 @@ def test_the_weights_are_the_pretrained_ones_plus_both_diffs(tmp_path: Path) -> 
         for name, (positions, values) in model.sparse.entries().items():
             total[name].view(-1)[positions] += values
     head = first.head.linear.weight.clone()
+    first.extras["scores"] = {"accuracy": 0.9}
     ss.add_diff(first, folders[1])
+    assert "scores" not in first.extras
     plain = BERT.model().base_model
     for name, tensor in first.sparse.tensors.items():
         torch.testing.assert_close(tensor, plain.get_parameter(name) + total[name], rtol=0, atol=1e-7)

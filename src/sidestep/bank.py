@@ -109,8 +109,8 @@ class BankFolder:
         return Entry(
             name=name,
             method=about["method"]["name"],
-            outputs=None if about["head"] is None else head_from_dict(about["head"]).outputs,
-            labels=about["labels"],
+            outputs=None if about.get("head") is None else head_from_dict(about["head"]).outputs,
+            labels=about.get("labels"),
             values=about["parameters"],
             bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
             sha256=about["sha256"],
@@ -122,8 +122,10 @@ class BankFolder:
         for name in self.names:
             try:
                 entries.append(self.entry(name))
-            except ValueError as error:  # a TaskError, or a head that this version does not know
-                unreadable[name] = str(error)
+            # a TaskError, a head that this version does not know, or files that another process is just removing
+            except (ValueError, TypeError, OSError, RuntimeError) as error:
+                if name in self.names:
+                    unreadable[name] = str(error)
         return entries, unreadable
 
     def config(self, name: str) -> dict[str, Any]:
@@ -327,8 +329,11 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         try:
             self.model = ready.resume() if isinstance(ready, Resting) else self._put(ready)
         except BaseException:
+            if isinstance(ready, Resting):
+                self._resting[name] = ready
             if before is not None:
-                self.activate(before)
+                with suppress(Exception):  # what went wrong first is what is raised
+                    self.activate(before)
             raise
         self.active, self._identity = name, identity
         self.seconds[name] = time.perf_counter() - started

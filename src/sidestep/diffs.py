@@ -201,12 +201,14 @@ class SparseDiff(nn.Module):
         for part in self._parts:
             span = slice(part.low, part.high)
             _put(self._tensors[part.name], self._index(part), self.base[span] + rounded[span])
+        _forget_casts()
 
     @torch.no_grad()
     def revert(self) -> None:
         """Give the tensors their own values back, bit for bit."""
         for part in self._parts:
             _put(self._tensors[part.name], self._index(part), self.base[part.low : part.high])
+        _forget_casts()
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
@@ -284,6 +286,12 @@ def _at(tensor: Tensor, index: Tensor) -> Tensor:
     """The entries of the flat tensor at `index`."""
     tensor = tensor.detach()
     return tensor.view(-1).index_select(0, index) if tensor.is_contiguous() else tensor.take(index)
+
+
+def _forget_casts() -> None:
+    """Within one autocast context weights are cast once, and a change written around autograd is not noticed."""
+    if not torch.compiler.is_compiling():
+        torch.clear_autocast_cache()
 
 
 def _put(tensor: Tensor, index: Tensor, values: Tensor) -> None:

@@ -97,7 +97,19 @@ class SideModel(nn.Module):
         side = self._build_side(backbone, sites, settings.method)
         mean_first = self._means_first(sites, side)
         backbones.freeze(backbone)
+        try:
+            self._assemble(backbone, places, delta, side, mean_first)
+        except BaseException:
+            self._before.restore(backbone)
+            raise
 
+    # --- building --------------------------------------------------------------------------------------------------
+
+    def _assemble(
+        self, backbone: nn.Module, places: list[Place], delta: WeightDelta | None, side: SideNet, mean_first: bool
+    ) -> None:
+        """Put the parts together on a frozen backbone."""
+        settings, sites, trunk = self.settings, [place.site for place in places], backbones.trunk_of(backbone)
         self.backbone = backbone
         self.side = side.to(device=_device(backbone))
         pool = self.pool
@@ -122,8 +134,6 @@ class SideModel(nn.Module):
             backbones.checkpoint_blocks(self.late_blocks())
         self._set_interface()
         self.train(self._before.training)
-
-    # --- building --------------------------------------------------------------------------------------------------
 
     def _build_delta(self, backbone: nn.Module, trunk: nn.Module, config: MethodConfig) -> WeightDelta | None:
         if not issubclass(self.record.implementation, WeightDelta):
@@ -341,12 +351,17 @@ class SideModel(nn.Module):
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """The backbone's inputs (and `labels`) -> its output type, or with a Sidestep head a classifier output."""
-        if self.sparse is not None:
-            self.sparse.write()
+        self._write_diff()
         output = self._run(args, labels, self._defaults(args, kwargs))
         if labels is not None and self.training and torch.is_grad_enabled():
             self._check_trains(output)
         return output
+
+    def _write_diff(self) -> None:
+        """Bring a sparse diff into the weights, which are another's once this model was detached."""
+        self.fold.require_attached()
+        if self.sparse is not None:
+            self.sparse.write()
 
     def _run(self, args: tuple[Any, ...], labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
         if self.head is None and isinstance(self.backbone, PreTrainedModel):
@@ -432,8 +447,7 @@ class SideModel(nn.Module):
                 f"{self.record.name} mixes tokens, so a key-value cache would give other outputs than it was trained "
                 "for: pass use_cache=False"
             )
-        if self.sparse is not None:
-            self.sparse.write()
+        self._write_diff()
         return self.fold.run(self.backbone.generate, *args, **kwargs)[0]
 
     def _check_prompts(self, tokens: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -545,6 +559,9 @@ class SideModel(nn.Module):
 
     def _without_diff(self) -> AbstractContextManager[None]:
         """The backbone's weights are the pretrained ones meanwhile, where a sparse diff is written into them."""
+        if not self.fold.attached:
+            check_attachable(self.backbone)  # under another task they would not be
+            return nullcontext()
         return nullcontext() if self.sparse is None else self.sparse.lifted()
 
     @property
@@ -615,8 +632,10 @@ class SideModel(nn.Module):
         """Load a task's tensors; always strict, but over the task's names only.
 
         Raises:
+            FoldError: if the model was detached.
             ValueError: if names are missing or unexpected, or a shape differs.
         """
+        self.fold.require_attached()
         missing = sorted(set(self._task_names) - set(state_dict))
         unexpected = sorted(set(state_dict) - set(self._task_names))
         tensors = self._named_tensors()
@@ -651,6 +670,7 @@ class SideModel(nn.Module):
         """See `detach`."""
         if not self.fold.attached:
             return self.backbone
+        torch.clear_autocast_cache()  # of a context that is still open
         self.fold.remove()
         backbones.uncheckpoint_blocks([place.module for place in self.places])
         if self.sparse is not None:
@@ -691,6 +711,7 @@ class SideModel(nn.Module):
             ValueError: if another task is attached to the backbone meanwhile.
         """
         check_attachable(self.backbone)
+        torch.clear_autocast_cache()
         with torch.no_grad():
             for name, tensor in self._stored().items():
                 tensor.copy_(rest.values[name])

@@ -106,6 +106,19 @@ def projected(
     return _read(done)
 
 
+def check(model: SideModel, settings: TrainSettings) -> None:
+    """Raise where settings do not fit the epochs of a stage, before anything is trained.
+
+    Raises:
+        ValueError: naming the stage.
+    """
+    for name, stage in (("first", own), ("last", last_stage)):
+        try:
+            stage(model, settings)
+        except ValueError as error:
+            raise ValueError(f"in the {name} stage of {model.record.name}: {error}") from error
+
+
 def last_stage(model: SideModel, settings: TrainSettings) -> TrainSettings:
     """How the projected diff is trained on."""
     _, (epochs, rate) = _method(model).stages(settings.epochs, settings.rate(model.record.name))

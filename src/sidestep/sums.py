@@ -27,8 +27,8 @@ class DifferentBackbones(TaskError):
 def add_diff(model: SideModel, folder: str | Path, scale: float = 1.0, *, allow_mismatch: bool = False) -> None:
     """Add the sparse diff of a task to that of a model; head and labels stay the model's.
 
-    Where both change an entry, the changes are summed. The model is then as any other: it can be saved, trained on with
-    a new optimizer, and detached.
+    Where both change an entry, the changes are summed; the model's stored scores are dropped. The model is then as any
+    other: it can be saved, trained on with a new optimizer, and detached.
 
     Args:
         model: with a sparse diff that has been trained or loaded.
@@ -74,6 +74,7 @@ def add_diff(model: SideModel, folder: str | Path, scale: float = 1.0, *, allow_
         sums[name] = everywhere, torch.zeros(len(everywhere)).index_add_(0, order, changes)
         _check_fits(sums[name][1], name, (diff.value_dtype, tensors[name].dtype))
     diff.place(sums)
+    model.extras.pop("scores", None)  # they were those of the diff alone
 
 
 def _check_fits(values: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:

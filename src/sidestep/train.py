@@ -83,6 +83,8 @@ def train(
     _describe(model, data)
     metric = settings.best_by(data.labels.kind, len(data.labels.names))
     identity = _identity(model, data, settings)
+    if relax.relaxes(model):
+        relax.check(model, settings)
     start = checkpoints.begin(settings, identity)
     first, last, clock = None, settings, EpochClock()
     if relax.relaxes(model):

@@ -232,8 +232,9 @@ def run(backbone: Path, output: Path, config: ss.SparseConfig, **how: Any) -> tu
         ss.SparseConfig(density=0.05, samples=6, value_dtype="bfloat16"),
         ss.SparseConfig(density=0.05, select="grow", grow_every=3),
         ss.SparseConfig(density=0.05, select="magnitude", full_epochs=1, full_rate=0.01),
+        ss.SparseConfig(density=0.05, select="magnitude", full_epochs=3, full_rate=0.01),  # stopped in its first stage
     ],
-    ids=["fisher", "grow", "magnitude"],
+    ids=["fisher", "grow", "magnitude", "magnitude-first"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(backbone: Path, tmp_path: Path, config: ss.SparseConfig) -> None:
     whole, results = run(backbone, tmp_path / "whole", config, save_steps=3, accumulate=2, epochs=3)
@@ -249,6 +250,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(backbone: Path, tmp_path: Path, 
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     saved = [load_file(folder / store.WEIGHTS) for folder in (tmp_path / "whole", part)]
     assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
+
+
+def test_settings_that_fit_no_stage_are_refused_before_the_first(backbone: Path, tmp_path: Path) -> None:
+    config = ss.SparseConfig(density=0.05, select="magnitude", full_epochs=2)
+    with pytest.raises(ValueError, match=r"in the first stage of sparse: milestones=\(3,\)"):
+        run(backbone, tmp_path / "run", config, epochs=4, schedule="step", milestones=(3,))
+    assert not (tmp_path / "run").exists()
 
 
 def _stop_at(step: int) -> Callable[..., None]:

@@ -188,17 +188,21 @@ class FreeWeights(torch.optim.AdamW):
                 yield name, number * CHUNK, after.float() - before.float()
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's, and the weights instead of what they were at first."""
+        """AdamW's, the weights instead of what they were at first, and the head's first values."""
         saved = super().state_dict()
         saved["state"] = {index: kept for index, kept in saved["state"].items() if index != "before"}
-        return {**saved, "weights": {name: weight.detach() for name, weight in self._weights.items()}}
+        weights = {name: weight.detach() for name, weight in self._weights.items()}
+        return {**saved, "weights": weights, "head": [self._before[parameter] for parameter in self._head]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The reverse."""
         for name, value in state_dict["weights"].items():
             self._weights[name].copy_(value)
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "weights"})
+        for parameter, value in zip(self._head, state_dict["head"], strict=True):
+            self._before[parameter].copy_(value)
+        own = {name: value for name, value in state_dict.items() if name not in ("weights", "head")}
+        super().load_state_dict(own)
         self.state["before"] = self._before
 
 
