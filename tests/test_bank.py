@@ -429,6 +429,12 @@ def test_tasks_within_one_autocast_context_do_not_share_weights(bank: ss.TaskBan
             assert torch.equal(bank.activate(name)(**BERT.inputs()).logits, alone[name]), name
 
 
+def test_a_task_first_used_under_inference_mode_can_be_trained(bank: ss.TaskBank) -> None:
+    with torch.inference_mode():
+        bank.run("read", BERT.inputs())
+    bank.activate("read")(**BERT.inputs(), labels=BERT.labels()).loss.backward()
+
+
 def test_a_task_that_cannot_be_activated_keeps_what_was_trained(bank: ss.TaskBank) -> None:
     model = bank.activate("sparse")
     with torch.no_grad():
@@ -450,7 +456,9 @@ def test_nothing_is_removed_from_a_folder_that_is_not_there(tmp_path: Path) -> N
 
 def test_names_that_are_taken_impossible_or_unknown(bank: ss.TaskBank, tmp_path: Path) -> None:
     assert_refused(bank, tmp_path / "read", "holds 'read' already: choose another name", name="read")
-    for name in ("", ".hidden", "../up", "a/b", "a b"):
+    with pytest.raises(BankError, match="holds no task 'xxx"):
+        bank.activate("x" * 300)
+    for name in ("", ".hidden", "../up", "a/b", "a b", "ä" * 128):
         assert_refused(bank, tmp_path / "read", "cannot be a task's name", name=name)
     for act in (bank.activate, bank.remove, bank.store.entry):
         with pytest.raises(BankError, match="holds no task 'other': it holds read, sparse"):

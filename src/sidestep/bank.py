@@ -36,6 +36,7 @@ from sidestep.wording import some
 LOCK = ".lock"
 STAGING = ".moving-"
 NAME = re.compile(r"\w[\w.-]*")
+LONGEST = 255  # bytes in the name of a folder
 TASK_FILES = (store.CONFIG, store.WEIGHTS)  # either makes a folder a task's, so that a damaged one is seen and removed
 
 
@@ -93,7 +94,7 @@ class BankFolder:
         Raises:
             BankError: if there is none.
         """
-        if not (NAME.fullmatch(name) and any((self.path / name / part).is_file() for part in TASK_FILES)):
+        if not (_is_name(name) and any((self.path / name / part).is_file() for part in TASK_FILES)):
             raise BankError(f"{self.path} holds no task {name!r}: it holds {some(self.names)}")
         return self.path / name
 
@@ -157,7 +158,7 @@ class BankFolder:
         """Copy a task into the folder; it is there whole, or the folder is as before.
 
         Args:
-            name: letters, digits, "_", "-" and ".".
+            name: letters, digits, "_", "-" and ".", at most 255 bytes.
             task: a task folder or an attached model.
             check: raises if the task may not be added.
 
@@ -166,8 +167,10 @@ class BankFolder:
                 backbone than those that are there, or another process is writing.
             TaskError: if the task is damaged, or what `check` raises.
         """
-        if not NAME.fullmatch(name):
-            raise BankError(f"{name!r} cannot be a task's name: use letters, digits, '_', '-' and '.'")
+        if not _is_name(name):
+            raise BankError(
+                f"{name!r} cannot be a task's name: use letters, digits, '_', '-' and '.', at most {LONGEST} bytes"
+            )
         if not isinstance(task, SideModel | PairModel):
             store.read(task)  # before anything is copied, so that the message names the folder that was given
         with self._writing() as staging:
@@ -287,7 +290,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         """Store a task in the bank, whatever is active; it is checked before anything changes.
 
         Args:
-            name: letters, digits, "_", "-" and ".".
+            name: letters, digits, "_", "-" and ".", at most 255 bytes.
             task: a task folder, or an attached model (on this backbone or on another copy of it).
 
         Raises:
@@ -397,7 +400,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
 
     def _put(self, task: store.Task) -> Attached:
         # a side network begins at random: a switch leaves the caller's random numbers alone
-        with torch.random.fork_rng(devices=[]):
+        # and what is made under inference_mode could not be trained later
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             return store.put(task, self.backbone, digests=self._digests)
 
 
@@ -413,6 +417,11 @@ class Resting:
         """Its model, on the backbone again."""
         self.model.resume(self.rest)
         return self.model
+
+
+def _is_name(name: str) -> bool:
+    """Whether a folder can have it."""
+    return NAME.fullmatch(name) is not None and len(os.fsencode(name)) <= LONGEST
 
 
 def _is_on(model: Attached) -> bool:
