@@ -106,8 +106,10 @@ def block_outputs(model: torch.nn.Module, stack: Any, batch: dict[str, Tensor]) 
 @pytest.mark.parametrize("cell", ["gru", "rnn"])
 @pytest.mark.parametrize("aggregate", ["last", "mean"])
 @pytest.mark.parametrize("correction", ["pre_norm", "post_norm"])
-@pytest.mark.parametrize("family", ["bert", "vit", "t5"])
-def test_equals_a_hand_unrolled_reference(cell: Any, aggregate: Any, correction: Any, family: str) -> None:
+@pytest.mark.parametrize(("family", "scale"), [("bert", 1.0), ("vit", 0.5), ("t5", 30.0)])
+def test_equals_a_hand_unrolled_reference(
+    cell: Any, aggregate: Any, correction: Any, family: str, scale: float
+) -> None:
     kind = FAMILIES[family]
     backbone, batch = kind.model().double(), kind.inputs()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
@@ -116,7 +118,8 @@ def test_equals_a_hand_unrolled_reference(cell: Any, aggregate: Any, correction:
     encoder = trunk.encoder.block if joined else (trunk.encoder.layer if family == "bert" else trunk.layers)
     frozen = block_outputs(backbone, encoder, batch)
     decoder = block_outputs(backbone, trunk.decoder.block, batch) if joined else frozen
-    model = ss.attach(backbone, ss.ReadConfig(rank=3, cell=cell, aggregate=aggregate, correction=correction)).double()
+    config = ss.ReadConfig(rank=3, cell=cell, aggregate=aggregate, correction=correction, scale=scale)
+    model = ss.attach(backbone, config).double()
     randomize(model, scale=0.5)
 
     source, keep = None, None
@@ -125,7 +128,7 @@ def test_equals_a_hand_unrolled_reference(cell: Any, aggregate: Any, correction:
         source = unroll(model.side.stacks["encoder"], frozen, None, None)[-1]
     states = unroll(model.side.stacks["decoder" if joined else "encoder"], decoder, source, keep)
     read = states[-1] if aggregate == "last" else torch.stack(states).mean(0)
-    delta = read @ model.side.out.weight.T + model.side.out.bias
+    delta = scale * (read @ model.side.out.weight.T + model.side.out.bias)
     norm = {
         "bert": lambda x: x,
         "vit": lambda x: trunk.layernorm(x),
@@ -246,6 +249,7 @@ def test_computing_one_token_equals_computing_all(pool: Any, family: str) -> Non
         ("cell", "lstm", 'cell=\'lstm\', but it must be "gru" or "rnn"'),
         ("aggregate", "sum", "aggregate='sum', but it must be"),
         ("correction", "both", "correction='both', but it must be"),
+        ("scale", 0, "scale=0, but it must be a number above 0"),
     ],
 )
 def test_a_value_out_of_range_is_refused(field: str, value: Any, says: str) -> None:

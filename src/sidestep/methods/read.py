@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.layers import recompute, regrid
-from sidestep.methods.base import MethodConfig, SideNet, is_whole, register
+from sidestep.methods.base import MethodConfig, SideNet, is_number, is_whole, register
 from sidestep.sites import Site, of_stack, stacks
 from sidestep.taps import Tap
 
@@ -41,12 +41,15 @@ class ReadConfig(MethodConfig):
         aggregate: what the correction is read from: the "last" state over depth or the "mean" of all.
         correction: where it is added: before the backbone's final norm ("pre_norm") or after it ("post_norm"); the
             same on backbones without a final norm (BERT).
+        scale: what the correction is multiplied with. Adam's steps are as long whatever the gradient, so the output
+            map learns that many times faster than the recurrence.
     """
 
     rank: int = 128
     cell: Literal["gru", "rnn"] = "gru"
     aggregate: Literal["last", "mean"] = "mean"
     correction: Literal["pre_norm", "post_norm"] = "pre_norm"
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +57,7 @@ class ReadConfig(MethodConfig):
         self.require("cell", self.cell in GATES, '"gru" or "rnn"')
         self.require("aggregate", self.aggregate in ("last", "mean"), '"last" or "mean"')
         self.require("correction", self.correction in ("pre_norm", "post_norm"), '"pre_norm" or "post_norm"')
+        self.require("scale", is_number(self.scale) and self.scale > 0, "a number above 0")
 
 
 class Recurrence(nn.Module):
@@ -200,10 +204,11 @@ class Read(SideNet):
         return self.config.correction == "post_norm" and site.final_norm
 
     def _correction(self, state: ReadState, site: Site) -> Tensor:
+        read = state.hidden
         if self.config.aggregate == "mean":
             assert state.total is not None
-            return self.out(state.total / site.depth)
-        return self.out(state.hidden)
+            read = state.total / site.depth
+        return self.config.scale * self.out(read)
 
     def _regrid(self, state: ReadState, site: Site) -> ReadState:
         old, new = state.grid, site.grid
