@@ -4,6 +4,7 @@
     python benchmarks/diff_study.py sst-2    # of one task or several alone
     python benchmarks/diff_study.py faster   # diff pruning with the others' rate in its first stage, on STS-B
     python benchmarks/diff_study.py tuned    # all methods on STS-B, the rate of each chosen among three
+    python benchmarks/diff_study.py alike    # diff pruning with both rates of the best non-adaptive diff, on STS-B
     python benchmarks/diff_study.py table    # the tables, and results/diff_density.svg
     python benchmarks/diff_study.py smoke    # one task, one seed, few rows, into a folder of its own
 
@@ -50,7 +51,8 @@ from text_tasks import MAX_LENGTH, TASKS
 RESULTS = Path(__file__).parent / "results" / "diff_study.jsonl"
 PLOT = RESULTS.with_name("diff_density.svg")
 DENSITY, DENSITIES, DENSITY_TASK = 0.005, (0.001, 0.0025, 0.005, 0.01, 0.05), "sts-b"
-FULL_RATE, FASTER, TUNED = 2e-4, ", faster", ", tuned"
+FULL_RATE = 2e-4
+TUNED_RATE = 1.43e-3  # what `tuned` chose for the second stage of the non-adaptive diff
 ROWS = {"sst-2": 320, "sts-b": 320, "mrpc": 640, "rte": 160}
 DEV_ROWS, EPOCHS, BATCH = 200, 3, 8
 PUBLISHED_STEPS = 1376
@@ -120,12 +122,11 @@ def parts(task: str) -> Iterator[Comparison]:
         yield replace(asked, contenders=one_stage(density)[:1], epochs=twice, seeds=asked.seeds[:1])
 
 
-def faster(task: str) -> Comparison:
+def faster(task: str) -> Iterator[Comparison]:
     """Diff pruning whose first stage has the rate of full tuning and of the non-adaptive diff."""
     slower = two_stages(task)[:2]
-    return replace(
-        common(task), contenders=tuple(replace(one, name=one.name + FASTER, rates=(FULL_RATE,)) for one in slower)
-    )
+    contenders = tuple(replace(one, name=f"{one.name}, faster", rates=(FULL_RATE,)) for one in slower)
+    yield replace(common(task), contenders=contenders)
 
 
 def tuned(task: str) -> Iterator[Comparison]:
@@ -134,12 +135,30 @@ def tuned(task: str) -> Iterator[Comparison]:
     Of a method's two stages one keeps its rate: diff pruning's second, the non-adaptive diff's first.
     """
     for contenders, epochs in ((one_stage(), 2 * EPOCHS), (two_stages(task), EPOCHS)):
-        varied = tuple(replace(one, name=one.name + TUNED, rates=_around(one.rates[0])) for one in contenders)
+        varied = tuple(replace(one, name=f"{one.name}, tuned", rates=_around(one.rates[0])) for one in contenders)
         yield replace(common(task), contenders=varied, epochs=epochs)
+
+
+def alike(task: str) -> Iterator[Comparison]:
+    """Diff pruning with the rates of the tuned non-adaptive diff in both stages."""
+    contenders = (
+        replace(
+            one,
+            name=f"{one.name}, rates of non-adaptive, tuned",
+            config=replace(one.config, finetune_rate=TUNED_RATE),
+            rates=(FULL_RATE,),
+        )
+        for one in two_stages(task)[:2]
+    )
+    yield replace(common(task), contenders=tuple(contenders))
 
 
 def _around(rate: float) -> tuple[float, ...]:
     return tuple(float(f"{rate * factor:.3g}") for factor in (0.4, 1.0, 2.5))
+
+
+FURTHER = {"faster": faster, "tuned": tuned, "alike": alike}
+"""What is run on one task only, by its name on the command line."""
 
 
 def costs(results: Path) -> None:
@@ -179,8 +198,7 @@ def lines(results: Path) -> Iterator[str]:
             f"{cost['step_seconds']['median']:.2f}" if cost else "",
         ]
         yield f"| {name} | {' | '.join(cells)} |"
-    others = (*faster(DENSITY_TASK).contenders, *(one for part in tuned(DENSITY_TASK) for one in part.contenders))
-    for name in (one.name for one in others):
+    for name in (one.name for further in FURTHER.values() for part in further(DENSITY_TASK) for one in part.contenders):
         own = [one for one in scores if one.settings["contender"] == name]
         yield f"| {name} | {' | '.join(_spreads(own))} | |" + " |" * 5
     yield ""
@@ -244,15 +262,9 @@ if __name__ == "__main__":
     if asked == ["smoke"]:
         smoke()
         sys.exit()
-    if asked == ["faster"]:
-        run(faster(DENSITY_TASK), RESULTS)
-    elif asked == ["tuned"]:
-        for part in tuned(DENSITY_TASK):
+    for name in [] if asked == ["table"] else asked or ROWS:
+        for part in FURTHER[name](DENSITY_TASK) if name in FURTHER else parts(name):
             run(part, RESULTS)
-    elif asked != ["table"]:
-        for task in asked or ROWS:
-            for part in parts(task):
-                run(part, RESULTS)
     if not asked:
         costs(RESULTS)
     print("\n".join(lines(RESULTS)))
