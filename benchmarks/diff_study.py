@@ -53,6 +53,7 @@ PLOT = RESULTS.with_name("diff_density.svg")
 DENSITY, DENSITIES, DENSITY_TASK = 0.005, (0.001, 0.0025, 0.005, 0.01, 0.05), "sts-b"
 FULL_RATE = 2e-4
 TUNED_RATE = 1.43e-3  # what `tuned` chose for the second stage of the non-adaptive diff
+FURTHER_NAMES = {"faster": "faster", "tuned": "tuned", "alike": "rates of non-adaptive, tuned"}
 ROWS = {"sst-2": 320, "sts-b": 320, "mrpc": 640, "rte": 160}
 DEV_ROWS, EPOCHS, BATCH = 200, 3, 8
 PUBLISHED_STEPS = 1376
@@ -125,7 +126,7 @@ def parts(task: str) -> Iterator[Comparison]:
 def faster(task: str) -> Iterator[Comparison]:
     """Diff pruning whose first stage has the rate of full tuning and of the non-adaptive diff."""
     slower = two_stages(task)[:2]
-    contenders = tuple(replace(one, name=f"{one.name}, faster", rates=(FULL_RATE,)) for one in slower)
+    contenders = tuple(replace(one, name=_called(one, "faster"), rates=(FULL_RATE,)) for one in slower)
     yield replace(common(task), contenders=contenders)
 
 
@@ -135,7 +136,7 @@ def tuned(task: str) -> Iterator[Comparison]:
     Of a method's two stages one keeps its rate: diff pruning's second, the non-adaptive diff's first.
     """
     for contenders, epochs in ((one_stage(), 2 * EPOCHS), (two_stages(task), EPOCHS)):
-        varied = tuple(replace(one, name=f"{one.name}, tuned", rates=_around(one.rates[0])) for one in contenders)
+        varied = tuple(replace(one, name=_called(one, "tuned"), rates=_around(one.rates[0])) for one in contenders)
         yield replace(common(task), contenders=varied, epochs=epochs)
 
 
@@ -144,13 +145,17 @@ def alike(task: str) -> Iterator[Comparison]:
     contenders = (
         replace(
             one,
-            name=f"{one.name}, rates of non-adaptive, tuned",
+            name=_called(one, "alike"),
             config=replace(one.config, finetune_rate=TUNED_RATE),
             rates=(FULL_RATE,),
         )
         for one in two_stages(task)[:2]
     )
     yield replace(common(task), contenders=tuple(contenders))
+
+
+def _called(one: Contender, further: str) -> str:
+    return f"{one.name}, {FURTHER_NAMES[further]}"
 
 
 def _around(rate: float) -> tuple[float, ...]:
@@ -198,14 +203,24 @@ def lines(results: Path) -> Iterator[str]:
             f"{cost['step_seconds']['median']:.2f}" if cost else "",
         ]
         yield f"| {name} | {' | '.join(cells)} |"
-    for name in (one.name for further in FURTHER.values() for part in further(DENSITY_TASK) for one in part.contenders):
-        own = [one for one in scores if one.settings["contender"] == name]
-        yield f"| {name} | {' | '.join(_spreads(own))} | |" + " |" * 5
+    yield ""
+    yield f"| {DENSITY_TASK} | as above | {' | '.join(FURTHER_NAMES.values())} |"
+    yield "|" + "---|" * (len(FURTHER_NAMES) + 2)
+    for one in (*two_stages(DENSITY_TASK), *one_stage()):
+        names = (one.name, *(_called(one, further) for further in FURTHER_NAMES))
+        yield f"| {one.name} | {' | '.join(_spread(_of(scores, name)) for name in names)} |"
     yield ""
     yield f"| {DENSITY_TASK}, seed 0 | {' | '.join(f'{density:.2%}' for density in DENSITIES)} |"
     yield "|" + "---|" * (len(DENSITIES) + 1)
     for name, points in by_density(scores).items():
         yield f"| {name} | {' | '.join(f'{100 * points[at]:.1f}' if at in points else '' for at in DENSITIES)} |"
+
+
+def _of(scores: list[Record], contender: str) -> list[Record]:
+    """Of one contender on the task that was run further, at the density of the study."""
+    asked = (contender, DENSITY_TASK)
+    own = [one for one in scores if (one.settings["contender"], one.settings["task"]) == asked]
+    return [one for one in own if _density(one) in (None, DENSITY)]
 
 
 def by_density(scores: list[Record]) -> dict[str, dict[float, float]]:
