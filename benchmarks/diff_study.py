@@ -10,7 +10,7 @@
 
 All runs go through `sidestep.compare`: 320 training rows of SST-2 and STS-B, 640 of MRPC, 160 of RTE (the first of a
 permutation), batch 8, AdamW, 6 % warm-up, linear decay, at most 128 tokens, scored on 200 dev rows after the last
-epoch, seeds 0 to 2 (the densities: seed 0). One rate for every method, none of them tuned. Methods
+epoch, seeds 0 to 2 (the densities: seed 0). One rate for every method, none of them tuned but in `tuned`. Methods
 of two stages train 3 epochs in each, the others 6, so that all see every row six times. The costs are those of a step
 of 8 texts of 64 tokens; of two stages, of the first.
 
