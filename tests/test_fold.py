@@ -315,7 +315,7 @@ def test_generation_with_memory_equals_calling_the_model(monkeypatch: pytest.Mon
     model = attach_toy(monkeypatch, NewMemory, FAMILIES["t5"].model())
     nn.init.normal_(model.side.map.weight, std=2.0)
     how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": [1]}
-    with pytest.raises(ValueError, match=r"toy mixes tokens, so a key-value cache .* pass use_cache=False"):
+    with pytest.raises(ValueError, match=r"toy mixes tokens, so a cache .* pass use_cache=False"):
         model.generate(**batch, **how)
     found = model.generate(**batch, **how, use_cache=False)
     bias = torch.zeros(model.backbone.config.vocab_size)

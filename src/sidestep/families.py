@@ -17,6 +17,8 @@ from sidestep.sites import AttentionWeights, BlockWeights, FrozenBlock, Projecti
 
 Pool = Literal["cls", "mean", "mean_pre_norm", "last", "own", "gpo"]
 Grid = tuple[int, int]
+TokenGrid = Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any], Tensor], Grid | None]
+"""Rows and columns of the tokens, from the model, the pass's inputs, a block's arguments and its hidden state."""
 
 
 def no_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> None:
@@ -35,18 +37,6 @@ def patch_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], h
 def argument_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
     """The grid that the model hands to its blocks (Hugging Face's Swin)."""
     rows, columns = call["input_dimensions"]
-    return rows, columns
-
-
-def shape_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
-    """The hidden state's own shape (batch, rows, columns, channels): timm's Swin."""
-    rows, columns = hidden.shape[1:3]
-    return rows, columns
-
-
-def map_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
-    """The hidden state's own shape (batch, channels, rows, columns): ResNets."""
-    rows, columns = hidden.shape[-2:]
     return rows, columns
 
 
@@ -176,25 +166,22 @@ class Family:
 
     Attributes:
         pool: default read-out of Sidestep's heads: "cls" (first token), "mean" (kept tokens) or "last".
-        causal: whether tokens see earlier ones only, where the attention modules do not say so themselves.
+        causal: whether tokens see earlier ones only, for models that cannot be run as they are (a plan's, quantised and
+            dispatched ones), where their config and modules do not say so; None: as those say.
         prefix: tokens before the grid, a number or the model's attribute that holds it.
-        layout: "tokens" (batch, tokens, width), "grid" (batch, rows, columns, width) or, of convolutions, "channels"
-            (batch, width, rows, columns).
         blocks: pattern of the names of the stages' lists of blocks; None: found by structure.
-        grid: the token grid at a site, from the model, the pass's inputs, the block's arguments and its output.
-        final_norm: name of the stack's final norm; "" for none; None: found by structure.
+        grid: the token grid at a site, from the model, the pass's inputs, the block's arguments and its output. Of
+            hidden states that have rows and columns of their own, these are taken.
         first_token_heads: model classes whose own head (or read-out, of a tower) reads the first token only.
         frozen_block: the parts of a block, for methods that replay it.
         block_weights: the weights of a block, for methods that start from them.
     """
 
     pool: Pool = "mean"
-    causal: bool = False
+    causal: bool | None = None
     prefix: int | str = 0
-    layout: Literal["tokens", "grid", "channels"] = "tokens"
     blocks: str | None = None
-    grid: Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any], Tensor], Grid | None] = no_grid
-    final_norm: str | None = None
+    grid: TokenGrid = no_grid
     first_token_heads: tuple[str, ...] = ()
     frozen_block: Callable[[nn.Module], FrozenBlock | None] | None = None
     block_weights: Callable[[nn.Module], BlockWeights | None] | None = None
@@ -209,16 +196,12 @@ _VIT = Family(
     first_token_heads=("ViTForImageClassification", "DeiTForImageClassification"),
     frozen_block=vit_block,
 )
-# CLIP's last norm sees the pooled token only, which is the first.
 _CLIP_VISION = Family(
     pool="cls",
     prefix=1,
     grid=patch_grid,
-    final_norm="",
     first_token_heads=("CLIPVisionModel", "ChineseCLIPVisionModel"),
 )
-
-_RESNET = Family(layout="channels", grid=map_grid, final_norm="")
 
 FAMILIES: dict[str, Family] = {
     "bert": Family(first_token_heads=("BertForSequenceClassification",), frozen_block=bert_block),
@@ -226,30 +209,30 @@ FAMILIES: dict[str, Family] = {
     "xlm-roberta": Family(first_token_heads=("XLMRobertaForSequenceClassification",), frozen_block=bert_block),
     "distilbert": Family(first_token_heads=("DistilBertForSequenceClassification",)),
     "electra": Family(first_token_heads=("ElectraForSequenceClassification",), frozen_block=bert_block),
-    # DeBERTa's encoder has a LayerNorm for its relative positions, which is no final norm.
-    "deberta": Family(final_norm="", first_token_heads=("DebertaForSequenceClassification",)),
-    "deberta-v2": Family(final_norm="", first_token_heads=("DebertaV2ForSequenceClassification",)),
-    # Their embedding norm is registered after the blocks, though it runs before them.
-    "bart": Family(final_norm=""),
-    "mbart": Family(final_norm="layer_norm"),
+    "deberta": Family(first_token_heads=("DebertaForSequenceClassification",)),
+    "deberta-v2": Family(first_token_heads=("DebertaV2ForSequenceClassification",)),
     "vit": _VIT,
     "deit": replace(_VIT, prefix=2),
     "dinov2": Family(pool="cls", prefix=1, grid=patch_grid, frozen_block=dinov2_block),
     "swin": Family(grid=argument_grid),
+    "swinv2": Family(grid=argument_grid),
+    "donut-swin": Family(grid=argument_grid),
     "t5": Family(block_weights=t5_weights),
     "clip_text_model": Family(causal=True),
-    "bloom": Family(causal=True),
-    # OPT registers its final norm before its blocks.
-    "opt": Family(final_norm="decoder.final_layer_norm"),
+    "imagegpt": Family(causal=True),
+    # among the causal language models; a decoder's attention says so itself
+    "bert-generation": Family(causal=False),
+    "cpmant": Family(causal=False),
+    # among the causal language models, and told by a mask of its own which tokens come later
+    "xlnet": Family(causal=False),
     "beit": Family(pool="cls", prefix=1, grid=patch_grid),
     "clip_vision_model": _CLIP_VISION,
     "chinese_clip_vision_model": _CLIP_VISION,
     "VisionTransformer": Family(
-        pool="cls", prefix="num_prefix_tokens", grid=patch_grid, final_norm="norm", frozen_block=timm_block
+        pool="cls", prefix="num_prefix_tokens", grid=patch_grid, frozen_block=timm_block
     ),
-    "SwinTransformer": Family(layout="grid", grid=shape_grid, final_norm="norm"),
-    "resnet": replace(_RESNET, blocks=r"encoder\.stages\.\d+\.layers"),
-    "ResNet": replace(_RESNET, blocks=r"layer\d+"),
+    "resnet": Family(blocks=r"encoder\.stages\.\d+\.layers"),
+    "ResNet": Family(blocks=r"layer\d+"),
 }
 
 

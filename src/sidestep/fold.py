@@ -7,7 +7,6 @@ a `Pass`, made at the backbone's entry and dropped at its exit.
 
 from __future__ import annotations
 
-import inspect
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +19,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
+from sidestep.backbone import Facts, StackFacts, as_given, as_tokens
+from sidestep.backbone.calls import argument_names, bound
 from sidestep.caches import SideCache, claim
-from sidestep.families import Family, Pool
+from sidestep.families import Pool, TokenGrid
 from sidestep.layers import last_kept, masked_mean
 from sidestep.methods.base import SideNet
+from sidestep.padding import kept_tokens, own_tokens, packed
 from sidestep.sites import Place, Site
 
+KEY_VALUES = "past_key_values"
+"""Name of a key-value cache among a model's inputs."""
 #: Field of `encoder_outputs` in which an encoder's side state travels to the decoder.
 CARRIED = "side_state"
 
@@ -64,6 +68,7 @@ class Pass:
     grid: tuple[int, int] | None = None
     past: int = 0
     cache: SideCache | None = None
+    cached: bool = False
     encoder_only: bool = False
     row: Tensor | None = None
     output: Tensor | None = None
@@ -82,13 +87,15 @@ class Fold:
         trunk: the backbone without its head.
         places: the backbone's sites, in order.
         method: the side network.
-        family: the backbone's row in the family table.
+        facts: what the backbone is.
+        grid: tells the token grid at a site, where hidden states have no rows and columns of their own.
         narrow: "cls" or "last": only the token that the head reads is given to the method; None: all tokens.
         mean_first: the head reads the mean of the tokens before the final norm, which norms nothing else.
         through: whether a narrowed hidden state also goes on through the backbone's own norm and head (only where the
             family table knows that they take it); else they get all tokens and their result is not used.
         frozen: whether nothing before the method's first write may require a gradient.
         late: whether blocks come after that write: their keys and values in a cache are then of this task alone.
+        pools: whether a Sidestep head reads the tokens, which has to know the padding.
     """
 
     def __init__(
@@ -97,15 +104,17 @@ class Fold:
         trunk: nn.Module,
         places: Sequence[Place],
         method: SideNet,
-        family: Family,
+        facts: Facts,
+        grid: TokenGrid,
         *,
         narrow: Pool | None,
         mean_first: bool,
         through: bool,
         frozen: bool,
         late: bool,
+        pools: bool,
     ) -> None:
-        self.trunk, self.method, self.family = trunk, method, family
+        self.trunk, self.method, self.facts, self.grid, self.pools = trunk, method, facts, grid, pools
         self.narrow, self.mean_first, self.through, self.frozen = narrow, mean_first, through, frozen
         # a string, which copies of this fold and of a cache share
         self.late, self.name = late, uuid.uuid4().hex
@@ -155,10 +164,13 @@ class Fold:
 
     def _hook(self, entry: nn.Module, places: Sequence[Place]) -> list[RemovableHandle]:
         handles = [
-            entry.register_forward_pre_hook(Begin(self, _names(entry)), with_kwargs=True),
+            entry.register_forward_pre_hook(Begin(self, argument_names(entry)), with_kwargs=True),
             entry.register_forward_hook(End(self)),
             self.trunk.register_forward_hook(CheckOutput(self)),
         ]
+        if entry is not self.trunk:
+            names = argument_names(self.trunk)
+            handles.append(self.trunk.register_forward_pre_hook(AtTrunk(self, names), with_kwargs=True))
         orders: dict[str, int] = {}
         for place in places:
             order = orders[place.site.stack] = orders.get(place.site.stack, -1) + 1
@@ -166,14 +178,14 @@ class Fold:
         if len(orders) > 1:
             encoder = self.trunk.get_submodule("encoder")
             handles += [
-                encoder.register_forward_pre_hook(BeginEncoder(self, _names(encoder)), with_kwargs=True),
+                encoder.register_forward_pre_hook(BeginEncoder(self, argument_names(encoder)), with_kwargs=True),
                 encoder.register_forward_hook(EndEncoder(self)),
             ]
         return handles
 
     def _hook_place(self, place: Place, order: int) -> list[RemovableHandle]:
         site, module = place.site, place.module
-        names = _names(module)
+        names = argument_names(module)
         if site.kind == "stage":
             return [module.register_forward_pre_hook(AtStage(self, site, order, names), with_kwargs=True)]
         if site.kind == "norm":
@@ -192,6 +204,7 @@ class Fold:
     def begin(self, inputs: Mapping[str, Any], *, encoder_only: bool = False) -> None:
         """Start a pass with the trunk's (or a lone encoder's) inputs by name."""
         self.current = Pass(inputs=inputs, encoder_only=encoder_only)
+        self._check_packed(inputs)
         given = inputs.get("encoder_outputs")
         if given is not None and self.carries:
             carried = given.get(CARRIED) if isinstance(given, Mapping) else None
@@ -201,6 +214,24 @@ class Fold:
                     "or generate through the attached model"
                 )
             self.current.carried = carried
+
+    def refresh(self, inputs: Mapping[str, Any]) -> None:
+        """Note what the trunk itself is given: a model may reshape its inputs first (multiple choice)."""
+        if self.current is not None:
+            self.current.inputs = {**self.current.inputs, **inputs}
+
+    def _check_packed(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse rows of several texts where the method would let them read each other.
+
+        Raises:
+            ValueError: if the position ids of a row start again within it.
+        """
+        if not self.method.tokenwise and packed(inputs.get("position_ids"), inputs.get("attention_mask")):
+            raise ValueError(
+                f"position_ids start again within a row (several texts packed into one), and "
+                f"{type(self.method).__name__} mixes tokens, also those of different texts: give each text a row of its "
+                "own, or take a method that treats tokens alone (read, dtl)"
+            )
 
     def end(self) -> None:
         """Finish a pass: every site of the last stack must have been seen."""
@@ -223,7 +254,8 @@ class Fold:
         if self.checked or training or passed is None or passed.output is None:
             return  # in training, the trunk's own dropout may stand between the two
         self.checked = True
-        ours = passed.output
+        ours = as_tokens(passed.output, self.facts.head.layout)
+        given = as_tokens(given, self.facts.head.layout) if given.shape != ours.shape else given
         if ours is given or isinstance(given, FakeTensor) or ours.shape != given.shape or torch.equal(ours, given):
             return
         raise FoldError(_wrong_norm(self.last_stack, "the trunk's last hidden state is not what came out of it"))
@@ -251,24 +283,73 @@ class Fold:
         return current
 
     def seen(self, site: Site, hidden: Tensor, call: Mapping[str, Any]) -> Site:
-        """The site with what this pass adds: padding, grid, cache."""
+        """The site with what this pass adds: padding, grid, cache.
+
+        Args:
+            site: as it was found.
+            hidden: as the backbone hands it on there.
+            call: the arguments of the block there, by name.
+
+        Raises:
+            ValueError: if the padding matters, and the mask does not say it token by token.
+        """
         assert self.current is not None
-        inputs, tokens = self.current.inputs, hidden.shape[1]
+        facts, inputs = self.facts.stacks[site.stack], self.current.inputs
+        states = as_tokens(hidden, facts.layout)
+        tokens = states.shape[1]
         decoding = len(self.lengths) > 1 and site.stack == "decoder"
         if site.kind == "stage":
             self._open_cache(self.current, site, call, tokens)
         if site.kind != "norm":
-            self.current.grid = self.family.grid(self.trunk, inputs, call, hidden)
+            self.current.grid = self._grid_at(facts, inputs, call, hidden)
         grid, past, cache = self.current.grid, self.current.past, self.current.cache
-        mask = _mask(inputs.get("decoder_attention_mask" if decoding else "attention_mask")) if grid is None else None
-        keep = _latest(mask, tokens)
+        mask = inputs.get("decoder_attention_mask" if decoding else "attention_mask") if grid is None else None
+        if mask is not None and facts.added is not None and (self.pools or not self.method.tokenwise):
+            self._check_mask(mask)
+        text = self._text_tokens(decoding)
+        keep = kept_tokens(mask, states, tokens, text, facts.added, past if self.current.cached else None)
         return site.during(
             keep=keep,
-            key_keep=keep if cache is None else _latest(mask, past + tokens),
-            memory_keep=_mask(inputs.get("attention_mask")) if decoding else None,
+            key_keep=keep if cache is None else kept_tokens(mask, states, past + tokens, None, facts.added, 0),
+            memory_keep=self._memory_keep(inputs.get("attention_mask")) if decoding else None,
             grid=grid,
             past=past,
             cache=cache,
+        )
+
+    def _grid_at(
+        self, facts: StackFacts, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor
+    ) -> tuple[int, int] | None:
+        """Rows and columns of the tokens: those of the hidden state, or as the family says."""
+        if facts.layout in ("grid", "channels") and hidden.ndim == 4:
+            rows, columns = hidden.shape[1:3] if facts.layout == "grid" else hidden.shape[2:]
+            return rows, columns
+        return self.grid(self.trunk, inputs, call, hidden)
+
+    def _text_tokens(self, decoding: bool) -> int | None:
+        """How many tokens a stack's text has; None where it reads no text."""
+        assert self.current is not None
+        names = ("decoder_input_ids", "decoder_inputs_embeds") if decoding else ("input_ids", "inputs_embeds", "inputs")
+        given = (self.current.inputs.get(name) for name in names)
+        text = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim > 1), None)
+        return None if text is None else text.shape[1]
+
+    def _memory_keep(self, mask: Any) -> Tensor | None:
+        """Which of the encoder's tokens are real, as the method carries them."""
+        assert self.current is not None
+        carried, added = self.current.carried, self.facts.stacks["encoder"].added
+        if carried is None:
+            return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and added is not None else None
+        return kept_tokens(mask, carried, carried.shape[1], None, added, None)
+
+    def _check_mask(self, mask: Any) -> None:
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return
+        what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
+        who = "the head reads" if self.method.tokenwise else f"{type(self.method).__name__} mixes"
+        raise ValueError(
+            f"an attention_mask {what}, but {who} tokens and has to know which are padding: give a mask of (batch, "
+            "tokens), 1 for tokens and 0 for padding"
         )
 
     def _open_cache(self, current: Pass, site: Site, call: Mapping[str, Any], tokens: int) -> None:
@@ -279,12 +360,15 @@ class Fold:
             ValueError: if others filled it, and this task's blocks would read what those made.
         """
         current.past, current.cache = 0, None
+        self._check_other_caches(current.inputs)
+        current.cached = any(current.inputs.get(name) is not None for name in self.facts.caches)
         cache = None
         if site.stack == self.last_stack:
             given = (call.get("past_key_values"), call.get("layer_past"), current.inputs.get("past_key_values"))
             cache = next((one for one in given if one is not None), None)
-        if cache is None:
+        if cache is None or not _counts(cache):
             return
+        current.cached = True
         current.past = cache.get_seq_length()
         if self.method.caches:
             current.cache = SideCache(cache, site.depth, current.past)
@@ -296,27 +380,46 @@ class Fold:
         if self.late:
             claim(cache, self.name, current.past, tokens)
 
-    def as_tokens(self, hidden: Tensor) -> Tensor:
-        """A module's (batch, rows, columns, width) or (batch, width, rows, columns), seen as (batch, tokens, width)."""
-        if hidden.ndim != 4:
-            return hidden
-        return hidden.flatten(2).transpose(1, 2) if self.family.layout == "channels" else hidden.flatten(1, 2)
+    def _check_other_caches(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse what a model remembers of earlier tokens where no method can add to it.
 
-    def as_given(self, tokens: Tensor, given: Tensor) -> Tensor:
+        Raises:
+            FoldError: if there is any, and the method mixes tokens.
+        """
+        other = [name for name in self.facts.caches if name != KEY_VALUES and inputs.get(name) is not None]
+        if other and not self.method.tokenwise:
+            raise FoldError(
+                f"{other[0]} holds what the model knows of earlier tokens, and {type(self.method).__name__} mixes tokens "
+                "without keeping what it knew of them: pass the whole sequence and use_cache=False"
+            )
+
+    def as_tokens(self, hidden: Tensor, site: Site) -> Tensor:
+        """A module's hidden state, seen as (batch, tokens, width)."""
+        return as_tokens(hidden, self.facts.stacks[site.stack].layout)
+
+    def as_given(self, tokens: Tensor, given: Tensor, site: Site) -> Tensor:
         """Tokens in the layout of the hidden state that they stand in for."""
-        if given.ndim == 4 and self.family.layout == "channels":
-            # Contiguous, or the convolutions behind would go on with channels last, by other kernels.
-            return tokens.transpose(1, 2).reshape(given.shape).contiguous()
-        return tokens.reshape(given.shape)
+        return as_given(tokens, given, self.facts.stacks[site.stack].layout)
 
     def narrowed(self, hidden: Tensor, site: Site) -> tuple[Tensor, Site]:
         """Only the token that the head reads, copied so that its neighbours' storage is not kept."""
         if self.narrow is None or not site.head:
             return hidden, site
         if self.narrow == "cls" or site.keep is None:
-            row = hidden[:, :1] if self.narrow == "cls" else hidden[:, -1:]
+            first = hidden[:, self._text_start(site) :]
+            row = first[:, :1] if self.narrow == "cls" else hidden[:, -1:]
             return row.clone(memory_format=torch.contiguous_format), single_token(site)
         return take_rows(hidden, last_kept(site.keep)), single_token(site)
+
+    def _text_start(self, site: Site) -> int:
+        """Where a text's first token stands among those of a stack whose own output leaves out what it added."""
+        added = self.facts.stacks[site.stack].added
+        return added.before if added is not None and added.cropped else 0
+
+    def _own_tokens(self, site: Site, tokens: Tensor) -> slice:
+        """Which of a stack's tokens are in its own output."""
+        decoding = len(self.lengths) > 1 and site.stack == "decoder"
+        return own_tokens(tokens.shape[1], self._text_tokens(decoding), self.facts.stacks[site.stack].added)
 
     def step(self, current: Pass, hidden: Tensor, site: Site) -> Tensor:
         """The method's step, with the guards on the batch and on what lies before its first write."""
@@ -341,9 +444,13 @@ class Fold:
         current.written |= output is not normed
         if site.head:
             correct = partial(self.method.correct, current.state, site) if self.method.corrects else None
-            current.reading = Reading(output, site, self.method.pooled(current.state, site), correct)
+            pooled, own = self.method.pooled(current.state, site), self._own_tokens(site, output)
+            keep = site.keep if site.keep is None else site.keep[:, own]
+            current.reading = Reading(output[:, own], replace(site, keep=keep), pooled, correct)
+        elif (carried := self.method.carry(current.state)) is not None:
+            current.carried = carried[:, self._own_tokens(site, carried)]
         else:
-            current.carried = self.method.carry(current.state)
+            current.carried = None
         return output
 
 
@@ -365,7 +472,18 @@ class Begin(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.fold.running:
-            self.fold.begin(_bind(self.names, args, kwargs))
+            self.fold.begin(bound(self.names, args, kwargs))
+
+
+@dataclass(eq=False)
+class AtTrunk(Hook):
+    """Before the trunk, where a pass began in front of it: the inputs are those that it is given."""
+
+    names: list[str]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.fold.running:
+            self.fold.refresh(bound(self.names, args, kwargs))
 
 
 @dataclass(eq=False)
@@ -396,7 +514,7 @@ class BeginEncoder(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.fold.running and self.fold.current is None:
-            self.fold.begin(_bind(self.names, args, kwargs), encoder_only=True)
+            self.fold.begin(bound(self.names, args, kwargs), encoder_only=True)
 
 
 @dataclass(eq=False)
@@ -424,15 +542,15 @@ class AtStage(Hook):
         if not self.fold.running:
             return None
         current = self.fold.visit(self.site, self.order)
-        call = _bind(self.names, args, kwargs)
+        call = bound(self.names, args, kwargs)
         given = call[self.names[0]]
         site = self.fold.seen(self.site, given, call)
-        hidden = self.fold.as_tokens(given)
+        hidden = self.fold.as_tokens(given, self.site)
         read, narrow = self.fold.narrowed(hidden, site)
         written = self.fold.step(current, read, narrow)
         if written is read:
             return None
-        return _with_argument(self.names, args, kwargs, self.names[0], self.fold.as_given(written, given))
+        return _with_argument(self.names, args, kwargs, self.names[0], self.fold.as_given(written, given, self.site))
 
 
 @dataclass(eq=False)
@@ -446,7 +564,7 @@ class AtMemory(Hook):
         current = self.fold.current
         if not self.fold.running or current is None:
             return None
-        call = _bind(self.names, args, kwargs)
+        call = bound(self.names, args, kwargs)
         site = self.fold.seen(self.site, call[self.names[0]], call)
         memory = self.fold.method.memory(current.state, site)
         if memory is None:
@@ -467,9 +585,10 @@ class AtBlock(Hook):
         if not self.fold.running:
             return None
         fold, current = self.fold, self.fold.visit(self.site, self.order)
-        given = output[0] if isinstance(output, tuple) else output
-        site = fold.seen(self.site, given, _bind(self.names, args, kwargs))
-        read, narrow = fold.narrowed(fold.as_tokens(given), site)
+        element = fold.facts.stacks[self.site.stack].element
+        given = output[element] if isinstance(output, tuple) else output
+        site = fold.seen(self.site, given, bound(self.names, args, kwargs))
+        read, narrow = fold.narrowed(fold.as_tokens(given, site), site)
         written = fold.step(current, read, narrow)
         if site.last and not site.final_norm:
             written = fold.finish(current, written, written, narrow)
@@ -478,9 +597,9 @@ class AtBlock(Hook):
                 return None
             current.row = written
             current.output = written if fold.through else given
-            return _with_first(output, current.output)
-        current.output = given if written is read else fold.as_given(written, given)
-        return None if written is read else _with_first(output, current.output)
+            return _with_element(output, element, current.output)
+        current.output = given if written is read else fold.as_given(written, given, site)
+        return None if written is read else _with_element(output, element, current.output)
 
 
 @dataclass(eq=False)
@@ -494,7 +613,8 @@ class BeforeNorm(Hook):
         if not self.fold.running or current is None:
             return None
         raw = args[0]
-        current.row = mean_tokens(self.fold.as_tokens(raw), self.fold.seen(self.site, raw, {}))[:, None]
+        tokens = self.fold.as_tokens(raw, self.site)
+        current.row = mean_tokens(tokens, self.fold.seen(self.site, raw, {}))[:, None]
         return (raw.detach(), *args[1:])
 
 
@@ -514,8 +634,8 @@ class AtNorm(Hook):
             raise FoldError(_wrong_norm(self.site.stack, f"it got a tensor of shape {tuple(raw.shape)}"))
         site = fold.seen(self.site, raw, {})
         if current.row is None or not site.head:
-            finished = fold.finish(current, fold.as_tokens(raw), fold.as_tokens(output), site)
-            current.output = fold.as_given(finished, output)
+            finished = fold.finish(current, fold.as_tokens(raw, site), fold.as_tokens(output, site), site)
+            current.output = fold.as_given(finished, output, site)
             return current.output
         # Only the row that the head reads goes through the norm with its gradient.
         normed = output if fold.through else type(module).forward(module, current.row)
@@ -545,23 +665,23 @@ def single_token(site: Site) -> Site:
 
 def _wrong_norm(stack: str, why: str) -> str:
     return (
-        f"the wrong module was taken for the {stack}'s final norm ({why}): name the right one in "
-        "sidestep/families.py (final_norm)"
+        f"the wrong module was taken for the {stack}'s final norm ({why}): the model does not run as it did on the tiny "
+        "inputs on which attach looked at it (or it could not be looked at); attach to a part of it that always runs alike"
     )
 
 
-def _with_first(output: Any, hidden: Tensor) -> Any:
+def _with_element(output: Any, element: int, hidden: Tensor) -> Any:
     """A block's output with another hidden state."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return (*output[:element], hidden, *output[element + 1 :]) if isinstance(output, tuple) else hidden
 
 
-def _mask(mask: Any) -> Tensor | None:
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def _latest(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """The last columns of a padding mask, one for each token; None if it has fewer."""
-    return None if mask is None or mask.shape[1] < tokens else mask[:, -tokens:]
+def _counts(cache: Any) -> bool:
+    """Whether a cache holds keys and values of tokens, and so knows how many (state-space layers do not)."""
+    try:
+        cache.get_seq_length()
+    except (AttributeError, ValueError):
+        return False
+    return True
 
 
 def _lengths(places: Sequence[Place]) -> dict[str, int]:
@@ -569,17 +689,6 @@ def _lengths(places: Sequence[Place]) -> dict[str, int]:
     for place in places:
         lengths[place.site.stack] = lengths.get(place.site.stack, 0) + 1
     return lengths
-
-
-def _names(module: nn.Module) -> list[str]:
-    """Parameter names of a module's forward, for binding what a hook is given."""
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    signature = inspect.signature(type(module).forward)
-    return [name for name, parameter in signature.parameters.items() if parameter.kind not in kinds][1:]
-
-
-def _bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _with_argument(

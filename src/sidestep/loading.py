@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sidestep.backbone import is_causal, trunk_of
+from sidestep.backbone import said_causal, trunk_of
 from sidestep.families import DUAL_FAMILIES, dual_family_of
 from sidestep.metrics import Written
 from sidestep.pixels import IMAGE_TRANSFORM, ImageTransform
@@ -463,7 +463,7 @@ def _is_decoder(config: Any) -> bool:
         return False
     # BERT-type models have such a class as well: their attention tells
     with torch.device("meta"), _quiet(local=True):
-        return is_causal(transformers.AutoModelForCausalLM.from_config(config))
+        return said_causal(transformers.AutoModelForCausalLM.from_config(config))
 
 
 def _load_transformers(

@@ -6,13 +6,14 @@ import inspect
 import types
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
@@ -26,7 +27,7 @@ from sidestep import backbone as backbones
 from sidestep.backbone import Digest, Noise
 from sidestep.diffs import SparseDiff
 from sidestep.families import Pool, family_of
-from sidestep.fold import Fold, Hook
+from sidestep.fold import KEY_VALUES, Fold, FoldError, Hook
 from sidestep.heads import Head, HeadConfig
 from sidestep.methods import MethodConfig, ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta, method_of
 from sidestep.methods.base import Method, SparseDelta
@@ -72,6 +73,7 @@ class SideModel(nn.Module):
         side: the side network (for a method that changes weights, a probe that does nothing).
         head: the Sidestep head, or None.
         sparse: the sparse diff of the backbone's weights that is trained in their place, or None.
+        facts: what the backbone is, as a traced pass of it showed.
         places: the backbone's sites and the modules they sit on.
         fold: the hooks.
         extras: what `save_pretrained` stores besides (tokenizer or processor, preprocessing, scores).
@@ -87,19 +89,24 @@ class SideModel(nn.Module):
         self.settings = settings
         self.record: Method = method_of(settings.method)
         self.extras: dict[str, Any] = {}
-        self._before = Before.of(backbone)
         self._digest: Digest | None = None
+        self.facts = backbones.facts_of(backbone)
+        self._check_head(backbone, settings.head)
 
         places = self._with_features(backbones.find_places(backbone), settings.head)
         sites = [place.site for place in places]
         trunk = backbones.trunk_of(backbone)
-        delta = self._build_delta(backbone, trunk, settings.method)
-        side = self._build_side(backbone, sites, settings.method)
-        mean_first = self._means_first(sites, side)
-        backbones.freeze(backbone)
+        self._before, snapshot = Before.of(backbone), backbones.Snapshot(backbone)
         try:
+            delta = self._build_delta(backbone, trunk, settings.method)
+            side = self._build_side(backbone, sites, settings.method)
+            mean_first = self._means_first(sites, side)
+            backbones.freeze(backbone)
             self._assemble(backbone, places, delta, side, mean_first)
         except BaseException:
+            if (sparse := self._modules.get("sparse")) is not None:
+                sparse.unhook()
+            snapshot.restore()
             self._before.restore(backbone)
             raise
 
@@ -123,12 +130,14 @@ class SideModel(nn.Module):
             trunk,
             places,
             self.side,
-            family_of(backbone),
+            self.facts,
+            family_of(backbone).grid,
             narrow=self._narrow(sites),
             mean_first=mean_first,
             through=self._reads_own,
             frozen=delta is None,
             late=bool(self.late_blocks()),
+            pools=self.head is not None,
         )
         if settings.checkpoint == "late":
             backbones.checkpoint_blocks(self.late_blocks())
@@ -143,6 +152,15 @@ class SideModel(nn.Module):
             delta.insert(trunk)
             delta.check([name for name, parameter in trunk.named_parameters() if delta.moves(name, parameter)])
         return delta
+
+    def _check_head(self, backbone: nn.Module, head: HeadConfig | None) -> None:
+        """Refuse a Sidestep head where it would read something else than the model's last hidden state."""
+        if head is not None and not self.facts.head.ends:
+            raise UnsupportedBackbone(
+                f"a {type(head).__name__} head does not work on {type(backbone).__name__}: it reads what the last block "
+                "or a final norm gives, and here something else follows, so that this is not the model's last hidden "
+                "state: train the model's own head (head=None, on a For...Classification class)"
+            )
 
     def _build_side(self, backbone: nn.Module, sites: list[Site], config: MethodConfig) -> SideNet:
         if not issubclass(self.record.implementation, SideNet):
@@ -177,7 +195,7 @@ class SideModel(nn.Module):
     def pool(self) -> Pool:
         """The read-out of the head, the family's default where the config leaves it open."""
         asked = self.settings.head.pool if self.settings.head is not None else None
-        return asked or backbones.default_pool(self.backbone)
+        return asked or backbones.default_pool(self.backbone, self.facts)
 
     @property
     def head_config(self) -> dict[str, Any] | None:
@@ -259,7 +277,9 @@ class SideModel(nn.Module):
         # a backbone without values (a plan's, on the meta device) has none to keep
         place = "meta" if self.device.type == "meta" else "cpu"
         self._originals = {name: tensors[name].detach().to(place, copy=True) for name in stored}
-        side = [name for name in super().state_dict() if name.startswith(("side.", "head.", "sparse."))]
+        # not by `state_dict` of the whole, which unpacks what bitsandbytes has packed
+        own = {"side": self.side, "head": self.head, "sparse": self.sparse}
+        side = [f"{part}.{name}" for part, module in own.items() if module is not None for name in module.state_dict()]
         self._task_names = (*side, *(f"backbone.{name}" for name in stored))
 
     def _build_sparse(self, moved: set[int]) -> SparseDiff | None:
@@ -382,9 +402,20 @@ class SideModel(nn.Module):
         if self._reads_own and reading.pooled is None:
             reading = replace(reading, pooled=output.pooler_output)
         logits = self.head(reading)
+        self._check_rows(logits, args, kwargs)
         loss = None if labels is None else self.head.loss(logits, labels, items)
         kind = ImageClassifierOutput if self.main_input_name == "pixel_values" else SequenceClassifierOutput
         return kind(loss=loss, logits=logits)
+
+    def _check_rows(self, logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise unless the head gave one row for each row of the batch."""
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), logits)
+        if logits.shape[0] != given.shape[0]:
+            raise FoldError(
+                f"the head gave {logits.shape[0]} rows for a batch of {given.shape[0]}: the hidden states of "
+                f"{type(self.backbone).__name__} do not have the batch as their first axis in this pass, or it puts rows "
+                "together; give it one example a row"
+            )
 
     def _check_trains(self, output: Any) -> None:
         """Raise where the loss of a training step has no gradient, instead of autograd's own error in backward."""
@@ -419,7 +450,36 @@ class SideModel(nn.Module):
             if first is not None and kwargs.get("decoder_input_ids") is None:
                 start = torch.full((first.shape[0], 1), self._decoder_start(), device=first.device)
                 kwargs["decoder_input_ids"] = start
-        return kwargs
+        return self._with_positions(args, kwargs, list(names))
+
+    def _with_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> dict[str, Any]:
+        """The inputs with positions that count from each text's first token, where the model would count padding.
+
+        Raises:
+            ValueError: if texts are padded on the left and the model counts that, whatever it is given.
+        """
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        if self.facts.left not in ("positions", "moved") or not isinstance(mask, Tensor) or mask.ndim != 2:
+            return kwargs
+        if self.facts.left == "moved":
+            self._check_padding_side(mask)
+            return kwargs
+        ids = given.get("input_ids", given.get("inputs_embeds"))
+        if ids is None or given.get("position_ids") is not None or ids.shape[1] > mask.shape[1]:
+            return kwargs
+        padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+        positions = (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)
+        return {**kwargs, "position_ids": positions[:, -ids.shape[1] :]}
+
+    def _check_padding_side(self, mask: Tensor) -> None:
+        if self.facts.padding is not True or mask.is_meta or isinstance(mask, FakeTensor):
+            return
+        if not torch.compiler.is_compiling() and bool((mask[:, 0] == 0).any()):
+            raise ValueError(
+                f"a text is padded on the left, and {type(self.backbone).__name__} counts its positions from there, so "
+                'that a text would be read otherwise in other batches: pad on the right (tokenizer.padding_side="right")'
+            )
 
     def _decoder_start(self) -> int:
         """The token that a decoder begins with."""
@@ -444,7 +504,7 @@ class SideModel(nn.Module):
         # where nobody says, transformers uses one
         if cached is not False and not self.caches:
             raise ValueError(
-                f"{self.record.name} mixes tokens, so a key-value cache would give other outputs than it was trained "
+                f"{self.record.name} mixes tokens, so a cache would give other outputs than it was trained "
                 "for: pass use_cache=False"
             )
         self._write_diff()
@@ -502,12 +562,12 @@ class SideModel(nn.Module):
             return None
         if self._is_text2text():
             return "text2text"
-        return "lm" if self._is_causal_lm() and backbones.is_causal(self.backbone) else None
+        return "lm" if self._is_causal_lm() and self.facts.is_causal else None
 
     @property
     def caches(self) -> bool:
-        """Whether text is generated with a key-value cache as it is without."""
-        return self.side.tokenwise or self.side.caches
+        """Whether text is generated with a cache as it is without."""
+        return self.side.tokenwise or (self.side.caches and set(self.facts.caches) <= {KEY_VALUES})
 
     @property
     def main_input_name(self) -> str:
@@ -726,30 +786,32 @@ class SideModel(nn.Module):
 
 @dataclass(frozen=True)
 class Before:
-    """What `attach` changes on a backbone besides hooks: gradient flags and modes."""
+    """What `attach` changes on a backbone besides hooks: gradient flags and modes.
 
-    requires_grad: dict[str, bool]
-    modes: dict[str, bool]
+    They belong to parameters and modules, not to names: a model may change its modules meanwhile (BigBird does). What
+    it has by then that it did not have before is frozen or not as the rest of it, and in the mode of the whole.
+    """
 
-    @property
-    def training(self) -> bool:
-        """Whether the model as a whole was in training mode."""
-        return self.modes[""]
+    training: bool
+    requires_grad: dict[nn.Parameter, bool]
+    modes: dict[nn.Module, bool]
 
     @classmethod
     def of(cls, model: nn.Module) -> Before:
         """Those of a model as it is now."""
         return cls(
-            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-            {name: module.training for name, module in model.named_modules()},
+            model.training,
+            {parameter: parameter.requires_grad for parameter in model.parameters()},
+            {module: module.training for module in model.modules()},
         )
 
     def restore(self, model: nn.Module) -> None:
         """Put them back."""
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.requires_grad[name])
-        for name, module in model.named_modules():
-            module.training = self.modes[name]
+        rest = any(self.requires_grad.values())
+        for parameter in model.parameters():
+            parameter.requires_grad_(self.requires_grad.get(parameter, rest))
+        for module in model.modules():
+            module.training = self.modes.get(module, self.training)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def test_the_mean_before_the_norm_is_normed_afterwards(method: MethodConfig) -> 
     with torch.no_grad():
         model(pixel_values=images)
         if isinstance(method, ss.ProbeConfig | ss.FullConfig):
-            torch.testing.assert_close(features[0], backbone.layernorm(raw[0][:, 1:].mean(1)))
+            torch.testing.assert_close(features[0], backbone.layernorm(raw[-1][:, 1:].mean(1)))
     loss = model(pixel_values=images, labels=torch.tensor([0, 1])).loss
     loss.backward()
     assert all(parameter.grad is not None for name, parameter in model.trained_parameters() if "head" in name)

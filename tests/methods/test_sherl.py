@@ -57,13 +57,13 @@ def projected(level: Any, feature: Tensor) -> Tensor:
     return linear(torch.relu(feature), level.tap)
 
 
-def aggregated(block: Aggregation, features: list[Tensor]) -> Tensor:
+def aggregated(block: Aggregation, features: list[Tensor], replaced: Tensor | None = None) -> Tensor:
     codes = [projected(level, feature) for level, feature in zip(block.levels, features, strict=True)]
     mixed = merged(codes, block.merge.score.weight, block.merge.score.bias, block.merge.eps)
     out = torch.relu(block.merge.mlp(mixed) + codes[-1]) @ block.out.weight.T + block.out.bias
     if block.norm_out is not None:
         out = block.norm_out(out)
-    return out + torch.tanh(block.gate / 0.1) * features[-1]
+    return out + torch.tanh(block.gate / 0.1) * (features[-1] if replaced is None else replaced)
 
 
 def rms(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def reference(model: ss.SideModel, family: str, batch: dict[str, Tensor]) -> Ten
     blocks = blocks_of(family, backbone)
     states = hidden_states(backbone, blocks, batch)
     # a feature's number in `states` is one above its block's, as the embeddings come first
-    x = aggregated(side.stacks[main], [states[0], *(states[block + 1] for block in side.blocks[main])])
+    x = aggregated(side.stacks[main], [states[0], *(states[block + 1] for block in side.blocks[main])], states[-2])
     memory = None
     if family == "t5":
         source = hidden_states(backbone, blocks_of(family, backbone, "encoder"), batch)
@@ -149,6 +149,7 @@ def reference(model: ss.SideModel, family: str, batch: dict[str, Tensor]) -> Ten
 CASES = {
     "bert": ("bert", {}),
     "bert, some layers": ("bert", {"layers": (1,), "hidden": 5}),
+    "bert, another guide": ("bert", {"layers": (0,)}),
     "bert, gated": ("bert", {"projection": "gated", "norm_out": True}),
     "vit": ("vit", {"reduction": 2}),
     "timm_vit, relu": ("timm_vit", {"projection": "relu_linear", "eps": 1e-3}),
@@ -156,6 +157,8 @@ CASES = {
     "llama": ("llama", {}),
     "llama, normed": ("llama", {"projection": "linear_norm"}),
     "t5": ("t5", {"layers": (1, 2)}),
+    "t5, another guide": ("t5", {"layers": (0, 2)}),
+    "llama, another guide": ("llama", {"layers": (0,)}),
     "t5, all": ("t5", {"reduction": 2}),
 }
 
@@ -334,6 +337,9 @@ def test_layers_by_default_and_as_given() -> None:
     assert blocks("t5") == {"encoder": (0, 1, 2), "decoder": (0, 1)}
     assert blocks("t5", layers=(1, 2)) == {"encoder": (1, 2), "decoder": (1,)}
     assert blocks("bert", layers=(1, 2)) == {"encoder": (1,)}
+    # the guide is the last that is listed
+    assert blocks("bert", layers=(0, 2)) == {"encoder": (0,)}
+    assert blocks("t5", layers=(0, 2)) == {"encoder": (0, 2), "decoder": (0,)}
 
 
 @pytest.mark.parametrize(
@@ -670,7 +676,7 @@ def test_a_hierarchical_backbone_is_refused_with_the_reason() -> None:
     [
         ({"reduction": 3}, "reduction=3 does not divide the width 16: choose one that does, or set hidden"),
         ({"layers": (0, 1, 3)}, r"layers=\(0, 1, 3\), but the encoder has 3 blocks: choose from 0 to 2"),
-        ({"layers": (0, 2)}, r"layers=\(0, 2\) lack the guide, block 1"),
+        ({"layers": (2,)}, r"layers=\(2,\) name no block before the last of the \w+, 2, .*choose from 0 to 1"),
     ],
 )
 @pytest.mark.parametrize("family", ["bert", "t5"])

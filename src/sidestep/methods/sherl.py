@@ -45,8 +45,9 @@ class SherlConfig(MethodConfig):
     Attributes:
         reduction: the backbone's width over the side network's.
         hidden: the side network's width itself; None: by `reduction`.
-        layers: blocks that are read besides the embeddings, from 0 and ascending. Where a stack's last block is the
-            late one, its own output is left out and the block before it has to be among them: it is the guide. None:
+        layers: blocks that are read besides the embeddings, from 0 and ascending; the last of them is the guide. Where a
+            stack's last block is the late one, its own output is left out. What the gate lets through to it is the
+            output of the block before it, listed or not. None:
             of an encoder-decoder with 12 or 24 blocks a stack the release's (T5-base, T5-large), of a convolutional
             network, whose embeddings are not read, the last of each stage and the guide, else all. T5-3B has (22, 23).
         projection: how a level is brought to the side network's width: "gated" (W1, ReLU, then two maps of which one
@@ -239,7 +240,7 @@ class Aggregation(nn.Module):
             _start(module, config.init_std, xavier=config.merge_mlp)
 
     def forward(self, last: Tensor, *codes: Tensor) -> Tensor:
-        """(batch, tokens, width) from the raw feature of the guide and the levels' codes, the guide's last."""
+        """(batch, tokens, width) from the hidden state that is replaced and the levels' codes, the guide's last."""
         out = self.out(self.merge(codes[-1], *codes[:-1]).relu())
         if self.norm_out is not None:
             out = self.norm_out(out)
@@ -498,10 +499,15 @@ class Sherl(SideNet):
             raise ValueError(
                 f"layers={config.layers}, but the {site.stack} has {depth} blocks: choose from 0 to {depth - 1}"
             )
-        if late and depth - 2 not in config.layers:
+        if not guide:
             raise ValueError(
-                f"layers={config.layers} lack the guide, block {depth - 2}: its output is what the last block would "
-                "read, so it has to be among them"
+                f"layers={config.layers} name no block before the last of the {site.stack}, {depth - 1}, whose input is "
+                f"made of them: choose from 0 to {depth - 2}"
+            )
+        if late and site.convolutional and depth - 2 not in config.layers:
+            raise ValueError(
+                f"layers={config.layers} lack the guide, block {depth - 2}: maps are pooled to its grid, on which the "
+                "last block reads them, so it has to be among them"
             )
 
     @classmethod
@@ -509,7 +515,7 @@ class Sherl(SideNet):
         """The output of the last block but one, of the stack that the head reads; none where a vector is corrected."""
         if config.pool_tokens:
             return None
-        return next(site for site in sites if site.head and site.kind == "block" and site.index == site.depth - 2)
+        return next(site for site in sites if _writes_here(config, site))
 
     @classmethod
     def kept_per_token(cls, config: SherlConfig, site: Site) -> int:
@@ -525,8 +531,10 @@ class Sherl(SideNet):
         if site.convolutional:
             guide = site.kind == "block" and site.index == site.depth - 2
             return (site.stage + 1) * site.width if guide else 0
-        chosen = config.layers is None or site.kind == "stage" or site.index in config.layers
-        return site.width + config.side_width(site.width) if chosen else 0
+        if config.layers is None or site.kind == "stage" or site.index in config.layers:
+            return site.width + config.side_width(site.width)
+        # the gate's gradient needs the output of the block before the late one
+        return site.width if _writes_here(config, site) else 0
 
     @classmethod
     def kept_per_row(cls, config: SherlConfig, site: Site) -> int:
@@ -545,18 +553,18 @@ class Sherl(SideNet):
         blocks, aggregation = self.blocks[site.stack], self.stacks[site.stack]
         if site.convolutional:
             return self._step_of_maps(state, hidden, site)
-        if site.kind == "block" and site.index not in blocks:
-            return state, hidden
-        codes = (*state.codes, recompute(_level(aggregation, len(state.codes)), hidden))
+        codes = state.codes
+        if site.kind == "stage" or site.index in blocks:
+            codes = (*codes, recompute(_level(aggregation, len(codes)), hidden))
         if self.corrects:
             return replace(state, codes=codes, keep=site.keep), hidden
-        if len(codes) <= len(blocks):
-            return replace(state, codes=codes), hidden
-        if site.head:
+        if _writes_here(self.config, site):
             written = recompute(aggregation, hidden, *codes, random=self._noisy)
             return replace(state, codes=()), written.to(hidden.dtype)
-        memory = recompute(self._remember, site.stack, hidden, *codes, random=self._noisy)
-        return SherlState(memory=memory.to(hidden.dtype)), hidden
+        if not site.head and site.kind == "block" and site.index == blocks[-1]:
+            memory = recompute(self._remember, site.stack, hidden, *codes, random=self._noisy)
+            return SherlState(memory=memory.to(hidden.dtype)), hidden
+        return replace(state, codes=codes), hidden
 
     def _step_of_maps(self, state: SherlState, hidden: Tensor, site: Site) -> tuple[SherlState, Tensor]:
         """Pool what was read so far to this grid, and read; after the guide merge all into the last block's input."""
@@ -595,6 +603,11 @@ class Sherl(SideNet):
         """(batch, tokens, width): the merged features, normed where the stack ends in a norm."""
         merged = self.stacks[stack](last, *codes)
         return self.dropout(self.norms[stack](merged) if stack in self.norms else merged)
+
+
+def _writes_here(config: SherlConfig, site: Site) -> bool:
+    """Whether this is the output of the block before the late one, whose input is replaced."""
+    return not config.pool_tokens and site.head and site.kind == "block" and site.index == site.depth - 2
 
 
 def _level(aggregation: Any, number: int) -> Any:

@@ -1,0 +1,22 @@
+"""What a hooked module was called with, by the names of its parameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+_OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """Parameter names of a module's forward, in order, without `self` and the open-ended ones."""
+    signature = inspect.signature(type(module).forward)
+    return [name for name, parameter in signature.parameters.items() if parameter.kind not in _OPEN][1:]
+
+
+def bound(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,0 +1,127 @@
+"""What a backbone is: the facts that a fold, a method and a head rely on.
+
+They are found by running the bare model (`trace`), not by its class name. Where it cannot be run as it is, those that a
+pass of fake tensors does not show come from the family table and from transformers' own lists of classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
+from sidestep.families import family_of
+
+Layout = Literal["tokens", "tokens first", "grid", "channels"]
+"""Axes of a hidden state: (batch, tokens, width), (tokens, batch, width), (batch, rows, columns, width) or (batch,
+width, rows, columns)."""
+Source = Literal["traced", "shapes", "guessed"]
+Causal = Literal["no", "yes", "partly"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """Tokens that a stack puts around those of a text.
+
+    Attributes:
+        before: how many stand in front.
+        kept: whether what stands behind is in the model's own output too: then it is no padding.
+        cropped: whether the model's own output is without both.
+    """
+
+    before: int = 0
+    kept: bool = False
+    cropped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackFacts:
+    """Of one stack.
+
+    Attributes:
+        causal: whether a token sees earlier ones only; "partly": of a text, but some kinds of token see each other.
+        layout: the axes of the hidden states between its blocks.
+        element: which element of a block's tuple is the hidden state.
+        widths: of each stage, the channels of its input and of the output of each of its blocks.
+        norm: the name of the final norm within the trunk; None if there is none.
+        ends: whether the stack's own output is what came out of that norm, or of the last block if there is none.
+        added: where the tokens of a text stand among the stack's; None: they cannot be told, and masks do not apply.
+    """
+
+    causal: Causal
+    layout: Layout = "tokens"
+    element: int = 0
+    widths: tuple[tuple[int, ...], ...]
+    norm: str | None
+    ends: bool = True
+    added: Added | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Of a backbone.
+
+    Attributes:
+        source: "traced", a pass of the model itself; "shapes", a pass without values, with causality from the table;
+            "guessed", from the order of its modules, because nothing that we know how to make is an input of it.
+        stacks: by name, in running order; a lone stack is "decoder" if it is causal.
+        padding: whether kept tokens stay as they are (to 1e-5 in float32) when padding is added; None: not known.
+        left: what padding on the left does: nothing ("kept"), nothing if positions are given ("positions"), or it moves
+            kept tokens ("moved"); None: not known.
+        caches: names under which the model takes what it returned for the tokens before.
+    """
+
+    source: Source
+    stacks: dict[str, StackFacts] = field(default_factory=dict)
+    padding: bool | None = None
+    left: Literal["kept", "positions", "moved"] | None = None
+    caches: tuple[str, ...] = ()
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether there is one stack, and it is causal."""
+        return len(self.stacks) == 1 and self.head.causal != "no"
+
+    @property
+    def head(self) -> StackFacts:
+        """Of the stack that a head reads: the last."""
+        return list(self.stacks.values())[-1]
+
+
+def said_causal(model: nn.Module) -> bool:
+    """Whether the only stack of a model is causal, as far as its family, its config and its classes say."""
+    if is_encoder_decoder(model):
+        return False
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_causal", None) is False:
+        return False
+    if any(getattr(module, "is_causal", False) is True for module in trunk_of(model).modules()):
+        return True
+    if (told := family_of(model).causal) is not None:
+        return told
+    kind = getattr(config, "model_type", None)
+    # BERT-type models have a class for either: they are decoders if their config says so
+    both = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return bool(getattr(config, "is_decoder", False)) if both else kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def as_tokens(hidden: Tensor, layout: Layout) -> Tensor:
+    """A hidden state of this layout, seen as (batch, tokens, width)."""
+    if layout == "tokens first":
+        return hidden.transpose(0, 1)
+    if hidden.ndim == 4:
+        return hidden.flatten(2).transpose(1, 2) if layout == "channels" else hidden.flatten(1, 2)
+    return hidden
+
+
+def as_given(tokens: Tensor, given: Tensor, layout: Layout) -> Tensor:
+    """Tokens (batch, tokens, width) in the layout of the hidden state that they stand in for."""
+    if layout == "tokens first":
+        return tokens.transpose(0, 1)
+    if given.ndim == 4 and layout == "channels":
+        # Contiguous, or the convolutions behind would go on with channels last, by other kernels.
+        return tokens.transpose(1, 2).reshape(given.shape).contiguous()
+    return tokens.reshape(given.shape)

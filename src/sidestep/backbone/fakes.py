@@ -1,0 +1,85 @@
+"""Copies of a model without values: on the meta device, or of fake tensors on which its forward can be traced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+
+from sidestep.backbone.quantised import is_quantised
+
+
+def without_values(model: nn.Module) -> nn.Module:
+    """A copy on the meta device: a task can be tried on it, and it takes no memory for weights."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        memo[id(parameter)].__dict__.update(parameter.__dict__)  # transformers' mark of what was loaded
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def fake_like(tensor: Tensor) -> Tensor:
+    """An empty tensor on the CPU of the same shape, strides and precision; a parameter of a parameter."""
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def fakes_of(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """Add a fake tensor for each tensor of a model to the memo of a deepcopy, which then copies nothing large.
+
+    To be called under a `FakeTensorMode`.
+    """
+    for module in model.modules():
+        for tensor in _tensors(module):
+            if id(tensor) not in memo:
+                memo[id(tensor)] = fake_like(tensor)
+    return memo
+
+
+def hollow(model: nn.Module) -> nn.Module:
+    """A copy of fake tensors, of which only shapes can be asked; quantised maps become plain ones.
+
+    To be called under a `FakeTensorMode`. What accelerate put around a module is left out, because a copy of that
+    would run the original.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if is_quantised(module) and hasattr(module, "in_features"):
+            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="cpu")
+            memo[id(module)] = plain.requires_grad_(False)
+        for name in _AROUND & vars(module).keys():
+            memo[id(vars(module)[name])] = None
+    copied = copy.deepcopy(model, fakes_of(model, memo))
+    for module in copied.modules():
+        for name in _AROUND & vars(module).keys():
+            delattr(module, name)
+    return copied
+
+
+_AROUND = {"_hf_hook", "_old_forward", "forward"}
+"""What accelerate puts on a module that it moves or offloads."""
+
+
+def has_values(model: nn.Module) -> bool:
+    """Whether a model can be run as it is, here and now, and its weights are plain numbers that running leaves alone.
+
+    Not on the meta device, sharded, dispatched by accelerate, quantised, or of fake tensors.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor | DTensor) for tensor in tensors):
+        return False
+    return not any("_hf_hook" in vars(module) or is_quantised(module) for module in model.modules())
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and tensors that are plain attributes."""
+    held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+    return (value for value in held if isinstance(value, Tensor))

@@ -1,0 +1,139 @@
+"""Every place of a backbone that a method may read: its blocks as they are laid out, with the facts of a traced pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from sidestep.backbone.facts import Facts, StackFacts
+from sidestep.backbone.structure import Blocks, Named, convolves, find_blocks
+from sidestep.backbone.trace import facts_of
+from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
+from sidestep.families import Pool, family_of, no_grid, prefix_tokens
+from sidestep.sites import Place, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """One stack of a backbone.
+
+    Attributes:
+        name: "encoder" or "decoder".
+        blocks: as they are laid out.
+        facts: what a pass of it shows.
+        norm: the final norm and its name within the trunk, or None.
+    """
+
+    name: str
+    blocks: Blocks
+    facts: StackFacts
+    norm: Named | None
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The stacks of a Hugging Face or timm model, in running order.
+
+    Raises:
+        ValueError: if no repeated blocks are found, or several towers, or blocks that no fold can follow.
+    """
+    trunk = trunk_of(model)
+    return [
+        Stack(
+            name=name,
+            blocks=blocks,
+            facts=facts,
+            norm=None if facts.norm is None else (facts.norm, trunk.get_submodule(facts.norm)),
+        )
+        for blocks, (name, facts) in zip(find_blocks(model), facts_of(model).stacks.items(), strict=True)
+    ]
+
+
+def default_pool(model: nn.Module, facts: Facts | None = None) -> Pool:
+    """The read-out of a model's family: last token when causal, first token of an encoder-decoder's decoder."""
+    if is_encoder_decoder(model):
+        return "cls"
+    return "last" if (facts or facts_of(model)).is_causal else family_of(model).pool
+
+
+def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
+    """Every site of a backbone and the module it sits on, in the order of a pass.
+
+    Names are relative to the trunk (`trunk_of`). With `with_blocks`, sites carry their `FrozenBlock` and
+    `BlockWeights` where the family table can fill them.
+    """
+    family = family_of(model)
+    prefix = prefix_tokens(trunk_of(model), family)
+    places: list[Place] = []
+    for stack in find_stacks(model):
+        blocks, facts = stack.blocks, stack.facts
+        depth = len(blocks.all)
+        index = 0
+        for number, (stage, widths) in enumerate(zip(blocks.stages, facts.widths, strict=True)):
+            site = Site(
+                kind="stage",
+                stack=stack.name,
+                stage=number,
+                index=index,
+                depth=depth,
+                width=widths[0],
+                prefix=prefix,
+                causal=facts.causal != "no",
+                final_norm=stack.norm is not None,
+                head=blocks.head,
+                spatial=family.grid is not no_grid or facts.layout in ("grid", "channels"),
+                convolutional=all(convolves(block) for _, block in blocks.all),
+            )
+            parts = [family.frozen_block(block) if with_blocks and family.frozen_block else None for _, block in stage]
+            first = replace(site, next_block=parts[0])
+            places.append(Place(site=first, name=stage[0][0], module=stage[0][1]))
+            for (name, block), width, following in zip(stage, widths[1:], [*parts[1:], None], strict=True):
+                weights = family.block_weights(block) if with_blocks and family.block_weights else None
+                site = replace(site, kind="block", index=index, width=width, next_block=following, weights=weights)
+                places.append(Place(site=site, name=name, module=block))
+                index += 1
+        if stack.norm is not None:
+            end = replace(site, kind="norm", next_block=None, weights=None, norm=stack.norm[1])
+            places.append(Place(site=end, name=stack.norm[0], module=stack.norm[1]))
+    return places
+
+
+def prove_replay(model: nn.Module, tokens: int = 5) -> None:
+    """Compare every block with what its `FrozenBlock` makes of the same random hidden state.
+
+    On the meta device there is nothing to compare.
+
+    Raises:
+        ValueError: if they differ: a method that runs queries through the parts would not run them through the block.
+    """
+    places = find_places(model)
+    for before, place in pairwise(places):
+        block = before.site.next_block
+        if block is None or (parameter := next(place.module.parameters())).is_meta:
+            continue
+        shape = (1, tokens, place.site.width)
+        hidden = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+        with torch.no_grad(), _evaluating(place.module):
+            out = place.module(hidden)
+            error = (block.replay(hidden) - (out[0] if isinstance(out, tuple) else out)).abs().max().item()
+        if error > (1e-4 if parameter.dtype in (torch.float32, torch.float64) else 0.1):
+            raise ValueError(
+                f"block {place.site.index} ({type(place.module).__name__}) does not equal the sum of the parts that "
+                f"sidestep/families.py takes it apart into (they differ by {error:.2g})"
+            )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode, each of its parts in its own mode again afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

@@ -1,0 +1,48 @@
+"""Stop the gradients of a backbone, and hold it in eval mode."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+
+Noise = Literal["drop_path", "dropout", "all"]
+
+
+def freeze(model: nn.Module) -> None:
+    """Stop every gradient: the one place that does."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def set_noise(trunk: nn.Module, noise: Noise | None) -> None:
+    """Put a frozen trunk in eval mode, except for the noise that was asked for.
+
+    Batch norms stay in eval mode in any case: in training mode they would move the frozen model's buffers.
+    """
+    trunk.eval()
+    if noise is None:
+        return
+    for module in trunk.modules():
+        if "BatchNorm" in type(module).__name__:
+            continue
+        if noise == "all" or _is_drop_path(module) == (noise == "drop_path"):
+            module.training = True
+
+
+def drop_path_rate(trunk: nn.Module) -> float:
+    """The highest rate of a trunk's drop paths, which is the last block's; 0 where it has none."""
+    rates: list[Any] = [module.drop_prob for module in trunk.modules() if _is_drop_path(module)]
+    return max((float(rate or 0) for rate in rates), default=0.0)
+
+
+def _is_drop_path(module: nn.Module) -> bool:
+    kind = type(module).__name__
+    return "DropPath" in kind or "StochasticDepth" in kind
+
+
+def check_noise(noise: str | None) -> None:
+    """Raise unless `noise` is None or a known kind."""
+    if noise is not None and noise not in get_args(Noise):
+        raise ValueError(f"backbone_noise={noise!r}: choose None or one of {', '.join(get_args(Noise))}")

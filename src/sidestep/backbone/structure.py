@@ -1,0 +1,181 @@
+"""The repeated blocks of a backbone, as its modules are laid out; what a pass makes of them is seen in `trace`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
+from sidestep.families import Family, family_of
+
+Named = tuple[str, nn.Module]
+"""A module and its name within the trunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """The blocks of one stack.
+
+    Attributes:
+        name: "encoder" or "decoder"; a lone stack is an encoder here, and a decoder if it turns out to be causal.
+        root: the module whose call runs the stack, and its name within the trunk.
+        stages: the blocks of every stage.
+        head: whether the head reads this stack.
+    """
+
+    name: str
+    root: Named
+    stages: tuple[tuple[Named, ...], ...]
+    head: bool
+
+    @property
+    def all(self) -> list[Named]:
+        """The blocks of all stages, in order."""
+        return [block for stage in self.stages for block in stage]
+
+
+def find_blocks(model: nn.Module) -> list[Blocks]:
+    """The stacks of a Hugging Face or timm model, in running order.
+
+    Raises:
+        ValueError: if no repeated blocks are found, or several towers.
+    """
+    trunk, family = trunk_of(model), family_of(model)
+    if is_encoder_decoder(model):
+        encoder = _blocks("encoder", trunk, ("encoder", trunk.encoder), family, head=False)
+        return [encoder, _blocks("decoder", trunk, ("decoder", trunk.decoder), family, head=True)]
+    return [_blocks("encoder", trunk, ("", trunk), family, head=True)]
+
+
+def _blocks(name: str, trunk: nn.Module, root: Named, family: Family, *, head: bool) -> Blocks:
+    containers = _block_lists(root[1], family)
+    if not containers:
+        raise ValueError(
+            f"{type(trunk).__name__} holds no list of repeated blocks: Sidestep needs a Transformer (or a model "
+            "whose blocks stand in an nn.ModuleList or nn.Sequential), or a ResNet"
+        )
+    blocks = [block for container in containers.values() for block in container.children()]
+    if family.blocks is None and all(convolves(block) for block in blocks):
+        raise ValueError(
+            f"the blocks of {type(trunk).__name__} are convolutions ({type(blocks[0]).__name__}): Sidestep needs a "
+            "Transformer, whose blocks hand on (batch, tokens, width), and of convolutional networks it takes ResNets"
+        )
+    owners = {path.rpartition(".")[0].rpartition(".")[0] for path in containers}
+    one_tower = len(containers) == 1 or (len(owners) == 1 and all(_is_indexed(path) for path in containers))
+    if family.blocks is None and not one_tower:
+        raise ValueError(
+            f"{type(trunk).__name__} has several towers of blocks ({', '.join(containers)}): "
+            "attach to one of them (for example model.vision_model)"
+        )
+    prefix = f"{root[0]}." if root[0] else ""
+    stages = tuple(
+        tuple((f"{prefix}{path}.{child}", block) for child, block in container.named_children())
+        for path, container in containers.items()
+    )
+    return Blocks(name=name, root=root, stages=stages, head=head)
+
+
+def _is_indexed(path: str) -> bool:
+    """Whether a block list belongs to a numbered stage ("layers.0.blocks")."""
+    return any(part.isdigit() for part in path.split("."))
+
+
+def _block_lists(root: nn.Module, family: Family) -> dict[str, nn.Module]:
+    """Lists of blocks by path: those that the family names, else Hugging Face's checkpointing layers (the innermost),
+    else lists named "blocks".
+    """
+    lists: dict[str, Any] = {
+        path: module
+        for path, module in root.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
+    }
+    if family.blocks is not None:
+        return {path: module for path, module in lists.items() if re.fullmatch(family.blocks, path)}
+    checkpointing = {
+        path: module
+        for path, module in lists.items()
+        if all(isinstance(child, GradientCheckpointingLayer) for child in module)
+    }
+    if checkpointing:
+        return {
+            path: module
+            for path, module in checkpointing.items()
+            if not any(other.startswith(f"{path}.") for other in checkpointing)
+        }
+    named = {path: module for path, module in lists.items() if path.rpartition(".")[2] == "blocks"}
+    return named or _outermost_repeats(lists)
+
+
+def _outermost_repeats(lists: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    repeats = {
+        path: module
+        for path, module in lists.items()
+        if len({type(child) for child in module.children()}) == 1
+        and any(isinstance(part, nn.Linear) for part in next(module.children()).modules())
+        and not isinstance(next(module.children()), nn.Linear)
+    }
+    return {
+        path: module
+        for path, module in repeats.items()
+        if not any(path.startswith(f"{other}.") for other in repeats if other != path)
+    }
+
+
+def convolves(block: nn.Module) -> bool:
+    """Whether a block mixes its tokens by convolution, without attention."""
+    attends = any("attention" in type(module).__name__.lower() for module in block.modules())
+    return not attends and any(isinstance(module, nn.Conv2d) for module in block.modules())
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm."""
+    return "Norm" in type(module).__name__ and not any(True for _ in module.children())
+
+
+# --- guesses, for a model that cannot be run on anything that we know how to make ---------------------------------------
+
+
+def likely_norm(blocks: Blocks) -> str | None:
+    """The name of the norm that is registered after the blocks, in the nearest enclosing module that has one."""
+    root, parts = blocks.root[1], blocks.stages[0][0][0].removeprefix(f"{blocks.root[0]}.").split(".")[:-1]
+    for level in range(len(parts) - 1, -1, -1):
+        owner, inside = root.get_submodule(".".join(parts[:level])), parts[level]
+        names = [name for name, _ in owner.named_children()]
+        for name in names[names.index(inside) + 1 :]:
+            if is_norm(owner.get_submodule(name)):
+                return ".".join([*filter(None, [blocks.root[0]]), *parts[:level], name])
+    return None
+
+
+def likely_widths(blocks: Blocks) -> tuple[tuple[int, ...], ...]:
+    """Channels of each stage's input and of the output of each of its blocks, by their norms."""
+    return tuple(_widths([block for _, block in stage]) for stage in blocks.stages)
+
+
+def _widths(stage: list[nn.Module]) -> tuple[int, ...]:
+    if all(convolves(block) for block in stage):
+        return (_map_widths(stage[0])[0], *(_map_widths(block)[1] for block in stage))
+    return (_width(stage[0]),) * (1 + len(stage))
+
+
+def _width(block: nn.Module) -> int:
+    """Channels of a block's hidden state: the size of its own norms (a nested one may belong to an attention head)."""
+    norms = [child for child in block.children() if is_norm(child)]
+    norms = norms or [module for module in block.modules() if is_norm(module)]
+    sizes = [parameter.numel() for norm in norms for parameter in norm.parameters()]
+    if not sizes:
+        raise ValueError(f"{type(block).__name__} has no norm from which its width could be read")
+    return sizes[0]
+
+
+def _map_widths(block: nn.Module) -> tuple[int, int]:
+    """Channels of what goes into a block of convolutions, and of what its last norm gives."""
+    convolutions = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
+    norms = [module for module in block.modules() if is_norm(module)]
+    if not (convolutions and norms):
+        raise ValueError(f"{type(block).__name__} has no convolution and norm from which its width could be read")
+    return convolutions[0].in_channels, next(norms[-1].parameters()).numel()

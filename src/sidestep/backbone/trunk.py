@@ -1,0 +1,64 @@
+"""The part of a model that Sidestep tunes, without its task head, and the length of what it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sidestep.backbone.calls import argument_names
+
+IS_TRUNK = "_sidestep_is_trunk"
+"""Attribute of a model: whether it is its own trunk, although transformers names a part of it. Looked at once, because
+a compiled forward pass asks for the trunk too."""
+
+
+def trunk_of(model: Any) -> Any:
+    """The backbone without its task head (a Hugging Face model's base model; a timm model itself).
+
+    What transformers calls the base model may be a part that does not take the model's inputs (DINOv3's encoder). Then
+    the model has no head, and is the trunk itself.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return model
+    known = vars(model).get(IS_TRUNK)
+    if known is None:
+        base, given = model.base_model, model.main_input_name
+        known = given in argument_names(model) and given not in argument_names(base)
+        vars(model)[IS_TRUNK] = known
+    return model if known else model.base_model
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has both stacks (an encoder taken out of one does not)."""
+    trunk = trunk_of(model)
+    return hasattr(trunk, "encoder") and hasattr(trunk, "decoder") and trunk.config.is_encoder_decoder
+
+
+POSITION_TABLES = ("position_embeddings", "position_embedding", "positions_embed", "embed_positions", "wpe")
+"""What transformers' models call the table in which each position has a row."""
+
+
+def positions(model: nn.Module) -> tuple[int | None, int | None]:
+    """How many tokens a model of texts has positions for: of those that it reads, and of those that it writes.
+
+    None where it has no table of them: rotary and relative positions go on beyond the length of pretraining. A model of
+    one stack has one table for both.
+    """
+    trunk = trunk_of(model)
+    if is_encoder_decoder(model):
+        return _positions(trunk.encoder), _positions(trunk.decoder)
+    both = _positions(trunk)
+    return both, both
+
+
+def _positions(stack: nn.Module) -> int | None:
+    tables = (module for name, module in stack.named_modules() if name.rpartition(".")[2] in POSITION_TABLES)
+    return min((_token_rows(table) for table in tables if isinstance(table, nn.Embedding)), default=None)
+
+
+def _token_rows(table: nn.Embedding) -> int:
+    """The rows of tokens alone: RoBERTa's come after that of padding, BART's after two that nothing uses."""
+    first = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
+    return table.num_embeddings - first

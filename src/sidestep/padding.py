@@ -1,0 +1,75 @@
+"""Which tokens of a stack are real: a padding mask, brought to the tokens that the stack makes of a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+from sidestep.backbone.facts import Added
+
+
+def kept_tokens(
+    mask: Any, states: Tensor, tokens: int, text: int | None, added: Added | None, past: int | Tensor | None
+) -> Tensor | None:
+    """(batch, tokens) bool, False on padding; None when nothing is padded.
+
+    Args:
+        mask: (batch, tokens of the text) of the model's inputs; with a cache also of the tokens in it.
+        states: (batch, any, any) of the pass.
+        tokens: of the stack.
+        text: of its text; None: as many as the mask has.
+        added: where the text stands among the stack's tokens; None: masks do not apply.
+        past: tokens in the cache; None: there is no cache.
+
+    Raises:
+        ValueError: if the mask has more columns than there are tokens.
+    """
+    if added is None:
+        return None
+    kept = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if kept is None:
+        if text is None or tokens <= text or added.kept:
+            return None
+        # what a model adds of its own accord is padding to everybody else
+        kept = torch.ones(states.shape[0], text, dtype=torch.bool, device=states.device)
+    if kept.shape[1] > tokens:
+        if past is None:
+            raise ValueError(
+                f"an attention_mask of {kept.shape[1]} tokens, but the model reads {tokens}: give one column for each "
+                "token"
+            )
+        return kept[:, -tokens:]
+    behind = tokens - kept.shape[1] - added.before
+    if behind == 0 and added.before == 0:
+        return kept
+    return F.pad(F.pad(kept, (added.before, 0), value=True), (0, max(0, behind)), value=added.kept)
+
+
+def own_tokens(tokens: int, text: int | None, added: Added | None) -> slice:
+    """Which of a stack's tokens are in its own output: those of the text, unless what it adds is kept.
+
+    Args:
+        tokens: of the stack; one where a fold is narrowed to what the head reads.
+        text: of its text; None: it reads none.
+        added: where the text stands among them.
+    """
+    if added is None or text is None or added.kept or tokens <= text:
+        return slice(None)
+    first = added.before if added.cropped else 0
+    return slice(first, added.before + text)
+
+
+def packed(positions: Any, mask: Any) -> bool:
+    """Whether the positions (batch, tokens) of kept tokens go back within a row: it holds several texts."""
+    plain = isinstance(positions, Tensor) and positions.ndim == 2 and not isinstance(positions, FakeTensor)
+    if not plain or positions.is_meta or torch.compiler.is_compiling():
+        return False
+    back = positions[:, 1:] < positions[:, :-1]
+    if isinstance(mask, Tensor) and mask.shape == positions.shape:
+        back &= mask[:, :-1].bool()
+    return bool(back.any())
+
