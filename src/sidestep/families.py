@@ -228,9 +228,7 @@ FAMILIES: dict[str, Family] = {
     "beit": Family(pool="cls", prefix=1, grid=patch_grid),
     "clip_vision_model": _CLIP_VISION,
     "chinese_clip_vision_model": _CLIP_VISION,
-    "VisionTransformer": Family(
-        pool="cls", prefix="num_prefix_tokens", grid=patch_grid, frozen_block=timm_block
-    ),
+    "VisionTransformer": Family(pool="cls", prefix="num_prefix_tokens", grid=patch_grid, frozen_block=timm_block),
     "resnet": Family(blocks=r"encoder\.stages\.\d+\.layers"),
     "ResNet": Family(blocks=r"layer\d+"),
 }

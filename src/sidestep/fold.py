@@ -229,8 +229,8 @@ class Fold:
         if not self.method.tokenwise and packed(inputs.get("position_ids"), inputs.get("attention_mask")):
             raise ValueError(
                 f"position_ids start again within a row (several texts packed into one), and "
-                f"{type(self.method).__name__} mixes tokens, also those of different texts: give each text a row of its "
-                "own, or take a method that treats tokens alone (read, dtl)"
+                f"{type(self.method).__name__} mixes tokens, also those of different texts: give each text a row of "
+                "its own, or take a method that treats tokens alone (read, dtl)"
             )
 
     def end(self) -> None:
@@ -389,8 +389,8 @@ class Fold:
         other = [name for name in self.facts.caches if name != KEY_VALUES and inputs.get(name) is not None]
         if other and not self.method.tokenwise:
             raise FoldError(
-                f"{other[0]} holds what the model knows of earlier tokens, and {type(self.method).__name__} mixes tokens "
-                "without keeping what it knew of them: pass the whole sequence and use_cache=False"
+                f"{other[0]} holds what the model knows of earlier tokens, and {type(self.method).__name__} mixes "
+                "tokens without keeping what it knew of them: pass the whole sequence and use_cache=False"
             )
 
     def as_tokens(self, hidden: Tensor, site: Site) -> Tensor:
@@ -665,8 +665,9 @@ def single_token(site: Site) -> Site:
 
 def _wrong_norm(stack: str, why: str) -> str:
     return (
-        f"the wrong module was taken for the {stack}'s final norm ({why}): the model does not run as it did on the tiny "
-        "inputs on which attach looked at it (or it could not be looked at); attach to a part of it that always runs alike"
+        f"the wrong module was taken for the {stack}'s final norm ({why}): the model does not run as it did on the "
+        "tiny inputs with which attach looked at it, or it could not be looked at; attach to a part that always runs "
+        "alike"
     )
 
 

@@ -6,7 +6,7 @@ import inspect
 import types
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -104,7 +104,7 @@ class SideModel(nn.Module):
             backbones.freeze(backbone)
             self._assemble(backbone, places, delta, side, mean_first)
         except BaseException:
-            if (sparse := self._modules.get("sparse")) is not None:
+            if isinstance(sparse := self._modules.get("sparse"), SparseDiff):
                 sparse.unhook()
             snapshot.restore()
             self._before.restore(backbone)
@@ -157,9 +157,9 @@ class SideModel(nn.Module):
         """Refuse a Sidestep head where it would read something else than the model's last hidden state."""
         if head is not None and not self.facts.head.ends:
             raise UnsupportedBackbone(
-                f"a {type(head).__name__} head does not work on {type(backbone).__name__}: it reads what the last block "
-                "or a final norm gives, and here something else follows, so that this is not the model's last hidden "
-                "state: train the model's own head (head=None, on a For...Classification class)"
+                f"a {type(head).__name__} head does not work on {type(backbone).__name__}: it reads what the last "
+                "block or a final norm gives, and here something else follows, so that this is not the model's last "
+                "hidden state: train the model's own head (head=None, on a For...Classification class)"
             )
 
     def _build_side(self, backbone: nn.Module, sites: list[Site], config: MethodConfig) -> SideNet:
@@ -278,8 +278,10 @@ class SideModel(nn.Module):
         place = "meta" if self.device.type == "meta" else "cpu"
         self._originals = {name: tensors[name].detach().to(place, copy=True) for name in stored}
         # not by `state_dict` of the whole, which unpacks what bitsandbytes has packed
-        own = {"side": self.side, "head": self.head, "sparse": self.sparse}
-        side = [f"{part}.{name}" for part, module in own.items() if module is not None for name in module.state_dict()]
+        parts = {"side": self.side, "head": self.head, "sparse": self.sparse}
+        side = [
+            f"{part}.{name}" for part, module in parts.items() if module is not None for name in module.state_dict()
+        ]
         self._task_names = (*side, *(f"backbone.{name}" for name in stored))
 
     def _build_sparse(self, moved: set[int]) -> SparseDiff | None:
@@ -413,8 +415,8 @@ class SideModel(nn.Module):
         if logits.shape[0] != given.shape[0]:
             raise FoldError(
                 f"the head gave {logits.shape[0]} rows for a batch of {given.shape[0]}: the hidden states of "
-                f"{type(self.backbone).__name__} do not have the batch as their first axis in this pass, or it puts rows "
-                "together; give it one example a row"
+                f"{type(self.backbone).__name__} do not have the batch as their first axis in this pass, or it puts "
+                "rows together; give it one example a row"
             )
 
     def _check_trains(self, output: Any) -> None:
@@ -477,8 +479,9 @@ class SideModel(nn.Module):
             return
         if not torch.compiler.is_compiling() and bool((mask[:, 0] == 0).any()):
             raise ValueError(
-                f"a text is padded on the left, and {type(self.backbone).__name__} counts its positions from there, so "
-                'that a text would be read otherwise in other batches: pad on the right (tokenizer.padding_side="right")'
+                f"a text is padded on the left, and {type(self.backbone).__name__} counts its positions from there, "
+                "so that a text would be read otherwise in other batches: pad on the right "
+                '(tokenizer.padding_side="right")'
             )
 
     def _decoder_start(self) -> int:

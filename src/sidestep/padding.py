@@ -72,4 +72,3 @@ def packed(positions: Any, mask: Any) -> bool:
     if isinstance(mask, Tensor) and mask.shape == positions.shape:
         back &= mask[:, :-1].bool()
     return bool(back.any())
-

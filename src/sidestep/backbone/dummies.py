@@ -22,6 +22,8 @@ from sidestep.pixels import image_shape
 
 Inputs = dict[str, Any]
 
+ROWS = 2
+"""Of a batch of images or sounds."""
 SHORT, LONG = 13, 16
 """Tokens of a text, without padding and with it."""
 ORDINARY = 64
@@ -120,7 +122,7 @@ def with_pictures(trunk: nn.Module, texts: Texts) -> Iterator[Texts]:
         yield replace(texts, also={**texts.also, **picture})
 
 
-def others(trunk: nn.Module, rows: int = 2) -> Iterator[Inputs]:
+def others(trunk: nn.Module, rows: int = ROWS) -> Iterator[Inputs]:
     """Batches of images or sounds, as the model's forward may take them."""
     names = argument_names(trunk)
     decoder = {}
@@ -162,7 +164,7 @@ def _patches(image: Tensor, size: int) -> Inputs:
     return {"pixel_values": flat, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor([[high, wide]] * rows)}
 
 
-def _images(trunk: Any, rows: int = 2) -> Iterator[Tensor]:
+def _images(trunk: Any, rows: int = ROWS) -> Iterator[Tensor]:
     """Images of a few patches, which not every model takes, and then of the size that the model was made for."""
     own = _image_shape(trunk)
     channels = own[0] if own is not None else _field(getattr(trunk, "config", None), "num_channels") or 3
@@ -225,7 +227,7 @@ _BINS = ("num_mel_bins", "feature_size", "input_feat_per_channel", "mel_bins")
 def ordinary_tokens(trunk: Any) -> tuple[Tensor, int]:
     """Ids of tokens that stand for words, and the id of padding."""
     config = trunk.config.get_text_config()
-    special = {number for part in {id(trunk.config): trunk.config, id(config): config}.values() for number in _ids(part)}
+    special = {*_ids(trunk.config), *_ids(config)}
     words = [number for number in range(_vocabulary(trunk, config)) if number not in special] or [0]
     # from the middle: rare ids at both ends may have a meaning that no config tells
     first = max(0, (len(words) - ORDINARY) // 2)

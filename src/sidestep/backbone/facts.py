@@ -20,6 +20,7 @@ Layout = Literal["tokens", "tokens first", "grid", "channels"]
 width, rows, columns)."""
 Source = Literal["traced", "shapes", "guessed"]
 Causal = Literal["no", "yes", "partly"]
+Left = Literal["kept", "positions", "moved"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class Facts:
     source: Source
     stacks: dict[str, StackFacts] = field(default_factory=dict)
     padding: bool | None = None
-    left: Literal["kept", "positions", "moved"] | None = None
+    left: Left | None = None
     caches: tuple[str, ...] = ()
 
     @property

@@ -53,8 +53,7 @@ def hollow(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         if is_quantised(module) and hasattr(module, "in_features"):
-            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="cpu")
-            memo[id(module)] = plain.requires_grad_(False)
+            memo[id(module)] = _plain(module)
         for name in _AROUND & vars(module).keys():
             memo[id(vars(module)[name])] = None
     copied = copy.deepcopy(model, fakes_of(model, memo))
@@ -62,6 +61,10 @@ def hollow(model: nn.Module) -> nn.Module:
         for name in _AROUND & vars(module).keys():
             delattr(module, name)
     return copied
+
+
+def _plain(module: Any) -> nn.Linear:
+    return nn.Linear(module.in_features, module.out_features, module.bias is not None, device="cpu")
 
 
 _AROUND = {"_hf_hook", "_old_forward", "forward"}

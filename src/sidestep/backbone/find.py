@@ -1,4 +1,4 @@
-"""Every place of a backbone that a method may read: its blocks as they are laid out, with the facts of a traced pass."""
+"""Every place of a backbone that a method may read: its blocks, with the facts of a traced pass."""
 
 from __future__ import annotations
 

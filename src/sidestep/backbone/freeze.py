@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-
 Noise = Literal["drop_path", "dropout", "all"]
 
 

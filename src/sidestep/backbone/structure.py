@@ -136,7 +136,7 @@ def is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and not any(True for _ in module.children())
 
 
-# --- guesses, for a model that cannot be run on anything that we know how to make ---------------------------------------
+# --- guesses, for a model that cannot be run on anything that we know how to make -----------------------------------
 
 
 def likely_norm(blocks: Blocks) -> str | None:

@@ -45,8 +45,8 @@ class SherlConfig(MethodConfig):
     Attributes:
         reduction: the backbone's width over the side network's.
         hidden: the side network's width itself; None: by `reduction`.
-        layers: blocks that are read besides the embeddings, from 0 and ascending; the last of them is the guide. Where a
-            stack's last block is the late one, its own output is left out. What the gate lets through to it is the
+        layers: blocks that are read besides the embeddings, from 0 and ascending; the last of them is the guide. Where
+            a stack's last block is the late one, its own output is left out. What the gate lets through to it is the
             output of the block before it, listed or not. None:
             of an encoder-decoder with 12 or 24 blocks a stack the release's (T5-base, T5-large), of a convolutional
             network, whose embeddings are not read, the last of each stage and the guide, else all. T5-3B has (22, 23).
@@ -501,8 +501,8 @@ class Sherl(SideNet):
             )
         if not guide:
             raise ValueError(
-                f"layers={config.layers} name no block before the last of the {site.stack}, {depth - 1}, whose input is "
-                f"made of them: choose from 0 to {depth - 2}"
+                f"layers={config.layers} name no block before the last of the {site.stack}, {depth - 1}, whose input "
+                f"is made of them: choose from 0 to {depth - 2}"
             )
         if late and site.convolutional and depth - 2 not in config.layers:
             raise ValueError(
