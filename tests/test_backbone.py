@@ -25,7 +25,6 @@ from sidestep.backbone import (
     pretrained_tensors,
     set_noise,
 )
-from sidestep.fold import FoldError
 from sidestep.sites import of_stack, stacks
 
 # --- finding -------------------------------------------------------------------------------------------------
@@ -146,13 +145,6 @@ def test_a_model_of_two_towers_is_refused_and_each_tower_taken() -> None:
     assert not ss.attach(clip.vision_model, ss.ReadConfig(rank=2)).places[0].site.causal
     # Its attention modules do not say that they are causal; the family table does.
     assert ss.attach(clip.text_model, ss.ReadConfig(rank=2)).places[0].site.causal
-
-
-def test_shared_layers_are_refused_at_the_first_pass() -> None:
-    albert = t.AlbertModel(t.AlbertConfig(embedding_size=8, **TEXT))
-    model = ss.attach(albert, ss.ReadConfig(rank=2))
-    with pytest.raises(FoldError, match=r"ran out of turn .*blocks that run twice \(shared layers\) or are skipped"):
-        model(**ARCHITECTURES["bert"].inputs())
 
 
 def test_a_model_without_blocks_is_refused() -> None:

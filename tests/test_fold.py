@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import sidestep as ss
 from architectures import ARCHITECTURES
-from sidestep.backbone import find_places
-from sidestep.families import FAMILIES as TABLE
-from sidestep.families import Family
+from sidestep.backbone import facts_of, find_places
+from sidestep.backbone.trace import KEPT_ON
 from sidestep.fold import FoldError
 from sidestep.methods import SideNet
 from sidestep.sites import Site
@@ -459,6 +459,15 @@ def test_a_skipped_block_is_refused() -> None:
         model(**FAMILIES["bert"].inputs())
 
 
+def mistaken(backbone: nn.Module, **facts: Any) -> nn.Module:
+    """The backbone, of which other facts are kept than it has, as if it ran otherwise from now on."""
+    found = facts_of(backbone)
+    stacks = {name: replace(stack, **facts) for name, stack in found.stacks.items()}
+    kept = vars(backbone.base_model)
+    kept[KEPT_ON] = kept[KEPT_ON][0], replace(found, stacks=stacks)
+    return backbone
+
+
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
@@ -466,27 +475,25 @@ def test_a_skipped_block_is_refused() -> None:
         ("pooler.dense", r"it got a tensor of shape \(4, 16\)"),
     ],
 )
-def test_a_final_norm_that_is_none_is_named(wrong: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TABLE, "bert", Family(final_norm=wrong))
-    model = ss.attach(FAMILIES["bert"].model(), ss.ReadConfig(rank=2))
-    says = rf"wrong module was taken for the encoder's final norm \({why}\): .*families.py \(final_norm\)"
+def test_a_final_norm_that_is_none_is_named(wrong: str, why: str) -> None:
+    model = ss.attach(mistaken(FAMILIES["bert"].model(), norm=wrong), ss.ReadConfig(rank=2))
+    says = rf"wrong module was taken for the encoder's final norm \({why}\): the model does not run as it did"
     with pytest.raises(FoldError, match=says):
         model(**FAMILIES["bert"].inputs())
 
 
-def test_a_norm_that_never_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TABLE, "bert", Family(final_norm="unused"))
+def test_a_norm_that_never_runs_is_named() -> None:
     backbone = FAMILIES["bert"].model()
     backbone.bert.unused = nn.LayerNorm(16)
     with pytest.raises(FoldError, match="a model that skips blocks or its final norm cannot be folded over"):
-        ss.attach(backbone, ss.ReadConfig(rank=2))(**FAMILIES["bert"].inputs())
+        ss.attach(mistaken(backbone, norm="unused"), ss.ReadConfig(rank=2))(**FAMILIES["bert"].inputs())
 
 
 def test_a_trunk_that_changes_its_output_behind_the_last_site_is_named() -> None:
-    """As a model would whose final norm is not found: a head must not read what the trunk does not give."""
+    """A head must not read what the trunk does not give, also where it gave that when it was looked at."""
     backbone = FAMILIES["bert"].model()
-    backbone.bert.encoder.register_forward_hook(lambda m, a, output: type(output)(last_hidden_state=2 * output[0]))
     model = ss.attach(backbone, ss.ProbeConfig(), head=ss.Classify(num_labels=2)).eval()
+    backbone.bert.encoder.register_forward_hook(lambda m, a, output: type(output)(last_hidden_state=2 * output[0]))
     with pytest.raises(FoldError, match="the trunk's last hidden state is not what came out of it"):
         model(**FAMILIES["bert"].inputs())
 

@@ -452,7 +452,7 @@ class SideModel(nn.Module):
             if first is not None and kwargs.get("decoder_input_ids") is None:
                 start = torch.full((first.shape[0], 1), self._decoder_start(), device=first.device)
                 kwargs["decoder_input_ids"] = start
-        return self._with_positions(args, kwargs, list(names))
+        return self._with_positions(args, kwargs, list(names)[1:])
 
     def _with_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> dict[str, Any]:
         """The inputs with positions that count from each text's first token, where the model would count padding.

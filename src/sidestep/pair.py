@@ -158,14 +158,18 @@ class PairModel(nn.Module):
         object.__setattr__(self, "backbone", backbone)
         self._before = Before.of(backbone)
         new = new_parameters(backbone)
-        self.image = self._tower("image", self.backbone.vision_model, new)
+        towers: list[SideModel] = []
         try:
-            self.text = self._tower("text", self.backbone.text_model, new)
+            for name, trunk in (("image", self.backbone.vision_model), ("text", self.backbone.text_model)):
+                towers.append(self._tower(name, trunk, new))
+            for name in PROJECTIONS.values():
+                freeze(backbone.get_submodule(name))
         except BaseException:
-            self.image.detach_backbone()
+            for tower in towers:
+                tower.detach_backbone()
+            self._before.restore(backbone)
             raise
-        freeze(backbone.get_submodule("visual_projection"))
-        freeze(backbone.get_submodule("text_projection"))
+        self.image, self.text = towers
         self.backbone.logit_scale.requires_grad_(False)
         scale = self.backbone.logit_scale.detach().float().clone()
         self.logit_scale = nn.Parameter(scale) if self.head.loss == "contrastive" else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -25,7 +26,7 @@ from transformers.integrations import TensorBoardCallback
 from sidestep import checkpoints, relax
 from sidestep.backbone import drop_path_rate, positions
 from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, MoveSupport, SetEpoch, StopIfDiverged, TellEpoch
-from sidestep.data import DataError
+from sidestep.data import DataError, DataWarning
 from sidestep.data.messages import named_rows
 from sidestep.heads import Classify, HeadConfig, Regress, Retrieve
 from sidestep.loading import source_of
@@ -257,6 +258,7 @@ def _check_positions(backbone: nn.Module, data: TaskData) -> None:
 
 def _describe(model: Attached, data: TaskData) -> None:
     """Store in the model what reads further rows the same way."""
+    _choose_padding_side(model, data)
     model.extras["processor"] = data.processor
     model.extras["preprocessing"] = data.preprocessing()
     config = getattr(model, "config", None)
@@ -270,6 +272,25 @@ def _describe(model: Attached, data: TaskData) -> None:
     # a head of the backbone's own finds a row's last token by this id
     if getattr(config, "pad_token_id", None) is None and data.fields.text is not None:
         config.pad_token_id = data.processor.pad_token_id or 0
+
+
+def _choose_padding_side(model: Attached, data: TaskData) -> None:
+    """Have texts padded where the backbone does not mistake padding for text; a task stores its tokenizer.
+
+    Warns:
+        DataWarning: if that is another side than the tokenizer's.
+    """
+    tokenizer = getattr(data.processor, "text", data.processor) if data.fields.text is not None else None
+    reader = model.parts[-1]
+    if tokenizer is None or reader.facts.left != "moved" or tokenizer.padding_side != "left":
+        return
+    tokenizer.padding_side = "right"
+    warnings.warn(
+        f"texts are padded on the right, and not on the left as {type(tokenizer).__name__} does: "
+        f"{type(reader.backbone).__name__} would read them otherwise in other batches",
+        DataWarning,
+        stacklevel=2,
+    )
 
 
 def _identity(model: Attached, data: TaskData, settings: TrainSettings) -> dict[str, Any]:
