@@ -321,8 +321,8 @@ class Fold:
         self, facts: StackFacts, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor
     ) -> tuple[int, int] | None:
         """Rows and columns of the tokens: those of the hidden state, or as the family says."""
-        if facts.layout in ("grid", "channels") and hidden.ndim == 4:
-            rows, columns = hidden.shape[1:3] if facts.layout == "grid" else hidden.shape[2:]
+        if hidden.ndim == 4:
+            rows, columns = hidden.shape[2:] if facts.layout == "channels" else hidden.shape[1:3]
             return rows, columns
         return self.grid(self.trunk, inputs, call, hidden)
 

@@ -462,27 +462,20 @@ class SideModel(nn.Module):
         """
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         mask = given.get("attention_mask")
-        if self.facts.left not in ("positions", "moved") or not isinstance(mask, Tensor) or mask.ndim != 2:
-            return kwargs
-        if self.facts.left == "moved":
-            self._check_padding_side(mask)
+        if self.facts.left in (None, "kept") or not isinstance(mask, Tensor) or mask.ndim != 2 or not _pads_left(mask):
             return kwargs
         ids = given.get("input_ids", given.get("inputs_embeds"))
-        if ids is None or given.get("position_ids") is not None or ids.shape[1] > mask.shape[1]:
-            return kwargs
-        padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
-        positions = (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)
-        return {**kwargs, "position_ids": positions[:, -ids.shape[1] :]}
-
-    def _check_padding_side(self, mask: Tensor) -> None:
-        if self.facts.padding is not True or mask.is_meta or isinstance(mask, FakeTensor):
-            return
-        if not torch.compiler.is_compiling() and bool((mask[:, 0] == 0).any()):
+        if self.facts.left == "moved" and self.facts.padding and not torch.compiler.is_compiling():
             raise ValueError(
                 f"a text is padded on the left, and {type(self.backbone).__name__} counts its positions from there, "
                 "so that a text would be read otherwise in other batches: pad on the right "
                 '(tokenizer.padding_side="right")'
             )
+        if self.facts.left == "moved" or ids is None or given.get("position_ids") is not None:
+            return kwargs
+        padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+        positions = (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)
+        return {**kwargs, "position_ids": positions[:, -ids.shape[1] :]}
 
     def _decoder_start(self) -> int:
         """The token that a decoder begins with."""
@@ -870,6 +863,13 @@ def _at_end(write: Site | None) -> bool:
 
 def _same_place(a: Site, b: Site) -> bool:
     return (a.kind, a.stack, a.index) == (b.kind, b.stack, b.index)
+
+
+def _pads_left(mask: Tensor) -> bool:
+    """Whether a text is padded on the left; a compiled pass counts as such, and a plan's batch does not."""
+    if mask.is_meta or isinstance(mask, FakeTensor):
+        return False
+    return torch.compiler.is_compiling() or bool((mask[:, 0] == 0).any())
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -187,7 +187,7 @@ class FourDimensional(TypedPrefix):
 
 def test_text_states_of_four_axes_are_refused_by_name() -> None:
     with pytest.raises(
-        ValueError, match=r"^FourDimensional cannot be folded over: .*blocks.0 .* shape \(3, 13, 4, 16\)"
+        ValueError, match=r"^FourDimensional cannot be folded over: .*blocks.0 .* shape \(4, 9, 4, 16\)"
     ):
         ss.attach(FourDimensional(PrefixConfig()), ss.ReadConfig(rank=2))
 

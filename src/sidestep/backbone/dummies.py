@@ -7,10 +7,10 @@ whoever calls tries them in turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,11 @@ from sidestep.backbone.trunk import positions
 from sidestep.pixels import image_shape
 
 Inputs = dict[str, Any]
+Side = Literal["left", "right"]
 
-ROWS = 2
+ROWS = 1
 """Of a batch of images or sounds."""
-SHORT, LONG = 13, 16
+SHORT, LONG = 9, 11
 """Tokens of a text, without padding and with it."""
 ORDINARY = 64
 """How many different tokens dummy texts are made of, at most."""
@@ -73,13 +74,15 @@ class Texts:
         other[position] = self.tokens[(here + 1) % len(self.tokens)]
         return other
 
-    def batch(self, rows: list[Tensor], *, left: bool = False, decoder: list[Tensor] | None = None) -> Inputs:
-        """Texts as one batch, padded on the right or on the left, with their mask."""
+    def batch(
+        self, rows: list[Tensor], sides: Sequence[Side] | None = None, *, decoder: list[Tensor] | None = None
+    ) -> Inputs:
+        """Texts as one batch with their mask, each padded on its side (None: all on the right)."""
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self.pad)
         mask = torch.zeros_like(ids)
-        for row, text in enumerate(rows):
-            place = slice(longest - len(text), None) if left else slice(len(text))
+        for row, (text, side) in enumerate(zip(rows, sides or ["right"] * len(rows), strict=True)):
+            place = slice(longest - len(text), None) if side == "left" else slice(len(text))
             ids[row, place], mask[row, place] = text, 1
         inputs = {self.ids: ids}
         if self.has_mask:
@@ -167,7 +170,7 @@ def _patches(image: Tensor, size: int) -> Inputs:
 def _images(trunk: Any, rows: int = ROWS) -> Iterator[Tensor]:
     """Images of a few patches, which not every model takes, and then of the size that the model was made for."""
     own = _image_shape(trunk)
-    channels = own[0] if own is not None else _field(getattr(trunk, "config", None), "num_channels") or 3
+    channels = own[0] if own is not None else _channels(trunk)
     patch = _patch(trunk)
     sizes = [(high * patch, wide * patch) for high, wide in _CELLS.values()]
     sizes = [size for size in sizes if own is None or size[0] * size[1] < own[1] * own[2]]
@@ -181,16 +184,23 @@ def _images(trunk: Any, rows: int = ROWS) -> Iterator[Tensor]:
 
 
 def _image_shape(trunk: Any) -> tuple[int, int, int] | None:
-    """Channels, rows and columns of a model's images, also where a part of its config says so."""
+    """Channels, rows and columns of a model's images, also where a part of it or of its config says so."""
     with suppress(AttributeError, KeyError, TypeError):
         if (said := image_shape(trunk)) is not None:
             return said
     config = getattr(trunk, "config", None)
-    side = _field(config, "image_size") or _field(config, "input_size")
+    own = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    side = _field(config, "image_size") or _field(config, "input_size") or own
     if side is None:
         return None
     rows, columns = (side, side) if isinstance(side, int) else side[-2:]
-    return _field(config, "num_channels") or 3, rows, columns
+    return _channels(trunk), rows, columns
+
+
+def _channels(trunk: nn.Module) -> int:
+    """Of images: what the first convolution takes."""
+    first = next((module for module in trunk.modules() if isinstance(module, nn.Conv2d)), None)
+    return _field(getattr(trunk, "config", None), "num_channels") or (3 if first is None else first.in_channels)
 
 
 def _patch(trunk: Any) -> int:

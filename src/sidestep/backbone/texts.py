@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from sidestep.backbone import dummies
 from sidestep.backbone.calls import argument_names, bound
-from sidestep.backbone.dummies import Inputs, Texts
+from sidestep.backbone.dummies import Inputs, Side, Texts
 from sidestep.backbone.facts import Added, Causal, Layout, Left, as_tokens, said_causal
 from sidestep.backbone.stack import Stack, read_stacks, unfit
 from sidestep.backbone.structure import Blocks
@@ -28,6 +28,8 @@ LATER_MOVES, LATER_MOVES_NARROW = 3e-5, 1e-3
 from zero on: where experts get batches of tokens, a later one moves earlier ones a little."""
 CLEARLY_MOVES = 5e-2
 """In 16 bits rounding may move as much as a weak attention. Below this share the table decides."""
+CHANGED = (-1, -2, 0)
+"""Which token is another one, row after row."""
 TYPES_MOVE = 1e-3
 PADDING_MOVES, PADDING_MOVES_NARROW = 1e-5, 5e-2
 """From which share of the hidden states' size a change by padding counts."""
@@ -37,8 +39,8 @@ PADDING_MOVES, PADDING_MOVES_NARROW = 1e-5, 5e-2
 class TextPass:
     """One watched pass of a text and of the same text with one other token.
 
-    Rows: the text; with another last token; with another first one. Where there is a decoder, two more, in which the
-    last and the first token of what the decoder reads are others.
+    Rows: the text; with another last token; another last but one; another first one. Where there is a decoder, three
+    more, in which those tokens of what the decoder reads are others.
 
     Attributes:
         model: the bare model.
@@ -58,24 +60,25 @@ class TextPass:
     @classmethod
     def of(cls, model: nn.Module, blocks: Sequence[Blocks], texts: Texts) -> TextPass:
         """Run it."""
-        text, target = texts.text(texts.short, seed=1), None
-        rows, decoder = [text, texts.changed(text, -1), texts.changed(text, 0)], None
-        if len(blocks) > 1:
-            target = texts.text(texts.short, seed=2)
-            rows += [text, text]
-            decoder = [target, target, target, texts.changed(target, -1), texts.changed(target, 0)]
+        text = texts.text(texts.short, seed=1)
+        target = texts.text(texts.short, seed=2) if len(blocks) > 1 else None
+        rows, decoder = [text, *(texts.changed(text, place) for place in CHANGED)], None
+        if target is not None:
+            decoder = [*[target] * len(rows), *(texts.changed(target, place) for place in CHANGED)]
+            rows += [text] * len(CHANGED)
         seen = watch(trunk_of(model), blocks, texts.batch(rows, decoder=decoder))
         return cls(model, blocks, texts, text, target, seen)
 
     @property
     def stacks(self) -> list[Stack]:
         """As they are in this pass."""
-        return read_stacks(self.model, self.blocks, self.seen, rows=3 if self.target is None else 5)
+        return read_stacks(self.model, self.blocks, self.seen, rows=1 + len(self.blocks) * len(CHANGED))
 
     def again(self, inputs: Inputs) -> list[Stack] | None:
-        """The stacks in a pass of two other rows; None if the model does not take these inputs."""
+        """The stacks in a pass of other rows; None if the model does not take these inputs."""
         seen = attempt(trunk_of(self.model), watch, trunk_of(self.model), self.blocks, inputs)
-        return None if seen is None else read_stacks(self.model, self.blocks, seen, rows=2)
+        rows = len(next(iter(inputs.values())))
+        return None if seen is None else read_stacks(self.model, self.blocks, seen, rows)
 
     def added(self) -> list[Added]:
         """Where the texts stand, in each stack."""
@@ -119,10 +122,12 @@ class TextPass:
 
     def _causal(self, number: int, stack: Stack, added: Added) -> Causal:
         states = stack.last[:, added.before : added.before + len(self.text)].float()
-        last, first = ((states[0] - states[_changed(number) + place]).abs().amax(-1) for place in (0, 1))
-        if not last.isfinite().all() or last[-1] == 0 or not first[1:].any():
+        # a last token may be alone in its block of a blockwise attention, and then the one before it ends another
+        last, before, first = ((states[0] - states[_changed(number) + n]).abs().amax(-1) for n in range(len(CHANGED)))
+        if not last.isfinite().all() or last[-1] == 0 or before[-2] == 0 or not first[1:].any():
             return said(self.model, stack)  # its tokens tell each other nothing here
-        share, wide = (last[:-1].max() / last[-1]).item(), stack.last.dtype in WIDE
+        share = max(last[:-1].max() / last[-1], before[:-2].max() / before[-2]).item()
+        wide = stack.last.dtype in WIDE
         if not wide and LATER_MOVES_NARROW < share < CLEARLY_MOVES:
             return said(self.model, stack)
         return "no" if share > (LATER_MOVES if wide else LATER_MOVES_NARROW) else "yes"
@@ -161,28 +166,39 @@ class TextPass:
         """What padding on the right and on the left does to kept tokens (see `Facts`)."""
         if not self.texts.has_mask or self.texts.long <= self.texts.short:
             return None, None
-        right, left = self._stays(added), self._stays(added, left=True)
-        if left is not False:
-            return right, None if left is None else "kept"
+        both = self._stay(added, ["right", "left"]) or self._stay(added, ["right"])
+        if both is None:
+            return None, None
+        right, *left = both
+        if not left or left[0]:
+            return right, "kept" if left else None
         if "position_ids" in self.texts.names:
             ids = torch.arange(self.texts.long, device=self.texts.device).repeat(2, 1)
             ids[0] = (ids[0] - (self.texts.long - self.texts.short)).clamp(min=0)
-            if self._stays(added, left=True, position_ids=ids):
+            if self._stay(added, ["left"], position_ids=ids) == [True]:
                 return right, "positions"
         return right, "moved"
 
-    def _stays(self, added: Sequence[Added], *, left: bool = False, **more: Tensor) -> bool | None:
-        """Whether a text's states stay as they are beside a longer one; None if the model takes no such batch."""
-        texts, length = self.texts, len(self.text)
-        decoder = None if self.target is None else [self.target] * 2
-        batch = texts.batch([self.text, texts.text(texts.long, seed=3)], left=left, decoder=decoder)
-        padded = self.again({**batch, **more})
+    def _stay(self, added: Sequence[Added], sides: Sequence[Side], **more: Tensor) -> list[bool] | None:
+        """Whether a text's states stay as they are when it is padded on each of these sides, beside a longer text.
+
+        None if the model takes no such batch.
+        """
+        texts = self.texts
+        rows, decoder = [self.text] * len(sides), None if self.target is None else [self.target] * (len(sides) + 1)
+        inputs = texts.batch([*rows, texts.text(texts.long, seed=3)], [*sides, "right"], decoder=decoder)
+        padded = self.again({**inputs, **more})
         if padded is None:
             return None
+        return [self._stays(padded, row, side, added) for row, side in enumerate(sides)]
+
+    def _stays(self, padded: Sequence[Stack], row: int, side: Side, added: Sequence[Added]) -> bool:
+        """Whether the text in this row of a padded batch has the states that it has alone, in every stack."""
+        length, shift = len(self.text), self.texts.long - self.texts.short if side == "left" else 0
         for number, (alone, other, place) in enumerate(zip(self.stacks, padded, added, strict=True)):
-            start = place.before + (texts.long - texts.short if left and number == 0 else 0)
+            start = place.before + (shift if number == 0 else 0)
             own = alone.last[0, place.before : place.before + length]
-            if not close(own, other.last[0, start : start + length]):
+            if not close(own, other.last[row, start : start + length]):
                 return False
         return True
 
@@ -208,8 +224,8 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def _changed(number: int) -> int:
-    """The row in which the last token of a stack's text is another one; in the next the first is."""
-    return 1 + 2 * number
+    """The first row in which a token of a stack's text is another one: the last."""
+    return 1 + len(CHANGED) * number
 
 
 def _moves_before(one: Tensor, other: Tensor, position: int) -> bool:
