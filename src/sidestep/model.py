@@ -411,8 +411,8 @@ class SideModel(nn.Module):
 
     def _check_rows(self, logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise unless the head gave one row for each row of the batch."""
-        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), logits)
-        if logits.shape[0] != given.shape[0]:
+        given = args[0] if args else kwargs.get(self.main_input_name, kwargs.get("inputs_embeds"))
+        if isinstance(given, Tensor) and logits.shape[0] != given.shape[0]:
             raise FoldError(
                 f"the head gave {logits.shape[0]} rows for a batch of {given.shape[0]}: the hidden states of "
                 f"{type(self.backbone).__name__} do not have the batch as their first axis in this pass, or it puts "

@@ -53,6 +53,13 @@ def test_causality_is_what_the_model_does(name: str) -> None:
     assert (pool == "last") == (CAUSAL_OF[name] == "yes")
 
 
+@pytest.mark.parametrize("name", CAUSAL_OF)
+def test_causality_is_seen_in_16_bits_too(name: str) -> None:
+    facts = facts_of(made(name).bfloat16())
+    assert facts.source == "traced"
+    assert facts.head.causal == CAUSAL_OF[name]
+
+
 @pytest.mark.parametrize("name", [name for name, causal in CAUSAL_OF.items() if causal == "yes"])
 def test_a_method_that_mixes_tokens_reads_none_that_its_backbone_does_not(name: str) -> None:
     model = ss.attach(made(name), ss.LSTConfig(reduction=4), head=ss.Classify(num_labels=2, pool="cls")).eval()

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 
 from sidestep.backbone.quantised import is_quantised
 
@@ -77,7 +75,8 @@ def has_values(model: nn.Module) -> bool:
     Not on the meta device, sharded, dispatched by accelerate, quantised, or of fake tensors.
     """
     tensors = (*model.parameters(), *model.buffers())
-    if any(tensor.is_meta or isinstance(tensor, FakeTensor | DTensor) for tensor in tensors):
+    # by name, because torch may be built without what shards
+    if any(tensor.is_meta or type(tensor).__name__ in ("FakeTensor", "DTensor") for tensor in tensors):
         return False
     return not any("_hf_hook" in vars(module) or is_quantised(module) for module in model.modules())
 

@@ -17,11 +17,13 @@ from sidestep.backbone.facts import Added, Causal, Facts, StackFacts, said_causa
 from sidestep.backbone.fakes import has_values, hollow
 from sidestep.backbone.stack import Stack, read_stacks, unfit
 from sidestep.backbone.structure import Blocks, convolves, find_blocks, likely_norm, likely_widths
-from sidestep.backbone.texts import TextPass, close, said
+from sidestep.backbone.texts import TextPass, apart, said
 from sidestep.backbone.trunk import trunk_of
 from sidestep.backbone.untouched import undisturbed
 from sidestep.backbone.watch import Seen, attempt, watch
 
+MASK_MOVES = 1e-3
+"""From which share of a token's state a mask of sounds matters."""
 KEPT_ON = "_sidestep_facts"
 """Attribute of a trunk that holds its facts, and what they depend on besides."""
 
@@ -110,7 +112,7 @@ def _check_sound_mask(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, st
     shorter = mask.clone()
     shorter[0, mask.shape[1] // 2 :] = 0
     other = attempt(trunk, watch, trunk, blocks, {**seen.inputs, "attention_mask": shorter})
-    if other is None or not close(read_stacks(model, blocks, other, dummies.ROWS)[0].last, stacks[0].last):
+    if other is None or apart(read_stacks(model, blocks, other, dummies.ROWS)[0].last, stacks[0].last) > MASK_MOVES:
         raise unfit(
             stacks[0].owner,
             f"its mask has {mask.shape[1]} positions, and its {stacks[0].blocks.name} makes {first.shape[1]} tokens of "
