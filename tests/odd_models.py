@@ -26,6 +26,16 @@ LED = t.LEDConfig(**PAIR, attention_window=8, max_encoder_position_embeddings=64
 PEGASUS_X = t.PegasusXConfig(**PAIR, block_size=8, num_global_tokens=4, max_position_embeddings=64)
 BIG_BIRD = t.BigBirdConfig(**TEXT, block_size=4, num_random_blocks=1, attention_type="block_sparse")
 
+RECURRENT_GEMMA = t.RecurrentGemmaConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=96,
+    lru_width=16,
+    attention_window_size=64,
+)
+
 #: Models of kinds that flags and names were wrong about.
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mpt": lambda: t.MptModel(t.MptConfig(d_model=16, n_heads=2, n_layers=3, vocab_size=VOCABULARY, max_seq_len=64)),
@@ -47,6 +57,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "clip text": lambda: t.CLIPTextModel(t.CLIPTextConfig(**TEXT, max_position_embeddings=32, eos_token_id=39)),
     "opt": lambda: t.OPTModel(t.OPTConfig(**TEXT, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=64)),
     "blenderbot": lambda: t.BlenderbotSmallModel(t.BlenderbotSmallConfig(**PAIR, max_position_embeddings=64)),
+    "recurrent gemma": lambda: t.RecurrentGemmaModel(RECURRENT_GEMMA),
     "gpt2": lambda: t.GPT2Model(t.GPT2Config(**GPT2)),
 }
 

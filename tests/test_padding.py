@@ -26,7 +26,7 @@ SIDE: dict[str, Any] = {
     "unipt": ss.UniPTConfig(reduction=2),
     "sherl": ss.SherlConfig(reduction=4),
 }
-#: RWKV reads no mask, CLIP's text tower has its own end token, FSMT's decoder gives words, which no head of Sidestep reads.
+#: RWKV reads no mask, CLIP's text tower has its own end token, FSMT's decoder gives words, which no head reads.
 #: UniPT takes bidirectional stacks alone.
 BOTH_WAYS = ("llama, both ways", "xlnet", "longformer", "big bird", "bert")
 PADDED = [

@@ -191,7 +191,7 @@ class Fold:
         if site.kind == "norm":
             handles = [module.register_forward_hook(AtNorm(self, site, order))]
             if self.mean_first and site.head:
-                handles.append(module.register_forward_pre_hook(BeforeNorm(self, site)))
+                handles.append(module.register_forward_pre_hook(BeforeNorm(self, site, order)))
             return handles
         handles = [module.register_forward_hook(AtBlock(self, site, order, names), with_kwargs=True)]
         cross_attends = len(self.lengths) > 1 and site.stack == "decoder"
@@ -253,12 +253,20 @@ class Fold:
         passed = self.current or self.finished
         if self.checked or training or passed is None or passed.output is None:
             return  # in training, the trunk's own dropout may stand between the two
-        self.checked = True
-        ours = as_tokens(passed.output, self.facts.head.layout)
-        given = as_tokens(given, self.facts.head.layout) if given.shape != ours.shape else given
+        self.checked, layout = True, self.facts.head.layout
+        if not self.facts.head.ends or given.ndim != passed.output.ndim:
+            return  # what follows was seen, and no head of Sidestep reads this
+        ours = passed.output
+        if given.shape != ours.shape:
+            ours, given = as_tokens(ours, layout), as_tokens(given, "tokens")
         if ours is given or isinstance(given, FakeTensor) or ours.shape != given.shape or torch.equal(ours, given):
             return
         raise FoldError(_wrong_norm(self.last_stack, "the trunk's last hidden state is not what came out of it"))
+
+    def is_turn(self, site: Site, order: int) -> bool:
+        """Whether a norm is called as the end of its stack: a model may use the same one before its blocks too."""
+        current = self.current
+        return current is not None and (current.stack, current.visited) == (site.stack, order)
 
     def visit(self, site: Site, order: int) -> Pass:
         """Count a site, starting its stack at the first.
@@ -273,8 +281,6 @@ class Fold:
             current.stack, current.visited = site.stack, 0
             current.state = self.method.start(site, current.carried)
         if current.stack != site.stack or current.visited != order:
-            if site.kind == "norm":
-                raise FoldError(_wrong_norm(site.stack, "it ran before the last block"))
             raise FoldError(
                 f"block {site.index} of the {site.stack} ran out of turn (site {order}, expected {current.visited}):"
                 " blocks that run twice (shared layers) or are skipped (layer drop) cannot be folded over"
@@ -304,10 +310,11 @@ class Fold:
             self.current.grid = self._grid_at(facts, inputs, call, hidden)
         grid, past, cache = self.current.grid, self.current.past, self.current.cache
         mask = inputs.get("decoder_attention_mask" if decoding else "attention_mask") if grid is None else None
-        if mask is not None and facts.added is not None and (self.pools or not self.method.tokenwise):
+        matters = self.pools or not self.method.tokenwise
+        if mask is not None and facts.added is not None and matters:
             self._check_mask(mask)
-        text = self._text_tokens(decoding)
-        keep = kept_tokens(mask, states, tokens, text, facts.added, past if self.current.cached else None)
+        text, open_ended = self._text_tokens(decoding), self.current.cached or not matters
+        keep = kept_tokens(mask, states, tokens, text, facts.added, past if open_ended else None)
         return site.during(
             keep=keep,
             key_keep=keep if cache is None else kept_tokens(mask, states, past + tokens, None, facts.added, 0),
@@ -607,10 +614,11 @@ class BeforeNorm(Hook):
     """Before the final norm, where the head reads the mean of what goes in: the tokens pass without their gradient."""
 
     site: Site
+    order: int
 
     def __call__(self, module: nn.Module, args: Any) -> Any:
         current = self.fold.current
-        if not self.fold.running or current is None:
+        if not self.fold.running or current is None or not self.fold.is_turn(self.site, self.order):
             return None
         raw = args[0]
         tokens = self.fold.as_tokens(raw, self.site)
@@ -626,7 +634,7 @@ class AtNorm(Hook):
     order: int
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not self.fold.running:
+        if not self.fold.running or not self.fold.is_turn(self.site, self.order):
             return None
         fold, raw = self.fold, args[0]
         current = fold.visit(self.site, self.order)
@@ -673,7 +681,10 @@ def _wrong_norm(stack: str, why: str) -> str:
 
 def _with_element(output: Any, element: int, hidden: Tensor) -> Any:
     """A block's output with another hidden state."""
-    return (*output[:element], hidden, *output[element + 1 :]) if isinstance(output, tuple) else hidden
+    if not isinstance(output, tuple):
+        return hidden
+    parts = (*output[:element], hidden, *output[element + 1 :])
+    return output._make(parts) if hasattr(output, "_make") else parts
 
 
 def _counts(cache: Any) -> bool:

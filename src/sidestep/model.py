@@ -563,7 +563,7 @@ class SideModel(nn.Module):
     @property
     def caches(self) -> bool:
         """Whether text is generated with a cache as it is without."""
-        return self.side.tokenwise or (self.side.caches and set(self.facts.caches) <= {KEY_VALUES})
+        return self.side.tokenwise or (self.side.caches and self.facts.caches == (KEY_VALUES,))
 
     @property
     def main_input_name(self) -> str:

@@ -23,7 +23,7 @@ def kept_tokens(
         tokens: of the stack.
         text: of its text; None: as many as the mask has.
         added: where the text stands among the stack's tokens; None: masks do not apply.
-        past: tokens in the cache; None: there is no cache.
+        past: tokens in the cache; None: there is no cache, so that the mask may not have more columns than tokens.
 
     Raises:
         ValueError: if the mask has more columns than there are tokens.

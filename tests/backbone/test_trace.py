@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sidestep as ss
 from architectures import ARCHITECTURES, CAUSAL, TEXT, VOCABULARY
-from odd_models import MODELS, made, texts
+from odd_models import MODELS, RECURRENT_GEMMA, made, texts
 from prefix_lm import PicturePrefix, PrefixConfig, TypedPrefix
 from sidestep.backbone import facts_of, find_places, said_causal, without_values
 from sidestep.backbone.facts import Added, Facts
@@ -352,6 +352,7 @@ def language_model(name: str) -> Any:
     return {
         "mamba": lambda: t.MambaForCausalLM(t.MambaConfig(**sizes, state_size=4)),
         "rwkv": lambda: t.RwkvForCausalLM(t.RwkvConfig(**sizes)),
+        "recurrent gemma": lambda: t.RecurrentGemmaForCausalLM(RECURRENT_GEMMA),
     }[name]().eval()
 
 
@@ -375,8 +376,16 @@ def test_a_memory_under_another_name_is_no_cache_for_a_method_that_mixes_tokens(
             assert model(input_ids=written[:, :end], use_cache=False).logits[0, -1].argmax() == written[0, end]
 
 
-def test_a_tokenwise_method_goes_on_from_any_memory() -> None:
-    model = ss.attach(language_model("mamba"), ss.ReadConfig(rank=4)).eval()
+def test_a_memory_inside_of_the_modules_is_no_cache_either() -> None:
+    model = ss.attach(language_model("recurrent gemma"), ss.LSTConfig(reduction=4)).eval()
+    assert model.facts.caches == ()
+    with pytest.raises(ValueError, match=r"lst mixes tokens, so a cache .* pass use_cache=False"):
+        model.generate(texts(rows=1), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["mamba", "recurrent gemma"])
+def test_a_tokenwise_method_goes_on_from_any_memory(name: str) -> None:
+    model = ss.attach(language_model(name), ss.ReadConfig(rank=4)).eval()
     randomize(model)
     how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     ids = texts(rows=2)
@@ -399,3 +408,66 @@ def test_facts_are_plain_data() -> None:
     facts = facts_of(made("gpt2"))
     assert isinstance(facts, Facts)
     assert pickle.loads(pickle.dumps(facts)) == copy.deepcopy(facts) == facts
+
+
+# --- blocks that a fold could follow, and no gradient could ----------------------------------------------------------
+
+
+class Own(torch.autograd.Function):
+    """Marks what it gives as having a gradient, though nothing that it is given has one."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> Any:
+        return gradient[0]
+
+
+class Graded(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.block, self.weight = nn.LayerNorm(16), block, nn.Parameter(torch.ones(16))
+
+    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        return Own.apply(self.block(hidden, seen) * self.weight.detach().requires_grad_())
+
+
+class Reversible(TypedPrefix):
+    """Its blocks run without autograd, as those of Reformer do."""
+
+    def run(self, *given: Any) -> Any:
+        with torch.no_grad():
+            return super().run(*given)
+
+
+def test_blocks_that_make_a_gradient_of_their_own_are_refused() -> None:
+    model = TypedPrefix(PrefixConfig()).eval()
+    model.blocks = nn.ModuleList(Graded(block) for block in model.blocks)
+    with pytest.raises(ValueError, match=r"its block blocks\.0 has a gradient, though the whole model is frozen"):
+        ss.attach(model, ss.ReadConfig(rank=2))
+
+
+def test_blocks_that_run_without_autograd_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"its block blocks\.0 runs without autograd"):
+        ss.attach(Reversible(PrefixConfig()).eval(), ss.ReadConfig(rank=2))
+
+
+def test_embeddings_that_require_a_gradient_leave_a_weight_delta_alone() -> None:
+    """PEFT's preparation for LoRA asks for that; a side network refuses it in its first pass."""
+    model = made("gpt2")
+    model.enable_input_require_grads()
+    attached = ss.attach(model, ss.BitFitConfig(), head=ss.Classify(num_labels=2)).train()
+    attached(input_ids=texts(), labels=torch.tensor([0, 1])).loss.backward()
+
+
+def test_a_norm_that_runs_before_the_blocks_too_ends_the_stack() -> None:
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in CAUSAL.items() if name != "head_dim"}
+    model = t.NanoChatForCausalLM(t.NanoChatConfig(**sizes)).eval()
+    assert facts_of(model).head.norm == "norm"
+    attached = ss.attach(model, ss.ProbeConfig(), head=ss.Classify(num_labels=2)).eval()
+    with torch.no_grad():
+        out, reading = attached.fold.run(attached.trunk, input_ids=texts())
+    assert torch.equal(reading.hidden, out.last_hidden_state)

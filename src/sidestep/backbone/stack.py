@@ -71,6 +71,13 @@ class Stack:
             for hidden in (call.given, _element(call.output, element)):
                 if not isinstance(hidden, Tensor):
                     raise unfit(owner, f"its block {call.name} takes or gives {_what(hidden)}, no hidden state")
+                # embeddings that were made to require one (enable_input_require_grads) are for the fold to judge
+                if hidden.requires_grad and not calls[0].given.requires_grad:
+                    raise unfit(owner, f"its block {call.name} has a gradient, though the whole model is frozen")
+                if not call.grad:
+                    raise unfit(
+                        owner, f"its block {call.name} runs without autograd, so nothing beside it can be trained"
+                    )
                 layouts.add(_layout(owner, call.name, hidden, rows, sides))
         if len(layouts) > 1:
             raise unfit(owner, f"its blocks hand on hidden states of several layouts ({', '.join(sorted(layouts))})")
@@ -96,7 +103,8 @@ class Stack:
     def ending(self, added: Added | None, tokens: int) -> tuple[str | None, bool]:
         """The final norm's name, if there is one, and whether the stack's own output is what came out of that place.
 
-        The norm is what the last block's output goes into, and what the stack's own output comes out of.
+        The norm is what the last block's output goes into, and what the stack's own output comes out of. A model may
+        mix that output with earlier ones before it is normed. Then it is the norm that its own output comes out of.
         """
         states = _views(_element(self.calls[-1].output, self.element), self.layout, added, tokens)
         outputs = [] if self.output is None else _views(self.output, self.layout, None, tokens)
@@ -105,9 +113,9 @@ class Stack:
         if self.output is not None and self.output.ndim == 4 and states[-1].ndim == 3:
             outputs = []  # maps that something behind makes of the tokens
         behind = self.seen.calls[1 + self.seen.calls.index(self.calls[-1]) :]
-        for call in behind:
-            if not (self._is_norm(call) and _meet(states, [call.given])):
-                continue
+        norms = [call for call in behind if self._is_norm(call)]
+        fed = [call for call in norms if _meet(states, [call.given])]
+        for call in fed if not outputs else (*fed, *norms):
             if not outputs or _meet(_views(call.output, self.layout, added, tokens), outputs):
                 return call.name, True
         return None, not outputs
@@ -117,8 +125,12 @@ class Stack:
         inside = call.name.removeprefix(f"{root}.")
         if root and inside == call.name:
             return False
-        plain = isinstance(call.given, Tensor) and isinstance(call.output, Tensor)
-        return plain and is_norm(module.get_submodule(inside)) and call.given.shape == call.output.shape
+        if not (isinstance(call.given, Tensor) and isinstance(call.output, Tensor)):
+            return False
+        axes = _element(self.calls[-1].output, self.element).ndim  # else it norms what was pooled
+        return (
+            is_norm(module.get_submodule(inside)) and call.given.shape == call.output.shape and call.output.ndim == axes
+        )
 
 
 def _in_order(owner: str, blocks: Blocks, seen: Seen) -> list[Call]:

@@ -162,7 +162,7 @@ class TextPass:
             return last > 0 and _moves_before(stacks[0].last[0], other.last[0], last)
         return False
 
-    # --- padding, and what is remembered ----------------------------------------------------------------------------
+    # --- padding ----------------------------------------------------------------------------
 
     def padding(self, added: Sequence[Added]) -> tuple[bool | None, Left | None]:
         """What padding on the right and on the left does to kept tokens (see `Facts`)."""
@@ -207,13 +207,13 @@ class TextPass:
             found.append(apart(own, other.last[row, start : start + length]))
         return max(found)
 
-    def caches(self) -> tuple[str, ...]:
-        """What the model may return under a name that it takes again: its memory of the tokens so far."""
-        output = self.seen.output
-        if not isinstance(output, ModelOutput):
-            return ()
-        names = [field.name for field in fields(output) if not field.name.endswith("hidden_states")]
-        return tuple(name for name in names if name in self.texts.names)
+
+def caches(trunk: nn.Module, output: Any) -> tuple[str, ...]:
+    """What a model may return under a name that it takes again: its memory of the tokens so far."""
+    if not isinstance(output, ModelOutput):
+        return ()
+    names = [field.name for field in fields(output) if not field.name.endswith("hidden_states")]
+    return tuple(name for name in names if name in argument_names(trunk))
 
 
 def said(model: nn.Module, stack: Stack) -> Causal:

@@ -12,12 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sidestep.backbone import dummies
+from sidestep.backbone.calls import argument_names
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.facts import Added, Causal, Facts, StackFacts, said_causal
 from sidestep.backbone.fakes import has_values, hollow
 from sidestep.backbone.stack import Stack, read_stacks, unfit
 from sidestep.backbone.structure import Blocks, convolves, find_blocks, likely_norm, likely_widths
-from sidestep.backbone.texts import TextPass, apart, said
+from sidestep.backbone.texts import TextPass, apart, caches, said
 from sidestep.backbone.trunk import trunk_of
 from sidestep.backbone.untouched import undisturbed
 from sidestep.backbone.watch import Seen, attempt, watch
@@ -73,7 +74,8 @@ def _of_texts(passed: TextPass) -> Facts:
     added = passed.added()
     stacks = _named(passed.stacks, passed.causal(added), added, len(passed.text))
     padding, left = passed.padding(added)
-    return Facts(source="traced", stacks=stacks, padding=padding, left=left, caches=passed.caches())
+    names = caches(trunk_of(passed.model), passed.seen.output)
+    return Facts(source="traced", stacks=stacks, padding=padding, left=left, caches=names)
 
 
 def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
@@ -81,7 +83,8 @@ def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
     stacks = read_stacks(model, blocks, seen, dummies.ROWS)
     _check_sound_mask(model, blocks, seen, stacks)
     causal = [said(model, stack) for stack in stacks]
-    return Facts(source="traced", stacks=_named(stacks, causal, [None] * len(stacks), 0))
+    named = _named(stacks, causal, [None] * len(stacks), 0)
+    return Facts(source="traced", stacks=named, caches=caches(trunk_of(model), seen.output))
 
 
 def _named(
@@ -112,7 +115,9 @@ def _check_sound_mask(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, st
     shorter = mask.clone()
     shorter[0, mask.shape[1] // 2 :] = 0
     other = attempt(trunk, watch, trunk, blocks, {**seen.inputs, "attention_mask": shorter})
-    if other is None or apart(read_stacks(model, blocks, other, dummies.ROWS)[0].last, stacks[0].last) > MASK_MOVES:
+    if other is None:
+        return  # its mask is none of samples or frames
+    if apart(read_stacks(model, blocks, other, dummies.ROWS)[0].last, stacks[0].last) > MASK_MOVES:
         raise unfit(
             stacks[0].owner,
             f"its mask has {mask.shape[1]} positions, and its {stacks[0].blocks.name} makes {first.shape[1]} tokens of "
@@ -132,7 +137,8 @@ def _shapes(model: nn.Module, blocks: Sequence[Blocks]) -> Facts | None:
             return None
         for inputs, rows in _fake_inputs(copied, model, len(blocks)):
             if (seen := attempt(copied, watch, copied, blocks, inputs)) is not None:
-                return Facts(source="shapes", stacks=_of_shapes(model, blocks, read_stacks(model, blocks, seen, rows)))
+                stacks = _of_shapes(model, blocks, read_stacks(model, blocks, seen, rows))
+                return Facts(source="shapes", stacks=stacks, caches=caches(copied, seen.output))
     return None
 
 
@@ -172,4 +178,5 @@ def _guessed(model: nn.Module, blocks: Sequence[Blocks]) -> Facts:
             norm=likely_norm(stack),
             added=Added(),
         )
-    return Facts(source="guessed", stacks=found)
+    taken = ("past_key_values",) if "past_key_values" in argument_names(trunk_of(model)) else ()
+    return Facts(source="guessed", stacks=found, caches=taken)

@@ -19,29 +19,35 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a model inside of this, in eval mode: it is left as it was.
+    """Run a model inside of this, in eval mode and frozen: it is left as it was.
 
-    Modules that replace each other while they run (BigBird's attention on short texts), modes, attributes, hooks and
-    the config are as before; so is what `undisturbed` names.
+    Modules that replace each other while they run (BigBird's attention on short texts), modes, attributes, hooks,
+    gradient flags and the config are as before; so is what `undisturbed` names.
     """
-    before = Snapshot(model)
+    before, trained = Snapshot(model), [parameter for parameter in model.parameters() if parameter.requires_grad]
     with undisturbed(device_of(model)):
         try:
             model.eval()
+            for parameter in trained:
+                parameter.requires_grad_(False)
             yield
         finally:
             before.restore()
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Compute inside of this without gradients and autocast, whatever the caller has set; random numbers go on after it
-    as if nobody had drawn any.
+    """Compute inside of this without autocast and under autograd, whatever the caller has set.
+
+    Random numbers go on after it as if nobody had drawn any. Autograd is on, because a part that makes a gradient of
+    its own has to show it.
     """
     with ExitStack() as stack:
         stack.enter_context(_random_numbers(device))
         stack.enter_context(torch.inference_mode(False))  # caches made under it could not be used in training
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         # of inputs that a model makes for itself: the caller may be planning on the meta device
         stack.enter_context(torch.device(device))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,12 +30,14 @@ class Call:
         given: its first argument.
         arguments: all of them, by name.
         output: what it gave.
+        grad: whether autograd was on.
     """
 
     name: str
     given: Any
     arguments: dict[str, Any]
     output: Any
+    grad: bool
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def _note(module: nn.Module, name: str, calls: list[Call]) -> Any:
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         arguments = bound(names, args, kwargs)
         given = arguments.get(names[0]) if names else next(iter(args), None)
-        calls.append(Call(name, given, arguments, output))
+        calls.append(Call(name, given, arguments, output, torch.is_grad_enabled()))
 
     return module.register_forward_hook(note, with_kwargs=True)
 
