@@ -467,7 +467,7 @@ def test_a_norm_that_runs_before_the_blocks_too_ends_the_stack() -> None:
     sizes = {name: value for name, value in CAUSAL.items() if name != "head_dim"}
     model = t.NanoChatForCausalLM(t.NanoChatConfig(**sizes)).eval()
     assert facts_of(model).head.norm == "norm"
-    attached = ss.attach(model, ss.ProbeConfig(), head=ss.Classify(num_labels=2)).eval()
+    attached = ss.attach(model, ss.ProbeConfig(), head=ss.Classify(num_labels=2, pool="mean")).eval()
     with torch.no_grad():
         out, reading = attached.fold.run(attached.trunk, input_ids=texts())
     assert torch.equal(reading.hidden, out.last_hidden_state)
