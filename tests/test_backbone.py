@@ -331,6 +331,18 @@ def test_a_timm_models_head_does_not_change_the_digest() -> None:
     assert digest(move(with_head, "blocks.0.mlp.fc1.bias")) != digest(headless)
 
 
+def test_both_heads_of_a_distilled_model_are_left_out_of_the_digest() -> None:
+    def build(classes: int) -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": classes}
+        return timm.create_model("deit_tiny_distilled_patch16_224", **sizes)
+
+    one, other = build(3), build(5)
+    other.load_state_dict({n: v for n, v in one.state_dict().items() if not n.startswith("head")}, strict=False)
+    assert digest(one) == digest(other)
+    assert digest(move(other, "blocks.0.mlp.fc1.bias")) != digest(one)
+
+
 def test_a_network_of_convolutions_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"the blocks of ConvNeXt are convolutions \(ConvNeXtBlock\).*it takes ResNets"

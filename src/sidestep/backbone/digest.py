@@ -91,9 +91,11 @@ def head_tensors(trunk: Any) -> set[int]:
         head = trunk.get_classifier() if hasattr(trunk, "get_classifier") else None
     if head is None:
         return set()
-    outside = [module for module in trunk.modules() if module not in set(head.modules())]
+    # timm's distilled models have two
+    inside = {part for one in (head if isinstance(head, tuple) else (head,)) for part in one.modules()}
+    outside = [module for module in trunk.modules() if module not in inside]
     shared = {id(p) for module in outside for p in module.parameters(recurse=False)}
-    return {id(p) for p in head.parameters()} - shared
+    return {id(p) for module in inside for p in module.parameters(recurse=False)} - shared
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
