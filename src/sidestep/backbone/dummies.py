@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -30,8 +31,10 @@ SHORT, LONG = 9, 11
 ORDINARY = 64
 """How many different tokens dummy texts are made of, at most."""
 _SPECIAL = re.compile(r".*(token|pad|bos|eos|cls|sep|mask)_(id|ids|index)")
-_CELLS = {"small": (3, 5), "twice": (6, 10)}
+_CELLS = ((3, 5), (6, 10))
 """Patches along both sides of images that are smaller than those a model was made for."""
+_BINS = ("num_mel_bins", "feature_size", "input_feat_per_channel", "mel_bins")
+"""What configs call the channels of a spectrogram."""
 
 
 @dataclass(frozen=True)
@@ -172,12 +175,9 @@ def _images(trunk: Any, rows: int = ROWS) -> Iterator[Tensor]:
     own = _image_shape(trunk)
     channels = own[0] if own is not None else _channels(trunk)
     patch = _patch(trunk)
-    sizes = [(high * patch, wide * patch) for high, wide in _CELLS.values()]
-    sizes = [size for size in sizes if own is None or size[0] * size[1] < own[1] * own[2]]
-    if own is not None:
-        sizes.append(own[1:])
-    else:
-        sizes.append((224, 224))
+    rows_columns = (224, 224) if own is None else own[1:]
+    small = [(high * patch, wide * patch) for high, wide in _CELLS]
+    sizes = [*(size for size in small if own is None or prod(size) < prod(rows_columns)), rows_columns]
     draw = torch.Generator().manual_seed(0)
     for high, wide in sizes:
         yield torch.randn(rows, channels, high, wide, generator=draw).to(_precision(trunk))
@@ -231,9 +231,6 @@ def _sounds(trunk: Any, rows: int) -> Iterator[tuple[str, Tensor]]:
     yield "input_features", noise(160, 2 * bins)
 
 
-_BINS = ("num_mel_bins", "feature_size", "input_feat_per_channel", "mel_bins")
-
-
 def ordinary_tokens(trunk: Any) -> tuple[Tensor, int]:
     """Ids of tokens that stand for words, and the id of padding."""
     config = trunk.config.get_text_config()
@@ -250,9 +247,8 @@ def _vocabulary(trunk: Any, config: Any) -> int:
         table = trunk.get_input_embeddings()
     except (NotImplementedError, AttributeError):
         table = None
-    rows = table.num_embeddings if isinstance(table, nn.Embedding) else 0
-    said = getattr(config, "vocab_size", None)
-    return min(number for number in (rows, said, 32) if number) if not (rows and said) else min(rows, said)
+    rows = table.num_embeddings if isinstance(table, nn.Embedding) else None
+    return min(filter(None, (rows, getattr(config, "vocab_size", None))), default=32)
 
 
 def _ids(config: PreTrainedConfig) -> Iterator[int]:

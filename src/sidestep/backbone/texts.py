@@ -30,6 +30,7 @@ table decides, because rounding may move as much as a weak attention."""
 CHANGED = (-1, -2, 0)
 """Which token is another one, row after row."""
 TYPES_MOVE = 1e-3
+"""From which share of a token's own change a change of those before it counts, where types may tell what is seen."""
 PADDING_MOVES = {True: 1e-5, False: 5e-2}
 """From which share of a token's state a change by padding counts, in float32 and in 16 bits."""
 SHIFT_MOVES = {True: 1e-3, False: 0.3}
@@ -237,8 +238,8 @@ def _changed(number: int) -> int:
 
 def _moves_before(one: Tensor, other: Tensor, position: int) -> bool:
     """Whether tokens (tokens, width) before a position differ too, where that one was changed."""
-    apart = (one.float() - other.float()).abs().amax(-1)
-    return bool(apart[:position].max() > TYPES_MOVE * apart[position])
+    moved = (one.float() - other.float()).abs().amax(-1)
+    return bool(moved[:position].max() > TYPES_MOVE * moved[position])
 
 
 @contextmanager
