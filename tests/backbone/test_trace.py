@@ -146,6 +146,20 @@ def test_said_causality_follows_the_config() -> None:
     assert said_causal(t.BertLMHeadModel(t.BertConfig(**TEXT, is_decoder=True)))
 
 
+def test_an_encoder_of_sounds_is_none_of_the_decoder_that_shares_its_config() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    config = t.WhisperConfig(**sizes, num_mel_bins=8, max_source_positions=16, decoder_layers=1)
+    model = t.WhisperForAudioClassification(config).eval()
+    facts = facts_of(model)
+    assert (facts.source, list(facts.stacks), facts.head.causal) == ("traced", ["encoder"], "no")
+    with torch.no_grad():
+        sound = torch.randn(1, 8, 32)
+        other = sound.clone()
+        other[..., -4:] *= -1
+        one, two = (model.encoder(x).last_hidden_state[:, :-4] for x in (sound, other))
+    assert (one - two).abs().max() > 0  # exactly zero behind a causal mask
+
+
 # --- axes -------------------------------------------------------------------------------------------------------------
 
 

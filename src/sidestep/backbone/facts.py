@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from sidestep.backbone.calls import argument_names
 from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
 from sidestep.families import family_of
 
@@ -104,9 +105,11 @@ def said_causal(model: nn.Module) -> bool:
     if (told := family_of(model).causal) is not None:
         return told
     kind = getattr(config, "model_type", None)
-    # BERT-type models have a class for either: they are decoders if their config says so
-    both = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return bool(getattr(config, "is_decoder", False)) if both else kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        # BERT-type models have a class for either: they are decoders if their config says so
+        return bool(getattr(config, "is_decoder", False))
+    # Whisper has such a class too, and its encoder reads sounds
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "input_ids" in argument_names(trunk_of(model))
 
 
 def as_tokens(hidden: Tensor, layout: Layout) -> Tensor:
