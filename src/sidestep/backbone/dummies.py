@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sidestep.backbone.calls import argument_names
-from sidestep.backbone.trunk import positions
+from sidestep.backbone.trunk import device_of, positions
 from sidestep.pixels import image_shape
 
 Inputs = dict[str, Any]
@@ -269,11 +269,6 @@ def _field(config: Any, name: str) -> Any:
 def main_input(model: Any) -> str | None:
     """The name of a Hugging Face model's first input."""
     return getattr(model, "main_input_name", None)
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's first parameter is."""
-    return next(module.parameters()).device
 
 
 def _precision(module: nn.Module) -> torch.dtype:

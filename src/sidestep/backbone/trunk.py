@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -28,6 +29,11 @@ def trunk_of(model: Any) -> Any:
         known = given in argument_names(model) and given not in argument_names(base)
         vars(model)[IS_TRUNK] = known
     return model if known else model.base_model
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first parameter is."""
+    return next(module.parameters()).device
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

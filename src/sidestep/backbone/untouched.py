@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sidestep.backbone.dummies import device_of
+from sidestep.backbone.trunk import device_of
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 
