@@ -26,14 +26,14 @@ from sidestep import checkpoints, predict, store
 from sidestep import train as training
 from sidestep.callbacks import ExactResume, StopIfDiverged
 from sidestep.checkpoints import OutputError
-from sidestep.data import DataError, Fields, read
+from sidestep.data import DataError, DataWarning, Fields, read
 from sidestep.loading import load_backbone, load_processor
 from sidestep.methods import MethodConfig
-from sidestep.prepare import TaskData, prepare
+from sidestep.prepare import TaskData, encode, prepare
 from sidestep.settings import OTHER_RATES, RATES, TrainSettings
 from sidestep.step import measure_step
 from sidestep.train import TrainError, head_for, train
-from small_tasks import image_backbone, image_folder, padless_backbone, reviews, text_backbone, write
+from small_tasks import image_backbone, image_folder, padless_backbone, reviews, text_backbone, tokenizer, write
 
 READ = ss.ReadConfig(rank=8)
 TEXT = Fields(text="text", label="label")
@@ -736,3 +736,45 @@ def test_files_of_every_kind_come_out(tmp_path: Path) -> None:
 
 def test_a_written_file_reads_as_rows(tmp_path: Path) -> None:
     assert len(read(write(tmp_path / "rows.csv", reviews(5)))) == 5
+
+
+# --- tokenizers that pad on the left ------------------------------------------------------------------------
+
+
+def padding_left(folder: Path, model: Any) -> Path:
+    model.save_pretrained(folder)
+    tokenizer(pad=True).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(folder, padding_side="left").save_pretrained(folder)
+    return folder
+
+
+def scores_alone_and_together(task: Path) -> tuple[list[Any], list[Any]]:
+    """The logits of the same texts, one to a batch and all in one."""
+    model, few = store.load(task), rows(6, 3)
+    encoded = encode(few, TEXT, model.extras["processor"], None, None)[0]
+    alone, together = (predict.logits(model, encoded, TEXT, batch_size=size) for size in (1, 6))
+    return alone.flatten().tolist(), together.flatten().tolist()
+
+
+def test_a_backbone_that_takes_no_positions_is_padded_on_the_right_and_that_is_said(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer(pad=True)), "d_model": 16, "encoder_layers": 2, "decoder_layers": 2}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    config = transformers.BlenderbotSmallConfig(**sizes, pad_token_id=0, decoder_start_token_id=2)
+    folder = padding_left(tmp_path / "backbone", transformers.BlenderbotSmallModel(config))
+    data = task_data(folder)
+    with pytest.warns(DataWarning, match=r"texts are padded on the right, and not on the left as \w+ does: Blenderbot"):
+        train(attached(folder, data), data, settings(tmp_path / "task", epochs=1))
+    assert store.load(tmp_path / "task").extras["processor"].padding_side == "right"
+    alone, together = scores_alone_and_together(tmp_path / "task")
+    assert alone == pytest.approx(together, abs=1e-5)
+
+
+def test_a_backbone_that_takes_positions_is_padded_as_its_tokenizer_says(tmp_path: Path) -> None:
+    plain = text_backbone(tmp_path / "bert")
+    folder = padding_left(tmp_path / "left", transformers.BertModel.from_pretrained(plain, add_pooling_layer=False))
+    data = task_data(folder)
+    train(attached(folder, data), data, settings(tmp_path / "task", epochs=1))
+    assert store.load(tmp_path / "task").extras["processor"].padding_side == "left"
+    alone, together = scores_alone_and_together(tmp_path / "task")
+    assert alone == pytest.approx(together, abs=1e-5)

@@ -284,7 +284,8 @@ def _choose_padding_side(model: Attached, data: TaskData) -> None:
     reader = model.parts[-1]
     if tokenizer is None or reader.facts.left != "moved" or tokenizer.padding_side != "left":
         return
-    tokenizer.padding_side = "right"
+    # what it was made with is what it saves
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
     warnings.warn(
         f"texts are padded on the right, and not on the left as {type(tokenizer).__name__} does: "
         f"{type(reader.backbone).__name__} would read them otherwise in other batches",
