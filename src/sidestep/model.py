@@ -118,11 +118,11 @@ class SideModel(nn.Module):
         """Put the parts together on a frozen backbone."""
         settings, sites, trunk = self.settings, [place.site for place in places], backbones.trunk_of(backbone)
         self.backbone = backbone
-        self.side = side.to(device=_device(backbone))
+        self.side = side.to(device=backbones.device_of(backbone))
         pool = self.pool
         self.head = None
         if settings.head is not None:
-            self.head = settings.head.build(self._feature_width(sites), pool).to(device=_device(backbone))
+            self.head = settings.head.build(self._feature_width(sites), pool).to(device=backbones.device_of(backbone))
         self.places, self._delta = places, delta
         self._set_trained()
         self.fold = Fold(
@@ -573,7 +573,7 @@ class SideModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the backbone is."""
-        return _device(self.backbone)
+        return backbones.device_of(self.backbone)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -870,7 +870,3 @@ def _pads_left(mask: Tensor) -> bool:
     if mask.is_meta or isinstance(mask, FakeTensor):
         return False
     return torch.compiler.is_compiling() or bool((mask[:, 0] == 0).any())
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
@@ -137,6 +138,19 @@ def test_a_dispatched_model_takes_its_shapes_and_the_tables_word() -> None:
     assert model.blocks[0].forward is forward
     attached = ss.attach(model, ss.ReadConfig(rank=2), head=ss.Classify(num_labels=2))
     attached(input_ids=texts(), labels=torch.tensor([0, 1])).loss.backward()
+
+
+def test_a_side_network_is_where_an_offloaded_backbone_is_computed() -> None:
+    model = FAMILIES["llama"].model()
+    expected = hidden(model.model, texts())
+    offloaded = cpu_offload(model, execution_device="cpu")
+    attached = ss.attach(offloaded, ss.ReadConfig(rank=2), head=ss.Classify(num_labels=2, pool="mean"))
+    assert attached.facts.source == "shapes"
+    with torch.no_grad():
+        _, reading = attached.eval().fold.run(attached.trunk, input_ids=texts())
+    torch.testing.assert_close(reading.hidden, expected)
+    attached.train()(input_ids=texts(), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(p.grad is not None for _, p in attached.trained_parameters())
 
 
 def test_said_causality_follows_the_config() -> None:

@@ -91,7 +91,9 @@ def test_a_model_whose_modules_change_after_attach_is_given_back(config: Any) ->
 # --- an attach that fails half-way ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["Fold", "_device", "family_of", "backbones.freeze", "backbones.new_parameters"])
+@pytest.mark.parametrize(
+    "where", ["Fold", "backbones.device_of", "family_of", "backbones.freeze", "backbones.new_parameters"]
+)
 @pytest.mark.parametrize(
     "config",
     [ss.ReadConfig(rank=2), ss.LoraConfig(rank=2), ss.FullConfig(), ss.SparseConfig(density=0.1, select="random")],

@@ -15,7 +15,7 @@ from sidestep.backbone.find import Stack, default_pool, find_places, find_stacks
 from sidestep.backbone.freeze import Noise, check_noise, drop_path_rate, freeze, set_noise
 from sidestep.backbone.recompute import CheckpointedForward, checkpoint_blocks, uncheckpoint_blocks
 from sidestep.backbone.trace import facts_of
-from sidestep.backbone.trunk import is_encoder_decoder, positions, trunk_of
+from sidestep.backbone.trunk import device_of, is_encoder_decoder, positions, trunk_of
 from sidestep.backbone.untouched import Snapshot
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "check_noise",
     "checkpoint_blocks",
     "default_pool",
+    "device_of",
     "digest_of",
     "drop_path_rate",
     "facts_of",

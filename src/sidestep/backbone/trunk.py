@@ -32,8 +32,12 @@ def trunk_of(model: Any) -> Any:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's first parameter is."""
-    return next(module.parameters()).device
+    """Where a module's first parameter is; of one that accelerate has offloaded, where it is computed."""
+    first = next(module.parameters()).device
+    hooks = (vars(part).get("_hf_hook") for part in module.modules()) if first.type == "meta" else ()
+    return next(
+        (torch.device(d) for hook in hooks if (d := getattr(hook, "execution_device", None)) is not None), first
+    )
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
