@@ -20,6 +20,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 import sidestep as ss
+from sidestep import store
 from sidestep.bank import LOCK, STAGING, BankError, BankFolder
 from sidestep.fold import FoldError
 from sidestep.methods import MethodConfig
@@ -91,7 +92,9 @@ def altered(source: Path, target: Path, part: str, **values: Any) -> Path:
     shutil.copytree(source, target)
     config = json.loads((target / CONFIG).read_text())
     config[part] |= values
-    (target / CONFIG).write_text(json.dumps(config))
+    if part == "head":  # a task says its labels twice
+        config["labels"] = config["head"]["labels"]
+    (target / CONFIG).write_text(json.dumps(store.sealed(config)))
     return target
 
 
@@ -495,6 +498,7 @@ def test_one_process_writes_at_a_time(bank: ss.TaskBank, tmp_path: Path) -> None
 
 ADDING = """
 import sys
+from sidestep import store
 from sidestep.bank import BankFolder
 print("ready", flush=True)
 sys.stdin.readline()

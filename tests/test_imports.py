@@ -43,6 +43,7 @@ ORDER = [
     "vit_npz",
     "loading",
     "versions",
+    "task_fields",
     "store",
     "meters",
     "sums",

@@ -480,8 +480,9 @@ def test_inspect_reads_no_weights(bert, tmp_path, monkeypatch):
 
 
 def edit(folder: Path, **changes) -> None:
+    """Another task, rather than a damaged one: its checksum is that of the changed values."""
     config = json.loads((folder / "sidestep.json").read_text())
-    (folder / "sidestep.json").write_text(json.dumps({**config, **changes}))
+    (folder / "sidestep.json").write_text(json.dumps(store.sealed({**config, **changes})))
 
 
 def damage(folder: Path, how: str) -> None:
@@ -533,7 +534,7 @@ BAD = {
     "unknown setting": r"cannot be used: ReadConfig has no field zork",
     "setting out of range": r"cannot be used: ReadConfig: rank=0",
     "unknown head": r"cannot be used: unknown head 'Zork'",
-    "outside": r"names files outside its folder",
+    "outside": r"weights is \"\.\./task\.safetensors\", but it must be the name of a file inside the task's folder",
 }
 
 

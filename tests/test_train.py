@@ -507,6 +507,37 @@ def test_resuming_with_other_settings_or_data_is_refused(backbone: Path, tmp_pat
         train(attached(backbone, other), other, settings(tmp_path, resume=True))
 
 
+def test_resuming_with_other_texts_of_the_same_length_is_refused(backbone: Path, tmp_path: Path) -> None:
+    data = task_data(backbone)
+    train(attached(backbone, data), data, settings(tmp_path))
+    ids = data.train["input_ids"][:]
+    ids[-1][1], ids[-1][2] = ids[-1][2], ids[-1][1]
+    assert ids != data.train["input_ids"][:]
+    features = data.train.features["input_ids"]
+    other = replace(data, train=data.train.remove_columns("input_ids").add_column("input_ids", ids, feature=features))
+    with pytest.raises(OutputError, match=r"holds another run \(training rows is"):
+        train(attached(backbone, other), other, settings(tmp_path, resume=True))
+
+
+def test_resuming_with_other_pictures_of_the_same_labels_is_refused(tmp_path: Path) -> None:
+    vit, folder = image_backbone(tmp_path / "vit"), image_folder(tmp_path / "pictures")
+
+    def run(place: Path, **more: Any) -> None:
+        pictures = read(place)
+        data = prepare(pictures, pictures, Fields(image="image", label="label"), load_processor(vit))
+        torch.manual_seed(0)
+        model = ss.attach(load_backbone(vit), READ, head=head_for(data))
+        train(model, data, settings(tmp_path / "run", **more))
+
+    run(folder)
+    moved = folder.rename(tmp_path / "moved")
+    run(moved, resume=True)
+    first, *_, last = sorted(moved.rglob("*.png"))
+    last.write_bytes(first.read_bytes())
+    with pytest.raises(OutputError, match=r"holds another run \(dev rows is .*; training rows is"):
+        run(moved, resume=True)
+
+
 def test_a_second_seed_has_an_order_of_its_own() -> None:
     def first_number(seed: int, epoch: float) -> float:
         ExactResume(seed, 8, None).on_epoch_begin(None, type("State", (), {"epoch": epoch})(), None)

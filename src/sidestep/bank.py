@@ -27,7 +27,6 @@ from torch import nn
 
 from sidestep import store
 from sidestep.backbone import Digest, joined, without_values
-from sidestep.heads import head_from_dict
 from sidestep.model import Rest, SideModel, check_attachable
 from sidestep.pair import Attached, PairModel, detach, digests_of
 from sidestep.store import DamagedTask, TaskError
@@ -107,10 +106,11 @@ class BankFolder:
         folder = self.folder(name)
         with _what_to_do(name):
             about = store.inspect_task(folder)
+            head = store.head_of(folder, about)
         return Entry(
             name=name,
             method=about["method"]["name"],
-            outputs=None if about.get("head") is None else head_from_dict(about["head"]).outputs,
+            outputs=None if head is None else head.outputs,
             labels=about.get("labels"),
             values=about["parameters"],
             bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),

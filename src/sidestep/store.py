@@ -1,11 +1,12 @@
 """The task folder: what was tuned, and everything that is needed to run it again on its backbone.
 
-    sidestep.json       format, method, head, backbone and digest, labels, preprocessing, scores, versions
+    sidestep.json       format, method, head, backbone and digest, labels, preprocessing, scores, versions, checksums
     task.safetensors    the task's tensors; format, method, digest and a checksum in their metadata
     processor/          tokenizer or image processor, where the model has one
     README.md           a model card
 
-A folder is a task if and only if it holds a sidestep.json whose checksum is that of the weights it names.
+A folder is a task if and only if it holds a sidestep.json whose checksum is that of the weights it names. Two more
+checksums in it are of its own values and of the processor's files; tasks that were written before have neither.
 Replacing that one file is therefore the moment at which a task changes; whatever else lies in the folder (a
 Trainer's checkpoints, logs, results) is left alone. Nothing is pickled or unpickled.
 """
@@ -18,22 +19,24 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sidestep import task_fields
 from sidestep.backbone import Digest
 from sidestep.diffs import SparseDiff
-from sidestep.heads import head_from_dict
+from sidestep.heads import HEADS, HeadConfig, head_from_dict
 from sidestep.loading import Source, load_class, load_processor, paired, source_of
-from sidestep.methods import UnsupportedBackbone, method_named
+from sidestep.methods import MethodConfig, UnsupportedBackbone, method_named
 from sidestep.model import Settings
 from sidestep.pair import Attached, PairModel, attach, detach
 from sidestep.sparse_codec import POSITIONS, VALUES, DamagedDiff, SparseTensor, decode, encode
@@ -47,12 +50,7 @@ WEIGHTS = "task.safetensors"
 PROCESSOR = "processor"
 CARD = "README.md"
 STAGING = ".saving-"
-KEYS = ("sidestep", "method", "attach", "backbone", "files", "sha256")
-PARTS = {
-    "method": ("name", "config"),
-    "backbone": (*Source.__dataclass_fields__, "trunk_class", "config", "digest", "head_digest"),
-    "files": ("weights",),
-}
+SEALED = ("config", "checksum")  # in the weights' metadata: their sidestep.json has a checksum of its own
 OWN_CONFIG = ("problem_type", "pad_token_id")
 
 
@@ -105,7 +103,7 @@ def save(
     names = portable_names(model)
     tensors = packed(model, _unshared({names[name]: value for name, value in model.state_dict().items()}))
     config = _config(model, tensors, model.extras.get("scores") if scores is None else scores)
-    _as_json(config)  # refuses what cannot be stored before anything is written
+    _check_storable(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
@@ -113,12 +111,26 @@ def save(
         save_file(tensors, staging / WEIGHTS, metadata=_metadata(config))
         if model.extras.get("processor") is not None:
             model.extras["processor"].save_pretrained(str(staging / PROCESSOR))
+            config["processor_sha256"] = task_fields.folder_checksum(staging / PROCESSOR)
+        config = sealed(config)
         _sync(staging)
     except BaseException:
         shutil.rmtree(staging)
         raise
     _install(staging, folder, config)
     _write_card(folder, config)
+
+
+def _check_storable(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse, before anything is written, what could not be stored or not be read again.
+
+    Raises:
+        TaskError: with the field, what it was given and what it may be.
+    """
+    plain = sealed(config)
+    if wrong := task_fields.wrong({**plain, "processor_sha256": None, "files": {"weights": WEIGHTS}}):
+        raise TaskError(f"the task cannot be saved: {'; '.join(wrong)}")
+    _check_settings(folder, plain)
 
 
 def portable_names(model: Attached) -> dict[str, str]:
@@ -227,7 +239,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
     try:
         there = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         what = f"{there['method']['name']} on {_backbone_text(there['backbone'])}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         what = f"its {CONFIG} cannot be read"
     raise TaskError(
         f"{folder} holds another task ({what}): choose another folder, or replace it with overwrite=True (--overwrite)"
@@ -278,7 +290,14 @@ def _config(model: Attached, tensors: Mapping[str, Tensor], scores: Mapping[str,
             "processor": None if extras.get("processor") is None else PROCESSOR,
         },
         "sha256": checksum(tensors),
+        "processor_sha256": None,
     }
+
+
+def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as JSON gives it back, with the checksum of its values."""
+    plain = json.loads(_as_json(config))
+    return {**plain, "config_sha256": task_fields.config_checksum(plain)}
 
 
 def _towers(model: Attached) -> dict[str, Any]:
@@ -323,6 +342,7 @@ def _metadata(config: Mapping[str, Any]) -> dict[str, str]:
         "method": config["method"]["name"],
         "digest": config["backbone"]["digest"]["exact"],
         "sha256": config["sha256"],
+        **dict([SEALED]),
     }
 
 
@@ -339,11 +359,16 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 def _as_json(config: Mapping[str, Any]) -> str:
     for key in ("preprocessing", "scores"):
         try:
-            json.dumps(config[key], default=_plain)
-        except (TypeError, ValueError) as error:
+            text = json.dumps(config[key], default=_plain, ensure_ascii=False)
+            text.encode()  # half a surrogate pair is no text
+        except (TypeError, ValueError, RecursionError) as error:
             raise TaskError(
                 f"{key} cannot be stored ({error}): give numbers, texts, lists and dictionaries of them"
             ) from error
+        if task_fields.depth(config[key]) >= task_fields.DEEPEST:
+            raise TaskError(
+                f"{key} cannot be stored: its lists and dictionaries lie more than {task_fields.DEEPEST - 1} deep"
+            )
     return json.dumps(config, indent=2, ensure_ascii=False, default=_plain) + "\n"
 
 
@@ -361,6 +386,8 @@ def _install(staging: Path, folder: Path, config: dict[str, Any]) -> None:
         # files can be replaced under it.
         files = {key: name and f"{staging.name}/{name}" for key, name in config["files"].items()}
         _commit(folder, {**config, "files": files})
+    if (folder / CONFIG).exists() or config["files"]["processor"]:
+        # files of another processor would be read together with this one's
         shutil.rmtree(folder / PROCESSOR, ignore_errors=True)
     _place(staging / WEIGHTS, folder / WEIGHTS)
     if config["files"]["processor"]:
@@ -401,7 +428,7 @@ def _sweep(folder: Path) -> None:
     """Remove what an interrupted save left, unless the present task lies in it."""
     try:
         used = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["files"]["weights"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         used = ""
     for left in folder.glob(f"{STAGING}*"):
         if not str(used).startswith(f"{left.name}/"):
@@ -594,24 +621,51 @@ def read(folder: str | Path) -> Task:
     folder = Path(folder)
     config = read_config(folder)
     path = _weights_path(folder, config)
-    try:
-        with safe_open(path, framework="pt") as reader:
-            metadata = reader.metadata() or {}
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        raise DamagedTask(f"{path} is damaged ({error})") from error
-    if metadata.get("sha256") != config["sha256"]:
-        raise DamagedTask(f"{path} belongs to another task than {folder / CONFIG}")
-    if checksum(tensors) != config["sha256"]:
+    with _as_damage(path), safe_open(path, framework="pt") as reader:
+        metadata = reader.metadata() or {}
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - no mapping
+        found = checksum(tensors)
+    _check_metadata(path, folder, metadata, config)
+    if found != config["sha256"]:
         raise DamagedTask(f"{path} is damaged (its checksum differs)")
+    _check_processor(folder, config)
     return Task(folder, config, tensors)
 
 
+@contextmanager
+def _as_damage(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a file is read is a `DamagedTask` of it: other libraries raise all kinds of errors."""
+    try:
+        yield
+    except Exception as error:
+        raise DamagedTask(f"{path} is damaged ({error})") from error
+
+
+def _check_metadata(path: Path, folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    if metadata.get("sha256") != config["sha256"]:
+        raise DamagedTask(f"{path} belongs to another task than {folder / CONFIG}")
+    if SEALED in metadata.items() and not config.keys() >= {"config_sha256", "processor_sha256"}:
+        raise DamagedTask(f"{folder / CONFIG} lacks a checksum that it was written with")
+
+
+def _check_processor(folder: Path, config: Mapping[str, Any]) -> None:
+    wanted = config.get("processor_sha256")
+    if wanted is None:
+        return
+    path = folder / config["files"]["processor"]
+    if not path.is_dir():
+        raise DamagedTask(f"{folder} is no complete task: the folder {path.name} is missing")
+    with _as_damage(path):
+        found = task_fields.folder_checksum(path)
+    if found != wanted:
+        raise DamagedTask(f"{path} is damaged (the checksum of its files differs, or there are others)")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config of a task folder.
+    """The config of a task folder, each entry of a type and in a range that can be used.
 
     Raises:
-        TaskError: if there is none, it is unreadable, or its format is newer.
+        TaskError: if there is none, it is unreadable or altered, or its format is newer.
     """
     path = folder / CONFIG
     if not folder.is_dir():
@@ -620,10 +674,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         kind = DamagedTask if (folder / WEIGHTS).is_file() else TaskError
         there = ", ".join(sorted(item.name for item in folder.iterdir())[:6]) or "nothing"
         raise kind(f"{folder} is no task folder: {CONFIG} is missing (it holds {there})")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamagedTask(f"{path} cannot be read ({error})") from error
+    config = _parsed(path)
     form = config.get("format") if isinstance(config, dict) else None
     if not isinstance(form, int):
         raise TaskError(f"{path} was not written by sidestep: it states no format")
@@ -632,17 +683,35 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} was written by sidestep {config.get('sidestep')} in format {form}, and this version "
             f"({version_of('sidestep')}) reads up to {FORMAT}: upgrade with pip install -U sidestep"
         )
-    _check_keys(path, config)
+    _check_config(path, config)
     return config
 
 
-def _check_keys(path: Path, config: Mapping[str, Any]) -> None:
-    missing = [key for key in KEYS if key not in config]
-    for part, keys in PARTS.items():
-        values = config.get(part)
-        missing += [f"{part}.{key}" for key in keys if not isinstance(values, dict) or key not in values]
-    if missing:
+def _parsed(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        DamagedTask: if it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could be neither shown nor written
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedTask(f"{path} cannot be read ({error})") from error
+    if task_fields.depth(value) > task_fields.DEEPEST:
+        raise DamagedTask(f"{path} cannot be read (its values lie more than {task_fields.DEEPEST} deep)")
+    return value
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    if missing := task_fields.missing(config):
         raise DamagedTask(f"{path} lacks {', '.join(missing)}")
+    if wrong := task_fields.wrong(config):
+        raise DamagedTask(f"{path}: {'; '.join(wrong)}")
+    if "config_sha256" in config and task_fields.config_checksum(config) != config["config_sha256"]:
+        raise DamagedTask(
+            f"{path} was altered (the checksum of its values differs; only {', '.join(task_fields.FREE)} may change)"
+        )
 
 
 def inspect_task(folder: str | Path) -> dict[str, Any]:
@@ -654,21 +723,20 @@ def inspect_task(folder: str | Path) -> dict[str, Any]:
         and "files" (bytes by name).
 
     Raises:
-        TaskError: as `read`, but for the checksum.
+        TaskError: as `read`, but for the checksums of tensors and processor.
     """
     folder = Path(folder)
     config = read_config(folder)
     path = _weights_path(folder, config)
     trained = set(config.get("trained", ()))
-    try:
-        with safe_open(path, framework="pt") as reader:
-            slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 - no mapping
-            tensors = {
-                name: {"shape": list(part.get_shape()), "dtype": part.get_dtype(), "trained": name in trained}
-                for name, part in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise DamagedTask(f"{path} is damaged ({error})") from error
+    with _as_damage(path), safe_open(path, framework="pt") as reader:
+        metadata = reader.metadata() or {}
+        slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 - no mapping
+        tensors = {
+            name: {"shape": list(part.get_shape()), "dtype": part.get_dtype(), "trained": name in trained}
+            for name, part in slices.items()
+        }
+    _check_metadata(path, folder, metadata, config)
     processor = config["files"].get("processor")
     files = [folder / CONFIG, path, *((folder / processor).rglob("*") if processor else ())]
     return {
@@ -683,34 +751,69 @@ def inspect_task(folder: str | Path) -> dict[str, Any]:
 
 
 def _weights_path(folder: Path, config: Mapping[str, Any]) -> Path:
-    files = config["files"]
-    names = [name for name in files.values() if name is not None] if isinstance(files, dict) else []
-    if not names or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
-        raise DamagedTask(f"{folder / CONFIG} names files outside its folder")
-    path = folder / files["weights"]
+    path = folder / config["files"]["weights"]
     if not path.is_file():
-        raise DamagedTask(f"{folder} is no complete task: {files['weights']} is missing")
+        raise DamagedTask(f"{folder} is no complete task: {config['files']['weights']} is missing")
     return path
 
 
 def _settings(task: Task) -> Settings:
-    config = task.config
+    return _check_settings(task.folder, task.config)
+
+
+def _check_settings(folder: Path, config: Mapping[str, Any]) -> Settings:
+    """What a config says that was attached.
+
+    Raises:
+        TaskError: if this version cannot use it, with the field, what it was given and what it may be.
+    """
+    method = _method(folder, config)
+    head = head_of(folder, config)
+    with _as_unusable(folder):
+        return Settings(method, head, **config["attach"])
+
+
+def _method(folder: Path, config: Mapping[str, Any]) -> MethodConfig:
+    name, values = config["method"]["name"], config["method"]["config"]
     try:
-        method = method_named(config["method"]["name"])
+        kind = method_named(name).config
     except ValueError as error:
         raise TaskError(
-            f"{task.folder}: {error}; a method of another package has to be installed with it (entry point "
+            f"{folder}: {error}; a method of another package has to be installed with it (entry point "
             'group "sidestep.methods")'
         ) from error
+    with _as_unusable(folder):
+        _check_types(kind, values, "method.config")
+        return kind.from_dict(values)
+
+
+def head_of(folder: Path, config: Mapping[str, Any]) -> HeadConfig | None:
+    """The head of a task's config; None: the backbone's own.
+
+    Raises:
+        TaskError: if this version does not know it, or cannot use its fields.
+    """
+    values = config.get("head")
+    if values is None:
+        return None
+    with _as_unusable(folder):
+        if values["head"] in HEADS:
+            _check_types(HEADS[values["head"]], values, "head")
+        return head_from_dict(values)
+
+
+def _check_types(kind: type, values: Mapping[str, Any], name: str) -> None:
+    if wrong := task_fields.misfits(kind, values, name):
+        raise ValueError("; ".join(wrong))
+
+
+@contextmanager
+def _as_unusable(folder: Path) -> Iterator[None]:
+    """Whatever a config class raises, as a `TaskError`: a method of another package may raise anything."""
     try:
-        head = config.get("head")
-        return Settings(
-            method.config.from_dict(config["method"]["config"]),
-            None if head is None else head_from_dict(head),
-            **config["attach"],
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise TaskError(f"the settings in {task.folder / CONFIG} cannot be used: {error}") from error
+        yield
+    except Exception as error:
+        raise TaskError(f"the settings in {folder / CONFIG} cannot be used: {error}") from error
 
 
 def stored_backbone(
@@ -767,6 +870,8 @@ def _attach(task: Task, backbone: nn.Module, settings: Settings) -> Attached:
         raise UnsupportedBackbone(
             f"{task.folder} was made on {_backbone_text(task.config['backbone'])}: {error}"
         ) from error
+    except TypeError as error:  # a whole float in the place of an int
+        raise TaskError(f"the settings in {task.folder / CONFIG} cannot be used: {error}") from error
 
 
 def dtype_mismatch(folder: Path, wanted: Digest, own: Digest, *, is_diff: bool, allow_mismatch: bool) -> DtypeMismatch:
@@ -842,7 +947,25 @@ def _restore_extras(task: Task, model: Attached) -> None:
     if config.get("scores") is not None:
         model.extras["scores"] = config["scores"]
     if processor := config["files"].get("processor"):
-        model.extras["processor"] = load_processor(task.folder / processor)
+        model.extras["processor"] = _processor(task, processor)
+
+
+def _processor(task: Task, name: str) -> Any:
+    """A task's processor; where its bytes have no checksum, damage is the likeliest reason for any error.
+
+    Raises:
+        LoadError: if it is as it was written, and cannot be loaded here.
+        TaskError: if that is not known.
+    """
+    if task.config.get("processor_sha256") is not None:
+        return load_processor(task.folder / name)
+    try:
+        return load_processor(task.folder / name)
+    except Exception as error:
+        raise TaskError(
+            f"the processor in {task.folder / name} cannot be loaded ({error}): copy the task again, or install what "
+            "it needs"
+        ) from error
 
 
 # --- small parts -------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def undecoded(rows: Dataset, column: str) -> Dataset:
 
 def _with_bytes(cell: dict[str, Any]) -> dict[str, Any]:
     """The cell with its file's bytes: `datasets` leaves files open that cannot be decoded."""
-    if cell["bytes"] is not None or not _is_local(cell["path"]):
+    if cell["bytes"] is not None or not is_local(cell["path"]):
         return cell
     return {**cell, "bytes": Path(cell["path"]).read_bytes()}
 
@@ -102,10 +102,10 @@ def _local_paths(rows: Dataset, column: str) -> Iterator[str]:
     for table in undecoded(rows, column).with_format("arrow").iter(batch_size=1000):
         cells = table.column(column)
         outside = pc.struct_field(cells, "path").filter(pc.struct_field(cells, "bytes").is_null())
-        yield from filter(_is_local, outside.to_pylist())
+        yield from filter(is_local, outside.to_pylist())
 
 
-def _is_local(path: str | None) -> bool:
+def is_local(path: str | None) -> bool:
     """Whether it is a file; what is in a store, `datasets` reads itself."""
     return path is not None and "://" not in path
 

@@ -92,7 +92,7 @@ def encode_pairs(
     """
     texts, owners, cut = encode_captions(rows, fields, processor.text, max_length)
     images = encode_images(rows, Fields(image=fields.image), processor.image, None, augment)
-    return texts.add_column("labels", owners).with_transform(_WithImages(images)), cut
+    return texts.add_column("labels", owners).with_transform(WithImages(images)), cut
 
 
 def encode_captions(
@@ -128,12 +128,13 @@ class CollatePairs(Collate):
 
 
 @dataclass(frozen=True)
-class _WithImages:
+class WithImages:
     """Adds to rows of captions the pixels of their images, each of which is decoded once."""
 
     images: Dataset
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        """A batch with "pixel_values", unless it lacks the columns by which images are found."""
         if "labels" not in batch or "input_ids" not in batch:
             return dict(batch)
         owners = list(dict.fromkeys(batch["labels"]))

@@ -1,0 +1,71 @@
+"""What rows hold, as a checksum: by it a resumed run knows that its rows are those that it began with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from sidestep.data.images import is_local
+from sidestep.data.pairs import WithImages
+
+BATCH = 1000  # rows at a time: taken whole, the bytes of images would fill the memory
+
+
+def content_hash(rows: Dataset) -> str:
+    """SHA-256 over all that encoded rows hold: token ids, labels, lengths, and images as their files' bytes.
+
+    Where an image's file lies does not count, so a folder of images may move. Each file is read once, and none is
+    decoded. Of a file that is not here (in a store, or gone since) the name counts.
+
+    Args:
+        rows: as `encode_text`, `encode_images`, `encode_pairs` or `with_targets` gives them.
+    """
+    running = hashlib.sha256()
+    for part in _parts(rows):
+        running.update(part)
+    return running.hexdigest()
+
+
+def _parts(rows: Dataset) -> Iterator[bytes]:
+    yield f"{len(rows)} {sorted(rows.column_names)} ".encode()
+    for table in rows.with_format("arrow").iter(batch_size=BATCH):
+        for name in sorted(table.column_names):
+            yield from _of_column(table.column(name))
+    transform = rows.format["format_kwargs"].get("transform")
+    if isinstance(transform, WithImages):
+        yield from _parts(transform.images)
+
+
+def _of_column(column: pa.ChunkedArray) -> Iterator[bytes]:
+    while (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) and not column.null_count:
+        yield pc.list_value_length(column).to_numpy().astype(np.int64).tobytes()
+        column = pc.list_flatten(column)
+    if pa.types.is_struct(column.type) and {field.name for field in column.type} == {"bytes", "path"}:
+        yield from map(_of_image, column.to_pylist())
+    elif (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)) and not column.null_count:
+        yield column.to_numpy().tobytes()
+    else:
+        yield repr(column.to_pylist()).encode(errors="surrogatepass")
+
+
+def _of_image(cell: dict[str, Any] | None) -> bytes:
+    content = b"" if cell is None else _content(cell)
+    return f"{len(content)} ".encode() + content
+
+
+def _content(cell: dict[str, Any]) -> bytes:
+    if cell["bytes"] is not None:
+        return bytes(cell["bytes"])
+    try:
+        if is_local(cell["path"]):
+            return Path(cell["path"]).read_bytes()
+    except OSError:
+        pass  # told when the row is read, with its number
+    return str(cell["path"]).encode(errors="surrogatepass")
