@@ -106,6 +106,8 @@ class SideModel(nn.Module):
         except BaseException:
             if isinstance(sparse := self._modules.get("sparse"), SparseDiff):
                 sparse.unhook()
+            if isinstance(wide := self.__dict__.get("_wide"), backbones.Widened):
+                wide.remove()
             snapshot.restore()
             self._before.restore(backbone)
             raise
@@ -263,11 +265,13 @@ class SideModel(nn.Module):
         self.sparse = self._build_sparse(moved - unfit)
         if self.sparse is not None:
             moved = set()
-        stored = []
+        stored, heads = [], {}
         for name, parameter in self.backbone.named_parameters():
             if id(parameter) in unread:
                 continue
-            trained = id(parameter) in moved or self._trains_head(name, id(parameter) in own, new)
+            if head := self._trains_head(name, id(parameter) in own, new):
+                heads[name] = parameter
+            trained = head or id(parameter) in moved
             if self.sparse is None or not self.sparse.covers(parameter):
                 parameter.requires_grad_(trained)
             if trained or name in new:
@@ -277,6 +281,9 @@ class SideModel(nn.Module):
         # a backbone without values (a plan's, on the meta device) has none to keep
         place = "meta" if self.device.type == "meta" else "cpu"
         self._originals = {name: tensors[name].detach().to(place, copy=True) for name in stored}
+        with _naming(self.record, self.backbone):
+            self._wide = backbones.Widened(self.backbone, heads)
+        self._wide.put()
         # not by `state_dict` of the whole, which unpacks what bitsandbytes has packed
         parts = {"side": self.side, "head": self.head, "sparse": self.sparse}
         side = [
@@ -581,6 +588,16 @@ class SideModel(nn.Module):
         return next(self.backbone.parameters()).dtype
 
     @property
+    def precisions(self) -> str:
+        """Those of the backbone's weights but for the task, joined by "+"; an own head counts as it was given."""
+        inserted: set[int] = set()
+        if self._delta is not None:
+            named = self.trunk.named_parameters()
+            inserted = {id(p) for name, p in named if self._delta.plain_name(name) is None}
+        own = [p for p in self.backbone.parameters() if p.is_floating_point() and id(p) not in inserted]
+        return "+".join(sorted({str(self._wide.own_dtype(p)).removeprefix("torch.") for p in own}))
+
+    @property
     def digest(self) -> Digest:
         """The digest of the backbone's pretrained weights, as they were at `attach`."""
         if self._digest is None:
@@ -729,6 +746,7 @@ class SideModel(nn.Module):
         torch.clear_autocast_cache()  # of a context that is still open
         self.fold.remove()
         backbones.uncheckpoint_blocks([place.module for place in self.places])
+        self._wide.remove()
         if self.sparse is not None:
             self.sparse.revert()
             self.sparse.unhook()
@@ -768,6 +786,7 @@ class SideModel(nn.Module):
         """
         check_attachable(self.backbone)
         torch.clear_autocast_cache()
+        self._wide.put()
         with torch.no_grad():
             for name, tensor in self._stored().items():
                 tensor.copy_(rest.values[name])

@@ -263,6 +263,7 @@ def _config(model: Attached, tensors: Mapping[str, Tensor], scores: Mapping[str,
         },
         "backbone": {
             **asdict(source_of(model.backbone)),
+            "dtype": model.precisions,
             "trunk_class": type(model.trunk).__name__,
             "config": _backbone_config(model),
             "digest": asdict(model.digest),
@@ -286,7 +287,7 @@ def _towers(model: Attached) -> dict[str, Any]:
     if not isinstance(model, PairModel):
         return {}
     about = {
-        name: {**asdict(source_of(tower.backbone)), "digest": asdict(tower.digest)}
+        name: {**asdict(source_of(tower.backbone)), "dtype": tower.precisions, "digest": asdict(tower.digest)}
         for name, tower in model.towers.items()
     }
     return {"towers": about}

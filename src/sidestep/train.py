@@ -585,7 +585,7 @@ def _results(
         epochs=round(state.global_step / steps, 3),
         method={"name": model.record.name, **model.settings.method.to_dict()},
         head=model.head_config,
-        backbone={**asdict(source_of(model.backbone)), "digest": model.digest.exact},
+        backbone={**asdict(source_of(model.backbone)), "dtype": model.precisions, "digest": model.digest.exact},
         labels=list(data.labels.names),
         data={
             "train_rows": len(data.train),

@@ -17,6 +17,7 @@ from sidestep.backbone.recompute import CheckpointedForward, checkpoint_blocks, 
 from sidestep.backbone.trace import facts_of
 from sidestep.backbone.trunk import is_encoder_decoder, positions, trunk_of
 from sidestep.backbone.untouched import Snapshot
+from sidestep.backbone.wide import Widened
 
 __all__ = [
     "CheckpointedForward",
@@ -26,6 +27,7 @@ __all__ = [
     "Snapshot",
     "Stack",
     "StackFacts",
+    "Widened",
     "as_given",
     "as_tokens",
     "check_noise",
