@@ -120,6 +120,7 @@ class SideModel(nn.Module):
         """Put the parts together on a frozen backbone."""
         settings, sites, trunk = self.settings, [place.site for place in places], backbones.trunk_of(backbone)
         self.backbone = backbone
+        self.attached_shapes = self.shapes()
         self.side = side.to(device=_device(backbone))
         pool = self.pool
         self.head = None
@@ -586,6 +587,11 @@ class SideModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """The backbone's precision."""
         return next(self.backbone.parameters()).dtype
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the backbone's tables of embeddings, by their names."""
+        tables = ((name, part) for name, part in self.backbone.named_modules() if isinstance(part, nn.Embedding))
+        return {f"{name}.weight": tuple(part.weight.shape) for name, part in tables}
 
     @property
     def precisions(self) -> str:

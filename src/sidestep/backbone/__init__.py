@@ -15,7 +15,7 @@ from sidestep.backbone.find import Stack, default_pool, find_places, find_stacks
 from sidestep.backbone.freeze import Noise, check_noise, drop_path_rate, freeze, set_noise
 from sidestep.backbone.recompute import CheckpointedForward, checkpoint_blocks, uncheckpoint_blocks
 from sidestep.backbone.trace import facts_of
-from sidestep.backbone.trunk import is_encoder_decoder, positions, trunk_of
+from sidestep.backbone.trunk import is_encoder_decoder, positions, token_rows, trunk_of
 from sidestep.backbone.untouched import Snapshot
 from sidestep.backbone.wide import Widened
 
@@ -49,6 +49,7 @@ __all__ = [
     "prove_replay",
     "said_causal",
     "set_noise",
+    "token_rows",
     "trunk_of",
     "uncheckpoint_blocks",
     "without_values",
