@@ -340,6 +340,8 @@ class SideModel(nn.Module):
         # The loss of encoder-decoders, a mean over the batch's tokens, is scaled in `_run`.
         self._scales_loss = self.head is None and self._is_text2text()
         self.accepts_loss_kwargs = self.head is not None or self._is_causal_lm() or self._scales_loss
+        if self.head is None and isinstance(self.backbone, PreTrainedModel):
+            self.__class__ = _like(type(self.backbone))
         self._bind_forward()
 
     def _is_causal_lm(self) -> bool:
@@ -370,6 +372,12 @@ class SideModel(nn.Module):
         self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         return inspect.Signature([self_parameter, *(inspect.Parameter(name, keyword, default=None) for name in names)])
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # a class that was made of a backbone's own is made again, as pickle finds no such name
+        if type(self) is SideModel:
+            return super().__reduce_ex__(protocol)
+        return _blank_like, (type(self.backbone),), self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "forward"}
 
@@ -383,8 +391,8 @@ class SideModel(nn.Module):
         """The backbone's inputs (and `labels`) -> its output type, or with a Sidestep head a classifier output."""
         self._write_diff()
         output = self._run(args, labels, self._defaults(args, kwargs))
-        if labels is not None and self.training and torch.is_grad_enabled():
-            self._check_trains(output)
+        if self.training and torch.is_grad_enabled() and (loss := _loss_of(output)) is not None:
+            self._check_trains(loss)
         return output
 
     def _write_diff(self) -> None:
@@ -427,9 +435,9 @@ class SideModel(nn.Module):
                 "rows together; give it one example a row"
             )
 
-    def _check_trains(self, output: Any) -> None:
+    def _check_trains(self, loss: Tensor) -> None:
         """Raise where the loss of a training step has no gradient, instead of autograd's own error in backward."""
-        if isinstance(output, ModelOutput) and not output.loss.requires_grad:
+        if not loss.requires_grad:
             raise ValueError(self._nothing_trained())
         if self.sparse is not None and self.sparse.is_idle:
             how = (
@@ -803,6 +811,40 @@ class SideModel(nn.Module):
             backbones.checkpoint_blocks(self.late_blocks())
         rest.flags.restore(self.backbone)
         self.fold.put()
+
+
+_LIKE: dict[type[nn.Module], type[SideModel]] = {}
+"""What `_like` has made: one class for all models on a class of backbones."""
+
+
+def _like(kind: type[nn.Module]) -> type[SideModel]:
+    """`SideModel` by the name and with the signature of a backbone's class.
+
+    The Trainer finds the names of labels by these two of a class (start_positions of one for question answering), and
+    pipelines find by the name whether a model is of their task.
+    """
+
+    if kind in _LIKE:
+        return _LIKE[kind]
+
+    def forward(self: SideModel, *args: Any, **kwargs: Any) -> Any:
+        return SideModel.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = SideModel.forward.__doc__
+    fields = {"forward": forward, "__module__": __name__, "__doc__": SideModel.__doc__}
+    return _LIKE.setdefault(kind, type(kind.__name__, (SideModel,), fields))
+
+
+def _blank_like(kind: type[nn.Module]) -> SideModel:
+    """An attached model of this class without its state, which pickle or a copy sets."""
+    cls = _like(kind)
+    return cls.__new__(cls)
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    """The loss in a model's output; a tuple does not say whether it begins with one."""
+    return output.get("loss") if isinstance(output, ModelOutput) else None
 
 
 @dataclass(frozen=True)
