@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import types
 from collections import OrderedDict
@@ -37,6 +38,9 @@ from sidestep.sites import Place, Site
 from sidestep.wording import some
 
 Checkpoint = Literal["late"]
+
+OF_HEADS = ("id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id")
+"""Fields of a config that training with the backbone's own head sets: transformers does, and so does `train`."""
 
 
 @dataclass(frozen=True)
@@ -332,7 +336,7 @@ class SideModel(nn.Module):
     def _set_interface(self) -> None:
         """What the Trainer and other callers look for on a model."""
         if hasattr(self.backbone, "config"):
-            self.config = self.backbone.config
+            self.config = self._described()
         if getattr(self.backbone, "generation_config", None) is not None:
             self.generation_config = self.backbone.generation_config
         # The Trainer hands `num_items_in_batch` to models that scale their loss by it and divides the others' loss
@@ -343,6 +347,15 @@ class SideModel(nn.Module):
         if self.head is None and isinstance(self.backbone, PreTrainedModel):
             self.__class__ = _like(type(self.backbone))
         self._bind_forward()
+
+    def _described(self) -> Any:
+        """The backbone's config; with a Sidestep head a copy that tells of that head, as pipelines ask."""
+        if self.settings.head is None:
+            return self.backbone.config
+        config = copy.deepcopy(self.backbone.config)
+        for name, value in self.settings.head.described().items():
+            setattr(config, name, value)
+        return config
 
     def _is_causal_lm(self) -> bool:
         return type(self.backbone).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -501,6 +514,10 @@ class SideModel(nn.Module):
                 return token
         return config.pad_token_id
 
+    def can_generate(self) -> bool:
+        """Whether `generate` writes text."""
+        return self.head is None and isinstance(self.backbone, PreTrainedModel) and self.backbone.can_generate()
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's `generate` with the task active.
 
@@ -585,6 +602,16 @@ class SideModel(nn.Module):
     def main_input_name(self) -> str:
         """Name of the model's first input."""
         return getattr(self.backbone, "main_input_name", "pixel_values")
+
+    @property
+    def input_modalities(self) -> Any:
+        """What the backbone reads, in transformers' words."""
+        return self.backbone.input_modalities
+
+    @property
+    def output_modalities(self) -> Any:
+        """What the backbone writes where it generates, in transformers' words."""
+        return self.backbone.output_modalities
 
     @property
     def device(self) -> torch.device:
@@ -849,7 +876,7 @@ def _loss_of(output: Any) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Before:
-    """What `attach` changes on a backbone besides hooks: gradient flags and modes.
+    """What changes on a backbone under a task besides hooks: gradient flags, modes, and what its config says of a head.
 
     They belong to parameters and modules, not to names: a model may change its modules meanwhile (BigBird does). What
     it has by then that it did not have before is frozen or not as the rest of it, and in the mode of the whole.
@@ -858,14 +885,17 @@ class Before:
     training: bool
     requires_grad: dict[nn.Parameter, bool]
     modes: dict[nn.Module, bool]
+    config: dict[str, Any]
 
     @classmethod
     def of(cls, model: nn.Module) -> Before:
         """Those of a model as it is now."""
+        fields = vars(model.config) if isinstance(model, PreTrainedModel) else {}
         return cls(
             model.training,
             {parameter: parameter.requires_grad for parameter in model.parameters()},
             {module: module.training for module in model.modules()},
+            {name: copy.deepcopy(fields[name]) for name in OF_HEADS if name in fields},
         )
 
     def restore(self, model: nn.Module) -> None:
@@ -875,6 +905,10 @@ class Before:
             parameter.requires_grad_(self.requires_grad.get(parameter, rest))
         for module in model.modules():
             module.training = self.modes.get(module, self.training)
+        if isinstance(model, PreTrainedModel):
+            for name in OF_HEADS:
+                vars(model.config).pop(name, None)
+            vars(model.config).update(copy.deepcopy(self.config))
 
 
 @dataclass(frozen=True)

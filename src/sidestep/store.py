@@ -778,10 +778,7 @@ def stored_backbone(
     # mixed precision has no one name: the checkpoint's own
     wanted = dtype or (None if "+" in source.dtype else source.dtype)
     kind = source.class_name if config.get("head") is None else stored["trunk_class"]
-    fields = dict(stored["config"])
-    if "id2label" in fields:  # JSON has text keys only
-        fields["id2label"] = {int(index): label for index, label in fields["id2label"].items()}
-    return load_class(source, class_name=kind, dtype=wanted, config=fields)
+    return load_class(source, class_name=kind, dtype=wanted, config=_own_fields(stored))
 
 
 def _source(stored: Mapping[str, Any]) -> Source:
@@ -878,6 +875,17 @@ def _restore_extras(task: Task, model: Attached) -> None:
         model.extras["scores"] = config["scores"]
     if processor := config["files"].get("processor"):
         model.extras["processor"] = load_processor(task.folder / processor)
+    if config.get("head") is None and isinstance(model.backbone, PreTrainedModel):
+        for name, value in _own_fields(config["backbone"]).items():
+            setattr(model.config, name, value)  # until detach
+
+
+def _own_fields(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a backbone's config that a task stores; JSON has text keys only."""
+    fields = dict(backbone["config"])
+    if "id2label" in fields:
+        fields["id2label"] = {int(index): label for index, label in fields["id2label"].items()}
+    return fields
 
 
 # --- small parts -------------------------------------------------------------------------------------------
