@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    ImageClassifierOutput,
+    Seq2SeqSequenceClassifierOutput,
+    SequenceClassifierOutput,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -38,6 +42,17 @@ from sidestep.sites import Place, Site
 from sidestep.wording import some
 
 Checkpoint = Literal["late"]
+
+TRACES = (
+    "hidden_states",
+    "attentions",
+    "encoder_hidden_states",
+    "encoder_attentions",
+    "decoder_hidden_states",
+    "decoder_attentions",
+    "cross_attentions",
+)
+"""What a trunk's output holds besides its last hidden state if it is asked to."""
 
 OF_HEADS = ("id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id")
 """Fields of a config that training with the backbone's own head sets: transformers does, and so does `train`."""
@@ -419,24 +434,53 @@ class SideModel(nn.Module):
             given = {} if labels is None else {"labels": labels}
             items = kwargs.pop("num_items_in_batch", None) if self._scales_loss else None
             output = self.fold.run(self.backbone, *args, **given, **kwargs)[0]
-            if items is not None and labels is not None:
-                output.loss = output.loss * (labels >= 0).sum() / items
-            return output
-        items = kwargs.pop("num_items_in_batch", None)
+            if items is None or labels is None:
+                return output
+            return _scaled(output, (labels >= 0).sum() / items)
+        items, as_dict = kwargs.pop("num_items_in_batch", None), self._pop_return_dict(kwargs)
         if not isinstance(self.backbone, PreTrainedModel):
+            self._check_timm(kwargs)
             args, kwargs = (*args, *kwargs.values()), {}
         output, reading = self.fold.run(self.trunk, *args, **kwargs)
         if self.head is None:
             loss = None if labels is None else nn.functional.cross_entropy(output, labels)
-            return ImageClassifierOutput(loss=loss, logits=output)
+            found: ModelOutput = ImageClassifierOutput(loss=loss, logits=output)
+            return found if as_dict else found.to_tuple()
         assert reading is not None
         if self._reads_own and reading.pooled is None:
             reading = replace(reading, pooled=output.pooler_output)
         logits = self.head(reading)
         self._check_rows(logits, args, kwargs)
         loss = None if labels is None else self.head.loss(logits, labels, items)
-        kind = ImageClassifierOutput if self.main_input_name == "pixel_values" else SequenceClassifierOutput
-        return kind(loss=loss, logits=logits)
+        found = self._classified(loss, logits, output)
+        return found if as_dict else found.to_tuple()
+
+    def _pop_return_dict(self, kwargs: dict[str, Any]) -> bool:
+        """Whether an output with names is asked for; the trunk's own always has them, as the head reads by name."""
+        asked, usual = kwargs.pop("return_dict", None), getattr(getattr(self, "config", None), "return_dict", True)
+        if not usual:
+            kwargs["return_dict"] = True
+        return usual if asked is None else asked
+
+    def _check_timm(self, kwargs: dict[str, Any]) -> None:
+        """Refuse what a timm model's forward does not give; leave out what is not asked for."""
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.pop(name, None):
+                raise ValueError(
+                    f"{name}=True, but {type(self.backbone).__name__} is timm's and gives logits alone: leave it out, "
+                    "or call model.backbone.forward_intermediates"
+                )
+
+    def _classified(self, loss: Tensor | None, logits: Tensor, output: Any) -> ModelOutput:
+        """The output of a Sidestep head, with what was asked for of the trunk's own besides."""
+        image = self.main_input_name == "pixel_values"
+        kind: type[ModelOutput] = ImageClassifierOutput if image else SequenceClassifierOutput
+        named = output if isinstance(output, ModelOutput) else {}
+        extra = {name: named[name] for name in TRACES if named.get(name) is not None}
+        if extra and backbones.is_encoder_decoder(self.backbone):
+            kind = Seq2SeqSequenceClassifierOutput
+        fields = kind.__dataclass_fields__
+        return kind(loss=loss, logits=logits, **{name: value for name, value in extra.items() if name in fields})
 
     def _check_rows(self, logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise unless the head gave one row for each row of the batch."""
@@ -872,6 +916,14 @@ def _blank_like(kind: type[nn.Module]) -> SideModel:
 def _loss_of(output: Any) -> Tensor | None:
     """The loss in a model's output; a tuple does not say whether it begins with one."""
     return output.get("loss") if isinstance(output, ModelOutput) else None
+
+
+def _scaled(output: Any, factor: Tensor) -> Any:
+    """A model's output with its loss times a factor; a tuple begins with the loss."""
+    if isinstance(output, tuple):
+        return (output[0] * factor, *output[1:])
+    output.loss = output.loss * factor
+    return output
 
 
 @dataclass(frozen=True)
