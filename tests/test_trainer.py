@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers as t
 from safetensors.torch import load_file
 from transformers import (
     DataCollatorWithPadding,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 import sidestep as ss
+from architectures import TEXT
 from tiny import FAMILIES, LABELS, VOCABULARY, randomize
 
 
@@ -114,6 +116,67 @@ def test_evaluation_gives_loss_and_metrics(head: bool, tmp_path: Path, tokenizer
         expected = model(**batch).loss
     assert found["eval_loss"] == pytest.approx(float(expected), abs=1e-6)
     assert 0 <= found["eval_accuracy"] <= 1
+
+
+TARGETS = {"start_positions": 2, "end_positions": 4, "labels": 1, "next_sentence_label": 1}
+#: Heads of many tasks, with what their labels are called.
+TASKS: dict[str, tuple[Any, set[str]]] = {
+    "question answering": (t.BertForQuestionAnswering, {"start_positions", "end_positions"}),
+    "the next sentence": (t.BertForNextSentencePrediction, {"labels"}),
+    "pretraining": (t.BertForPreTraining, {"labels", "next_sentence_label"}),
+    "classes": (t.BertForSequenceClassification, {"labels"}),
+    "tokens": (t.BertForTokenClassification, {"labels"}),
+    "masked tokens": (t.BertForMaskedLM, {"labels"}),
+    "no task": (t.BertModel, set()),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_labels_are_found_and_scored_as_of_the_bare_model(task: str, tmp_path: Path) -> None:
+    kind, names = TASKS[task]
+    rng = np.random.default_rng(0)
+    data = []
+    for _ in range(4):
+        ids = rng.integers(3, VOCABULARY, 9).tolist()
+        tokens = {"labels": ids} if task in ("masked tokens", "pretraining") else {}
+        tokens |= {"labels": [1] * 9} if task == "tokens" else {}
+        data.append({"input_ids": ids, **{name: TARGETS[name] for name in names}, **tokens})
+
+    def evaluated(model: Any) -> tuple[list[str], dict[str, float]]:
+        run = Trainer(
+            model=model,
+            args=TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True),
+            eval_dataset=data,
+            compute_metrics=lambda found: {"seen": float(np.sum(found.label_ids[0]))},
+        )
+        found = {name: value for name, value in run.evaluate().items() if name in ("eval_loss", "eval_seen")}
+        return run.label_names, found
+
+    torch.manual_seed(0)
+    bare = kind(t.BertConfig(**TEXT)).eval()
+    model = ss.attach(copy.deepcopy(bare), ss.ReadConfig(rank=2))
+    assert isinstance(model, ss.SideModel)
+    for name, found in evaluated(bare)[1].items():
+        assert evaluated(model)[1][name] == pytest.approx(found, abs=1e-5)
+    assert evaluated(model)[0] == evaluated(bare)[0]
+    assert set(evaluated(model)[0]) == names
+
+
+def test_question_answering_trains(tmp_path: Path) -> None:
+    data = [{"input_ids": list(range(3, 12)), "start_positions": 2, "end_positions": 4}] * 8
+    model = ss.attach(t.BertForQuestionAnswering(t.BertConfig(**TEXT)), ss.ReadConfig(rank=2), train_head=True)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=1e-2)
+    run = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data)
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < before
+
+
+def test_a_step_on_positions_that_trains_nothing_says_so() -> None:
+    model = ss.attach(t.BertForQuestionAnswering(t.BertConfig(**TEXT)), ss.ProbeConfig(), train_head=False).train()
+    ids, place = torch.ones(1, 4, dtype=torch.long), torch.ones(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="nothing is trained"):
+        model(input_ids=ids, start_positions=place, end_positions=place)
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["sidestep", "own"])
@@ -295,10 +358,12 @@ def test_checkpointing_by_the_trainer_is_late_checkpointing(tmp_path: Path, toke
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
-def test_a_copy_is_a_model_of_its_own(how: Any) -> None:
+@pytest.mark.parametrize("head", [True, False], ids=["sidestep", "own"])
+def test_a_copy_is_a_model_of_its_own(how: Any, head: bool) -> None:
     kind = FAMILIES["bert"]
-    model = model_of().eval()
+    model = model_of(head=head).eval()
     twin = how(model)
+    assert type(twin) is type(model)
     with torch.no_grad():
         before = model(**kind.inputs()).logits
         assert torch.equal(twin(**kind.inputs()).logits, before)

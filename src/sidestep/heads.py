@@ -51,6 +51,10 @@ class HeadConfig:
     def kind(self) -> Kind:
         """What the loss and the scores are computed for."""
 
+    def described(self) -> dict[str, Any]:
+        """The fields of a transformers config that tell others (pipelines) what the head puts out."""
+        return {}
+
     def features(self, width: int) -> int:
         """Channels of the vector that a method may correct, if what is read has `width`."""
         return width
@@ -99,6 +103,11 @@ class Classify(HeadConfig):
         """The problem."""
         return self.problem
 
+    def described(self) -> dict[str, Any]:
+        """The classes by number and by name, and whether one or several of them hold."""
+        names = dict(enumerate(self.labels or (f"LABEL_{index}" for index in range(self.num_labels))))
+        return {**_named(names), "problem_type": f"{self.problem}_label_classification"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Regress(HeadConfig):
@@ -126,6 +135,10 @@ class Regress(HeadConfig):
     def kind(self) -> Kind:
         """Regression."""
         return "regress"
+
+    def described(self) -> dict[str, Any]:
+        """One output per target, which is a number and no share."""
+        return {**_named({index: f"LABEL_{index}" for index in range(self.targets)}), "problem_type": "regression"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +217,10 @@ def head_from_dict(values: dict[str, Any]) -> HeadConfig:
     if name not in HEADS:
         raise ValueError(f"unknown head {name!r}: this version knows {', '.join(HEADS)}")
     return HEADS[name](**values)
+
+
+def _named(names: dict[int, str]) -> dict[str, Any]:
+    return {"id2label": names, "label2id": {name: index for index, name in names.items()}}
 
 
 class Head(nn.Module):

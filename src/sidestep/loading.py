@@ -94,6 +94,17 @@ def source_of(backbone: nn.Module) -> Source:
     return Source(id=known, revision=None, class_name=name, library="timm", dtype=dtype)
 
 
+def stored_vocabulary(source: Source) -> int | None:
+    """How many tokens the config says that a backbone of this name has; None: it has no name, or none is at hand."""
+    if source.library != "transformers" or not source.id:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(source.id, revision=source.revision, local_files_only=True)
+    except (OSError, ValueError):  # neither here nor in the cache, or a config of the user's own class
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def load_backbone(
     name: str | Path,
     *,

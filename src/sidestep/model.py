@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import types
 from collections import OrderedDict
@@ -16,7 +17,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    ImageClassifierOutput,
+    Seq2SeqSequenceClassifierOutput,
+    SequenceClassifierOutput,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -37,6 +42,20 @@ from sidestep.sites import Place, Site
 from sidestep.wording import some
 
 Checkpoint = Literal["late"]
+
+TRACES = (
+    "hidden_states",
+    "attentions",
+    "encoder_hidden_states",
+    "encoder_attentions",
+    "decoder_hidden_states",
+    "decoder_attentions",
+    "cross_attentions",
+)
+"""What a trunk's output holds besides its last hidden state if it is asked to."""
+
+OF_HEADS = ("id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id")
+"""Fields of a config that training with the backbone's own head sets: transformers does, and so does `train`."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +125,8 @@ class SideModel(nn.Module):
         except BaseException:
             if isinstance(sparse := self._modules.get("sparse"), SparseDiff):
                 sparse.unhook()
+            if isinstance(wide := self.__dict__.get("_wide"), backbones.Widened):
+                wide.remove()
             snapshot.restore()
             self._before.restore(backbone)
             raise
@@ -118,6 +139,7 @@ class SideModel(nn.Module):
         """Put the parts together on a frozen backbone."""
         settings, sites, trunk = self.settings, [place.site for place in places], backbones.trunk_of(backbone)
         self.backbone = backbone
+        self.attached_shapes = self.shapes()
         self.side = side.to(device=backbones.device_of(backbone))
         pool = self.pool
         self.head = None
@@ -263,11 +285,13 @@ class SideModel(nn.Module):
         self.sparse = self._build_sparse(moved - unfit)
         if self.sparse is not None:
             moved = set()
-        stored = []
+        stored, heads = [], {}
         for name, parameter in self.backbone.named_parameters():
             if id(parameter) in unread:
                 continue
-            trained = id(parameter) in moved or self._trains_head(name, id(parameter) in own, new)
+            if head := self._trains_head(name, id(parameter) in own, new):
+                heads[name] = parameter
+            trained = head or id(parameter) in moved
             if self.sparse is None or not self.sparse.covers(parameter):
                 parameter.requires_grad_(trained)
             if trained or name in new:
@@ -277,6 +301,9 @@ class SideModel(nn.Module):
         # a backbone without values (a plan's, on the meta device) has none to keep
         place = "meta" if self.device.type == "meta" else "cpu"
         self._originals = {name: tensors[name].detach().to(place, copy=True) for name in stored}
+        with _naming(self.record, self.backbone):
+            self._wide = backbones.Widened(self.backbone, heads)
+        self._wide.put()
         # not by `state_dict` of the whole, which unpacks what bitsandbytes has packed
         parts = {"side": self.side, "head": self.head, "sparse": self.sparse}
         side = [
@@ -324,7 +351,7 @@ class SideModel(nn.Module):
     def _set_interface(self) -> None:
         """What the Trainer and other callers look for on a model."""
         if hasattr(self.backbone, "config"):
-            self.config = self.backbone.config
+            self.config = self._described()
         if getattr(self.backbone, "generation_config", None) is not None:
             self.generation_config = self.backbone.generation_config
         # The Trainer hands `num_items_in_batch` to models that scale their loss by it and divides the others' loss
@@ -332,7 +359,18 @@ class SideModel(nn.Module):
         # The loss of encoder-decoders, a mean over the batch's tokens, is scaled in `_run`.
         self._scales_loss = self.head is None and self._is_text2text()
         self.accepts_loss_kwargs = self.head is not None or self._is_causal_lm() or self._scales_loss
+        if self.head is None and isinstance(self.backbone, PreTrainedModel):
+            self.__class__ = _like(type(self.backbone))
         self._bind_forward()
+
+    def _described(self) -> Any:
+        """The backbone's config; with a Sidestep head a copy that tells of that head, as pipelines ask."""
+        if self.settings.head is None:
+            return self.backbone.config
+        config = copy.deepcopy(self.backbone.config)
+        for name, value in self.settings.head.described().items():
+            setattr(config, name, value)
+        return config
 
     def _is_causal_lm(self) -> bool:
         return type(self.backbone).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -362,6 +400,12 @@ class SideModel(nn.Module):
         self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         return inspect.Signature([self_parameter, *(inspect.Parameter(name, keyword, default=None) for name in names)])
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # a class that was made of a backbone's own is made again, as pickle finds no such name
+        if type(self) is SideModel:
+            return super().__reduce_ex__(protocol)
+        return _blank_like, (type(self.backbone),), self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "forward"}
 
@@ -375,8 +419,8 @@ class SideModel(nn.Module):
         """The backbone's inputs (and `labels`) -> its output type, or with a Sidestep head a classifier output."""
         self._write_diff()
         output = self._run(args, labels, self._defaults(args, kwargs))
-        if labels is not None and self.training and torch.is_grad_enabled():
-            self._check_trains(output)
+        if self.training and torch.is_grad_enabled() and (loss := _loss_of(output)) is not None:
+            self._check_trains(loss)
         return output
 
     def _write_diff(self) -> None:
@@ -390,24 +434,53 @@ class SideModel(nn.Module):
             given = {} if labels is None else {"labels": labels}
             items = kwargs.pop("num_items_in_batch", None) if self._scales_loss else None
             output = self.fold.run(self.backbone, *args, **given, **kwargs)[0]
-            if items is not None and labels is not None:
-                output.loss = output.loss * (labels >= 0).sum() / items
-            return output
-        items = kwargs.pop("num_items_in_batch", None)
+            if items is None or labels is None:
+                return output
+            return _scaled(output, (labels >= 0).sum() / items)
+        items, as_dict = kwargs.pop("num_items_in_batch", None), self._pop_return_dict(kwargs)
         if not isinstance(self.backbone, PreTrainedModel):
+            self._check_timm(kwargs)
             args, kwargs = (*args, *kwargs.values()), {}
         output, reading = self.fold.run(self.trunk, *args, **kwargs)
         if self.head is None:
             loss = None if labels is None else nn.functional.cross_entropy(output, labels)
-            return ImageClassifierOutput(loss=loss, logits=output)
+            found: ModelOutput = ImageClassifierOutput(loss=loss, logits=output)
+            return found if as_dict else found.to_tuple()
         assert reading is not None
         if self._reads_own and reading.pooled is None:
             reading = replace(reading, pooled=output.pooler_output)
         logits = self.head(reading)
         self._check_rows(logits, args, kwargs)
         loss = None if labels is None else self.head.loss(logits, labels, items)
-        kind = ImageClassifierOutput if self.main_input_name == "pixel_values" else SequenceClassifierOutput
-        return kind(loss=loss, logits=logits)
+        found = self._classified(loss, logits, output)
+        return found if as_dict else found.to_tuple()
+
+    def _pop_return_dict(self, kwargs: dict[str, Any]) -> bool:
+        """Whether an output with names is asked for; the trunk's own always has them, as the head reads by name."""
+        asked, usual = kwargs.pop("return_dict", None), getattr(getattr(self, "config", None), "return_dict", True)
+        if not usual:
+            kwargs["return_dict"] = True
+        return usual if asked is None else asked
+
+    def _check_timm(self, kwargs: dict[str, Any]) -> None:
+        """Refuse what a timm model's forward does not give; leave out what is not asked for."""
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.pop(name, None):
+                raise ValueError(
+                    f"{name}=True, but {type(self.backbone).__name__} is timm's and gives logits alone: leave it out, "
+                    "or call model.backbone.forward_intermediates"
+                )
+
+    def _classified(self, loss: Tensor | None, logits: Tensor, output: Any) -> ModelOutput:
+        """The output of a Sidestep head, with what was asked for of the trunk's own besides."""
+        image = self.main_input_name == "pixel_values"
+        kind: type[ModelOutput] = ImageClassifierOutput if image else SequenceClassifierOutput
+        named = output if isinstance(output, ModelOutput) else {}
+        extra = {name: named[name] for name in TRACES if named.get(name) is not None}
+        if extra and backbones.is_encoder_decoder(self.backbone):
+            kind = Seq2SeqSequenceClassifierOutput
+        fields = kind.__dataclass_fields__
+        return kind(loss=loss, logits=logits, **{name: value for name, value in extra.items() if name in fields})
 
     def _check_rows(self, logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise unless the head gave one row for each row of the batch."""
@@ -419,9 +492,9 @@ class SideModel(nn.Module):
                 "rows together; give it one example a row"
             )
 
-    def _check_trains(self, output: Any) -> None:
+    def _check_trains(self, loss: Tensor) -> None:
         """Raise where the loss of a training step has no gradient, instead of autograd's own error in backward."""
-        if isinstance(output, ModelOutput) and not output.loss.requires_grad:
+        if not loss.requires_grad:
             raise ValueError(self._nothing_trained())
         if self.sparse is not None and self.sparse.is_idle:
             how = (
@@ -484,6 +557,10 @@ class SideModel(nn.Module):
             if (token := getattr(holder, "decoder_start_token_id", None)) is not None:
                 return token
         return config.pad_token_id
+
+    def can_generate(self) -> bool:
+        """Whether `generate` writes text."""
+        return self.head is None and isinstance(self.backbone, PreTrainedModel) and self.backbone.can_generate()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's `generate` with the task active.
@@ -571,6 +648,16 @@ class SideModel(nn.Module):
         return getattr(self.backbone, "main_input_name", "pixel_values")
 
     @property
+    def input_modalities(self) -> Any:
+        """What the backbone reads, in transformers' words."""
+        return self.backbone.input_modalities
+
+    @property
+    def output_modalities(self) -> Any:
+        """What the backbone writes where it generates, in transformers' words."""
+        return self.backbone.output_modalities
+
+    @property
     def device(self) -> torch.device:
         """Where the backbone is."""
         return backbones.device_of(self.backbone)
@@ -579,6 +666,21 @@ class SideModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """The backbone's precision."""
         return next(self.backbone.parameters()).dtype
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the backbone's tables of embeddings, by their names."""
+        tables = ((name, part) for name, part in self.backbone.named_modules() if isinstance(part, nn.Embedding))
+        return {f"{name}.weight": tuple(part.weight.shape) for name, part in tables}
+
+    @property
+    def precisions(self) -> str:
+        """Those of the backbone's weights but for the task, joined by "+"; an own head counts as it was given."""
+        inserted: set[int] = set()
+        if self._delta is not None:
+            named = self.trunk.named_parameters()
+            inserted = {id(p) for name, p in named if self._delta.plain_name(name) is None}
+        own = [p for p in self.backbone.parameters() if p.is_floating_point() and id(p) not in inserted]
+        return "+".join(sorted({str(self._wide.own_dtype(p)).removeprefix("torch.") for p in own}))
 
     @property
     def digest(self) -> Digest:
@@ -729,6 +831,7 @@ class SideModel(nn.Module):
         torch.clear_autocast_cache()  # of a context that is still open
         self.fold.remove()
         backbones.uncheckpoint_blocks([place.module for place in self.places])
+        self._wide.remove()
         if self.sparse is not None:
             self.sparse.revert()
             self.sparse.unhook()
@@ -768,6 +871,7 @@ class SideModel(nn.Module):
         """
         check_attachable(self.backbone)
         torch.clear_autocast_cache()
+        self._wide.put()
         with torch.no_grad():
             for name, tensor in self._stored().items():
                 tensor.copy_(rest.values[name])
@@ -780,9 +884,51 @@ class SideModel(nn.Module):
         self.fold.put()
 
 
+_LIKE: dict[type[nn.Module], type[SideModel]] = {}
+"""What `_like` has made: one class for all models on a class of backbones."""
+
+
+def _like(kind: type[nn.Module]) -> type[SideModel]:
+    """`SideModel` by the name and with the signature of a backbone's class.
+
+    The Trainer finds the names of labels by these two of a class (start_positions of one for question answering), and
+    pipelines find by the name whether a model is of their task.
+    """
+
+    if kind in _LIKE:
+        return _LIKE[kind]
+
+    def forward(self: SideModel, *args: Any, **kwargs: Any) -> Any:
+        return SideModel.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = SideModel.forward.__doc__
+    fields = {"forward": forward, "__module__": __name__, "__doc__": SideModel.__doc__}
+    return _LIKE.setdefault(kind, type(kind.__name__, (SideModel,), fields))
+
+
+def _blank_like(kind: type[nn.Module]) -> SideModel:
+    """An attached model of this class without its state, which pickle or a copy sets."""
+    cls = _like(kind)
+    return cls.__new__(cls)
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    """The loss in a model's output; a tuple does not say whether it begins with one."""
+    return output.get("loss") if isinstance(output, ModelOutput) else None
+
+
+def _scaled(output: Any, factor: Tensor) -> Any:
+    """A model's output with its loss times a factor; a tuple begins with the loss."""
+    if isinstance(output, tuple):
+        return (output[0] * factor, *output[1:])
+    output.loss = output.loss * factor
+    return output
+
+
 @dataclass(frozen=True)
 class Before:
-    """What `attach` changes on a backbone besides hooks: gradient flags and modes.
+    """What changes on a backbone under a task besides hooks: gradient flags, modes, and what its config says of a head.
 
     They belong to parameters and modules, not to names: a model may change its modules meanwhile (BigBird does). What
     it has by then that it did not have before is frozen or not as the rest of it, and in the mode of the whole.
@@ -791,14 +937,17 @@ class Before:
     training: bool
     requires_grad: dict[nn.Parameter, bool]
     modes: dict[nn.Module, bool]
+    config: dict[str, Any]
 
     @classmethod
     def of(cls, model: nn.Module) -> Before:
         """Those of a model as it is now."""
+        fields = vars(model.config) if isinstance(model, PreTrainedModel) else {}
         return cls(
             model.training,
             {parameter: parameter.requires_grad for parameter in model.parameters()},
             {module: module.training for module in model.modules()},
+            {name: copy.deepcopy(fields[name]) for name in OF_HEADS if name in fields},
         )
 
     def restore(self, model: nn.Module) -> None:
@@ -808,6 +957,10 @@ class Before:
             parameter.requires_grad_(self.requires_grad.get(parameter, rest))
         for module in model.modules():
             module.training = self.modes.get(module, self.training)
+        if isinstance(model, PreTrainedModel):
+            for name in OF_HEADS:
+                vars(model.config).pop(name, None)
+            vars(model.config).update(copy.deepcopy(self.config))
 
 
 @dataclass(frozen=True)

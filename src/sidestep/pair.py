@@ -301,6 +301,11 @@ class PairModel(nn.Module):
         return self.image.dtype
 
     @property
+    def precisions(self) -> str:
+        """Those of the towers' weights, joined by "+"."""
+        return "+".join(sorted({name for tower in self.parts for name in tower.precisions.split("+")}))
+
+    @property
     def digest(self) -> Digest:
         """One digest of both towers' pretrained weights."""
         return joined([tower.digest for tower in self.parts])

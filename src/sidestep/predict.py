@@ -22,6 +22,7 @@ from sidestep.bank import TaskBank
 from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace, encode_prompts
 from sidestep.data.labels import SEPARATOR
 from sidestep.data.pairs import captioned, encode_pairs
+from sidestep.data.vocabulary import check_tokens
 from sidestep.heads import Classify
 from sidestep.metrics import scores, text_scores
 from sidestep.model import SideModel
@@ -182,7 +183,13 @@ def logits(
     workers: int = 0,
     progress: bool = False,
 ) -> NDArray[Any]:
-    """(rows, outputs) in the order of the rows; they are run sorted by length, so that little is padding."""
+    """(rows, outputs) in the order of the rows; they are run sorted by length, so that little is padding.
+
+    Raises:
+        DataError: for tokens that the backbone has no embeddings for.
+    """
+    if fields.text is not None:
+        check_tokens(model.backbone, encoded, model.extras["processor"])
     order, collate = _by_length(encoded), Collate(model.extras.get("processor") if fields.text else None)
     batches = _batches(model, encoded, order, collate, batch_size=batch_size, workers=workers, progress=progress)
     model.eval()
@@ -216,11 +223,12 @@ def written(
         progress: whether a bar is shown.
 
     Raises:
-        DataError: if the model writes no text.
+        DataError: if the model writes no text, or has no embeddings for tokens of the prompts.
     """
     tokenizer, kind = model.extras["processor"], model.writes
     if kind is None:
         raise DataError(f"{type(model.backbone).__name__} as it is attached writes no text")
+    check_tokens(model.backbone, encoded, tokenizer)
     order, end = _by_length(encoded), tokenizer.eos_token_id
     collate = prompt_collator(tokenizer, kind)
     how: dict[str, Any] = {

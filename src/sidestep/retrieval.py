@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from sidestep.data import DataError, Fields
 from sidestep.data.images import undecoded
 from sidestep.data.pairs import CollatePairs, captioned, encode_pairs
+from sidestep.data.vocabulary import check_tokens
 from sidestep.metrics import scores, similarities
 from sidestep.pair import Attached, PairModel
 from sidestep.step import accepted
@@ -36,10 +37,11 @@ def cosines(
         progress: whether a bar is shown.
 
     Raises:
-        DataError: if the model is no dual encoder.
+        DataError: if the model is no dual encoder, or has no embeddings for tokens of the captions.
     """
     if not isinstance(model, PairModel):
         raise DataError(f"retrieval needs a dual encoder, but the task is on {type(model.backbone).__name__}")
+    check_tokens(model.text.backbone, encoded, model.extras["processor"].text)
     collate = CollatePairs(model.extras["processor"].text)
     loader = DataLoader(encoded, batch_size=batch_size, collate_fn=collate, num_workers=workers)
     parts: dict[str, list[NDArray[Any]]] = {"image_embeds": [], "text_embeds": [], "labels": []}

@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sidestep import task_fields
-from sidestep.backbone import Digest
+from sidestep.backbone import Digest, token_rows
 from sidestep.diffs import SparseDiff
 from sidestep.heads import HEADS, HeadConfig, head_from_dict
-from sidestep.loading import Source, load_class, load_processor, paired, source_of
+from sidestep.loading import Source, load_class, load_processor, paired, source_of, stored_vocabulary
 from sidestep.methods import MethodConfig, UnsupportedBackbone, method_named
-from sidestep.model import Settings
+from sidestep.model import Settings, SideModel
 from sidestep.pair import Attached, PairModel, attach, detach
 from sidestep.sparse_codec import POSITIONS, VALUES, DamagedDiff, SparseTensor, decode, encode
 from sidestep.versions import version_of, versions
@@ -96,10 +96,12 @@ def save(
         scores: stored and shown on the model card; None: `model.extras["scores"]`.
 
     Raises:
-        TaskError: if the folder holds a task already, is a file, or something in `extras` is no plain data.
+        TaskError: if the folder holds a task already, is a file, or something in `extras` is no plain data; or if the
+            backbone's embeddings were resized, so that no backbone would fit the task.
     """
     folder = Path(folder)
     _check_free(folder, overwrite)
+    check_sizes(model)
     names = portable_names(model)
     tensors = packed(model, _unshared({names[name]: value for name, value in model.state_dict().items()}))
     config = _config(model, tensors, model.extras.get("scores") if scores is None else scores)
@@ -231,6 +233,38 @@ def diff_of(task: Task, diff: SparseDiff, prefix: str = "") -> dict[str, tuple[T
     return {name: (part.positions, part.values) for name, part in entries.items()}
 
 
+def check_sizes(model: Attached) -> None:
+    """Refuse a model whose backbone has other sizes than what its name loads: `load` would refuse the task.
+
+    Raises:
+        TaskError: saying which, and how to come to a backbone that has a name.
+    """
+    for part in model.parts:
+        _check_sizes(part)
+
+
+def _check_sizes(model: SideModel) -> None:
+    kind, now = type(model.backbone).__name__, model.shapes()
+    what_to_do = (
+        "resize before attach, save that backbone (backbone.save_pretrained(FOLDER)), load it from there, and attach "
+        "and train again"
+    )
+    before = {name: shape for name, shape in model.attached_shapes.items() if name in now}
+    changed = {name: (shape, now[name]) for name, shape in before.items() if now[name] != shape}
+    if changed:
+        told = some(f"{name} from {old} to {new}" for name, (old, new) in changed.items())
+        raise TaskError(f"{kind} was resized while the task was attached ({told}): {what_to_do}")
+    if token_rows(model.backbone)[0] is None:
+        return
+    source, rows = source_of(model.backbone), getattr(model.backbone.config.get_text_config(), "vocab_size", None)
+    named = stored_vocabulary(source)
+    if named is not None and rows != named:
+        raise TaskError(
+            f"{kind} has embeddings for {rows} tokens, but what {source.id} loads has {named}, so the task would not "
+            f"fit the backbone of that name: {what_to_do}"
+        )
+
+
 def _check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise TaskError(f"{folder} is a file: choose a folder")
@@ -275,6 +309,7 @@ def _config(model: Attached, tensors: Mapping[str, Tensor], scores: Mapping[str,
         },
         "backbone": {
             **asdict(source_of(model.backbone)),
+            "dtype": model.precisions,
             "trunk_class": type(model.trunk).__name__,
             "config": _backbone_config(model),
             "digest": asdict(model.digest),
@@ -305,7 +340,7 @@ def _towers(model: Attached) -> dict[str, Any]:
     if not isinstance(model, PairModel):
         return {}
     about = {
-        name: {**asdict(source_of(tower.backbone)), "digest": asdict(tower.digest)}
+        name: {**asdict(source_of(tower.backbone)), "dtype": tower.precisions, "digest": asdict(tower.digest)}
         for name, tower in model.towers.items()
     }
     return {"towers": about}
@@ -846,10 +881,7 @@ def stored_backbone(
     # mixed precision has no one name: the checkpoint's own
     wanted = dtype or (None if "+" in source.dtype else source.dtype)
     kind = source.class_name if config.get("head") is None else stored["trunk_class"]
-    fields = dict(stored["config"])
-    if "id2label" in fields:  # JSON has text keys only
-        fields["id2label"] = {int(index): label for index, label in fields["id2label"].items()}
-    return load_class(source, class_name=kind, dtype=wanted, config=fields)
+    return load_class(source, class_name=kind, dtype=wanted, config=_own_fields(stored))
 
 
 def _source(stored: Mapping[str, Any]) -> Source:
@@ -948,6 +980,17 @@ def _restore_extras(task: Task, model: Attached) -> None:
         model.extras["scores"] = config["scores"]
     if processor := config["files"].get("processor"):
         model.extras["processor"] = _processor(task, processor)
+    if config.get("head") is None and isinstance(model.backbone, PreTrainedModel):
+        for name, value in _own_fields(config["backbone"]).items():
+            setattr(model.config, name, value)  # until detach
+
+
+def _own_fields(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a backbone's config that a task stores; JSON has text keys only."""
+    fields = dict(backbone["config"])
+    if "id2label" in fields:
+        fields["id2label"] = {int(index): label for index, label in fields["id2label"].items()}
+    return fields
 
 
 def _processor(task: Task, name: str) -> Any:

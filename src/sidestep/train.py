@@ -28,6 +28,7 @@ from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, MoveSupp
 from sidestep.data import DataError, DataWarning
 from sidestep.data.contents import content_hash
 from sidestep.data.messages import named_rows
+from sidestep.data.vocabulary import check_tokens
 from sidestep.heads import Classify, HeadConfig, Regress, Retrieve
 from sidestep.loading import source_of
 from sidestep.methods import SideNet, WeightDelta
@@ -44,7 +45,7 @@ from sidestep.schedules import rate_factor
 from sidestep.settings import TrainSettings
 from sidestep.starts import initialise, samples_of
 from sidestep.step import StepCost, measure_step
-from sidestep.store import WEIGHTS
+from sidestep.store import WEIGHTS, check_sizes
 from sidestep.versions import versions
 
 __all__ = ["TrainError", "TrainSettings", "head_for", "largest_batch", "train"]
@@ -178,6 +179,7 @@ def _check_fit(model: Attached, data: TaskData, settings: TrainSettings) -> None
             f"{type(model.backbone).__name__} is timm's; leave it at 0"
         )
     _check_task(model, data)
+    check_sizes(model)  # before a long run, at whose end nothing could be saved
     if data.labels.kind == "retrieval" and settings.batch_size < 2:
         raise ValueError(
             f"batch_size={settings.batch_size} for retrieval: the other pairs of a batch are the negatives, so there "
@@ -188,6 +190,7 @@ def _check_fit(model: Attached, data: TaskData, settings: TrainSettings) -> None
         check_image_size(reader.backbone, reader.trunk, data.train[0]["pixel_values"])
     if data.fields.text is not None:
         _check_positions(model.parts[-1].backbone, data)
+        _check_tokens(model, data)
     if settings.drop_last and len(data.train) < settings.batch_size:
         raise ValueError(
             f"drop_last with {len(data.train)} training rows and batch_size={settings.batch_size}: no batch would be "
@@ -254,6 +257,13 @@ def _check_positions(backbone: nn.Module, data: TaskData) -> None:
         raise ValueError(
             f"max_new_tokens={new}, but the decoder of {name} has {writes} positions: choose at most {writes}"
         )
+
+
+def _check_tokens(model: Attached, data: TaskData) -> None:
+    """Refuse rows with tokens that the backbone has no embeddings for."""
+    tokenizer, kind = getattr(data.processor, "text", data.processor), written_kind(data.labels.kind)
+    for split, rows in (("training", data.train), ("dev", data.dev)):
+        check_tokens(model.parts[-1].backbone, rows, tokenizer, kind=kind, split=split)
 
 
 def _describe(model: Attached, data: TaskData) -> None:
@@ -584,7 +594,7 @@ def _results(
         epochs=round(state.global_step / steps, 3),
         method={"name": model.record.name, **model.settings.method.to_dict()},
         head=model.head_config,
-        backbone={**asdict(source_of(model.backbone)), "digest": model.digest.exact},
+        backbone={**asdict(source_of(model.backbone)), "dtype": model.precisions, "digest": model.digest.exact},
         labels=list(data.labels.names),
         data={
             "train_rows": len(data.train),

@@ -15,8 +15,9 @@ from sidestep.backbone.find import Stack, default_pool, find_places, find_stacks
 from sidestep.backbone.freeze import Noise, check_noise, drop_path_rate, freeze, set_noise
 from sidestep.backbone.recompute import CheckpointedForward, checkpoint_blocks, uncheckpoint_blocks
 from sidestep.backbone.trace import facts_of
-from sidestep.backbone.trunk import device_of, is_encoder_decoder, positions, trunk_of
+from sidestep.backbone.trunk import device_of, is_encoder_decoder, positions, token_rows, trunk_of
 from sidestep.backbone.untouched import Snapshot
+from sidestep.backbone.wide import Widened
 
 __all__ = [
     "CheckpointedForward",
@@ -26,6 +27,7 @@ __all__ = [
     "Snapshot",
     "Stack",
     "StackFacts",
+    "Widened",
     "as_given",
     "as_tokens",
     "check_noise",
@@ -48,6 +50,7 @@ __all__ = [
     "prove_replay",
     "said_causal",
     "set_noise",
+    "token_rows",
     "trunk_of",
     "uncheckpoint_blocks",
     "without_values",

@@ -72,3 +72,23 @@ def _token_rows(table: nn.Embedding) -> int:
     """The rows of tokens alone: RoBERTa's come after that of padding, BART's after two that nothing uses."""
     first = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
     return table.num_embeddings - first
+
+
+def token_rows(model: nn.Module) -> tuple[int | None, int | None]:
+    """How many tokens a model of texts has embeddings for: of those that it reads, and of those that it writes.
+
+    None where it has no table of them. A tokenizer's size does not tell: tables are often padded, and tokens added.
+    """
+    if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
+        return None, None
+    reads = _table_rows(model.get_input_embeddings())
+    if not is_encoder_decoder(model):
+        return reads, reads
+    tables = (getattr(trunk_of(model).decoder, "embed_tokens", None), model.get_output_embeddings())
+    return reads, min((rows for table in tables if (rows := _table_rows(table)) is not None), default=None)
+
+
+def _table_rows(table: nn.Module | None) -> int | None:
+    if isinstance(table, nn.Linear):  # a quantised one's weight is packed
+        return table.out_features
+    return table.weight.shape[0] if isinstance(table, nn.Embedding) else None
