@@ -24,6 +24,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 
 from sidestep.data.image_files import read_folder, read_list
 from sidestep.data.messages import DataError, DataWarning, listed
+from sidestep.data.splits import chosen_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +69,18 @@ def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "
             "label"); a folder that `datasets` saved; or a hub id, with a configuration after a colon where it has
             several ("nyu-mll/glue:rte").
         options: how a table is written. Its cells all stay text. `columns` renames those of the others too.
-        split: which split of a hub id or of a saved folder; of an image folder, the subfolder of that name
-            if it holds class folders.
+        split: which split of a hub id, of a saved folder, or of an image folder with folders of splits. "val", "dev"
+            and "valid" mean "validation". What has no splits is read whole.
 
     Returns:
         A dataset with at least one row.
 
     Raises:
-        DataError: for what is missing, unreadable, empty, corrupt or in another encoding.
+        DataError: for what is missing, unreadable, empty, corrupt or in another encoding, and a split that is not
+            there.
 
     Warns:
+        DataWarning: if a split is read whose name only means the same, or images beside class folders are left out.
         DataWarning: with the line numbers of ragged rows. Too many fields: the extra ones are dropped and the
             row is kept; too few: the row is skipped.
     """
@@ -275,11 +278,7 @@ READERS: dict[str, Callable[[Path, TableOptions], Dataset]] = {
 def _folder(path: Path, split: str) -> Dataset:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved(path, split)
-    inner = path / split
-    # a class may be called "train": only a folder that holds folders is a split
-    if inner.is_dir() and any(child.is_dir() for child in inner.iterdir()):
-        path = inner
-    return read_folder(path)
+    return read_folder(path, split)
 
 
 def _saved(path: Path, split: str) -> Dataset:
@@ -287,11 +286,7 @@ def _saved(path: Path, split: str) -> Dataset:
         rows = datasets.load_from_disk(str(path))
     except Exception as error:
         raise DataError(f"{path} cannot be read as a saved dataset ({error}): save it again") from error
-    if not isinstance(rows, DatasetDict):
-        return rows
-    if split not in rows:
-        raise DataError(f"{path} has no split {split!r}: its splits are {listed(rows)}")
-    return rows[split]
+    return rows[chosen_split(rows, split, path)] if isinstance(rows, DatasetDict) else rows
 
 
 def _may_be_hub_id(source: str | Path) -> bool:
@@ -305,11 +300,22 @@ def _hub(source: str, split: str) -> Dataset:
     try:
         return datasets.load_dataset(name, configuration or None, split=split)
     except Exception as error:
+        names = _hub_splits(name, configuration) if isinstance(error, ValueError) else []
+        if names and split not in names:
+            return _hub(source, chosen_split(names, split, source))
         raise DataError(
             f"{source!r} is no file or folder here, and looking it up on the Hugging Face hub failed "
             f"({type(error).__name__}: {error}): check the path, or the hub id, its split {split!r} "
             "and the network"
         ) from error
+
+
+def _hub_splits(name: str, configuration: str) -> list[str]:
+    """The splits of a hub id; none if they cannot be looked up."""
+    try:
+        return datasets.get_dataset_split_names(name, configuration or None)
+    except Exception:  # the first error says more
+        return []
 
 
 def _rename(rows: Dataset, columns: tuple[str, ...], source: str | Path) -> Dataset:
