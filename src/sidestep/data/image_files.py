@@ -1,9 +1,8 @@
 """Images in files: a folder of class folders, or a list of paths with labels as VTAB-1K has them."""
 
-import glob
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -14,6 +13,8 @@ from sidestep.data.messages import DataError, DataWarning, listed
 from sidestep.data.splits import chosen_split, is_split_name
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+NAMING = "file_name"
+"""The column of a metadata file that names the images, relative to its folder."""
 ALLOWED = (
     "give a folder with one folder of images per class (archives are not opened), a folder that "
     "datasets.save_to_disk made, or a file"
@@ -52,15 +53,16 @@ def read_list(path: Path, lines: Iterable[str]) -> Dataset:
     return Dataset.from_dict(columns, features=LISTED)
 
 
-def read_folder(path: Path, split: str) -> Dataset:
+def read_folder(path: Path, split: str, table: Callable[[Path], Dataset]) -> Dataset:
     """The images of class folders, in columns "image" and "label".
 
     A folder is a class with all that lies below it. Images that lie in no class folder have no "label", and a file
-    "metadata.csv" (or .jsonl, .parquet) gives the columns in the place of the folders, as `datasets` reads it.
+    "metadata.csv" (or .jsonl, .parquet) gives the columns in the place of the folders: its "file_name" names the image.
 
     Args:
         path: of the class folders, or of folders of splits that hold them.
         split: which split is read, if there are splits.
+        table: reads a metadata file.
 
     Raises:
         DataError: if there is no image, none in one of the class folders, or no such split.
@@ -76,8 +78,8 @@ def read_folder(path: Path, split: str) -> Dataset:
         while inner := _wrapped(root):
             root = inner
     files = sorted(_files(root), key=str)
-    if any(file.name in METADATA for file in files):
-        return _with_metadata(root)
+    if metadata := [file for file in files if file.name in METADATA]:
+        return _with_metadata(root, metadata, table)
     images = [file for file in files if _is_image(file)]
     if not images:
         raise DataError(f"{path} holds no images: {ALLOWED}")
@@ -131,13 +133,35 @@ def _has_metadata(folder: Path) -> bool:
     return any((folder / name).is_file() for name in METADATA)
 
 
-def _with_metadata(path: Path) -> Dataset:
-    # data_files, not data_dir: with data_dir a folder called "test" would be taken for a split and left out
-    pattern = f"{glob.escape(str(path.resolve()))}/**"
-    try:
-        return datasets.load_dataset("imagefolder", data_files={"train": [pattern]}, split="train")
-    except Exception as error:  # the readers of `datasets` raise what they like
-        raise DataError(f"{path} holds no images ({error.__cause__ or error}): {ALLOWED}") from error
+def _with_metadata(root: Path, files: Iterable[Path], read: Callable[[Path], Dataset]) -> Dataset:
+    """The rows of metadata files, each with its "file_name" as an image; the name begins at the file's folder."""
+    tables = [_with_images(file, read(file)) for file in files]
+    if any(table.features != tables[0].features for table in tables):
+        raise DataError(
+            f"the metadata files of {root} have different columns ({listed(tables[0].column_names)} and others): give "
+            "them the same ones, of the same types"
+        )
+    return datasets.concatenate_datasets(tables)
+
+
+def _with_images(file: Path, rows: Dataset) -> Dataset:
+    if rows.features.get(NAMING) not in (Value("string"), Value("large_string")):
+        raise DataError(
+            f"{file} has no column {NAMING!r} of texts, but {listed(rows.column_names)}: name each image there"
+        )
+    others = [name for name in rows.column_names if name != NAMING]
+    if "image" in others:
+        raise DataError(f"{file} has columns {NAMING!r} and 'image': rename the second, as the images get that name")
+    paths = [None if name is None else str(file.parent / name) for name in rows[NAMING][:]]
+    missing = [path for path in paths if path is None or not Path(path).is_file()]
+    if missing:
+        raise DataError(f"{file} names {len(missing)} of {len(paths)} images that are not there: {listed(missing)}")
+    return (
+        rows.remove_columns(NAMING)
+        .add_column("image", paths)
+        .cast_column("image", Image())
+        .select_columns(["image", *others])
+    )
 
 
 def _wrapped(root: Path) -> Path | None:

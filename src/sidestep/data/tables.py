@@ -9,6 +9,7 @@ import codecs
 import csv
 import difflib
 import gzip
+import hashlib
 import re
 import warnings
 import zlib
@@ -17,12 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import datasets
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict, Features, LargeList, List, Value
 
 from sidestep.data.image_files import read_folder, read_list
+from sidestep.data.json_files import FORM, read_json
 from sidestep.data.messages import DataError, DataWarning, listed
 from sidestep.data.splits import chosen_split
 
@@ -58,6 +60,8 @@ class TableOptions:
 
 
 DEFAULTS = TableOptions()
+PLAIN = {"string_view": Value("string"), "binary_view": Value("binary")}
+"""In whose place arrow's views of texts and bytes, as polars and others write them, are read."""
 
 
 def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "train") -> Dataset:
@@ -93,6 +97,7 @@ def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "
         rows = _hub(str(source), split)
     if len(rows) == 0:
         raise DataError(f"{source} holds no rows: at least one is needed")
+    rows = _with_plain_types(rows)
     return rows if options.columns is None else _rename(rows, options.columns, source)
 
 
@@ -236,22 +241,39 @@ def _square(path: Path, lines: list[tuple[int, list[str]]], width: int) -> list[
 
 
 def _json(path: Path, options: TableOptions) -> Dataset:
-    # arrow takes bytes of any encoding for utf-8 and fails much later, when a row is read
     with _open(path, options.encoding) as file:
-        for _ in file:
-            pass
-    try:
-        return Dataset.from_json(str(path), encoding=options.encoding)
-    # the readers under `datasets` raise what they like, StopIteration for a file without rows included
-    except Exception as error:
-        raise _corrupt(path, "json (a list of objects, or one object a line)", error) from error
+        try:
+            return read_json(file)
+        except UnicodeDecodeError:
+            raise
+        except ValueError as error:
+            raise _corrupt(path, FORM, error) from error
 
 
 def _parquet(path: Path, _: TableOptions) -> Dataset:
+    # `datasets` keeps what it read under the file's time, which a file may share with the one that it replaces
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        return Dataset.from_parquet(str(path))
-    except Exception as error:
+        return Dataset.from_parquet(str(path), config_name=content)
+    except Exception as error:  # the readers of `datasets` raise what they like
         raise _corrupt(path, "parquet", error) from error
+
+
+def _with_plain_types(rows: Dataset) -> Dataset:
+    """The rows with texts and bytes in the types that `datasets` and this package know: the cells are the same."""
+    features = Features({name: _plain(feature) for name, feature in rows.features.items()})
+    return rows if features == rows.features else rows.cast(features)
+
+
+def _plain(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {name: _plain(inner) for name, inner in feature.items()}
+    if isinstance(feature, List):
+        return List(_plain(feature.feature), length=feature.length)
+    if isinstance(feature, LargeList):
+        return LargeList(_plain(feature.feature))
+    return PLAIN.get(feature.dtype, feature) if isinstance(feature, Value) else feature
 
 
 def _list(path: Path, options: TableOptions) -> Dataset:
@@ -261,8 +283,7 @@ def _list(path: Path, options: TableOptions) -> Dataset:
 
 def _corrupt(path: Path, form: str, error: Exception) -> DataError:
     reason = error.__cause__ or error
-    said = "no rows" if isinstance(reason, StopIteration) else f"{type(reason).__name__}: {reason}"
-    return DataError(f"{path} cannot be read as {form} ({said}): make or fetch it again")
+    return DataError(f"{path} cannot be read as {form} ({type(reason).__name__}: {reason}): make or fetch it again")
 
 
 READERS: dict[str, Callable[[Path, TableOptions], Dataset]] = {
@@ -278,7 +299,7 @@ READERS: dict[str, Callable[[Path, TableOptions], Dataset]] = {
 def _folder(path: Path, split: str) -> Dataset:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved(path, split)
-    return read_folder(path, split)
+    return read_folder(path, split, lambda file: _file(file, DEFAULTS))
 
 
 def _saved(path: Path, split: str) -> Dataset:
