@@ -6,7 +6,7 @@ and rounds large whole numbers. Here a text stays the text it is. Whole numbers 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -21,13 +21,13 @@ MIXED = getattr(datasets, "Json", None)
 """The type of cells of several types; releases of `datasets` before 4.7 have none."""
 
 
-def read_json(file: TextIO) -> Dataset:
-    """The rows of a file; a key that an object lacks is None there.
+def read_json(text: str) -> Dataset:
+    """The rows of a file's text; a key that an object lacks is None there.
 
     Raises:
         ValueError: for what is no json, or no objects.
     """
-    rows = _rows(list(_values(file.read())))
+    rows = _rows(list(_values(text)))
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
         raise ValueError("no rows")

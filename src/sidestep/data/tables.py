@@ -60,6 +60,17 @@ class TableOptions:
 
 
 DEFAULTS = TableOptions()
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before utf-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte-order marks, and the encodings that they stand for."""
+SNIFFED = 4096
+"""Bytes of a file by which an encoding of two or four bytes a character is told."""
+OFTEN, MOSTLY = 0.02, 0.9
+"""Shares of zero bytes above which there are letters, digits and line ends, and above which nearly all are such."""
 PLAIN = {"string_view": Value("string"), "binary_view": Value("binary")}
 """In whose place arrow's views of texts and bytes, as polars and others write them, are read."""
 
@@ -156,19 +167,55 @@ def _parse(path: Path, options: TableOptions) -> list[tuple[int, list[str]]]:
 @contextmanager
 def _open(path: Path, encoding: str) -> Iterator[TextIO]:
     """The file as text; what goes wrong while it is read names the file."""
-    if codecs.lookup(encoding).name == "utf-8":
-        encoding = "utf-8-sig"  # a byte-order mark would become a part of the first column's name
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
+        with opened(path, "rb") as file:
+            encoding = _encoding(path, file.read(SNIFFED), encoding)
         with opened(path, "rt", encoding=encoding, newline="") as file:
             yield file
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        at = (
+            f"byte {error.object[error.start]:#04x}: {error.reason}" if isinstance(error, UnicodeDecodeError) else error
+        )
+        other = "utf-8" if _family(encoding) else "latin-1"
         raise DataError(
-            f"{path} is not {encoding.removesuffix('-sig')} (byte {error.object[error.start]:#04x}: "
-            f"{error.reason}): give its encoding, most often latin-1 (--encoding latin-1)"
+            f"{path} is not {encoding.removesuffix('-sig')} ({at}): give its encoding, most often {other} "
+            f"(--encoding {other})"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}): it may be cut short; make or fetch it again") from error
+
+
+def _encoding(path: Path, start: bytes, given: str) -> str:
+    """The encoding to read a file with that begins so; a byte-order mark would become a part of the first name."""
+    found = _wide_encoding(start)
+    if found is None:
+        return "utf-8-sig" if codecs.lookup(given).name == "utf-8" else given
+    if _family(given) != _family(found):
+        raise DataError(f"{path} is not {given}, but {found}: give that as its encoding (--encoding {found})")
+    marked = found == _family(found)
+    return found if marked or codecs.lookup(given).name == found else given
+
+
+def _family(encoding: str) -> str | None:
+    """ "utf-16" or "utf-32" of any byte order; None for encodings with single bytes."""
+    return next((family for family in ("utf-16", "utf-32") if codecs.lookup(encoding).name.startswith(family)), None)
+
+
+def _wide_encoding(start: bytes) -> str | None:
+    """The encoding of a file that begins so, if its characters have two or four bytes each."""
+    for mark, encoding in MARKS.items():
+        if start.startswith(mark):
+            return encoding
+    # without a mark: letters have zero bytes, which no text of single bytes holds
+    zeros = [start[place::4].count(0) * 4 / max(len(start), 1) for place in range(4)]
+    for order, places in (("le", zeros), ("be", zeros[::-1])):
+        if min(places[2:]) > MOSTLY:
+            return f"utf-32-{order}"
+    for order, places in (("le", zeros), ("be", zeros[::-1])):
+        if min(places[1::2]) > OFTEN and sum(places[1::2]) > sum(places[::2]):
+            return f"utf-16-{order}"
+    return None
 
 
 def _cells(path: Path, file: TextIO, options: TableOptions) -> list[tuple[int, list[str]]]:
@@ -242,12 +289,11 @@ def _square(path: Path, lines: list[tuple[int, list[str]]], width: int) -> list[
 
 def _json(path: Path, options: TableOptions) -> Dataset:
     with _open(path, options.encoding) as file:
-        try:
-            return read_json(file)
-        except UnicodeDecodeError:
-            raise
-        except ValueError as error:
-            raise _corrupt(path, FORM, error) from error
+        text = file.read()
+    try:
+        return read_json(text)
+    except ValueError as error:
+        raise _corrupt(path, FORM, error) from error
 
 
 def _parquet(path: Path, _: TableOptions) -> Dataset:
