@@ -128,6 +128,12 @@ def test_lists_objects_and_mixed_cells_of_json_stay_as_they_are(tmp_path: Path, 
     assert json.dumps(found) == json.dumps(cells)
 
 
+@pytest.mark.parametrize("cells", [[1 / 3, "x"], [{"b": 1 / 3}, {"c": 1}], [2**70, "x"], [[2**70], ["x"]]])
+def test_mixed_cells_that_no_type_keeps_are_text(tmp_path: Path, cells: list[Any]) -> None:
+    put_lines(tmp_path / "a.jsonl", {"text": ["a", "b"], "x": cells})
+    assert read(tmp_path / "a.jsonl")["x"][:] == [cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]
+
+
 def test_json_may_be_indented_and_lack_keys(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{\n "text": "a",\n "n": 1\n}\n\n{"text": "b", "m": ["x"]}\n')

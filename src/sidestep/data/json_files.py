@@ -85,10 +85,18 @@ def _nested(cells: Sequence[Any]) -> Any:
     try:
         found = pa.array(cells)
     except (pa.ArrowException, ValueError, OverflowError):
-        return Value("string") if MIXED is None else MIXED()
+        return _mixed(cells)
     if found.to_pylist() != list(cells):
-        return Value("string") if MIXED is None else MIXED()
+        return _mixed(cells)
     return Features.from_arrow_schema(pa.schema([("cells", found.type)]))["cells"]
+
+
+def _mixed(cells: Sequence[Any]) -> Any:
+    if MIXED is None:
+        return Value("string")
+    # it rounds decimal numbers to ten digits
+    kept = Dataset.from_dict({"cells": cells}, features=Features({"cells": MIXED()}))["cells"][:]
+    return MIXED() if kept == list(cells) else Value("string")
 
 
 def _text(cell: Any) -> str | None:
