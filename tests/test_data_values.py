@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, List, Value
 
-from sidestep.data import DataError, Fields, check_fields, label_space, read
+from sidestep.data import DataError, DataWarning, Fields, check_fields, label_space, read
 from sidestep.data.pairs import captioned
 from sidestep.predict import WRITERS, write_table
 
@@ -213,6 +213,13 @@ def test_metadata_keep_their_values_and_may_be_replaced(tmp_path: Path) -> None:
         assert rows["label"][:] == [label, "NA"]
         assert rows["day"][:] == ["2020-01-01", ""]
         assert [image.size for image in rows["image"]] == [(4, 4)] * 2
+
+
+def test_images_without_metadata_are_left_out_and_named(tmp_path: Path) -> None:
+    root = images(tmp_path / "data", ["0.png", "more/1.png", "more/2.png"])
+    (root / "metadata.csv").write_text("file_name,kind\nmore/../0.png,x\nmore/1.png,y\n")
+    with pytest.warns(DataWarning, match=r"1 of 3 images stand in no metadata file and were left out: 'more/2\.png'"):
+        assert read(root)["kind"][:] == ["x", "y"]
 
 
 def test_names_of_metadata_begin_at_their_folder(tmp_path: Path) -> None:

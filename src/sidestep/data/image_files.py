@@ -68,7 +68,8 @@ def read_folder(path: Path, split: str, table: Callable[[Path], Dataset]) -> Dat
         DataError: if there is no image, none in one of the class folders, or no such split.
 
     Warns:
-        DataWarning: if a split of another name is read, or images beside class folders are left out.
+        DataWarning: if a split of another name is read, or images are left out: beside class folders, or that no
+            metadata file names.
     """
     root = path.resolve()
     while not (splits := _splits(root, split)) and (inner := _wrapped(root)):
@@ -78,9 +79,11 @@ def read_folder(path: Path, split: str, table: Callable[[Path], Dataset]) -> Dat
         while inner := _wrapped(root):
             root = inner
     files = sorted(_files(root), key=str)
-    if metadata := [file for file in files if file.name in METADATA]:
-        return _with_metadata(root, metadata, table)
     images = [file for file in files if _is_image(file)]
+    if metadata := [file for file in files if file.name in METADATA]:
+        rows = _with_metadata(root, metadata, table)
+        _warn_of_unnamed(root, images, rows)
+        return rows
     if not images:
         raise DataError(f"{path} holds no images: {ALLOWED}")
     _refuse_empty_classes(root, images)
@@ -142,6 +145,19 @@ def _with_metadata(root: Path, files: Iterable[Path], read: Callable[[Path], Dat
             "them the same ones, of the same types"
         )
     return datasets.concatenate_datasets(tables)
+
+
+def _warn_of_unnamed(root: Path, images: Sequence[Path], rows: Dataset) -> None:
+    cells = rows.select_columns("image").cast_column("image", Image(decode=False))["image"]
+    named = {os.path.abspath(cell["path"]) for cell in cells}
+    unnamed = [image for image in images if str(image) not in named]
+    if unnamed:
+        warnings.warn(
+            f"{root}: {len(unnamed)} of {len(images)} images stand in no metadata file and were left out: "
+            f"{listed(str(image.relative_to(root)) for image in unnamed)}",
+            DataWarning,
+            stacklevel=5,
+        )
 
 
 def _with_images(file: Path, rows: Dataset) -> Dataset:
