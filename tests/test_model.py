@@ -350,3 +350,20 @@ def test_a_model_with_a_sidestep_head_does_not_generate() -> None:
     model = ss.attach(FAMILIES["llama"].model(), READ, head=HEAD)
     with pytest.raises(ValueError, match="a model with a Classify head does not generate text"):
         model.generate(torch.ones(1, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("head", [None, HEAD])
+def test_a_batch_whose_labels_are_all_left_out_is_refused(head: ss.Classify | None) -> None:
+    model = ss.attach(t.BertForSequenceClassification(BERT), READ, head=head)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    for train in (True, False):
+        model.train(train)
+        with pytest.raises(ValueError, match="all 2 labels of a batch are -100, which the loss leaves out"):
+            model(input_ids=ids, labels=torch.tensor([-100, -100]))
+        assert model(input_ids=ids, labels=torch.tensor([-100, 1])).loss.isfinite()
+    assert model(input_ids=ids).loss is None
+
+
+def test_a_number_to_predict_may_be_what_other_losses_leave_out() -> None:
+    model = ss.attach(t.BertForSequenceClassification(BERT), READ, head=ss.Regress())
+    assert model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([-100])).loss.isfinite()

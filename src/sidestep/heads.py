@@ -18,6 +18,8 @@ from sidestep.layers import last_kept
 from sidestep.metrics import Kind
 
 Loss = Literal["contrastive", "triplet"]
+IGNORED = -100
+"""A label that the loss of classes and of tokens leaves out; the mean over nothing but such labels is no number."""
 
 
 @dataclass(frozen=True, kw_only=True)

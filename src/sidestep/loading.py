@@ -34,7 +34,7 @@ from transformers.utils import logging
 from sidestep.backbone import said_causal, trunk_of
 from sidestep.families import DUAL_FAMILIES, dual_family_of
 from sidestep.metrics import Written
-from sidestep.pixels import IMAGE_TRANSFORM, ImageTransform
+from sidestep.pixels import IMAGE_TRANSFORM, ImageTransform, to_rgb
 from sidestep.vit_npz import NORM_EPS, NpzError, ViTArchive, read_sizes, read_vit
 from sidestep.wording import some
 
@@ -382,7 +382,7 @@ class TimmProcessor:
         """{"pixel_values": (images, channels, rows, columns)} of one PIL image or a sequence of them."""
         transform = _timm_transform(self)
         several = images if isinstance(images, Sequence) else [images]
-        return {"pixel_values": torch.stack([transform(image.convert("RGB")) for image in several])}
+        return {"pixel_values": torch.stack([transform(to_rgb(image)) for image in several])}
 
 
 @lru_cache(maxsize=8)

@@ -33,7 +33,7 @@ from sidestep.backbone import Digest, Noise
 from sidestep.diffs import SparseDiff
 from sidestep.families import Pool, family_of
 from sidestep.fold import KEY_VALUES, Fold, FoldError, Hook
-from sidestep.heads import Head, HeadConfig
+from sidestep.heads import IGNORED, Head, HeadConfig
 from sidestep.methods import MethodConfig, ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta, method_of
 from sidestep.methods.base import Method, SparseDelta
 from sidestep.methods.controls import Probe
@@ -418,6 +418,8 @@ class SideModel(nn.Module):
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """The backbone's inputs (and `labels`) -> its output type, or with a Sidestep head a classifier output."""
         self._write_diff()
+        if labels is not None and (self.head is None or self.head.config.kind == "single"):
+            _refuse_ignored(labels)
         output = self._run(args, labels, self._defaults(args, kwargs))
         if self.training and torch.is_grad_enabled() and (loss := _loss_of(output)) is not None:
             self._check_trains(loss)
@@ -1023,3 +1025,15 @@ def _pads_left(mask: Tensor) -> bool:
     if mask.is_meta or isinstance(mask, FakeTensor):
         return False
     return torch.compiler.is_compiling() or bool((mask[:, 0] == 0).any())
+
+
+def _refuse_ignored(labels: Tensor) -> None:
+    """Raise if the loss would leave out all classes or tokens, as the mean over none is no number."""
+    # not on an accelerator, where to look would be to wait for it: there the collators have looked
+    if labels.device.type != "cpu" or isinstance(labels, FakeTensor) or torch.compiler.is_compiling():
+        return
+    if labels.numel() and not labels.is_floating_point() and bool((labels == IGNORED).all()):
+        raise ValueError(
+            f"all {labels.numel()} labels of a batch are {IGNORED}, which the loss leaves out, so there is nothing to "
+            "learn from: leave the batch out, or give no labels"
+        )

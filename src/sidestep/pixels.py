@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,10 @@ NORMALIZATIONS: Mapping[str, tuple[Channels, Channels]] = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 """Mean and standard deviation of the channels, by name."""
+SIXTEEN_BITS = ("PNG", "PPM")
+"""Formats whose grey values Pillow scales to 16 bits where it gives them as numbers of 32 (mode "I")."""
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+"""Tags of a TIFF file, and what the second may say."""
 SAME = 0.002
 """Mean difference of smooth images, in steps of their range, below which two ways to resize are the same way."""
 
@@ -164,7 +169,7 @@ class ImageTransform:
         """{"pixel_values": (images, 3, rows, columns)} of one PIL image or a sequence of them."""
         several = images if isinstance(images, Sequence) else [images]
         prepare = _pipeline(self)
-        return {"pixel_values": torch.stack([prepare(image.convert("RGB")) for image in several])}
+        return {"pixel_values": torch.stack([prepare(to_rgb(image)) for image in several])}
 
     def steps(self) -> list[Any]:
         """The steps from an RGB image to normalised channels."""
@@ -217,6 +222,42 @@ def image_shape(trunk: Any) -> tuple[int, int, int] | None:
         return None
     rows, columns = (own, own) if isinstance(own, int) else own
     return channels, rows, columns
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image in RGB, 8 bits a channel.
+
+    Grey values of 16 bits (of 12 in a TIFF file) are scaled to 8. What is transparent has the colour that is stored.
+
+    Raises:
+        ValueError: for grey values of 32 bits, whole or decimal: the file does not say which of them is white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS):
+        return _scaled(image)
+    if image.mode in ("I", "F"):
+        kind = "whole" if image.mode == "I" else "decimal"
+        raise ValueError(
+            f"its mode {image.mode!r} holds {kind} numbers of 32 bits, and the file does not say which of them is "
+            "white: save it with 8 or 16 bits"
+        )
+    if image.mode == "La":
+        image = image.convert("LA")
+    # by way of RGBA, as Pillow warns of colours with several degrees of transparency
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _scaled(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Grey values of 16 or fewer bits as RGB; Pillow would clip them at 255 and leave a white image."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    values = np.asarray(image)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        values = 2**bits - 1 - values
+    found = PIL.Image.fromarray((values >> (bits - 8)).astype(np.uint8)).convert("RGB")
+    found.info = dict(image.info)  # how the camera was held, for one
+    return found
 
 
 def check_image_size(backbone: nn.Module, trunk: nn.Module, pixels: Tensor) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -308,9 +309,35 @@ def _write_lines(rows: Dataset, path: str) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
+def _write_csv(rows: Dataset, path: str, delimiter: str = ",") -> None:
+    # not `to_csv`, whose reader (pandas) turns whole numbers beside a missing one into decimal ones
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        # a line end of two characters, so that a cell with either of them is put in quotes
+        writer = csv.writer(_Lines(file), delimiter=delimiter, lineterminator="\r\n")
+        writer.writerow(rows.column_names)
+        writer.writerows([_cell(value) for value in row.values()] for row in rows)
+
+
+def _cell(value: Any) -> str:
+    """A value as the text of one cell; None, like no number, is an empty one."""
+    if value is None or value != value:
+        return ""
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
+
+
+@dataclass
+class _Lines:
+    """Writes lines that end in one character."""
+
+    file: TextIO
+
+    def write(self, line: str) -> int:
+        return self.file.write(line.removesuffix("\r\n") + "\n")
+
+
 WRITERS: dict[str, Callable[[Dataset, str], object]] = {
-    ".csv": lambda rows, path: rows.to_csv(path),
-    ".tsv": lambda rows, path: rows.to_csv(path, sep="\t"),
+    ".csv": _write_csv,
+    ".tsv": lambda rows, path: _write_csv(rows, path, "\t"),
     ".json": _write_json,
     ".jsonl": _write_lines,
     ".parquet": lambda rows, path: rows.to_parquet(path),

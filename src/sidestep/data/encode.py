@@ -17,6 +17,7 @@ from sidestep.data.images import decode, refuse_absent, undecoded
 from sidestep.data.labels import LabelSpace
 from sidestep.data.messages import DataError, DataWarning, listed, named_rows
 from sidestep.data.tables import check_column
+from sidestep.heads import IGNORED
 
 NO_LIMIT = 10**6
 """A tokenizer that knows no limit says 10**30; no model reads this many tokens."""
@@ -172,7 +173,8 @@ class Collate:
         """Tensors with the rows along their first axis.
 
         Raises:
-            DataError: for token ids without a tokenizer, and for rows with neither text nor image.
+            DataError: for token ids without a tokenizer, for rows with neither text nor image, and if the loss would
+                leave out all rows.
         """
         batch = {}
         if "input_ids" in rows[0]:
@@ -322,6 +324,22 @@ def refuse_empty(encoded: Dataset, column: str) -> None:
         )
 
 
+def refuse_ignored(labels: Sequence[Any]) -> None:
+    """Refuses a batch of classes or tokens that the loss would leave out altogether: their mean is no number.
+
+    Raises:
+        DataError: if all are -100.
+    """
+    if len(labels) and all(isinstance(label, int) and label == IGNORED for label in labels):
+        raise DataError(
+            f"all {len(labels)} labels of a batch are {IGNORED}, which the loss leaves out, so that there is nothing "
+            "to learn from: drop the rows without a label, or make the batches larger"
+        )
+
+
 def _stack_labels(labels: Sequence[Any]) -> Tensor:
     stacked = torch.stack([torch.as_tensor(label) for label in labels])
-    return stacked.float() if stacked.is_floating_point() else stacked.long()
+    if stacked.is_floating_point():
+        return stacked.float()
+    refuse_ignored(stacked.flatten().tolist())
+    return stacked.long()

@@ -2,15 +2,17 @@
 
 import warnings
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pyarrow.compute as pc
 from datasets import Dataset, Image
 
 from sidestep.data.messages import DataError, DataWarning, listed
+from sidestep.pixels import to_rgb
 
 
 def decode(cell: dict[str, Any], row: int | None) -> PIL.Image.Image:
@@ -24,11 +26,9 @@ def decode(cell: dict[str, Any], row: int | None) -> PIL.Image.Image:
         DataError: if it cannot be read, with its file or row.
     """
     try:
-        image = Image().decode_example(_with_bytes(cell))
-        if image.mode.startswith("I;16"):
-            # Pillow would clip at 255 and leave a white image
-            image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
+        image = to_rgb(_opened(cell))
+        PIL.ImageOps.exif_transpose(image, in_place=True)
+        return image
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         place = " in ".join([repr(cell["path"])] * bool(cell["path"]) + [f"row {row}"] * bool(row))
         raise DataError(
@@ -89,11 +89,19 @@ def undecoded(rows: Dataset, column: str) -> Dataset:
     return rows.with_format(None).select_columns([column]).cast_column(column, Image(decode=False))
 
 
-def _with_bytes(cell: dict[str, Any]) -> dict[str, Any]:
-    """The cell with its file's bytes: `datasets` leaves files open that cannot be decoded."""
-    if cell["bytes"] is not None or not is_local(cell["path"]):
-        return cell
-    return {**cell, "bytes": Path(cell["path"]).read_bytes()}
+def _opened(cell: dict[str, Any]) -> PIL.Image.Image:
+    """The picture as it is in its file.
+
+    `datasets` leaves files open that cannot be decoded, and a picture that it turns has lost what its file says of it.
+    """
+    content = cell["bytes"]
+    if content is None:
+        if not is_local(cell["path"]):
+            return Image().decode_example(cell)
+        content = Path(cell["path"]).read_bytes()
+    image = PIL.Image.open(BytesIO(content))
+    image.load()
+    return image
 
 
 def _local_paths(rows: Dataset, column: str) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Labels as numbers: which classes there are, each row's number, and a held-out part with the same shares."""
 
 import math
-from collections import Counter
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -9,9 +10,11 @@ from typing import Any, get_args
 from datasets import ClassLabel, Dataset, LargeList, List
 from sklearn.model_selection import train_test_split
 
-from sidestep.data.messages import DataError, listed, named_rows
+from sidestep.data.messages import NAMED, DataError, DataWarning, listed, named_rows
 from sidestep.data.tables import check_column
+from sidestep.heads import IGNORED
 from sidestep.metrics import WRITTEN, Kind
+from sidestep.wording import some
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SEPARATOR = "|"
@@ -77,6 +80,9 @@ def label_space(rows: Dataset, label_column: str, kind: Kind) -> LabelSpace:
     Raises:
         DataError: for an unknown kind, a missing label, fewer than 2 classes, a target that is not finite, and as
             `target_texts`.
+
+    Warns:
+        DataWarning: if classes differ by spaces or case only, with their names.
     """
     if kind not in KINDS:
         raise DataError(f"kind={kind!r}: choose {listed(KINDS)}")
@@ -94,7 +100,23 @@ def label_space(rows: Dataset, label_column: str, kind: Kind) -> LabelSpace:
             f"column {label_column!r} holds {len(names)} class ({listed(names)}) in {len(cells)} rows: "
             "a classifier needs at least 2"
         )
+    _warn_of_variants(names, label_column)
     return LabelSpace(kind, tuple(names))
+
+
+def _warn_of_variants(names: Sequence[str], label_column: str) -> None:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups["".join(name.split()).casefold()].append(name)
+    alike = [group for group in groups.values() if len(group) > 1]
+    if alike:
+        warnings.warn(
+            f"column {label_column!r} holds labels that differ by spaces or upper and lower case only: "
+            f"{some((' and '.join(map(repr, group)) for group in alike), NAMED)}. They are classes of their own; write "
+            "them alike if they mean the same",
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 def class_of_each(rows: Dataset, column: str) -> list[str]:
@@ -248,8 +270,13 @@ def _element(rows: Dataset, column: str) -> Any:
 
 
 def _name(cell: Any, feature: Any) -> str | None:
-    """A label's name; None where it is missing (-1 is how the hub marks rows without a label)."""
+    """A label's name; None where it is missing.
+
+    The hub marks rows without a label by -1, and transformers those that the loss leaves out by -100.
+    """
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    if not isinstance(cell, str) and cell == IGNORED:
         return None
     if isinstance(feature, ClassLabel):
         return feature.int2str(cell) if cell >= 0 else None

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Image, LargeList, List, Value
 from torch import Tensor
 
 from sidestep.data.augment import Augmentation
-from sidestep.data.encode import Collate, Fields, encode_images, encode_text
+from sidestep.data.encode import TEXT_TYPES, Collate, Fields, encode_images, encode_text
 from sidestep.data.images import undecoded
 from sidestep.data.messages import DataError, listed, named_rows
 from sidestep.data.tables import TableOptions, check_column, read
@@ -146,7 +146,7 @@ def _captions(rows: Dataset, name: str) -> list[list[str]]:
     feature = rows.features[name]
     several = isinstance(feature, List | LargeList)
     kind = feature.feature if several else feature
-    if not (isinstance(kind, Value) and kind.dtype in ("string", "large_string")):
+    if not (isinstance(kind, Value) and kind.dtype in TEXT_TYPES):
         raise DataError(f"caption column {name!r} holds {feature}, not texts or lists of texts")
     cells = rows.with_format(None)[name][:]
     texts = [cell or [] for cell in cells] if several else [[cell] if cell else [] for cell in cells]
@@ -155,7 +155,7 @@ def _captions(rows: Dataset, name: str) -> list[list[str]]:
 
 def _cells(rows: Dataset, name: str) -> list[dict[str, Any]]:
     feature = rows.features[name]
-    if not isinstance(feature, Image) and not (isinstance(feature, Value) and feature.dtype == "string"):
+    if not isinstance(feature, Image) and not (isinstance(feature, Value) and feature.dtype in TEXT_TYPES):
         raise DataError(f"image column {name!r} holds {feature}, not images or paths of images")
     if isinstance(feature, Value):
         return [{"path": path, "bytes": None} for path in rows.with_format(None)[name][:]]

@@ -9,6 +9,7 @@ import codecs
 import csv
 import difflib
 import gzip
+import hashlib
 import re
 import warnings
 import zlib
@@ -17,13 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import datasets
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict, Features, LargeList, List, Value
 
 from sidestep.data.image_files import read_folder, read_list
+from sidestep.data.json_files import FORM, read_json
 from sidestep.data.messages import DataError, DataWarning, listed
+from sidestep.data.splits import chosen_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,19 @@ class TableOptions:
 
 
 DEFAULTS = TableOptions()
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before utf-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte-order marks, and the encodings that they stand for."""
+SNIFFED = 4096
+"""Bytes of a file by which an encoding of two or four bytes a character is told."""
+OFTEN, MOSTLY = 0.02, 0.9
+"""Shares of zero bytes above which there are letters, digits and line ends, and above which nearly all are such."""
+PLAIN = {"string_view": Value("string"), "binary_view": Value("binary")}
+"""In whose place arrow's views of texts and bytes, as polars and others write them, are read."""
 
 
 def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "train") -> Dataset:
@@ -68,16 +84,18 @@ def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "
             "label"); a folder that `datasets` saved; or a hub id, with a configuration after a colon where it has
             several ("nyu-mll/glue:rte").
         options: how a table is written. Its cells all stay text. `columns` renames those of the others too.
-        split: which split of a hub id or of a saved folder; of an image folder, the subfolder of that name
-            if it holds class folders.
+        split: which split of a hub id, of a saved folder, or of an image folder with folders of splits. "val", "dev"
+            and "valid" mean "validation". What has no splits is read whole.
 
     Returns:
         A dataset with at least one row.
 
     Raises:
-        DataError: for what is missing, unreadable, empty, corrupt or in another encoding.
+        DataError: for what is missing, unreadable, empty, corrupt or in another encoding, and a split that is not
+            there.
 
     Warns:
+        DataWarning: if a split is read whose name only means the same, or images beside class folders are left out.
         DataWarning: with the line numbers of ragged rows. Too many fields: the extra ones are dropped and the
             row is kept; too few: the row is skipped.
     """
@@ -90,6 +108,7 @@ def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "
         rows = _hub(str(source), split)
     if len(rows) == 0:
         raise DataError(f"{source} holds no rows: at least one is needed")
+    rows = _with_plain_types(rows)
     return rows if options.columns is None else _rename(rows, options.columns, source)
 
 
@@ -148,19 +167,55 @@ def _parse(path: Path, options: TableOptions) -> list[tuple[int, list[str]]]:
 @contextmanager
 def _open(path: Path, encoding: str) -> Iterator[TextIO]:
     """The file as text; what goes wrong while it is read names the file."""
-    if codecs.lookup(encoding).name == "utf-8":
-        encoding = "utf-8-sig"  # a byte-order mark would become a part of the first column's name
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
+        with opened(path, "rb") as file:
+            encoding = _encoding(path, file.read(SNIFFED), encoding)
         with opened(path, "rt", encoding=encoding, newline="") as file:
             yield file
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        at = (
+            f"byte {error.object[error.start]:#04x}: {error.reason}" if isinstance(error, UnicodeDecodeError) else error
+        )
+        other = "utf-8" if _family(encoding) else "latin-1"
         raise DataError(
-            f"{path} is not {encoding.removesuffix('-sig')} (byte {error.object[error.start]:#04x}: "
-            f"{error.reason}): give its encoding, most often latin-1 (--encoding latin-1)"
+            f"{path} is not {encoding.removesuffix('-sig')} ({at}): give its encoding, most often {other} "
+            f"(--encoding {other})"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}): it may be cut short; make or fetch it again") from error
+
+
+def _encoding(path: Path, start: bytes, given: str) -> str:
+    """The encoding to read a file with that begins so; a byte-order mark would become a part of the first name."""
+    found = _wide_encoding(start)
+    if found is None:
+        return "utf-8-sig" if codecs.lookup(given).name == "utf-8" else given
+    if _family(given) != _family(found):
+        raise DataError(f"{path} is not {given}, but {found}: give that as its encoding (--encoding {found})")
+    marked = found == _family(found)
+    return found if marked or codecs.lookup(given).name == found else given
+
+
+def _family(encoding: str) -> str | None:
+    """ "utf-16" or "utf-32" of any byte order; None for encodings with single bytes."""
+    return next((family for family in ("utf-16", "utf-32") if codecs.lookup(encoding).name.startswith(family)), None)
+
+
+def _wide_encoding(start: bytes) -> str | None:
+    """The encoding of a file that begins so, if its characters have two or four bytes each."""
+    for mark, encoding in MARKS.items():
+        if start.startswith(mark):
+            return encoding
+    # without a mark: letters have zero bytes, which no text of single bytes holds
+    zeros = [start[place::4].count(0) * 4 / max(len(start), 1) for place in range(4)]
+    for order, places in (("le", zeros), ("be", zeros[::-1])):
+        if min(places[2:]) > MOSTLY:
+            return f"utf-32-{order}"
+    for order, places in (("le", zeros), ("be", zeros[::-1])):
+        if min(places[1::2]) > OFTEN and sum(places[1::2]) > sum(places[::2]):
+            return f"utf-16-{order}"
+    return None
 
 
 def _cells(path: Path, file: TextIO, options: TableOptions) -> list[tuple[int, list[str]]]:
@@ -233,22 +288,38 @@ def _square(path: Path, lines: list[tuple[int, list[str]]], width: int) -> list[
 
 
 def _json(path: Path, options: TableOptions) -> Dataset:
-    # arrow takes bytes of any encoding for utf-8 and fails much later, when a row is read
     with _open(path, options.encoding) as file:
-        for _ in file:
-            pass
+        text = file.read()
     try:
-        return Dataset.from_json(str(path), encoding=options.encoding)
-    # the readers under `datasets` raise what they like, StopIteration for a file without rows included
-    except Exception as error:
-        raise _corrupt(path, "json (a list of objects, or one object a line)", error) from error
+        return read_json(text)
+    except ValueError as error:
+        raise _corrupt(path, FORM, error) from error
 
 
 def _parquet(path: Path, _: TableOptions) -> Dataset:
+    # `datasets` keeps what it read under the file's time, which a file may share with the one that it replaces
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        return Dataset.from_parquet(str(path))
-    except Exception as error:
+        return Dataset.from_parquet(str(path), config_name=content)
+    except Exception as error:  # the readers of `datasets` raise what they like
         raise _corrupt(path, "parquet", error) from error
+
+
+def _with_plain_types(rows: Dataset) -> Dataset:
+    """The rows with texts and bytes in the types that `datasets` and this package know: the cells are the same."""
+    features = Features({name: _plain(feature) for name, feature in rows.features.items()})
+    return rows if features == rows.features else rows.cast(features)
+
+
+def _plain(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {name: _plain(inner) for name, inner in feature.items()}
+    if isinstance(feature, List):
+        return List(_plain(feature.feature), length=feature.length)
+    if isinstance(feature, LargeList):
+        return LargeList(_plain(feature.feature))
+    return PLAIN.get(feature.dtype, feature) if isinstance(feature, Value) else feature
 
 
 def _list(path: Path, options: TableOptions) -> Dataset:
@@ -258,8 +329,7 @@ def _list(path: Path, options: TableOptions) -> Dataset:
 
 def _corrupt(path: Path, form: str, error: Exception) -> DataError:
     reason = error.__cause__ or error
-    said = "no rows" if isinstance(reason, StopIteration) else f"{type(reason).__name__}: {reason}"
-    return DataError(f"{path} cannot be read as {form} ({said}): make or fetch it again")
+    return DataError(f"{path} cannot be read as {form} ({type(reason).__name__}: {reason}): make or fetch it again")
 
 
 READERS: dict[str, Callable[[Path, TableOptions], Dataset]] = {
@@ -275,11 +345,7 @@ READERS: dict[str, Callable[[Path, TableOptions], Dataset]] = {
 def _folder(path: Path, split: str) -> Dataset:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved(path, split)
-    inner = path / split
-    # a class may be called "train": only a folder that holds folders is a split
-    if inner.is_dir() and any(child.is_dir() for child in inner.iterdir()):
-        path = inner
-    return read_folder(path)
+    return read_folder(path, split, lambda file: _file(file, DEFAULTS))
 
 
 def _saved(path: Path, split: str) -> Dataset:
@@ -287,11 +353,7 @@ def _saved(path: Path, split: str) -> Dataset:
         rows = datasets.load_from_disk(str(path))
     except Exception as error:
         raise DataError(f"{path} cannot be read as a saved dataset ({error}): save it again") from error
-    if not isinstance(rows, DatasetDict):
-        return rows
-    if split not in rows:
-        raise DataError(f"{path} has no split {split!r}: its splits are {listed(rows)}")
-    return rows[split]
+    return rows[chosen_split(rows, split, path)] if isinstance(rows, DatasetDict) else rows
 
 
 def _may_be_hub_id(source: str | Path) -> bool:
@@ -305,11 +367,22 @@ def _hub(source: str, split: str) -> Dataset:
     try:
         return datasets.load_dataset(name, configuration or None, split=split)
     except Exception as error:
+        names = _hub_splits(name, configuration) if isinstance(error, ValueError) else []
+        if names and split not in names:
+            return _hub(source, chosen_split(names, split, source))
         raise DataError(
             f"{source!r} is no file or folder here, and looking it up on the Hugging Face hub failed "
             f"({type(error).__name__}: {error}): check the path, or the hub id, its split {split!r} "
             "and the network"
         ) from error
+
+
+def _hub_splits(name: str, configuration: str) -> list[str]:
+    """The splits of a hub id; none if they cannot be looked up."""
+    try:
+        return datasets.get_dataset_split_names(name, configuration or None)
+    except Exception:  # the first error says more
+        return []
 
 
 def _rename(rows: Dataset, columns: tuple[str, ...], source: str | Path) -> Dataset:

@@ -13,12 +13,10 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sidestep.data.encode import Collate, Fields, encode_text, refuse_empty, token_limit
+from sidestep.data.encode import Collate, Fields, encode_text, refuse_empty, refuse_ignored, token_limit
 from sidestep.data.messages import DataError, DataWarning, listed, named_rows
+from sidestep.heads import IGNORED
 from sidestep.metrics import Written
-
-IGNORED = -100
-"""A label that the loss leaves out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +178,11 @@ class CollateWritten(Collate):
         """{"input_ids", "attention_mask", "labels"} with the rows along the first axis.
 
         Raises:
-            DataError: for rows without prompt or target.
+            DataError: for rows without prompt or target, and if the loss would leave out all tokens.
         """
         if not {"input_ids", "labels"} <= rows[0].keys():
             raise DataError(f"rows hold {listed(rows[0])}: a batch needs input_ids and labels")
+        refuse_ignored([label for row in rows for label in row["labels"]])
         if self.kind == "lm":
             rows = [_joined(row["input_ids"], row["labels"]) for row in rows]
         labels = pad_sequence([torch.tensor(row["labels"]) for row in rows], batch_first=True, padding_value=IGNORED)
