@@ -52,7 +52,8 @@ def _key(trunk: Any) -> str:
     config = getattr(trunk, "config", None)
     if config is None:
         return ""
-    return json.dumps([config.to_dict(), getattr(config, "_attn_implementation", None)], default=str)
+    fields = sorted(config.to_dict().items())  # whoever puts a field back may put it at the end
+    return json.dumps([fields, getattr(config, "_attn_implementation", None)], default=str)
 
 
 # --- a pass of the model itself -------------------------------------------------------------------------------------
