@@ -903,6 +903,7 @@ def _like(kind: type[nn.Module]) -> type[SideModel]:
     def forward(self: SideModel, *args: Any, **kwargs: Any) -> Any:
         return SideModel.forward(self, *args, **kwargs)
 
+    # which `inspect` reads; types know no such attribute of functions
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     forward.__doc__ = SideModel.forward.__doc__
     fields = {"forward": forward, "__module__": __name__, "__doc__": SideModel.__doc__}

@@ -245,7 +245,7 @@ def ordinary_tokens(trunk: Any) -> tuple[Tensor, int]:
 def _vocabulary(trunk: Any, config: Any) -> int:
     try:
         table = trunk.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
+    except (NotImplementedError, AttributeError):  # so transformers says that a model has no table of tokens
         table = None
     rows = table.num_embeddings if isinstance(table, nn.Embedding) else None
     return min(filter(None, (rows, getattr(config, "vocab_size", None))), default=32)

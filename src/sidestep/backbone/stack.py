@@ -21,7 +21,7 @@ from sidestep.families import family_of, no_grid, prefix_tokens
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackPass:
     """One stack in one pass.
 
     Attributes:
@@ -52,7 +52,7 @@ class Stack:
         return as_tokens(_element(self.calls[-1].output, self.element), self.layout)
 
     @classmethod
-    def read(cls, owner: str, blocks: Blocks, seen: Seen, rows: int) -> Stack:
+    def read(cls, owner: str, blocks: Blocks, seen: Seen, rows: int) -> StackPass:
         """Follow a pass through the blocks of a stack.
 
         Args:
@@ -236,13 +236,13 @@ def _sides(inputs: Inputs) -> tuple[int, int] | None:
 # --- all stacks of a pass -------------------------------------------------------------------------------------------
 
 
-def read_stacks(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, rows: int) -> list[Stack]:
+def read_stacks(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, rows: int) -> list[StackPass]:
     """Every stack of a model in one pass of a batch of so many rows.
 
     Raises:
         ValueError: if no fold can follow one of them.
     """
-    stacks = [Stack.read(type(trunk_of(model)).__name__, own, seen, rows) for own in blocks]
+    stacks = [StackPass.read(type(trunk_of(model)).__name__, own, seen, rows) for own in blocks]
     for stack in stacks:
         _check_widths(stack)
         if stack.layout in ("tokens", "tokens first"):
@@ -250,7 +250,7 @@ def read_stacks(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, rows: in
     return stacks
 
 
-def _check_widths(stack: Stack) -> None:
+def _check_widths(stack: StackPass) -> None:
     """Raise where the width changes within a stage; a convolutional one changes it in its first block."""
     for own, widths in zip(stack.blocks.stages, stack.widths, strict=True):
         inside = widths[1:] if all(convolves(block) for _, block in own) else widths
@@ -258,7 +258,7 @@ def _check_widths(stack: Stack) -> None:
             raise unfit(stack.owner, f"the width changes from {inside[0]} to {inside[-1]} within a stage")
 
 
-def _check_grid(model: nn.Module, stack: Stack) -> None:
+def _check_grid(model: nn.Module, stack: StackPass) -> None:
     """Raise where tokens become fewer on a grid that is not known, or stand on another than the family table says."""
     family, trunk = family_of(model), trunk_of(model)
     counts = [state.shape[1] for stage in stack.states for state in stage]

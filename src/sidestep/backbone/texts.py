@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from sidestep.backbone import dummies
 from sidestep.backbone.calls import argument_names, bound
 from sidestep.backbone.dummies import Inputs, Side, Texts
 from sidestep.backbone.facts import Added, Causal, Layout, Left, as_tokens, said_causal
-from sidestep.backbone.stack import Stack, read_stacks, unfit
+from sidestep.backbone.stack import StackPass, read_stacks, unfit
 from sidestep.backbone.structure import Blocks
 from sidestep.backbone.trunk import trunk_of
 from sidestep.backbone.untouched import untouched
@@ -72,12 +73,12 @@ class TextPass:
         seen = watch(trunk_of(model), blocks, texts.batch(rows, decoder=decoder))
         return cls(model, blocks, texts, text, target, seen)
 
-    @property
-    def stacks(self) -> list[Stack]:
+    @cached_property
+    def stacks(self) -> list[StackPass]:
         """As they are in this pass."""
         return read_stacks(self.model, self.blocks, self.seen, rows=1 + len(self.blocks) * len(CHANGED))
 
-    def again(self, inputs: Inputs) -> list[Stack] | None:
+    def again(self, inputs: Inputs) -> list[StackPass] | None:
         """The stacks in a pass of other rows; None if the model does not take these inputs."""
         seen = attempt(trunk_of(self.model), watch, trunk_of(self.model), self.blocks, inputs)
         rows = len(next(iter(inputs.values())))
@@ -87,7 +88,7 @@ class TextPass:
         """Where the texts stand, in each stack."""
         return [self._added(number, stack) for number, stack in enumerate(self.stacks)]
 
-    def _added(self, number: int, stack: Stack) -> Added:
+    def _added(self, number: int, stack: StackPass) -> Added:
         """Where a text stands among a stack's tokens: where another last token moves what the first block gets.
 
         Raises:
@@ -123,7 +124,7 @@ class TextPass:
             return ["partly"]
         return found
 
-    def _causal(self, number: int, stack: Stack, added: Added) -> Causal:
+    def _causal(self, number: int, stack: StackPass, added: Added) -> Causal:
         states = stack.last[:, added.before : added.before + len(self.text)].float()
         # a last token may be alone in its block of a blockwise attention, and then the one before it ends another
         last, before, first = ((states[0] - states[_changed(number) + n]).abs().amax(-1) for n in range(len(CHANGED)))
@@ -198,7 +199,7 @@ class TextPass:
             return None
         return [self._move(padded, row, side, added) for row, side in enumerate(sides)]
 
-    def _move(self, padded: Sequence[Stack], row: int, side: Side, added: Sequence[Added]) -> float:
+    def _move(self, padded: Sequence[StackPass], row: int, side: Side, added: Sequence[Added]) -> float:
         """How far the states of the text in this row of a padded batch are from those that it has alone."""
         length, shift = len(self.text), self.texts.long - self.texts.short if side == "left" else 0
         found = []
@@ -217,7 +218,7 @@ def caches(trunk: nn.Module, output: Any) -> tuple[str, ...]:
     return tuple(name for name in names if name in argument_names(trunk))
 
 
-def said(model: nn.Module, stack: Stack) -> Causal:
+def said(model: nn.Module, stack: StackPass) -> Causal:
     """Whether a stack is causal, as far as the family table and transformers say."""
     causal = stack.blocks.name == "decoder" if stack.blocks.root[0] else said_causal(model)
     return "yes" if causal else "no"

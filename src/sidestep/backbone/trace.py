@@ -16,7 +16,7 @@ from sidestep.backbone.calls import argument_names
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.facts import Added, Causal, Facts, StackFacts, said_causal
 from sidestep.backbone.fakes import has_values, hollow
-from sidestep.backbone.stack import Stack, read_stacks, unfit
+from sidestep.backbone.stack import StackPass, read_stacks, unfit
 from sidestep.backbone.structure import Blocks, convolves, find_blocks, likely_norm, likely_widths
 from sidestep.backbone.texts import TextPass, apart, caches, said
 from sidestep.backbone.trunk import trunk_of
@@ -89,7 +89,7 @@ def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
 
 
 def _named(
-    stacks: Sequence[Stack], causal: Sequence[Causal], added: Sequence[Added | None], tokens: int
+    stacks: Sequence[StackPass], causal: Sequence[Causal], added: Sequence[Added | None], tokens: int
 ) -> dict[str, StackFacts]:
     """The facts of stacks by name; a lone one is a decoder if it is causal."""
     found: dict[str, StackFacts] = {}
@@ -108,7 +108,7 @@ def _named(
     return found
 
 
-def _check_sound_mask(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, stacks: Sequence[Stack]) -> None:
+def _check_sound_mask(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, stacks: Sequence[StackPass]) -> None:
     """Raise where a mask of samples or frames matters, which are more than the tokens that are made of them."""
     trunk, mask, first = trunk_of(model), seen.inputs.get("attention_mask"), stacks[0].first
     if mask is None or mask.shape[1] == first.shape[1]:
@@ -152,7 +152,7 @@ def _fake_inputs(copied: nn.Module, model: nn.Module, stacks: int) -> Iterator[t
         yield inputs, dummies.ROWS
 
 
-def _of_shapes(model: nn.Module, blocks: Sequence[Blocks], stacks: Sequence[Stack]) -> dict[str, StackFacts]:
+def _of_shapes(model: nn.Module, blocks: Sequence[Blocks], stacks: Sequence[StackPass]) -> dict[str, StackFacts]:
     read = next(iter(stacks[0].seen.inputs.values()))
     texts = not read.is_floating_point() and read.ndim == 2
     added = [Added() if texts else None] * len(stacks)
