@@ -41,6 +41,7 @@ ORDER = [
     "energy",
     "step",
     "vit_npz",
+    "gguf",
     "loading",
     "versions",
     "task_fields",

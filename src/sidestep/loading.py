@@ -1,11 +1,12 @@
-"""Backbones and their processors by name: a folder, a hub id, "timm:NAME" with or without "@FILE", or "vit:FILE.npz".
+"""Backbones and their processors by name: a folder, a hub id, or a file.
 
-Weights are read as safetensors, those of the original ViT as NumPy arrays, and no code of a repository is run, so that
-loading executes nothing.
+Names of files are "timm:NAME@FILE", "vit:FILE.npz" and "gguf:FOLDER@FILE". Weights are read as safetensors, as NumPy
+arrays (the original ViT's) or as GGUF. No code of a repository is run, so loading executes nothing.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import warnings
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,6 +34,7 @@ from transformers.utils import logging
 
 from sidestep.backbone import said_causal, trunk_of
 from sidestep.families import DUAL_FAMILIES, dual_family_of
+from sidestep.gguf import GgufError, check_gguf, gguf_file, gguf_files, gguf_name, gguf_parts, is_gguf, unpacking
 from sidestep.metrics import Written
 from sidestep.pixels import IMAGE_TRANSFORM, ImageTransform, to_rgb
 from sidestep.vit_npz import NORM_EPS, NpzError, ViTArchive, read_sizes, read_vit
@@ -47,6 +49,7 @@ CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TIMM_PROCESSOR = "timm_processor.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -63,7 +66,8 @@ class Source:
     """Where a backbone came from.
 
     Attributes:
-        id: the name that loads it, as it was given (hub id, folder, "timm:NAME[@FILE]", "vit:FILE"); "" when unknown.
+        id: the name that loads it, as it was given (hub id, folder, "timm:NAME[@FILE]", "vit:FILE",
+            "gguf:FOLDER@FILE"); "" when unknown.
         revision: commit of a hub id, or None.
         class_name: of the model.
         library: "transformers" or "timm".
@@ -99,7 +103,7 @@ def stored_vocabulary(source: Source) -> int | None:
     if source.library != "transformers" or not source.id:
         return None
     try:
-        config = AutoConfig.from_pretrained(source.id, revision=source.revision, local_files_only=True)
+        config = _read_config(source.id, source.revision, local_files_only=True)
     except (OSError, ValueError):  # neither here nor in the cache, or a config of the user's own class
         return None
     return getattr(config.get_text_config(), "vocab_size", None)
@@ -119,9 +123,10 @@ def load_backbone(
 
     Args:
         name: a folder or hub id for transformers, "timm:NAME" for timm's pretrained weights,
-            "timm:NAME@FILE" for weights in a safetensors file or an original ViT's .npz file, or
-            "vit:FILE" for such a .npz file as transformers' ViT.
-        dtype: precision of the weights, such as torch.bfloat16 or "bfloat16"; None: the checkpoint's own.
+            "timm:NAME@FILE" for weights in a safetensors file or an original ViT's .npz file,
+            "vit:FILE" for such a .npz file as transformers' ViT, or "gguf:FOLDER@FILE" for a GGUF file.
+        dtype: precision of the weights, such as torch.bfloat16 or "bfloat16"; None: the checkpoint's own, and
+            float32 for quantised weights of a GGUF file, which are unpacked.
         revision: branch, tag or commit of a hub id.
         head: whether the model comes with a classification head of its own (text or images).
         num_labels: classes of that head; None: the checkpoint's.
@@ -151,7 +156,7 @@ def load_backbone(
             raise LoadError(f"revision={revision!r}: timm names its versions by tag, as in timm:NAME.TAG")
         classes = num_labels if head else 0
         return _load_timm(str(name), wanted, classes, drop_path)
-    config = _config(str(name), revision, {} if num_labels is None else {"num_labels": num_labels})
+    config = config_of(str(name), revision, {} if num_labels is None else {"num_labels": num_labels})
     if drop_path is not None:
         _set_drop_path(str(name), config, drop_path)
     if writes is not None:
@@ -171,7 +176,7 @@ def check_writes(name: str | Path, writes: Written, *, revision: str | None = No
     """
     if str(name).startswith(TIMM):
         raise LoadError(f"{name} reads images and writes no text: choose problem single, multi or regress")
-    _writing_class(str(name), _config(str(name), revision, {}), writes)
+    _writing_class(str(name), config_of(str(name), revision), writes)
 
 
 def load_class(
@@ -191,7 +196,7 @@ def load_class(
             f"transformers {transformers.__version__} has no model class {class_name}: "
             "load the backbone yourself and pass it"
         )
-    loaded = _config(source.id, source.revision, config)
+    loaded = config_of(source.id, source.revision, config)
     return _load_transformers(kind, source.id, loaded, wanted, source.revision)
 
 
@@ -218,12 +223,13 @@ def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
 
 def _load_processor(name: str | Path, images: bool, revision: str | None) -> Any:
     """The image processor or the tokenizer of a transformers model."""
-    folder = Path(name)
-    if folder.is_dir():
+    place, options = _asked(str(name), revision)
+    folder = Path(place)
+    if folder.is_dir() and not is_gguf(name):
         _require_any(folder, IMAGE_FILES if images else TOKENIZER_FILES, "image processor" if images else "tokenizer")
     kind = AutoImageProcessor if images else AutoTokenizer
     with _quiet(local=folder.is_dir()), _as_load_error(str(name), "processor" if images else "tokenizer"):
-        processor = kind.from_pretrained(str(name), revision=revision or "main", trust_remote_code=False)
+        processor = kind.from_pretrained(place, **options)
     if not images and (most := _most_tokens(str(name), folder, revision)) is not None:
         # not every tokenizer knows what its model takes
         processor.model_max_length = min(processor.model_max_length, most)
@@ -262,7 +268,7 @@ def load_pair_processor(name: str, text_name: str | None = None, *, revision: st
         LoadError: if one is missing.
     """
     if text_name is None:
-        _require_dual(name, _config(name, revision, {}).model_type)
+        _require_dual(name, config_of(name, revision).model_type)
         return PairProcessor(*(_load_processor(name, images, revision) for images in (True, False)))
     image, text = load_processor(name, revision=revision), load_processor(text_name)
     for processor, wanted, given in ((image, False, name), (text, True, text_name)):
@@ -393,19 +399,63 @@ def _timm_transform(processor: TimmProcessor) -> Any:
 # --- transformers ------------------------------------------------------------------------------------------
 
 
-def _config(name: str, revision: str | None, fields: Mapping[str, Any]) -> Any:
-    """The config of a folder, hub id or .npz file with some fields set."""
+def config_of(name: str, revision: str | None = None, fields: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The config of a backbone that `load_backbone` takes (but timm's), with some fields set.
+
+    Raises:
+        LoadError: if there is none, or the folder has no weights.
+    """
     if name.startswith(VIT):
         if revision is not None:
             raise LoadError(f"revision={revision!r}: {name} is a file, which has no revisions")
         return npz_config(name, fields)
     folder = Path(name)
-    if folder.is_file():
+    if folder.is_file() and not is_gguf(name):
         raise LoadError(f"{name} is a file: give the folder that holds {CONFIG} and the weights")
     if folder.is_dir():
         _check_folder(folder)
-    with _quiet(local=folder.is_dir()), _as_load_error(name, CONFIG):
-        return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False, **fields)
+    with _quiet(local=folder.exists()), _as_load_error(name, CONFIG):
+        return _read_config(name, revision, **fields)
+
+
+def _read_config(name: str, revision: str | None, **fields: Any) -> Any:
+    """What transformers reads as the config of a name, with some fields set."""
+    place, options = _asked(name, revision)
+    file = options.get("gguf_file")
+    if file is None or not Path(file).is_file():
+        return AutoConfig.from_pretrained(place, **options, **fields)
+    config = copy.deepcopy(_gguf_config(file, Path(file).stat().st_mtime_ns))
+    fields.pop("local_files_only", None)
+    config.update(fields)
+    return config
+
+
+@lru_cache(maxsize=2)
+def _gguf_config(file: str, _changed: int) -> Any:
+    """The config of a local GGUF file. Kept, because with its vocabulary it takes seconds to read."""
+    return AutoConfig.from_pretrained(str(Path(file).parent), gguf_file=file)
+
+
+def _asked(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """What transformers' `from_pretrained` is called with for a name: a folder or hub id, and options.
+
+    Raises:
+        LoadError: if the name is that of a GGUF file which cannot be read.
+    """
+    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+    if not is_gguf(name):
+        return name, options
+    with _gguf_as_load_error():
+        check_gguf(name)
+        return gguf_parts(name)[0], {**options, "gguf_file": gguf_file(name)}
+
+
+@contextmanager
+def _gguf_as_load_error() -> Iterator[None]:
+    try:
+        yield
+    except GgufError as error:
+        raise LoadError(str(error)) from error
 
 
 def _set_drop_path(name: str, config: Any, rate: float) -> None:
@@ -425,6 +475,7 @@ def _warn_of_no_drop_path(name: str, kind: str, rate: float) -> None:
 
 
 def _check_folder(folder: Path) -> None:
+    _refuse_packed(folder)
     if not (folder / CONFIG).is_file():
         raise LoadError(f"{folder} has no {CONFIG}: give a folder that a model was saved in ({_holds(folder)})")
     if not any((folder / name).is_file() for name in WEIGHTS):
@@ -435,6 +486,15 @@ def _check_folder(folder: Path) -> None:
             else _holds(folder)
         )
         raise LoadError(f"{folder} has no weights: looked for {' and '.join(WEIGHTS)} ({hint})")
+
+
+def _refuse_packed(folder: Path) -> None:
+    """Say how the GGUF file of a folder is named, where the folder has no other weights."""
+    if not any((folder / name).is_file() for name in WEIGHTS) and (packed := gguf_files(folder)):
+        raise LoadError(
+            f"{folder} holds its weights in {some(packed)}: say --backbone {folder} --gguf {packed[0]}, or in Python "
+            f"and in files of a comparison {gguf_name(folder, packed[0])!r}"
+        )
 
 
 def _auto_class(config: Any) -> Any:
@@ -481,15 +541,16 @@ def _load_transformers(
     kind: Any, name: str, config: Any, dtype: torch.dtype | None, revision: str | None
 ) -> PreTrainedModel:
     weights = _read_npz(name.removeprefix(VIT)).for_transformers() if name.startswith(VIT) else None
-    with _quiet(local=weights is not None or Path(name).is_dir()), _as_load_error(name, "weights"):
+    place, options = _asked(name, revision)
+    with _quiet(local=weights is not None or Path(place).is_dir()), _as_load_error(name, "weights"):
         model, report = kind.from_pretrained(
-            None if weights else name,
+            None if weights else place,
+            **options,
+            **(unpacking() if is_gguf(name) else {}),
             config=config,
             state_dict=weights,
             dtype=dtype or ("auto" if weights is None else torch.float32),
-            revision=revision or "main",
             use_safetensors=True,
-            trust_remote_code=False,
             output_loading_info=True,
             # judged below, with names and shapes in the message
             ignore_mismatched_sizes=True,
@@ -528,20 +589,22 @@ def _check_report(name: str, model: PreTrainedModel, report: Mapping[str, Any]) 
 
 def _reads_images(name: str, folder: Path, revision: str | None) -> bool:
     """Whether a model (or a folder of a processor alone) takes images rather than text."""
+    if is_gguf(name):
+        return False  # transformers reads language models alone from such files
     if folder.is_dir() and not (folder / CONFIG).is_file():
         return not any((folder / file).is_file() for file in TOKENIZER_FILES)
     with _quiet(local=folder.is_dir()), _as_load_error(name, CONFIG):
-        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+        config = _read_config(name, revision)
     mapping = transformers.MODEL_MAPPING
     return type(config) in mapping and mapping[type(config)].main_input_name == "pixel_values"
 
 
 def _most_tokens(name: str, folder: Path, revision: str | None) -> int | None:
     """How many tokens a model has positions for; None: it does not say, or a folder holds a processor alone."""
-    if folder.is_dir() and not (folder / CONFIG).is_file():
+    if folder.is_dir() and not (folder / CONFIG).is_file() and not is_gguf(name):
         return None
     with _quiet(local=folder.is_dir()), _as_load_error(name, CONFIG):
-        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+        config = _read_config(name, revision)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -565,8 +628,17 @@ def _as_load_error(name: str, what: str) -> Iterator[None]:
     """Say which name and which part of it could not be loaded, and whether a folder or the hub was asked."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except LoadError:
+        raise
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if is_gguf(name) and Path(gguf_parts(name)[0]).is_dir():  # of a damaged header anything may be raised
+            raise LoadError(
+                f"transformers {transformers.__version__} cannot read the {what} of {name} ({reason}): copy the file "
+                "again if it may be damaged, or take the model's safetensors"
+            ) from error
+        if not isinstance(error, UNREADABLE):
+            raise
         if Path(name).exists():
             advice = "check or copy it again"
             raise LoadError(f"the {what} of {name} cannot be read ({reason}): {advice}") from error
@@ -732,6 +804,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _require_any(folder: Path, names: Sequence[str], what: str) -> None:
     if not any((folder / name).is_file() for name in names):
+        _refuse_packed(folder)
         raise LoadError(f"{folder} has no {what}: looked for {', '.join(names)} ({_holds(folder)})")
 
 

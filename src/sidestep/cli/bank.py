@@ -13,7 +13,7 @@ import typer
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 from sidestep.cli.tasks import check_batch
-from sidestep.cli.values import table_options
+from sidestep.cli.values import backbone_named, table_options
 from sidestep.show import hush, remark, show_table
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def run(
     no_quoting: opt.NoQuoting = False,
     encoding: opt.Encoding = "utf-8",
     backbone: opt.OtherBackbone = None,
+    gguf: opt.Gguf = None,
     batch_size: opt.BatchSize = 64,
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = False,
@@ -90,7 +91,7 @@ def run(
         held = _open(folder)
         found = read(rows, table_options(columns, no_header, no_quoting, encoding), split=split)
         names = _names(found, task_column, task)
-        with _loaded(held, dict.fromkeys(names), backbone) as loaded:
+        with _loaded(held, dict.fromkeys(names), backbone_named(backbone, gguf)) as loaded:
             table = predicting.predict_each(loaded, found, names, batch_size=batch_size, progress=not quiet)
             for name, count in Counter(names).items():
                 remark(f"{name}: {count} rows; switched to in {1000 * loaded.seconds[name]:.0f} ms")

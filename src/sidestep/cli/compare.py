@@ -9,6 +9,7 @@ import typer
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import INTERRUPTED, reporting
+from sidestep.cli.values import backbone_named
 from sidestep.show import hush, remark, show_table
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 def compare(
     file: opt.ComparisonFile = None,
     backbone: opt.ComparedBackbone = None,
+    gguf: opt.Gguf = None,
     methods: opt.Methods = None,
     train: opt.ComparedRows = None,
     dev: opt.ComparedDev = None,
@@ -68,7 +70,7 @@ def compare(
                 "encoding": encoding,
             }
             values = {
-                "backbone": [{"model": backbone}],
+                "backbone": [{"model": backbone_named(backbone, gguf)}],
                 "task": [task],
                 "methods": _listed(methods),
                 "seeds": list(range(seeds)),

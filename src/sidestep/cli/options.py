@@ -13,7 +13,10 @@ _data = partial(typer.Option, rich_help_panel="Data")
 _training = partial(typer.Option, rich_help_panel="Training")
 _running = partial(typer.Option, rich_help_panel="Output and running")
 
-Backbone = Annotated[str, _model(help="Hub id, folder, timm:NAME, timm:NAME@FILE or vit:FILE.npz.", show_default=False)]
+Backbone = Annotated[
+    str, _model(help="Hub id, folder, .gguf file, timm:NAME, timm:NAME@FILE or vit:FILE.npz.", show_default=False)
+]
+Gguf = Annotated[str | None, _model("--gguf", help="GGUF file in the folder or hub id of --backbone.")]
 OtherBackbone = Annotated[str | None, _model("--backbone", help="Where the backbone is, if it has moved.")]
 TextBackbone = Annotated[str | None, _model(help="Encoder of captions beside that of images, for --task retrieval.")]
 Recipe = Annotated[str | None, _model(help="One of `sidestep recipes`: it sets what no option here does.")]

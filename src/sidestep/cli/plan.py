@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
-from sidestep.cli.values import config_from
+from sidestep.cli.values import backbone_named, config_from
 from sidestep.show import remark, show_facts, show_table
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ GROUPS = 8
 
 def plan(
     backbone: opt.Planned,
+    gguf: opt.Gguf = None,
     method: opt.Method = "read",
     set_: opt.Set = None,
     labels: opt.Labels = 2,
@@ -60,7 +61,7 @@ def plan(
             "revision": revision,
             "measure": measure,
         }
-        make: Any = partial(planned, backbone, **settings)
+        make: Any = partial(planned, backbone_named(backbone, gguf), **settings)
         found = make(config, batch=batch, checkpoint=checkpoint)
         if limit is None or measure:
             _print(found, as_json, limit)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
-from sidestep.cli.values import table_options
+from sidestep.cli.values import backbone_named, table_options
 from sidestep.show import hush, remark, show_facts
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def evaluate(
     no_quoting: opt.NoQuoting = False,
     encoding: opt.Encoding = "utf-8",
     backbone: opt.OtherBackbone = None,
+    gguf: opt.Gguf = None,
     batch_size: opt.BatchSize = 64,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -43,7 +44,7 @@ def evaluate(
         hush(quiet)
         check_batch(batch_size)
         table = table_options(columns, no_header, no_quoting, encoding)
-        model = _load(task, backbone)
+        model = _load(task, backbone_named(backbone, gguf))
         fields = _fields(model, text, text2, image, label)
         found = _read(model, rows, table, split, fields, skip_bad_images=skip_bad_images)
         scores = predicting.evaluate(model, found, fields=fields, batch_size=batch_size, progress=not quiet)
@@ -64,6 +65,7 @@ def predict(
     no_quoting: opt.NoQuoting = False,
     encoding: opt.Encoding = "utf-8",
     backbone: opt.OtherBackbone = None,
+    gguf: opt.Gguf = None,
     batch_size: opt.BatchSize = 64,
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = False,
@@ -77,7 +79,7 @@ def predict(
         check_batch(batch_size)
         predicting.check_table(output, overwrite=overwrite)
         table = table_options(columns, no_header, no_quoting, encoding)
-        model = _load(task, backbone)
+        model = _load(task, backbone_named(backbone, gguf))
         fields = _fields(model, text, text2, image, None)
         found = predicting.predict(
             model,

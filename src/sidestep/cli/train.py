@@ -11,7 +11,7 @@ import typer
 from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
-from sidestep.cli.values import config_from, table_options, value_of
+from sidestep.cli.values import backbone_named, config_from, table_options, value_of
 from sidestep.show import hush, show_recipe, show_results, show_start
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def train(
     backbone: opt.Backbone,
     train: opt.Train,
     output: opt.Output,
+    gguf: opt.Gguf = None,
     recipe: opt.Recipe = None,
     method: opt.Method = "read",
     set_: opt.Set = None,
@@ -103,7 +104,7 @@ def train(
         from sidestep.settings import TrainSettings
         from sidestep.train import train as run
 
-        chosen = Chosen.of(context, recipe)
+        name, chosen = backbone_named(backbone, gguf), Chosen.of(context, recipe)
         training = {
             "epochs": epochs,
             "batch_size": batch_size,
@@ -160,15 +161,15 @@ def train(
         if not pairs and (text_backbone, text_pool, dim, loss) != (None, None, None, "contrastive"):
             raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --task retrieval")
         if (writes := written_kind(kind)) is not None:
-            check_writes(backbone, writes, revision=revision)
+            check_writes(name, writes, revision=revision)
         table = table_options(columns, no_header, no_quoting, encoding)
         own = chosen.recipe and chosen.recipe.transform()
         fields = Fields(text=text, text2=text2, image=image, label=None if pairs else label)
         if pairs:
-            both = load_pair_processor(backbone, text_backbone, revision=revision)
+            both = load_pair_processor(name, text_backbone, revision=revision)
             processor = replace(both, image=adjusted(both.image, size=image_size, normalize=normalize))
         else:
-            found = own or load_processor(backbone, revision=revision)
+            found = own or load_processor(name, revision=revision)
             processor = adjusted(found, size=image_size, normalize=normalize)
         data = prepare(
             read_rows(train, fields, table, kind, split=train_split),
@@ -186,7 +187,7 @@ def train(
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
         )
-        where = {"name": backbone, "dtype": dtype, "revision": revision, "drop_path": asked["drop_path"]}
+        where = {"name": name, "dtype": dtype, "revision": revision, "drop_path": asked["drop_path"]}
         noise = asked["backbone_noise"] or ("drop_path" if asked["drop_path"] else None)
         how = {"backbone_noise": noise, "checkpoint": checkpoint}
         model: Attached

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sidestep.data import TableOptions
 
 Config = TypeVar("Config")
+Name = TypeVar("Name", str, str | None)
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -36,6 +37,21 @@ def config_from(kind: type[Config], pairs: Sequence[str], start: Mapping[str, An
             )
         values[name] = value_of(hints[name], text, f"--set {pair}")
     return kind(**values)
+
+
+def backbone_named(backbone: Name, gguf: str | None) -> Name:
+    """The name of the backbone that --backbone and --gguf ask for.
+
+    Raises:
+        ValueError: for --gguf alone.
+    """
+    from sidestep.gguf import gguf_name
+
+    if gguf is None:
+        return backbone
+    if backbone is None:
+        raise ValueError(f"--gguf {gguf} without --backbone: say in which folder or hub id the file is")
+    return gguf_name(backbone, gguf)
 
 
 def value_of(hint: Any, text: str, where: str) -> Any:

@@ -19,6 +19,7 @@ from sidestep.backbone import digest_of, pretrained_tensors
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
 from sidestep.data import DataError, DataWarning, Fields, holdout
 from sidestep.families import Pool
+from sidestep.gguf import gguf_parts, is_gguf
 from sidestep.heads import Classify, HeadConfig
 from sidestep.loading import check_writes, load_backbone, load_processor
 from sidestep.methods import UnsupportedBackbone, WeightDelta, method_of
@@ -142,6 +143,8 @@ class Bench:
     def _model(self) -> str:
         """The model's id; of a folder, its class and the folder's name (not where it lies)."""
         folder = Path(self.spec.model)
+        if is_gguf(self.spec.model):
+            return f"{type(self.model).__name__} of {gguf_parts(self.spec.model)[1]}"
         if folder.exists():
             return f"{type(self.model).__name__} of the folder {folder.name!r}"
         name, at, file = self.spec.model.partition("@")

@@ -20,6 +20,7 @@ from sidestep.compare.spec import (
     require_known,
 )
 from sidestep.data import Fields, TableOptions
+from sidestep.gguf import GGUF, gguf_name, gguf_parts, is_gguf
 from sidestep.loading import TIMM, VIT
 from sidestep.methods import method_named, methods
 from sidestep.prepare import check_problem
@@ -145,10 +146,17 @@ class _Table:
         return _expanded(value, self.where) if isinstance(value, str) else value
 
 
+def _called(model: str) -> str:
+    """A backbone's name in tables, where the file gives none."""
+    if is_gguf(model):
+        return Path(gguf_parts(model)[1]).stem
+    return Path(model.partition("@")[0]).name
+
+
 def _backbone(table: _Table, base: Path) -> Backbone:
     model = table.need("model")
     found = Backbone(
-        name=table.get("name", str) or Path(model.partition("@")[0]).name,
+        name=table.get("name", str) or _called(model),
         model=_resolved_backbone(model, base),
         dtype=table.get("dtype", str),
         revision=table.get("revision", str),
@@ -249,6 +257,9 @@ def _resolved_backbone(model: str, base: Path) -> str:
     if model.startswith(TIMM):
         architecture, at, file = model.partition("@")
         return f"{architecture}@{base / file}" if at else model
+    if model.startswith(GGUF):
+        place, packed = gguf_parts(model)
+        return gguf_name(_resolved_backbone(place, base), packed)
     if model.startswith(VIT):
         return f"{VIT}{base / model.removeprefix(VIT)}"
     folder = base / Path(model).expanduser()

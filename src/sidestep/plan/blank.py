@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from sidestep.backbone import positions
-from sidestep.loading import CONFIG, TIMM, VIT, LoadError, import_timm, npz_config
+from sidestep.gguf import is_gguf
+from sidestep.loading import CONFIG, TIMM, VIT, LoadError, config_of, import_timm
 from sidestep.model import SideModel
 from sidestep.pixels import image_shape
 
@@ -36,8 +37,8 @@ def build(
     """The backbone with random weights, on the default device: under `torch.device("meta")` without any.
 
     Args:
-        backbone: a folder with a config.json, such a file, a hub id, "timm:NAME", "vit:FILE.npz", a config, or what
-            makes the model.
+        backbone: a folder with a config.json, such a file, a hub id, "timm:NAME", "vit:FILE.npz",
+            "gguf:FOLDER@FILE", a config, or what makes the model.
         own_head: whether it comes with a classification head of its own.
         num_labels: classes of that head; None: the config's.
         dtype: of the weights.
@@ -61,13 +62,13 @@ def build(
 
 
 def read_config(name: str | Path, revision: str | None = None) -> Any:
-    """The config of a folder, a file, a hub id or "vit:FILE.npz"; no weights are needed.
+    """The config of a folder, a file, a hub id, "vit:FILE.npz" or "gguf:FOLDER@FILE"; no weights are needed.
 
     Raises:
         LoadError: if there is none.
     """
-    if str(name).startswith(VIT):
-        return npz_config(str(name), {})
+    if str(name).startswith(VIT) or is_gguf(name):
+        return config_of(str(name), revision)
     path = Path(name)
     if path.is_dir() and not (path / CONFIG).is_file():
         raise LoadError(f"{path} has no {CONFIG}, which is all that a plan needs of a model")
