@@ -30,7 +30,7 @@ class SumConfig(ss.MethodConfig):
 class Sum(SideNet):
     """Sum: a low-rank sum over the block outputs corrects the last one."""
 
-    tokenwise = True  # `step` looks at one token at a time
+    tokenwise = True  # it looks at one token at a time
     starts_as_identity = True  # the output map starts at zero
 
     def __init__(self, config: SumConfig, sites: Sequence[Site]) -> None:
@@ -44,12 +44,17 @@ class Sum(SideNet):
     def first_write(cls, config: SumConfig, sites: Sequence[Site]) -> Site:
         return next(site for site in reversed(sites) if site.kind == "block")
 
-    def step(self, state: Tensor | None, hidden: Tensor, site: Site) -> tuple[Tensor | None, Tensor]:
-        if site.kind != "block" or not site.head:  # an encoder that feeds a decoder has no head
-            return state, hidden
-        read = self.taps[site.index](hidden)
-        state = read if state is None else state + read
-        return state, hidden + self.out(state) if site.last else hidden
+    def read(self, hidden: Tensor, site: Site) -> Tensor | None:
+        # an encoder that feeds a decoder has no head
+        return self.taps[site.index](hidden) if site.kind == "block" and site.head else None
+
+    def step(self, state: Tensor | None, codes: Tensor | None, site: Site) -> Tensor | None:
+        if codes is None:
+            return state
+        return codes if state is None else state + codes
+
+    def write(self, state: Tensor | None, hidden: Tensor, site: Site) -> tuple[Tensor | None, Tensor]:
+        return state, hidden + self.out(state) if site.head and site.last else hidden
 
 
 backbone = BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2), add_pooling_layer=False)

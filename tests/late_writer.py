@@ -50,10 +50,16 @@ class LateWriter(SideNet):
     def kept_per_token(cls, config: LateWriterConfig, site: Site) -> int:
         return site.width * 50
 
-    def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
-        if site.kind != "block" or not site.head:
-            return state, hidden
-        read = torch.tanh(self.taps[site.index](hidden))
-        state = read if not isinstance(state, Tensor) else state + read
+    def read(self, hidden: Tensor, site: Site) -> Tensor | None:
+        return torch.tanh(self.taps[site.index](hidden)) if site.kind == "block" and site.head else None
+
+    def step(self, state: Any, codes: Tensor | None, site: Site) -> Any:
+        if codes is None:
+            return state
+        return codes if state is None else state + codes
+
+    def write(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
         late = site.index - (site.depth - self.late)
-        return state, hidden if late < 0 else hidden + self.outs[late](state).to(hidden.dtype)
+        if site.kind != "block" or not site.head or late < 0:
+            return state, hidden
+        return state, hidden + self.outs[late](state).to(hidden.dtype)

@@ -95,14 +95,14 @@ def test_a_method_sees_a_feature_map_as_tokens_that_share_its_storage(name: str)
     model = ss.attach(ARCHITECTURES[name].model(), ss.ReadConfig(rank=4))
     seen: dict[int, tuple[torch.Tensor, Any]] = {}
     given: dict[int, torch.Tensor] = {}
-    step = model.side.step
+    advance = model.side.advance
 
     def note(state: Any, hidden: torch.Tensor, site: Any) -> Any:
         if site.kind == "block":
             seen[site.index] = hidden, site
-        return step(state, hidden, site)
+        return advance(state, hidden, site)
 
-    object.__setattr__(model.side, "step", note)
+    object.__setattr__(model.side, "advance", note)
     blocks = [place for place in model.places if place.site.kind == "block"]
     for place in blocks:
         # before the fold's own hook

@@ -49,7 +49,7 @@ def writer(kind: str, index: int) -> type[SideNet]:
     """A method that adds noise at one site."""
 
     class Writer(Plain):
-        def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
+        def write(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
             here = (site.kind, site.index) == (kind, index)
             return state, hidden + noise(hidden) if here else hidden
 
@@ -129,11 +129,11 @@ def test_sites_know_their_grid(family: str, monkeypatch: pytest.MonkeyPatch) -> 
     grids: list[Any] = []
 
     class Looks(Plain):
-        def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
+        def step(self, state: Any, codes: Tensor, site: Site) -> Any:
             assert site.grid is not None
-            assert hidden.shape[1:] == (site.grid[0] * site.grid[1], site.width)
+            assert codes.shape[1:] == (site.grid[0] * site.grid[1], site.width)
             grids.append((site.kind, site.grid))
-            return state, hidden
+            return state
 
     backbone = ARCHITECTURES["timm swin"].model() if family == "timm_swin" else FAMILIES["swin"].model()
     attach_toy(monkeypatch, Looks, backbone)(**FAMILIES["swin"].inputs())
@@ -143,13 +143,13 @@ def test_sites_know_their_grid(family: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_sites_know_the_padding_of_their_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     class Looks(Plain):
-        def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
+        def step(self, state: Any, codes: Tensor, site: Site) -> Any:
             own, other = (target, source) if site.stack == "decoder" else (source, None)
             assert site.keep is not None
             assert torch.equal(site.keep, own.bool())
             assert (site.memory_keep is None) == (other is None)
             assert other is None or torch.equal(site.memory_keep, other.bool())
-            return state, hidden
+            return state
 
     batch = FAMILIES["t5"].inputs()
     source, target = batch["attention_mask"], torch.tensor([[1, 1, 1, 1]] * 3 + [[1, 1, 0, 0]])
@@ -222,8 +222,8 @@ class Pools(Plain):
         self.pooled_width = 5
         self.map = nn.Linear(sites[0].width, 5)
 
-    def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
-        return (hidden if site.kind == "block" and site.index == 0 else state), hidden
+    def step(self, state: Any, codes: Tensor, site: Site) -> Any:
+        return codes if site.kind == "block" and site.index == 0 else state
 
     def pooled(self, state: Any, site: Site) -> Tensor:
         return self.map(state.mean(1))
@@ -255,9 +255,9 @@ class NewMemory(Plain):
     def start(self, site: Site, carried: Tensor | None) -> Tensor | None:
         return carried
 
-    def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
+    def step(self, state: Any, codes: Tensor, site: Site) -> Any:
         taken = site.stack == "encoder" and site.kind == "block" and site.index == 0
-        return (self.map(hidden) if taken else state), hidden
+        return self.map(codes) if taken else state
 
     def carry(self, state: Any) -> Tensor:
         return state
@@ -374,9 +374,9 @@ def test_encoder_outputs_without_the_task_are_refused(monkeypatch: pytest.Monkey
 
 def test_a_call_within_a_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class CallsItself(Plain):
-        def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
+        def step(self, state: Any, codes: Tensor, site: Site) -> Any:
             model(**batch)
-            return state, hidden
+            return state
 
     batch = FAMILIES["bert"].inputs()
     model = attach_toy(monkeypatch, CallsItself, FAMILIES["bert"].model())
@@ -388,7 +388,7 @@ def test_two_threads_are_refused_and_the_first_is_not_disturbed(monkeypatch: pyt
     inside, done = threading.Event(), threading.Event()
 
     class Waits(Plain):
-        def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
+        def write(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
             if site.kind == "block" and site.index == 1 and not done.is_set():
                 inside.set()
                 assert done.wait(10)
@@ -413,10 +413,10 @@ def test_a_failed_pass_leaves_the_model_usable(monkeypatch: pytest.MonkeyPatch) 
     class Fails(Plain):
         failing = True
 
-        def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
+        def step(self, state: Any, codes: Tensor, site: Site) -> Any:
             if self.failing and site.last:
                 raise KeyError("once")
-            return state, hidden
+            return state
 
     batch, backbone = FAMILIES["bert"].inputs(), FAMILIES["bert"].model()
     expected = backbone(**batch).logits
@@ -502,10 +502,10 @@ def test_the_past_is_that_before_the_pass(monkeypatch: pytest.MonkeyPatch) -> No
     class Positions(Plain):
         tokenwise = True
 
-        def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
-            seen.append((site.past, site.positions(hidden)[0].item()))
+        def step(self, state: Any, codes: Tensor, site: Site) -> Any:
+            seen.append((site.past, site.positions(codes)[0].item()))
             assert site.cache is None  # it declares no `caches`
-            return state, hidden
+            return state
 
         def finish(self, state: Any, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
             seen.append((site.past, site.positions(normed)[0].item()))

@@ -191,8 +191,8 @@ def test_inputs_that_a_model_flattens_in_front_of_its_trunk_keep_their_padding()
     more = {name: value.view(2, 3, 15) for name, value in padded(ids.view(6, 9), 15).items()}
     torch.testing.assert_close(attached(**more).logits, alone, rtol=1e-4, atol=1e-5)
     keep: list[Any] = []
-    step = attached.side.step
-    object.__setattr__(attached.side, "step", lambda *given: keep.append(given[2].keep) or step(*given))
+    advance = attached.side.advance
+    object.__setattr__(attached.side, "advance", lambda *given: keep.append(given[2].keep) or advance(*given))
     attached(**more)
     assert {tuple(mask.shape) for mask in keep} == {(6, 15)}
 

@@ -429,7 +429,7 @@ class Fold:
         return own_tokens(tokens.shape[1], self._text_tokens(decoding), self.facts.stacks[site.stack].added)
 
     def step(self, current: Pass, hidden: Tensor, site: Site) -> Tensor:
-        """The method's step, with the guards on the batch and on what lies before its first write."""
+        """Advance the method and let it write, with the guards on the batch and on what lies before its first write."""
         if self.method.training and hidden.shape[0] < self.method.least_rows:
             raise ValueError(
                 f"{hidden.shape[0]} row in a batch, but {type(self.method).__name__} has batch norms on this backbone, "
@@ -441,7 +441,8 @@ class Fold:
                 "method's first write, so the whole backbone would be kept for backward: do not call "
                 "enable_input_require_grads, and keep the embeddings frozen"
             )
-        current.state, written = self.method.step(current.state, hidden, site)
+        current.state = self.method.advance(current.state, hidden, site)
+        current.state, written = self.method.write(current.state, hidden, site)
         current.written |= written is not hidden
         return written
 
@@ -577,6 +578,8 @@ class AtMemory(Hook):
         if memory is None:
             return None
         current.written = True
+        given = call.get("encoder_hidden_states")
+        memory = memory if given is None else memory.to(given.dtype)
         return _with_argument(self.names, args, kwargs, "encoder_hidden_states", memory)
 
 

@@ -6,6 +6,7 @@ import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,18 +212,18 @@ def test_bytes_kept_are_within_the_stated_formula(method: str, family: str) -> N
 def tokens_per_site(model: ss.SideModel, batch: dict[str, Tensor]) -> list[tuple[Any, int]]:
     """Each site with the number of tokens (rows times tokens) that the method is given there."""
     found: list[tuple[Any, int]] = []
-    step, finish = model.side.step, model.side.finish
+    advance, finish = model.side.advance, model.side.finish
 
-    def count_step(state: Any, hidden: Tensor, site: Any) -> Any:
+    def count_advance(state: Any, hidden: Tensor, site: Any) -> Any:
         found.append((site, hidden.shape[0] * hidden.shape[1]))
-        return step(state, hidden, site)
+        return advance(state, hidden, site)
 
     def count_finish(state: Any, raw: Tensor, normed: Tensor, site: Any) -> Any:
         if site.kind == "norm":
             found.append((site, raw.shape[0] * raw.shape[1]))
         return finish(state, raw, normed, site)
 
-    with torch.no_grad(), patched(model.side, step=count_step, finish=count_finish):
+    with torch.no_grad(), patched(model.side, advance=count_advance, finish=count_finish):
         model(**batch)
     return found
 
@@ -249,6 +250,59 @@ def test_nothing_of_the_backbone_is_kept_before_the_first_write(method: str, fam
     with ss.saved_bytes(model) as kept:
         loss_of(model.train(), kind)
     assert [row for row in kept.rows if row.module.startswith(inside(model, early))] == []
+
+
+@side_nets
+def test_advancing_is_a_step_of_what_was_read(method: str, family: str) -> None:
+    """To the bit, gradients and dropout included, also where a method overrides `advance` to keep less."""
+    kind = FAMILIES[family]
+    model = attach(method, kind).train()
+    randomize(model)
+    trained = dict(model.trained_parameters())
+
+    def run() -> tuple[Tensor, dict[str, Tensor | None]]:
+        torch.manual_seed(7)
+        loss = loss_of(model, kind)
+        if not loss.requires_grad:
+            return loss, {}
+        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        return loss, dict(zip(trained, found, strict=True))
+
+    loss, gradients = run()
+    with patched(model.side, advance=partial(SideNet.advance, model.side)):
+        plain, others = run()
+    assert torch.equal(loss, plain)
+    for name, gradient in gradients.items():
+        other = others[name]
+        assert (gradient is None and other is None) or torch.equal(gradient, other), name
+
+
+@side_nets
+@torch.no_grad()
+def test_before_the_first_write_codes_are_all_that_a_method_needs(method: str, family: str) -> None:
+    """A pass that has stored them gives the same output without looking at a hidden state there."""
+    kind = FAMILIES[family]
+    model = attach(method, kind).eval()
+    randomize(model)
+    border = METHODS[method].implementation.first_write(config_of(method), [place.site for place in model.places])
+    end = None if border is None else (border.stack, border.kind, border.index)
+    codes: dict[tuple[str, str, int], Any] = {}
+
+    def store(state: Any, hidden: Tensor, site: Any) -> Any:
+        found = codes[site.stack, site.kind, site.index] = model.side.read(hidden, site)
+        return model.side.step(state, found, site)
+
+    def replay(state: Any, hidden: Tensor, site: Any) -> Any:
+        here = (site.stack, site.kind, site.index)
+        passed.append(here)
+        behind = end in passed[:-1]
+        return model.side.step(state, model.side.read(hidden, site) if behind else codes[here], site)
+
+    passed: list[tuple[str, str, int]] = []
+    with patched(model.side, advance=store):
+        stored = logits(model(**kind.inputs()))
+    with patched(model.side, advance=replay):
+        assert torch.equal(logits(model(**kind.inputs())), stored)
 
 
 def inside(model: ss.SideModel, blocks: list[nn.Module]) -> tuple[str, ...]:
@@ -362,7 +416,7 @@ def run_stack(side: SideNet, sites: Any, hidden: list[Tensor], carried: Tensor |
         if site.kind == "norm":
             written = side.finish(state, h, h, site)
         else:
-            state, written = side.step(state, h, site)
+            state, written = side.write(side.advance(state, h, site), h, site)
         out.append(written)
         memory = getattr(state, "hidden", None)
         out += [memory] if isinstance(memory, Tensor) else []

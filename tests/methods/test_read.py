@@ -158,7 +158,7 @@ def test_permuting_tokens_permutes_the_correction() -> None:
     def correction(rows: list[Tensor]) -> Tensor:
         state = model.side.start(model.places[0].site, None)
         for place, row in zip(model.places, rows, strict=True):
-            state, written = model.side.step(state, row, place.site)
+            state, written = model.side.write(model.side.advance(state, row, place.site), row, place.site)
         return written - rows[-1]
 
     torch.testing.assert_close(correction([h[:, order] for h in hidden]), correction(hidden)[:, order])

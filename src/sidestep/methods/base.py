@@ -82,9 +82,14 @@ def is_ascending(value: Any) -> bool:
 class SideNet(nn.Module, ABC):
     """A fold over depth: it reads the hidden states of a frozen backbone and may write at the end or in late blocks.
 
-    A pass calls, for every stack: `start`; `step` at the input of each stage and the output of each block; before
-    each decoder block `memory`; `finish` at the stack's end; and after an encoder `carry`. What the method remembers
-    between calls is `state`, any value it likes, which travels through the calls and is never kept on the module.
+    A pass calls, for every stack: `start`; `advance` and `write` at the input of each stage and the output of each
+    block; before each decoder block `memory`; `finish` at the stack's end; and after an encoder `carry`. What the
+    method remembers between calls is `state`, any value it likes, which travels through the calls and is never kept on
+    the module.
+
+    `advance` is `step` of what was `read`. Before the first write all that touches a tensor as wide as the backbone is
+    in `read`, which knows no state. So a pass can store a site's codes, or compute them again, without the method
+    knowing. A method whose definition has no such split leaves `read` out: its codes are the hidden states themselves.
 
     Class attributes:
         starts_as_identity: before training, outputs equal the frozen model's, bit for bit.
@@ -94,7 +99,8 @@ class SideNet(nn.Module, ABC):
             exact.
 
     Attributes:
-        tokenwise: `step` at a block treats every token alone, so key-value caches and single-token heads are exact.
+        tokenwise: a block's codes, step and write treat every token alone, so key-value caches and single-token heads
+            are exact.
         pooled_width: channels of what `pooled` returns, set by a method with a read-out of its own; None: the head
             reads the last hidden state.
         corrects: whether it changes the vector that the head makes of what it reads (`correct`).
@@ -140,8 +146,26 @@ class SideNet(nn.Module, ABC):
         """State before a stack's first site; in a decoder, `carried` is what the encoder's `carry` returned."""
         return None
 
-    def step(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
-        """New state and hidden for the hidden state (batch, tokens, width) at a site."""
+    def read(self, hidden: Tensor, site: Site) -> Any:
+        """The codes of a hidden state (batch, tokens, width): a tensor, a tuple of tensors, or None for nothing.
+
+        It may draw random numbers (dropout of what is read).
+        """
+        return hidden
+
+    def step(self, state: Any, codes: Any, site: Site) -> Any:
+        """The state behind a site, by what was read there."""
+        return state
+
+    def advance(self, state: Any, hidden: Tensor, site: Site) -> Any:
+        """`step` of what was `read`: the same to the bit where a method overrides it to keep less for backward."""
+        return self.step(state, self.read(hidden, site), site)
+
+    def write(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
+        """State and hidden state to go on with, after `advance`: others from the first write on.
+
+        A method that reads what it wrote does that here.
+        """
         return state, hidden
 
     def memory(self, state: Any, site: Site) -> Tensor | None:

@@ -135,24 +135,41 @@ class DTL(SideNet):
         """No code yet."""
         return DTLState()
 
-    def step(self, state: DTLState, hidden: Tensor, site: Site) -> tuple[DTLState, Tensor]:
-        """Write after a late block, then read what goes into the next block of the same stage."""
-        if not site.head:
-            return state, hidden
-        if site.kind == "stage":
+    def read(self, hidden: Tensor, site: Site) -> Tensor | None:
+        """The code of what goes into the next block of the same stage; after a late block that is yet to be written."""
+        return None if self._is_late(site) else self._code(hidden, site)
+
+    def step(self, state: DTLState, codes: Tensor | None, site: Site) -> DTLState:
+        """Add the code of one more block; a stage begins anew."""
+        if site.kind == "stage" and site.head:
+            state = DTLState()
             if site.index == 0:
                 self._check_grid(site)
-            return self._read(DTLState(), hidden, site, site.index), hidden
-        if site.index >= self.first_late:
-            written = recompute(self._write, state.blocks, site, *state.codes)
-            hidden = hidden + written.to(hidden.dtype)
-        return self._read(state, hidden, site, site.index + 1), hidden
-
-    def _read(self, state: DTLState, hidden: Tensor, site: Site, block: int) -> DTLState:
-        name = str(block)
-        if name not in self.reads or self.stages[block] != site.stage:
+        if codes is None:
             return state
-        return replace(state, blocks=(*state.blocks, name), codes=(*state.codes, self.reads[name](hidden)))
+        return replace(state, blocks=(*state.blocks, self._next(site)), codes=(*state.codes, codes))
+
+    def write(self, state: DTLState, hidden: Tensor, site: Site) -> tuple[DTLState, Tensor]:
+        """Write after a late block, then read what was written."""
+        if not self._is_late(site):
+            return state, hidden
+        hidden = hidden + recompute(self._write, state.blocks, site, *state.codes).to(hidden.dtype)
+        return self.step(state, self._code(hidden, site), site), hidden
+
+    def _is_late(self, site: Site) -> bool:
+        return site.head and site.kind == "block" and site.index >= self.first_late
+
+    def _next(self, site: Site) -> str:
+        """The block that a site's hidden state goes into."""
+        return str(site.index if site.kind == "stage" else site.index + 1)
+
+    def _code(self, hidden: Tensor, site: Site) -> Tensor | None:
+        """(batch, tokens, rank); None where no block of the stage follows that is read."""
+        block = self._next(site)
+        if not site.head or block not in self.reads or self.stages[int(block)] != site.stage:
+            return None
+        code: Tensor = self.reads[block](hidden)
+        return code
 
     def _write(self, blocks: tuple[str, ...], site: Site, *codes: Tensor) -> Tensor:
         """(batch, tokens, width): the gated state, with DTL+ convolved over the grid."""

@@ -12,7 +12,7 @@ place.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -295,31 +295,44 @@ class Ladder(nn.Module):
         self.norm = _norm(sizes.width)
         self.bias = nn.Parameter(torch.randn(config.buckets, sizes.heads) * sizes.width**-0.5) if relative else None
 
-    def start(self, embeddings: Tensor) -> Tensor:
-        """(batch, tokens, side width): where the ladder stands, from the embeddings (batch, tokens, width)."""
-        state: Tensor = self.first(self.dropout(embeddings))
-        return state
+    def read(self, hidden: Tensor, site: Site) -> Tensor | None:
+        """(batch, tokens, side width) of the embeddings, or of the output of a block with a rung; else None."""
+        if site.kind == "stage":
+            first: Tensor = self.first(self.dropout(hidden))
+            return first
+        name = str(site.index)
+        return self.downs[name](hidden) if name in self.downs else None
 
-    def climb(self, hidden: Tensor, state: Tensor, memory: Tensor | None, site: Site) -> Tensor:
+    def step(self, code: Tensor, state: Tensor, memory: Tensor | None, site: Site) -> Tensor:
         """The state behind a rung.
 
         Args:
-            hidden: (batch, tokens, width), the block's output.
+            code: (batch, tokens, side width), what was read of the block's output.
             state: (batch, tokens, side width).
             memory: (batch, source tokens, side width) of the encoder's ladder, where this one reads it.
             site: the block's.
         """
-        if site.cache is not None:  # computed again, it would be added to the cache again
-            return self._rung(hidden, state, memory, site)
+        return self._kept_small(self._rung, code, state, memory, site)
+
+    def climb(self, hidden: Tensor, state: Tensor, memory: Tensor | None, site: Site) -> Tensor:
+        """`step` of the code of `hidden` (batch, tokens, width), which is computed again in backward."""
+        return self._kept_small(self._read_rung, hidden, state, memory, site)
+
+    def _kept_small(self, rung: Callable[..., Tensor], *args: Any) -> Tensor:
+        """What a rung gives, with its arguments alone kept for backward; the last one is the site."""
+        if args[-1].cache is not None:  # computed again, it would be added to the cache again
+            return rung(*args)
         # random, because dropout is in every part of a block
-        random = self.training and self.dropout.p > 0
-        result: Tensor = recompute(self._rung, hidden, state, memory, site, random=random)
+        result: Tensor = recompute(rung, *args, random=self.training and self.dropout.p > 0)
         return result
 
-    def _rung(self, hidden: Tensor, state: Tensor, memory: Tensor | None, site: Site) -> Tensor:
+    def _read_rung(self, hidden: Tensor, state: Tensor, memory: Tensor | None, site: Site) -> Tensor:
+        return self._rung(self.downs[str(site.index)](hidden), state, memory, site)
+
+    def _rung(self, code: Tensor, state: Tensor, memory: Tensor | None, site: Site) -> Tensor:
         name = str(site.index)
         share = torch.sigmoid(self.gates[site.index] / TEMPERATURE)
-        state = share * state + (1 - share) * self.downs[name](hidden)
+        state = share * state + (1 - share) * code
         positions = site.positions(state)
         distance = torch.arange(site.past + state.shape[1], device=state.device) - positions[:, None]
         seen = None if site.key_keep is None else site.key_keep[:, None, None]
@@ -425,14 +438,25 @@ class LST(SideNet):
         """Nothing yet; a decoder has the encoder's side states."""
         return LSTState(memory=carried)
 
-    def step(self, state: LSTState, hidden: Tensor, site: Site) -> tuple[LSTState, Tensor]:
+    def read(self, hidden: Tensor, site: Site) -> Tensor | None:
+        """The embeddings with dropout, or the output of a block with a rung, at the side's width."""
+        codes: Tensor | None = self._ladder(site.stack).read(hidden, site)
+        return codes
+
+    def step(self, state: LSTState, codes: Tensor | None, site: Site) -> LSTState:
         """Begin at the embeddings; climb at a block that has a rung."""
-        ladder = self._ladder(site.stack)
+        if codes is None:
+            return state
         if site.kind == "stage":
-            state = replace(state, side=ladder.start(hidden))
-        elif str(site.index) in ladder.blocks:
-            state = replace(state, side=ladder.climb(hidden, state.side, state.memory, site))
-        return state, hidden
+            return replace(state, side=codes)
+        return replace(state, side=self._ladder(site.stack).step(codes, state.side, state.memory, site))
+
+    def advance(self, state: LSTState, hidden: Tensor, site: Site) -> LSTState:
+        """A rung's code is computed again in backward, so that only the block's output and the state are kept."""
+        ladder = self._ladder(site.stack)
+        if site.kind == "stage" or str(site.index) not in ladder.blocks:
+            return super().advance(state, hidden, site)
+        return replace(state, side=ladder.climb(hidden, state.side, state.memory, site))
 
     def finish(self, state: LSTState, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
         """What the ladder ends with, in place of the stack's last hidden state; an encoder's stays the backbone's."""

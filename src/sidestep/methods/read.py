@@ -87,16 +87,8 @@ class Recurrence(nn.Module):
             self.value = nn.Linear(rank, rank, bias=False)
             self.join = nn.Linear(rank, gates * rank, bias=False)
 
-    def forward(
-        self,
-        tap: Tap,
-        hidden: Tensor,
-        state: Tensor | None,
-        source: Tensor | None,
-        source_keep: Tensor | None,
-    ) -> Tensor:
-        """The next state (batch, tokens, rank) from a block output, the last state and the encoder's states."""
-        read = tap(hidden)
+    def forward(self, read: Tensor, state: Tensor | None, source: Tensor | None, source_keep: Tensor | None) -> Tensor:
+        """The next state (batch, tokens, rank) from a block's codes, the last state and the encoder's states."""
         x = read[..., : self.gates * self.rank] + self.input_bias
         if source is not None:
             query = read[..., self.gates * self.rank :]
@@ -176,17 +168,30 @@ class Read(SideNet):
         """No state yet; a decoder has the encoder's recurrent states."""
         return ReadState(source=carried)
 
-    def step(self, state: ReadState, hidden: Tensor, site: Site) -> tuple[ReadState, Tensor]:
+    def read(self, hidden: Tensor, site: Site) -> Tensor | None:
+        """The gates' inputs, (batch, tokens, gates x rank), and in a decoder that joins the query behind them."""
+        if site.kind == "stage":
+            return None
+        codes: Tensor = self._recurrence(site).taps[site.stage](hidden)
+        return codes
+
+    def step(self, state: ReadState, codes: Tensor | None, site: Site) -> ReadState:
         """Advance the recurrence at a block; where the grid has become coarser, fit the state to it."""
         state = self._regrid(state, site)
+        if codes is None:
+            return state
+        recurrence = self._recurrence(site)
+        return self._with(state, recompute(recurrence, codes, state.hidden, state.source, site.memory_keep))
+
+    def advance(self, state: ReadState, hidden: Tensor, site: Site) -> ReadState:
+        """The codes are computed again in backward, so that only the block's output and the state are kept."""
+        state = self._regrid(state, site)
         if site.kind == "stage":
-            return state, hidden
-        recurrence: Any = self.stacks[site.stack]
-        new = recompute(recurrence, recurrence.taps[site.stage], hidden, state.hidden, state.source, site.memory_keep)
-        total = state.total
-        if self.config.aggregate == "mean":
-            total = new if total is None else total + new
-        state = replace(state, hidden=new, total=total)
+            return state
+        return self._with(state, recompute(self._rung, site, hidden, state.hidden, state.source, site.memory_keep))
+
+    def write(self, state: ReadState, hidden: Tensor, site: Site) -> tuple[ReadState, Tensor]:
+        """Correct the last block's output, unless the config asks for that after the final norm."""
         if site.last and site.head and not self._after_norm(site):
             hidden = self._corrected(hidden, state, site)
         return state, hidden
@@ -200,6 +205,20 @@ class Read(SideNet):
     def carry(self, state: ReadState) -> Tensor | None:
         """The encoder's last recurrent states (batch, tokens, rank)."""
         return state.hidden
+
+    def _recurrence(self, site: Site) -> Any:
+        return self.stacks[site.stack]
+
+    def _rung(self, site: Site, hidden: Tensor, *others: Tensor | None) -> Tensor:
+        new: Tensor = self._recurrence(site)(self.read(hidden, site), *others)
+        return new
+
+    def _with(self, state: ReadState, new: Tensor) -> ReadState:
+        """The state with a new recurrent one, (batch, tokens, rank)."""
+        total = state.total
+        if self.config.aggregate == "mean":
+            total = new if total is None else total + new
+        return replace(state, hidden=new, total=total)
 
     def _after_norm(self, site: Site) -> bool:
         return self.config.correction == "post_norm" and site.final_norm

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -241,10 +241,18 @@ class Aggregation(nn.Module):
 
     def forward(self, last: Tensor, *codes: Tensor) -> Tensor:
         """(batch, tokens, width) from the hidden state that is replaced and the levels' codes, the guide's last."""
+        return self.merged(self.let_through(last), *codes)
+
+    def let_through(self, last: Tensor) -> Tensor:
+        """What the gate leaves of the hidden state that is replaced."""
+        return torch.tanh(self.gate / GATE_SCALE) * last.to(self.gate.dtype)
+
+    def merged(self, rest: Tensor, *codes: Tensor) -> Tensor:
+        """What is made of the levels' codes, added to what the gate let through."""
         out = self.out(self.merge(codes[-1], *codes[:-1]).relu())
         if self.norm_out is not None:
             out = self.norm_out(out)
-        return self.dropout(out) + torch.tanh(self.gate / GATE_SCALE) * last.to(self.gate.dtype)
+        return self.dropout(out) + rest
 
 
 class PooledAggregation(nn.Module):
@@ -548,32 +556,51 @@ class Sherl(SideNet):
         """No level yet; a decoder has the encoder's merged features."""
         return SherlState(memory=carried)
 
-    def step(self, state: SherlState, hidden: Tensor, site: Site) -> tuple[SherlState, Tensor]:
-        """Project a level; after the guide merge them, into the last block's input or into the encoder's memory."""
-        blocks, aggregation = self.blocks[site.stack], self.stacks[site.stack]
-        if site.convolutional:
-            return self._step_of_maps(state, hidden, site)
-        codes = state.codes
-        if site.kind == "stage" or site.index in blocks:
-            codes = (*codes, recompute(_level(aggregation, len(codes)), hidden))
-        if self.corrects:
-            return replace(state, codes=codes, keep=site.keep), hidden
-        if _writes_here(self.config, site):
-            written = recompute(aggregation, hidden, *codes, random=self._noisy)
-            return replace(state, codes=()), written.to(hidden.dtype)
-        if not site.head and site.kind == "block" and site.index == blocks[-1]:
-            memory = recompute(self._remember, site.stack, hidden, *codes, random=self._noisy)
-            return SherlState(memory=memory.to(hidden.dtype)), hidden
-        return replace(state, codes=codes), hidden
+    def read(self, hidden: Tensor, site: Site) -> Tensor | tuple[Tensor, Tensor] | None:
+        """A level's code (batch, tokens, hidden), and for the encoder's memory what the gate lets through beside it.
 
-    def _step_of_maps(self, state: SherlState, hidden: Tensor, site: Site) -> tuple[SherlState, Tensor]:
-        """Pool what was read so far to this grid, and read; after the guide merge all into the last block's input."""
-        blocks, maps = self.blocks[site.stack], (state.maps or Maps()).at(site.grid)
-        if site.kind == "block" and site.index in blocks:
-            maps = maps.adding(hidden)
-        if site.kind == "block" and site.index == blocks[-1]:
-            return SherlState(), self.stacks[site.stack](hidden, maps).to(hidden.dtype)
-        return replace(state, maps=maps), hidden
+        Of a convolutional network the map itself: what is trained comes behind the pooling.
+        """
+        blocks, aggregation = self.blocks[site.stack], self._aggregation(site)
+        if site.kind == "block" and site.index not in blocks:
+            return None
+        if site.convolutional:
+            return hidden if site.kind == "block" else None
+        level = 0 if site.kind == "stage" else 1 + blocks.index(site.index)
+        code: Tensor = recompute(aggregation.levels[level], hidden)
+        return (code, aggregation.let_through(hidden)) if self._remembers_here(site) else code
+
+    def step(self, state: SherlState, codes: Any, site: Site) -> SherlState:
+        """A level more; after an encoder's guide they are merged into what its decoder remembers."""
+        if site.convolutional:
+            maps = (state.maps or Maps()).at(site.grid)
+            return replace(state, maps=maps if codes is None else maps.adding(codes))
+        if self._remembers_here(site):
+            code, rest = codes
+            memory = recompute(self._remember, site.stack, rest, *state.codes, code, random=self._noisy)
+            return SherlState(memory=memory)
+        if codes is not None:
+            state = replace(state, codes=(*state.codes, codes))
+        return replace(state, keep=site.keep) if self.corrects else state
+
+    def advance(self, state: SherlState, hidden: Tensor, site: Site) -> SherlState:
+        """What the gate lets through to a decoder is computed again in backward, from the hidden state that is kept."""
+        if not self._remembers_here(site):
+            return super().advance(state, hidden, site)
+        level = self._aggregation(site).levels[-1]
+        code = recompute(level, hidden)
+        memory = recompute(self._remember_all, site.stack, hidden, *state.codes, code, random=self._noisy)
+        return SherlState(memory=memory)
+
+    def write(self, state: SherlState, hidden: Tensor, site: Site) -> tuple[SherlState, Tensor]:
+        """Merge all levels into the last block's input."""
+        if not _writes_here(self.config, site):
+            return state, hidden
+        aggregation = self._aggregation(site)
+        if site.convolutional:
+            return SherlState(), aggregation(hidden, state.maps).to(hidden.dtype)
+        written = recompute(aggregation, hidden, *state.codes, random=self._noisy)
+        return replace(state, codes=()), written.to(hidden.dtype)
 
     def memory(self, state: SherlState, site: Site) -> Tensor | None:
         """The last decoder block reads the encoder's merged features, the others its output."""
@@ -599,19 +626,25 @@ class Sherl(SideNet):
     def _noisy(self) -> bool:
         return self.training and self.config.dropout > 0
 
-    def _remember(self, stack: str, last: Tensor, *codes: Tensor) -> Tensor:
+    def _aggregation(self, site: Site) -> Any:
+        return self.stacks[site.stack]
+
+    def _remembers_here(self, site: Site) -> bool:
+        """Whether this is the guide of an encoder, whose merged features its decoder reads."""
+        return not site.head and site.kind == "block" and site.index == self.blocks[site.stack][-1]
+
+    def _remember(self, stack: str, rest: Tensor, *codes: Tensor) -> Tensor:
         """(batch, tokens, width): the merged features, normed where the stack ends in a norm."""
-        merged = self.stacks[stack](last, *codes)
+        merged = cast(Aggregation, self.stacks[stack]).merged(rest, *codes)
         return self.dropout(self.norms[stack](merged) if stack in self.norms else merged)
+
+    def _remember_all(self, stack: str, last: Tensor, *codes: Tensor) -> Tensor:
+        return self._remember(stack, cast(Aggregation, self.stacks[stack]).let_through(last), *codes)
 
 
 def _writes_here(config: SherlConfig, site: Site) -> bool:
     """Whether this is the output of the block before the late one, whose input is replaced."""
     return not config.pool_tokens and site.head and site.kind == "block" and site.index == site.depth - 2
-
-
-def _level(aggregation: Any, number: int) -> Any:
-    return aggregation.levels[number]
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -248,24 +248,32 @@ class SynQT(SideNet):
         """Nothing was read yet."""
         return SynQTState()
 
-    def step(self, state: SynQTState, hidden: Tensor, site: Site) -> tuple[SynQTState, Tensor]:
-        """Synthesize queries for the block that `hidden` goes into, and run them through it."""
+    def read(self, hidden: Tensor, site: Site) -> Tensor | None:
+        """What the next block's attention reads, (batch, tokens, width): as wide as the backbone, since queries do too.
+
+        None where no block follows.
+        """
         block = site.next_block
         if block is None:
-            return state, hidden
+            return None
+        source = block.norm_attention(hidden) if block.pre_norm else hidden
+        return source.to(_matmul_precision(source))
+
+    def step(self, state: SynQTState, codes: Tensor | None, site: Site) -> SynQTState:
+        """Synthesize queries for the block that follows, and run them through it."""
+        block = site.next_block
+        if block is None or codes is None:
+            return state
         order = len(state.outputs)
-        queries = self.queries[order].expand(len(hidden), -1, -1)
+        queries = self.queries[order].expand(len(codes), -1, -1)
         if state.outputs:
             queries = queries + self.feat_scale * state.outputs[-1][:, None]
-        source = block.norm_attention(hidden) if block.pre_norm else hidden
-        source = source.to(_matmul_precision(source))
-        queries, attended, transformed = through(block, self.blocks[order](queries), source, site.keep)
-        state = SynQTState(
+        queries, attended, transformed = through(block, self.blocks[order](queries), codes, site.keep)
+        return SynQTState(
             (*state.outputs, queries.mean(1)),
             (*state.attended, attended.mean(1)),
             (*state.transformed, transformed.mean(1)),
         )
-        return state, hidden
 
     def pooled(self, state: SynQTState, site: Site) -> Tensor:
         """(batch, width): the tokens of all blocks, weighted by what the last block gave."""

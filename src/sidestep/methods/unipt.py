@@ -235,12 +235,13 @@ class UniPT(SideNet):
         """Nothing was read yet."""
         return UniPTState()
 
-    def step(self, state: UniPTState, hidden: Tensor, site: Site) -> tuple[UniPTState, Tensor]:
-        """Read one level: the embeddings, or a block's output."""
-        if site.kind == "norm":
-            return state, hidden
-        level = self.interaction.read(len(state.levels), hidden)
-        return UniPTState((*state.levels, level), site.keep), hidden
+    def read(self, hidden: Tensor, site: Site) -> Tensor:
+        """One level's projection, (batch, tokens, hidden): of the embeddings, or of a block's output."""
+        return self.interaction.read(0 if site.kind == "stage" else site.index + 1, hidden)
+
+    def step(self, state: UniPTState, codes: Tensor, site: Site) -> UniPTState:
+        """One level more."""
+        return UniPTState((*state.levels, codes), site.keep)
 
     def finish(self, state: UniPTState, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
         """What all levels give for every token, in place of the last hidden state."""
