@@ -15,7 +15,7 @@ from architectures import TEXT
 from odd_models import FSMT, GPT2, LED, MODELS, PEGASUS_X, made, texts
 from sidestep.backbone import facts_of
 from sidestep.backbone.facts import Added
-from sidestep.padding import kept_tokens, own_tokens, packed
+from sidestep.padding import kept_tokens, own_tokens
 from tiny import FAMILIES, randomize
 
 PAD = 1
@@ -140,7 +140,7 @@ def test_padding_on_the_right_leaves_positions_as_they_are() -> None:
     with torch.no_grad():
         before = model(**batch).last_hidden_state
         attached = ss.attach(model, ss.ProbeConfig(), head=ss.Classify(num_labels=2)).eval()
-        out, _ = attached.fold.run(attached.trunk, **attached._defaults((), dict(batch)))
+        out, _ = attached.fold.run(attached.trunk, **attached._defaults(attached.trunk, (), dict(batch)))
     assert torch.equal(out.last_hidden_state, before)
 
 
@@ -195,31 +195,6 @@ def test_inputs_that_a_model_flattens_in_front_of_its_trunk_keep_their_padding()
     object.__setattr__(attached.side, "advance", lambda *given: keep.append(given[2].keep) or advance(*given))
     attached(**more)
     assert {tuple(mask.shape) for mask in keep} == {(6, 15)}
-
-
-# --- packed rows ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("config", [ss.LSTConfig(reduction=4), ss.ReadConfig(rank=4)])
-def test_rows_of_several_texts_are_refused_where_they_would_read_each_other(config: Any) -> None:
-    attached = ss.attach(FAMILIES["llama"].model(), config).eval()
-    ids = texts(tokens=9)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)
-    if isinstance(config, ss.ReadConfig):
-        attached(input_ids=ids, position_ids=positions)
-        return
-    with pytest.raises(ValueError, match=r"position_ids start again within a row .* LST mixes tokens"):
-        attached(input_ids=ids, position_ids=positions)
-    attached(input_ids=ids, position_ids=torch.arange(9)[None] + 3)
-
-
-def test_positions_of_padding_may_go_back() -> None:
-    positions, mask = torch.tensor([[1, 1, 0, 1, 2]]), torch.tensor([[0, 0, 1, 1, 1]])
-    assert not packed(positions, mask)
-    assert packed(positions, None)
-    assert packed(torch.tensor([[0, 1, 0, 1]]), None)
-    assert not packed(None, None)
-    assert not packed(torch.zeros(3, 2, 5), None)  # three positions a token, of rows and columns
 
 
 # --- the function itself ----------------------------------------------------------------------------------------------

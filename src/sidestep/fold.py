@@ -25,7 +25,8 @@ from sidestep.caches import SideCache, claim
 from sidestep.families import Pool, TokenGrid
 from sidestep.layers import last_kept, masked_mean
 from sidestep.methods.base import SideNet
-from sidestep.padding import kept_tokens, own_tokens, packed
+from sidestep.packing import check_packed
+from sidestep.padding import kept_tokens, own_tokens
 from sidestep.sites import Place, Site
 
 KEY_VALUES = "past_key_values"
@@ -57,9 +58,10 @@ class Reading:
 
 @dataclass
 class Pass:
-    """What one forward pass carries."""
+    """What one forward pass carries; `began` is the outermost module of it."""
 
     inputs: Mapping[str, Any]
+    began: nn.Module
     stack: str | None = None
     visited: int = 0
     written: bool = False
@@ -69,7 +71,6 @@ class Pass:
     past: int = 0
     cache: SideCache | None = None
     cached: bool = False
-    encoder_only: bool = False
     row: Tensor | None = None
     output: Tensor | None = None
     reading: Reading | None = None
@@ -163,14 +164,12 @@ class Fold:
             handle.remove()
 
     def _hook(self, entry: nn.Module, places: Sequence[Place]) -> list[RemovableHandle]:
-        handles = [
-            entry.register_forward_pre_hook(Begin(self, argument_names(entry)), with_kwargs=True),
-            entry.register_forward_hook(End(self)),
-            self.trunk.register_forward_hook(CheckOutput(self)),
-        ]
-        if entry is not self.trunk:
-            names = argument_names(self.trunk)
-            handles.append(self.trunk.register_forward_pre_hook(AtTrunk(self, names), with_kwargs=True))
+        handles = [self.trunk.register_forward_hook(CheckOutput(self))]
+        for module in (entry,) if entry is self.trunk else (entry, self.trunk):
+            handles += [
+                module.register_forward_pre_hook(Begin(self, argument_names(module)), with_kwargs=True),
+                module.register_forward_hook(End(self)),
+            ]
         orders: dict[str, int] = {}
         for place in places:
             order = orders[place.site.stack] = orders.get(place.site.stack, -1) + 1
@@ -201,10 +200,16 @@ class Fold:
 
     # --- one pass ------------------------------------------------------------------------------------------------
 
-    def begin(self, inputs: Mapping[str, Any], *, encoder_only: bool = False) -> None:
-        """Start a pass with the trunk's (or a lone encoder's) inputs by name."""
-        self.current = Pass(inputs=inputs, encoder_only=encoder_only)
-        self._check_packed(inputs)
+    def begin(self, module: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Start a pass with a module's inputs by name: the backbone's, or those of a trunk or encoder that runs alone.
+
+        In a pass, note what the trunk itself is given: a model may reshape its inputs first (multiple choice).
+        """
+        if self.current is not None:
+            self.current.inputs = {**self.current.inputs, **inputs}
+            return
+        self.current = Pass(inputs=inputs, began=module)
+        check_packed(inputs, self.facts, self.method, model=type(self.entry).__name__, pools=self.pools)
         given = inputs.get("encoder_outputs")
         if given is not None and self.carries:
             carried = given.get(CARRIED) if isinstance(given, Mapping) else None
@@ -214,24 +219,6 @@ class Fold:
                     "or generate through the attached model"
                 )
             self.current.carried = carried
-
-    def refresh(self, inputs: Mapping[str, Any]) -> None:
-        """Note what the trunk itself is given: a model may reshape its inputs first (multiple choice)."""
-        if self.current is not None:
-            self.current.inputs = {**self.current.inputs, **inputs}
-
-    def _check_packed(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse rows of several texts where the method would let them read each other.
-
-        Raises:
-            ValueError: if the position ids of a row start again within it.
-        """
-        if not self.method.tokenwise and packed(inputs.get("position_ids"), inputs.get("attention_mask")):
-            raise ValueError(
-                f"position_ids start again within a row (several texts packed into one), and "
-                f"{type(self.method).__name__} mixes tokens, also those of different texts: give each text a row of "
-                "its own, or take a method that treats tokens alone (read, dtl)"
-            )
 
     def end(self) -> None:
         """Finish a pass: every site of the last stack must have been seen."""
@@ -474,32 +461,21 @@ class Hook:
 
 @dataclass(eq=False)
 class Begin(Hook):
-    """Before the trunk: start a pass."""
+    """Before the backbone and before its trunk: start a pass."""
 
     names: list[str]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.fold.running:
-            self.fold.begin(bound(self.names, args, kwargs))
-
-
-@dataclass(eq=False)
-class AtTrunk(Hook):
-    """Before the trunk, where a pass began in front of it: the inputs are those that it is given."""
-
-    names: list[str]
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.fold.running:
-            self.fold.refresh(bound(self.names, args, kwargs))
+            self.fold.begin(module, bound(self.names, args, kwargs))
 
 
 @dataclass(eq=False)
 class End(Hook):
-    """After the trunk: end the pass."""
+    """After the module at which the pass began: end it."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.fold.running:
+        if self.fold.running and self.fold.current is not None and self.fold.current.began is module:
             self.fold.end()
 
 
@@ -522,7 +498,7 @@ class BeginEncoder(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.fold.running and self.fold.current is None:
-            self.fold.begin(bound(self.names, args, kwargs), encoder_only=True)
+            self.fold.begin(module, bound(self.names, args, kwargs))
 
 
 @dataclass(eq=False)
@@ -531,7 +507,7 @@ class EndEncoder(Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         current = self.fold.current
-        if not self.fold.running or current is None or not current.encoder_only:
+        if not self.fold.running or current is None or current.began is not module:
             return
         if isinstance(output, ModelOutput) and current.carried is not None:
             output[CARRIED] = current.carried

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 
 from sidestep import backbone as backbones
 from sidestep.backbone import Digest, Noise
+from sidestep.before import Before, Rest
 from sidestep.diffs import SparseDiff
 from sidestep.families import Pool, family_of
 from sidestep.fold import KEY_VALUES, Fold, FoldError, Hook
@@ -38,7 +39,9 @@ from sidestep.methods import MethodConfig, ProbeConfig, SideNet, UnsupportedBack
 from sidestep.methods.base import Method, SparseDelta
 from sidestep.methods.controls import Probe
 from sidestep.metrics import Written
+from sidestep.packing import is_packed
 from sidestep.sites import Place, Site
+from sidestep.trainer_face import TrainerFace
 from sidestep.wording import some
 
 Checkpoint = Literal["late"]
@@ -53,9 +56,6 @@ TRACES = (
     "cross_attentions",
 )
 """What a trunk's output holds besides its last hidden state if it is asked to."""
-
-OF_HEADS = ("id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id")
-"""Fields of a config that training with the backbone's own head sets: transformers does, and so does `train`."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Settings:
             )
 
 
-class SideModel(nn.Module):
+class SideModel(TrainerFace):
     """A backbone with a method and a head attached; make one with `attach` or `load`.
 
     It returns the backbone's own output type, or with a Sidestep head a `SequenceClassifierOutput` or
@@ -358,6 +358,8 @@ class SideModel(nn.Module):
         # itself. Sidestep's heads and causal language models do; other Hugging Face heads may take it and ignore it.
         # The loss of encoder-decoders, a mean over the batch's tokens, is scaled in `_run`.
         self._scales_loss = self.head is None and self._is_text2text()
+        # by it the Trainer counts the tokens that a loss is a mean of: those of a causal language model are shifted
+        self.loss_type = vars(self.backbone).get("loss_type") if self.head is None else None
         self.accepts_loss_kwargs = self.head is not None or self._is_causal_lm() or self._scales_loss
         if self.head is None and isinstance(self.backbone, PreTrainedModel):
             self.__class__ = _like(type(self.backbone))
@@ -420,9 +422,10 @@ class SideModel(nn.Module):
         self._write_diff()
         if labels is not None and (self.head is None or self.head.config.kind == "single"):
             _refuse_ignored(labels)
-        output = self._run(args, labels, self._defaults(args, kwargs))
+        entry = self.trunk if self.head is not None else self.backbone
+        output = self._run(args, labels, self._defaults(entry, args, kwargs))
         if self.training and torch.is_grad_enabled() and (loss := _loss_of(output)) is not None:
-            self._check_trains(loss)
+            self._check_trains(learns=loss.requires_grad)
         return output
 
     def _write_diff(self) -> None:
@@ -494,9 +497,9 @@ class SideModel(nn.Module):
                 "rows together; give it one example a row"
             )
 
-    def _check_trains(self, loss: Tensor) -> None:
-        """Raise where the loss of a training step has no gradient, instead of autograd's own error in backward."""
-        if not loss.requires_grad:
+    def _check_trains(self, *, learns: bool) -> None:
+        """Raise where a training step has no gradient (`learns`), instead of autograd's own error in backward."""
+        if not learns:
             raise ValueError(self._nothing_trained())
         if self.sparse is not None and self.sparse.is_idle:
             how = (
@@ -513,13 +516,14 @@ class SideModel(nn.Module):
             "not tied to the embeddings, or choose another method"
         )
 
-    def _defaults(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Fill in what a frozen pass needs: no cache where nothing is generated, a decoder's first token."""
+    def _defaults(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Fill in what a pass of this module needs: no cache where nothing is generated, a decoder's first token."""
         if not isinstance(self.backbone, PreTrainedModel):
             return kwargs
-        entry = self.trunk if self.head is not None else self.backbone
         names = inspect.signature(type(entry).forward).parameters
-        if "use_cache" in names and "past_key_values" not in kwargs and (self.head is not None or self.training):
+        # with a cache, transformers takes a row for one text
+        uncached = self.head is not None or self.training or is_packed(kwargs)
+        if "use_cache" in names and "past_key_values" not in kwargs and uncached:
             kwargs.setdefault("use_cache", False)
         if self.head is not None and backbones.is_encoder_decoder(self.backbone):
             given = (kwargs.get(name) for name in (self.main_input_name, "inputs_embeds"))
@@ -604,24 +608,6 @@ class SideModel(nn.Module):
         if self._delta is None:
             backbones.set_noise(self.trunk, self.settings.backbone_noise if mode else None)
         return self
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """Recompute the blocks that a gradient flows through (`checkpoint="late"`)."""
-        backbones.checkpoint_blocks(self.late_blocks())
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        backbones.uncheckpoint_blocks([place.module for place in self.places])
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """What newer Trainers call instead of `gradient_checkpointing_enable`."""
-        self.gradient_checkpointing_enable()
-
-    def _replicate_for_data_parallel(self) -> Any:
-        raise RuntimeError(
-            "nn.DataParallel copies modules but not their hooks, so a side network would read another device's hidden "
-            "states: start one process per GPU with torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
-        )
 
     # --- what it holds ---------------------------------------------------------------------------------------------
 
@@ -927,51 +913,6 @@ def _scaled(output: Any, factor: Tensor) -> Any:
         return (output[0] * factor, *output[1:])
     output.loss = output.loss * factor
     return output
-
-
-@dataclass(frozen=True)
-class Before:
-    """What changes on a backbone under a task besides hooks: gradient flags, modes, and what its config says of a head.
-
-    They belong to parameters and modules, not to names: a model may change its modules meanwhile (BigBird does). What
-    it has by then that it did not have before is frozen or not as the rest of it, and in the mode of the whole.
-    """
-
-    training: bool
-    requires_grad: dict[nn.Parameter, bool]
-    modes: dict[nn.Module, bool]
-    config: dict[str, Any]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Before:
-        """Those of a model as it is now."""
-        fields = vars(model.config) if isinstance(model, PreTrainedModel) else {}
-        return cls(
-            model.training,
-            {parameter: parameter.requires_grad for parameter in model.parameters()},
-            {module: module.training for module in model.modules()},
-            {name: copy.deepcopy(fields[name]) for name in OF_HEADS if name in fields},
-        )
-
-    def restore(self, model: nn.Module) -> None:
-        """Put them back."""
-        rest = any(self.requires_grad.values())
-        for parameter in model.parameters():
-            parameter.requires_grad_(self.requires_grad.get(parameter, rest))
-        for module in model.modules():
-            module.training = self.modes.get(module, self.training)
-        if isinstance(model, PreTrainedModel):
-            for name in OF_HEADS:
-                vars(model.config).pop(name, None)
-            vars(model.config).update(copy.deepcopy(self.config))
-
-
-@dataclass(frozen=True)
-class Rest:
-    """What a task was on its backbone besides hooks: values of tensors that are its own, gradient flags and modes."""
-
-    values: dict[str, Tensor]
-    flags: Before
 
 
 class _naming:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sidestep.backbone.facts import Added
@@ -61,14 +60,3 @@ def own_tokens(tokens: int, text: int | None, added: Added | None) -> slice:
         return slice(None)
     first = added.before if added.cropped else 0
     return slice(first, added.before + text)
-
-
-def packed(positions: Any, mask: Any) -> bool:
-    """Whether the positions (batch, tokens) of kept tokens go back within a row: it holds several texts."""
-    plain = isinstance(positions, Tensor) and positions.ndim == 2 and not isinstance(positions, FakeTensor)
-    if not plain or positions.is_meta or torch.compiler.is_compiling():
-        return False
-    back = positions[:, 1:] < positions[:, :-1]
-    if isinstance(mask, Tensor) and mask.shape == positions.shape:
-        back &= mask[:, :-1].bool()
-    return bool(back.any())

@@ -29,11 +29,12 @@ from sidestep.backbone import (
     new_parameters,
     pretrained_tensors,
 )
+from sidestep.before import Before
 from sidestep.families import DUAL_FAMILIES, Pool, dual_family_of
 from sidestep.heads import HeadConfig, Retrieve
 from sidestep.methods import MethodConfig, UnsupportedBackbone, method_of
 from sidestep.methods.base import Method
-from sidestep.model import Before, Checkpoint, Settings, SideModel, check_attachable
+from sidestep.model import Checkpoint, Settings, SideModel, check_attachable
 
 LARGEST_SCALE = math.log(100)
 """At which CLIP stops the logarithm of its temperature's inverse."""

@@ -73,6 +73,8 @@ class Facts:
         padding: whether kept tokens stay as they are (to 1e-5 in float32) when padding is added; None: not known.
         left: what padding on the left does: nothing ("kept"), nothing if positions are given ("positions"), or it moves
             kept tokens ("moved"); None: not known.
+        packs: whether a lone causal stack reads the texts of one row as if each were alone, where positions start again
+            with each of them (without a mask and a cache); False where that is not known.
         caches: names under which the model takes what it returned for the tokens before.
     """
 
@@ -80,6 +82,7 @@ class Facts:
     stacks: dict[str, StackFacts] = field(default_factory=dict)
     padding: bool | None = None
     left: Left | None = None
+    packs: bool = False
     caches: tuple[str, ...] = ()
 
     @property

@@ -33,7 +33,8 @@ CHANGED = (-1, -2, 0)
 TYPES_MOVE = 1e-3
 """From which share of a token's own change a change of those before it counts, where types may tell what is seen."""
 PADDING_MOVES = {True: 1e-5, False: 5e-2}
-"""From which share of a token's state a change by padding counts, in float32 and in 16 bits."""
+"""From which share of a token's state a change by padding, or by another text of its row, counts; in float32 and in 16
+bits."""
 SHIFT_MOVES = {True: 1e-3, False: 0.3}
 """From which share other positions count. Rotary ones are the same but for rounding, which depth adds up: in bfloat16
 to 0.13 on SmolLM2's 30 blocks. Learned ones moved MiniLM's tokens by more than their size."""
@@ -208,6 +209,23 @@ class TextPass:
             own = alone.last[0, place.before : place.before + length]
             found.append(apart(own, other.last[row, start : start + length]))
         return max(found)
+
+    # --- several texts in a row --------------------------------------------------------------
+
+    def packs(self) -> bool:
+        """Whether a text stays as it is when another one in front of it in its row is replaced (see `Facts`)."""
+        texts, states = self.texts, []
+        if "position_ids" not in texts.names:
+            return False
+        positions = torch.arange(len(self.text), device=texts.device).repeat(1, 2)
+        for seed in (5, 6):
+            inputs = texts.batch([torch.cat([texts.text(len(self.text), seed), self.text])])
+            inputs.pop("attention_mask", None)  # with a mask, transformers takes a row for one text
+            stacks = self.again({**inputs, "position_ids": positions})
+            if stacks is None:
+                return False
+            states.append(stacks[0].last[:, len(self.text) :])
+        return apart(*states) <= PADDING_MOVES[states[0].dtype in WIDE]
 
 
 def caches(trunk: nn.Module, output: Any) -> tuple[str, ...]:

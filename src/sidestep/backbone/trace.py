@@ -76,7 +76,8 @@ def _of_texts(passed: TextPass) -> Facts:
     stacks = _named(passed.stacks, passed.causal(added), added, len(passed.text))
     padding, left = passed.padding(added)
     names = caches(trunk_of(passed.model), passed.seen.output)
-    return Facts(source="traced", stacks=stacks, padding=padding, left=left, caches=names)
+    found = Facts(source="traced", stacks=stacks, padding=padding, left=left, caches=names)
+    return replace(found, packs=found.is_causal and passed.packs())
 
 
 def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:

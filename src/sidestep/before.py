@@ -1,0 +1,78 @@
+"""What changes on a backbone while a task is attached, besides hooks and weights: kept, and put back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+OF_TRAINING = (
+    "id2label",
+    "label2id",
+    "problem_type",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "use_cache",
+    "output_router_logits",
+    "router_aux_loss_coef",
+)
+"""Fields of configs that training with the backbone's own head sets: `train` does, the Trainer does, and TRL's."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """What changes on a backbone under a task besides hooks: gradient flags, modes, and fields of its configs.
+
+    They belong to parameters and modules, not to names: a model may change its modules meanwhile (BigBird does). What
+    it has by then that it did not have before is frozen or not as the rest of it, and in the mode of the whole.
+    """
+
+    training: bool
+    requires_grad: dict[nn.Parameter, bool]
+    modes: dict[nn.Module, bool]
+    configs: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Before:
+        """Those of a model as it is now."""
+        return cls(
+            model.training,
+            {parameter: parameter.requires_grad for parameter in model.parameters()},
+            {module: module.training for module in model.modules()},
+            {
+                config: {name: copy.deepcopy(fields[name]) for name in OF_TRAINING if name in fields}
+                for config, fields in _configs(model).items()
+            },
+        )
+
+    def restore(self, model: nn.Module) -> None:
+        """Put them back."""
+        rest = any(self.requires_grad.values())
+        for parameter in model.parameters():
+            parameter.requires_grad_(self.requires_grad.get(parameter, rest))
+        for module in model.modules():
+            module.training = self.modes.get(module, self.training)
+        for config, fields in _configs(model).items():
+            for name in OF_TRAINING:
+                fields.pop(name, None)
+            fields.update(copy.deepcopy(self.configs.get(config, {})))
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What a task was on its backbone besides hooks: values of tensors that are its own, gradient flags and modes."""
+
+    values: dict[str, Tensor]
+    flags: Before
+
+
+def _configs(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The fields of a model's config, of the configs inside of it, and of how it generates; by name."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    found = {"config": model.config, "generation": vars(model).get("generation_config"), **vars(model.config)}
+    return {name: vars(one) for name, one in found.items() if isinstance(one, PreTrainedConfig | GenerationConfig)}

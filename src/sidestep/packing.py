@@ -1,0 +1,91 @@
+"""Several texts in one row, which position ids alone tell apart: who would read them as one text is refused.
+
+Trainers pack texts to waste nothing on padding (TRL's `packing` and `padding_free`). Transformers' masks keep the texts
+of a row apart where their positions start again, without an attention mask and without a cache. Not every model uses
+these masks, and methods that mix tokens do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from sidestep.backbone import Facts
+from sidestep.methods.base import SideNet
+
+A_ROW_EACH = "give each text a row of its own (in TRL's SFTConfig: packing=False and padding_free=False)"
+
+
+def is_packed(inputs: Mapping[str, Any]) -> bool:
+    """Whether the position ids of a pass do not count on within a row; False where a compiled pass does not tell."""
+    apart = None if torch.compiler.is_compiling() else _apart(inputs)
+    return apart is not None and bool(apart)
+
+
+def check_packed(inputs: Mapping[str, Any], facts: Facts, method: SideNet, *, model: str, pools: bool) -> None:
+    """Refuse rows of several texts that the method, the head or the model would take for one.
+
+    Args:
+        inputs: of a pass, by name.
+        facts: of the backbone.
+        method: what is attached.
+        model: the backbone's name, for the message.
+        pools: whether a Sidestep head reads the tokens.
+
+    Raises:
+        ValueError: saying who reads them as one, and which setting to change; in a compiled pass it is PyTorch's own
+            `RuntimeError` with this message.
+    """
+    reason = _reason(inputs, facts, method, model, pools)
+    apart = None if reason is None else _apart(inputs)
+    if apart is None:
+        return
+    message = f"position_ids start again within a row (several texts packed into one), and {reason}"
+    if torch.compiler.is_compiling():
+        torch._assert_async(~apart, message)
+    elif apart:
+        raise ValueError(message)
+
+
+def _reason(inputs: Mapping[str, Any], facts: Facts, method: SideNet, model: str, pools: bool) -> str | None:
+    """Why a row of several texts would be read as one, and what to do; None if it would not."""
+    if not method.tokenwise:
+        return (
+            f"{type(method).__name__} mixes tokens, also those of different texts: {A_ROW_EACH}, or take a method that "
+            "treats tokens alone (read, dtl, sherl)"
+        )
+    if not facts.is_causal:
+        return None  # an encoder's positions may be anything
+    if pools:
+        return f"the head reads one text of each row: {A_ROW_EACH}"
+    if not facts.packs:
+        return f"{model} reads a row as one text all the same: {A_ROW_EACH}"
+    if _mask(inputs) is not None:
+        return f"with an attention_mask {model} reads a row as one text: leave the mask out, or {A_ROW_EACH}"
+    if inputs.get("use_cache") or inputs.get("past_key_values") is not None:
+        return f"with a key-value cache {model} reads a row as one text: pass use_cache=False, or {A_ROW_EACH}"
+    return None
+
+
+def _apart(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Whether positions (batch, tokens) do not count on within a row, as one bool; None where none are given."""
+    positions, mask = inputs.get("position_ids"), _mask(inputs)
+    if not isinstance(positions, Tensor) or isinstance(positions, FakeTensor) or positions.is_meta:
+        return None
+    if positions.ndim != 2 or positions.shape[1] < 2:
+        return None  # a model of pictures may have three positions a token
+    if mask is None or mask.shape != positions.shape:
+        return (positions.diff(dim=1) != 1).any()  # as transformers does
+    kept = mask.bool()
+    so_far = positions.masked_fill(~kept, -1).cummax(1).values
+    return (kept[:, 1:] & (positions[:, 1:] <= so_far[:, :-1])).any()
+
+
+def _mask(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The padding mask (batch, tokens), if there is one; masks of other forms are the caller's own affair."""
+    mask = inputs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -1,0 +1,221 @@
+"""Several texts in one row: read as if each were alone, or refused with the setting to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sidestep as ss
+from architectures import CAUSAL, TEXT, VOCABULARY
+from sidestep.backbone import facts_of
+from sidestep.packing import is_packed
+
+TIED = dict(CAUSAL, tie_word_embeddings=True)
+GPT2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64}
+OPT: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "ffn_dim": 32}
+#: Those whose masks keep the texts of a row apart.
+APART: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**CAUSAL)),
+    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**TIED)),
+    "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(bos_token_id=1, eos_token_id=1, **GPT2)),
+}
+#: Those that read a row as one text, whatever its positions are; the last two ignore them.
+TOGETHER: dict[str, Callable[[], nn.Module]] = {
+    "opt": lambda: t.OPTForCausalLM(t.OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=16, **OPT)),
+    "biogpt": lambda: t.BioGptForCausalLM(t.BioGptConfig(**TEXT)),
+    "bert as a decoder": lambda: t.BertLMHeadModel(t.BertConfig(is_decoder=True, **TEXT)),
+    "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=3, n_head=2)),
+    "mpt": lambda: t.MptForCausalLM(t.MptConfig(vocab_size=VOCABULARY, d_model=16, n_layers=3, n_heads=2)),
+}
+METHODS: dict[str, ss.MethodConfig] = {
+    "read": ss.ReadConfig(rank=4),
+    "dtl": ss.DTLConfig(rank=4),
+    "sherl": ss.SherlConfig(reduction=4),
+    "lora": ss.LoraConfig(rank=4),
+    "dora": ss.DoraConfig(rank=4),
+    "ia3": ss.IA3Config(),
+    "bitfit": ss.BitFitConfig(),
+    "full": ss.FullConfig(),
+    "diff_pruning": ss.DiffPruningConfig(density=0.1),
+    "sparse": ss.SparseConfig(density=0.1),
+}
+LENGTHS = (4, 1, 6, 5)
+"""One of them of a single token: its position is no smaller than the one before it."""
+
+
+def bare(build: Callable[[], nn.Module]) -> Any:
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def attached(build: Callable[[], nn.Module], config: ss.MethodConfig) -> ss.SideModel:
+    """With random values for all that is trained: zeros hide errors."""
+    model = ss.attach(bare(build), config)
+    model.place_anywhere()
+    with torch.no_grad():
+        for _, parameter in model.trained_parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def texts() -> list[Tensor]:
+    return [torch.randint(3, VOCABULARY, (1, length)) for length in LENGTHS]
+
+
+def row(rows: list[Tensor]) -> dict[str, Tensor]:
+    """The texts behind each other in one row."""
+    return {
+        "input_ids": torch.cat(rows, 1),
+        "position_ids": torch.cat([torch.arange(text.shape[1]) for text in rows])[None],
+    }
+
+
+def loss_of(logits: Tensor, ids: Tensor, first: Tensor) -> Tensor:
+    """The sum over the tokens that are not the first of a text."""
+    labels = ids.masked_fill(first, -100)
+    return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+
+
+def gradients(model: ss.SideModel, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.trained_parameters() if p.grad is not None}
+
+
+def headless(model: ss.SideModel, **batch: Any) -> Tensor:
+    """The logits as TRL's trainers compute them: without the model's own forward."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return F.linear(model.base_model(**batch).last_hidden_state, head.weight, head.bias)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")  # PEFT's, of GPT-2's Conv1D
+@pytest.mark.parametrize("run", [lambda model, **batch: model(**batch).logits, headless], ids=["whole", "headless"])
+@pytest.mark.parametrize("backbone", APART)
+@pytest.mark.parametrize("method", METHODS)
+def test_texts_of_one_row_train_as_texts_alone(method: str, backbone: str, run: Callable[..., Tensor]) -> None:
+    if method == "bitfit" and backbone == "llama":
+        pytest.skip("has no biases")
+    model = attached(APART[backbone], METHODS[method]).train()
+    rows = texts()
+    together = row(rows)
+    loss = loss_of(run(model, **together), together["input_ids"], together["position_ids"] == 0)
+    found = gradients(model, loss)
+    alone = [loss_of(run(model, input_ids=text), text, torch.arange(text.shape[1])[None] == 0) for text in rows]
+    expected = gradients(model, torch.stack(alone).sum())
+    torch.testing.assert_close(loss, torch.stack(alone).sum(), rtol=1e-5, atol=1e-5)
+    assert found.keys() == expected.keys()
+    assert any(bool(value.any()) for value in expected.values())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backbone", APART)
+def test_texts_of_one_row_are_read_as_texts_alone_in_eval_mode_too(backbone: str) -> None:
+    # transformers' own default would be a cache, and with one it takes a row for one text
+    model = attached(APART[backbone], ss.ReadConfig(rank=4)).eval()
+    rows = texts()
+    with torch.no_grad():
+        parts = model(**row(rows)).logits.split([text.shape[1] for text in rows], dim=1)
+        for text, part in zip(rows, parts, strict=True):
+            torch.testing.assert_close(part, model(input_ids=text).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", TOGETHER)
+def test_backbones_that_read_a_row_as_one_text_are_refused(backbone: str) -> None:
+    assert not facts_of(bare(TOGETHER[backbone])).packs
+    model = attached(TOGETHER[backbone], ss.ReadConfig(rank=4))
+    with pytest.raises(
+        ValueError, match=r"reads a row as one text all the same: .*packing=False and padding_free=False"
+    ):
+        model(**row(texts()))
+    model(input_ids=texts()[0])
+
+
+@pytest.mark.parametrize("backbone", APART)
+def test_methods_that_mix_tokens_are_refused(backbone: str) -> None:
+    model = attached(APART[backbone], ss.LSTConfig(reduction=4))
+    with pytest.raises(
+        ValueError, match=r"LST mixes tokens, .* packing=False and padding_free=False\), or take a method"
+    ):
+        model(**row(texts()))
+    model(input_ids=torch.cat(texts(), 1), position_ids=torch.arange(sum(LENGTHS))[None] + 3)
+
+
+def test_a_mask_a_cache_and_a_head_make_one_text_of_a_row() -> None:
+    model, together = attached(APART["llama"], ss.ReadConfig(rank=4)), row(texts())
+    with pytest.raises(ValueError, match="with an attention_mask LlamaForCausalLM reads a row as one text: leave the"):
+        model(**together, attention_mask=torch.ones_like(together["input_ids"]))
+    with pytest.raises(ValueError, match=r"with a key-value cache .* pass use_cache=False"):
+        model(**together, use_cache=True)
+    pooled = ss.attach(ss.detach(model), ss.ReadConfig(rank=4), head=ss.Classify(num_labels=3))
+    with pytest.raises(ValueError, match="the head reads one text of each row"):
+        pooled(**together)
+
+
+def test_a_mask_of_the_callers_own_may_keep_texts_apart() -> None:
+    model, rows = attached(APART["llama"], ss.ReadConfig(rank=4)).eval(), texts()
+    number = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(LENGTHS))
+    own = (number[:, None] == number) & torch.ones(sum(LENGTHS), sum(LENGTHS)).tril().bool()
+    with torch.no_grad():
+        expected = model(**row(rows)).logits
+        torch.testing.assert_close(model(**row(rows), attention_mask=own[None, None]).logits, expected)
+
+
+def test_a_compiled_pass_refuses_them_too() -> None:
+    small = t.LlamaConfig(**{**CAUSAL, "num_hidden_layers": 1})
+    model = attached(lambda: t.LlamaForCausalLM(small), ss.LSTConfig(reduction=4)).eval()
+    compiled, ids = torch.compile(model, backend="eager"), torch.cat(texts(), 1)
+    with torch.no_grad():
+        compiled(input_ids=ids, position_ids=torch.arange(sum(LENGTHS))[None])
+        with pytest.raises(RuntimeError, match="LST mixes tokens"):
+            compiled(**row(texts()))
+
+
+def test_an_encoders_positions_may_be_anything_for_methods_that_treat_tokens_alone() -> None:
+    model = attached(lambda: t.BertForMaskedLM(t.BertConfig(**TEXT)), ss.ReadConfig(rank=4))
+    model(**row(texts()))
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask", "expected"),
+    [
+        ([0, 1, 0, 1], None, True),
+        ([0, 0, 1, 2], None, True),
+        ([0, 1, 5, 6], None, True),  # so does transformers
+        ([3, 4, 5, 6], None, False),
+        ([0, 1, 0, 1], [1, 1, 1, 1], True),
+        ([0, 0, 1, 2], [1, 1, 1, 1], True),
+        ([0, 1, 0, 0], [1, 1, 0, 0], False),
+        ([1, 1, 0, 1], [0, 0, 1, 1], False),
+        ([0, 1, 9, 0], [1, 1, 0, 1], True),
+        ([0, 1, 9, 2], [1, 1, 0, 1], False),
+        ([0], None, False),
+    ],
+)
+def test_a_row_is_packed_where_positions_of_kept_tokens_start_again(
+    positions: list[int], mask: list[int] | None, expected: bool
+) -> None:
+    given = {"position_ids": torch.tensor([positions])}
+    if mask is not None:
+        given["attention_mask"] = torch.tensor([mask])
+    assert is_packed(given) is expected
+
+
+def test_what_is_no_position_of_a_token_tells_nothing() -> None:
+    assert not is_packed({})
+    assert not is_packed({"position_ids": torch.zeros(3, 2, 5)})  # three positions a token, of rows and columns
+    assert not is_packed({"position_ids": torch.zeros(2, 5, device="meta")})
