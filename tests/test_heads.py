@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import sidestep as ss
 from sidestep.families import Pool
-from sidestep.fold import Reading, last_kept, mean_tokens
+from sidestep.fold import Reading, mean_tokens
 from sidestep.heads import Head, HeadConfig, head_from_dict
+from sidestep.layers import last_kept
 from sidestep.sites import Site
 
 WIDTH = 6

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import sidestep as ss
 from architectures import CAUSAL, TEXT, VOCABULARY
 from sidestep.backbone import facts_of
-from sidestep.packing import is_packed
+from sidestep.fold.packing import is_packed
 
 TIED = dict(CAUSAL, tie_word_embeddings=True)
 GPT2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64}

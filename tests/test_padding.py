@@ -15,7 +15,7 @@ from architectures import TEXT
 from odd_models import FSMT, GPT2, LED, MODELS, PEGASUS_X, made, texts
 from sidestep.backbone import facts_of
 from sidestep.backbone.facts import Added
-from sidestep.padding import kept_tokens, own_tokens
+from sidestep.fold.padding import kept_tokens, own_tokens
 from tiny import FAMILIES, randomize
 
 PAD = 1

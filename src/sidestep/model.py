@@ -33,13 +33,13 @@ from sidestep.backbone import Digest, Noise
 from sidestep.before import Before, Rest
 from sidestep.diffs import SparseDiff
 from sidestep.families import Pool, family_of
-from sidestep.fold import KEY_VALUES, Fold, FoldError, Hook
+from sidestep.fold import KEY_VALUES, Fold, FoldError, Hooks, is_hooked
+from sidestep.fold.packing import is_packed
 from sidestep.heads import IGNORED, Head, HeadConfig
 from sidestep.methods import MethodConfig, ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta, method_of
 from sidestep.methods.base import Method, SparseDelta
 from sidestep.methods.controls import Probe
 from sidestep.metrics import Written
-from sidestep.packing import is_packed
 from sidestep.sites import Place, Site
 from sidestep.trainer_face import TrainerFace
 from sidestep.wording import some
@@ -94,7 +94,8 @@ class SideModel(TrainerFace):
         sparse: the sparse diff of the backbone's weights that is trained in their place, or None.
         facts: what the backbone is, as a traced pass of it showed.
         places: the backbone's sites and the modules they sit on.
-        fold: the hooks.
+        fold: runs the method along a pass.
+        hooks: bring it the passes.
         extras: what `save_pretrained` stores besides (tokenizer or processor, preprocessing, scores).
     """
 
@@ -147,8 +148,9 @@ class SideModel(TrainerFace):
             self.head = settings.head.build(self._feature_width(sites), pool).to(device=backbones.device_of(backbone))
         self.places, self._delta = places, delta
         self._set_trained()
+        entry = trunk if self.head is not None else backbone
         self.fold = Fold(
-            trunk if self.head is not None else backbone,
+            entry,
             trunk,
             places,
             self.side,
@@ -161,6 +163,7 @@ class SideModel(TrainerFace):
             late=bool(self.late_blocks()),
             pools=self.head is not None,
         )
+        self.hooks = Hooks(self.fold, entry, trunk, places)
         if settings.checkpoint == "late":
             backbones.checkpoint_blocks(self.late_blocks())
         self._set_interface()
@@ -817,7 +820,7 @@ class SideModel(TrainerFace):
         if not self.fold.attached:
             return self.backbone
         torch.clear_autocast_cache()  # of a context that is still open
-        self.fold.remove()
+        self.hooks.remove()
         backbones.uncheckpoint_blocks([place.module for place in self.places])
         self._wide.remove()
         if self.sparse is not None:
@@ -869,7 +872,7 @@ class SideModel(TrainerFace):
         if self.settings.checkpoint == "late":
             backbones.checkpoint_blocks(self.late_blocks())
         rest.flags.restore(self.backbone)
-        self.fold.put()
+        self.hooks.put()
 
 
 _LIKE: dict[type[nn.Module], type[SideModel]] = {}
@@ -948,7 +951,7 @@ def check_attachable(backbone: nn.Module) -> None:
                 f"{type(backbone).__name__} is compiled: a compiled graph does not see hooks. "
                 "Attach first, then torch.compile the attached model"
             )
-        if any(isinstance(hook, Hook) for hook in module._forward_hooks.values()):
+        if is_hooked(module):
             raise ValueError(
                 f"{type(backbone).__name__} has a task attached already: call ss.detach on the attached model first"
             )

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 
 import sidestep as ss
-from sidestep.caches import SideCache
+from sidestep.fold.caches import SideCache
 from sidestep.methods import UnsupportedBackbone
 from sidestep.methods.lst import LST, Attention, Ladder, Sizes, relative_buckets, rotate
 from sidestep.plan.fakes import fake_copy

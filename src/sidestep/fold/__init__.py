@@ -1,0 +1,25 @@
+"""Driving a method along the backbone's own loop.
+
+A `Pass` is one run of the backbone, a `Strand` what one method owns along it. `Hooks` bring the pass to a driver.
+`Fold` is the live driver: the model's own loop, one method.
+"""
+
+from sidestep.fold.fold import Fold
+from sidestep.fold.hooks import Driver, Hooks, is_hooked
+from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token, take_rows
+from sidestep.fold.strand import Strand
+
+__all__ = [
+    "KEY_VALUES",
+    "Driver",
+    "Fold",
+    "FoldError",
+    "Hooks",
+    "Pass",
+    "Reading",
+    "Strand",
+    "is_hooked",
+    "mean_tokens",
+    "single_token",
+    "take_rows",
+]

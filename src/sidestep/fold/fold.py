@@ -1,0 +1,385 @@
+"""The live fold: one method along the backbone's own loop.
+
+What belongs to one forward pass lives in a `Pass` and a `Strand`, made at the backbone's entry and dropped at its exit.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from sidestep.backbone import Facts, StackFacts, as_given, as_tokens
+from sidestep.families import Pool, TokenGrid
+from sidestep.fold.caches import SideCache, claim
+from sidestep.fold.hooks import CARRIED
+from sidestep.fold.packing import check_packed
+from sidestep.fold.padding import kept_tokens, own_tokens
+from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token, take_rows
+from sidestep.fold.strand import Strand
+from sidestep.layers import last_kept
+from sidestep.methods.base import SideNet
+from sidestep.sites import Place, Site
+
+
+class Fold:
+    """Runs one method over the sites of one backbone; `Hooks` bring it the passes.
+
+    Args:
+        entry: the module whose call is a pass (the backbone, or its trunk when another head is put on).
+        trunk: the backbone without its head.
+        places: the backbone's sites, in order.
+        method: the side network.
+        facts: what the backbone is.
+        grid: tells the token grid at a site, where hidden states have no rows and columns of their own.
+        narrow: "cls" or "last": only the token that the head reads is given to the method; None: all tokens.
+        mean_first: the head reads the mean of the tokens before the final norm, which norms nothing else.
+        through: whether a narrowed hidden state also goes on through the backbone's own norm and head (only where the
+            family table knows that they take it); else they get all tokens and their result is not used.
+        frozen: whether nothing before the method's first write may require a gradient.
+        late: whether blocks come after that write: their keys and values in a cache are then of this task alone.
+        pools: whether a Sidestep head reads the tokens, which has to know the padding.
+    """
+
+    def __init__(
+        self,
+        entry: nn.Module,
+        trunk: nn.Module,
+        places: Sequence[Place],
+        method: SideNet,
+        facts: Facts,
+        grid: TokenGrid,
+        *,
+        narrow: Pool | None,
+        mean_first: bool,
+        through: bool,
+        frozen: bool,
+        late: bool,
+        pools: bool,
+    ) -> None:
+        self.trunk, self.method, self.facts, self.grid, self.pools = trunk, method, facts, grid, pools
+        self.narrow, self.through, self.frozen = narrow, through, frozen
+        # a string, which copies of this fold and of a cache share
+        self.late, self.name = late, uuid.uuid4().hex
+        self.running, self.attached, self.checked = False, False, False
+        self.current: tuple[Pass, Strand] | None = None
+        self.finished: tuple[Pass, Strand] | None = None
+        self.carries = type(method).carry is not SideNet.carry
+        self.reads_memory, self.reads_raw = type(method).memory is not SideNet.memory, mean_first
+        self.last_stack = places[-1].site.stack
+        self.lengths = _lengths(places)
+        self.model = type(entry).__name__
+
+    def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Reading | None]:
+        """`call(*args, **kwargs)` with the method active: its result, and what the head reads of the last pass.
+
+        Raises:
+            FoldError: if another call is running (one model serves one thread at a time), or the hooks are gone.
+        """
+        self.require_attached()
+        if self.running:
+            raise FoldError("this model is in the middle of another call: use one model per thread")
+        self.running = True
+        try:
+            output = call(*args, **kwargs)
+            return output, None if self.finished is None else self.finished[1].reading
+        finally:
+            self.running, self.current, self.finished = False, None, None
+
+    def require_attached(self) -> None:
+        """Raise if the hooks were taken off: the backbone alone would answer, without the task."""
+        if not self.attached:
+            raise FoldError(
+                "this model was detached from its backbone: call ss.attach (or ss.load) again, or activate "
+                "its task in the bank"
+            )
+
+    # --- the ends of a pass --------------------------------------------------------------------------------------
+
+    def begin(self, module: nn.Module, inputs: Mapping[str, Any], *, alone: bool = False) -> None:
+        """Start a pass with a module's inputs by name: the backbone's, or those of a trunk or encoder that runs alone.
+
+        In a pass, note what the trunk itself is given: a model may reshape its inputs first (multiple choice).
+
+        Raises:
+            ValueError: if rows hold several texts that would be read as one.
+            FoldError: if an encoder ran without this task.
+        """
+        if self.current is not None:
+            passed, _ = self.current
+            passed.inputs = passed.inputs if alone else {**passed.inputs, **inputs}
+            return
+        check_packed(inputs, self.facts, self.method, model=self.model, pools=self.pools)
+        self.current = Pass(inputs, module), Strand(self.method, self.frozen, self._carried(inputs))
+
+    def _carried(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """What an encoder that ran before gave along, if the method needs that."""
+        given = inputs.get("encoder_outputs")
+        if given is None or not self.carries:
+            return None
+        carried: Tensor | None = given.get(CARRIED) if isinstance(given, Mapping) else None
+        if carried is None:
+            raise FoldError(
+                "encoder_outputs were computed without this task: let the model run its own encoder, "
+                "or generate through the attached model"
+            )
+        return carried
+
+    def end(self, module: nn.Module) -> None:
+        """Finish the pass that began at a module: every site of the last stack must have been seen."""
+        if self.current is None or self.current[0].began is not module:
+            return
+        passed, _ = self.current
+        if passed.stack != self.last_stack or passed.visited != self.lengths[self.last_stack]:
+            raise FoldError(
+                f"the backbone ended its pass after {passed.visited} of {self.lengths[self.last_stack]} sites of "
+                f"its {self.last_stack}: a model that skips blocks or its final norm cannot be folded over"
+            )
+        self.finished, self.current = self.current, None
+
+    def encoded(self, module: nn.Module) -> Tensor | None:
+        """End a pass of an encoder alone: what its decoder will need of it."""
+        if self.current is None or self.current[0].began is not module:
+            return None
+        carried, self.current = self.current[1].carried, None
+        return carried
+
+    def check(self, given: Tensor, training: bool) -> None:
+        """Once, compare what the last site let go with what the trunk gave as its last hidden state.
+
+        Raises:
+            FoldError: if they differ: the final norm was found wrongly, so a head would read something else.
+        """
+        ours = next((one[0].output for one in (self.current, self.finished) if one is not None), None)
+        if self.checked or training or ours is None:
+            return  # in training, the trunk's own dropout may stand between the two
+        self.checked, layout = True, self.facts.head.layout
+        if not self.facts.head.ends or given.ndim != ours.ndim:
+            return  # what follows was seen, and no head of Sidestep reads this
+        if given.shape != ours.shape:
+            ours, given = as_tokens(ours, layout), as_tokens(given, "tokens")
+        if ours is given or isinstance(given, FakeTensor) or ours.shape != given.shape or torch.equal(ours, given):
+            return
+        raise FoldError(_wrong_norm(self.last_stack, "the trunk's last hidden state is not what came out of it"))
+
+    # --- its sites -----------------------------------------------------------------------------------------------
+
+    def element(self, site: Site) -> int:
+        """Which element of a block's output its hidden state is, where that is a tuple."""
+        return self.facts.stacks[site.stack].element
+
+    def stage(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """What a stage's first block reads in the place of `given`."""
+        _, strand = self._visit(site, order)
+        here = self._seen(site, given, call)
+        read, narrow = self._narrowed(self._as_tokens(given, site), here)
+        written = strand.step(read, narrow)
+        return given if written is read else self._as_given(written, given, site)
+
+    def memory(self, site: Site, given: Tensor, call: Mapping[str, Any]) -> Tensor | None:
+        """What a decoder block reads in the place of the encoder's output; None: that."""
+        if self.current is None:
+            return None
+        return self.current[1].memory(self._seen(site, given, call))
+
+    def block(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """What goes on in the place of a block's output."""
+        passed, strand = self._visit(site, order)
+        here = self._seen(site, given, call)
+        read, narrow = self._narrowed(self._as_tokens(given, site), here)
+        written = strand.step(read, narrow)
+        if site.last and not site.final_norm:
+            written = strand.finish(written, written, narrow, self._own_tokens(passed, site))
+        if self.narrow and site.head:
+            if not site.last:
+                return given
+            strand.row = written
+            passed.output = written if self.through else given
+        else:
+            passed.output = given if written is read else self._as_given(written, given, site)
+        return passed.output
+
+    def before_norm(self, site: Site, order: int, raw: Tensor) -> Tensor | None:
+        """Where the head reads the mean of what goes into the norm: the tokens pass without their gradient."""
+        if self.current is None or not self.current[0].is_turn(site, order):
+            return None
+        tokens = self._as_tokens(raw, site)
+        self.current[1].row = mean_tokens(tokens, self._seen(site, raw, {}))[:, None]
+        return raw.detach()
+
+    def norm(self, site: Site, order: int, module: nn.Module, raw: Tensor, normed: Tensor) -> Tensor | None:
+        """What goes on in the place of the final norm's output; None if it is not called as the end of its stack."""
+        if self.current is None or not self.current[0].is_turn(site, order):
+            return None
+        passed, strand = self._visit(site, order)
+        if raw.shape[-1] != site.width or raw.ndim < 3:
+            raise FoldError(_wrong_norm(site.stack, f"it got a tensor of shape {tuple(raw.shape)}"))
+        here, own = self._seen(site, raw, {}), self._own_tokens(passed, site)
+        if strand.row is None or not site.head:
+            raw, tokens = self._as_tokens(raw, site), self._as_tokens(normed, site)
+            finished = strand.finish(raw, tokens, here, own)
+            passed.output = self._as_given(finished, normed, site)
+            return passed.output
+        # Only the row that the head reads goes through the norm with its gradient.
+        row = normed if self.through else type(module).forward(module, strand.row)
+        finished = strand.finish(strand.row, row, single_token(here), own)
+        passed.output = finished if self.through else normed
+        return passed.output
+
+    def _visit(self, site: Site, order: int) -> tuple[Pass, Strand]:
+        """Count a site, starting its stack at the first.
+
+        Raises:
+            FoldError: if sites come twice, out of order, or outside a pass.
+        """
+        if self.current is None:
+            raise FoldError("a block ran outside the backbone's own forward: call the attached model")
+        passed, strand = self.current
+        if passed.visit(site, order):
+            strand.start(site)
+        return passed, strand
+
+    # --- what a site is in this pass -----------------------------------------------------------------------------
+
+    def _seen(self, site: Site, hidden: Tensor, call: Mapping[str, Any]) -> Site:
+        """The site with what this pass adds: padding, grid, cache.
+
+        Args:
+            site: as it was found.
+            hidden: as the backbone hands it on there.
+            call: the arguments of the block there, by name.
+
+        Raises:
+            ValueError: if the padding matters, and the mask does not say it token by token.
+        """
+        assert self.current is not None
+        passed, strand = self.current
+        facts, inputs = self.facts.stacks[site.stack], passed.inputs
+        states = as_tokens(hidden, facts.layout)
+        tokens, decoding = states.shape[1], self._is_decoding(site)
+        if site.kind == "stage":
+            self._open_cache(passed, strand, site, call, tokens)
+        if site.kind != "norm":
+            passed.grid = self._grid_at(facts, inputs, call, hidden)
+        mask = inputs.get("decoder_attention_mask" if decoding else "attention_mask") if passed.grid is None else None
+        matters = self.pools or not self.method.tokenwise
+        if mask is not None and facts.added is not None and matters:
+            self._check_mask(mask)
+        text, open_ended = passed.text_tokens(decoding=decoding), passed.cached or not matters
+        past, uncached = passed.past, strand.cache is None
+        keep = kept_tokens(mask, states, tokens, text, facts.added, past if open_ended else None)
+        return site.during(
+            keep=keep,
+            key_keep=keep if uncached else kept_tokens(mask, states, past + tokens, None, facts.added, 0),
+            memory_keep=self._memory_keep(strand.carried, inputs.get("attention_mask")) if decoding else None,
+            grid=passed.grid,
+            past=past,
+            cache=strand.cache,
+        )
+
+    def _is_decoding(self, site: Site) -> bool:
+        return len(self.lengths) > 1 and site.stack == "decoder"
+
+    def _grid_at(
+        self, facts: StackFacts, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor
+    ) -> tuple[int, int] | None:
+        """Rows and columns of the tokens: those of the hidden state, or as the family says."""
+        if hidden.ndim == 4:
+            rows, columns = hidden.shape[2:] if facts.layout == "channels" else hidden.shape[1:3]
+            return rows, columns
+        return self.grid(self.trunk, inputs, call, hidden)
+
+    def _memory_keep(self, carried: Tensor | None, mask: Any) -> Tensor | None:
+        """Which of the encoder's tokens are real, as the method carries them."""
+        added = self.facts.stacks["encoder"].added
+        if carried is None:
+            return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and added is not None else None
+        return kept_tokens(mask, carried, carried.shape[1], None, added, None)
+
+    def _check_mask(self, mask: Any) -> None:
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return
+        what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
+        who = "the head reads" if self.method.tokenwise else f"{type(self.method).__name__} mixes"
+        raise ValueError(
+            f"an attention_mask {what}, but {who} tokens and has to know which are padding: give a mask of (batch, "
+            "tokens), 1 for tokens and 0 for padding"
+        )
+
+    def _open_cache(self, passed: Pass, strand: Strand, site: Site, call: Mapping[str, Any], tokens: int) -> None:
+        """Note what a stack's key-value cache holds, and what the method has in it.
+
+        Raises:
+            FoldError: if it holds tokens and the method cannot go on from them.
+            ValueError: if others filled it, and this task's blocks would read what those made.
+        """
+        other = [name for name in self.facts.caches if name != KEY_VALUES and passed.inputs.get(name) is not None]
+        if other:
+            self._refuse_past(f"{other[0]} holds what the model knows of earlier tokens")
+        passed.open_cache(site, call, last=site.stack == self.last_stack, names=tuple(self.facts.caches))
+        strand.cache = None
+        if passed.cache is None:
+            return
+        if self.method.caches:
+            strand.cache = SideCache(passed.cache, site.depth, passed.past)
+        elif not self.method.tokenwise and passed.past:
+            self._refuse_past(f"the key-value cache holds {passed.past} tokens")
+        if self.late:
+            claim(passed.cache, self.name, passed.past, tokens)
+
+    def _refuse_past(self, what: str) -> None:
+        """Refuse to go on from earlier tokens, to whose memory no method can add, where the method mixes tokens."""
+        if not self.method.tokenwise:
+            raise FoldError(
+                f"{what}, and {type(self.method).__name__} mixes tokens without keeping what it knew of them: pass the "
+                "whole sequence and use_cache=False"
+            )
+
+    # --- tokens --------------------------------------------------------------------------------------------------
+
+    def _as_tokens(self, hidden: Tensor, site: Site) -> Tensor:
+        """A module's hidden state, seen as (batch, tokens, width)."""
+        return as_tokens(hidden, self.facts.stacks[site.stack].layout)
+
+    def _as_given(self, tokens: Tensor, given: Tensor, site: Site) -> Tensor:
+        """Tokens in the layout of the hidden state that they stand in for."""
+        return as_given(tokens, given, self.facts.stacks[site.stack].layout)
+
+    def _narrowed(self, hidden: Tensor, site: Site) -> tuple[Tensor, Site]:
+        """Only the token that the head reads, copied so that its neighbours' storage is not kept."""
+        if self.narrow is None or not site.head:
+            return hidden, site
+        if self.narrow == "cls" or site.keep is None:
+            first = hidden[:, self._text_start(site) :]
+            row = first[:, :1] if self.narrow == "cls" else hidden[:, -1:]
+            return row.clone(memory_format=torch.contiguous_format), single_token(site)
+        return take_rows(hidden, last_kept(site.keep)), single_token(site)
+
+    def _text_start(self, site: Site) -> int:
+        """Where a text's first token stands among those of a stack whose own output leaves out what it added."""
+        added = self.facts.stacks[site.stack].added
+        return added.before if added is not None and added.cropped else 0
+
+    def _own_tokens(self, passed: Pass, site: Site) -> Callable[[Tensor], slice]:
+        """Tells which of a tensor's tokens are in the stack's own output."""
+        text, added = passed.text_tokens(decoding=self._is_decoding(site)), self.facts.stacks[site.stack].added
+        return lambda tokens: own_tokens(tokens.shape[1], text, added)
+
+
+def _wrong_norm(stack: str, why: str) -> str:
+    return (
+        f"the wrong module was taken for the {stack}'s final norm ({why}): the model does not run as it did on the "
+        "tiny inputs with which attach looked at it, or it could not be looked at; attach to a part that always runs "
+        "alike"
+    )
+
+
+def _lengths(places: Sequence[Place]) -> dict[str, int]:
+    lengths: dict[str, int] = {}
+    for place in places:
+        lengths[place.site.stack] = lengths.get(place.site.stack, 0) + 1
+    return lengths

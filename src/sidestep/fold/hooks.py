@@ -1,0 +1,300 @@
+"""The standing hooks that bring a pass to whoever drives a method along it.
+
+No modelling file is forked: masks, rotary embeddings, caches, heads and `generate` are the model's own. The hooks do
+nothing unless their driver is running, so the bare backbone stays usable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.utils import ModelOutput
+
+from sidestep.backbone.calls import argument_names, bound
+from sidestep.sites import Place, Site
+
+#: Field of `encoder_outputs` in which an encoder's side state travels to the decoder.
+CARRIED = "side_state"
+
+
+class Driver(Protocol):
+    """What hooks bring a pass to. Hidden states are as the backbone gives them.
+
+    Attributes:
+        running: whether a pass is followed.
+        attached: whether the hooks are on the backbone.
+        reads_memory: whether decoder blocks may be given another memory than the encoder's.
+        reads_raw: whether what goes into the head's final norm is looked at before it.
+    """
+
+    running: bool
+    attached: bool
+
+    @property
+    def reads_memory(self) -> bool: ...
+    @property
+    def reads_raw(self) -> bool: ...
+
+    def element(self, site: Site) -> int:
+        """Which element of a block's output its hidden state is, where that is a tuple."""
+
+    def begin(self, module: nn.Module, inputs: Mapping[str, Any], *, alone: bool = False) -> None:
+        """Start a pass at its outermost module, with the module's inputs by name; `alone`: only there."""
+
+    def end(self, module: nn.Module) -> None:
+        """A module that may have begun a pass has returned."""
+
+    def check(self, given: Tensor, training: bool) -> None:
+        """The trunk has given its last hidden state."""
+
+    def encoded(self, module: nn.Module) -> Tensor | None:
+        """An encoder has returned that may have run alone: what goes along with its output."""
+
+    def stage(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """What a stage's first block reads in the place of `given`."""
+
+    def memory(self, site: Site, given: Tensor, call: Mapping[str, Any]) -> Tensor | None:
+        """What a decoder block reads in the place of the encoder's output; None: that."""
+
+    def block(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """What goes on in the place of a block's output."""
+
+    def before_norm(self, site: Site, order: int, raw: Tensor) -> Tensor | None:
+        """What the final norm reads; None: what it is given."""
+
+    def norm(self, site: Site, order: int, module: nn.Module, raw: Tensor, normed: Tensor) -> Tensor | None:
+        """What goes on in the place of the final norm's output; None: that."""
+
+
+class Hooks:
+    """A driver's hooks on a backbone.
+
+    Args:
+        driver: gets the passes.
+        entry: the module whose call is a pass.
+        trunk: the backbone without its head.
+        places: the backbone's sites, in order.
+    """
+
+    def __init__(self, driver: Driver, entry: nn.Module, trunk: nn.Module, places: Sequence[Place]) -> None:
+        self.driver, self.entry, self.trunk, self.places = driver, entry, trunk, places
+        self.handles: list[RemovableHandle] = []
+        self.put()
+
+    def put(self) -> None:
+        """Put them on the backbone."""
+        self.driver.attached = True
+        self.handles = self._of_modules()
+        orders: dict[str, int] = {}
+        for place in self.places:
+            order = orders[place.site.stack] = orders.get(place.site.stack, -1) + 1
+            self.handles += self._of_place(place, order)
+
+    def remove(self) -> None:
+        """Take them off."""
+        self.driver.attached = False
+        for handle in self.handles:
+            handle.remove()
+
+    @property
+    def _has_decoder(self) -> bool:
+        return len({place.site.stack for place in self.places}) > 1
+
+    def _of_modules(self) -> list[RemovableHandle]:
+        driver = self.driver
+        handles = [self.trunk.register_forward_hook(CheckOutput(driver))]
+        for module in (self.entry,) if self.entry is self.trunk else (self.entry, self.trunk):
+            handles += [
+                module.register_forward_pre_hook(Begin(driver, argument_names(module)), with_kwargs=True),
+                module.register_forward_hook(End(driver)),
+            ]
+        if self._has_decoder:
+            encoder = self.trunk.get_submodule("encoder")
+            handles += [
+                encoder.register_forward_pre_hook(BeginEncoder(driver, argument_names(encoder)), with_kwargs=True),
+                encoder.register_forward_hook(EndEncoder(driver)),
+            ]
+        return handles
+
+    def _of_place(self, place: Place, order: int) -> list[RemovableHandle]:
+        driver, site, module = self.driver, place.site, place.module
+        names = argument_names(module)
+        if site.kind == "stage":
+            return [module.register_forward_pre_hook(AtStage(driver, site, order, names), with_kwargs=True)]
+        if site.kind == "norm":
+            handles = [module.register_forward_hook(AtNorm(driver, site, order))]
+            if driver.reads_raw and site.head:
+                handles.append(module.register_forward_pre_hook(BeforeNorm(driver, site, order)))
+            return handles
+        handles = [module.register_forward_hook(AtBlock(driver, site, order, names), with_kwargs=True)]
+        if self._has_decoder and site.stack == "decoder" and driver.reads_memory:
+            handles.append(module.register_forward_pre_hook(AtMemory(driver, site, names), with_kwargs=True))
+        return handles
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a driver's hooks are on a module."""
+    return any(isinstance(hook, Hook) for hook in module._forward_hooks.values())
+
+
+# --- module-level classes, so that a hooked model can be copied and pickled -------------------------------------------
+
+
+@dataclass(eq=False)
+class Hook:
+    """A standing hook; does nothing unless its driver is running."""
+
+    driver: Driver
+
+
+@dataclass(eq=False)
+class Begin(Hook):
+    """Before the backbone and before its trunk: start a pass."""
+
+    names: list[str]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.driver.running:
+            self.driver.begin(module, bound(self.names, args, kwargs))
+
+
+@dataclass(eq=False)
+class End(Hook):
+    """After them: end the pass that began there."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.driver.running:
+            self.driver.end(module)
+
+
+@dataclass(eq=False)
+class CheckOutput(Hook):
+    """After the trunk's first pass: its last hidden state is what the driver took for it."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.driver.running and not torch.compiler.is_compiling():
+            given = output.get("last_hidden_state") if isinstance(output, ModelOutput) else None
+            if given is not None:
+                self.driver.check(given, module.training)
+
+
+@dataclass(eq=False)
+class BeginEncoder(Hook):
+    """Before the encoder: `generate` runs it outside the trunk."""
+
+    names: list[str]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.driver.running:
+            self.driver.begin(module, bound(self.names, args, kwargs), alone=True)
+
+
+@dataclass(eq=False)
+class EndEncoder(Hook):
+    """After an encoder that ran outside the trunk: its side state goes along in `encoder_outputs`."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.driver.running:
+            return
+        carried = self.driver.encoded(module)
+        if isinstance(output, ModelOutput) and carried is not None:
+            output[CARRIED] = carried
+
+
+@dataclass(eq=False)
+class AtStage(Hook):
+    """Before the first block of a stage."""
+
+    site: Site
+    order: int
+    names: list[str]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if not self.driver.running:
+            return None
+        call, name = bound(self.names, args, kwargs), self.names[0]
+        written = self.driver.stage(self.site, self.order, call[name], call)
+        return None if written is call[name] else _with_argument(self.names, args, kwargs, name, written)
+
+
+@dataclass(eq=False)
+class AtMemory(Hook):
+    """Before a decoder block: what it reads of the encoder may be replaced."""
+
+    site: Site
+    names: list[str]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if not self.driver.running:
+            return None
+        call, name = bound(self.names, args, kwargs), "encoder_hidden_states"
+        memory = self.driver.memory(self.site, call[self.names[0]], call)
+        if memory is None:
+            return None
+        given = call.get(name)
+        return _with_argument(self.names, args, kwargs, name, memory if given is None else memory.to(given.dtype))
+
+
+@dataclass(eq=False)
+class AtBlock(Hook):
+    """After a block; after the last one of a stack without a final norm, the stack's end too."""
+
+    site: Site
+    order: int
+    names: list[str]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if not self.driver.running:
+            return None
+        element = self.driver.element(self.site)
+        given = output[element] if isinstance(output, tuple) else output
+        written = self.driver.block(self.site, self.order, given, bound(self.names, args, kwargs))
+        return None if written is given else _with_element(output, element, written)
+
+
+@dataclass(eq=False)
+class BeforeNorm(Hook):
+    """Before the final norm, where the head reads the mean of what goes in."""
+
+    site: Site
+    order: int
+
+    def __call__(self, module: nn.Module, args: Any) -> Any:
+        if not self.driver.running:
+            return None
+        raw = self.driver.before_norm(self.site, self.order, args[0])
+        return None if raw is None else (raw, *args[1:])
+
+
+@dataclass(eq=False)
+class AtNorm(Hook):
+    """After the final norm: the stack's end."""
+
+    site: Site
+    order: int
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return self.driver.norm(self.site, self.order, module, args[0], output) if self.driver.running else None
+
+
+def _with_element(output: Any, element: int, hidden: Tensor) -> Any:
+    """A block's output with another hidden state."""
+    if not isinstance(output, tuple):
+        return hidden
+    parts = (*output[:element], hidden, *output[element + 1 :])
+    return output._make(parts) if hasattr(output, "_make") else parts
+
+
+def _with_argument(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with one argument replaced, whether it was given by position or by name."""
+    if name in kwargs or list(names).index(name) >= len(args):
+        return args, {**kwargs, name: value}
+    position = list(names).index(name)
+    return (*args[:position], value, *args[position + 1 :]), kwargs

@@ -1,0 +1,136 @@
+"""One run of the backbone, whoever reads along: its inputs, how far it has come, and what a head reads in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from sidestep.layers import masked_mean
+from sidestep.sites import Site
+
+KEY_VALUES = "past_key_values"
+"""Name of a key-value cache among a model's inputs."""
+
+
+class FoldError(RuntimeError):
+    """The backbone's loop did not do what a fold needs; the message says where and what to do."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a head reads after a pass.
+
+    Attributes:
+        hidden: (batch, tokens, width) output of the stack that the head reads; one token if the fold is narrowed.
+        site: the end of that stack, with the pass's padding and grid.
+        pooled: (batch, width) read-out of the method's own, or None.
+        correct: the method's correction of the vector that the head makes of all this, or None.
+    """
+
+    hidden: Tensor
+    site: Site
+    pooled: Tensor | None
+    correct: Callable[[Tensor], Tensor] | None = None
+
+    def corrected(self, vector: Tensor) -> Tensor:
+        """The head's vector (batch, features) as the method would have it."""
+        return vector if self.correct is None else self.correct(vector)
+
+
+@dataclass
+class Pass:
+    """What all methods share in one run of the backbone.
+
+    Attributes:
+        inputs: of the backbone by name, and what its trunk is given where the model reshapes them first.
+        began: the outermost module of the run.
+        stack: that is running; None before the first.
+        visited: how many of its sites have been seen.
+        grid: rows and columns of the tokens there; None for text.
+        cache: the stack's key-value cache, if it counts tokens.
+        past: how many tokens that held before this run.
+        cached: whether the model remembers earlier tokens in any way.
+        output: what the last site let go.
+    """
+
+    inputs: Mapping[str, Any]
+    began: nn.Module
+    stack: str | None = None
+    visited: int = 0
+    grid: tuple[int, int] | None = None
+    cache: Any = None
+    past: int = 0
+    cached: bool = False
+    output: Tensor | None = None
+
+    def visit(self, site: Site, order: int) -> bool:
+        """Count a site; whether it is the first of its stack.
+
+        Raises:
+            FoldError: if sites come twice or out of order.
+        """
+        starts = self.stack != site.stack and order == 0
+        if starts:
+            self.stack, self.visited = site.stack, 0
+        if self.stack != site.stack or self.visited != order:
+            raise FoldError(
+                f"block {site.index} of the {site.stack} ran out of turn (site {order}, expected {self.visited}):"
+                " blocks that run twice (shared layers) or are skipped (layer drop) cannot be folded over"
+            )
+        self.visited += 1
+        return starts
+
+    def is_turn(self, site: Site, order: int) -> bool:
+        """Whether a norm is called as the end of its stack: a model may use the same one before its blocks too."""
+        return (self.stack, self.visited) == (site.stack, order)
+
+    def open_cache(self, site: Site, call: Mapping[str, Any], *, last: bool, names: tuple[str, ...]) -> None:
+        """Note at a stack's start what its key-value cache holds: the blocks add this run's tokens on the way.
+
+        Args:
+            site: the stack's first.
+            call: the arguments of the block there, by name.
+            last: whether it is the last stack, which alone has such a cache.
+            names: of the inputs in which the model remembers earlier tokens.
+        """
+        self.cached = any(self.inputs.get(name) is not None for name in names)
+        given = (call.get("past_key_values"), call.get("layer_past"), self.inputs.get("past_key_values"))
+        cache = next((one for one in given if one is not None), None) if last else None
+        self.cache = cache if cache is not None and _counts(cache) else None
+        self.past = 0 if self.cache is None else self.cache.get_seq_length()
+        self.cached |= self.cache is not None
+
+    def text_tokens(self, *, decoding: bool) -> int | None:
+        """How many tokens a stack's text has; None where it reads no text."""
+        names = ("decoder_input_ids", "decoder_inputs_embeds") if decoding else ("input_ids", "inputs_embeds", "inputs")
+        given = (self.inputs.get(name) for name in names)
+        text = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim > 1), None)
+        return None if text is None else text.shape[1]
+
+
+def take_rows(hidden: Tensor, index: Tensor) -> Tensor:
+    """(batch, 1, width): one token of each row of (batch, tokens, width), copied."""
+    return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[-1]))
+
+
+def mean_tokens(hidden: Tensor, site: Site) -> Tensor:
+    """(batch, width): mean of the kept tokens of (batch, tokens, width), without those before the grid."""
+    keep = None if site.keep is None else site.keep[:, site.prefix :]
+    return masked_mean(hidden[:, site.prefix :], keep)
+
+
+def single_token(site: Site) -> Site:
+    """The site as a fold that is narrowed to one token sees it: nothing padded, no grid."""
+    return replace(site, keep=None, grid=None)
+
+
+def _counts(cache: Any) -> bool:
+    """Whether a cache holds keys and values of tokens, and so knows how many (state-space layers do not)."""
+    try:
+        cache.get_seq_length()
+    except (AttributeError, ValueError):
+        return False
+    return True
