@@ -232,6 +232,19 @@ def test_accumulation_on_language_models_scales_the_loss(family: str, tmp_path: 
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+def test_the_loss_of_a_causal_model_is_the_bare_models(tmp_path: Path) -> None:
+    # The Trainer counts the tokens that it is a mean of: labels are shifted, so the first of a row is none.
+    kind, found = FAMILIES["llama"], []
+    ids = kind.inputs(rows=1)["input_ids"][0]
+    for model in (kind.model(), ss.attach(kind.model(), ss.ReadConfig(rank=4))):
+        settings = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, logging_steps=1, **settings)
+        run = Trainer(model=model, args=args, train_dataset=[{"input_ids": ids, "labels": ids}] * 4)
+        run.train()
+        found.append(losses(run)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_label_smoothing_is_used(tmp_path: Path, tokenizer: Any) -> None:
     plain = trainer(tmp_path / "a", model_of(), tokenizer)
     smooth = trainer(tmp_path / "b", model_of(), tokenizer, label_smoothing_factor=0.3)

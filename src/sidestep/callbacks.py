@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sidestep.data.augment import Epoch
 from sidestep.diffs import SparseDiff
@@ -102,6 +104,22 @@ class MoveSupport(TrainerCallback):
         for model in self.models:
             if isinstance(model.delta, SparseDelta) and model.sparse is not None:
                 yield model.delta, model.sparse
+
+
+class SaveTask(TrainerCallback):
+    """Makes every checkpoint of a Trainer a task folder too, which `ss.load` reads, with the Trainer's tokenizer.
+
+    A Trainer by itself stores the task's tensors alone, not what method and which backbone they belong to.
+    """
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After a checkpoint was written."""
+        if not state.is_world_process_zero:
+            return
+        model, processor = kwargs["model"], kwargs.get("processing_class")
+        if processor is not None:
+            model.extras.setdefault("processor", processor)
+        model.save_pretrained(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", overwrite=True)
 
 
 class StopIfDiverged(TrainerCallback):

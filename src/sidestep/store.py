@@ -707,8 +707,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise TaskError(f"{folder} is no task folder: there is no such folder")
     if not path.is_file():
         kind = DamagedTask if (folder / WEIGHTS).is_file() else TaskError
-        there = ", ".join(sorted(item.name for item in folder.iterdir())[:6]) or "nothing"
-        raise kind(f"{folder} is no task folder: {CONFIG} is missing (it holds {there})")
+        raise kind(f"{folder} is no task folder: {CONFIG} is missing ({task_fields.instead(folder)})")
     config = _parsed(path)
     form = config.get("format") if isinstance(config, dict) else None
     if not isinstance(form, int):

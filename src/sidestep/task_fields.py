@@ -38,8 +38,20 @@ COVERED = (
 """The entries that outputs, labels and preprocessing depend on: they stand under the checksum."""
 FREE = ("sidestep", "versions", "scores", "files")
 """The entries that may change without another training: they do not."""
+OF_A_TRAINER = ("model.safetensors", "training_args.bin")
+"""Files that transformers' Trainer writes where it saves a model."""
 MISSING = object()
 SHOWN = 60  # characters of a value in a message
+
+
+def instead(folder: Path) -> str:
+    """What a folder without a task holds, in words."""
+    if all((folder / name).is_file() for name in OF_A_TRAINER):
+        return (
+            "it is what a Trainer writes, the tensors alone: load them with model.load_state_dict on a model that is "
+            "attached alike, then model.save_pretrained; or give the Trainer sidestep.callbacks.SaveTask"
+        )
+    return f"it holds {', '.join(sorted(item.name for item in folder.iterdir())[:6]) or 'nothing'}"
 
 
 @dataclass(frozen=True)
