@@ -139,8 +139,8 @@ def test_weights_of_the_backbone_that_are_missing_are_named(bert):
 
 
 def test_an_unknown_folder_or_id_is_named(offline):
-    for name in ("no-such/model", "./no/such/folder"):
-        with pytest.raises(LoadError, match=f"'{name}' cannot be loaded: there is no such folder here, and as a hub"):
+    for name, said in (("no-such/model", "as a hub id its config"), ("./no/such/folder", "it is no hub id")):
+        with pytest.raises(LoadError, match=f"'{name}' cannot be loaded: there is no such folder here, and {said}"):
             load_backbone(name)
 
 

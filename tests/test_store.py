@@ -306,7 +306,23 @@ def test_a_task_with_the_backbones_own_head_names_the_class_it_needs(bert, tmp_p
 def test_an_unsupported_backbone_is_named_with_the_tasks_own(bert, tmp_path):
     make_task(bert, tmp_path / "task", ss.BitFitConfig())
     with pytest.raises(ss.UnsupportedBackbone, match=r"made on BertModel .*bitfit does not work on LlamaModel"):
-        load(tmp_path / "task", LlamaForCausalLM(LLAMA).model)
+        load(tmp_path / "task", LlamaForCausalLM(LLAMA).model, allow_mismatch=True)
+
+
+def test_other_weights_are_told_of_before_the_method_is_tried_on_them(bert, tmp_path):
+    make_task(bert, tmp_path / "task", ss.BitFitConfig())
+    others = (
+        LlamaForCausalLM(LLAMA).model,
+        BertModel(BertConfig(**{**BERT.to_dict(), "hidden_size": 32})),
+        nn.Linear(2, 3),
+    )
+    for other in others:
+        with pytest.raises(
+            TaskError, match=r"made on BertModel .* but this backbone is .*load the task's own backbone"
+        ):
+            load(tmp_path / "task", other)
+    with pytest.raises(TypeError, match="str is no torch module"):
+        load(tmp_path / "task", "bert")
 
 
 def test_a_backbone_without_a_name_has_to_be_passed(tmp_path):
@@ -573,6 +589,6 @@ def test_a_backbone_folder_that_moved_is_named(bert, tmp_path, monkeypatch):
     make_task(bert, tmp_path / "task")
     bert.rename(tmp_path / "moved")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ss.loading.LoadError, match="there is no such folder here"):
+    with pytest.raises(ss.loading.LoadError, match=r"there is no such folder here.*say where it is now \(--backbone\)"):
         load(tmp_path / "task")
     load(tmp_path / "task", AutoModel.from_pretrained(tmp_path / "moved"))

@@ -1,15 +1,23 @@
-"""A task that was written before sidestep.json had a checksum of its own: it loads, and says the same."""
+"""Tasks that earlier versions wrote load, and say the same.
+
+format_1: before sidestep.json had a checksum of its own. pair_on_a_decoder and answers_of_a_decoder: before there were
+separators between texts that are put behind each other.
+"""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 import sidestep as ss
-from sidestep import store
-from small_backbone import TEXTS, backbone
+from sidestep import predict, store
+from sidestep.prepare import stored_fields
+from small_backbone import PAIRS, TEXTS, backbone, decoder
 
-FORMAT_1 = Path(__file__).parent / "tasks_of_before" / "format_1"
+BEFORE = Path(__file__).parent / "tasks_of_before"
+FORMAT_1 = BEFORE / "format_1"
 LABELS = ["bad", "gut", "größer"]
 #: As the version that wrote the task computed them.
 LOGITS = torch.tensor(
@@ -19,6 +27,11 @@ LOGITS = torch.tensor(
         [2.5737032890319824, -0.7836086750030518, 1.373020887374878],
     ]
 )
+PAIR_LOGITS = [
+    [1.1310800313949585, 0.04658680036664009],
+    [-0.03782278299331665, 1.6749258041381836],
+    [1.1385829448699951, 0.47160330414772034],
+]
 
 
 def test_a_task_of_format_1_has_its_outputs_and_labels() -> None:
@@ -50,6 +63,23 @@ def test_a_task_of_format_1_is_saved_again(tmp_path: Path) -> None:
     again = ss.load(tmp_path / "again", backbone())
     assert again.settings == model.settings
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_pair_on_a_decoder_is_read_without_a_separator() -> None:
+    model = ss.load(BEFORE / "pair_on_a_decoder", decoder().model)
+    encoded = predict._encode(model, pairs(), stored_fields(model.extras["preprocessing"]), None)
+    assert encoded["length"][:] == [len("".join(pair)) for pair in PAIRS]
+    logits = predict.logits(model, encoded, stored_fields(model.extras["preprocessing"]))
+    np.testing.assert_allclose(logits, PAIR_LOGITS, rtol=1e-5, atol=1e-5)
+
+
+def test_answers_of_a_decoder_are_written_as_before() -> None:
+    model = ss.load(BEFORE / "answers_of_a_decoder", decoder())
+    assert predict.predict(model, pairs())["prediction"][:] == ["uuuuuuuu", "nnnnnmzz", "mzzzzzzz"]
+
+
+def pairs() -> Dataset:
+    return Dataset.from_list([{"first": first, "second": second} for first, second in PAIRS])
 
 
 @pytest.mark.parametrize("file", ["sidestep.json", "task.safetensors", "processor/tokenizer.json"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -49,12 +50,16 @@ CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TIMM_PROCESSOR = "timm_processor.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class LoadError(ValueError):
     """A backbone or processor cannot be loaded; the message says what was looked for and what to do."""
+
+
+class OtherModel(LoadError):
+    """What a name loads is of another kind than the class that is asked for; the message begins with the name."""
 
 
 class LoadWarning(UserWarning):
@@ -185,10 +190,14 @@ def load_class(
     """The backbone of a source as a given class of transformers (or timm), with config fields set.
 
     Raises:
+        OtherModel: if the source holds a model of another kind; no weights are read.
         LoadError: as `load_backbone`, and if transformers has no class of this name.
     """
-    wanted = _dtype(dtype)
-    if source.library == "timm":
+    wanted, is_timm = _dtype(dtype), source.id.startswith(TIMM)
+    if is_timm != (source.library == "timm"):
+        what = "a model of timm" if is_timm else "no model of timm, as timm:NAME or timm:NAME@FILE is"
+        raise OtherModel(f"{source.id} is {what}")
+    if is_timm:
         return _load_timm(source.id, wanted, config.get("num_classes", 0))
     kind = getattr(transformers, class_name, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
@@ -196,8 +205,26 @@ def load_class(
             f"transformers {transformers.__version__} has no model class {class_name}: "
             "load the backbone yourself and pass it"
         )
-    loaded = config_of(source.id, source.revision, config)
+    loaded = _config_of(kind, source, config)
     return _load_transformers(kind, source.id, loaded, wanted, source.revision)
+
+
+def _config_of(kind: type[PreTrainedModel], source: Source, fields: Mapping[str, Any]) -> Any:
+    """The config of a source, or the part of it that is for this class (CLIP's text tower), with some fields set.
+
+    Raises:
+        OtherModel: if no part of it is for this class.
+    """
+    whole = config_of(source.id, source.revision)
+    parts = [whole, *(getattr(whole, name, None) for name in whole.sub_configs)]
+    found = next((part for part in parts if isinstance(part, kind.config_class)), None)
+    if found is None:
+        raise OtherModel(
+            f"{source.id} is a model of type {whole.model_type!r}, and not {kind.config_class.model_type!r}"
+        )
+    for name, value in fields.items():
+        setattr(found, name, value)
+    return found
 
 
 def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
@@ -630,21 +657,21 @@ def _as_load_error(name: str, what: str) -> Iterator[None]:
         yield
     except LoadError:
         raise
-    except Exception as error:
+    except Exception as error:  # what a damaged file makes transformers and safetensors raise is theirs
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if is_gguf(name) and Path(gguf_parts(name)[0]).is_dir():  # of a damaged header anything may be raised
+        place = gguf_parts(name)[0] if is_gguf(name) else name
+        if is_gguf(name) and Path(place).is_dir():
             raise LoadError(
                 f"transformers {transformers.__version__} cannot read the {what} of {name} ({reason}): copy the file "
                 "again if it may be damaged, or take the model's safetensors"
             ) from error
-        if not isinstance(error, UNREADABLE):
-            raise
         if Path(name).exists():
             advice = "check or copy it again"
             raise LoadError(f"the {what} of {name} cannot be read ({reason}): {advice}") from error
+        hub = f"as a hub id its {what} cannot be had (unreachable, private, or no such model: {reason})"
+        no_hub = f"it is no hub id (a relative path starts at {Path.cwd()})"
         raise LoadError(
-            f"{name!r} cannot be loaded: there is no such folder here, and as a hub id its {what} "
-            f"cannot be had (unreachable, private, or no such model: {reason})"
+            f"{name!r} cannot be loaded: there is no such folder here, and {hub if HUB_ID.fullmatch(place) else no_hub}"
         ) from error
 
 

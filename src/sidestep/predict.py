@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from sidestep.bank import TaskBank
-from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace, encode_prompts
+from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace, Separators, encode_prompts
 from sidestep.data.labels import SEPARATOR
 from sidestep.data.pairs import captioned, encode_pairs
 from sidestep.data.vocabulary import check_tokens
@@ -29,11 +29,13 @@ from sidestep.metrics import scores, text_scores
 from sidestep.model import SideModel
 from sidestep.pair import Attached, PairModel
 from sidestep.prepare import (
+    TaskData,
     encode,
     prompt_collator,
     stored_fields,
     stored_generation,
     stored_labels,
+    stored_separators,
     written_kind,
 )
 from sidestep.retrieval import neighbours, recalls
@@ -108,10 +110,10 @@ def predict(
     assert isinstance(model, SideModel)
     if (kind := written_kind(labels.kind)) is not None:
         prompts, _ = encode_prompts(
-            rows, replace(fields, label=None), model.extras["processor"], kind, _max_length(model)
+            rows, replace(fields, label=None), model.extras["processor"], kind, _max_length(model), _separators(model)
         )
         texts = written(model, prompts, _generation(model), batch_size=batch_size, progress=progress)
-        columns: dict[str, list[Any]] = {PREDICTION: texts}
+        columns: dict[str, list[Any]] = {PREDICTION: [_separators(model).without_start(text) for text in texts]}
     else:
         encoded = _encode(model, rows, fields, None)
         columns = predicted(labels, logits(model, encoded, fields, batch_size=batch_size, progress=progress))
@@ -255,6 +257,17 @@ def written(
     return texts
 
 
+def first_answers(model: Attached, data: TaskData, count: int = 3) -> list[tuple[int, str, str]]:
+    """The first dev rows of a task that writes texts: their number, what was expected, what is written; else none."""
+    if data.generation is None:
+        return []
+    assert isinstance(model, SideModel)
+    rows = data.dev.select(range(min(count, len(data.dev))))
+    texts = zip(rows["target"][:], written(model, rows, data.generation), strict=True)
+    clean = data.separators.without_start
+    return [(number, clean(target), clean(text)) for number, (target, text) in enumerate(texts, start=1)]
+
+
 def _batches(
     model: SideModel,
     encoded: Dataset,
@@ -372,7 +385,8 @@ def labels_of(model: Attached) -> LabelSpace:
 
 def _encode(model: SideModel, rows: Dataset, fields: Fields, labels: LabelSpace | None) -> Dataset:
     wanted = Fields(text=fields.text, text2=fields.text2, image=fields.image, label=fields.label if labels else None)
-    return encode(rows, wanted, model.extras["processor"], labels, _max_length(model))[0]
+    processor, separators = model.extras["processor"], _separators(model)
+    return encode(rows, wanted, processor, labels, _max_length(model), separators=separators)[0]
 
 
 def _max_length(model: Attached) -> int | None:
@@ -381,6 +395,10 @@ def _max_length(model: Attached) -> int | None:
 
 def _generation(model: SideModel) -> Generation:
     return stored_generation(model.extras.get("preprocessing") or {})
+
+
+def _separators(model: SideModel) -> Separators:
+    return stored_separators(model.extras.get("preprocessing") or {})
 
 
 def _by_length(encoded: Dataset) -> NDArray[np.int64]:

@@ -20,6 +20,7 @@ from sidestep.data import (
     ImageTransform,
     Kind,
     LabelSpace,
+    Separators,
     TableOptions,
     check_fields,
     drop_unreadable,
@@ -35,6 +36,7 @@ from sidestep.data import (
     with_targets,
 )
 from sidestep.data.augment import NONE
+from sidestep.data.joins import NOTHING, separators_of, warn_of_glued
 from sidestep.data.labels import KINDS
 from sidestep.data.pairs import CollatePairs, captioned, encode_pairs, read_pairs
 from sidestep.loading import PairProcessor
@@ -59,6 +61,7 @@ class TaskData:
         handling: what was asked for of the rows besides: shots, views of images, bad images left out, a transform in
             the place of the backbone's processor; with seeds and counts, as JSON-ready values.
         generation: how texts are written; None: the task is no such.
+        separators: what stands between texts that are put behind each other.
     """
 
     train: Dataset
@@ -72,6 +75,7 @@ class TaskData:
     augment: Augmentation | None = None
     handling: Mapping[str, Any] = field(default_factory=dict)
     generation: Generation | None = None
+    separators: Separators = NOTHING
 
     @property
     def collate(self) -> Collate:
@@ -90,6 +94,8 @@ class TaskData:
             stored["padding"] = "the tokenizer has no pad token: token 0, masked"
         if self.generation is not None:
             stored["generation"] = asdict(self.generation)
+        if self.separators != NOTHING:
+            stored["separators"] = asdict(self.separators)
         return stored
 
 
@@ -109,6 +115,7 @@ def prepare(
     skip_bad_images: bool = False,
     max_new_tokens: int | None = None,
     num_beams: int = 1,
+    separator: str | None = None,
 ) -> TaskData:
     """The rows as a task reads them.
 
@@ -129,16 +136,21 @@ def prepare(
         skip_bad_images: whether images that cannot be read are left out; each is decoded once to know.
         max_new_tokens: that are written at most; None: as many as the longest target of the training rows has.
         num_beams: of beam search, where texts are written.
+        separator: put between the two texts of a pair, and between a decoder's prompt and its answer. None: between
+            the texts of a pair a newline where the tokenizer puts nothing there; "": nothing anywhere.
 
     Raises:
         DataError: for unusable columns or labels, dev labels that training never had, a backbone for images
-            with a column of text, or the reverse; a class with fewer rows than shots; completions that do not fit.
+            with a column of text, or the reverse; a class with fewer rows than shots; completions that do not fit; a
+            separator where there is nothing to separate.
         ValueError: for a processor whose images cannot be augmented.
 
     Warns:
-        DataWarning: if images were left out.
+        DataWarning: if images were left out, a separator is dropped by the tokenizer, or answers stand behind their
+            prompts without white space.
     """
     if kind == "retrieval":
+        separators_of(separator, processor, kind=kind, pair=False)
         if shots is not None:
             raise DataError(f"shots={shots}: retrieval has no classes; leave --shots out")
         return _prepare_pairs(train, dev, fields, processor, max_length, dev_fraction, seed, augment, skip_bad_images)
@@ -159,6 +171,7 @@ def prepare(
     if written_kind(kind) and fields.image is not None:
         raise DataError(f"problem={kind!r} is for texts, but {fields.image!r} is named as images: say --text")
     labels = label_space(train, fields.label, kind or guess_kind(train, fields.label))
+    separators = separators_of(separator, processor, kind=labels.kind, pair=fields.text2 is not None)
     source = f"{len(dev)} rows of their own" if dev is not None else ""
     if dev is None:
         total = len(train)
@@ -169,7 +182,10 @@ def prepare(
         train = few_shot(train, fields, shots, handling["shots_seed"])
     generation = None
     if labels.kind in WRITTEN:
-        parts = [_targets(part, fields, processor, labels) for part in (train, dev)]
+        if labels.kind == "lm" and separator is None:
+            prompts = train.with_format(None)[fields.text2 or fields.text or ""][:]
+            warn_of_glued(prompts, labels.encode(train, fields.label), processor)
+        parts = [_targets(part, fields, processor, labels, separators) for part in (train, dev)]
         longest = max(map(len, parts[0])) if max_new_tokens is None else max_new_tokens
         generation = Generation(max_new_tokens=longest, num_beams=num_beams)
         if labels.kind == "lm":
@@ -180,8 +196,8 @@ def prepare(
             f"max_new_tokens and num_beams are for texts that a model writes, but the problem is {labels.kind!r}: "
             f"leave them out, or choose {' or '.join(WRITTEN)}"
         )
-    rows, cut = encode(train, fields, processor, labels, max_length, views)
-    dev_rows, dev_cut = encode(dev, fields, processor, labels, max_length)
+    rows, cut = encode(train, fields, processor, labels, max_length, views, separators=separators)
+    dev_rows, dev_cut = encode(dev, fields, processor, labels, max_length, separators=separators)
     return TaskData(
         train=rows,
         dev=dev_rows,
@@ -194,6 +210,7 @@ def prepare(
         augment=views,
         handling=handling,
         generation=generation,
+        separators=separators,
     )
 
 
@@ -314,6 +331,8 @@ def encode(
     labels: LabelSpace | None,
     max_length: int | None,
     augment: Augmentation | None = None,
+    *,
+    separators: Separators = NOTHING,
 ) -> tuple[Dataset, int]:
     """Rows as a backbone reads them (labels None: without labels), and how many texts were cut.
 
@@ -323,10 +342,10 @@ def encode(
     if fields.image is not None:
         return encode_images(rows, fields, processor, labels, augment), 0
     if labels is None or (kind := written_kind(labels.kind)) is None:
-        return encode_text(rows, fields, processor, labels, max_length)
-    prompts, cut = encode_prompts(rows, fields, processor, kind, max_length)
+        return encode_text(rows, fields, processor, labels, max_length, separator=separators.pair)
+    prompts, cut = encode_prompts(rows, fields, processor, kind, max_length, separators)
     texts = labels.encode(rows, fields.label or "")
-    return with_targets(prompts, texts, _targets(rows, fields, processor, labels), processor), cut
+    return with_targets(prompts, texts, _targets(rows, fields, processor, labels, separators), processor), cut
 
 
 def collator(fields: Fields, processor: Any, kind: Kind) -> Collate:
@@ -359,6 +378,11 @@ def stored_generation(preprocessing: Mapping[str, Any]) -> Generation:
     return Generation(**preprocessing.get("generation", {}))
 
 
+def stored_separators(preprocessing: Mapping[str, Any]) -> Separators:
+    """What stands between a saved task's texts; nothing where it does not say, as tasks of earlier versions do not."""
+    return Separators(**preprocessing.get("separators", {}))
+
+
 def stored_labels(preprocessing: Mapping[str, Any]) -> LabelSpace:
     """What a task predicts that `sidestep train` has saved."""
     return LabelSpace(preprocessing["problem"], tuple(preprocessing["labels"]))
@@ -375,10 +399,12 @@ def _without_bad_images(train: Dataset, dev: Dataset | None, fields: Fields) -> 
     return train, dev, before - len(train) - (0 if dev is None else len(dev))
 
 
-def _targets(rows: Dataset, fields: Fields, tokenizer: Any, labels: LabelSpace) -> list[list[int]]:
+def _targets(
+    rows: Dataset, fields: Fields, tokenizer: Any, labels: LabelSpace, separators: Separators
+) -> list[list[int]]:
     column, kind = fields.label or "", written_kind(labels.kind)
     assert kind is not None
-    return encode_targets(labels.encode(rows, column), tokenizer, kind, column)
+    return encode_targets(labels.encode(rows, column), tokenizer, kind, column, start=separators.answer_start)
 
 
 def _views(augment: str, processor: Any, fields: Fields, seed: int) -> Augmentation | None:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from sidestep.settings import TrainSettings
 
 
+EXAMPLE = 80
+"""Characters of a text that are shown of an example."""
+
+
 def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table; numbers to the right."""
     names, lines = list(columns), [list(row) for row in rows]
@@ -72,7 +76,31 @@ def show_start(model: Attached, data: TaskData, settings: TrainSettings) -> None
     remark(f"{model.record.name} on {type(model.backbone).__name__}: {count:,} parameters are trained")
     remark(f"{len(data.train)} training rows, {data.labels.kind}{classes}")
     remark(f"dev: {data.dev_source}")
+    _show_joins(data)
     remark(f"learning rate {settings.rate(model.record.name):g}, seed {settings.seed}")
+
+
+def _show_joins(data: TaskData) -> None:
+    """Say what stands between texts, and show the first row that a model is to write an answer to."""
+    from sidestep.data.written import as_text
+    from sidestep.prepare import written_kind
+
+    if data.separators.pair:
+        remark(f"between the two texts of a row stands {data.separators.pair!r} (--separator chooses another)")
+    if (kind := written_kind(data.labels.kind)) is not None:
+        read, written = as_text(data.train[0], data.processor, kind)
+        start = "..." if len(read) > EXAMPLE else ""
+        joined = "+" if kind == "lm" else "->"
+        remark(f"example, what is read {joined} what is written: {start + read[-EXAMPLE:]!r} {joined} {written!r}")
+
+
+def show_answers(model: Attached, data: TaskData) -> None:
+    """Show what a task that writes texts says of the first dev rows."""
+    from sidestep.predict import first_answers
+
+    answers = first_answers(model, data)
+    if answers:
+        show_table(f"The first {len(answers)} dev rows", ("row", "expected", "written"), answers)
 
 
 def show_recipe(record: Mapping[str, Any]) -> None:

@@ -32,13 +32,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sidestep import task_fields
-from sidestep.backbone import Digest, token_rows
+from sidestep.backbone import Digest, joined, token_rows
 from sidestep.diffs import SparseDiff
 from sidestep.heads import HEADS, HeadConfig, head_from_dict
-from sidestep.loading import Source, load_class, load_processor, paired, source_of, stored_vocabulary
+from sidestep.loading import (
+    LoadError,
+    OtherModel,
+    Source,
+    load_class,
+    load_processor,
+    paired,
+    source_of,
+    stored_vocabulary,
+)
 from sidestep.methods import MethodConfig, UnsupportedBackbone, method_named
-from sidestep.model import Settings, SideModel
-from sidestep.pair import Attached, PairModel, attach, detach
+from sidestep.model import Settings, SideModel, check_attachable
+from sidestep.pair import Attached, PairModel, attach, detach, digests_of
 from sidestep.sparse_codec import POSITIONS, VALUES, DamagedDiff, SparseTensor, decode, encode
 from sidestep.versions import version_of, versions
 from sidestep.wording import some
@@ -52,6 +61,7 @@ CARD = "README.md"
 STAGING = ".saving-"
 SEALED = ("config", "checksum")  # in the weights' metadata: their sidestep.json has a checksum of its own
 OWN_CONFIG = ("problem_type", "pad_token_id")
+OWN_BACKBONE = "load the task's own backbone"
 
 
 class TaskError(ValueError):
@@ -63,6 +73,14 @@ class DamagedTask(TaskError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"{reason}: copy the task again")
+        self.reason = reason
+
+
+class OtherBackbone(TaskError):
+    """A task was made on other weights; `reason` is the message without what to do."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}: {OWN_BACKBONE}, or pass allow_mismatch=True if you know that it fits")
         self.reason = reason
 
 
@@ -605,7 +623,12 @@ def put(task: Task, backbone: nn.Module, *, digests: Sequence[Digest] = (), allo
         digests: of the backbone as `digests_of` gives them, where they are known; they take a while.
         allow_mismatch: as for `load`.
     """
-    model = _attach(task, backbone, _settings(task))
+    settings = _settings(task)
+    check_attachable(backbone)
+    digests = digests or digests_of(backbone)
+    if not allow_mismatch:
+        _check_weights(task, backbone, digests)  # before what may fail on another backbone with a less clear message
+    model = _attach(task, backbone, settings)
     for part, digest in zip(model.parts, digests, strict=False):
         part.digest = digest
     try:
@@ -867,12 +890,12 @@ def stored_backbone(
     config = read_config(Path(folder))
     stored = config["backbone"]
     source = _source(stored)
+    towers = [_source(tower) for tower in stored.get("towers", {}).values()]
     if moved_to is not None:
         source = replace(source, id=moved_to, revision=None)
-    towers = [_source(tower) for tower in stored.get("towers", {}).values()]
-    if not source.id and towers and all(tower.id for tower in towers):
+    elif not source.id and towers and all(tower.id for tower in towers):
         return paired(*(load_class(tower, class_name=tower.class_name, dtype=dtype, config={}) for tower in towers))
-    if not source.id:
+    elif not source.id:
         raise TaskError(
             f"{folder} does not say where its backbone is to be had (a {source.class_name} that was not "
             "loaded by name): load it yourself and pass backbone="
@@ -880,7 +903,16 @@ def stored_backbone(
     # mixed precision has no one name: the checkpoint's own
     wanted = dtype or (None if "+" in source.dtype else source.dtype)
     kind = source.class_name if config.get("head") is None else stored["trunk_class"]
-    return load_class(source, class_name=kind, dtype=wanted, config=_own_fields(stored))
+    try:
+        return load_class(source, class_name=kind, dtype=wanted, config=_own_fields(stored))
+    except OtherModel as error:
+        raise TaskError(
+            f"{folder} was made on {_backbone_text(stored)}, but {error}: {OWN_BACKBONE} (--backbone)"
+        ) from error
+    except LoadError as error:
+        if moved_to is not None or Path(source.id).exists():
+            raise
+        raise LoadError(f"{error}; if the backbone has moved, say where it is now (--backbone)") from error
 
 
 def _source(stored: Mapping[str, Any]) -> Source:
@@ -923,6 +955,13 @@ def dtype_mismatch(folder: Path, wanted: Digest, own: Digest, *, is_diff: bool, 
     return DtypeMismatch(f"{text}: outputs differ by rounding")
 
 
+def _check_weights(task: Task, backbone: nn.Module, digests: Sequence[Digest]) -> None:
+    """Refuse a backbone whose trunk is another than the task's."""
+    own, wanted = digests[0] if len(digests) == 1 else joined(digests), Digest(**task.config["backbone"]["digest"])
+    if own.matches(wanted) == "different":
+        raise _other_backbone(task, backbone, wanted, own)
+
+
 def _check_digest(task: Task, model: Attached, allow_mismatch: bool) -> None:
     stored = task.config["backbone"]
     own, wanted = model.digest, Digest(**stored["digest"])
@@ -935,15 +974,18 @@ def _check_digest(task: Task, model: Attached, allow_mismatch: bool) -> None:
         found = dtype_mismatch(task.folder, wanted, own, is_diff=bool(_diffs(model)), allow_mismatch=allow_mismatch)
         warnings.warn(found, stacklevel=4)
         return
-    here = asdict(source_of(model.backbone))
-    text = (
-        f"{task.folder} was made on {_backbone_text(stored)} with digest {wanted.exact[:16]} "
-        f"({wanted.dtype}), but this backbone is {_backbone_text(here)} with digest "
-        f"{own.exact[:16]} ({own.dtype})"
-    )
+    other = _other_backbone(task, model.backbone, wanted, own)
     if not allow_mismatch:
-        raise TaskError(f"{text}: load the task's own backbone, or pass allow_mismatch=True if you know that it fits")
-    warnings.warn(f"{text}: outputs are not those of the task", BackboneMismatch, stacklevel=4)
+        raise other
+    warnings.warn(f"{other.reason}: outputs are not those of the task", BackboneMismatch, stacklevel=4)
+
+
+def _other_backbone(task: Task, backbone: nn.Module, wanted: Digest, own: Digest) -> OtherBackbone:
+    made, here = (_backbone_text(about) for about in (task.config["backbone"], asdict(source_of(backbone))))
+    return OtherBackbone(
+        f"{task.folder} was made on {made} with digest {wanted.exact[:16]} ({wanted.dtype}), but this backbone is "
+        f"{here} with digest {own.exact[:16]} ({own.dtype})"
+    )
 
 
 def _fitted(task: Task, model: Attached) -> dict[str, Tensor]:
@@ -1015,7 +1057,8 @@ def _processor(task: Task, name: str) -> Any:
 
 def _backbone_text(backbone: Mapping[str, Any]) -> str:
     """A backbone in words: its class and where it came from."""
-    return f"{backbone['class_name']} {backbone['id'] or '(not loaded by name)'!s}"
+    towers = " and ".join(tower["id"] for tower in backbone.get("towers", {}).values() if tower["id"])
+    return f"{backbone['class_name']} {backbone['id'] or (towers and f'of {towers}') or '(not loaded by name)'}"
 
 
 def _count(shape: Sequence[int]) -> int:

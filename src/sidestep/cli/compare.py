@@ -9,7 +9,7 @@ import typer
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import INTERRUPTED, reporting
-from sidestep.cli.values import backbone_named
+from sidestep.cli.values import backbone_named, unescaped
 from sidestep.show import hush, remark, show_table
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def compare(
     dev: opt.ComparedDev = None,
     text: opt.Text = None,
     text2: opt.Text2 = None,
+    separator: opt.Separator = None,
     image: opt.Image = None,
     label: opt.Label = "label",
     problem: opt.Problem = None,
@@ -61,6 +62,7 @@ def compare(
                 "dev": dev,
                 "text": text,
                 "text2": text2,
+                "separator": unescaped(separator),
                 "image": image,
                 "label": label,
                 "problem": problem,

@@ -107,6 +107,7 @@ def _facts(about: dict[str, Any]) -> dict[str, object]:
         "padding": preprocessing.get("padding"),
         "problem": preprocessing.get("problem"),
         "writes": preprocessing.get("generation"),
+        "separators": {name: repr(text) for name, text in (preprocessing.get("separators") or {}).items() if text},
         "scores": about["scores"],
         "stored values": about["parameters"],
         "weight file": format_bytes(about["bytes"]),

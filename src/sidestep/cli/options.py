@@ -46,6 +46,13 @@ Split = Annotated[str, _data(help="Split of --data, where it has several.")]
 DevFraction = Annotated[float, _data(help="Share held out where there is no --dev.")]
 Text = Annotated[str | None, _data("--text", "--prompt", help="Column of the text, or of the prompt.")]
 Text2 = Annotated[str | None, _data(help="Column of the second text of a pair.")]
+Separator = Annotated[
+    str | None,
+    _data(
+        help="Stands between the texts of a pair, and between prompt and answer of --task lm. Default: a newline in "
+        "pairs where the tokenizer puts nothing, else nothing."
+    ),
+]
 Image = Annotated[str | None, _data(help="Column of images, or of their paths.")]
 Label = Annotated[
     str | None, _data("--label", "--target", "--completion", help="Column of the label, or of the text to write.")

@@ -11,8 +11,8 @@ import typer
 from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
-from sidestep.cli.values import backbone_named, config_from, table_options, value_of
-from sidestep.show import hush, show_recipe, show_results, show_start
+from sidestep.cli.values import backbone_named, config_from, table_options, unescaped, value_of
+from sidestep.show import hush, show_answers, show_recipe, show_results, show_start
 
 if TYPE_CHECKING:
     from sidestep.methods import MethodConfig
@@ -43,6 +43,7 @@ def train(
     revision: opt.Revision = None,
     text: opt.Text = None,
     text2: opt.Text2 = None,
+    separator: opt.Separator = None,
     image: opt.Image = None,
     label: opt.Label = "label",
     problem: opt.Problem = None,
@@ -186,6 +187,7 @@ def train(
             skip_bad_images=skip_bad_images,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
+            separator=unescaped(separator),
         )
         where = {"name": name, "dtype": dtype, "revision": revision, "drop_path": asked["drop_path"]}
         noise = asked["backbone_noise"] or ("drop_path" if asked["drop_path"] else None)
@@ -202,7 +204,9 @@ def train(
         record = chosen.record()
         if record is not None:
             show_recipe(record)
-        show_results(run(model, data, settings, recipe=record), Path(output))
+        results = run(model, data, settings, recipe=record)
+        show_answers(model, data)
+        show_results(results, Path(output))
 
 
 def _attached_pair(

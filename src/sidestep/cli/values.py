@@ -87,6 +87,11 @@ def _plain(hint: Any, text: str, where: str) -> Any:
     return text
 
 
+def unescaped(text: str | None) -> str | None:
+    """A text in which a newline and a tab may be written as in Python, because shells do not read them so."""
+    return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def table_options(columns: str | None, no_header: bool, no_quoting: bool, encoding: str) -> TableOptions:
     """How the user's tables are written.
 

@@ -206,7 +206,12 @@ class Prepared:
         """
         fields, seed = rows.task.fields, comparison.seeds[0]
         shots = rows.task.shots
-        how: dict[str, Any] = {"kind": rows.task.problem, "max_length": comparison.max_length, "shots": shots}
+        how: dict[str, Any] = {
+            "kind": rows.task.problem,
+            "max_length": comparison.max_length,
+            "shots": shots,
+            "separator": rows.task.separator,
+        }
         try:
             data = dict.fromkeys(comparison.seeds, prepare(rows.train, rows.dev, fields, processor, seed=seed, **how))
             for other in comparison.seeds[1:] if shots is not None else ():

@@ -189,6 +189,7 @@ def _task(table: _Table, base: Path) -> Task:
         dev_split=table.get("dev_split", str, "validation"),
         rows=table.get("rows", int),
         shots=table.get("shots", int),
+        separator=table.get("separator", str),
     )
     table.finish()
     return found

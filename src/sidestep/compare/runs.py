@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sidestep.compare.costs import measure_costs
 from sidestep.compare.ledger import Ledger, Tell
 from sidestep.compare.records import Kind, Record
 from sidestep.compare.spec import Comparison, Contender, Task
+from sidestep.data.joins import NOTHING
 from sidestep.metrics import GREATER_IS_BETTER
 from sidestep.model import SideModel
 from sidestep.pair import detach
@@ -92,6 +93,9 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
         writes = written_by(tasks[spec.name])
         bench = Bench.load(spec, attention=comparison.attention, bf16=comparison.bf16, writes=writes)
         prepared = [Prepared.of(rows[task.name], bench.processor, comparison) for task in tasks[spec.name]]
+        for task in prepared:
+            if between := task.trial.separators.pair:
+                tell(f"{spec.name}: between the two texts of a row of {task.task.name} stands {between!r}")
         _Session(comparison, bench, ledger).run(prepared)
     return Outcome(records=list(ledger.touched.values()), ran=ledger.ran, broken=ledger.broken)
 
@@ -197,6 +201,7 @@ class _Session:
         settings = {
             **self.bench.settings(one),
             **_about(task.task),
+            **_joined(data),
             "problem": data.labels.kind,
             "seed": seed,
             "rate": rate,
@@ -227,6 +232,11 @@ def _about(task: Task) -> dict[str, Any]:
     columns = {name: getattr(task.fields, name) for name in ("text", "text2", "image", "label")}
     found = {"task": task.name, "columns": {name: column for name, column in columns.items() if column is not None}}
     return found if task.shots is None else {**found, "shots": task.shots}
+
+
+def _joined(data: TaskData) -> dict[str, Any]:
+    """What stands between texts, if anything: results of before, when nothing did, are not those of such rows."""
+    return {} if data.separators == NOTHING else {"separators": asdict(data.separators)}
 
 
 def _best(trials: Mapping[float, Record]) -> float | None:

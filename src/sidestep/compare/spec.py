@@ -65,6 +65,7 @@ class Task:
         train_split, dev_split: of sources that have splits.
         rows: most training rows; None: the comparison's.
         shots: training rows of each class, drawn anew with every seed, in the place of `rows`; None: not so.
+        separator: between texts that are put behind each other, as in `prepare`.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Task:
     dev_split: str = "validation"
     rows: int | None = None
     shots: int | None = None
+    separator: str | None = None
 
     def __post_init__(self) -> None:
         _require("shots", self.shots, self.shots is None or self.shots >= 1, "at least 1, or not given")

@@ -3,6 +3,7 @@
 from sidestep.data.augment import Augmentation
 from sidestep.data.encode import Collate, Fields, check_fields, encode_images, encode_text
 from sidestep.data.images import drop_unreadable
+from sidestep.data.joins import Separators
 from sidestep.data.labels import Kind, LabelSpace, holdout, label_space
 from sidestep.data.messages import DataError, DataWarning
 from sidestep.data.shots import few_shot
@@ -28,6 +29,7 @@ __all__ = [
     "ImageTransform",
     "Kind",
     "LabelSpace",
+    "Separators",
     "TableOptions",
     "check_fields",
     "drop_unreadable",

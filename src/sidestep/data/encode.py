@@ -61,6 +61,9 @@ def encode_text(
     tokenizer: Any,
     labels: LabelSpace | None,
     max_length: int | None,
+    *,
+    separator: str = "",
+    end: str = "",
 ) -> tuple[Dataset, int]:
     """The rows as token ids, not padded.
 
@@ -71,6 +74,8 @@ def encode_text(
         labels: None to leave the labels out.
         max_length: tokens kept of a row, special ones included; of a pair the longer text is cut first.
             None: the tokenizer's own limit, if it has one.
+        separator: put between the texts of a pair, besides what the tokenizer puts there.
+        end: put behind the last text of each row.
 
     Returns:
         The tokenizer's columns with "length" (tokens, for length grouping) and, with `labels`, "labels";
@@ -88,7 +93,7 @@ def encode_text(
     limit = token_limit(tokenizer, max_length, pair=fields.text2 is not None)
     targets = _targets(rows, fields, labels)
     encoded = rows.with_format(None).map(
-        _Tokenize(tokenizer, fields.text, fields.text2, limit),
+        _Tokenize(tokenizer, fields.text, fields.text2, limit, separator, end),
         batched=True,
         remove_columns=rows.column_names,
         desc="tokenizing",
@@ -212,9 +217,12 @@ class _Tokenize:
     text: str
     text2: str | None
     limit: int | None
+    separator: str
+    end: str
 
     def __call__(self, batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
-        columns = [batch[self.text]] if self.text2 is None else [batch[self.text], batch[self.text2]]
+        columns = [batch[self.text]] if self.text2 is None else self._pair(batch[self.text], batch[self.text2])
+        columns[-1] = [text + self.end for text in columns[-1]]
         encoded = dict(self.tokenizer(*columns, padding=False, truncation=False, verbose=False))
         limit = NO_LIMIT if self.limit is None else self.limit
         truncated = [len(ids) > limit for ids in encoded["input_ids"]]
@@ -226,6 +234,12 @@ class _Tokenize:
                 for place, value in zip(long, values, strict=True):
                     encoded[name][place] = value
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]], "truncated": truncated}
+
+    def _pair(self, first: list[str], second: list[str]) -> list[list[str]]:
+        """Both columns, with the separator at that end of a text which is not cut."""
+        if self.tokenizer.truncation_side == "left":
+            return [[text + self.separator for text in first], second]
+        return [first, [self.separator + text for text in second]]
 
 
 @dataclass(frozen=True)

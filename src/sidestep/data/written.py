@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sidestep.data.encode import Collate, Fields, encode_text, refuse_empty, refuse_ignored, token_limit
+from sidestep.data.joins import NOTHING, Separators
 from sidestep.data.messages import DataError, DataWarning, listed, named_rows
 from sidestep.heads import IGNORED
 from sidestep.metrics import Written
@@ -41,7 +42,12 @@ class Generation:
 
 
 def encode_prompts(
-    rows: Dataset, fields: Fields, tokenizer: Any, kind: Written, max_length: int | None
+    rows: Dataset,
+    fields: Fields,
+    tokenizer: Any,
+    kind: Written,
+    max_length: int | None,
+    separators: Separators = NOTHING,
 ) -> tuple[Dataset, int]:
     """The texts that a model reads before it writes, as `encode_text` gives them, and how many were cut.
 
@@ -54,6 +60,7 @@ def encode_prompts(
         tokenizer: a Hugging Face tokenizer.
         kind: which of the two models reads them.
         max_length: tokens kept of a prompt; None: the tokenizer's limit.
+        separators: between the texts of a pair, and at a prompt's end.
 
     Raises:
         DataError: as `encode_text`.
@@ -62,10 +69,12 @@ def encode_prompts(
         DataWarning: if prompts were cut, with their count and share.
     """
     if kind == "text2text":
-        return encode_text(rows, fields, tokenizer, None, max_length)
+        return encode_text(rows, fields, tokenizer, None, max_length, separator=separators.pair)
     from_left = copy.deepcopy(tokenizer)
     from_left.truncation_side = "left"
-    encoded, cut = encode_text(rows, fields, from_left, None, max_length)
+    encoded, cut = encode_text(
+        rows, fields, from_left, None, max_length, separator=separators.pair, end=separators.prompt_end
+    )
     prompts = encoded.map(
         _Open(end_token(tokenizer)), batched=True, remove_columns=encoded.column_names, desc="tokenizing"
     )
@@ -73,8 +82,17 @@ def encode_prompts(
     return prompts, cut
 
 
-def encode_targets(texts: Sequence[str], tokenizer: Any, kind: Written, column: str) -> list[list[int]]:
+def encode_targets(
+    texts: Sequence[str], tokenizer: Any, kind: Written, column: str, *, start: str = ""
+) -> list[list[int]]:
     """Each text as token ids that end in the end-of-sequence token; a decoder's have no other special token.
+
+    Args:
+        texts: of all rows.
+        tokenizer: a Hugging Face tokenizer.
+        kind: which of the two models writes them.
+        column: where they are from, for messages.
+        start: spaces that are put before each text.
 
     Raises:
         DataError: for a tokenizer without an end-of-sequence token, and texts without any token; names the rows.
@@ -83,11 +101,12 @@ def encode_targets(texts: Sequence[str], tokenizer: Any, kind: Written, column: 
         DataWarning: if the tokenizer does not know a part of some texts.
     """
     end = end_token(tokenizer)
-    given = {"text": list(texts), "add_special_tokens": False} if kind == "lm" else {"text_target": list(texts)}
-    encoded = tokenizer(**given, padding=False, truncation=False, verbose=False)["input_ids"]
+    given = [start, *(start + text for text in texts)]
+    how: dict[str, Any] = {"text": given, "add_special_tokens": False} if kind == "lm" else {"text_target": given}
+    spaces, *encoded = tokenizer(**how, padding=False, truncation=False, verbose=False)["input_ids"]
     ids = [row if row[-1:] == [end] else [*row, end] for row in encoded]
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    empty = [row for row, tokens in enumerate(ids) if special.issuperset(tokens)]
+    blank = {*spaces, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    empty = [row for row, tokens in enumerate(ids) if blank.issuperset(tokens)]
     if empty:
         raise DataError(f"column {column!r} gives no token to write in {named_rows(empty)}: drop these rows")
     unknown = [row for row, tokens in enumerate(ids) if tokenizer.unk_token_id in tokens]
@@ -114,6 +133,15 @@ def with_targets(prompts: Dataset, texts: Sequence[str], targets: Sequence[Seque
     lengths = [length + len(ids) for length, ids in zip(prompts["length"][:], targets, strict=True)]
     rows = prompts.remove_columns("length").add_column("length", lengths)
     return rows.add_column("labels", list(targets)).add_column("target", told)
+
+
+def as_text(row: Mapping[str, Any], tokenizer: Any, kind: Written) -> tuple[str, str]:
+    """What a model reads of a row with a target, and what it is to write, special tokens included."""
+    prompt, target = row["input_ids"], row["labels"]
+    if kind == "text2text":
+        return tokenizer.decode(prompt), tokenizer.decode(target)
+    before = tokenizer.decode(prompt)
+    return before, tokenizer.decode([*prompt, *target])[len(before) :]
 
 
 def prompt_limit(
