@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from sidestep import task_fields
 from sidestep.backbone import Digest, token_rows
+from sidestep.card import backbone_text, write_card
 from sidestep.diffs import SparseDiff
 from sidestep.heads import HEADS, HeadConfig, head_from_dict
 from sidestep.loading import Source, load_class, load_processor, paired, source_of, stored_vocabulary
@@ -48,7 +49,6 @@ PACKAGES = ("torch", "transformers", "timm", "safetensors")
 CONFIG = "sidestep.json"
 WEIGHTS = "task.safetensors"
 PROCESSOR = "processor"
-CARD = "README.md"
 STAGING = ".saving-"
 SEALED = ("config", "checksum")  # in the weights' metadata: their sidestep.json has a checksum of its own
 OWN_CONFIG = ("problem_type", "pad_token_id")
@@ -120,7 +120,7 @@ def save(
         shutil.rmtree(staging)
         raise
     _install(staging, folder, config)
-    _write_card(folder, config)
+    write_card(folder, config)
 
 
 def _check_storable(folder: Path, config: Mapping[str, Any]) -> None:
@@ -272,7 +272,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         return
     try:
         there = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        what = f"{there['method']['name']} on {_backbone_text(there['backbone'])}"
+        what = f"{there['method']['name']} on {backbone_text(there['backbone'])}"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         what = f"its {CONFIG} cannot be read"
     raise TaskError(
@@ -488,63 +488,6 @@ def sync_path(path: Path) -> None:
         os.close(handle)
 
 
-def _write_card(folder: Path, config: Mapping[str, Any]) -> None:
-    path = folder / CARD
-    if path.exists() and "library_name: sidestep" not in path.read_text(encoding="utf-8", errors="replace"):
-        return  # somebody's own README
-    path.write_text(model_card(config, folder.name), encoding="utf-8")
-
-
-def model_card(config: Mapping[str, Any], name: str) -> str:
-    """The README.md of a task with this config."""
-    backbone, method, scores = config["backbone"], config["method"], config["scores"] or {}
-    values = ", ".join(f"{key}={value}" for key, value in method["config"].items()) or "no settings"
-    hub = backbone["id"] if _is_hub_id(backbone) else ""
-    lines = [
-        "---",
-        "library_name: sidestep",
-        *([f"base_model: {hub}"] if hub else []),
-        "tags:",
-        "- sidestep",
-        f"- {method['name']}",
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"A task tuned with Sidestep {config['sidestep']}: "
-        f"`{method['name']}` ({values}) on {_backbone_text(backbone)}.",
-        "",
-        "The folder holds what was tuned, not the backbone, which is loaded by its name and recognised by "
-        f"its digest `{backbone['digest']['exact'][:16]}`.",
-        "",
-        *(["Labels: " + ", ".join(config["labels"]), ""] if config["labels"] else []),
-        *_score_table(scores),
-        "```python",
-        "import sidestep as ss",
-        "",
-        f'model = ss.load("{name}")',
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _score_table(scores: Mapping[str, Any]) -> list[str]:
-    if not scores:
-        return []
-    rows = [
-        f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
-        for key, value in scores.items()
-    ]
-    return ["| score | value |", "|---|---|", *rows, ""]
-
-
-def _is_hub_id(backbone: Mapping[str, Any]) -> bool:
-    """Whether a backbone's id is one of the hub's rather than a folder of this machine."""
-    parts = str(backbone["id"]).split("/")
-    plain = len(parts) <= 2 and all(part and not part.startswith((".", "~")) for part in parts)
-    return backbone["library"] == "transformers" and plain and backbone["revision"] is not None
-
-
 # --- reading -----------------------------------------------------------------------------------------------
 
 
@@ -644,7 +587,7 @@ def copy(folder: str | Path, target: Path) -> None:
     _sync(target)
     config = {**config, "files": {"weights": WEIGHTS, "processor": PROCESSOR if processor else None}}
     _commit(target, config)
-    _write_card(target, config)
+    write_card(target, config)
 
 
 def read(folder: str | Path) -> Task:
@@ -900,7 +843,7 @@ def _attach(task: Task, backbone: nn.Module, settings: Settings) -> Attached:
         )
     except UnsupportedBackbone as error:
         raise UnsupportedBackbone(
-            f"{task.folder} was made on {_backbone_text(task.config['backbone'])}: {error}"
+            f"{task.folder} was made on {backbone_text(task.config['backbone'])}: {error}"
         ) from error
     except TypeError as error:  # a whole float in the place of an int
         raise TaskError(f"the settings in {task.folder / CONFIG} cannot be used: {error}") from error
@@ -938,8 +881,8 @@ def _check_digest(task: Task, model: Attached, allow_mismatch: bool) -> None:
         return
     here = asdict(source_of(model.backbone))
     text = (
-        f"{task.folder} was made on {_backbone_text(stored)} with digest {wanted.exact[:16]} "
-        f"({wanted.dtype}), but this backbone is {_backbone_text(here)} with digest "
+        f"{task.folder} was made on {backbone_text(stored)} with digest {wanted.exact[:16]} "
+        f"({wanted.dtype}), but this backbone is {backbone_text(here)} with digest "
         f"{own.exact[:16]} ({own.dtype})"
     )
     if not allow_mismatch:
@@ -1012,11 +955,6 @@ def _processor(task: Task, name: str) -> Any:
 
 
 # --- small parts -------------------------------------------------------------------------------------------
-
-
-def _backbone_text(backbone: Mapping[str, Any]) -> str:
-    """A backbone in words: its class and where it came from."""
-    return f"{backbone['class_name']} {backbone['id'] or '(not loaded by name)'!s}"
 
 
 def _count(shape: Sequence[int]) -> int:
