@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from sidestep.assess import Assessment
     from sidestep.pair import Attached
     from sidestep.prepare import TaskData
     from sidestep.results import Results
@@ -67,12 +68,24 @@ def hush(quiet: bool) -> None:
 
 def show_start(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     """Say what is about to be trained on what."""
+    from sidestep import relax
+
     count = sum(parameter.numel() for _, parameter in model.trained_parameters())
     classes = f" ({', '.join(data.labels.names[:10])})" if data.labels.names else ""
     remark(f"{model.record.name} on {type(model.backbone).__name__}: {count:,} parameters are trained")
     remark(f"{len(data.train)} training rows, {data.labels.kind}{classes}")
     remark(f"dev: {data.dev_source}")
     remark(f"learning rate {settings.rate(model.record.name):g}, seed {settings.seed}")
+    metric = settings.best_by(data.labels.kind, len(data.labels.names))
+    own = relax.last_stage(model, settings) if relax.relaxes(model) else settings
+    first = f"{relax.own(model, settings).epochs} epochs of all weights, then " if relax.relaxes(model) else ""
+    if 0 < own.waits < own.epochs:
+        remark(
+            f"{first}at most {own.epochs} epochs: training stops after {own.waits} without a better dev {metric} "
+            "(--patience 0: never early)"
+        )
+    else:
+        remark(f"{first}{own.epochs} epochs")
 
 
 def show_recipe(record: Mapping[str, Any]) -> None:
@@ -81,16 +94,53 @@ def show_recipe(record: Mapping[str, Any]) -> None:
     remark(f"recipe {record['name']}" + (f", but {changed}" if record["overridden"] else ""))
 
 
+def score_facts(judged: Assessment | Results, before: str = "") -> dict[str, object]:
+    """Scores by name, each beside that of one answer for all, and the recall of each class if there are few."""
+    from sidestep.assess import FEW
+
+    facts: dict[str, object] = {}
+    for name, value in judged.scores.items():
+        same = judged.constant.get(name)
+        beside = "" if same is None else f" (one answer for all: {cell(same)})"
+        facts[f"{before}{name}"] = f"{cell(value)}{beside}"
+    for name, each in judged.classes.items() if len(judged.classes) <= FEW else ():
+        facts[f"recall of {name}"] = f"{cell(each.recall)} of {cell(each.rows)} rows" if each.rows else "no row"
+    return facts
+
+
+def show_unnamed(config: Mapping[str, Any], before: str = "") -> None:
+    """Say of a task whose classes are numbers how they get names."""
+    from sidestep.card import unnamed_classes
+    from sidestep.wording import some
+
+    if names := unnamed_classes(config):
+        remark(
+            f"note: {before}the classes have no names, only numbers ({some(names, 10)}). For predictions in words, "
+            "train with words in the label column, or attach with ss.Classify(labels=[...])"
+        )
+
+
+def _kept(results: Results) -> str:
+    """Which epoch was kept, and why training ended before its last one."""
+    epochs, planned = f"{results.epochs:g}", f"{results.planned_epochs:g}"
+    if results.settings["keep"] == "last":
+        return f"{epochs}, the last: none was chosen on these rows"
+    kept = f"{results.best_epoch:g}, the best of {epochs} by {results.metric} on these same rows"
+    if results.epochs >= results.planned_epochs:
+        return kept
+    waited = f"no better {results.metric} for {results.settings['patience']} epochs"
+    return f"{kept}\nstopped after {epochs} of {planned}: {waited}"
+
+
 def show_results(results: Results, folder: Path) -> None:
     """Print what a run came to."""
     from sidestep.memory import format_bytes
     from sidestep.results import FILE
 
-    keep = results.settings["keep"]
-    chosen = f", by {results.metric}" if keep == "best" else ""
     facts: dict[str, Any] = {
-        **{f"dev {name}": value for name, value in results.scores.items()},
-        f"{keep} epoch": f"{results.best_epoch:g} of {results.epochs:g}{chosen}",
+        "dev rows": results.data["dev_source"],
+        "epoch kept": _kept(results),
+        **score_facts(results, "dev "),
         "trained parameters": results.trainable_parameters,
         "task file": format_bytes(results.task_bytes),
         "seconds": results.seconds,

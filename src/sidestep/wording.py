@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+def duration(seconds: float) -> str:
+    """A time as a person says it: "40 s", "4 min", "2.5 h"."""
+    if seconds < 90:
+        return f"{max(10 * round(seconds / 10), 10)} s"
+    return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def some(names: Iterable[str], most: int = 4) -> str:
     """The first `most` names and how many more there are; "nothing" if there is none."""
     every = list(names)
