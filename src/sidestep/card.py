@@ -67,8 +67,10 @@ def backbone_text(backbone: Mapping[str, Any]) -> str:
 
 def unnamed_classes(config: Mapping[str, Any]) -> list[str]:
     """The classes of a task if they are numbers and no names; empty if they have names, or it has no classes."""
-    head, own = config["head"] or {}, config["backbone"]["config"].get("id2label", {})
-    names = (config["preprocessing"] or {}).get("labels") or config["labels"] or list(own.values())
+    head, own, known = config["head"] or {}, config["backbone"]["config"], config["preprocessing"] or {}
+    if known.get("problem") == "regress" or own.get("problem_type") == "regression":
+        return []
+    names = known.get("labels") or config["labels"] or list(own.get("id2label", {}).values())
     if not names and head.get("head") == "Classify":
         names = [str(index) for index in range(head["num_labels"])]
     return names if all(NUMBER.fullmatch(name) for name in names) else []

@@ -35,7 +35,7 @@ from sidestep import task_fields
 from sidestep.backbone import Digest, token_rows
 from sidestep.card import backbone_text, write_card
 from sidestep.diffs import SparseDiff
-from sidestep.heads import HEADS, HeadConfig, head_from_dict
+from sidestep.heads import HEADS, HeadConfig, head_from_dict, named
 from sidestep.loading import Source, load_class, load_processor, paired, source_of, stored_vocabulary
 from sidestep.methods import MethodConfig, UnsupportedBackbone, method_named
 from sidestep.model import Settings, SideModel
@@ -919,6 +919,9 @@ def _fitted(task: Task, model: Attached) -> dict[str, Tensor]:
 def _restore_extras(task: Task, model: Attached) -> None:
     config = task.config
     model.extras["preprocessing"] = config.get("preprocessing") or {}
+    if config.get("head") is not None and hasattr(model, "config"):  # a copy, where the head is Sidestep's
+        for name, value in named(model.extras["preprocessing"].get("labels") or ()).items():
+            setattr(model.config, name, value)
     if config.get("scores") is not None:
         model.extras["scores"] = config["scores"]
     if processor := config["files"].get("processor"):

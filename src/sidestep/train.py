@@ -29,7 +29,7 @@ from sidestep.backbone import drop_path_rate
 from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, MoveSupport, SetEpoch, StopIfDiverged, TellEpoch
 from sidestep.data import DataWarning, Generation, LabelSpace
 from sidestep.data.contents import content_hash
-from sidestep.heads import Classify, HeadConfig, Regress, Retrieve
+from sidestep.heads import Classify, HeadConfig, Regress, Retrieve, named
 from sidestep.loading import source_of
 from sidestep.methods import SideNet, WeightDelta
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics
@@ -185,11 +185,12 @@ def _describe(model: Attached, data: TaskData) -> None:
     model.extras["processor"] = data.processor
     model.extras["preprocessing"] = data.preprocessing()
     config = getattr(model, "config", None)
-    if config is None or model.head is not None or data.generation is not None:
+    if config is None or data.generation is not None:
         return
-    if data.labels.names:
-        config.id2label = dict(enumerate(data.labels.names))
-        config.label2id = {name: index for index, name in enumerate(data.labels.names)}
+    for name, value in named(data.labels.names).items():
+        setattr(config, name, value)
+    if model.head is not None:
+        return
     if data.labels.kind == "multi":
         config.problem_type = "multi_label_classification"
     # a head of the backbone's own finds a row's last token by this id
