@@ -47,7 +47,7 @@ from sidestep.starts import initialise, samples_of
 from sidestep.step import StepCost, measure_step
 from sidestep.store import WEIGHTS
 from sidestep.versions import versions
-from sidestep.wording import duration
+from sidestep.wording import about
 
 __all__ = ["TrainError", "TrainSettings", "head_for", "largest_batch", "train"]
 
@@ -97,7 +97,8 @@ def train(
     if relax.relaxes(model):
         relax.check(model, settings)
     start = checkpoints.begin(settings, identity)
-    first, last, clock, estimate = None, settings, EpochClock(), None
+    first, clock, estimate = None, EpochClock(), None
+    last = relax.last_stage(model, settings) if relax.relaxes(model) else settings
     if relax.relaxes(model):
         with _failures(relax.own(model, settings)):
             batch = largest_batch(data, settings.batch_size) if settings.measure else None
@@ -105,7 +106,7 @@ def train(
             if batch is not None and start is None:
                 check_fits(model, batch, precision="bf16 autocast" if settings.bf16 else "float32")
                 if not settings.resume:  # how much of this stage is left is not known here
-                    estimate = _estimate(model, data, settings, relax.epochs(model, settings), tell)
+                    estimate = _estimate(model, data, last, relax.epochs(model, settings), tell)
 
             def trainer_of(
                 own: TrainSettings, at: Path | None, clock: EpochClock, optimizer: Callable[[], Optimizer]
@@ -113,7 +114,6 @@ def train(
                 return _trainer(model, data, own, metric, at, clock, optimizer)
 
             first = relax.projected(model, settings, identity, start, trainer_of, batch)
-        last = relax.last_stage(model, settings)
     trainer = _trainer(model, data, last, metric, start, clock)
     with _failures(settings):
         if start is None:
@@ -265,11 +265,14 @@ def largest_batch(data: TaskData, size: int) -> Any:
 def _estimate(
     model: Attached, data: TaskData, settings: TrainSettings, epochs: float, tell: Callable[[str], object] | None
 ) -> float:
-    """Seconds that so many epochs and the final evaluation will take; told, if somebody listens."""
+    """Seconds that so many epochs and the final evaluation will take; told, if somebody listens.
+
+    The settings are those of the last stage, which may stop early.
+    """
     seconds = Pace.measured(model, data, settings).seconds(epochs, more_evaluations=not _ends_scored(settings))
     if tell is not None:
-        early = ", less if training stops early" if 0 < settings.waits < epochs else ""
-        tell(f"time: about {duration(seconds)} for {epochs:g} epochs{early}")
+        early = ", less if training stops early" if 0 < settings.waits < settings.epochs else ""
+        tell(f"time: {about(seconds)} for {epochs:g} epochs{early}")
     return seconds
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def duration(seconds: float) -> str:
-    """A time as a person says it: "40 s", "4 min", "2.5 h"."""
+def about(seconds: float) -> str:
+    """A time as a person says it: "less than 10 s", "about 40 s", "about 4 min", "about 2.5 h"."""
+    if seconds < 10:
+        return "less than 10 s"
     if seconds < 90:
-        return f"{max(10 * round(seconds / 10), 10)} s"
-    return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+        return f"about {10 * round(seconds / 10)} s"
+    return f"about {round(seconds / 60)} min" if seconds < 90 * 60 else f"about {seconds / 3600:.1f} h"
 
 
 def some(names: Iterable[str], most: int = 4) -> str:

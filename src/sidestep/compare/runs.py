@@ -27,7 +27,7 @@ from sidestep.prepare import TaskData
 from sidestep.results import Results
 from sidestep.settings import TrainSettings
 from sidestep.train import head_for, train
-from sidestep.wording import duration
+from sidestep.wording import about
 
 NEVER = 10**9  # steps between log entries: the loss is that of a whole epoch then, logged at its end
 
@@ -192,13 +192,13 @@ class _Session:
         """Once, before the first run that is not in the results file, if steps were measured."""
         if not self.started and (seconds := self.forecast.seconds) is not None:
             self.ledger.tell(
-                f"{self.bench.spec.name}: {self.forecast.runs} runs, about {duration(seconds)} by the measured steps"
+                f"{self.bench.spec.name}: {self.forecast.runs} runs, {about(seconds)} by the measured steps"
             )
         self.started = True
 
     def _time_left(self) -> str:
         seconds = self.forecast.seconds
-        return f"; about {duration(seconds)} left" if self.forecast.runs and seconds is not None else ""
+        return f"; {about(seconds)} left" if self.forecast.runs and seconds is not None else ""
 
     def _train(self, one: Contender, data: TaskData, rate: float, seed: int) -> dict[str, Any]:
         self._say_how_long()
