@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+NARROW = 100
+"""Columns of the tables of scores."""
+
 if TYPE_CHECKING:
     from sidestep.assess import Assessment
     from sidestep.pair import Attached
@@ -18,8 +21,8 @@ if TYPE_CHECKING:
     from sidestep.settings import TrainSettings
 
 
-def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table; numbers to the right."""
+def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, piped: int = 140) -> None:
+    """Print a table; numbers to the right. It is as wide as the terminal at most, or as `piped` where there is none."""
     names, lines = list(columns), [list(row) for row in rows]
     table = Table(show_header=any(names))
     for place, name in enumerate(names):
@@ -28,14 +31,14 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[objec
     for line in lines:
         table.add_row(*(cell(value) for value in line))
     # a pipe has no width: let it have the lines whole
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
+    console = Console(width=None if sys.stdout.isatty() else piped, highlight=False, markup=False)
     console.print(title, style="bold")
     console.print(table)
 
 
-def show_facts(title: str, facts: Mapping[str, object]) -> None:
-    """Print a table of names and values."""
-    show_table(title, ("", ""), ((name, cell(value)) for name, value in facts.items()))
+def show_facts(title: str, facts: Mapping[str, object], *, piped: int = 140) -> None:
+    """Print a table of names and values; `piped` as of `show_table`."""
+    show_table(title, ("", ""), ((name, cell(value)) for name, value in facts.items()), piped=piped)
 
 
 def cell(value: object) -> str:
@@ -148,7 +151,7 @@ def show_results(results: Results, folder: Path) -> None:
     if (step := results.step) is not None:
         facts["kept for backward"] = f"{format_bytes(step.kept_bytes)} in a step of {step.rows} rows"
         facts["peak of a step"] = None if step.peak_bytes is None else format_bytes(step.peak_bytes)
-    show_facts(f"Task {folder}", facts)
+    show_facts(f"Task {folder}", facts, piped=NARROW)
     for note in results.notes:
         remark(f"note: {note}")
     remark(f"details: {folder / FILE}; curves: tensorboard --logdir {folder / 'logs'}")

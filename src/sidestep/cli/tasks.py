@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import table_options
-from sidestep.show import hush, remark, score_facts, show_facts, show_unnamed
+from sidestep.show import NARROW, hush, remark, score_facts, show_facts, show_unnamed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,7 +47,7 @@ def evaluate(
         fields = _fields(model, text, text2, image, label)
         found = _read(model, rows, table, split, fields, skip_bad_images=skip_bad_images)
         judged = predicting.judge(model, found, fields=fields, batch_size=batch_size, progress=not quiet)
-        show_facts(f"{task} on {rows}", {"rows": len(found), **score_facts(judged)})
+        show_facts(f"{task} on {rows}", {"rows": len(found), **score_facts(judged)}, piped=NARROW)
 
 
 def predict(
