@@ -31,7 +31,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import sidestep as ss
-from sidestep import store
+from sidestep import card, store
 
 TEXTS = ["the plot was not so good", "a very fine film", "dull"]
 WORDS = ("[PAD]", "[UNK]", *sorted({word for text in TEXTS for word in text.split()}))
@@ -43,7 +43,7 @@ PREPROCESSING = {
     "labels": list(LABELS),
 }
 PROCESSOR = ("processor/tokenizer.json", "processor/tokenizer_config.json")
-FILES = (store.CONFIG, store.CONFIG, store.WEIGHTS, *PROCESSOR, store.CARD)  # sidestep.json twice as often
+FILES = (store.CONFIG, store.CONFIG, store.WEIGHTS, *PROCESSOR, card.CARD)  # sidestep.json twice as often
 OTHERS = (None, True, False, 0, -1, 3, 2.5, 1e308, "", "x", "größer", [], ["a"], [[]], {}, {"a": 1}, 10**30)
 OUTCOMES = ("TaskError", "loaded right", "uncaught", "loaded otherwise")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -84,17 +85,26 @@ def refused_training(place: Path, *arguments: object, rows: Path | None = None) 
 def test_train_shows_and_writes_its_results(place: Path) -> None:
     result = train(place, "--dev", place / "dev.tsv", "--output", place / "task", "--overwrite")
     found = json.loads((place / "task" / "results.json").read_text())
-    assert "dev accuracy" in result.stdout
-    assert f"{found['scores']['accuracy']:.4g}" in result.stdout
+    accuracy, constant = (f"{found[name]['accuracy']:.4g}" for name in ("scores", "constant"))
+    assert f"│ dev accuracy       │ {accuracy} (one answer for all: {constant})" in result.stdout
+    assert "│ dev rows           │ 24 rows of their own" in result.stdout
+    assert "the best of 2 by accuracy on these same rows" in result.stdout
+    assert found["classes"].keys() == {"neg", "pos"}
+    for name, each in found["classes"].items():
+        assert f"recall of {name}      │ {each['recall']:.4g} of {each['rows']} rows" in result.stdout
     assert "read on BertModel: 818 parameters are trained" in result.stderr
     assert "dev: 24 rows of their own" in result.stderr
 
 
 def test_eval_gives_the_scores_of_training(place: Path) -> None:
-    found = json.loads((place / "task" / "results.json").read_text())["scores"]
+    found = json.loads((place / "task" / "results.json").read_text())
     shown = succeed("eval", place / "task", "--data", place / "dev.tsv", "--quiet").stdout
-    for name, value in found.items():
-        assert [line for line in shown.splitlines() if f" {name} " in line and f"{value:.4g}" in line]
+    for name, value in found["scores"].items():
+        beside = f"{value:.4g} (one answer for all: {found['constant'][name]:.4g})"
+        assert [line for line in shown.splitlines() if f" {name} " in line and beside in line]
+    for name, each in found["classes"].items():
+        assert f"recall of {name} │ {each['recall']:.4g} of {each['rows']} rows" in shown
+    assert "rows          │ 24 " in shown
 
 
 def test_predict_adds_names_and_probabilities_to_the_rows(place: Path, tmp_path: Path) -> None:
@@ -105,8 +115,84 @@ def test_predict_adds_names_and_probabilities_to_the_rows(place: Path, tmp_path:
     assert [row["id"] for row in rows] == [str(index) for index in range(9)]
     for row in rows:
         shares = {name: float(row[f"p_{name}"]) for name in ("neg", "pos")}
-        assert sum(shares.values()) == pytest.approx(1)
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
         assert row["prediction"] == max(shares, key=lambda name: shares[name])
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_probabilities_are_written_as_asked(place: Path, tmp_path: Path, ending: str) -> None:
+    def predict(*options: object) -> list[dict[str, Any]]:
+        out = tmp_path / f"out.{ending}"
+        data = ["--data", place / "new.csv", "--output", out, "--overwrite", "--quiet"]
+        succeed("predict", place / "task", *data, *options)
+        return table(out) if ending == "csv" else [json.loads(line) for line in out.read_text().splitlines()]
+
+    every, one, none = predict(), predict("--probabilities", "one"), predict("--probabilities", "none")
+    assert list(one[0]) == ["id", "text", "prediction", "probability"]
+    assert list(none[0]) == ["id", "text", "prediction"]
+    for whole, own in zip(every, one, strict=True):
+        assert own["probability"] == whole[f"p_{own['prediction']}"]
+        if ending == "csv":
+            assert all(len(whole[name]) == len("0.1234") for name in ("p_neg", "p_pos"))
+        else:
+            assert len(str(whole["p_neg"])) > 10
+
+
+def test_columns_of_the_users_own_are_written_whole(place: Path, tmp_path: Path) -> None:
+    rows = write(tmp_path / "own.csv", [{"text": "good film", "p_value": "0.123456789", "p_neg": "x"}])
+    data = ["--data", rows, "--output", tmp_path / "out.csv", "--quiet"]
+    assert "the rows have columns named p_neg already" in refusal("predict", place / "task", *data)
+    succeed("predict", place / "task", *data, "--probabilities", "one")
+    assert table(tmp_path / "out.csv")[0]["p_value"] == "0.123456789"
+
+
+def test_classes_that_are_numbers_are_remarked_on(place: Path, tmp_path: Path) -> None:
+    numbered = [{**row, "label": int(row["label"] == "pos")} for row in reviews(24)]
+    train(place, "--output", tmp_path / "task", rows=write(tmp_path / "rows.csv", numbered))
+    data = ["--data", place / "new.csv", "--output", tmp_path / "out.csv", "--overwrite"]
+    said = succeed("predict", tmp_path / "task", *data, "--quiet").stderr
+    assert "note: the classes have no names, only numbers (0, 1). For predictions in words, train with" in said
+    assert "no names" not in succeed("predict", place / "task", *data, "--quiet").stderr
+
+
+def test_several_labels_have_their_probabilities_joined(place: Path, tmp_path: Path) -> None:
+    lists = [{**row, "label": [row["label"], "any"]} for row in reviews(40)]
+    train(place, "--output", tmp_path / "multi", rows=write(tmp_path / "lists.jsonl", lists))
+    data = ["--data", place / "new.csv", "--output", tmp_path / "out.csv", "--quiet"]
+    succeed("predict", tmp_path / "multi", *data, "--probabilities", "one")
+    for row in table(tmp_path / "out.csv"):
+        names, shares = (row[column].split("|") for column in ("prediction", "probability"))
+        assert len(names) == len(shares)
+        assert all(float(share) > 0.5 for share in shares if share)
+
+
+def test_a_run_says_when_it_stops_and_that_it_did(place: Path, tmp_path: Path) -> None:
+    """At a learning rate near 0 no epoch is better than the first."""
+    more = ["--epochs", "9", "--lr", "1e-9", "--patience", "2", "--output", tmp_path / "task"]
+    result = train(place, *more)
+    assert "at most 9 epochs: training stops after 2 without a better dev accuracy (--patience 0: " in result.stderr
+    assert re.search(r"\ntime: (less than|about) \d+ s for 9 epochs, less if training stops early\n", result.stderr)
+    assert "│ 1, the best of 3 by accuracy on these same rows" in result.stdout
+    assert "│ stopped after 3 of 9: no better accuracy for 2 epochs" in result.stdout
+    whole = train(place, *more[:4], "--patience", "0", "--output", tmp_path / "whole")
+    assert "\n9 epochs\n" in whole.stderr
+    assert "of 9 by accuracy" in whole.stdout
+    assert "stopped" not in whole.stdout
+    last = train(place, *more[:4], "--keep", "last", "--output", tmp_path / "last")
+    assert "│ 9, the last: none was chosen on these rows" in last.stdout
+    resumed = train(place, *more[:4], "--keep", "last", "--output", tmp_path / "last", "--resume")
+    assert resumed.stdout.splitlines()[:8] == last.stdout.splitlines()[:8]
+
+
+@pytest.mark.parametrize("classes", [3, 10, 11])
+def test_the_table_fits_in_a_hundred_columns(classes: int, place: Path, tmp_path: Path) -> None:
+    long = [{**row, "label": f"class {n % classes} with a long name of its own"} for n, row in enumerate(reviews(110))]
+    more = ["--epochs", "1", "--output", tmp_path / "task", "--dev-fraction", "0.4"]
+    shown = train(place, *more, rows=write(tmp_path / "rows.csv", long)).stdout
+    assert max(map(len, shown.splitlines())) <= 100
+    assert shown.count("recall of class") == (classes if classes <= 10 else 0)
+    found = json.loads((tmp_path / "task" / "results.json").read_text())
+    assert len(found["classes"]) == classes
 
 
 def test_a_fresh_process_predicts_the_same(place: Path, tmp_path: Path) -> None:

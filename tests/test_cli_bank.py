@@ -45,7 +45,7 @@ def test_rows_of_several_tasks_are_labelled_in_their_order(place: Path, tmp_path
     rows, tasks = reviews(10, 3), ("judged", "reviews", "length")
     mixed = [{"id": n, "text": row["text"], "task": tasks[n % 3]} for n, row in enumerate(rows)]
     write(tmp_path / "rows.csv", mixed)
-    data = ["--data", tmp_path / "rows.csv", "--task-column", "task"]
+    data = ["--data", tmp_path / "rows.csv", "--task-column", "task", "--probabilities", "all"]
     said = succeed("bank", "run", place / "bank", *data, "--output", tmp_path / "out.csv", "--quiet").stderr
     assert "judged: 4 rows; switched to in" in said
     found = table(tmp_path / "out.csv")
@@ -60,10 +60,59 @@ def test_rows_of_several_tasks_are_labelled_in_their_order(place: Path, tmp_path
                 continue
             for column, value in alone[int(row["id"])].items():
                 own = row[column]
-                # other batches, so other padding
-                assert own == value or float(own) == pytest.approx(float(value), rel=1e-4, abs=1e-5)
+                # other batches, so other padding; a probability has four digits
+                assert own == value or float(own) == pytest.approx(float(value), rel=1e-4, abs=2e-4)
             others = {"p_bad", "p_good", "p_fair", "p_neg", "p_pos"} - set(alone[0])
             assert not any(row[column] for column in others)
+
+
+def test_rows_of_several_tasks_have_one_column_of_probabilities(place: Path, tmp_path: Path) -> None:
+    tasks = ("judged", "reviews", "length")
+    rows = [{"text": row["text"], "task": tasks[n % 3]} for n, row in enumerate(reviews(9, 3))]
+    write(tmp_path / "rows.csv", rows)
+    data = ["--data", tmp_path / "rows.csv", "--task-column", "task", "--quiet"]
+    succeed("bank", "run", place / "bank", *data, "--output", tmp_path / "out.csv")
+    succeed("bank", "run", place / "bank", *data, "--output", tmp_path / "all.csv", "--probabilities", "all")
+    succeed("bank", "run", place / "bank", *data, "--output", tmp_path / "none.csv", "--probabilities", "none")
+    found, every = table(tmp_path / "out.csv"), table(tmp_path / "all.csv")
+    assert list(found[0]) == ["text", "task", "prediction", "probability"]
+    assert list(table(tmp_path / "none.csv")[0]) == ["text", "task", "prediction"]
+    for row, whole in zip(found, every, strict=True):
+        assert row["probability"] == whole.get(f"p_{row['prediction']}", "")
+        assert bool(row["probability"]) == (row["task"] != "length")
+    # a column that no row fills does not appear
+    write(tmp_path / "rows.csv", [row for row in rows if row["task"] != "judged"])
+    more = ["--output", tmp_path / "all.csv", "--probabilities", "all", "--overwrite"]
+    succeed("bank", "run", place / "bank", *data, *more)
+    assert list(table(tmp_path / "all.csv")[0]) == ["text", "task", "prediction", "p_neg", "p_pos"]
+
+
+def test_a_column_is_named_for_all_tasks(place: Path, tmp_path: Path) -> None:
+    """Tasks that were trained on columns of other names run on one file; a second text goes to those that read one."""
+    rows = [{"says": row["text"], "more": row["other"]} for row in reviews(40)]
+    write(tmp_path / "other.csv", [{**new, "label": old["label"]} for new, old in zip(rows, reviews(40), strict=True)])
+    source = ["--backbone", place / "bert", "--train", tmp_path / "other.csv", "--set", "rank=8", *TRAINED]
+    succeed("train", *source, "--text", "more", "--text2", "says", "--output", tmp_path / "pair")
+    shutil.copytree(place / "bank", tmp_path / "bank")
+    succeed("bank", "add", tmp_path / "bank", "pair", tmp_path / "pair")
+    mixed = [{**row, "task": ("pair", "reviews", "judged")[n % 3]} for n, row in enumerate(rows[:9])]
+    write(tmp_path / "rows.csv", mixed)
+    command = ["bank", "run", tmp_path / "bank", "--data", tmp_path / "rows.csv", "--output", tmp_path / "out.csv"]
+    by_column = [*command, "--task-column", "task", "--quiet"]
+    assert "task 'reviews': there is no column 'text': the columns are 'says', 'more', 'task'" in refusal(*by_column)
+    succeed(*by_column, "--text", "says", "--text2", "more")
+    found = table(tmp_path / "out.csv")
+    for name, columns in (("pair", ["--text", "says", "--text2", "more"]), ("reviews", ["--text", "says"])):
+        alone = ["--data", tmp_path / "rows.csv", "--output", tmp_path / f"{name}.csv", "--probabilities", "one"]
+        succeed("predict", tmp_path / "bank" / name, *alone, *columns, "--quiet")
+        for row, own in zip(found, table(tmp_path / f"{name}.csv"), strict=True):
+            if row["task"] == name:
+                assert row["prediction"] == own["prediction"]
+                assert float(row["probability"]) == pytest.approx(float(own["probability"]), abs=2e-4)
+    one = [*command, "--task", "reviews", "--overwrite", "--quiet", "--text", "says"]
+    assert "text2='more', but none of these tasks reads a second text" in refusal(*one, "--text2", "more")
+    assert "there is no column 'nowhere'" in refusal(*one[:-1], "nowhere")
+    assert "probabilities='some': choose all, one, none" in refusal(*one, "--probabilities", "some")
 
 
 def test_one_task_for_all_rows(place: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from datasets import Dataset, List, Value
 
 from sidestep.data import DataError, DataWarning, Fields, check_fields, label_space, read
 from sidestep.data.pairs import captioned
-from sidestep.predict import WRITERS, write_table
+from sidestep.table_files import ENDINGS, write_table
 
 TEXTS = ["2020-01-01", "2020-01-01T10:00:00Z", "12:30", "007", "1.50", "1e5", "NA", "null", "true", "", " x ", "9" * 30]
 IDS = [2**53 + 1, -(2**53) - 1, 2**63 - 1, 0]
@@ -243,13 +243,13 @@ def test_names_of_metadata_begin_at_their_folder(tmp_path: Path) -> None:
 CELLS = {"text": [*TEXTS, "a\rb", "a\nb", 'say "x", y', "a\tb", "\u2028", "ü"]}
 
 
-@pytest.mark.parametrize("ending", WRITERS)
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_texts_are_written_as_they_were_read(tmp_path: Path, ending: str) -> None:
     write_table(Dataset.from_dict(CELLS), tmp_path / f"a{ending}")
     assert read(tmp_path / f"a{ending}")["text"][:] == CELLS["text"]
 
 
-@pytest.mark.parametrize("ending", WRITERS)
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_numbers_are_written_as_they_were_read(tmp_path: Path, ending: str) -> None:
     columns = {"id": [*IDS, None], "x": [0.1, 1e-300, 1 / 3, None, float("nan")], "t": [True, False, None, True, True]}
     write_table(Dataset.from_dict(columns), tmp_path / f"a{ending}")

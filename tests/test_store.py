@@ -29,6 +29,7 @@ from transformers import (
 
 import sidestep as ss
 from sidestep import store
+from sidestep.card import model_card
 from sidestep.store import BackboneMismatch, DtypeMismatch, TaskError, inspect_task, load, portable_names
 
 BERT = BertConfig(
@@ -475,7 +476,7 @@ def test_the_model_card_says_how_to_load(bert, tmp_path):
     assert "base_model" not in card  # a folder of this machine is nobody's base model
     config = json.loads((tmp_path / "task" / "sidestep.json").read_text())
     config["backbone"].update(id="org/name", revision="0" * 40)
-    assert "base_model: org/name" in store.model_card(config, "task")
+    assert "base_model: org/name" in model_card(config, "task")
 
 
 def test_inspect_reads_no_weights(bert, tmp_path, monkeypatch):

@@ -1,10 +1,10 @@
-"""How messages list names."""
+"""How messages list names and tell a time."""
 
 from __future__ import annotations
 
 import pytest
 
-from sidestep.wording import some
+from sidestep.wording import about, some
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,19 @@ from sidestep.wording import some
 )
 def test_the_first_names_and_how_many_more(names: list[str], most: int, text: str) -> None:
     assert some(iter(names), most) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "less than 10 s"),
+        (44, "about 40 s"),
+        (89, "about 90 s"),
+        (95, "about 2 min"),
+        (241, "about 4 min"),
+        (5399, "about 90 min"),
+        (9000, "about 2.5 h"),
+    ],
+)
+def test_a_time_as_a_person_says_it(seconds: float, text: str) -> None:
+    assert about(seconds) == text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,24 @@ def begin(settings: TrainSettings, run: Mapping[str, Any]) -> Path | None:
     folder.mkdir(parents=True)
     write_json(folder / RUN, run)
     return None
+
+
+def as_begun(settings: TrainSettings) -> TrainSettings:
+    """The settings; of a run to resume that is not told when to stop early, with what it began with."""
+    if not settings.resume or settings.patience is not None or settings.keep == "last":
+        return settings
+    try:
+        began = json.loads((settings.output / FOLDER / RUN).read_text(encoding="utf-8"))
+        return replace(settings, patience=began["patience"] or 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return settings  # `begin` says what is wrong with the run
+
+
+def epochs_left(epochs: int, start: Path | None) -> float:
+    """How many of so many epochs there are to train from a checkpoint on; 0 where training had ended."""
+    if start is None:
+        return epochs
+    return 0 if is_finished(start) else epochs - read_state(start)["epoch"]
 
 
 def last_complete(folder: Path) -> Path | None:

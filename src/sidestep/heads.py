@@ -107,8 +107,8 @@ class Classify(HeadConfig):
 
     def described(self) -> dict[str, Any]:
         """The classes by number and by name, and whether one or several of them hold."""
-        names = dict(enumerate(self.labels or (f"LABEL_{index}" for index in range(self.num_labels))))
-        return {**_named(names), "problem_type": f"{self.problem}_label_classification"}
+        names = self.labels or [f"LABEL_{index}" for index in range(self.num_labels)]
+        return {**named(names), "problem_type": f"{self.problem}_label_classification"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class Regress(HeadConfig):
 
     def described(self) -> dict[str, Any]:
         """One output per target, which is a number and no share."""
-        return {**_named({index: f"LABEL_{index}" for index in range(self.targets)}), "problem_type": "regression"}
+        return {**named([f"LABEL_{index}" for index in range(self.targets)]), "problem_type": "regression"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +221,11 @@ def head_from_dict(values: dict[str, Any]) -> HeadConfig:
     return HEADS[name](**values)
 
 
-def _named(names: dict[int, str]) -> dict[str, Any]:
-    return {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+def named(classes: Sequence[str]) -> dict[str, Any]:
+    """The fields of a transformers config that name the classes; none if there are none."""
+    if not classes:
+        return {}
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
 
 
 class Head(nn.Module):

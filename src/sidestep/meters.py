@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,6 +31,8 @@ from sidestep.step import (
     nbytes,
     predict,
     same_random_numbers,
+    seconds_of,
+    synchronize,
     train_step,
 )
 from sidestep.store import packed
@@ -300,13 +301,13 @@ def _step_seconds(model: SideModel, batch: Batch, bf16: bool) -> float:
     model.train()
     inputs = accepted(model, batch)
     with idle_optimizer(model) as optimizer:
-        return _seconds(lambda: train_step(model, inputs, optimizer, bf16), model.device)
+        return seconds_of(lambda: train_step(model, inputs, optimizer, bf16), model.device)
 
 
 def _inference_seconds(model: SideModel, batch: Batch, bf16: bool) -> float:
     model.eval()
     inputs = accepted(model, batch)
-    return _seconds(lambda: predict(model, inputs, bf16), model.device)
+    return seconds_of(lambda: predict(model, inputs, bf16), model.device)
 
 
 def _step_joules(
@@ -319,21 +320,8 @@ def _step_joules(
         inputs = accepted(model, batch)
         with idle_optimizer(model) as optimizer:
             return energy_per_step(
-                lambda: train_step(model, inputs, optimizer, bf16), counter, lambda: _synchronize(model.device)
+                lambda: train_step(model, inputs, optimizer, bf16), counter, lambda: synchronize(model.device)
             )
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -157,14 +157,20 @@ class ComputeMetrics:
     names: tuple[str, ...] | None = None
 
     def __call__(self, evaluation: Any) -> dict[str, float]:
-        """The scores; of a tuple of outputs the first one is the logits (of retrieval: images, then texts)."""
-        predictions = evaluation.predictions
-        if self.kind == "retrieval":
-            images, texts = predictions
-            return scores(self.kind, *similarities(images, texts, evaluation.label_ids))
-        if isinstance(predictions, tuple):
-            predictions = predictions[0]
-        return scores(self.kind, predictions, evaluation.label_ids, self.names)
+        """The scores."""
+        return scores(self.kind, *of_evaluation(self.kind, evaluation), self.names)
+
+
+def of_evaluation(kind: Kind, evaluation: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Predictions and targets as `scores` takes them, of what a Trainer's evaluation gives.
+
+    Of a tuple of outputs the first one is the logits (of retrieval: images, then texts).
+    """
+    predictions = evaluation.predictions
+    if kind == "retrieval":
+        images, texts = predictions
+        return similarities(images, texts, evaluation.label_ids)
+    return predictions[0] if isinstance(predictions, tuple) else predictions, evaluation.label_ids
 
 
 def _words(text: str) -> list[str]:

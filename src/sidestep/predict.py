@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -19,17 +15,18 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from sidestep.assess import Assessment, assess, assess_texts
 from sidestep.bank import TaskBank
 from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace, Separators, encode_prompts
 from sidestep.data.labels import SEPARATOR
 from sidestep.data.pairs import captioned, encode_pairs
 from sidestep.data.vocabulary import check_tokens
 from sidestep.heads import Classify
-from sidestep.metrics import scores, text_scores
 from sidestep.model import SideModel
 from sidestep.pair import Attached, PairModel
 from sidestep.prepare import (
     TaskData,
+    chosen_fields,
     encode,
     prompt_collator,
     stored_fields,
@@ -40,14 +37,21 @@ from sidestep.prepare import (
 )
 from sidestep.retrieval import neighbours, recalls
 from sidestep.step import accepted
+from sidestep.table_files import DIGITS
+
+Probabilities = Literal["all", "one", "none"]
+"""A column of probabilities for each class, one for that of the prediction, or none."""
+Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
+"""As `data.read` gives them, or a list of dictionaries."""
 
 PREDICTION = "prediction"
 PROBABILITY = "p_"
+OWN = "probability"
 
 
 def evaluate(
     model: Attached,
-    rows: Dataset,
+    rows: Rows,
     *,
     fields: Fields | None = None,
     batch_size: int = 64,
@@ -57,7 +61,7 @@ def evaluate(
 
     Args:
         model: with `extras["processor"]` and `extras["preprocessing"]`, as `load` and `train` leave it.
-        rows: as `data.read` gives them.
+        rows: see `Rows`.
         fields: None: the columns that the task was trained on.
         batch_size: rows of one pass.
         progress: whether a bar is shown.
@@ -65,28 +69,67 @@ def evaluate(
     Raises:
         DataError: for missing columns, and labels that training never had.
     """
-    fields, labels = _reading(model, fields)
+    return judge(model, rows, fields=fields, batch_size=batch_size, progress=progress).scores
+
+
+def judge(
+    model: Attached, rows: Rows, *, fields: Fields | None = None, batch_size: int = 64, progress: bool = False
+) -> Assessment:
+    """As `evaluate`, with what the scores are to be seen against."""
+    rows, (fields, labels) = _dataset(rows), _reading(model, fields)
     if labels.kind == "retrieval":
-        pairs, _ = encode_pairs(captioned(rows, fields), fields, model.extras["processor"], _max_length(model))
-        return recalls(model, pairs, batch_size=batch_size, progress=progress)
-    assert isinstance(model, SideModel)
-    if fields.label is None:
+        encoded, _ = encode_pairs(captioned(rows, fields), fields, model.extras["processor"], _max_length(model))
+    elif fields.label is None:
         raise DataError("scores need a label column: name it (--label)")
-    encoded = _encode(model, rows, fields, labels)
+    else:
+        assert isinstance(model, SideModel)
+        encoded = _encode(model, rows, fields, labels)
+    return judge_encoded(
+        model, encoded, fields, labels, _generation(model), batch_size=batch_size, workers=0, progress=progress
+    )
+
+
+def judge_encoded(
+    model: Attached,
+    encoded: Dataset,
+    fields: Fields,
+    labels: LabelSpace,
+    generation: Generation,
+    *,
+    batch_size: int,
+    workers: int,
+    progress: bool = False,
+) -> Assessment:
+    """As `judge`, of encoded rows with labels.
+
+    Args:
+        model: as for `evaluate`.
+        encoded: as `prepare` gives them.
+        fields: the columns that they were made of.
+        labels: what the task predicts.
+        generation: how texts are written, where they are.
+        batch_size: rows of one pass.
+        workers: processes that load data.
+        progress: whether a bar is shown.
+    """
+    how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    if labels.kind == "retrieval":
+        return Assessment(scores=recalls(model, encoded, **how))
+    assert isinstance(model, SideModel)
     if written_kind(labels.kind):
-        texts = written(model, encoded, _generation(model), batch_size=batch_size, progress=progress)
-        return text_scores(texts, encoded["target"][:])
-    found = logits(model, encoded, fields, batch_size=batch_size, progress=progress)
-    return scores(labels.kind, found, np.array(encoded.with_format(None)["labels"][:]), labels.names or None)
+        return assess_texts(written(model, encoded, generation, **how), encoded["target"][:])
+    targets = np.array(encoded.with_format(None)["labels"][:])
+    return assess(labels.kind, logits(model, encoded, fields, **how), targets, labels.names or None)
 
 
 def predict(
     model: Attached,
-    rows: Dataset,
+    rows: Rows,
     *,
     fields: Fields | None = None,
     batch_size: int = 64,
     progress: bool = False,
+    probabilities: Probabilities = "all",
 ) -> Dataset:
     """The rows with a column "prediction" and, for classes, one "p_NAME" with the probability of each.
 
@@ -96,15 +139,18 @@ def predict(
 
     Args:
         model: as for `evaluate`.
-        rows: as `data.read` gives them; labels are not needed.
+        rows: see `Rows`; labels are not needed.
         fields: None: the columns that the task was trained on.
         batch_size: rows of one pass.
         progress: whether a bar is shown.
+        probabilities: "one": instead of those columns a single one, "probability", of what is predicted (of several
+            labels joined as they are); "none": no such column.
 
     Raises:
         DataError: for missing columns, or a column that has the name of one of these.
     """
-    fields, labels = _reading(model, fields)
+    check_probabilities(probabilities)
+    rows, (fields, labels) = _dataset(rows), _reading(model, fields)
     if labels.kind == "retrieval":
         return neighbours(model, rows, fields, batch_size=batch_size, progress=progress)
     assert isinstance(model, SideModel)
@@ -116,7 +162,8 @@ def predict(
         columns: dict[str, list[Any]] = {PREDICTION: [_separators(model).without_start(text) for text in texts]}
     else:
         encoded = _encode(model, rows, fields, None)
-        columns = predicted(labels, logits(model, encoded, fields, batch_size=batch_size, progress=progress))
+        found = logits(model, encoded, fields, batch_size=batch_size, progress=progress)
+        columns = predicted(labels, found, probabilities)
     taken = [name for name in columns if name in rows.column_names]
     if taken:
         raise DataError(f"the rows have columns named {', '.join(taken)} already: rename them")
@@ -127,7 +174,14 @@ def predict(
 
 
 def predict_each(
-    bank: TaskBank, rows: Dataset, names: Sequence[str], *, batch_size: int = 64, progress: bool = False
+    bank: TaskBank,
+    rows: Rows,
+    names: Sequence[str],
+    *,
+    columns: Fields | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+    probabilities: Probabilities | None = None,
 ) -> Dataset:
     """As `predict`, each row by the task of a bank that is named for it, with one switch for each task.
 
@@ -135,46 +189,88 @@ def predict_each(
     texts if those of one task are.
 
     Args:
-        bank: its tasks read the columns that they were trained on.
-        rows: as `data.read` gives them.
+        bank: of the tasks.
+        rows: see `Rows`.
         names: of the task of each row.
+        columns: to read in the place of those that the tasks were trained on; `text2` by those that read a pair.
         batch_size: rows of one pass.
         progress: whether a bar is shown.
+        probabilities: as for `predict`; None: "all" if there is one task, and "one" if there are several, whose columns
+            would be empty in the rows of the others.
 
     Raises:
         BankError: if the bank holds no task of such a name.
         DataError: as `predict`, and for tasks of retrieval, whose rows belong together.
     """
-    columns: dict[str, list[Any]] = {}
+    rows, cells = _dataset(rows), dict[str, list[Any]]()
     tasks = {name: [index for index, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
+    wanted = probabilities or ("all" if len(tasks) == 1 else "one")
     for name in tasks:
         bank.store.folder(name)
+    reads = {name: _columns_of(bank, name, columns or Fields()) for name in tasks}
+    if columns is not None and columns.text2 and not any(fields and fields.text2 for fields in reads.values()):
+        raise DataError(f"text2={columns.text2!r}, but none of these tasks reads a second text: leave it out (--text2)")
     for name, index in tasks.items():
         model = bank.activate(name)
         if isinstance(model, PairModel):
             raise DataError(f"{name!r} is a task of retrieval, which looks at rows together: use `sidestep predict`")
-        found = predict(model, rows.select(index), batch_size=batch_size, progress=progress)
+        try:
+            found = predict(
+                model,
+                rows.select(index),
+                fields=reads[name],
+                batch_size=batch_size,
+                progress=progress,
+                probabilities=wanted,
+            )
+        except DataError as error:
+            raise DataError(f"task {name!r}: {error}") from error
         for column in found.column_names:
-            cells = columns.setdefault(column, [None] * len(rows))
+            own = cells.setdefault(column, [None] * len(rows))
             for place, value in zip(index, found[column], strict=True):
-                cells[place] = value
-    if any(isinstance(value, str) for value in columns[PREDICTION]):
-        columns[PREDICTION] = [str(value) for value in columns[PREDICTION]]
-    return Dataset.from_dict(columns)
+                own[place] = value
+    if any(isinstance(value, str) for value in cells[PREDICTION]):
+        cells[PREDICTION] = [str(value) for value in cells[PREDICTION]]
+    return Dataset.from_dict(cells)
 
 
-def predicted(labels: LabelSpace, found: NDArray[Any]) -> dict[str, list[Any]]:
+def predicted(labels: LabelSpace, found: NDArray[Any], probabilities: Probabilities = "all") -> dict[str, list[Any]]:
     """Predictions and probabilities by column name, from logits (rows, outputs)."""
     if labels.kind == "regress":
         return {PREDICTION: found[:, 0].astype(float).tolist()}
     values = torch.from_numpy(found).double()
     shares = values.softmax(-1) if labels.kind == "single" else values.sigmoid()
+    own: list[Any]
     if labels.kind == "single":
         chosen = [labels.names[index] for index in found.argmax(axis=1)]
+        own = shares.amax(-1).tolist()
     else:
-        chosen = [_joined(labels, row) for row in found > 0]
-    probabilities = zip(labels.names, shares.T.tolist(), strict=True)
-    return {PREDICTION: chosen, **{f"{PROBABILITY}{name}": values for name, values in probabilities}}
+        chosen = [_joined(labels.names, row) for row in found > 0]
+        texts = ([f"{share:.{DIGITS}f}" for share in row] for row in shares.tolist())
+        own = [_joined(row, yes) for row, yes in zip(texts, found > 0, strict=True)]
+    columns = {
+        "all": {f"{PROBABILITY}{name}": each for name, each in zip(labels.names, shares.T.tolist(), strict=True)},
+        "one": {OWN: own},
+        "none": {},
+    }
+    return {PREDICTION: chosen, **columns[probabilities]}
+
+
+def check_probabilities(asked: str) -> Probabilities:
+    """A way to write probabilities that a user named.
+
+    Raises:
+        DataError: for one that there is not.
+    """
+    if asked not in get_args(Probabilities):
+        raise DataError(f"probabilities={asked!r}: choose {', '.join(get_args(Probabilities))}")
+    return cast(Probabilities, asked)
+
+
+def share_columns(found: Dataset, rows: Dataset) -> list[str]:
+    """The columns of probabilities that predicting has added to rows."""
+    new = [name for name in found.column_names if name not in rows.column_names]
+    return [name for name in new if name == OWN or name.startswith(PROBABILITY)]
 
 
 def logits(
@@ -286,83 +382,25 @@ def _batches(
         yield accepted(model, batch)
 
 
-def write_table(rows: Dataset, path: Path, *, overwrite: bool = False) -> None:
-    """Write rows to a .csv, .tsv, .json, .jsonl or .parquet file, in one step.
-
-    Raises:
-        DataError: if the file exists already, or ends in something else.
-    """
-    check_table(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    WRITERS[path.suffix.lower()](rows, str(beside))
-    os.replace(beside, path)
-
-
-def check_table(path: Path, *, overwrite: bool) -> None:
-    """Refuses a file that `write_table` would refuse.
-
-    Raises:
-        DataError: if the file exists already, or ends in something unknown.
-    """
-    if path.suffix.lower() not in WRITERS:
-        raise DataError(f"{path} ends in {path.suffix!r}: choose a file that ends in {', '.join(WRITERS)}")
-    if path.exists() and not overwrite:
-        raise DataError(f"{path} exists already: choose another file, or replace it with --overwrite")
-
-
-def _write_json(rows: Dataset, path: str) -> None:
-    # not `to_json`, which rounds numbers
-    text = json.dumps(list(rows), indent=1, ensure_ascii=False, default=str)
-    Path(path).write_text(text + "\n", encoding="utf-8")
-
-
-def _write_lines(rows: Dataset, path: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-
-
-def _write_csv(rows: Dataset, path: str, delimiter: str = ",") -> None:
-    # not `to_csv`, whose reader (pandas) turns whole numbers beside a missing one into decimal ones
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        # a line end of two characters, so that a cell with either of them is put in quotes
-        writer = csv.writer(_Lines(file), delimiter=delimiter, lineterminator="\r\n")
-        writer.writerow(rows.column_names)
-        writer.writerows([_cell(value) for value in row.values()] for row in rows)
-
-
-def _cell(value: Any) -> str:
-    """A value as the text of one cell; None, like no number, is an empty one."""
-    if value is None or value != value:
-        return ""
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
-
-
-@dataclass
-class _Lines:
-    """Writes lines that end in one character."""
-
-    file: TextIO
-
-    def write(self, line: str) -> int:
-        return self.file.write(line.removesuffix("\r\n") + "\n")
-
-
-WRITERS: dict[str, Callable[[Dataset, str], object]] = {
-    ".csv": _write_csv,
-    ".tsv": lambda rows, path: _write_csv(rows, path, "\t"),
-    ".json": _write_json,
-    ".jsonl": _write_lines,
-    ".parquet": lambda rows, path: rows.to_parquet(path),
-}
-
-
 def _reading(model: Attached, fields: Fields | None) -> tuple[Fields, LabelSpace]:
     preprocessing = model.extras.get("preprocessing") or {}
     if model.extras.get("processor") is None:
         raise DataError("this task holds no tokenizer or image processor: set model.extras['processor']")
     labels = stored_labels(preprocessing) if "problem" in preprocessing else labels_of(model)
     return fields or stored_fields(preprocessing), labels
+
+
+def _dataset(rows: Rows) -> Dataset:
+    return rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
+
+
+def _columns_of(bank: TaskBank, name: str, given: Fields) -> Fields | None:
+    """The columns that a task of a bank reads; None: as it was trained."""
+    if given == Fields():
+        return None
+    known = bank.store.config(name)["preprocessing"] or {}
+    pair = "fields" not in known or known["fields"].get("text2")
+    return chosen_fields(known, given if pair else replace(given, text2=None))
 
 
 def labels_of(model: Attached) -> LabelSpace:
@@ -393,7 +431,7 @@ def _max_length(model: Attached) -> int | None:
     return (model.extras.get("preprocessing") or {}).get("max_length")
 
 
-def _generation(model: SideModel) -> Generation:
+def _generation(model: Attached) -> Generation:
     return stored_generation(model.extras.get("preprocessing") or {})
 
 
@@ -407,8 +445,8 @@ def _by_length(encoded: Dataset) -> NDArray[np.int64]:
     return np.argsort(encoded["length"][:], kind="stable")
 
 
-def _joined(labels: LabelSpace, chosen: NDArray[np.bool_]) -> str:
-    return SEPARATOR.join(name for name, yes in zip(labels.names, chosen, strict=True) if yes)
+def _joined(names: Sequence[str], chosen: NDArray[np.bool_]) -> str:
+    return SEPARATOR.join(name for name, yes in zip(names, chosen, strict=True) if yes)
 
 
 def _readable(rows: Dataset, fields: Fields) -> Dataset:

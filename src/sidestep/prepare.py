@@ -373,6 +373,17 @@ def stored_fields(preprocessing: Mapping[str, Any]) -> Fields:
     return Fields(**preprocessing["fields"])
 
 
+def chosen_fields(preprocessing: Mapping[str, Any], given: Fields) -> Fields:
+    """The columns that a saved task was trained on, with those that a user names in their place.
+
+    Raises:
+        DataError: if the task does not say, and neither a text nor an image is named.
+    """
+    named = {name: column for name, column in asdict(given).items() if column is not None}
+    known = "fields" in preprocessing or (given.text is None and given.image is None)
+    return replace(stored_fields(preprocessing) if known else Fields(), **named)
+
+
 def stored_generation(preprocessing: Mapping[str, Any]) -> Generation:
     """How a saved task's texts are written; the defaults where the task does not say."""
     return Generation(**preprocessing.get("generation", {}))

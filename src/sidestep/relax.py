@@ -119,6 +119,11 @@ def check(model: SideModel, settings: TrainSettings) -> None:
             raise ValueError(f"in the {name} stage of {model.record.name}: {error}") from error
 
 
+def epochs(model: SideModel, settings: TrainSettings) -> int:
+    """Of both stages."""
+    return own(model, settings).epochs + last_stage(model, settings).epochs
+
+
 def last_stage(model: SideModel, settings: TrainSettings) -> TrainSettings:
     """How the projected diff is trained on."""
     _, (epochs, rate) = _method(model).stages(settings.epochs, settings.rate(model.record.name))
@@ -183,7 +188,7 @@ def own(model: SideModel, settings: TrainSettings) -> TrainSettings:
         epochs=epochs,
         learning_rate=rate,
         keep="last",
-        patience=None,
+        patience=0,
         max_grad_norm=0.0,  # the optimizer cuts the gradients of w and of the gates, which this one's are not
         resume=settings.resume and (output / checkpoints.FOLDER / checkpoints.RUN).is_file(),
         overwrite=False,

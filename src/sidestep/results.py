@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sidestep.assess import OfClass
 from sidestep.step import StepCost
 
 FILE = "results.json"
@@ -25,7 +26,10 @@ class Results:
     Attributes:
         scores: of the kept weights on the dev rows, as `sidestep eval` computes them.
         metric: the score by which they were chosen (with keep="last" they were not).
+        constant: by score, what the best single answer for all dev rows would have; see `assess.Assessment`.
+        classes: by name, how many dev rows are of it, and the share of them that was found.
         best_epoch, epochs: when they were made, and how many epochs were trained.
+        planned_epochs: that were asked for; if there are fewer `epochs`, training stopped early.
         method, head, backbone: what was trained on what; the backbone with its digest.
         labels: names of the classes.
         data: rows, the source of the dev rows, texts that were truncated.
@@ -33,6 +37,7 @@ class Results:
         task_bytes: size of the task's weight file.
         step: memory of the largest training step (the longest texts); None where it was not to be measured.
         seconds: of training, with its evaluations; of the last session if the run was resumed.
+        estimated_seconds: what was said of them before, for all `planned_epochs`; None where no step was measured.
         epoch_seconds: of the optimizer steps alone, for each epoch of the last session.
         resumed_from: step of the checkpoint that the last session continued from.
         device, versions: what it ran on.
@@ -46,9 +51,12 @@ class Results:
     """
 
     scores: dict[str, float]
+    constant: dict[str, float]
+    classes: dict[str, OfClass]
     metric: str
     best_epoch: float
     epochs: float
+    planned_epochs: int
     method: dict[str, Any]
     head: dict[str, Any] | None
     backbone: dict[str, Any]
@@ -58,6 +66,7 @@ class Results:
     task_bytes: int
     step: StepCost | None
     seconds: float
+    estimated_seconds: float | None
     epoch_seconds: list[float]
     resumed_from: int | None
     device: str

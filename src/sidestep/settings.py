@@ -34,6 +34,9 @@ RATES: Mapping[str, tuple[float, float, float]] = {
 """Learning rates worth trying with each method, from low to high; the middle one is the default."""
 OTHER_RATES = (3e-4, 1e-3, 3e-3)
 
+PATIENCE = 3
+"""Epochs without a better dev score after which training stops, unless it is told otherwise."""
+
 FREE_TO_CHANGE = ("output", "resume", "overwrite", "progress", "workers", "eval_batch_size", "measure")
 """What a resumed run may set otherwise: none of it changes what is computed."""
 
@@ -68,7 +71,8 @@ class TrainSettings:
         label_smoothing: for single-label classification.
         seed: of weights, order and noise.
         bf16: autocast to bfloat16 in training; what is trained stays in fp32.
-        patience: stop after so many epochs without a better dev score; None: never.
+        patience: stop after so many epochs without a better dev score; 0: never. None: `PATIENCE`, and with keep="last"
+            never; a run that is resumed goes on as it began. See `waits`.
         metric: by which dev score the best epoch is chosen; None: the problem's first.
         keep: "best", the epoch with the best dev score; "last", the last one, so that nothing is chosen on dev.
         checkpoints: whether a run leaves checkpoints to continue from; without them only the last epoch can be kept.
@@ -119,9 +123,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_batch_size", "accumulate", "log_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("patience", "save_steps"):
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "at least 1, or not given")
+        self._require("save_steps", self.save_steps is None or self.save_steps >= 1, "at least 1, or not given")
+        self._require("patience", self.patience is None or self.patience >= 0, "at least 0 (0: never stop early)")
         for name in ("weight_decay", "max_grad_norm", "start_rate", "end_rate", "workers"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "a number of at least 0")
@@ -135,7 +138,7 @@ class TrainSettings:
         self._require("decay", self.decay in get_args(Decay), " or ".join(get_args(Decay)))
         self._check_warmup()
         self._check_milestones()
-        if self.keep == "last" and self.patience is not None:
+        if self.keep == "last" and self.patience:
             raise ValueError(
                 f"patience={self.patience} with keep='last': stopping early chooses an epoch on dev; leave patience out"
             )
@@ -206,9 +209,17 @@ class TrainSettings:
             )
         return self.metric or PRIMARY[kind]
 
+    @property
+    def waits(self) -> int:
+        """Epochs without a better dev score after which training stops; 0: it does not stop early."""
+        if self.patience is None:
+            return PATIENCE if self.keep == "best" else 0
+        return self.patience
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return {**asdict(self), "output": str(self.output), "milestones": list(self.milestones)}
+        """The fields as JSON-ready values; a patience of null means that training does not stop early."""
+        plain = {"output": str(self.output), "milestones": list(self.milestones), "patience": self.waits or None}
+        return {**asdict(self), **plain}
 
     def fixed(self) -> dict[str, Any]:
         """The fields that a resumed run has to share with the one that it continues."""

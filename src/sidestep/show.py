@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+NARROW = 100
+"""Columns of the tables of scores."""
+
 if TYPE_CHECKING:
+    from sidestep.assess import Assessment
     from sidestep.pair import Attached
     from sidestep.prepare import TaskData
     from sidestep.results import Results
@@ -21,8 +25,8 @@ EXAMPLE = 80
 """Characters of a text that are shown of an example."""
 
 
-def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table; numbers to the right."""
+def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, piped: int = 140) -> None:
+    """Print a table; numbers to the right. It is as wide as the terminal at most, or as `piped` where there is none."""
     names, lines = list(columns), [list(row) for row in rows]
     table = Table(show_header=any(names))
     for place, name in enumerate(names):
@@ -31,14 +35,14 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[objec
     for line in lines:
         table.add_row(*(cell(value) for value in line))
     # a pipe has no width: let it have the lines whole
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
+    console = Console(width=None if sys.stdout.isatty() else piped, highlight=False, markup=False)
     console.print(title, style="bold")
     console.print(table)
 
 
-def show_facts(title: str, facts: Mapping[str, object]) -> None:
-    """Print a table of names and values."""
-    show_table(title, ("", ""), ((name, cell(value)) for name, value in facts.items()))
+def show_facts(title: str, facts: Mapping[str, object], *, piped: int = 140) -> None:
+    """Print a table of names and values; `piped` as of `show_table`."""
+    show_table(title, ("", ""), ((name, cell(value)) for name, value in facts.items()), piped=piped)
 
 
 def cell(value: object) -> str:
@@ -71,6 +75,8 @@ def hush(quiet: bool) -> None:
 
 def show_start(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     """Say what is about to be trained on what."""
+    from sidestep import relax
+
     count = sum(parameter.numel() for _, parameter in model.trained_parameters())
     classes = f" ({', '.join(data.labels.names[:10])})" if data.labels.names else ""
     remark(f"{model.record.name} on {type(model.backbone).__name__}: {count:,} parameters are trained")
@@ -78,6 +84,16 @@ def show_start(model: Attached, data: TaskData, settings: TrainSettings) -> None
     remark(f"dev: {data.dev_source}")
     _show_joins(data)
     remark(f"learning rate {settings.rate(model.record.name):g}, seed {settings.seed}")
+    metric = settings.best_by(data.labels.kind, len(data.labels.names))
+    own = relax.last_stage(model, settings) if relax.relaxes(model) else settings
+    first = f"{relax.own(model, settings).epochs} epochs of all weights, then " if relax.relaxes(model) else ""
+    if 0 < own.waits < own.epochs:
+        remark(
+            f"{first}at most {own.epochs} epochs: training stops after {own.waits} without a better dev {metric} "
+            "(--patience 0: never early)"
+        )
+    else:
+        remark(f"{first}{own.epochs} epochs")
 
 
 def _show_joins(data: TaskData) -> None:
@@ -109,16 +125,53 @@ def show_recipe(record: Mapping[str, Any]) -> None:
     remark(f"recipe {record['name']}" + (f", but {changed}" if record["overridden"] else ""))
 
 
+def score_facts(judged: Assessment | Results, before: str = "") -> dict[str, object]:
+    """Scores by name, each beside that of one answer for all, and the recall of each class if there are few."""
+    from sidestep.assess import FEW
+
+    facts: dict[str, object] = {}
+    for name, value in judged.scores.items():
+        same = judged.constant.get(name)
+        beside = "" if same is None else f" (one answer for all: {cell(same)})"
+        facts[f"{before}{name}"] = f"{cell(value)}{beside}"
+    for name, each in judged.classes.items() if len(judged.classes) <= FEW else ():
+        facts[f"recall of {name}"] = f"{cell(each.recall)} of {cell(each.rows)} rows" if each.rows else "no row"
+    return facts
+
+
+def show_unnamed(config: Mapping[str, Any], before: str = "") -> None:
+    """Say of a task whose classes are numbers how they get names."""
+    from sidestep.card import unnamed_classes
+    from sidestep.wording import some
+
+    if names := unnamed_classes(config):
+        remark(
+            f"note: {before}the classes have no names, only numbers ({some(names, 10)}). For predictions in words, "
+            "train with words in the label column, or attach with ss.Classify(labels=[...])"
+        )
+
+
+def _kept(results: Results) -> str:
+    """Which epoch was kept, and why training ended before its last one."""
+    epochs, planned = f"{results.epochs:g}", f"{results.planned_epochs:g}"
+    if results.settings["keep"] == "last":
+        return f"{epochs}, the last: none was chosen on these rows"
+    kept = f"{results.best_epoch:g}, the best of {epochs} by {results.metric} on these same rows"
+    if results.epochs >= results.planned_epochs:
+        return kept
+    waited = f"no better {results.metric} for {results.settings['patience']} epochs"
+    return f"{kept}\nstopped after {epochs} of {planned}: {waited}"
+
+
 def show_results(results: Results, folder: Path) -> None:
     """Print what a run came to."""
     from sidestep.memory import format_bytes
     from sidestep.results import FILE
 
-    keep = results.settings["keep"]
-    chosen = f", by {results.metric}" if keep == "best" else ""
     facts: dict[str, Any] = {
-        **{f"dev {name}": value for name, value in results.scores.items()},
-        f"{keep} epoch": f"{results.best_epoch:g} of {results.epochs:g}{chosen}",
+        "dev rows": results.data["dev_source"],
+        "epoch kept": _kept(results),
+        **score_facts(results, "dev "),
         "trained parameters": results.trainable_parameters,
         "task file": format_bytes(results.task_bytes),
         "seconds": results.seconds,
@@ -126,7 +179,7 @@ def show_results(results: Results, folder: Path) -> None:
     if (step := results.step) is not None:
         facts["kept for backward"] = f"{format_bytes(step.kept_bytes)} in a step of {step.rows} rows"
         facts["peak of a step"] = None if step.peak_bytes is None else format_bytes(step.peak_bytes)
-    show_facts(f"Task {folder}", facts)
+    show_facts(f"Task {folder}", facts, piped=NARROW)
     for note in results.notes:
         remark(f"note: {note}")
     remark(f"details: {folder / FILE}; curves: tensorboard --logdir {folder / 'logs'}")

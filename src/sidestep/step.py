@@ -6,9 +6,11 @@ Optimizer steps are taken at a learning rate of 0, so that every step computes t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,6 +112,46 @@ def inference_peak(model: Attached, batch: Batch, *, bf16: bool = False) -> int 
     with _undone(model):
         model.eval()
         return peak_memory(lambda: predict(model, inputs, bf16), model.device).allocated
+
+
+def step_seconds(model: Attached, batches: Iterable[Callable[[], Batch]], *, bf16: bool = False) -> list[float]:
+    """Seconds of a training step on each of the batches, which are made within that time.
+
+    Mode, weights and random generators stay as they are.
+    """
+
+    def step(make: Callable[[], Batch]) -> None:
+        train_step(model, accepted(model, make()), optimizer, bf16)
+
+    with _undone(model), idle_optimizer(model) as optimizer:
+        model.train()
+        return [seconds_of(partial(step, make), model.device) for make in batches]
+
+
+def evaluation_seconds(model: Attached, batches: Iterable[Callable[[], Batch]], *, bf16: bool = False) -> list[float]:
+    """The same of a forward pass with labels, without gradients."""
+
+    def evaluate(make: Callable[[], Batch]) -> None:
+        _loss(model, accepted(model, make()), bf16)
+
+    with _undone(model), torch.no_grad():
+        model.eval()
+        return [seconds_of(partial(evaluate, make), model.device) for make in batches]
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """How long it takes, until the device has done its work."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def train_step(model: Attached, batch: Batch, optimizer: torch.optim.Optimizer, bf16: bool) -> None:

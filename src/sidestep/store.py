@@ -33,8 +33,9 @@ from transformers import PreTrainedModel
 
 from sidestep import task_fields
 from sidestep.backbone import Digest, joined, token_rows
+from sidestep.card import backbone_text, write_card
 from sidestep.diffs import SparseDiff
-from sidestep.heads import HEADS, HeadConfig, head_from_dict
+from sidestep.heads import HEADS, HeadConfig, head_from_dict, named
 from sidestep.loading import (
     LoadError,
     OtherModel,
@@ -57,7 +58,6 @@ PACKAGES = ("torch", "transformers", "timm", "safetensors")
 CONFIG = "sidestep.json"
 WEIGHTS = "task.safetensors"
 PROCESSOR = "processor"
-CARD = "README.md"
 STAGING = ".saving-"
 SEALED = ("config", "checksum")  # in the weights' metadata: their sidestep.json has a checksum of its own
 OWN_CONFIG = ("problem_type", "pad_token_id")
@@ -138,7 +138,7 @@ def save(
         shutil.rmtree(staging)
         raise
     _install(staging, folder, config)
-    _write_card(folder, config)
+    write_card(folder, config)
 
 
 def _check_storable(folder: Path, config: Mapping[str, Any]) -> None:
@@ -290,7 +290,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         return
     try:
         there = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        what = f"{there['method']['name']} on {_backbone_text(there['backbone'])}"
+        what = f"{there['method']['name']} on {backbone_text(there['backbone'])}"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         what = f"its {CONFIG} cannot be read"
     raise TaskError(
@@ -506,63 +506,6 @@ def sync_path(path: Path) -> None:
         os.close(handle)
 
 
-def _write_card(folder: Path, config: Mapping[str, Any]) -> None:
-    path = folder / CARD
-    if path.exists() and "library_name: sidestep" not in path.read_text(encoding="utf-8", errors="replace"):
-        return  # somebody's own README
-    path.write_text(model_card(config, folder.name), encoding="utf-8")
-
-
-def model_card(config: Mapping[str, Any], name: str) -> str:
-    """The README.md of a task with this config."""
-    backbone, method, scores = config["backbone"], config["method"], config["scores"] or {}
-    values = ", ".join(f"{key}={value}" for key, value in method["config"].items()) or "no settings"
-    hub = backbone["id"] if _is_hub_id(backbone) else ""
-    lines = [
-        "---",
-        "library_name: sidestep",
-        *([f"base_model: {hub}"] if hub else []),
-        "tags:",
-        "- sidestep",
-        f"- {method['name']}",
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"A task tuned with Sidestep {config['sidestep']}: "
-        f"`{method['name']}` ({values}) on {_backbone_text(backbone)}.",
-        "",
-        "The folder holds what was tuned, not the backbone, which is loaded by its name and recognised by "
-        f"its digest `{backbone['digest']['exact'][:16]}`.",
-        "",
-        *(["Labels: " + ", ".join(config["labels"]), ""] if config["labels"] else []),
-        *_score_table(scores),
-        "```python",
-        "import sidestep as ss",
-        "",
-        f'model = ss.load("{name}")',
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _score_table(scores: Mapping[str, Any]) -> list[str]:
-    if not scores:
-        return []
-    rows = [
-        f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
-        for key, value in scores.items()
-    ]
-    return ["| score | value |", "|---|---|", *rows, ""]
-
-
-def _is_hub_id(backbone: Mapping[str, Any]) -> bool:
-    """Whether a backbone's id is one of the hub's rather than a folder of this machine."""
-    parts = str(backbone["id"]).split("/")
-    plain = len(parts) <= 2 and all(part and not part.startswith((".", "~")) for part in parts)
-    return backbone["library"] == "transformers" and plain and backbone["revision"] is not None
-
-
 # --- reading -----------------------------------------------------------------------------------------------
 
 
@@ -667,7 +610,7 @@ def copy(folder: str | Path, target: Path) -> None:
     _sync(target)
     config = {**config, "files": {"weights": WEIGHTS, "processor": PROCESSOR if processor else None}}
     _commit(target, config)
-    _write_card(target, config)
+    write_card(target, config)
 
 
 def read(folder: str | Path) -> Task:
@@ -907,7 +850,7 @@ def stored_backbone(
         return load_class(source, class_name=kind, dtype=wanted, config=_own_fields(stored))
     except OtherModel as error:
         raise TaskError(
-            f"{folder} was made on {_backbone_text(stored)}, but {error}: {OWN_BACKBONE} (--backbone)"
+            f"{folder} was made on {backbone_text(stored)}, but {error}: {OWN_BACKBONE} (--backbone)"
         ) from error
     except LoadError as error:
         if moved_to is not None or Path(source.id).exists():
@@ -931,7 +874,7 @@ def _attach(task: Task, backbone: nn.Module, settings: Settings) -> Attached:
         )
     except UnsupportedBackbone as error:
         raise UnsupportedBackbone(
-            f"{task.folder} was made on {_backbone_text(task.config['backbone'])}: {error}"
+            f"{task.folder} was made on {backbone_text(task.config['backbone'])}: {error}"
         ) from error
     except TypeError as error:  # a whole float in the place of an int
         raise TaskError(f"the settings in {task.folder / CONFIG} cannot be used: {error}") from error
@@ -981,7 +924,7 @@ def _check_digest(task: Task, model: Attached, allow_mismatch: bool) -> None:
 
 
 def _other_backbone(task: Task, backbone: nn.Module, wanted: Digest, own: Digest) -> OtherBackbone:
-    made, here = (_backbone_text(about) for about in (task.config["backbone"], asdict(source_of(backbone))))
+    made, here = (backbone_text(about) for about in (task.config["backbone"], asdict(source_of(backbone))))
     return OtherBackbone(
         f"{task.folder} was made on {made} with digest {wanted.exact[:16]} ({wanted.dtype}), but this backbone is "
         f"{here} with digest {own.exact[:16]} ({own.dtype})"
@@ -1017,6 +960,9 @@ def _fitted(task: Task, model: Attached) -> dict[str, Tensor]:
 def _restore_extras(task: Task, model: Attached) -> None:
     config = task.config
     model.extras["preprocessing"] = config.get("preprocessing") or {}
+    if config.get("head") is not None and hasattr(model, "config"):  # a copy, where the head is Sidestep's
+        for name, value in named(model.extras["preprocessing"].get("labels") or ()).items():
+            setattr(model.config, name, value)
     if config.get("scores") is not None:
         model.extras["scores"] = config["scores"]
     if processor := config["files"].get("processor"):
@@ -1053,12 +999,6 @@ def _processor(task: Task, name: str) -> Any:
 
 
 # --- small parts -------------------------------------------------------------------------------------------
-
-
-def _backbone_text(backbone: Mapping[str, Any]) -> str:
-    """A backbone in words: its class and where it came from."""
-    towers = " and ".join(tower["id"] for tower in backbone.get("towers", {}).values() if tower["id"])
-    return f"{backbone['class_name']} {backbone['id'] or (towers and f'of {towers}') or '(not loaded by name)'}"
 
 
 def _count(shape: Sequence[int]) -> int:

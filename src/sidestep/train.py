@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,30 +24,30 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.integrations import TensorBoardCallback
 
 from sidestep import checkpoints, relax
-from sidestep.backbone import drop_path_rate, positions
+from sidestep.assess import Assessment, assess_evaluation
+from sidestep.backbone import drop_path_rate
 from sidestep.callbacks import Bars, Diverged, EpochClock, ExactResume, MoveSupport, SetEpoch, StopIfDiverged, TellEpoch
-from sidestep.data import DataError, DataWarning
+from sidestep.data import DataWarning, Generation, LabelSpace
 from sidestep.data.contents import content_hash
-from sidestep.data.messages import named_rows
-from sidestep.data.vocabulary import check_tokens
-from sidestep.heads import Classify, HeadConfig, Regress, Retrieve
+from sidestep.heads import Classify, HeadConfig, Regress, Retrieve, named
 from sidestep.loading import source_of
 from sidestep.methods import SideNet, WeightDelta
-from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, scores, text_scores
+from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics
 from sidestep.model import SideModel
+from sidestep.pace import Pace
 from sidestep.pair import Attached, PairModel
-from sidestep.pixels import check_image_size
 from sidestep.plan import check_fits
-from sidestep.predict import logits, written
+from sidestep.predict import judge_encoded
 from sidestep.prepare import TaskData, written_kind
 from sidestep.results import PACKAGES, Results, device_name
-from sidestep.retrieval import recalls
+from sidestep.run_checks import check_run
 from sidestep.schedules import rate_factor
 from sidestep.settings import TrainSettings
 from sidestep.starts import initialise, samples_of
 from sidestep.step import StepCost, measure_step
-from sidestep.store import WEIGHTS, check_sizes
+from sidestep.store import WEIGHTS
 from sidestep.versions import versions
+from sidestep.wording import about
 
 __all__ = ["TrainError", "TrainSettings", "head_for", "largest_batch", "train"]
 
@@ -56,9 +57,16 @@ class TrainError(RuntimeError):
 
 
 def train(
-    model: Attached, data: TaskData, settings: TrainSettings, *, recipe: Mapping[str, Any] | None = None
+    model: Attached,
+    data: TaskData,
+    settings: TrainSettings,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> Results:
     """Train a model, choose its best epoch on the dev rows (or keep the last), and save it as a task with its results.
+
+    Training stops early where no epoch is better for a while, if the best one is kept (see `TrainSettings.waits`).
 
     `settings.output` then holds the task, results.json, checkpoints/ (the best and the last, of the task
     alone) and logs/ (for TensorBoard).
@@ -68,6 +76,7 @@ def train(
         data: see `prepare`.
         settings: how.
         recipe: the name of the recipe that it follows and what differs from it, to be told in the results.
+        tell: takes a line that says before training how long it will take, if steps are measured.
 
     Returns:
         What results.json holds; the model is left with the kept weights, in eval mode.
@@ -80,21 +89,24 @@ def train(
     Warns:
         PlanWarning: if a step will need more memory than there is.
     """
-    data = _readable(model, data)
-    _check_fit(model, data, settings)
+    data, settings = _readable(model, data), checkpoints.as_begun(settings)
+    check_run(model, data, settings)
     _describe(model, data)
     metric = settings.best_by(data.labels.kind, len(data.labels.names))
     identity = _identity(model, data, settings)
     if relax.relaxes(model):
         relax.check(model, settings)
     start = checkpoints.begin(settings, identity)
-    first, last, clock = None, settings, EpochClock()
+    first, clock, estimate = None, EpochClock(), None
+    last = relax.last_stage(model, settings) if relax.relaxes(model) else settings
     if relax.relaxes(model):
         with _failures(relax.own(model, settings)):
             batch = largest_batch(data, settings.batch_size) if settings.measure else None
 
             if batch is not None and start is None:
                 check_fits(model, batch, precision="bf16 autocast" if settings.bf16 else "float32")
+                if not settings.resume:  # how much of this stage is left is not known here
+                    estimate = _estimate(model, data, last, relax.epochs(model, settings), tell)
 
             def trainer_of(
                 own: TrainSettings, at: Path | None, clock: EpochClock, optimizer: Callable[[], Optimizer]
@@ -102,7 +114,6 @@ def train(
                 return _trainer(model, data, own, metric, at, clock, optimizer)
 
             first = relax.projected(model, settings, identity, start, trainer_of, batch)
-        last = relax.last_stage(model, settings)
     trainer = _trainer(model, data, last, metric, start, clock)
     with _failures(settings):
         if start is None:
@@ -115,12 +126,14 @@ def train(
                 model, batch, precision="bf16 autocast" if settings.bf16 else "float32", optimizer="AdamW (fused)"
             )
             cost = measure_step(model, batch, bf16=settings.bf16)
+            left = checkpoints.epochs_left(settings.epochs, start)
+            estimate = _estimate(model, data, settings, left, tell) if left else None
         seconds = _run(trainer, start)
         history = _history(trainer.state.log_history)
-        found = _last_scores(history) if _ends_scored(settings) else _dev_scores(model, data, settings)
+        judged = (trainer.judged(history) if _ends_scored(settings) else None) or _judged(model, data, settings)
     model.eval()
-    model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=found)
-    results = _results(trainer, data, settings, recipe, metric, found, cost, seconds, start, history, clock.seconds)
+    model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=judged.scores)
+    results = _results(trainer, data, settings, recipe, judged, cost, seconds, estimate, start, history, clock)
     if first is not None:
         results = replace(results, first_stage=first.told(_history(first.log)))
     results.write(settings.output)
@@ -166,117 +179,18 @@ def _readable(model: Attached, data: TaskData) -> TaskData:
     return replace(data, train=prune(data.train), dev=prune(data.dev))
 
 
-def _check_fit(model: Attached, data: TaskData, settings: TrainSettings) -> None:
-    smoothing = settings.label_smoothing
-    if smoothing and data.labels.kind != "single":
-        raise ValueError(
-            f"label_smoothing={smoothing} with problem {data.labels.kind!r}: it is for single-label "
-            "classification; leave it at 0"
-        )
-    if smoothing and not hasattr(model, "config"):
-        raise ValueError(
-            f"label_smoothing={smoothing}: the Trainer smooths labels of transformers models only, and "
-            f"{type(model.backbone).__name__} is timm's; leave it at 0"
-        )
-    _check_task(model, data)
-    check_sizes(model)  # before a long run, at whose end nothing could be saved
-    if data.labels.kind == "retrieval" and settings.batch_size < 2:
-        raise ValueError(
-            f"batch_size={settings.batch_size} for retrieval: the other pairs of a batch are the negatives, so there "
-            "have to be at least 2"
-        )
-    if data.fields.image is not None:
-        reader = model.parts[0]
-        check_image_size(reader.backbone, reader.trunk, data.train[0]["pixel_values"])
-    if data.fields.text is not None:
-        _check_positions(model.parts[-1].backbone, data)
-        _check_tokens(model, data)
-    if settings.drop_last and len(data.train) < settings.batch_size:
-        raise ValueError(
-            f"drop_last with {len(data.train)} training rows and batch_size={settings.batch_size}: no batch would be "
-            "left; lower the batch size, or train on the last batch too"
-        )
-    _check_rows(model, data, settings)
-    if torch.cuda.is_available() and torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
-        raise ValueError(
-            f"{torch.cuda.device_count()} GPUs are visible: show one (CUDA_VISIBLE_DEVICES=0), or start one "
-            "process per GPU with torchrun"
-        )
-
-
-def _check_rows(model: Attached, data: TaskData, settings: TrainSettings) -> None:
-    """Refuse batches that are too small for a method's batch norms, the last one of an epoch included."""
-    least = max(part.side.least_rows for part in model.parts)
-    rest = 0 if settings.drop_last else len(data.train) % settings.batch_size
-    if (rest or settings.batch_size) < least:
-        raise ValueError(
-            f"batch_size={settings.batch_size} with {len(data.train)} training rows makes a batch of "
-            f"{rest or settings.batch_size}, but {model.record.name} has batch norms on this backbone, which are "
-            f"trained on {least} rows or more: choose another batch size"
-            + (", or leave the last batch out (--drop-last)" if rest and rest != len(data.train) else "")
-        )
-
-
-def _check_task(model: Attached, data: TaskData) -> None:
-    """Refuse a model that does not write the texts that the data asks for, or of which nothing is trained."""
-    kind = written_kind(data.labels.kind)
-    if kind is None:
-        return
-    if model.writes != kind:
-        raise ValueError(
-            f"the problem is {kind!r}, but {type(model.backbone).__name__} as it is attached writes no such text: take "
-            f"the backbone of load_backbone(..., writes={kind!r}) and the head of head_for(data)"
-        )
-    if model.untrained is not None:
-        raise ValueError(model.untrained)
-
-
-def _check_positions(backbone: nn.Module, data: TaskData) -> None:
-    """Refuse texts, asked for or there, that are longer than the backbone's tables of positions."""
-    name, (reads, writes) = type(backbone).__name__, positions(backbone)
-    parts = [rows.with_format(None) for rows in (data.train, data.dev)]
-    new = 0 if data.generation is None else data.generation.max_new_tokens
-    targets = [[len(ids) for ids in rows["labels"][:]] if new else [0] * len(rows) for rows in parts]
-    prompts = [np.subtract(rows["length"][:], own).max() for rows, own in zip(parts, targets, strict=True)]
-    behind = max(new, *map(max, targets)) if data.labels.kind == "lm" else 0
-    longest = behind + (max(prompts) if data.max_length is None else data.max_length)
-    if reads is not None and longest > reads:
-        given = f"max_length={longest}"
-        if data.max_length is None:
-            given = f"max_length=None leaves texts of up to {longest} tokens"
-        raise ValueError(f"{given}, but {name} has {reads} positions: choose at most {reads}")
-    if writes is None or data.labels.kind != "text2text":
-        return
-    for split, lengths in zip(("training", "dev"), targets, strict=True):
-        if long := [row for row, length in enumerate(lengths) if length > writes]:
-            raise DataError(
-                f"the decoder of {name} has {writes} positions, but targets have up to {max(lengths)} tokens, in "
-                f"{named_rows(long)} of the {split} rows: they are never cut; shorten or drop these rows"
-            )
-    if new > writes:
-        raise ValueError(
-            f"max_new_tokens={new}, but the decoder of {name} has {writes} positions: choose at most {writes}"
-        )
-
-
-def _check_tokens(model: Attached, data: TaskData) -> None:
-    """Refuse rows with tokens that the backbone has no embeddings for."""
-    tokenizer, kind = getattr(data.processor, "text", data.processor), written_kind(data.labels.kind)
-    for split, rows in (("training", data.train), ("dev", data.dev)):
-        check_tokens(model.parts[-1].backbone, rows, tokenizer, kind=kind, split=split)
-
-
 def _describe(model: Attached, data: TaskData) -> None:
     """Store in the model what reads further rows the same way."""
     _choose_padding_side(model, data)
     model.extras["processor"] = data.processor
     model.extras["preprocessing"] = data.preprocessing()
     config = getattr(model, "config", None)
-    if config is None or model.head is not None or data.generation is not None:
+    if config is None or data.generation is not None:
         return
-    if data.labels.names:
-        config.id2label = dict(enumerate(data.labels.names))
-        config.label2id = {name: index for index, name in enumerate(data.labels.names)}
+    for name, value in named(data.labels.names).items():
+        setattr(config, name, value)
+    if model.head is not None:
+        return
     if data.labels.kind == "multi":
         config.problem_type = "multi_label_classification"
     # a head of the backbone's own finds a row's last token by this id
@@ -348,6 +262,20 @@ def largest_batch(data: TaskData, size: int) -> Any:
     return data.collate([rows[int(index)] for index in order[:size]])
 
 
+def _estimate(
+    model: Attached, data: TaskData, settings: TrainSettings, epochs: float, tell: Callable[[str], object] | None
+) -> float:
+    """Seconds that so many epochs and the final evaluation will take; told, if somebody listens.
+
+    The settings are those of the last stage, which may stop early.
+    """
+    seconds = Pace.measured(model, data, settings).seconds(epochs, more_evaluations=not _ends_scored(settings))
+    if tell is not None:
+        early = ", less if training stops early" if 0 < settings.waits < settings.epochs else ""
+        tell(f"time: {about(seconds)} for {epochs:g} epochs{early}")
+    return seconds
+
+
 # --- the Trainer -------------------------------------------------------------------------------------------
 
 
@@ -374,8 +302,8 @@ def _trainer(
         callbacks.append(SetEpoch(data.augment.epoch))
     if isinstance(model, PairModel):
         callbacks.append(TellEpoch(model, steps))
-    if settings.patience is not None:
-        callbacks.append(EarlyStoppingCallback(settings.patience))
+    if settings.waits:
+        callbacks.append(EarlyStoppingCallback(settings.waits))
     trainer = _Trainer(
         settings,
         rate_factor(settings, settings.rate(model.record.name), steps),
@@ -387,7 +315,8 @@ def _trainer(
         eval_dataset=data.dev,
         compute_metrics=None if writes else ComputeMetrics(data.labels.kind, data.labels.names or None),
         callbacks=callbacks,
-        score=(lambda: _dev_scores(model, data, settings)) if writes else None,
+        labels=data.labels,
+        judge_texts=(lambda: _judged(model, data, settings)) if writes else None,
         make_optimizer=optimizer,
     )
     for printer in (ProgressCallback, PrinterCallback):
@@ -400,7 +329,8 @@ def _trainer(
 class _Trainer(Trainer):
     """The Trainer with the settings' schedule, weight decay and whole batches.
 
-    `score` gives the dev scores of problems that are not scored by logits; without it `compute_metrics` does.
+    `judge_texts` scores problems that are not scored by logits; without it `compute_metrics` does. What the last
+    evaluation gave is remembered, for `judged`.
     `make_optimizer` makes another optimizer than AdamW, when a checkpoint's weights have been loaded.
     """
 
@@ -412,12 +342,15 @@ class _Trainer(Trainer):
         settings: TrainSettings,
         factor: Callable[[int], float],
         *,
-        score: Callable[[], dict[str, float]] | None,
+        labels: LabelSpace,
+        judge_texts: Callable[[], Assessment] | None,
         make_optimizer: Callable[[], Optimizer] | None,
         **given: Any,
     ) -> None:
         super().__init__(**given)
-        self._settings, self._factor, self._score, self._make_optimizer = settings, factor, score, make_optimizer
+        self._settings, self._factor, self._make_optimizer = settings, factor, make_optimizer
+        self._labels, self._judge_texts = labels, judge_texts
+        self._last: Callable[[], Assessment] | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None and self._make_optimizer is not None:
@@ -426,9 +359,17 @@ class _Trainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._score is not None:
-            found.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._score().items()})
+        if self._judge_texts is None:
+            self._last = partial(assess_evaluation, self._labels.kind, found, self._labels.names or None)
+            return found
+        judged = self._judge_texts()
+        self._last = lambda: judged
+        found.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in judged.scores.items()})
         return found
+
+    def judged(self, history: list[dict[str, float]]) -> Assessment | None:
+        """What the last evaluation came to, with the scores that the history ends with; None: there was none here."""
+        return None if self._last is None else replace(self._last(), scores=_last_scores(history))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None:
@@ -559,17 +500,10 @@ def _last_scores(history: list[dict[str, float]]) -> dict[str, float]:
     return {name: value for name, value in scored.items() if name != "loss"}
 
 
-def _dev_scores(model: Attached, data: TaskData, settings: TrainSettings) -> dict[str, float]:
-    if data.labels.kind == "retrieval":
-        return recalls(model, data.dev, batch_size=settings.eval_batch_size, workers=settings.workers)
-    assert isinstance(model, SideModel)
-    if data.generation is not None:
-        size, workers = settings.eval_batch_size, settings.workers
-        texts = written(model, data.dev, data.generation, batch_size=size, workers=workers)
-        return text_scores(texts, data.dev["target"][:])
-    found = logits(model, data.dev, data.fields, batch_size=settings.eval_batch_size, workers=settings.workers)
-    targets = np.array(data.dev.with_format(None)["labels"][:])
-    return scores(data.labels.kind, found, targets, data.labels.names or None)
+def _judged(model: Attached, data: TaskData, settings: TrainSettings) -> Assessment:
+    how = data.generation or Generation()
+    size, workers = settings.eval_batch_size, settings.workers
+    return judge_encoded(model, data.dev, data.fields, data.labels, how, batch_size=size, workers=workers)
 
 
 def _results(
@@ -577,21 +511,24 @@ def _results(
     data: TaskData,
     settings: TrainSettings,
     recipe: Mapping[str, Any] | None,
-    metric: str,
-    found: dict[str, float],
+    judged: Assessment,
     cost: StepCost | None,
     seconds: float,
+    estimate: float | None,
     start: Path | None,
     history: list[dict[str, float]],
-    epoch_seconds: list[float],
+    clock: EpochClock,
 ) -> Results:
     model, state, steps = trainer.model, trainer.state, _steps_per_epoch(data, settings)
     kept = (state.best_global_step if settings.keep == "best" else None) or state.global_step
     return Results(
-        scores=found,
-        metric=metric,
+        scores=judged.scores,
+        constant=judged.constant,
+        classes=judged.classes,
+        metric=str(trainer.args.metric_for_best_model),
         best_epoch=round(kept / steps, 3),
         epochs=round(state.global_step / steps, 3),
+        planned_epochs=round(trainer.args.num_train_epochs),
         method={"name": model.record.name, **model.settings.method.to_dict()},
         head=model.head_config,
         backbone={**asdict(source_of(model.backbone)), "dtype": model.precisions, "digest": model.digest.exact},
@@ -607,7 +544,8 @@ def _results(
         task_bytes=(settings.output / WEIGHTS).stat().st_size,
         step=cost,
         seconds=round(seconds, 3),
-        epoch_seconds=epoch_seconds,
+        estimated_seconds=None if estimate is None else round(estimate, 3),
+        epoch_seconds=clock.seconds,
         resumed_from=None if start is None else checkpoints.step_of(start),
         device=device_name(model.device),
         versions=versions(PACKAGES),

@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+def about(seconds: float) -> str:
+    """A time as a person says it: "less than 10 s", "about 40 s", "about 4 min", "about 2.5 h"."""
+    if seconds < 10:
+        return "less than 10 s"
+    if seconds < 90:
+        return f"about {10 * round(seconds / 10)} s"
+    return f"about {round(seconds / 60)} min" if seconds < 90 * 60 else f"about {seconds / 3600:.1f} h"
+
+
 def some(names: Iterable[str], most: int = 4) -> str:
     """The first `most` names and how many more there are; "nothing" if there is none."""
     every = list(names)

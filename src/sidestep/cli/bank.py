@@ -14,7 +14,7 @@ from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 from sidestep.cli.tasks import check_batch
 from sidestep.cli.values import backbone_named, table_options
-from sidestep.show import hush, remark, show_table
+from sidestep.show import hush, remark, show_table, show_unnamed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,6 +68,9 @@ def run(
     output: opt.Table,
     task_column: opt.TaskColumn = None,
     task: opt.OneTask = None,
+    text: opt.Text = None,
+    text2: opt.Text2 = None,
+    image: opt.Image = None,
     split: opt.Split = "test",
     columns: opt.Columns = None,
     no_header: opt.NoHeader = False,
@@ -76,6 +79,7 @@ def run(
     backbone: opt.OtherBackbone = None,
     gguf: opt.Gguf = None,
     batch_size: opt.BatchSize = 64,
+    probabilities: opt.BankProbabilities = None,
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -83,19 +87,30 @@ def run(
     """Label rows of several tasks on one backbone: each by its own task, in the rows' order."""
     with reporting(debug):
         from sidestep import predict as predicting
-        from sidestep.data import read
+        from sidestep.data import Fields, read
+        from sidestep.table_files import check_table, write_table
 
         hush(quiet)
         check_batch(batch_size)
-        predicting.check_table(output, overwrite=overwrite)
+        shares = None if probabilities is None else predicting.check_probabilities(probabilities)
+        check_table(output, overwrite=overwrite)
         held = _open(folder)
         found = read(rows, table_options(columns, no_header, no_quoting, encoding), split=split)
         names = _names(found, task_column, task)
         with _loaded(held, dict.fromkeys(names), backbone_named(backbone, gguf)) as loaded:
-            table = predicting.predict_each(loaded, found, names, batch_size=batch_size, progress=not quiet)
+            table = predicting.predict_each(
+                loaded,
+                found,
+                names,
+                columns=Fields(text=text, text2=text2, image=image),
+                batch_size=batch_size,
+                progress=not quiet,
+                probabilities=shares,
+            )
             for name, count in Counter(names).items():
                 remark(f"{name}: {count} rows; switched to in {1000 * loaded.seconds[name]:.0f} ms")
-        predicting.write_table(table, output, overwrite=overwrite)
+                show_unnamed(held.config(name), f"{name}: ")
+        write_table(table, output, shares=predicting.share_columns(table, found), overwrite=overwrite)
         remark(f"{len(table)} rows written to {output}")
 
 

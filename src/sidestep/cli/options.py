@@ -101,7 +101,10 @@ WeightDecay = Annotated[float, _training(help="AdamW's.")]
 Decay = Annotated[str, _training(help="What it is applied to: weights (no biases, no norms) or all.")]
 MaxGradNorm = Annotated[float, _training(help="Where the gradient's norm is cut; 0: never.")]
 LabelSmoothing = Annotated[float, _training(help="For single-label classification.")]
-Patience = Annotated[int | None, _training(help="Stop after so many epochs without a better score.")]
+Patience = Annotated[
+    int | None,
+    _training(help="Stop after so many epochs without a better dev score; 0: never. Default: 3 (--keep last: never)."),
+]
 Keep = Annotated[str, _training(help="The epoch to keep: best (by its dev score) or last.")]
 Metric = Annotated[str | None, _training(help="Dev score that chooses the best epoch.")]
 Seed = Annotated[int, _training(help="Of weights, order, noise, held-out rows, shots and views.")]
@@ -124,6 +127,12 @@ OneTask = Annotated[str | None, _data("--task", help="Name of the task that all 
 TaskColumn = Annotated[str | None, _data(help="Column with the name of each row's task.")]
 Table = Annotated[
     Path, _running("--output", help="csv, tsv, json, jsonl or parquet file to write.", show_default=False)
+]
+Probabilities = Annotated[
+    str, _running(help="Columns of probabilities: all (p_NAME for each class), one (probability) or none.")
+]
+BankProbabilities = Annotated[
+    str | None, _running("--probabilities", help="The same; default: all of one task, one of several.")
 ]
 AsJson = Annotated[bool, _running("--json", help="Print everything as JSON.")]
 Vision = Annotated[bool, _running("--vision", help="Digits on a vision Transformer, instead of text.")]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import backbone_named, table_options
-from sidestep.show import hush, remark, show_facts
+from sidestep.show import NARROW, hush, remark, score_facts, show_facts, show_unnamed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,8 +47,8 @@ def evaluate(
         model = _load(task, backbone_named(backbone, gguf))
         fields = _fields(model, text, text2, image, label)
         found = _read(model, rows, table, split, fields, skip_bad_images=skip_bad_images)
-        scores = predicting.evaluate(model, found, fields=fields, batch_size=batch_size, progress=not quiet)
-        show_facts(f"{task} on {rows}", {"rows": len(found), **scores})
+        judged = predicting.judge(model, found, fields=fields, batch_size=batch_size, progress=not quiet)
+        show_facts(f"{task} on {rows}", {"rows": len(found), **score_facts(judged)}, piped=NARROW)
 
 
 def predict(
@@ -67,6 +67,7 @@ def predict(
     backbone: opt.OtherBackbone = None,
     gguf: opt.Gguf = None,
     batch_size: opt.BatchSize = 64,
+    probabilities: opt.Probabilities = "all",
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -74,22 +75,28 @@ def predict(
     """Label rows: writes them with a prediction and the probability of each class."""
     with reporting(debug):
         from sidestep import predict as predicting
+        from sidestep.store import read_config
+        from sidestep.table_files import check_table, write_table
 
         hush(quiet)
         check_batch(batch_size)
-        predicting.check_table(output, overwrite=overwrite)
+        shares = predicting.check_probabilities(probabilities)
+        check_table(output, overwrite=overwrite)
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone_named(backbone, gguf))
         fields = _fields(model, text, text2, image, None)
+        given = _read(model, rows, table, split, fields, skip_bad_images=skip_bad_images)
         found = predicting.predict(
             model,
-            _read(model, rows, table, split, fields, skip_bad_images=skip_bad_images),
+            given,
             fields=fields,
             batch_size=batch_size,
             progress=not quiet,
+            probabilities=shares,
         )
-        predicting.write_table(found, output, overwrite=overwrite)
+        write_table(found, output, shares=predicting.share_columns(found, given), overwrite=overwrite)
         remark(f"{len(found)} rows written to {output}")
+        show_unnamed(read_config(task))
 
 
 def check_batch(size: int) -> None:
@@ -129,12 +136,7 @@ def _read(
 def _fields(model: Attached, text: str | None, text2: str | None, image: str | None, label: str | None) -> Fields:
     """The columns that the task was trained on, with the user's in their place."""
     from sidestep.data import Fields
-    from sidestep.prepare import stored_fields
+    from sidestep.prepare import chosen_fields
 
-    given = {"text": text, "text2": text2, "image": image, "label": label}
-    changed = {name: value for name, value in given.items() if value is not None}
-    if text is not None or image is not None:
-        known = model.extras.get("preprocessing") or {}
-        base = stored_fields(known) if "fields" in known else Fields()
-        return replace(base, **changed)
-    return replace(stored_fields(model.extras.get("preprocessing") or {}), **changed)
+    given = Fields(text=text, text2=text2, image=image, label=label)
+    return chosen_fields(model.extras.get("preprocessing") or {}, given)

@@ -12,7 +12,7 @@ from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import backbone_named, config_from, table_options, unescaped, value_of
-from sidestep.show import hush, show_answers, show_recipe, show_results, show_start
+from sidestep.show import hush, remark, show_answers, show_recipe, show_results, show_start
 
 if TYPE_CHECKING:
     from sidestep.methods import MethodConfig
@@ -96,7 +96,7 @@ def train(
 ) -> None:
     """Train a task and save it in a folder."""
     with reporting(debug):
-        from sidestep.checkpoints import check_output
+        from sidestep.checkpoints import as_begun, check_output
         from sidestep.data import Fields
         from sidestep.loading import check_writes, load_pair_processor, load_processor
         from sidestep.methods import method_named
@@ -121,6 +121,7 @@ def train(
             "decay": decay,
             "max_grad_norm": max_grad_norm,
             "keep": keep,
+            "patience": patience,
         }
         settings = TrainSettings(
             output=output,
@@ -131,7 +132,6 @@ def train(
             label_smoothing=label_smoothing,
             seed=seed,
             bf16=bf16,
-            patience=patience,
             metric=metric,
             save_steps=save_steps,
             log_steps=log_steps,
@@ -156,6 +156,7 @@ def train(
         )
         hush(quiet)
         check_output(settings)
+        settings = as_begun(settings)
         config = config_from(method_named(asked["method"]).config, set_ or [], chosen.method_settings(asked["method"]))
         kind = check_problem(asked["problem"])
         pairs = kind == "retrieval"
@@ -204,7 +205,7 @@ def train(
         record = chosen.record()
         if record is not None:
             show_recipe(record)
-        results = run(model, data, settings, recipe=record)
+        results = run(model, data, settings, recipe=record, tell=remark)
         show_answers(model, data)
         show_results(results, Path(output))
 

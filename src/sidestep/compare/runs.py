@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from sidestep.compare.bench import Bench, Prepared, Rows, pairs, written_by
 from sidestep.compare.costs import measure_costs
+from sidestep.compare.forecast import Forecast, Run, step_pace
 from sidestep.compare.ledger import Ledger, Tell
 from sidestep.compare.records import Kind, Record
 from sidestep.compare.spec import Comparison, Contender, Task
@@ -26,6 +28,7 @@ from sidestep.prepare import TaskData
 from sidestep.results import Results
 from sidestep.settings import TrainSettings
 from sidestep.train import head_for, train
+from sidestep.wording import about
 
 NEVER = 10**9  # steps between log entries: the loss is that of a whole epoch then, logged at its end
 
@@ -109,6 +112,7 @@ class _Session:
         self.refused = {name: reason for name, reason in refused.items() if reason is not None}
         self.running = [one for one in comparison.scored if one.name not in self.refused]
         self.done, self.total = 0, 0
+        self.forecast, self.started = Forecast({}, {}), False
 
     def run(self, prepared: list[Prepared]) -> None:
         """Trials and scores of every contender on these tasks."""
@@ -117,6 +121,7 @@ class _Session:
         self._refuse(prepared)
         if (costs := self.comparison.costs) is not None:
             measure_costs(self.comparison, costs, self.bench, self.ledger, self.refused)
+        self.forecast = self._forecast(prepared)
         rates = {}
         for task in prepared:
             rates[task.task.name] = self._rates(task)
@@ -151,6 +156,7 @@ class _Session:
                 self._once("score", task, one, "dev", rate, seed, task.data[seed])
             else:
                 self.done += 1
+                self.forecast.done(self._run_of(one, task.data[seed]))
                 reason = "the trial of every learning rate failed"
                 self.ledger.without("score", self._settings(task, one, "dev", None, seed), "failed", reason)
 
@@ -158,14 +164,48 @@ class _Session:
         self, kind: Kind, task: Prepared, one: Contender, part: str, rate: float, seed: int, data: TaskData
     ) -> Record:
         before = self.ledger.ran
-        settings = self._settings(task, one, part, rate, seed)
+        settings, run = self._settings(task, one, part, rate, seed), self._run_of(one, data)
         record = self.ledger.once(kind, settings, lambda: self._train(one, data, rate, seed))
         self.done += 1
         if self.ledger.ran > before:
-            self.ledger.tell(f"[{self.done}/{self.total}] {_told(record)}")
+            self.forecast.done(run, record.seconds if record.measured is not None else None)
+            self.ledger.tell(f"[{self.done}/{self.total}] {_told(record)}{self._time_left()}")
+        else:
+            self.forecast.done(run)
         return record
 
+    def _forecast(self, prepared: list[Prepared]) -> Forecast:
+        """Of all runs on this backbone, with the steps that were measured."""
+        runs: Counter[Run] = Counter()
+        for task in prepared:
+            for one in self.running:
+                runs[self._run_of(one, task.trial)] += _trials(self.comparison)
+                runs.update(self._run_of(one, data) for data in task.data.values())
+        costs = [record for record in self.ledger.touched.values() if record.kind == "cost"]
+        steps = {cost.settings["contender"]: step_pace(cost) for cost in costs if self._is_own(cost)}
+        known = {name: pace for name, pace in steps.items() if pace is not None}
+        return Forecast(runs, known, steps_tell=self.bench.writes is None)
+
+    def _run_of(self, one: Contender, data: TaskData) -> Run:
+        return Run.of(one.name, data, self.comparison.epochs)
+
+    def _is_own(self, record: Record) -> bool:
+        return record.settings["backbone"] == self.bench.spec.name
+
+    def _say_how_long(self) -> None:
+        """Once, before the first run that is not in the results file, if steps were measured."""
+        if not self.started and (seconds := self.forecast.seconds) is not None:
+            self.ledger.tell(
+                f"{self.bench.spec.name}: {self.forecast.runs} runs, {about(seconds)} by the measured steps"
+            )
+        self.started = True
+
+    def _time_left(self) -> str:
+        seconds = self.forecast.seconds
+        return f"; {about(seconds)} left" if self.forecast.runs and seconds is not None else ""
+
     def _train(self, one: Contender, data: TaskData, rate: float, seed: int) -> dict[str, Any]:
+        self._say_how_long()
         model = self.bench.attach(one, head_for(data, self.bench.pool(one)), seed)
         try:
             return _measured(train(model, data, self._how(rate, seed)), model)

@@ -171,7 +171,8 @@ def _few_shot_rows(tasks: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
 
 def _recipe(name: str, shared: Mapping[str, Any], row: Mapping[str, Any]) -> Recipe:
     own = dict(row)
-    training = {**shared["training"], **_taken(own, ("learning_rate", "epochs"))}
+    # a published run trains all its epochs
+    training = {"patience": 0, **shared["training"], **_taken(own, ("learning_rate", "epochs"))}
     plain: dict[str, Any] = {"problem": None, "pool": None, "drop_path": 0.0, "max_length": None}
     plain |= {"augment": None, "shots": None}
     plain |= {key: value for key, value in shared.items() if not isinstance(value, dict)}

@@ -1,0 +1,87 @@
+"""How long a run will take, by a few batches that are timed before it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from sidestep.model import SideModel
+from sidestep.pair import Attached
+from sidestep.predict import written
+from sidestep.prepare import TaskData
+from sidestep.settings import TrainSettings
+from sidestep.step import Batch, evaluation_seconds, seconds_of, step_seconds
+
+TIMED = 3
+"""Batches that are timed, of training and of dev rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Seconds of an epoch's batches, and of an evaluation of the dev rows."""
+
+    epoch: float
+    evaluation: float
+
+    @classmethod
+    def measured(cls, model: Attached, data: TaskData, settings: TrainSettings) -> Pace:
+        """The pace of a model on a run's rows; mode, weights and random generators stay as they are.
+
+        What is left out of it: the clipping of gradients, logs and checkpoints.
+        """
+        size, bf16 = settings.batch_size, settings.bf16
+        whole, rest = divmod(len(data.train), size)
+        steps = step_seconds(model, _batches(data, data.train, size), bf16=bf16)
+        checks = evaluation_seconds(model, _batches(data, data.dev, settings.eval_batch_size), bf16=bf16)
+        count = whole if settings.drop_last else whole + rest / size
+        shares = len(data.dev) / min(settings.eval_batch_size, len(data.dev))
+        writing = _writing_seconds(model, data, settings) if data.generation is not None else 0.0
+        return cls(
+            epoch=statistics.mean(steps) * max(count, 1),
+            evaluation=(statistics.mean(checks) + writing) * shares,
+        )
+
+    def seconds(self, epochs: float, *, more_evaluations: int = 0) -> float:
+        """Of epochs with an evaluation after each, and of more evaluations."""
+        return epochs * self.epoch + (epochs + more_evaluations) * self.evaluation
+
+
+def _batches(data: TaskData, rows: Dataset, size: int) -> list[Callable[[], Batch]]:
+    """What makes a few whole batches of rows of about one length, spread evenly over the lengths.
+
+    The Trainer puts rows of about one length together too, so their mean stands for all batches.
+    """
+    return [partial(_batch, data, rows, index) for index in _spread(rows, size)]
+
+
+def _batch(data: TaskData, rows: Dataset, index: NDArray[np.int64]) -> Batch:
+    return data.collate([rows[int(row)] for row in index])
+
+
+def _spread(rows: Dataset, size: int) -> list[NDArray[np.int64]]:
+    """The rows of at most `TIMED` such batches."""
+    order = np.argsort(rows["length"][:], kind="stable") if "length" in rows.column_names else np.arange(len(rows))
+    whole = max(len(rows) // size, 1)
+    timed = min(whole, TIMED)
+    places = [(2 * part + 1) * whole // (2 * timed) for part in range(timed)]
+    return [order[place * size : (place + 1) * size] for place in places]
+
+
+def _writing_seconds(model: Attached, data: TaskData, settings: TrainSettings) -> float:
+    """Of the texts of one batch, of the middle of the lengths."""
+    assert isinstance(model, SideModel)
+    assert data.generation is not None
+    size, generation = settings.eval_batch_size, data.generation
+    spread = _spread(data.dev, size)
+    rows = data.dev.select(spread[len(spread) // 2])
+    training = model.training
+    try:
+        return seconds_of(lambda: written(model, rows, generation, batch_size=size), model.device)
+    finally:
+        model.train(training)
