@@ -213,7 +213,7 @@ def test_a_task_is_trained_used_and_loaded_again(folder: Path, rows: Path, tmp_p
     out, table = tmp_path / "task", tmp_path / "out.csv"
     where = ("--backbone", folder, "--gguf", FILE)
     asked = ("--train", rows, "--text", "text", "--label", "label", "--task", task, "--max-length", 16, "--epochs", 1)
-    written = () if task == "single" else ("--max-new-tokens", 4)
+    written = () if task == "single" else ("--max-new-tokens", 4, "--separator", " ")
     run("train", *where, *asked, *written, "--set", "rank=4", "--output", out, "--quiet")
     run("predict", out, "--data", rows, "--output", table, "--quiet")
     assert len(table.read_text(encoding="utf-8").splitlines()) == 13
