@@ -25,7 +25,6 @@ from sidestep.caches import SideCache, claim
 from sidestep.families import Pool, TokenGrid
 from sidestep.layers import last_kept, masked_mean
 from sidestep.methods.base import SideNet
-from sidestep.packing import check_packed
 from sidestep.padding import kept_tokens, own_tokens
 from sidestep.sites import Place, Site
 
@@ -209,7 +208,6 @@ class Fold:
             self.current.inputs = {**self.current.inputs, **inputs}
             return
         self.current = Pass(inputs=inputs, began=module)
-        check_packed(inputs, self.facts, self.method, model=type(self.entry).__name__, pools=self.pools)
         given = inputs.get("encoder_outputs")
         if given is not None and self.carries:
             carried = given.get(CARRIED) if isinstance(given, Mapping) else None
