@@ -111,9 +111,28 @@ def test_a_mask_a_cache_and_a_head_make_one_text_of_a_row() -> None:
         model(**together, attention_mask=torch.ones_like(together["input_ids"]))
     with pytest.raises(ValueError, match=r"with a key-value cache .* pass use_cache=False"):
         model(**together, use_cache=True)
+    with pytest.raises(ValueError, match="give each prompt a row of its own"):
+        model.generate(**together)
     pooled = ss.attach(ss.detach(model), ss.ReadConfig(rank=4), head=ss.Classify(num_labels=3))
     with pytest.raises(ValueError, match="the head reads one text of each row"):
         pooled(**together)
+
+
+@pytest.mark.parametrize(("backbone", "apart"), [("llama", True), ("opt", False)])
+def test_a_backbone_that_was_not_run_at_attach_is_tried_when_rows_are_packed(
+    backbone: str, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as a quantised one: nothing of it is run then
+    monkeypatch.setattr("sidestep.backbone.trace.has_values", lambda model: False)
+    model = attached((APART | TOGETHER)[backbone], ss.ReadConfig(rank=4))
+    assert model.facts.packs is None
+    for _ in range(2):
+        if apart:
+            model(**row(texts()))
+        else:
+            with pytest.raises(ValueError, match="reads a row as one text all the same"):
+                model(**row(texts()))
+        assert model.facts.packs is apart
 
 
 def test_a_mask_of_the_callers_own_may_keep_texts_apart() -> None:
@@ -140,6 +159,11 @@ def test_an_encoders_positions_may_be_anything_for_methods_that_treat_tokens_alo
     model(**row(texts()))
 
 
+def nothing() -> str | None:
+    """No reason to refuse anything."""
+    return None
+
+
 @pytest.mark.parametrize(
     ("positions", "mask", "expected"),
     [
@@ -162,10 +186,15 @@ def test_a_row_is_packed_where_positions_of_kept_tokens_start_again(
     given = {"position_ids": torch.tensor([positions])}
     if mask is not None:
         given["attention_mask"] = torch.tensor([mask])
-    assert is_packed(given) is expected
+    assert is_packed(given, nothing) is expected
+    if expected:
+        with pytest.raises(ValueError, match=r"within a row .*, and so it is"):
+            is_packed(given, lambda: "so it is")
 
 
 def test_what_is_no_position_of_a_token_tells_nothing() -> None:
-    assert not is_packed({})
-    assert not is_packed({"position_ids": torch.zeros(3, 2, 5)})  # three positions a token, of rows and columns
-    assert not is_packed({"position_ids": torch.zeros(2, 5, device="meta")})
+    assert not is_packed({}, nothing)
+    assert not is_packed(
+        {"position_ids": torch.zeros(3, 2, 5)}, nothing
+    )  # three positions a token, of rows and columns
+    assert not is_packed({"position_ids": torch.zeros(2, 5, device="meta")}, nothing)

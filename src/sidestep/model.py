@@ -34,7 +34,7 @@ from sidestep.before import Before, Rest
 from sidestep.diffs import SparseDiff
 from sidestep.families import Pool, family_of
 from sidestep.fold import KEY_VALUES, Fold, FoldError, Hooks, is_hooked
-from sidestep.fold.packing import is_packed
+from sidestep.fold.packing import is_packed, refusal
 from sidestep.heads import IGNORED, Head, HeadConfig
 from sidestep.methods import MethodConfig, ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta, method_of
 from sidestep.methods.base import Method, SparseDelta
@@ -150,7 +150,6 @@ class SideModel(TrainerFace):
         self._set_trained()
         entry = trunk if self.head is not None else backbone
         self.fold = Fold(
-            entry,
             trunk,
             places,
             self.side,
@@ -523,9 +522,10 @@ class SideModel(TrainerFace):
         """Fill in what a pass of this module needs: no cache where nothing is generated, a decoder's first token."""
         if not isinstance(self.backbone, PreTrainedModel):
             return kwargs
-        names = inspect.signature(type(entry).forward).parameters
-        # with a cache, transformers takes a row for one text
-        uncached = self.head is not None or self.training or is_packed(kwargs)
+        names = list(inspect.signature(type(entry).forward).parameters)[1:]
+        # with a cache, transformers takes a row of several texts for one
+        packed = self._is_packed({**dict(zip(names, args, strict=False)), **kwargs})
+        uncached = self.head is not None or self.training or packed
         if "use_cache" in names and "past_key_values" not in kwargs and uncached:
             kwargs.setdefault("use_cache", False)
         if self.head is not None and backbones.is_encoder_decoder(self.backbone):
@@ -534,7 +534,22 @@ class SideModel(TrainerFace):
             if first is not None and kwargs.get("decoder_input_ids") is None:
                 start = torch.full((first.shape[0], 1), self._decoder_start(), device=first.device)
                 kwargs["decoder_input_ids"] = start
-        return self._with_positions(args, kwargs, list(names)[1:])
+        return self._with_positions(args, kwargs, names)
+
+    def _is_packed(self, inputs: dict[str, Any]) -> bool:
+        """Whether rows hold several texts each, which are then read as if each were alone.
+
+        Raises:
+            ValueError: if they would be read as one.
+        """
+
+        def packs() -> bool | None:
+            if self.facts.packs is None and not torch.compiler.is_compiling():
+                self.facts = replace(self.facts, packs=backbones.packs(self.backbone))
+            return self.facts.packs
+
+        name, causal, pools = type(self.backbone).__name__, self.facts.is_causal, self.head is not None
+        return is_packed(inputs, lambda: refusal(inputs, self.side, name, packs, causal=causal, pools=pools))
 
     def _with_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> dict[str, Any]:
         """The inputs with positions that count from each text's first token, where the model would count padding.
@@ -580,6 +595,7 @@ class SideModel(TrainerFace):
         """
         if self.head is not None:
             raise ValueError(f"a model with a {type(self.settings.head).__name__} head does not generate text")
+        is_packed(kwargs, lambda: "generate goes on from one text a row: give each prompt a row of its own")
         self._check_prompts(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")), kwargs)
         config = kwargs.get("generation_config", getattr(self, "generation_config", None))
         cached = kwargs.get("use_cache", getattr(config, "use_cache", True))

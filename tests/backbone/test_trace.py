@@ -328,8 +328,8 @@ def test_facts_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[Any] = []
     from sidestep.backbone import watch
 
-    run = watch._run
-    monkeypatch.setattr(watch, "_run", lambda trunk, inputs: passes.append(trunk) or run(trunk, inputs))
+    run = watch.output_of
+    monkeypatch.setattr(watch, "output_of", lambda trunk, inputs: passes.append(trunk) or run(trunk, inputs))
     backbone = FAMILIES["bert"].model()
     ss.detach(ss.attach(backbone, ss.ReadConfig(rank=2)))
     first = len(passes)
@@ -355,7 +355,7 @@ def test_a_banks_switches_do_not_trace_again(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: Any) -> None:
         raise AssertionError("traced again")
 
-    monkeypatch.setattr(watch, "_run", refuse)
+    monkeypatch.setattr(watch, "output_of", refuse)
     for name in ("one", "two", "one"):
         bank.run(name, FAMILIES["bert"].inputs())
     bank.close()

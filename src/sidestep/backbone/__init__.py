@@ -13,6 +13,7 @@ from sidestep.backbone.facts import Facts, StackFacts, as_given, as_tokens, said
 from sidestep.backbone.fakes import without_values
 from sidestep.backbone.find import Stack, default_pool, find_places, find_stacks, prove_replay
 from sidestep.backbone.freeze import Noise, check_noise, drop_path_rate, freeze, set_noise
+from sidestep.backbone.packs import packs
 from sidestep.backbone.recompute import CheckpointedForward, checkpoint_blocks, uncheckpoint_blocks
 from sidestep.backbone.trace import facts_of
 from sidestep.backbone.trunk import device_of, is_encoder_decoder, positions, token_rows, trunk_of
@@ -45,6 +46,7 @@ __all__ = [
     "is_encoder_decoder",
     "joined",
     "new_parameters",
+    "packs",
     "positions",
     "pretrained_tensors",
     "prove_replay",

@@ -74,7 +74,7 @@ class Facts:
         left: what padding on the left does: nothing ("kept"), nothing if positions are given ("positions"), or it moves
             kept tokens ("moved"); None: not known.
         packs: whether a lone causal stack reads the texts of one row as if each were alone, where positions start again
-            with each of them (without a mask and a cache); False where that is not known.
+            with each of them (without a mask and a cache); None: not known yet.
         caches: names under which the model takes what it returned for the tokens before.
     """
 
@@ -82,7 +82,7 @@ class Facts:
     stacks: dict[str, StackFacts] = field(default_factory=dict)
     padding: bool | None = None
     left: Left | None = None
-    packs: bool = False
+    packs: bool | None = None
     caches: tuple[str, ...] = ()
 
     @property

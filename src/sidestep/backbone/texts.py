@@ -210,23 +210,6 @@ class TextPass:
             found.append(apart(own, other.last[row, start : start + length]))
         return max(found)
 
-    # --- several texts in a row --------------------------------------------------------------
-
-    def packs(self) -> bool:
-        """Whether a text stays as it is when another one in front of it in its row is replaced (see `Facts`)."""
-        texts, states = self.texts, []
-        if "position_ids" not in texts.names:
-            return False
-        positions = torch.arange(len(self.text), device=texts.device).repeat(1, 2)
-        for seed in (5, 6):
-            inputs = texts.batch([torch.cat([texts.text(len(self.text), seed), self.text])])
-            inputs.pop("attention_mask", None)  # with a mask, transformers takes a row for one text
-            stacks = self.again({**inputs, "position_ids": positions})
-            if stacks is None:
-                return False
-            states.append(stacks[0].last[:, len(self.text) :])
-        return apart(*states) <= PADDING_MOVES[states[0].dtype in WIDE]
-
 
 def caches(trunk: nn.Module, output: Any) -> tuple[str, ...]:
     """What a model may return under a name that it takes again: its memory of the tokens so far."""

@@ -16,6 +16,7 @@ from sidestep.backbone.calls import argument_names
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.facts import Added, Causal, Facts, StackFacts, said_causal
 from sidestep.backbone.fakes import has_values, hollow
+from sidestep.backbone.packs import packs
 from sidestep.backbone.stack import StackPass, read_stacks, unfit
 from sidestep.backbone.structure import Blocks, convolves, find_blocks, likely_norm, likely_widths
 from sidestep.backbone.texts import TextPass, apart, caches, said
@@ -77,7 +78,7 @@ def _of_texts(passed: TextPass) -> Facts:
     padding, left = passed.padding(added)
     names = caches(trunk_of(passed.model), passed.seen.output)
     found = Facts(source="traced", stacks=stacks, padding=padding, left=left, caches=names)
-    return replace(found, packs=found.is_causal and passed.packs())
+    return replace(found, packs=found.is_causal and packs(passed.model))
 
 
 def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:

@@ -68,7 +68,7 @@ def watch(trunk: nn.Module, blocks: Sequence[Blocks], inputs: Inputs) -> Seen:
     calls: list[Call] = []
     handles = [_note(trunk.get_submodule(name), name, calls) for name in outside]
     try:
-        return Seen(inputs, calls, _run(trunk, inputs))
+        return Seen(inputs, calls, output_of(trunk, inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -85,7 +85,8 @@ def _note(module: nn.Module, name: str, calls: list[Call]) -> Any:
     return module.register_forward_hook(note, with_kwargs=True)
 
 
-def _run(trunk: Any, inputs: Inputs) -> Any:
+def output_of(trunk: Any, inputs: Inputs) -> Any:
+    """What a trunk gives for inputs, without a cache."""
     if isinstance(trunk, PreTrainedModel):
         return trunk(**inputs, **({"use_cache": False} if "use_cache" in argument_names(trunk) else {}))
     # timm's: the part in front of pooling and classifier

@@ -17,7 +17,6 @@ from sidestep.backbone import Facts, StackFacts, as_given, as_tokens
 from sidestep.families import Pool, TokenGrid
 from sidestep.fold.caches import SideCache, claim
 from sidestep.fold.hooks import CARRIED
-from sidestep.fold.packing import check_packed
 from sidestep.fold.padding import kept_tokens, own_tokens
 from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token, take_rows
 from sidestep.fold.strand import Strand
@@ -30,7 +29,6 @@ class Fold:
     """Runs one method over the sites of one backbone; `Hooks` bring it the passes.
 
     Args:
-        entry: the module whose call is a pass (the backbone, or its trunk when another head is put on).
         trunk: the backbone without its head.
         places: the backbone's sites, in order.
         method: the side network.
@@ -47,7 +45,6 @@ class Fold:
 
     def __init__(
         self,
-        entry: nn.Module,
         trunk: nn.Module,
         places: Sequence[Place],
         method: SideNet,
@@ -72,7 +69,6 @@ class Fold:
         self.reads_memory, self.reads_raw = type(method).memory is not SideNet.memory, mean_first
         self.last_stack = places[-1].site.stack
         self.lengths = _lengths(places)
-        self.model = type(entry).__name__
 
     def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Reading | None]:
         """`call(*args, **kwargs)` with the method active: its result, and what the head reads of the last pass.
@@ -106,14 +102,12 @@ class Fold:
         In a pass, note what the trunk itself is given: a model may reshape its inputs first (multiple choice).
 
         Raises:
-            ValueError: if rows hold several texts that would be read as one.
             FoldError: if an encoder ran without this task.
         """
         if self.current is not None:
             passed, _ = self.current
             passed.inputs = passed.inputs if alone else {**passed.inputs, **inputs}
             return
-        check_packed(inputs, self.facts, self.method, model=self.model, pools=self.pools)
         self.current = Pass(inputs, module), Strand(self.method, self.frozen, self._carried(inputs))
 
     def _carried(self, inputs: Mapping[str, Any]) -> Tensor | None:

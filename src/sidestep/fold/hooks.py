@@ -76,7 +76,7 @@ class Hooks:
 
     Args:
         driver: gets the passes.
-        entry: the module whose call is a pass.
+        entry: the module whose call is a pass (the backbone, or its trunk when another head is put on).
         trunk: the backbone without its head.
         places: the backbone's sites, in order.
     """

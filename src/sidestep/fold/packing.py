@@ -7,73 +7,87 @@ these masks, and methods that mix tokens do not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sidestep.backbone import Facts
 from sidestep.methods.base import SideNet
 
 A_ROW_EACH = "give each text a row of its own (in TRL's SFTConfig: packing=False and padding_free=False)"
 
 
-def is_packed(inputs: Mapping[str, Any]) -> bool:
-    """Whether the position ids of a pass do not count on within a row; False where a compiled pass does not tell."""
-    apart = None if torch.compiler.is_compiling() else _apart(inputs)
-    return apart is not None and bool(apart)
-
-
-def check_packed(inputs: Mapping[str, Any], facts: Facts, method: SideNet, *, model: str, pools: bool) -> None:
-    """Refuse rows of several texts that the method, the head or the model would take for one.
+def is_packed(inputs: Mapping[str, Any], refusal: Callable[[], str | None]) -> bool:
+    """Whether the position ids of a pass do not count on within a row; a compiled pass may be packed if it has any.
 
     Args:
-        inputs: of a pass, by name.
-        facts: of the backbone.
-        method: what is attached.
-        model: the backbone's name, for the message.
-        pools: whether a Sidestep head reads the tokens.
+        inputs: of the pass, by name.
+        refusal: why such a row would be read as one text, and what to do; None if it would not.
 
     Raises:
-        ValueError: saying who reads them as one, and which setting to change; in a compiled pass it is PyTorch's own
-            `RuntimeError` with this message.
+        ValueError: if there is a reason; in a compiled pass it is PyTorch's own `RuntimeError` with this message.
     """
-    reason = _reason(inputs, facts, method, model, pools)
-    apart = None if reason is None else _apart(inputs)
-    if apart is None:
-        return
-    message = f"position_ids start again within a row (several texts packed into one), and {reason}"
-    if torch.compiler.is_compiling():
+    apart = _apart(inputs)
+    compiling = torch.compiler.is_compiling()
+    if apart is None or not (compiling or apart):
+        return False
+    if (reason := refusal()) is not None:
+        message = f"position_ids start again within a row (several texts packed into one), and {reason}"
+        if not compiling:
+            raise ValueError(message)
         torch._assert_async(~apart, message)
-    elif apart:
-        raise ValueError(message)
+    return True
 
 
-def _reason(inputs: Mapping[str, Any], facts: Facts, method: SideNet, model: str, pools: bool) -> str | None:
-    """Why a row of several texts would be read as one, and what to do; None if it would not."""
+def refusal(
+    inputs: Mapping[str, Any],
+    method: SideNet,
+    model: str,
+    packs: Callable[[], bool | None],
+    *,
+    causal: bool,
+    pools: bool,
+) -> str | None:
+    """Why a row of several texts would be read as one, and what to do; None if it would not.
+
+    Args:
+        inputs: of the pass, by name.
+        method: what is attached.
+        model: the backbone's name.
+        packs: tells whether the backbone keeps the texts of a row apart; None: that is not known.
+        causal: whether it is a decoder alone.
+        pools: whether a Sidestep head reads the tokens.
+    """
     if not method.tokenwise:
         return (
             f"{type(method).__name__} mixes tokens, also those of different texts: {A_ROW_EACH}, or take a method that "
             "treats tokens alone (read, dtl, sherl)"
         )
-    if not facts.is_causal:
+    if not causal:
         return None  # an encoder's positions may be anything
     if pools:
         return f"the head reads one text of each row: {A_ROW_EACH}"
-    if not facts.packs:
-        return f"{model} reads a row as one text all the same: {A_ROW_EACH}"
-    if _mask(inputs) is not None:
+    if mask_of(inputs) is not None:
         return f"with an attention_mask {model} reads a row as one text: leave the mask out, or {A_ROW_EACH}"
     if inputs.get("use_cache") or inputs.get("past_key_values") is not None:
         return f"with a key-value cache {model} reads a row as one text: pass use_cache=False, or {A_ROW_EACH}"
-    return None
+    found = packs()
+    if found is None:
+        return f"it is not known whether {model} keeps them apart: call it once before it is compiled, or {A_ROW_EACH}"
+    return None if found else f"{model} reads a row as one text all the same: {A_ROW_EACH}"
+
+
+def mask_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The padding mask (batch, tokens), if there is one; masks of other forms are the caller's own affair."""
+    mask = inputs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _apart(inputs: Mapping[str, Any]) -> Tensor | None:
     """Whether positions (batch, tokens) do not count on within a row, as one bool; None where none are given."""
-    positions, mask = inputs.get("position_ids"), _mask(inputs)
+    positions, mask = inputs.get("position_ids"), mask_of(inputs)
     if not isinstance(positions, Tensor) or isinstance(positions, FakeTensor) or positions.is_meta:
         return None
     if positions.ndim != 2 or positions.shape[1] < 2:
@@ -83,9 +97,3 @@ def _apart(inputs: Mapping[str, Any]) -> Tensor | None:
     kept = mask.bool()
     so_far = positions.masked_fill(~kept, -1).cummax(1).values
     return (kept[:, 1:] & (positions[:, 1:] <= so_far[:, :-1])).any()
-
-
-def _mask(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The padding mask (batch, tokens), if there is one; masks of other forms are the caller's own affair."""
-    mask = inputs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
