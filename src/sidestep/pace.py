@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from datasets import Dataset
-from numpy.typing import NDArray
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from sidestep.model import SideModel
 from sidestep.pair import Attached
@@ -53,34 +54,36 @@ class Pace:
 
 
 def _batches(data: TaskData, rows: Dataset, size: int) -> list[Callable[[], Batch]]:
-    """What makes a few whole batches of rows of about one length, spread evenly over the lengths.
-
-    The Trainer puts rows of about one length together too, so their mean stands for all batches.
-    """
+    """What makes a few of the whole batches that the Trainer would make, of all lengths: their mean is that of all."""
     return [partial(_batch, data, rows, index) for index in _spread(rows, size)]
 
 
-def _batch(data: TaskData, rows: Dataset, index: NDArray[np.int64]) -> Batch:
-    return data.collate([rows[int(row)] for row in index])
+def _batch(data: TaskData, rows: Dataset, index: list[int]) -> Batch:
+    return data.collate([rows[row] for row in index])
 
 
-def _spread(rows: Dataset, size: int) -> list[NDArray[np.int64]]:
-    """The rows of at most `TIMED` such batches."""
-    order = np.argsort(rows["length"][:], kind="stable") if "length" in rows.column_names else np.arange(len(rows))
+def _spread(rows: Dataset, size: int) -> list[list[int]]:
+    """The rows of at most `TIMED` such batches, whose lengths are spread evenly over those of all."""
+    order, lengths = list(range(len(rows))), [0] * len(rows)
+    if "length" in rows.column_names:
+        lengths = rows["length"][:]
+        # seeded: the order of a run itself, which comes from the global generator, is left alone
+        order = get_length_grouped_indices(lengths, size, generator=torch.Generator().manual_seed(0))
     whole = max(len(rows) // size, 1)
+    batches = [order[size * place : size * (place + 1)] for place in range(whole)]
+    batches.sort(key=lambda batch: max(lengths[row] for row in batch))
     timed = min(whole, TIMED)
-    places = [(2 * part + 1) * whole // (2 * timed) for part in range(timed)]
-    return [order[place * size : (place + 1) * size] for place in places]
+    return [batches[(2 * part + 1) * whole // (2 * timed)] for part in range(timed)]
 
 
 def _writing_seconds(model: Attached, data: TaskData, settings: TrainSettings) -> float:
-    """Of the texts of one batch, of the middle of the lengths."""
+    """Of the texts of one batch, of the middle of the lengths: they are written from the shortest to the longest."""
     assert isinstance(model, SideModel)
     assert data.generation is not None
     size, generation = settings.eval_batch_size, data.generation
-    spread = _spread(data.dev, size)
-    rows = data.dev.select(spread[len(spread) // 2])
-    training = model.training
+    order = np.argsort(data.dev["length"][:], kind="stable")
+    first = max(len(order) - size, 0) // 2
+    rows, training = data.dev.select(order[first : first + size]), model.training
     try:
         return seconds_of(lambda: written(model, rows, generation, batch_size=size), model.device)
     finally:
