@@ -43,6 +43,8 @@ ORDER = [
     "vit_npz",
     "loading",
     "versions",
+    "disk",
+    "sources",
     "task_fields",
     "store",
     "meters",

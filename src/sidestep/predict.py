@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpa
 from sidestep.data.labels import SEPARATOR
 from sidestep.data.pairs import captioned, encode_pairs
 from sidestep.data.vocabulary import check_tokens
+from sidestep.disk import check_file, whole
 from sidestep.heads import Classify
 from sidestep.metrics import scores, text_scores
 from sidestep.model import SideModel
@@ -278,12 +278,11 @@ def write_table(rows: Dataset, path: Path, *, overwrite: bool = False) -> None:
 
     Raises:
         DataError: if the file exists already, or ends in something else.
+        OutputError: if it cannot be written.
     """
     check_table(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    WRITERS[path.suffix.lower()](rows, str(beside))
-    os.replace(beside, path)
+    with whole(path) as beside:
+        WRITERS[path.suffix.lower()](rows, str(beside))
 
 
 def check_table(path: Path, *, overwrite: bool) -> None:
@@ -291,7 +290,9 @@ def check_table(path: Path, *, overwrite: bool) -> None:
 
     Raises:
         DataError: if the file exists already, or ends in something unknown.
+        OutputError: if it could not be written.
     """
+    check_file(path)
     if path.suffix.lower() not in WRITERS:
         raise DataError(f"{path} ends in {path.suffix!r}: choose a file that ends in {', '.join(WRITERS)}")
     if path.exists() and not overwrite:

@@ -29,8 +29,11 @@ def add(folder: opt.Bank, name: opt.BankName, task: opt.Task, debug: opt.Debug =
     """Copy a task into a bank; the bank is made with its first task."""
     with reporting(debug):
         from sidestep.bank import BankFolder
+        from sidestep.disk import check_folder, refuse_inputs
         from sidestep.memory import format_bytes
 
+        check_folder(folder)
+        refuse_inputs([folder / name], [task])
         held = BankFolder(folder)
         held.add(name, task)
         remark(f"{name} added to {folder}: {format_bytes(held.entry(name).bytes)}, {len(held.names)} tasks")
@@ -83,13 +86,18 @@ def run(
     with reporting(debug):
         from sidestep import predict as predicting
         from sidestep.data import read
+        from sidestep.disk import refuse_inputs
+        from sidestep.sources import backbones_at, rows_at, stored_backbones_at
 
         hush(quiet)
         check_batch(batch_size)
         predicting.check_table(output, overwrite=overwrite)
         held = _open(folder)
+        refuse_inputs([output], [*rows_at(rows), folder, *backbones_at(backbone)])
         found = read(rows, table_options(columns, no_header, no_quoting, encoding), split=split)
         names = _names(found, task_column, task)
+        for name in () if backbone else dict.fromkeys(names):
+            refuse_inputs([output], stored_backbones_at(held.config(name)))
         with _loaded(held, dict.fromkeys(names), backbone) as loaded:
             table = predicting.predict_each(loaded, found, names, batch_size=batch_size, progress=not quiet)
             for name, count in Counter(names).items():

@@ -21,7 +21,7 @@ from sidestep.data import DataError, DataWarning, Fields, holdout
 from sidestep.families import Pool
 from sidestep.heads import Classify, HeadConfig
 from sidestep.loading import check_writes, load_backbone, load_processor
-from sidestep.methods import UnsupportedBackbone, WeightDelta, method_of
+from sidestep.methods import WeightDelta, method_of
 from sidestep.metrics import Written
 from sidestep.model import SideModel
 from sidestep.pair import attach, detach
@@ -109,7 +109,7 @@ class Bench:
         """Why the contender cannot be run: it does not work on this backbone, trains nothing, or needs a library."""
         try:
             model = self.attach(contender, self.blank_head(contender), seed=0)
-        except (UnsupportedBackbone, ModuleNotFoundError) as error:
+        except (ValueError, ModuleNotFoundError) as error:
             return str(error)
         try:
             return model.untrained
