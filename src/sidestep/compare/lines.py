@@ -5,10 +5,14 @@ A table says of every value that something is computed from what it may be. All 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 Check = Callable[[Any], bool]
+
+HALF = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair: no file can hold it."""
 
 DEEPEST = 50
 """How many lists and tables may lie within each other."""
@@ -17,8 +21,8 @@ LARGEST = 1e150
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a text (half a surrogate pair, which no file can hold, is none)."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    """Whether it is a text that can be written to a file."""
+    return isinstance(value, str) and not HALF.search(value)
 
 
 def is_number(value: Any) -> bool:
@@ -117,8 +121,9 @@ def is_line(values: Mapping[str, Any]) -> bool:
         config=maybe(table()),
         **SETTINGS[values["kind"]],
     )
-    return (
-        is_shown(values)
-        and table(**OF_ALL, settings=settings)(values)
-        and (values["status"] != "ok" or MEASURED[values["kind"]](values["measured"]))
-    )
+    came_out = MEASURED[values["kind"]] if values["status"] == "ok" else _is_none
+    return is_shown(values) and table(**OF_ALL, settings=settings, measured=came_out)(values)
+
+
+def _is_none(value: Any) -> bool:
+    return value is None

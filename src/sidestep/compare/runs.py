@@ -224,7 +224,7 @@ def _best(trials: Mapping[float, Record]) -> float | None:
 
     def value(measured: Mapping[str, Any]) -> tuple[float, float]:
         sign = 1 if GREATER_IS_BETTER.get(measured["metric"], True) else -1
-        loss = (measured["history"] or [{}])[-1].get("dev_loss")
+        loss = (measured.get("history") or [{}])[-1].get("dev_loss")
         return sign * measured["score"], -(loss if loss is not None else math.inf)
 
     came_through = {rate: record.measured for rate, record in trials.items() if record.measured is not None}

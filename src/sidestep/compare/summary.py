@@ -49,7 +49,7 @@ def _line(backbone: str, contender: str, tasks: Sequence[str], lines: Sequence[R
         costs.get("parameters", trained),
         _bytes(costs.get("kept_bytes")),
         _bytes(costs.get("peak_bytes")),
-        None if step is None else step["median"],
+        None if step is None else step.get("median"),
     ]
 
 
