@@ -170,7 +170,8 @@ def costs(results: Path) -> None:
     """Measure all contenders in turns: times of one run can be compared."""
     asked = replace(common("sst-2"), contenders=(*two_stages("sst-2"), *one_stage()))
     bench = Bench.load(asked.backbones[0])
-    measure_costs(asked, Costs(batch=BATCH, length=64), bench, Ledger(results, print), {})
+    with Ledger.opened(results, print) as ledger:
+        measure_costs(asked, Costs(batch=BATCH, length=64), bench, ledger, {})
 
 
 def smoke() -> None:

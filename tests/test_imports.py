@@ -45,6 +45,8 @@ ORDER = [
     "gguf",
     "loading",
     "versions",
+    "disk",
+    "sources",
     "task_fields",
     "card",
     "store",

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 from sidestep import store
 from sidestep.backbone import Digest, joined, without_values
+from sidestep.disk import only_writer, sync_path
 from sidestep.model import Rest, SideModel, check_attachable
 from sidestep.pair import Attached, PairModel, detach, digests_of
 from sidestep.store import DamagedTask, TaskError
@@ -206,17 +206,14 @@ class BankFolder:
     def _writing(self) -> Iterator[Path]:
         """Nobody else writes meanwhile; a new folder beside the tasks, which is removed with all that is left in it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.path / LOCK, timeout=0):
-                for left in self.path.glob(f"{STAGING}*"):
-                    shutil.rmtree(left, ignore_errors=True)
-                staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=self.path))
-                try:
-                    yield staging
-                finally:
-                    shutil.rmtree(staging, ignore_errors=True)
-        except Timeout as error:
-            raise BankError(f"another process is writing {self.path}: try again when it is done") from error
+        with only_writer(self.path / LOCK, self.path, BankError):
+            for left in self.path.glob(f"{STAGING}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=self.path))
+            try:
+                yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 class TaskBank(AbstractContextManager["TaskBank"]):
@@ -460,4 +457,4 @@ def _move(source: Path, target: Path) -> None:
     """Rename a folder, and bring that to the disk."""
     os.replace(source, target)
     for folder in {source.parent, target.parent}:
-        store.sync_path(folder)
+        sync_path(folder)

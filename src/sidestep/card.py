@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from sidestep.disk import whole
 from sidestep.loading import IMAGE_FILES, TOKENIZER_FILES
 from sidestep.pixels import IMAGE_TRANSFORM
 
@@ -27,7 +28,8 @@ def write_card(folder: Path, config: Mapping[str, Any]) -> None:
     path = folder / CARD
     if path.exists() and OURS not in path.read_text(encoding="utf-8", errors="replace"):
         return
-    path.write_text(model_card(config, folder.name, _reads(folder, config)), encoding="utf-8")
+    with whole(path) as beside:
+        beside.write_text(model_card(config, folder.name, _reads(folder, config)), encoding="utf-8")
 
 
 def model_card(config: Mapping[str, Any], name: str, reads: Reads | None = None) -> str:

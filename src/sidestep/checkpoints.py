@@ -15,9 +15,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sidestep.results import write_json
+from sidestep.card import CARD
+from sidestep.disk import OutputError, check_folder
+from sidestep.results import FILE, write_json
 from sidestep.settings import TrainSettings
-from sidestep.store import CONFIG
+from sidestep.store import CONFIG, PROCESSOR
+from sidestep.store import WEIGHTS as TASK
 
 FOLDER = "checkpoints"
 LOGS = "logs"
@@ -27,19 +30,14 @@ WEIGHTS = "model.safetensors"
 FILES = (STATE, WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
-class OutputError(ValueError):
-    """A run cannot write to its output folder or continue what is there; the message says what to do."""
-
-
 def check_output(settings: TrainSettings) -> None:
     """Refuses an output folder that holds another task or run, before anything is computed.
 
     Raises:
-        OutputError: if the folder is taken, or there is nothing in it to resume.
+        OutputError: if the folder is taken or cannot be written, or there is nothing in it to resume.
     """
     output, folder = settings.output, settings.output / FOLDER
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file: choose a folder for the task")
+    check_folder(output)
     if settings.resume and not (folder / RUN).is_file():
         raise OutputError(f"{output} holds no run to resume: check the path, or start without --resume")
     if settings.resume or settings.overwrite:
@@ -50,6 +48,11 @@ def check_output(settings: TrainSettings) -> None:
         raise OutputError(
             f"{output} holds a run that did not end: continue it with --resume, or start anew with --overwrite"
         )
+
+
+def parts_of(task: Path) -> list[Path]:
+    """The files and folders of a task and of its training, each of which a run may replace or delete."""
+    return [task / name for name in (CONFIG, TASK, PROCESSOR, CARD, FILE, FOLDER, LOGS)]
 
 
 def begin(settings: TrainSettings, run: Mapping[str, Any]) -> Path | None:

@@ -7,7 +7,6 @@ written there. So a run can be resumed in it, after it, and between the two.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from transformers import Trainer
 
 from sidestep import checkpoints
 from sidestep.callbacks import EpochClock
+from sidestep.disk import whole
 from sidestep.methods.base import SparseDelta
 from sidestep.model import SideModel
 from sidestep.pair import Attached
@@ -197,12 +197,9 @@ def own(model: SideModel, settings: TrainSettings) -> TrainSettings:
 
 def _write(model: SideModel, stage: FirstStage, path: Path) -> None:
     """Write the stage's end, in one step."""
-    beside = path.with_suffix(".new")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, beside, metadata={STAGE: json.dumps(asdict(stage))})
-    with open(beside, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(beside, path)
+    with whole(path) as beside:
+        save_file(tensors, beside, metadata={STAGE: json.dumps(asdict(stage))})
 
 
 def _read(path: Path) -> FirstStage:

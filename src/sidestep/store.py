@@ -35,6 +35,7 @@ from sidestep import task_fields
 from sidestep.backbone import Digest, joined, token_rows
 from sidestep.card import backbone_text, write_card
 from sidestep.diffs import SparseDiff
+from sidestep.disk import sync_path, whole
 from sidestep.heads import HEADS, HeadConfig, head_from_dict, named
 from sidestep.loading import (
     LoadError,
@@ -126,6 +127,7 @@ def save(
     _check_storable(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
+    new = [folder / name for name in (WEIGHTS, PROCESSOR) if not (folder / name).exists()]
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
     try:
         save_file(tensors, staging / WEIGHTS, metadata=_metadata(config))
@@ -134,10 +136,12 @@ def save(
             config["processor_sha256"] = task_fields.folder_checksum(staging / PROCESSOR)
         config = sealed(config)
         _sync(staging)
+        _install(staging, folder, config)
     except BaseException:
-        shutil.rmtree(staging)
+        _sweep(folder)
+        for left in new if not (folder / CONFIG).exists() else ():
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         raise
-    _install(staging, folder, config)
     write_card(folder, config)
 
 
@@ -457,23 +461,18 @@ def _place(source: Path, target: Path) -> None:
     if source.is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True)
         return
-    beside = target.with_name(f"{target.name}.new")
-    beside.unlink(missing_ok=True)
-    try:
-        os.link(source, beside)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, beside)
-        sync_path(beside)
-    os.replace(beside, target)
+    with whole(target) as beside:
+        try:
+            os.link(source, beside)
+        except OSError:  # a file system without hard links
+            shutil.copy2(source, beside)
 
 
 def _commit(folder: Path, config: Mapping[str, Any]) -> None:
     """Replace sidestep.json in one step, once everything that it names is on the disk."""
-    beside = folder / f"{CONFIG}.new"
-    beside.write_text(_as_json(config), encoding="utf-8")
-    sync_path(beside)
     sync_path(folder)
-    os.replace(beside, folder / CONFIG)
+    with whole(folder / CONFIG) as beside:
+        beside.write_text(_as_json(config), encoding="utf-8")
     sync_path(folder)
 
 
@@ -493,17 +492,6 @@ def _sync(folder: Path) -> None:
     if folder.is_dir():
         for path in (*folder.rglob("*"), folder):
             sync_path(path)
-
-
-def sync_path(path: Path) -> None:
-    """Bring one file or folder to the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # folders cannot be opened there
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- reading -----------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TextIO
 from datasets import Dataset
 
 from sidestep.data import DataError
+from sidestep.disk import check_file, whole
 
 DIGITS = 4
 """After the point, of a share in a csv or tsv file."""
@@ -29,15 +29,15 @@ def write_table(rows: Dataset, path: Path, *, shares: Collection[str] = (), over
 
     Raises:
         DataError: if the file exists already, or ends in something else.
+        OutputError: if it cannot be written.
     """
     check_table(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside, ending = path.with_name(f".{path.name}.new"), path.suffix.lower()
-    if ending in DELIMITERS:
-        _write_csv(rows, beside, DELIMITERS[ending], shares)
-    else:
-        WRITERS[ending](rows, beside)
-    os.replace(beside, path)
+    ending = path.suffix.lower()
+    with whole(path) as beside:
+        if ending in DELIMITERS:
+            _write_csv(rows, beside, DELIMITERS[ending], shares)
+        else:
+            WRITERS[ending](rows, beside)
 
 
 def check_table(path: Path, *, overwrite: bool) -> None:
@@ -45,7 +45,9 @@ def check_table(path: Path, *, overwrite: bool) -> None:
 
     Raises:
         DataError: if the file exists already, or ends in something unknown.
+        OutputError: if it could not be written.
     """
+    check_file(path)
     if path.suffix.lower() not in ENDINGS:
         raise DataError(f"{path} ends in {path.suffix!r}: choose a file that ends in {', '.join(ENDINGS)}")
     if path.exists() and not overwrite:

@@ -189,7 +189,7 @@ def test_the_results_go_where_the_file_says(tmp_path: Path) -> None:
         ({"task": [{"train": "a.tsv", "text": "t", "shots": 0}]}, "shots=0, but it must be at least 1"),
         ({"task": [{"text": "text"}]}, r"\[\[task\]\] 1: train is missing"),
         ({"task": [{"train": "a.tsv", "text": "t", "split": "x"}]}, r"\[\[task\]\] 1: unknown field 'split'"),
-        ({"backbone": []}, "here: no backbones: a comparison needs at least one"),
+        ({"backbone": []}, r"here: backbone=\[\] is empty: give at least one"),
         ({"backbone": [{"model": "a", "pool": "max"}]}, "pool='max' of backbone 'a': choose cls, mean, "),
         ({"contender": [{"method": "read", "pool": "max"}]}, "pool='max' of contender 'read': choose cls, mean, "),
         ({"seeds": 3}, "here: seeds=3 is not a list"),

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,13 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from sidestep.compare.records import Record, append, key_of, latest, machine, read
+from sidestep.compare.records import Kind, Record, append, key_of, latest, machine, read
 
-SETTINGS = {"backbone": "tiny", "contender": "read", "rate": 1e-3, "config": {"rank": 4, "after": None}}
+SETTINGS = {
+    "backbone": "tiny",
+    "contender": "read",
+    "method": "read",
+    "task": "rte",
+    "rate": 1e-3,
+    "config": {"rank": 4, "after": None},
+}
+MEASURED = {"metric": "accuracy", "score": 0.5, "history": []}
 
 
 def made(**changes: object) -> Record:
-    return Record.of("score", {**SETTINGS, **changes}, measured={"score": 0.5}, seconds=1.23456)
+    return Record.of("score", {**SETTINGS, **changes}, measured=MEASURED, seconds=1.23456)
 
 
 def test_what_is_appended_is_read_again(tmp_path: Path) -> None:
@@ -69,8 +80,42 @@ def test_the_last_result_of_a_key_counts(tmp_path: Path) -> None:
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    append(path, replace(made(), measured={"history": [{"loss": float("nan")}], "score": float("inf")}))
-    assert read(path)[0][0].measured == {"history": [{"loss": None}], "score": None}
+    append(path, replace(made(), measured={**MEASURED, "history": [{"loss": float("nan")}]}))
+    assert read(path)[0][0].measured == {**MEASURED, "history": [{"loss": None}]}
+
+
+@pytest.mark.parametrize("kind", ["trial", "score"])
+@pytest.mark.parametrize("score", [math.nan, math.inf, None])
+def test_a_run_without_a_finite_score_has_failed(tmp_path: Path, kind: Kind, score: float | None) -> None:
+    path = tmp_path / "results.jsonl"
+    append(path, Record.of(kind, SETTINGS, measured={**MEASURED, "score": score}))
+    ((found,), broken) = read(path)
+    assert (found.status, found.reason, found.measured) == ("failed", "its score is no finite number", None)
+    assert broken == 0
+
+
+@pytest.mark.parametrize("written", [0, 1, 40])
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int) -> None:
+    path = tmp_path / "results.jsonl"
+    append(path, made())
+    before, write, left = path.read_bytes(), os.write, [written]
+
+    def full(descriptor: int, content: bytes) -> int:
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content[: left.pop()])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        append(path, made(rate=2e-3))
+    assert path.read_bytes() == before
+
+
+def test_a_line_that_is_written_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = tmp_path / "results.jsonl", os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[:7]))
+    append(path, made())
+    assert [record.key for record in read(path)[0]] == [made().key]
 
 
 def test_the_machine_is_described_without_its_host_name() -> None:

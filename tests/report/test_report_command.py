@@ -60,3 +60,20 @@ def test_a_missing_extra_is_named(results: Path, tmp_path: Path, monkeypatch: py
     assert result.exit_code == 2
     assert 'pip install "sidestep[compare]"' in result.stderr
     assert run(results, "--markdown").exit_code == 0
+
+
+def test_a_figure_does_not_replace_results(results: Path, tmp_path: Path) -> None:
+    run(results, "--figures", tmp_path / "figures")
+    drawn = next((tmp_path / "figures").glob("*.csv"))
+    drawn.write_bytes(results.read_bytes())
+    result = run(drawn, "--figures", tmp_path / "figures")
+    assert result.exit_code == 2
+    assert f"{drawn} is read as an input" in " ".join(result.stderr.split())
+    assert drawn.read_bytes() == results.read_bytes()
+
+
+def test_a_file_that_is_named_twice_counts_once(results: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(results)
+    once, twice = run(results, "--markdown"), run(results, tmp_path / "link.jsonl", results, "--markdown")
+    assert "1 broken line was skipped" in twice.stderr
+    assert once.stdout.splitlines()[1:] == twice.stdout.splitlines()[1:]

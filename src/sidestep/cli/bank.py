@@ -29,8 +29,11 @@ def add(folder: opt.Bank, name: opt.BankName, task: opt.Task, debug: opt.Debug =
     """Copy a task into a bank; the bank is made with its first task."""
     with reporting(debug):
         from sidestep.bank import BankFolder
+        from sidestep.disk import check_folder, refuse_inputs
         from sidestep.memory import format_bytes
 
+        check_folder(folder)
+        refuse_inputs([folder / name], [task])
         held = BankFolder(folder)
         held.add(name, task)
         remark(f"{name} added to {folder}: {format_bytes(held.entry(name).bytes)}, {len(held.names)} tasks")
@@ -88,6 +91,8 @@ def run(
     with reporting(debug):
         from sidestep import predict as predicting
         from sidestep.data import Fields, read
+        from sidestep.disk import refuse_inputs
+        from sidestep.sources import backbones_at, rows_at, stored_backbones_at
         from sidestep.table_files import check_table, write_table
 
         hush(quiet)
@@ -95,9 +100,13 @@ def run(
         shares = None if probabilities is None else predicting.check_probabilities(probabilities)
         check_table(output, overwrite=overwrite)
         held = _open(folder)
+        refuse_inputs([output], [*rows_at(rows), folder, *backbones_at(backbone_named(backbone, gguf))])
         found = read(rows, table_options(columns, no_header, no_quoting, encoding), split=split)
         names = _names(found, task_column, task)
-        with _loaded(held, dict.fromkeys(names), backbone_named(backbone, gguf)) as loaded:
+        where = backbone_named(backbone, gguf)
+        for name in () if where else dict.fromkeys(names):
+            refuse_inputs([output], stored_backbones_at(held.config(name)))
+        with _loaded(held, dict.fromkeys(names), where) as loaded:
             table = predicting.predict_each(
                 loaded,
                 found,

@@ -48,14 +48,14 @@ def compare(
 ) -> None:
     """Compare methods at the same settings: scores, memory, time. A stopped comparison continues."""
     with reporting(debug):
-        from sidestep.compare.files import comparison_file, comparison_from
+        from sidestep.compare.files import check_results, comparison_file, comparison_from
         from sidestep.compare.spec import quick as made_quick
 
         hush(True)
         if (file is None) == (backbone is None):
             raise ValueError("give a comparison file (sidestep compare study.toml), or --backbone, --train and --text")
         if file is not None:
-            comparison, results = comparison_file(file)
+            comparison, results = comparison_file(file, output)
         else:
             task: dict[str, Any] = {
                 "train": train,
@@ -83,17 +83,19 @@ def compare(
                 "bf16": bf16,
                 **({"costs": False} if no_costs else {}),
             }
-            comparison, results = comparison_from(values, Path(), "the command line"), Path("comparison.jsonl")
+            comparison = comparison_from(values, Path(), "the command line")
+            results = output or Path("comparison.jsonl")
         if only is not None:
             comparison = comparison.only(_listed(only) or [])
         if quick:
             comparison, cut = made_quick(comparison)
-            results = results.with_stem(f"{results.stem}-quick")
+            results = output or results.with_stem(f"{results.stem}-quick")
             remark(f"quick: {'; '.join(cut) or 'nothing had to be cut'}")
+        check_results(comparison, results, *([] if file is None else [file]))
         if dry_run:
             _show_plan(comparison)
         else:
-            _run(comparison, output or results)
+            _run(comparison, results)
 
 
 def _run(comparison: Comparison, output: Path) -> None:
@@ -111,6 +113,8 @@ def _run(comparison: Comparison, output: Path) -> None:
             asked = record.settings
             where = ", ".join(str(asked[name]) for name in ("backbone", "task", "contender") if name in asked)
             remark(f"{record.status}: {record.kind} of {where}: {record.reason}")
+    if not any(record.kind == "score" and record.status == "ok" for record in outcome.records):
+        raise ValueError(f"no run came to a score, for the reasons above, which {output} holds too")
     remark(f"results: {output}; as a page: sidestep report {output}")
 
 

@@ -13,6 +13,16 @@ _data = partial(typer.Option, rich_help_panel="Data")
 _training = partial(typer.Option, rich_help_panel="Training")
 _running = partial(typer.Option, rich_help_panel="Output and running")
 
+
+def path(text: str | Path) -> Path:
+    """A place to write to; an empty text, as a script's unset variable gives it, would be the current folder."""
+    if not str(text).strip():
+        raise typer.BadParameter("it is empty: name a file or folder")
+    return Path(text)
+
+
+_output = partial(_running, parser=path)
+
 Backbone = Annotated[
     str, _model(help="Hub id, folder, .gguf file, timm:NAME, timm:NAME@FILE or vit:FILE.npz.", show_default=False)
 ]
@@ -110,7 +120,7 @@ Metric = Annotated[str | None, _training(help="Dev score that chooses the best e
 Seed = Annotated[int, _training(help="Of weights, order, noise, held-out rows, shots and views.")]
 Bf16 = Annotated[bool, _training("--bf16", help="Autocast to bfloat16.")]
 
-Output = Annotated[Path, _running(help="Folder for the task.", show_default=False)]
+Output = Annotated[Path, _output(help="Folder for the task.", show_default=False)]
 SaveSteps = Annotated[int | None, _running(help="Checkpoints within an epoch, every so many steps.")]
 LogSteps = Annotated[int, _running(help="Steps between log entries.")]
 Workers = Annotated[int, _running(help="Processes that load data.")]
@@ -121,13 +131,11 @@ Debug = Annotated[bool, _running("--debug", help="Show an error's traceback.")]
 
 RecipePrefix = Annotated[str, typer.Argument(help="Such as dtl, dtl/vtab or dtl/vtab/svhn.")]
 Task = Annotated[Path, typer.Argument(help="Folder of a task.", show_default=False)]
-Bank = Annotated[Path, typer.Argument(help="Folder of a bank.", show_default=False)]
+Bank = Annotated[Path, typer.Argument(help="Folder of a bank.", show_default=False, parser=path)]
 BankName = Annotated[str, typer.Argument(help="Name of a task in the bank.", show_default=False)]
 OneTask = Annotated[str | None, _data("--task", help="Name of the task that all rows are for.")]
 TaskColumn = Annotated[str | None, _data(help="Column with the name of each row's task.")]
-Table = Annotated[
-    Path, _running("--output", help="csv, tsv, json, jsonl or parquet file to write.", show_default=False)
-]
+Table = Annotated[Path, _output("--output", help="csv, tsv, json, jsonl or parquet file to write.", show_default=False)]
 Probabilities = Annotated[
     str, _running(help="Columns of probabilities: all (p_NAME for each class), one (probability) or none.")
 ]
@@ -136,12 +144,12 @@ BankProbabilities = Annotated[
 ]
 AsJson = Annotated[bool, _running("--json", help="Print everything as JSON.")]
 Vision = Annotated[bool, _running("--vision", help="Digits on a vision Transformer, instead of text.")]
-DemoOutput = Annotated[Path, _running(help="Folder for the demo's tasks.")]
+DemoOutput = Annotated[Path, _output(help="Folder for the demo's tasks.")]
 ResultsFiles = Annotated[
     list[Path], typer.Argument(help="Files that `sidestep compare` has written.", show_default=False)
 ]
-Page = Annotated[Path | None, _running("--output", help="HTML file to write.")]
-Figures = Annotated[Path | None, _running(help="Folder for every figure as PNG, SVG and csv.")]
+Page = Annotated[Path | None, _output("--output", help="HTML file to write.")]
+Figures = Annotated[Path | None, _output(help="Folder for every figure as PNG, SVG and csv.")]
 AsMarkdown = Annotated[bool, _running("--markdown", help="Print the tables as Markdown.")]
 
 ComparisonFile = Annotated[Path | None, typer.Argument(help="TOML file that describes a comparison.")]
@@ -150,12 +158,12 @@ Methods = Annotated[str | None, _model(help="Names, such as read,lora,lora+check
 ComparedRows = Annotated[str | None, _data("--train", help=f"Training rows: {SOURCE}.")]
 ComparedDev = Annotated[str | None, _data("--dev", help="Dev rows; default: a fifth of the training rows.")]
 MostRows = Annotated[int | None, _data("--rows", help="Most training rows; default: all.")]
-Seeds = Annotated[int, _training(help="How many seeds, from 0.")]
+Seeds = Annotated[int, _training(help="How many seeds, from 0.", min=1, max=1000)]
 NoCosts = Annotated[bool, _running("--no-costs", help="Measure no memory and time of steps.")]
 Only = Annotated[str | None, _running("--only", help="Contenders to run, of those compared: read,lora.")]
 Quick = Annotated[bool, _running("--quick", help="One seed, few rows, epochs and rates: ends in minutes.")]
 DryRun = Annotated[bool, _running("--dry-run", help="List the runs and stop.")]
-Results = Annotated[Path | None, _running("--output", help="Results file to write or continue (.jsonl).")]
+Results = Annotated[Path | None, _output("--output", help="Results file to write or continue (.jsonl).")]
 
 Planned = Annotated[
     str, _model("--backbone", help="Folder with a config.json, such a file, hub id or timm:NAME.", show_default=False)

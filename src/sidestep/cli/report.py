@@ -26,13 +26,21 @@ def report(
 ) -> None:
     """Show the results of comparisons: one HTML page, figures for papers, tables for a README."""
     with reporting(debug):
+        from sidestep.disk import OutputError, check_file, check_folder, lies_in, refuse_inputs
         from sidestep.report.load import load
         from sidestep.report.markdown import markdown as tables
 
         if output is None and figures is None and not markdown:
             raise ValueError("nothing to write: give --output report.html, --figures FOLDER or --markdown")
-        if output is not None and output.is_dir():
-            raise ValueError(f"--output {output} is a folder: name a file, such as {output / 'report.html'}")
+        if output is not None:
+            check_file(output)
+            refuse_inputs([output], results)
+        if figures is not None:
+            check_folder(figures)
+            if output is not None and lies_in(figures / "figure", output):
+                raise OutputError(
+                    f"--output {output} is a file, so --figures {figures} cannot be there: choose another"
+                )
         found = load(results)
         if found.broken:
             remark(found.remark)

@@ -82,6 +82,7 @@ def predict(
         check_batch(batch_size)
         shares = predicting.check_probabilities(probabilities)
         check_table(output, overwrite=overwrite)
+        _refuse_inputs(output, task, rows, backbone_named(backbone, gguf))
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone_named(backbone, gguf))
         fields = _fields(model, text, text2, image, None)
@@ -103,6 +104,17 @@ def check_batch(size: int) -> None:
     """Refuses a batch without rows."""
     if size < 1:
         raise ValueError(f"batch_size={size}, but it must be at least 1")
+
+
+def _refuse_inputs(output: Path, task: Path, rows: str, backbone: str | None) -> None:
+    """Refuses an output that would replace the rows, the task or its backbone."""
+    from sidestep.checkpoints import parts_of
+    from sidestep.disk import refuse_inputs
+    from sidestep.sources import backbones_at, rows_at, stored_backbones_at
+    from sidestep.store import read_config
+
+    models = backbones_at(backbone) if backbone else stored_backbones_at(read_config(task))
+    refuse_inputs([output], [*rows_at(rows), *parts_of(task), *models])
 
 
 def _load(task: Path, name: str | None) -> Attached:

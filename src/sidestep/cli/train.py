@@ -96,13 +96,15 @@ def train(
 ) -> None:
     """Train a task and save it in a folder."""
     with reporting(debug):
-        from sidestep.checkpoints import as_begun, check_output
+        from sidestep.checkpoints import as_begun, check_output, parts_of
         from sidestep.data import Fields
+        from sidestep.disk import refuse_inputs
         from sidestep.loading import check_writes, load_pair_processor, load_processor
         from sidestep.methods import method_named
         from sidestep.pixels import adjusted
         from sidestep.prepare import check_problem, prepare, read_rows, written_kind
         from sidestep.settings import TrainSettings
+        from sidestep.sources import backbones_at, rows_at
         from sidestep.train import train as run
 
         name, chosen = backbone_named(backbone, gguf), Chosen.of(context, recipe)
@@ -156,6 +158,7 @@ def train(
         )
         hush(quiet)
         check_output(settings)
+        refuse_inputs(parts_of(output), [*rows_at(train, dev), *backbones_at(name, text_backbone)])
         settings = as_begun(settings)
         config = config_from(method_named(asked["method"]).config, set_ or [], chosen.method_settings(asked["method"]))
         kind = check_problem(asked["problem"])

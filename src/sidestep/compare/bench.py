@@ -22,7 +22,7 @@ from sidestep.families import Pool
 from sidestep.gguf import gguf_parts, is_gguf
 from sidestep.heads import Classify, HeadConfig
 from sidestep.loading import check_writes, load_backbone, load_processor
-from sidestep.methods import UnsupportedBackbone, WeightDelta, method_of
+from sidestep.methods import WeightDelta, method_of
 from sidestep.metrics import Written
 from sidestep.model import SideModel
 from sidestep.pair import attach, detach
@@ -110,7 +110,7 @@ class Bench:
         """Why the contender cannot be run: it does not work on this backbone, trains nothing, or needs a library."""
         try:
             model = self.attach(contender, self.blank_head(contender), seed=0)
-        except (UnsupportedBackbone, ModuleNotFoundError) as error:
+        except (ValueError, ModuleNotFoundError) as error:
             return str(error)
         try:
             return model.untrained

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sidestep.compare.ledger import places
 from sidestep.compare.spec import (
     CHECKPOINT,
     Backbone,
@@ -20,35 +22,62 @@ from sidestep.compare.spec import (
     require_known,
 )
 from sidestep.data import Fields, TableOptions
+from sidestep.disk import check_file, refuse_inputs
 from sidestep.gguf import GGUF, gguf_name, gguf_parts, is_gguf
 from sidestep.loading import TIMM, VIT
 from sidestep.methods import method_named, methods
 from sidestep.prepare import check_problem
 from sidestep.settings import rates_of
+from sidestep.sources import backbones_at, rows_at
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
+Made = TypeVar("Made")
 KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table"}
 
 
-def comparison_file(path: Path) -> tuple[Comparison, Path]:
-    """The comparison that a TOML file describes, and where its results go: `output`, or a .jsonl of the same name.
+def comparison_file(path: Path, results: Path | None = None) -> tuple[Comparison, Path]:
+    """The comparison that a TOML file describes, and where its results go.
 
-    Paths are relative to the file; `${NAME}` is an environment variable.
+    Args:
+        path: of the file, to which paths in it are relative; `${NAME}` is an environment variable.
+        results: None: its `output`, or a .jsonl of the same name.
 
     Raises:
         ValueError: if the file cannot be read, or a field, method or value in it is unknown; the message says which.
+        OutputError: if the results cannot go there, or would go into the file itself or into what is compared.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: check the path of the comparison") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as TOML: {error}") from error
     output = values.pop("output", None)
     if not isinstance(output, str | None):
         raise ValueError(f"{path}: output={output!r} is not a text")
-    results = path.with_suffix(".jsonl") if output is None else path.parent / _expanded(output, str(path))
-    return comparison_from(values, path.parent, str(path)), results
+    if output == "":
+        raise ValueError(f"{path}: output is empty: name a file, or leave it out")
+    own = path.with_suffix(".jsonl") if output is None else path.parent / _expanded(output, str(path))
+    comparison = comparison_from(values, path.parent, str(path))
+    check_results(comparison, results or own, path)
+    return comparison, results or own
+
+
+def check_results(comparison: Comparison, results: Path, *read: Path) -> None:
+    """Refuses a results file that cannot be written, or that the comparison reads.
+
+    Args:
+        comparison: with rows and backbones.
+        results: the file.
+        read: further files that it must not be.
+
+    Raises:
+        OutputError: naming both.
+    """
+    check_file(results)
+    rows = [source for task in comparison.tasks for source in (task.train, task.dev)]
+    models = [backbone.model for backbone in comparison.backbones]
+    refuse_inputs(places(results), [*read, *rows_at(*rows), *backbones_at(*models)])
 
 
 def comparison_from(values: Mapping[str, Any], base: Path, where: str) -> Comparison:
@@ -85,10 +114,7 @@ def comparison_from(values: Mapping[str, Any], base: Path, where: str) -> Compar
     table.finish()
     contenders = (*map(Contender.named, named or ()), *map(_contender, own)) or default_contenders()
     found = {name: value for name, value in given.items() if value is not None}
-    try:
-        return Comparison(backbones=backbones, tasks=tasks, contenders=contenders, costs=costs, **found)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    return table.made(Comparison, backbones=backbones, tasks=tasks, contenders=contenders, costs=costs, **found)
 
 
 class _Table:
@@ -118,6 +144,8 @@ class _Table:
             return None
         if not isinstance(value, list | tuple):
             raise ValueError(f"{self.where}: {name}={value!r} is not a list")
+        if not value:
+            raise ValueError(f"{self.where}: {name}=[] is empty: give at least one, or leave it out")
         return tuple(self._checked(name, part, kind) for part in value)
 
     def texts(self, name: str) -> tuple[str, ...] | None:
@@ -129,6 +157,17 @@ class _Table:
         parts = self.several(name, dict) or ()
         return [_Table(part, f"{self.where}, [[{name}]] {number + 1}") for number, part in enumerate(parts)]
 
+    def made(self, kind: Callable[..., Made], /, **values: Any) -> Made:
+        """What the table describes.
+
+        Raises:
+            ValueError: if a value is out of range, with where it stands.
+        """
+        try:
+            return kind(**values)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
+
     def finish(self) -> None:
         """Refuse a field that nobody has asked for."""
         for name in self.values:
@@ -138,11 +177,18 @@ class _Table:
                 raise ValueError(f"{self.where}: {error}") from None
 
     def _checked(self, name: str, value: Any, kind: type) -> Any:
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if (
+            kind is float
+            and isinstance(value, int)
+            and not isinstance(value, bool)
+            and abs(value) <= sys.float_info.max
+        ):
             return float(value)
         # a bool is an int to Python, not to a user
         if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
             raise ValueError(f"{self.where}: {name}={value!r} is not {KINDS[kind]}")
+        if value == "":
+            raise ValueError(f"{self.where}: {name} is empty: give a text, or leave it out")
         return _expanded(value, self.where) if isinstance(value, str) else value
 
 
@@ -155,7 +201,8 @@ def _called(model: str) -> str:
 
 def _backbone(table: _Table, base: Path) -> Backbone:
     model = table.need("model")
-    found = Backbone(
+    found = table.made(
+        Backbone,
         name=table.get("name", str) or _called(model),
         model=_resolved_backbone(model, base),
         dtype=table.get("dtype", str),
@@ -171,14 +218,16 @@ def _task(table: _Table, base: Path) -> Task:
     text, text2, image = (table.get(name, str) for name in ("text", "text2", "image"))
     if (text is None) == (image is None):
         raise ValueError(f"{table.where}: name one column, of texts (text) or of images (image)")
-    options = TableOptions(
+    options = table.made(
+        TableOptions,
         columns=table.texts("columns"),
         header=table.get("header", bool, True),
         quoting=table.get("quoting", bool, True),
         encoding=table.get("encoding", str, "utf-8"),
     )
     train = table.need("train")
-    found = Task(
+    found = table.made(
+        Task,
         name=table.get("name", str) or Path(train).name.partition(".")[0],
         train=_resolved(train, base),
         dev=None if dev is None else _resolved(dev, base),
@@ -201,13 +250,14 @@ def _contender(table: _Table) -> Contender:
     checkpoint = table.get("checkpoint", bool, False)
     config = table.get("set", dict, {})
     try:
-        made = method_named(method).config.from_dict(config)
-    except (TypeError, ValueError) as error:
+        made = table.made(method_named(method).config.from_dict, values=config)
+    except TypeError as error:
         raise ValueError(f"{table.where}: {error}") from error
-    found = Contender(
+    found = table.made(
+        Contender,
         name=table.get("name", str) or (f"{method}{CHECKPOINT}" if checkpoint else method),
         config=made,
-        rates=table.several("rates", float) or rates_of(method),
+        rates=rates_of(method) if (rates := table.several("rates", float)) is None else rates,
         checkpoint=checkpoint,
         noise=table.get("noise", str),
         pool=table.get("pool", str),
@@ -226,13 +276,13 @@ def _costs(table: _Table, given: Mapping[str, Any]) -> Costs | None:
         raise ValueError(f"{table.where}: costs={values!r}: write a table [costs], or costs = false")
     part = _Table(values, f"{table.where}, [costs]")
     wanted = {
-        "batch": part.get("batch", int) or given["batch_size"],
-        "length": part.get("length", int) or given["max_length"],
+        "batch": part.get("batch", int, given["batch_size"]),
+        "length": part.get("length", int, given["max_length"]),
         "repeats": part.get("repeats", int),
         "warmup": part.get("warmup", int),
     }
     part.finish()
-    return Costs(**{name: value for name, value in wanted.items() if value is not None})
+    return part.made(Costs, **{name: value for name, value in wanted.items() if value is not None})
 
 
 def _expanded(text: str, where: str) -> str:

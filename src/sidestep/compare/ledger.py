@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,19 @@ import torch
 
 from sidestep.compare import records
 from sidestep.compare.records import Kind, Record, Status
+from sidestep.disk import only_writer
 
 Tell = Callable[[str], None]
 
 
+def places(results: Path) -> tuple[Path, Path, Path]:
+    """What a comparison writes: the results file, the folder of the present run, and the lock; both beside the file."""
+    beside = Path(os.path.realpath(results))  # another spelling of the path has the same lock
+    return results, beside.with_name(f".{beside.name}.run"), beside.with_name(f".{beside.name}.lock")
+
+
 class Ledger:
-    """The results file: what is there already, and where new results go.
+    """The results file: what is there already, and where new results go; one process at a time has one.
 
     Attributes:
         touched: by key, the results that were asked for.
@@ -34,7 +43,19 @@ class Ledger:
         self.known = records.latest(found)
         self.touched: dict[str, Record] = {}
         self.ran = 0
-        self.scratch = path.with_name(f".{path.name}.run")
+        self.scratch = places(path)[1]
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path, tell: Tell) -> Iterator[Ledger]:
+        """The ledger, while nobody else has it.
+
+        Raises:
+            OutputError: if another process writes to the file.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with only_writer(places(path)[2], path):
+            yield cls(path, tell)
 
     def once(self, kind: Kind, settings: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> Record:
         """The result of these settings: the one in the file, or else what `work` measures now.

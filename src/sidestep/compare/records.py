@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sidestep.compare.lines import is_line
 from sidestep.versions import versions
 
 FORMAT = 1
@@ -91,9 +92,12 @@ def key_of(kind: Kind, settings: Mapping[str, Any]) -> str:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a line in one write that has reached the disk when this returns.
+    """Add a line that has reached the disk when this returns; if it cannot be, the file is as before.
 
     A broken last line, left by a killed writer, is ended first. Numbers that are not finite become null.
+
+    Raises:
+        OSError: if the disk is full, or the file cannot be written.
     """
     line = json.dumps(_finite(asdict(record)), ensure_ascii=False, allow_nan=False) + "\n"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -101,8 +105,14 @@ def append(path: Path, record: Record) -> None:
         size = os.lseek(descriptor, 0, os.SEEK_END)
         if size and _last_byte(descriptor, size) != b"\n":
             line = "\n" + line
-        os.write(descriptor, line.encode())
-        os.fsync(descriptor)
+        left = line.encode()
+        try:
+            while left:  # one write may take a part alone
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
     finally:
         os.close(descriptor)
 
@@ -110,18 +120,23 @@ def append(path: Path, record: Record) -> None:
 def read(path: Path) -> tuple[list[Record], int]:
     """The results in a file, oldest first, and how many lines are broken.
 
-    A line is broken if it is no JSON, lacks a field, or is of another format. A file that does not exist holds none.
+    A line is broken if it is no JSON, lacks a field, has a value of another type in one, or is of another format. A run
+    without a finite score is one that failed. A file that does not exist holds none.
 
     Raises:
         OSError: if the file is there and cannot be read.
     """
     if not path.exists():
         return [], 0
-    # a killed writer may leave half a character behind
-    lines = [line for line in path.read_bytes().decode("utf-8", errors="replace").split("\n") if line.strip()]
-    found = [_parsed(line) for line in lines]
+    found = [_parsed(line) for line in lines_of(path)]
     records = [record for record in found if record is not None]
     return records, len(found) - len(records)
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a results file that are not empty."""
+    # a killed writer may leave half a character behind
+    return [line for line in path.read_bytes().decode("utf-8", errors="replace").split("\n") if line.strip()]
 
 
 def latest(records: Iterable[Record]) -> dict[str, Record]:
@@ -148,20 +163,30 @@ def machine(*, threads: int | None = None, gpu: str | None = None) -> dict[str, 
 
 
 def _parsed(line: str) -> Record | None:
+    """The record of a line; None if it is broken."""
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         return None
     if values.get("kind") not in get_args(Kind) or values.get("status") not in get_args(Status):
         return None
     names = {field.name for field in fields(Record)}
-    if not names <= values.keys() or not isinstance(values["settings"], dict):
+    if not names <= values.keys():
         return None
-    if values["status"] == "ok" and not isinstance(values["measured"], dict):
-        return None
-    return Record(**{name: values[name] for name in names})
+    values = _with_failure({name: values[name] for name in names})
+    return Record(**values) if is_line(values) else None
+
+
+def _with_failure(values: dict[str, Any]) -> dict[str, Any]:
+    """A run whose score was no finite number, which stands there as null, counts as one that failed."""
+    measured = values["measured"]
+    if values["kind"] == "cost" or values["status"] != "ok" or not isinstance(measured, dict):
+        return values
+    if "score" not in measured or measured["score"] is not None:
+        return values
+    return {**values, "status": "failed", "reason": "its score is no finite number", "measured": None}
 
 
 def _finite(value: Any) -> Any:

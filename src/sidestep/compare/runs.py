@@ -9,28 +9,27 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sidestep.compare.bench import Bench, Prepared, Rows, pairs, written_by
 from sidestep.compare.costs import measure_costs
+from sidestep.compare.files import check_results
 from sidestep.compare.forecast import Forecast, Run, step_pace
 from sidestep.compare.ledger import Ledger, Tell
 from sidestep.compare.records import Kind, Record
 from sidestep.compare.spec import Comparison, Contender, Task
 from sidestep.data.joins import NOTHING
+from sidestep.loading import load_processor
 from sidestep.metrics import GREATER_IS_BETTER
 from sidestep.model import SideModel
 from sidestep.pair import detach
 from sidestep.prepare import TaskData
 from sidestep.results import Results
-from sidestep.settings import TrainSettings
 from sidestep.train import head_for, train
 from sidestep.wording import about
-
-NEVER = 10**9  # steps between log entries: the loss is that of a whole epoch then, logged at its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,25 +81,36 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
 
     Args:
         comparison: what is compared.
-        output: the results file (JSON lines); one process at a time may write to it.
+        output: the results file (JSON lines); one process at a time writes to it.
         tell: takes a line of progress.
 
     Raises:
-        ValueError: if a backbone or data cannot be read; nothing has been run then.
+        OutputError: if the results cannot go there, or another process writes them.
+        ValueError: if data cannot be read or prepared for a backbone, and nothing has been run then; if a backbone
+            cannot be loaded.
     """
-    tasks = pairs(comparison)
+    check_results(comparison, output)
+    prepared = _prepared(comparison, pairs(comparison), tell)
+    with Ledger.opened(output, tell) as ledger:
+        for spec in comparison.backbones:
+            tasks = prepared[spec.name]
+            writes = written_by([task.task for task in tasks])
+            bench = Bench.load(spec, attention=comparison.attention, bf16=comparison.bf16, writes=writes)
+            _Session(comparison, bench, ledger).run(tasks)
+        return Outcome(records=list(ledger.touched.values()), ran=ledger.ran, broken=ledger.broken)
+
+
+def _prepared(comparison: Comparison, tasks: Mapping[str, Sequence[Task]], tell: Tell) -> dict[str, list[Prepared]]:
+    """The rows as each backbone reads them, all before the first run: an error would else come hours later."""
     rows = {task.name: Rows.of(task, comparison) for task in comparison.tasks}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(output, tell)
+    found = {}
     for spec in comparison.backbones:
-        writes = written_by(tasks[spec.name])
-        bench = Bench.load(spec, attention=comparison.attention, bf16=comparison.bf16, writes=writes)
-        prepared = [Prepared.of(rows[task.name], bench.processor, comparison) for task in tasks[spec.name]]
-        for task in prepared:
+        processor = load_processor(spec.model, revision=spec.revision)
+        found[spec.name] = [Prepared.of(rows[task.name], processor, comparison) for task in tasks[spec.name]]
+        for task in found[spec.name]:
             if between := task.trial.separators.pair:
                 tell(f"{spec.name}: between the two texts of a row of {task.task.name} stands {between!r}")
-        _Session(comparison, bench, ledger).run(prepared)
-    return Outcome(records=list(ledger.touched.values()), ran=ledger.ran, broken=ledger.broken)
+    return found
 
 
 class _Session:
@@ -208,29 +218,9 @@ class _Session:
         self._say_how_long()
         model = self.bench.attach(one, head_for(data, self.bench.pool(one)), seed)
         try:
-            return _measured(train(model, data, self._how(rate, seed)), model)
+            return _measured(train(model, data, self.comparison.training(self.ledger.scratch, rate, seed)), model)
         finally:
             detach(model)
-
-    def _how(self, rate: float, seed: int) -> TrainSettings:
-        asked = self.comparison
-        return TrainSettings(
-            output=self.ledger.scratch,
-            epochs=asked.epochs,
-            batch_size=asked.batch_size,
-            learning_rate=rate,
-            weight_decay=asked.weight_decay,
-            warmup=asked.warmup,
-            schedule=asked.schedule,
-            seed=seed,
-            bf16=asked.bf16,
-            keep="last",
-            checkpoints=False,
-            measure=False,
-            log_steps=NEVER,
-            overwrite=True,
-            progress=False,
-        )
 
     def _settings(
         self, task: Prepared, one: Contender, part: str, rate: float | None, seed: int | None
@@ -283,8 +273,8 @@ def _best(trials: Mapping[float, Record]) -> float | None:
     """The rate with the best score, of equal ones that with the smaller loss."""
 
     def value(measured: Mapping[str, Any]) -> tuple[float, float]:
-        sign = 1 if GREATER_IS_BETTER[measured["metric"]] else -1
-        loss = measured["history"][-1]["dev_loss"]
+        sign = 1 if GREATER_IS_BETTER.get(measured["metric"], True) else -1
+        loss = (measured.get("history") or [{}])[-1].get("dev_loss")
         return sign * measured["score"], -(loss if loss is not None else math.inf)
 
     came_through = {rate: record.measured for rate, record in trials.items() if record.measured is not None}
@@ -303,6 +293,8 @@ def _measured(results: Results, model: SideModel) -> dict[str, Any]:
         }
         for entry in results.history
     ]
+    if not math.isfinite(results.scores[metric]):
+        raise ValueError(f"{metric} on dev is {results.scores[metric]}, no finite number")
     pick = max if GREATER_IS_BETTER[metric] else min
     further: dict[str, Any] = {} if model.sparse is None else {"nonzeros": len(model.sparse.values)}
     if first is not None:

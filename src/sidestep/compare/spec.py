@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, get_args
 
 from datasets import Dataset
@@ -14,9 +15,10 @@ from datasets import Dataset
 from sidestep.backbone import Noise, check_noise
 from sidestep.data import Fields, Kind, TableOptions, holdout, read
 from sidestep.families import Pool
+from sidestep.heads import HeadConfig
 from sidestep.methods import MethodConfig, method_named, method_of, methods
 from sidestep.prepare import strata
-from sidestep.settings import Schedule, rates_of
+from sidestep.settings import Schedule, TrainSettings, rates_of
 
 CHECKPOINTED = ("lora", "full")
 """Methods that stand in a default comparison a second time, with their blocks recomputed in backward."""
@@ -25,6 +27,8 @@ CHECKPOINT = "+checkpoint"
 QUICK_ROWS, QUICK_EPOCHS, QUICK_RATES, QUICK_REPEATS = 128, 2, 2, 2
 
 Attention = Literal["sdpa", "eager"]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+NEVER = 10**9  # steps between log entries: the loss is that of a whole epoch then, logged at its end
 AS_USUAL = TableOptions()
 
 
@@ -48,6 +52,7 @@ class Backbone:
 
     def __post_init__(self) -> None:
         _check_pool(self.pool, f"backbone {self.name!r}")
+        _require("dtype", self.dtype, self.dtype in (None, *DTYPES), f"{', '.join(DTYPES)}, or not given")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,8 @@ class Task:
 
     def __post_init__(self) -> None:
         _require("shots", self.shots, self.shots is None or self.shots >= 1, "at least 1, or not given")
+        _require("rows", self.rows, self.rows is None or self.rows >= 2, "at least 2, or not given")
+        _require("problem", self.problem, self.problem != "retrieval", "of one text or image a row, not of pairs")
 
     def read(self) -> tuple[Dataset, Dataset]:
         """All training rows and all dev rows.
@@ -208,14 +215,41 @@ class Comparison:
         for what, parts in (("backbone", self.backbones), ("task", self.tasks), ("contender", self.contenders)):
             _refuse_repeats(what, [part.name for part in parts])
         _refuse_repeats("seed", self.seeds)
-        for name in ("epochs", "batch_size"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("rows", "dev_rows", "max_length"):
             value = getattr(self, name)
             _require(name, value, value is None or value >= 2, "at least 2, or not given")
+        # the schedule "step" needs milestones, of which a comparison has none
+        schedules = [name for name in get_args(Schedule) if name != "step"]
+        _require("schedule", self.schedule, self.schedule in schedules, " or ".join(schedules))
+        for seed in self.seeds:
+            self.training(Path(), self.contenders[0].rates[0], seed)
         _require("holdout", self.holdout, 0 < self.holdout < 1, "a share between 0 and 1")
         _require("attention", self.attention, self.attention in (None, *get_args(Attention)), "sdpa or eager")
         self._check_effort()
+
+    def training(self, output: Path, rate: float, seed: int) -> TrainSettings:
+        """How a contender is trained.
+
+        Raises:
+            ValueError: if a setting is out of range.
+        """
+        return TrainSettings(
+            output=output,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=rate,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            schedule=self.schedule,
+            seed=seed,
+            bf16=self.bf16,
+            keep="last",
+            checkpoints=False,
+            measure=False,
+            log_steps=NEVER,
+            overwrite=True,
+            progress=False,
+        )
 
     def _check_effort(self) -> None:
         """Refuses contenders that are tuned more than others."""
@@ -301,8 +335,8 @@ def require_known(what: str, given: str, known: Iterable[str]) -> None:
 
 
 def _check_pool(pool: Pool | None, of: str) -> None:
-    if pool is not None and pool not in get_args(Pool):
-        raise ValueError(f"pool={pool!r} of {of}: choose {', '.join(get_args(Pool))}")
+    if pool is not None and pool not in HeadConfig.pools:
+        raise ValueError(f"pool={pool!r} of {of}: choose {', '.join(HeadConfig.pools)}")
 
 
 def _refuse_repeats(what: str, names: Sequence[object]) -> None:

@@ -36,11 +36,11 @@ def summary(found: Iterable[Record]) -> tuple[list[str], list[list[object]]]:
 def _line(backbone: str, contender: str, tasks: Sequence[str], lines: Sequence[Record]) -> list[object]:
     own = [line for line in lines if line.settings["backbone"] == backbone]
     cost = next((line for line in own if line.kind == "cost" and line.settings["contender"] == contender), None)
-    scored_as = (cost.settings["score_of"] if cost is not None else None) or contender
+    scored_as = (cost.settings.get("score_of") if cost is not None else None) or contender
     scores = [line for line in own if line.kind == "score" and line.settings["contender"] == scored_as]
     cells = [_score([line for line in scores if line.settings["task"] == task]) for task in tasks]
     costs = {} if cost is None or cost.measured is None else cost.measured
-    trained = next((line.measured["parameters"] for line in scores if line.measured is not None), None)
+    trained = next((line.measured.get("parameters") for line in scores if line.measured is not None), None)
     step = costs.get("step_seconds")
     return [
         backbone,
@@ -49,7 +49,7 @@ def _line(backbone: str, contender: str, tasks: Sequence[str], lines: Sequence[R
         costs.get("parameters", trained),
         _bytes(costs.get("kept_bytes")),
         _bytes(costs.get("peak_bytes")),
-        None if step is None else step["median"],
+        None if step is None else step.get("median"),
     ]
 
 

@@ -14,6 +14,7 @@ from sidestep.report.looks import Look, plain
 from sidestep.report.rows import Group, Row
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+SLUG = 60  # letters
 Rows = list[dict[str, Any]]
 
 
@@ -53,8 +54,8 @@ ABOUT = {"contender": "contender", "kind": "kind", "checkpoint": "checkpoint"}
 
 
 def slug(text: str) -> str:
-    """A text as a part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
+    """A text as a part of a file name, of which disks take no more than 255 bytes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:SLUG].strip("-") or "x"
 
 
 def about(row: Row) -> dict[str, Any]:

@@ -12,24 +12,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sidestep.compare.records import FORMAT, Record, read
+from sidestep.compare.records import FORMAT, Record, lines_of, read
+from sidestep.disk import same_file
 from sidestep.report.estimates import Estimate, estimate
 from sidestep.report.mixed import canonical, differing, text_of, unusual, usual
 from sidestep.report.rows import BASELINES, Group, Missing, Results, Row, Score, Source, Task, order_of
+from sidestep.report.texts import legible
 
 #: What a step's cost hangs on besides the method and the machine.
 SETUP = ("model", "precision", "attention", "device", "batch", "timed_batch", "length", "image_size")
 
 
 def load(paths: Sequence[Path]) -> Results:
-    """The results of one file or of several.
+    """The results of one file or of several; a file that is named twice counts once.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if a file holds no result, or results of a newer format.
     """
-    sources, records = [], []
+    sources: list[Source] = []
+    records: list[Record] = []
     for path in paths:
+        if any(same_file(path, source.path) for source in sources):
+            continue
         found, broken = _read(path)
         sources.append(Source(path=path, results=len(found), broken=broken))
         records += found
@@ -56,15 +61,15 @@ def _read(path: Path) -> tuple[list[Record], int]:
     if not records:
         lines = f"none of its {broken} lines can be read" if broken else "it is empty"
         raise ValueError(f"{path} holds no result: {lines}. Give a file that `sidestep compare` has written")
-    return records, broken
+    return [Record(**legible(vars(record))) for record in records], broken
 
 
 def _newer_format(path: Path) -> int | None:
     """The format of a line that is newer than what can be read; None if there is none."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines_of(path):
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         given = values.get("format") if isinstance(values, dict) else None
         if isinstance(given, int) and given > FORMAT:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from sidestep.report.ratios import PLANNED, not_won, plan_table, ratio_table
 from sidestep.report.rows import Group, Results
 from sidestep.report.tables import Cell, Table, main_table, unmeasured, without
+from sidestep.report.texts import as_code, in_markdown
 
 SCORES = ("average", "seeds")
 
@@ -23,13 +24,15 @@ def markdown(results: Results, *, command: str) -> str:
     of_scores = [column.name for column in table.columns if column.task or column.name in SCORES]
     of_costs = [column.name for column in table.columns if column.name not in (*names, *of_scores)]
     parts = [
-        f"`{command}` ({_made_on(results)})",
+        f"{as_code(command)} ({in_markdown(_made_on(results))})",
         _section("Scores: mean over seeds ± half the 95 % interval", without(table, of_costs), results)
         if of_scores
         else "",
         _section("Costs of a step", without(table, of_scores), results) if of_costs else "",
         _section("Sidestep's methods over their rivals", ratio_table(results), results),
-        "\n".join(["Where a method of Sidestep does not win:", "", *(f"- {said}" for said in not_won(results))])
+        "\n".join(
+            ["Where a method of Sidestep does not win:", "", *(f"- {in_markdown(said)}" for said in not_won(results))]
+        )
         if not_won(results)
         else "",
         _section("Planned and measured peak", plan_table(results), results),
@@ -47,7 +50,7 @@ def _section(title: str, table: Table, results: Results) -> str:
     lines = [
         f"{title}:",
         "",
-        _row(heads),
+        _row(map(in_markdown, heads)),
         _row("---:" if column.numbers else "---" for column in table.columns),
         *(_row(_text(cell, line.group) for cell in line.cells) for line in table.lines if _says(table, line.cells)),
     ]
@@ -61,14 +64,14 @@ def _says(table: Table, cells: Sequence[Cell]) -> bool:
 
 def _text(cell: Cell, group: Group) -> str:
     if cell.value == group.title and cell.small:
-        return f"{cell.text} ({cell.small})"
+        return in_markdown(f"{cell.text} ({cell.small})")
     said = [part for part in (cell.small, cell.tone) if part in (PLANNED, "loss", "tie")]
-    text = f"{cell.text} ({', '.join(said)})" if said else cell.text
+    text = in_markdown(f"{cell.text} ({', '.join(said)})" if said else cell.text)
     return f"{text}\\*" if cell.marks else text
 
 
 def _row(texts: Iterable[str]) -> str:
-    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+    return f"| {' | '.join(texts)} |"
 
 
 def _made_on(results: Results) -> str:
@@ -81,9 +84,9 @@ def _notes(results: Results, tables: Sequence[Table]) -> list[str]:
     marks = dict.fromkeys(
         mark for table in tables for line in table.lines for cell in line.cells for mark in cell.marks
     )
-    notes = [f"\\* {mark}" for mark in marks]
+    notes = [f"\\* {in_markdown(mark)}" for mark in marks]
     notes += [
-        f"{entry.contender} on {entry.backbone}: {entry.status} ({entry.what}): {entry.reason}"
+        in_markdown(f"{entry.contender} on {entry.backbone}: {entry.status} ({entry.what}): {entry.reason}")
         for entry in results.missing
     ]
     if unmeasured(results):

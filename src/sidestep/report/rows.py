@@ -107,7 +107,7 @@ class Row:
     def median(self, name: str) -> float | None:
         """The median of a time of the cost line, in seconds; None if it was not measured."""
         found = self.measured(name)
-        return found["median"] if isinstance(found, Mapping) else None
+        return found.get("median") if isinstance(found, Mapping) else None
 
 
 @dataclass(frozen=True, kw_only=True)
