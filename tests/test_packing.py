@@ -144,14 +144,20 @@ def test_a_mask_of_the_callers_own_may_keep_texts_apart() -> None:
         torch.testing.assert_close(model(**row(rows), attention_mask=own[None, None]).logits, expected)
 
 
-def test_a_compiled_pass_refuses_them_too() -> None:
+def test_a_compiled_pass_reads_them_alike_or_refuses_them_too() -> None:
     small = t.LlamaConfig(**{**CAUSAL, "num_hidden_layers": 1})
-    model = attached(lambda: t.LlamaForCausalLM(small), ss.LSTConfig(reduction=4)).eval()
-    compiled, ids = torch.compile(model, backend="eager"), torch.cat(texts(), 1)
+    together, plain = row(texts()), torch.arange(sum(LENGTHS))[None]
     with torch.no_grad():
-        compiled(input_ids=ids, position_ids=torch.arange(sum(LENGTHS))[None])
+        model = attached(lambda: t.LlamaForCausalLM(small), ss.ReadConfig(rank=4)).eval()
+        expected = model(**together).logits
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(**together).logits, expected)
+        mixes = torch.compile(
+            attached(lambda: t.LlamaForCausalLM(small), ss.LSTConfig(reduction=4)).eval(), backend="eager"
+        )
+        mixes(input_ids=together["input_ids"], position_ids=plain)
         with pytest.raises(RuntimeError, match="LST mixes tokens"):
-            compiled(**row(texts()))
+            mixes(**together)
 
 
 def test_an_encoders_positions_may_be_anything_for_methods_that_treat_tokens_alone() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from sidestep.backbone import dummies
 from sidestep.backbone.dummies import Texts
@@ -31,11 +30,10 @@ def packs(model: nn.Module) -> bool:
 
 
 def _behind(trunk: nn.Module, texts: Texts, seed: int) -> Tensor:
-    """The states (1, tokens, width) of one text, behind another one in its row."""
+    """What a trunk makes of one text, (1, tokens, any), behind another one in its row."""
     text = texts.text(texts.short, seed=1)
     inputs = texts.batch([torch.cat([texts.text(len(text), seed), text])])
     inputs["position_ids"] = torch.arange(len(text), device=texts.device).repeat(1, 2)
     inputs.pop("attention_mask", None)
-    output = output_of(trunk, inputs)
-    hidden: Tensor = output["last_hidden_state"] if isinstance(output, ModelOutput) else output[0]
-    return hidden[:, -len(text) :]
+    states: Tensor = output_of(trunk, inputs)[0]
+    return states[:, -len(text) :]
