@@ -85,7 +85,7 @@ def test_accuracy_is_the_mean_of_the_recalls_by_rows() -> None:
 
 
 def test_texts_are_seen_against_the_most_frequent_one() -> None:
-    targets = ["very good", "bad", "very good", "so so"]
+    targets = ["very good", "bad", " very good", "so so"]
     found = assess_texts(["very  good", "good", "very good", "so so"], targets)
     assert found.scores == text_scores(["very  good", "good", "very good", "so so"], targets)
     assert found.constant["exact_match"] == 0.5

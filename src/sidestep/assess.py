@@ -69,15 +69,21 @@ def assess_evaluation(kind: Kind, evaluation: Any, names: Sequence[str] | None =
 
 def assess_texts(written: Sequence[str], targets: Sequence[str]) -> Assessment:
     """The assessment of texts; arguments and errors as of `metrics.text_scores`."""
-    found, counts = text_scores(written, targets), Counter(targets)
+    found = text_scores(written, targets)
+    # as exact_match compares them: without regard to the amount of white space
+    said, asked = (list(map(_spaced, texts)) for texts in (written, targets))
+    counts, right = Counter(asked), Counter(target for text, target in zip(said, asked, strict=True) if text == target)
     usual, _ = counts.most_common(1)[0]
-    right = Counter(target for text, target in zip(written, targets, strict=True) if text.split() == target.split())
-    few = counts if len(counts) <= FEW else {}
+    few = sorted(counts) if len(counts) <= FEW else ()
     return Assessment(
         scores=found,
         constant=text_scores([usual] * len(targets), targets),
-        classes={name: OfClass(rows=counts[name], recall=right[name] / counts[name]) for name in sorted(few)},
+        classes={name: OfClass(rows=counts[name], recall=right[name] / counts[name]) for name in few},
     )
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _constant(kind: Kind, predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
