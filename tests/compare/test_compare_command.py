@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from sidestep.cli import app
+from sidestep.compare.bench import Bench
 from sidestep.compare.records import read
 from small_tasks import reviews, text_backbone, write
 
@@ -96,3 +97,27 @@ def test_a_stopped_comparison_says_that_it_continues(study: Path, monkeypatch: p
     result = compare(study)
     assert result.exit_code == 130
     assert "the same command continues" in result.output
+
+
+@pytest.mark.parametrize("status", ["failed", "refused"])
+def test_a_comparison_without_a_score_is_an_error(study: Path, monkeypatch: pytest.MonkeyPatch, status: str) -> None:
+    def broken(*args: object, **how: object) -> None:
+        raise RuntimeError("out of memory")
+
+    if status == "failed":
+        monkeypatch.setattr("sidestep.compare.runs.train", broken)
+    else:
+        monkeypatch.setattr("sidestep.compare.bench.Bench.refusal", lambda self, one: "out of memory")
+    result = compare(study, "--quick")
+    assert result.exit_code == 2
+    assert f"{status}: score of bert, reviews, probe: " in result.stderr
+    assert "Error: no run came to a score, for the reasons above, which" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_comparison_with_one_score_is_none(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = Bench.refusal
+    monkeypatch.setattr(Bench, "refusal", lambda self, one: refusal(self, one) if one.name == "probe" else "no")
+    result = compare(study, "--quick")
+    assert result.exit_code == 0, result.output
+    assert "refused: score of bert, reviews, lora: no" in result.stderr

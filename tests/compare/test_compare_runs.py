@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from sidestep.compare.spec import Comparison, Contender
 from sidestep.compare.summary import summary
 from sidestep.data import DataError, Fields
 from sidestep.data import read as read_rows
+from sidestep.disk import OutputError
 from sidestep.train import TrainError
 from small_tasks import image_backbone, image_folder, reviews, text_backbone, write
 
@@ -298,17 +300,50 @@ def test_costs_are_measured_together_and_once(place: Path, tmp_path: Path) -> No
     assert lines[0][2] == lines[1][2]
 
 
+RUNNING = """
+import json, sys, torch
+from pathlib import Path
+from sidestep.compare.files import comparison_from
+from sidestep.compare.runs import run
+torch.set_num_threads(1)
+file, place, output = map(Path, sys.argv[1:])
+run(comparison_from(json.loads(file.read_text()), place, "x"), output)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no process can be stopped there")
+def test_a_second_process_is_refused_and_the_first_is_not_disturbed(place: Path, tmp_path: Path) -> None:
+    output, file = tmp_path / "results.jsonl", tmp_path / "values.json"
+    few = {"contender": [{"method": "probe", "rates": [0.01]}], "epochs": 1}
+    file.write_text(json.dumps(values(**few)))
+    (tmp_path / "link.jsonl").symlink_to(output)
+    command = [sys.executable, "-c", RUNNING, *map(str, (file, place, output))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as first:
+        deadline = time.monotonic() + 120
+        while not read(output)[0]:
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)  # before its second run
+        before = output.read_bytes()
+        try:
+            for other in (output, tmp_path / "link.jsonl", tmp_path / ".." / tmp_path.name / "results.jsonl"):
+                with pytest.raises(OutputError, match=r"another process is writing .*: try again when it is done"):
+                    run(comparison(place, **few), other, tell=silent)
+        finally:
+            first.send_signal(signal.SIGCONT)
+        assert output.read_bytes() == before
+        said, _ = first.communicate(timeout=120)
+        assert first.returncode == 0, said
+    assert [(one.settings["seed"], one.status) for one in read(output)[0]] == [(0, "ok"), (1, "ok")]
+    assert run(comparison(place, **few), output, tell=silent).ran == 0
+
+
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
 def test_a_killed_comparison_continues(place: Path, finished: Path, tmp_path: Path) -> None:
     output, file = tmp_path / "results.jsonl", tmp_path / "values.json"
     file.write_text(json.dumps(values()))
-    code = (
-        "import json, sys, torch; from pathlib import Path; torch.set_num_threads(1)\n"
-        "from sidestep.compare.files import comparison_from; from sidestep.compare.runs import run\n"
-        "file, place, output = map(Path, sys.argv[1:])\n"
-        "run(comparison_from(json.loads(file.read_text()), place, 'x'), output)"
-    )
-    command = [sys.executable, "-c", code, *map(str, (file, place, output))]
+    command = [sys.executable, "-c", RUNNING, *map(str, (file, place, output))]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while len(read(output)[0]) < 3:
@@ -326,6 +361,40 @@ def test_a_killed_comparison_continues(place: Path, finished: Path, tmp_path: Pa
     assert "1 broken lines are passed over" in lines_said[0]
     assert outcome(found.records) == outcome(read(finished)[0])
     assert {file.name for file in tmp_path.glob(".*")} == {".results.jsonl.lock"}
+
+
+def test_rows_that_the_last_backbone_cannot_read_end_a_comparison_before_the_first_run(
+    place: Path, tmp_path: Path
+) -> None:
+    image_backbone(tmp_path / "vit")
+    image_folder(tmp_path / "photos", per_class=8)
+    (tmp_path / "photos" / sorted(path.name for path in (tmp_path / "photos").iterdir())[0] / "0.png").write_bytes(b"")
+    photos, texts = {"train": "photos", "image": "image"}, {**values()["task"][0], "train": str(place / "train.tsv")}
+    both = [{"model": str(place / "bert")}, {"model": "vit"}]
+    asked = comparison(tmp_path, backbone=both, task=[{**texts, "dev": None}, photos], seeds=[0], epochs=1)
+    with pytest.raises(DataError, match="task 'photos'"):
+        run(asked, tmp_path / "results.jsonl", tell=silent)
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_run_without_a_finite_score_fails_and_is_told(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, scores, told_lines = runs.train, [math.inf, math.nan], list[str]()
+
+    def diverged(*args: Any, **how: Any) -> Any:
+        found = train(*args, **how)
+        return replace(found, scores={**found.scores, found.metric: scores.pop()})
+
+    monkeypatch.setattr(runs, "train", diverged)
+    asked = comparison(place, contender=[{"method": "probe", "rates": [0.01]}], epochs=1)
+    found = run(asked, tmp_path / "results.jsonl", tell=told_lines.append)
+    assert [one.status for one in found.records] == ["failed", "failed"]
+    assert [line.partition("failed: ")[2] for line in told_lines] == [
+        "accuracy on dev is nan, no finite number",
+        "accuracy on dev is inf, no finite number",
+    ]
+    assert summary(found.records)[1][0][2] == "failed"
 
 
 def test_images_and_texts_go_to_the_backbones_that_read_them(place: Path, tmp_path: Path) -> None:

@@ -216,3 +216,59 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("seeds = [")
     with pytest.raises(ValueError, match=r"broken\.toml cannot be read as TOML"):
         comparison_file(tmp_path / "broken.toml")
+
+
+NAN, INF = float("nan"), float("inf")
+CONTENDER = {"method": "probe", "rates": [1e-3]}
+BAD: list[tuple[dict[str, Any], str]] = [
+    *(({"warmup": value}, "warmup=") for value in (2.0, 1.0, -1, -0.1, NAN, INF, "x", True)),
+    *(({"weight_decay": value}, "weight_decay=") for value in (-1, NAN, INF, "x", 10**400)),
+    *(({"schedule": value}, "schedule=") for value in ("cosin", "Linear", "step", 1)),
+    *(({"seeds": value}, "seed") for value in ([-1], [2**32], [0.5], [0, 0], ["a"], [], [NAN])),
+    *(({"epochs": value}, "epochs=") for value in (0, -1, 1.5, "x", True)),
+    *(({"batch_size": value}, "batch_size=") for value in (0, -8, 1.5)),
+    *(({name: value}, f"{name}=") for name in ("rows", "dev_rows", "max_length") for value in (1, 0, -5, 2.5)),
+    *(({"holdout": value}, "holdout=") for value in (0.0, 1.0, -0.2, NAN)),
+    ({"attention": "flash"}, "attention='flash'"),
+    *(({"contender": [{**CONTENDER, "rates": value}]}, "rates=") for value in ([], [0], [-1e-3], [NAN], [INF], ["x"])),
+    ({"contender": [{**CONTENDER, "rates": [1e-3, 1e-3]}]}, "one stands there twice"),
+    ({"contender": [{**CONTENDER, "rates": [10**400]}]}, "is not a number"),
+    *(({"contender": [{**CONTENDER, "pool": value}]}, "pool=") for value in ("max", "own", "gpo")),
+    *(({"backbone": [{"model": "a", "dtype": value}]}, "dtype=") for value in ("int8", "float", "fp16", "nonsense")),
+    ({"backbone": [{"model": "a", "pool": "own"}]}, "pool='own'"),
+    *(({"task": [{"train": "a.csv", "text": "t", "rows": value}]}, "rows=") for value in (1, 0, -3)),
+    ({"task": [{"train": "a.csv", "text": "t", "problem": "retrieval"}]}, "problem='retrieval'"),
+    *(({"task": [{"train": "a.csv", "text": "t", "encoding": value}]}, "encoding=") for value in ("x", "hex", "rot13")),
+    ({"task": [{"train": "a.csv", "text": "t", "columns": ["a", "a"]}]}, "every column needs a name of its own"),
+    *(({name: []}, f"{name}=[] is empty") for name in ("methods", "seeds", "backbone", "task", "contender")),
+    ({"task": [{"train": "a.csv", "text": "t", "columns": []}]}, "columns=[] is empty"),
+    *(({"task": [{"train": "a.csv", "text": "t", name: ""}]}, f"{name} is empty") for name in ("train", "dev", "name")),
+    ({"task": [{"train": "a.csv", "text": ""}]}, "text is empty"),
+    ({"backbone": [{"model": ""}]}, "model is empty"),
+    *(({"costs": {name: 0}}, f"{name}=0") for name in ("batch", "length", "repeats")),
+    ({"costs": {"warmup": -1}}, "warmup=-1"),
+    *(({"backbone": [{"model": "a", "name": name}]}, "a name is a line of text") for name in ("a\nb", " ", "\x1b[1m")),
+    ({"contender": [{**CONTENDER, "name": "a\tb"}]}, "a name is a line of text"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD, ids=lambda value: str(value)[:60])
+def test_what_would_fail_in_every_run_is_refused_before_the_first(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=r"^here") as caught:
+        comparison_from(values(**{"contender": [CONTENDER], **changes}), Path(), "here")
+    assert said in str(caught.value)
+
+
+def test_what_was_accepted_makes_settings_of_a_run() -> None:
+    asked = comparison(seeds=(0, 2**32 - 1), warmup=0.5, schedule="cosine_epochs", weight_decay=0.1, epochs=7)
+    for seed in asked.seeds:
+        made = asked.training(Path("out"), 1e-3, seed)
+        assert (made.seed, made.learning_rate, made.epochs, made.warmup) == (seed, 1e-3, 7, 0.5)
+        assert (made.keep, made.checkpoints, made.weight_decay) == ("last", False, 0.1)
+
+
+@pytest.mark.parametrize("text", ["a = [" + "[" * 5000, "x = 1\nx = 2", "\x00"])
+def test_a_file_that_is_no_toml_is_one_message(tmp_path: Path, text: str) -> None:
+    (tmp_path / "study.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"study\.toml cannot be read as TOML"):
+        comparison_file(tmp_path / "study.toml")

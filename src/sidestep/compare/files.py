@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,11 +111,12 @@ def comparison_from(values: Mapping[str, Any], base: Path, where: str) -> Compar
         "holdout": table.get("holdout", float),
         "attention": table.get("attention", str),
     }
-    costs = _costs(table, given)
-    table.finish()
     contenders = (*map(Contender.named, named or ()), *map(_contender, own)) or default_contenders()
     found = {name: value for name, value in given.items() if value is not None}
-    return table.made(Comparison, backbones=backbones, tasks=tasks, contenders=contenders, costs=costs, **found)
+    comparison = table.made(Comparison, backbones=backbones, tasks=tasks, contenders=contenders, costs=None, **found)
+    costs = _costs(table, given)
+    table.finish()
+    return replace(comparison, costs=costs)
 
 
 class _Table:

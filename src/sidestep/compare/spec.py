@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ CHECKPOINT = "+checkpoint"
 
 QUICK_ROWS, QUICK_EPOCHS, QUICK_RATES, QUICK_REPEATS = 128, 2, 2, 2
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 Attention = Literal["sdpa", "eager"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 NEVER = 10**9  # steps between log entries: the loss is that of a whole epoch then, logged at its end
@@ -213,7 +215,7 @@ class Comparison:
             if not getattr(self, name):
                 raise ValueError(f"no {name}: a comparison needs at least one")
         for what, parts in (("backbone", self.backbones), ("task", self.tasks), ("contender", self.contenders)):
-            _refuse_repeats(what, [part.name for part in parts])
+            _check_names(what, [part.name for part in parts])
         _refuse_repeats("seed", self.seeds)
         for name in ("rows", "dev_rows", "max_length"):
             value = getattr(self, name)
@@ -337,6 +339,14 @@ def require_known(what: str, given: str, known: Iterable[str]) -> None:
 def _check_pool(pool: Pool | None, of: str) -> None:
     if pool is not None and pool not in HeadConfig.pools:
         raise ValueError(f"pool={pool!r} of {of}: choose {', '.join(HeadConfig.pools)}")
+
+
+def _check_names(what: str, names: Sequence[str]) -> None:
+    """Refuses names that stand there twice, or that would not show in a table."""
+    for name in names:
+        if not name.strip() or CONTROL.search(name):
+            raise ValueError(f"{what} {name!r}: a name is a line of text without control characters")
+    _refuse_repeats(what, names)
 
 
 def _refuse_repeats(what: str, names: Sequence[object]) -> None:

@@ -10,6 +10,7 @@ import csv
 import difflib
 import gzip
 import hashlib
+import io
 import re
 import warnings
 import zlib
@@ -50,8 +51,8 @@ class TableOptions:
 
     def __post_init__(self) -> None:
         try:
-            codecs.lookup(self.encoding)
-        except LookupError:
+            io.TextIOWrapper(io.BytesIO(), encoding=self.encoding)  # a codec such as "hex" is known and reads no text
+        except (LookupError, ValueError):
             raise DataError(
                 f"encoding={self.encoding!r} is unknown: choose utf-8, latin-1, cp1252 or another of Python's"
             ) from None
