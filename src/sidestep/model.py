@@ -866,12 +866,20 @@ class SideModel(nn.Module):
         return rest
 
     def resume(self, rest: Rest) -> None:
-        """Be attached again, exactly as before `rest`.
+        """Be attached again, exactly as before `rest`, or leave the backbone as it was.
 
         Raises:
             ValueError: if another task is attached to the backbone meanwhile.
         """
         check_attachable(self.backbone)
+        self.fold.put()
+        try:
+            self._resume(rest)
+        except BaseException:  # out of memory, or stopped by hand
+            self.detach_backbone()
+            raise
+
+    def _resume(self, rest: Rest) -> None:
         torch.clear_autocast_cache()
         self._wide.put()
         with torch.no_grad():
@@ -883,7 +891,6 @@ class SideModel(nn.Module):
         if self.settings.checkpoint == "late":
             backbones.checkpoint_blocks(self.late_blocks())
         rest.flags.restore(self.backbone)
-        self.fold.put()
 
 
 _LIKE: dict[type[nn.Module], type[SideModel]] = {}
