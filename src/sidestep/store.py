@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from sidestep import task_fields
 from sidestep.backbone import Digest, token_rows
 from sidestep.diffs import SparseDiff
-from sidestep.heads import HEADS, HeadConfig, head_from_dict
+from sidestep.heads import HeadConfig, head_from_dict
 from sidestep.loading import Source, load_class, load_processor, paired, source_of, stored_vocabulary
 from sidestep.methods import MethodConfig, UnsupportedBackbone, method_named
 from sidestep.model import Settings, SideModel
@@ -818,7 +818,6 @@ def _method(folder: Path, config: Mapping[str, Any]) -> MethodConfig:
             'group "sidestep.methods")'
         ) from error
     with _as_unusable(folder):
-        _check_types(kind, values, "method.config")
         return kind.from_dict(values)
 
 
@@ -832,14 +831,7 @@ def head_of(folder: Path, config: Mapping[str, Any]) -> HeadConfig | None:
     if values is None:
         return None
     with _as_unusable(folder):
-        if values["head"] in HEADS:
-            _check_types(HEADS[values["head"]], values, "head")
         return head_from_dict(values)
-
-
-def _check_types(kind: type, values: Mapping[str, Any], name: str) -> None:
-    if wrong := task_fields.misfits(kind, values, name):
-        raise ValueError("; ".join(wrong))
 
 
 @contextmanager
