@@ -1,37 +1,41 @@
-"""Task folders that were damaged at random: each has to be refused with a `TaskError`, or to say the same as before.
+"""Damaged task folders: each has to be refused with a `TaskError`, or to say the same as before.
 
     python benchmarks/damaged_tasks.py --damages 2000 --seed 0
 
-A small BERT with a READ side network, a classifying head, label names and a tokenizer is saved once. Each damage is
-made on a copy of that task: bytes of every file, files as a whole, values of sidestep.json, and the header of the
-weights. The copy is then inspected and loaded by the name of its backbone. The table counts what came of it.
-`--before` takes the checksums of sidestep.json and the processor out first, as in tasks of earlier versions: their
-damages have to be refused by name as far as they are refused, and some cannot be told from another task.
+A small BERT with a READ side network, a classifying head, label names and a tokenizer is saved once. Hypothesis (extra
+"test") makes the damages, each of one file in a copy of that task: bytes of every file, files as a whole, and values of
+sidestep.json, of the processor's files and of the weights' header. The copy is then inspected and loaded by the name of
+its backbone. The table counts what came of it. `--before` takes the checksums of sidestep.json and the processor out
+first, as in tasks of earlier versions: their damages have to be refused by name as far as they are refused, and some
+cannot be told from another task.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 import struct
 import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from hypothesis import Phase, given, seed, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import sidestep as ss
-from sidestep import card, store
+from sidestep import store
 
 TEXTS = ["the plot was not so good", "a very fine film", "dull"]
 WORDS = ("[PAD]", "[UNK]", *sorted({word for text in TEXTS for word in text.split()}))
@@ -43,8 +47,7 @@ PREPROCESSING = {
     "labels": list(LABELS),
 }
 PROCESSOR = ("processor/tokenizer.json", "processor/tokenizer_config.json")
-FILES = (store.CONFIG, store.CONFIG, store.WEIGHTS, *PROCESSOR, card.CARD)  # sidestep.json twice as often
-OTHERS = (None, True, False, 0, -1, 3, 2.5, 1e308, "", "x", "größer", [], ["a"], [[]], {}, {"a": 1}, 10**30)
+ADDED = ("special_tokens_map.json", "preprocessor_config.json", "added_tokens.json", "vocab.txt")
 OUTCOMES = ("TaskError", "loaded right", "uncaught", "loaded otherwise")
 
 Said = tuple[Any, ...]
@@ -79,115 +82,171 @@ def as_before(task: Path) -> None:
 
 # --- damages -----------------------------------------------------------------------------------------------
 
+Files = Mapping[str, bytes]
 
-def bytes_of(draw: random.Random, task: Path) -> None:
-    """Bytes of one file are changed, taken out, put in, cut off or exchanged."""
-    file = task / draw.choice(FILES)
-    content = bytearray(file.read_bytes())
-    start, length = draw.randrange(len(content)), draw.choice((1, 1, 1, 2, 5, 40))
-    noise = bytes(draw.randrange(256) for _ in range(length))
-    how = draw.choice(("bit", "bit", "byte", "noise", "digit", "out", "in", "cut", "twice"))
-    if how == "bit":
-        content[start] ^= 1 << draw.randrange(8)
-    elif how == "byte":
-        content[start] = draw.randrange(256)
-    elif how == "digit":
-        content[start] = draw.choice(b'0123456789ae"{}[],: ')
-    elif how == "cut":
-        del content[start:]
+
+@dataclass(frozen=True)
+class Damage:
+    """What became of one file: other bytes, or no file."""
+
+    file: str
+    how: str
+    content: bytes | Literal["lost", "a folder"] = field(repr=False)
+
+    def apply(self, task: Path) -> None:
+        """Damage a task."""
+        path = task / self.file
+        path.unlink(missing_ok=True)
+        if self.content == "a folder":
+            path.mkdir()
+        elif isinstance(self.content, bytes):
+            path.write_bytes(self.content)
+
+
+def files_of(task: Path) -> Files:
+    """What a task's files hold, by their names."""
+    paths = (path for path in sorted(task.rglob("*")) if path.is_file())
+    return {path.relative_to(task).as_posix(): path.read_bytes() for path in paths}
+
+
+@st.composite
+def some_bytes(draw: st.DrawFn, files: Files) -> Damage:
+    """Bytes of a file are flipped, replaced, put in, taken out, cut off, exchanged or repeated."""
+    name = draw(st.sampled_from(sorted(files)))
+    old = files[name]
+    start, length = draw(st.integers(0, len(old) - 1)), draw(st.integers(1, 40))
+    end = min(start + length, len(old))
+    how = draw(st.sampled_from(("flip", "replace", "insert", "delete", "truncate", "swap", "repeat")))
+    if how == "flip":
+        new = bytes([old[start] ^ 1 << draw(st.integers(0, 7))]) + old[start + 1 : end]
+    elif how == "replace":
+        new = draw(st.binary(min_size=end - start, max_size=end - start) | digits(end - start))
+    elif how == "insert":
+        new = draw(st.binary(min_size=1, max_size=40) | digits(1)) + old[start:end]
     else:
-        part = {"out": b"", "in": bytes([*noise, *content[start : start + length]]), "noise": noise}
-        content[start : start + length] = part.get(how, bytes(content[start : start + length] * 2))
-    file.write_bytes(bytes(content))
+        new = {"delete": b"", "truncate": b"", "swap": old[start:end][::-1], "repeat": old[start:end] * 2}[how]
+    after = b"" if how == "truncate" else old[end:]
+    return Damage(name, f"{how} {start}:{end} -> {new!r}", old[:start] + new + after)
 
 
-def whole_file(draw: random.Random, task: Path) -> None:
+def digits(length: int) -> st.SearchStrategy[bytes]:
+    """What leaves JSON more often whole than other bytes do."""
+    return st.text('0123456789ae"{}[],: ', min_size=length, max_size=length).map(str.encode)
+
+
+@st.composite
+def whole_file(draw: st.DrawFn, files: Files) -> Damage:
     """A file is lost, empty, a folder, another's, in another encoding, nested too deeply, or one too many."""
-    name = draw.choice(FILES)
-    file, how = task / name, draw.randrange(8)
-    if how == 7:
-        added = draw.choice(("special_tokens_map.json", "preprocessor_config.json", "added_tokens.json", "vocab.txt"))
-        (task / "processor" / added).write_text(draw.choice(("{}", "[PAD]\nthe\n", '{"the": 3}', '{"sep_token": "a"}')))
-        return
-    content = file.read_bytes()
-    file.unlink()
-    if how == 1:
-        file.mkdir()
-    elif how > 1:
-        other = (task / draw.choice(FILES[2:])).read_bytes() if name == store.CONFIG else b"{}"
-        deep = draw.choice((90, 900, 5000, 200_000))
-        in_utf16 = content.decode("latin-1").encode("utf-16")
-        nested = (b"[" * deep + b"]" * deep, b'{"format": 1, "a":' + b"[" * deep + b"]" * deep + b"}")
-        file.write_bytes((b"", other, in_utf16, *nested)[how - 2])
+    name = draw(st.sampled_from(sorted(files)))
+    how = draw(st.sampled_from(("lost", "a folder", "empty", "another's", "in utf-16", "deep", "one too many")))
+    if how == "one too many":
+        name = f"processor/{draw(st.sampled_from(ADDED))}"
+        return Damage(name, how, draw(st.sampled_from((b"{}", b"[PAD]\nthe\n", b'{"the": 3}', b'{"sep_token": "a"}'))))
+    if how in ("lost", "a folder"):
+        return Damage(name, how, how)
+    deep = draw(st.sampled_from((90, 900, 5000, 200_000)))
+    nested = b"[" * deep + b"]" * deep
+    content = {
+        "empty": b"",
+        "another's": files[draw(st.sampled_from(sorted(files)))],
+        "in utf-16": files[name].decode("latin-1").encode("utf-16"),
+        "deep": draw(st.sampled_from((nested, b'{"format": 1, "a":' + nested + b"}"))),
+    }
+    return Damage(name, how, content[how])
 
 
-def json_value(draw: random.Random, task: Path) -> None:
-    """One value of a JSON file is replaced by one of another kind, moved a little, taken out or added."""
-    file = task / draw.choice((*[store.CONFIG] * 4, *PROCESSOR))
-    config = json.loads(file.read_text(encoding="utf-8"))
-    part, key = draw.choice(list(_places(config)))
-    how = draw.choice(("other", "other", "near", "near", "out", "in"))
+#: What stands for text that Python's json does not write.
+RAW = {'"<huge>"': "1" * 5000, '"<deep>"': "[" * 5000 + "]" * 5000, '"<open>"': "{"}
+ODD = (
+    *(text.strip('"') for text in RAW),
+    1e308,
+    1e400,
+    10**30,
+    10**400,
+    2**63,
+    -1,
+    "\ud83d",
+    "größer",
+    "I32",
+    "F8_E4M3",
+)
+LISTS = ([], [0], [-1], [2**62], [5, 2], [0, 2**63], [[]], ["a"], {})
+KEYS = ("zork", "labels", "rank", "num_classes", "towers", "generation", "text2", "__metadata__", "")
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(ODD),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3) | st.sampled_from(LISTS),
+    max_leaves=6,
+)
+
+
+@st.composite
+def json_value(draw: st.DrawFn, files: Files) -> Damage:
+    """A value of a JSON file is replaced by another, moved a little, taken out, added or written twice."""
+    name = draw(st.sampled_from((store.CONFIG, *PROCESSOR)))
+    how, text = draw(other_json(files[name].decode()))
+    return Damage(name, how, text)
+
+
+@st.composite
+def header(draw: st.DrawFn, files: Files) -> Damage:
+    """So is one of the weights' header, or its length is another."""
+    content = files[store.WEIGHTS]
+    end = 8 + int.from_bytes(content[:8], "little")
+    how, text = draw(other_json(content[8:end].decode()))
+    stated = draw(st.sampled_from((len(text), len(text), len(text), end - 8, 0, 2**63, len(text) - 1)))
+    return Damage(store.WEIGHTS, f"{how}, length {stated}", struct.pack("<Q", stated) + text + content[end:])
+
+
+@st.composite
+def other_json(draw: st.DrawFn, text: str) -> tuple[str, bytes]:
+    """Another text of a JSON document, and what was done to it."""
+    document = json.loads(text)
+    places = _places(document)
+    where, part, key = places[draw(st.integers(0, len(places) - 1))]
+    how, value = draw(st.sampled_from(("other", "other", "near", "out", "in", "twice"))), draw(VALUES)
+    twice = ""
     if how == "other":
-        part[key] = draw.choice(OTHERS)
+        part[key] = value
     elif how == "near":
-        part[key] = _near(draw, part[key])
+        part[key] = value = draw(_near(part[key]))
     elif how == "out":
         del part[key]
     elif isinstance(part, list):
-        part.insert(key, draw.choice(OTHERS))
+        part.insert(key, value)
+    elif how == "in":
+        part[draw(st.sampled_from(KEYS) | st.text())] = value
     else:
-        part[draw.choice(("zork", "labels", "rank", "num_classes", "towers", "generation", "text2"))] = draw.choice(
-            OTHERS
-        )
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        twice = f"{json.dumps(key)}: "
+    new = json.dumps(document)
+    if twice:  # the later one counts, for Python
+        new = new.replace(twice, f"{twice}{json.dumps(value)}, {twice}", 1)
+    for short, raw in RAW.items():
+        new = new.replace(short, raw)
+    return f"{how} {where}: {value!r}", new.encode()
 
 
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Each container within a value, with each of its keys."""
+def _places(value: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Each container within a value with each of its keys, and their dotted names."""
     keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    return [place for key in keys for place in ((value, key), *_places(value[key]))]
+    return [place for key in keys for place in ((f"{name}{key}", value, key), *_places(value[key], f"{name}{key}."))]
 
 
-def _near(draw: random.Random, value: Any) -> Any:
-    """A value of the same type."""
+def _near(value: Any) -> st.SearchStrategy[Any]:
+    """Other values of the same type."""
     if isinstance(value, bool) or value is None:
-        return not value
+        return st.just(not value)
     if isinstance(value, int | float):
-        return value + draw.choice((1, -1, 7))
+        return st.sampled_from((value + 1, value - 1, value + 7, -value))
     if isinstance(value, str):
-        return draw.choice((value + "x", value[:-1], value.upper(), value.replace("a", "4")))
-    return list(reversed(value)) if isinstance(value, list) else dict(list(value.items())[1:])
+        return st.sampled_from((value + "x", value[:-1], value.upper(), value.replace("a", "4")))
+    return st.just(list(reversed(value)) if isinstance(value, list) else dict(list(value.items())[1:]))
 
 
-def weights_header(draw: random.Random, task: Path) -> None:
-    """The header of the weights says another length, dtype, shape, place or name, or is no JSON."""
-    file = task / store.WEIGHTS
-    content = file.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header, tensors = json.loads(content[8 : 8 + length]), content[8 + length :]
-    name = draw.choice([name for name in header if name != "__metadata__"])
-    how = draw.randrange(6)
-    if how == 0:
-        header[name]["dtype"] = draw.choice(("I32", "F16", "BF16", "F64", "F8_E4M3", "F4", "U32", "BOOL", "C64", "X"))
-    elif how == 1:
-        header[name]["shape"] = draw.choice(([], [1], [-1], [2**62], "x", header[name]["shape"][::-1], [0]))
-    elif how == 2:
-        header[name]["data_offsets"] = draw.choice(([0, 0], [5, 2], [0, 2**63], None, [0]))
-    elif how == 3:
-        header[draw.choice((name.upper(), name + "0", ""))] = header.pop(name)
-    elif how == 4:
-        part = header["__metadata__"]
-        part[draw.choice(list(part))] = draw.choice(("", "0", 1, None, {}))
-    text = b"[" * 5000 if how == 5 else json.dumps(header).encode()
-    stated = draw.choice((len(text), len(text), len(text), 0, 2**63, len(text) - 1))
-    file.write_bytes(struct.pack("<Q", stated) + text + tensors)
-
-
-DAMAGES: dict[str, Callable[[random.Random, Path], None]] = {
-    "bytes of a file": bytes_of,
+DAMAGES: dict[str, Callable[[Files], st.SearchStrategy[Damage]]] = {
+    "bytes of a file": some_bytes,
     "a whole file": whole_file,
     "a value of a JSON file": json_value,
-    "the weights' header": weights_header,
+    "the weights' header": header,
 }
 
 
@@ -224,16 +283,27 @@ def outcome(task: Path, right: Said) -> tuple[str, str]:
     return ("loaded right" if found == right else "loaded otherwise"), ""
 
 
-def study(task: Path, place: Path, damages: int, seed: int) -> list[tuple[int, str, str, str]]:
-    """Number, kind, outcome and error of each damage; kinds take turns, and a number gives the same damage again."""
+@contextmanager
+def damaged(task: Path, damage: Damage) -> Iterator[Path]:
+    """A damaged copy of a task, which is removed again."""
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(shutil.copytree(task, Path(place) / "task"))
+        damage.apply(copy)
+        yield copy
+
+
+def study(task: Path, kind: str, damages: int, number: int) -> list[tuple[Damage, str, str]]:
+    """Damage, outcome and error of as many damages of a kind; the same number of a study gives the same again."""
     right, found = said(task), []
-    for number in range(damages):
-        kind = list(DAMAGES)[number % len(DAMAGES)]
-        copy = place / "damaged"
-        shutil.copytree(task, copy)
-        DAMAGES[kind](random.Random(f"{seed} {number}"), copy)
-        found.append((number, kind, *outcome(copy, right)))
-        shutil.rmtree(copy)
+
+    @seed(number)
+    @settings(max_examples=damages, deadline=None, database=None, phases=[Phase.generate])
+    @given(DAMAGES[kind](files_of(task)))
+    def one(damage: Damage) -> None:
+        with damaged(task, damage) as copy:
+            found.append((damage, *outcome(copy, right)))
+
+    one()
     return found
 
 
@@ -249,14 +319,14 @@ def main() -> int:
         task = make_task(Path(folder))
         if options.before:
             as_before(task)
-        found = study(task, Path(folder), options.damages, options.seed)
-    counts = Counter((kind, result) for _, kind, result, _ in found)
+        found = {kind: study(task, kind, options.damages // len(DAMAGES), options.seed) for kind in DAMAGES}
     print(f"| damage | {' | '.join(OUTCOMES)} |\n|---|{'---|' * len(OUTCOMES)}")
-    for kind in DAMAGES:
-        print(f"| {kind} | {' | '.join(str(counts[kind, result]) for result in OUTCOMES)} |")
-    bad = [row for row in found if row[2] in OUTCOMES[2:]]
-    for number, kind, result, error in bad:
-        print(f"{number}, {kind}: {result} {error}"[:300], file=sys.stderr)
+    for kind, rows in found.items():
+        counts = Counter(result for _, result, _ in rows)
+        print(f"| {kind} | {' | '.join(str(counts[result]) for result in OUTCOMES)} |")
+    bad = [row for rows in found.values() for row in rows if row[1] in OUTCOMES[2:]]
+    for damage, result, error in bad:
+        print(f"{damage}: {result} {error}"[:400], file=sys.stderr)
     return 1 if bad and not options.before else 0
 
 

@@ -4,8 +4,14 @@ import datasets
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
 import late_writer  # noqa: F401 - registers a third party's method, so that the laws cover one
+
+# The same examples at each run, however long one takes; `--hypothesis-profile thorough` looks at many others.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("thorough", deadline=None, max_examples=3000)
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +450,39 @@ def test_a_task_that_cannot_be_activated_keeps_what_was_trained(bank: ss.TaskBan
     ss.detach(other)
     assert bank.activate("sparse") is model
     assert torch.equal(model.sparse.values, trained)
+
+
+@pytest.mark.parametrize("name", ["sparse", "bitfit", "read"])
+@pytest.mark.parametrize("kept", [True, False], ids=["from memory", "from disk"])
+@pytest.mark.parametrize(
+    "at", ["sidestep.fold.Fold.put", "sidestep.diffs.SparseDiff.write", "sidestep.model.Before.restore"]
+)
+def test_a_switch_that_fails_half_way_leaves_backbone_and_task_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kept: bool, at: str
+) -> None:
+    bare = backbone()
+    before = weights(bare)
+    bank = ss.TaskBank(bare, tmp_path / "bank")
+    for source in ("sherl", name):
+        bank.add(source, saved(tmp_path / source, *(STREAM | DENSE)[source]))
+    if kept:
+        bank.activate(name)
+    known, active = outputs(bank, "sherl"), bank.model
+
+    def fail(*_: Any) -> None:
+        monkeypatch.undo()
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(at, fail)
+    with suppress(MemoryError):
+        bank.activate(name)
+        bank.activate("sherl")
+    assert bank.model is active
+    assert torch.equal(outputs(bank, "sherl"), known)
+    assert_same_weights(bank.deactivate(), before)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in bare.parameters())
+    with torch.no_grad():
+        assert torch.equal(outputs(bank, name), logits(ss.load(tmp_path / name, backbone())(**BERT.inputs())))
 
 
 def test_nothing_is_removed_from_a_folder_that_is_not_there(tmp_path: Path) -> None:

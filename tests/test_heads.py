@@ -160,7 +160,7 @@ def test_regression_starts_at_the_center() -> None:
         (lambda: ss.Classify(num_labels=2, labels=("a",)), "num_labels=2, but 1 label names were given"),
         (lambda: ss.Classify(num_labels=2, pool="max"), "pool='max': choose None or one of cls, mean, "),
         (lambda: ss.Classify(num_labels=2, problem="token"), "token classification is not supported yet"),
-        (lambda: ss.Classify(num_labels=2, problem="both"), 'problem=\'both\': choose "single" or "multi"'),
+        (lambda: ss.Classify(num_labels=2, problem="both"), 'problem=\'both\', but it must be "single" or "multi"'),
         (lambda: ss.Regress(targets=0), "targets=0: at least 1"),
         (lambda: head_from_dict({"head": "Rank"}), "unknown head 'Rank': this version knows Classify, Regress"),
     ],

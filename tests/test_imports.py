@@ -14,6 +14,7 @@ ROOT = Path(sidestep.__file__).parent
 #: The package from the bottom up. A folder counts as one module, except for the methods and their base.
 ORDER = [
     "wording",
+    "annotations",
     "sparse_codec",
     "diffs",
     "sites",
@@ -85,9 +86,17 @@ UPWARDS = dict.fromkeys(
 )
 
 #: All that a method may import: it never sees a Hugging Face class, so it cannot fork one.
-FOR_METHODS = {"sites", "taps", "layers", "pruning", "diffs", "hard_concrete", "selection", "diff_optimizer"} | {
-    "methods.base"
-}
+FOR_METHODS = {
+    "annotations",
+    "sites",
+    "taps",
+    "layers",
+    "pruning",
+    "diffs",
+    "hard_concrete",
+    "selection",
+    "diff_optimizer",
+} | {"methods.base"}
 LIBRARIES_FOR_METHODS = {"torch", "einops"}
 #: The registry finds third parties' methods by entry point; LoRA and its like are PEFT's.
 EXTRA_LIBRARIES = {"methods.base": {"importlib"}, "methods.adapters": {"peft"}}

@@ -110,7 +110,7 @@ def test_synqts_rates_rise_from_zero_and_end_at_the_floor():
     [
         (
             {"schedule": "zigzag"},
-            "schedule='zigzag', but it must be linear or cosine or cosine_epochs or step or constant",
+            '=\'zigzag\', but it must be "linear", "cosine", "cosine_epochs", "step" or "constant"',
         ),
         ({"warmup_epochs": 10}, "warmup_epochs=10, but it must be at least 0 and below the 10 epochs"),
         ({"warmup_epochs": 5, "schedule": "cosine_epochs"}, "warm up for less than half of the epochs"),
@@ -122,7 +122,7 @@ def test_synqts_rates_rise_from_zero_and_end_at_the_floor():
         ({"milestones": (5, 5), "schedule": "step"}, "but it must be epochs from 1 to 9, ascending"),
         ({"milestones": (10,), "schedule": "step"}, "but it must be epochs from 1 to 9, ascending"),
         ({"end_rate": -1.0}, "end_rate=-1.0, but it must be a number of at least 0"),
-        ({"decay": "some"}, "decay='some', but it must be weights or all"),
+        ({"decay": "some"}, 'decay=\'some\', but it must be "weights" or "all"'),
     ],
 )
 def test_settings_that_make_no_schedule_are_refused(how, said):

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 import sidestep as ss
 from sidestep.store import DtypeMismatch
@@ -51,6 +54,49 @@ def test_the_weights_are_the_pretrained_ones_plus_both_diffs(tmp_path: Path) -> 
     assert torch.equal(logits(again(**BERT.inputs())), expected)
     bare = ss.detach(first)
     assert all(torch.equal(p, q) for p, q in zip(bare.parameters(), BERT.model().parameters(), strict=True))
+
+
+Entries = dict[str, tuple[Tensor, Tensor]]
+SIZES = {name: tensor.numel() for name, tensor in BERT.model().base_model.named_parameters() if "pooler" not in name}
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> Entries:
+    """Whole numbers, whose sums are exact, at any entries of some weights."""
+    found = {}
+    for name in draw(st.lists(st.sampled_from(list(SIZES)), unique=True, min_size=1, max_size=4)):
+        values = draw(st.dictionaries(st.integers(0, min(20, SIZES[name]) - 1), st.integers(-8, 8), min_size=1))
+        found[name] = torch.tensor(sorted(values)), torch.tensor([float(values[place]) for place in sorted(values)])
+    return found
+
+
+def dense(entries: Entries, name: str) -> Tensor:
+    total = torch.zeros(SIZES[name])
+    if name in entries:
+        positions, values = entries[name]
+        total[positions] = values
+    return total
+
+
+@settings(max_examples=settings().max_examples // 10)
+@given(changes(), changes(), st.sampled_from((1.0, -1.0, 0.5, 2.0, 0.0)))
+@torch.no_grad()
+def test_any_two_diffs_add_up_entry_by_entry_and_one_can_be_taken_away_again(
+    tmp_path_factory: pytest.TempPathFactory, first: Entries, second: Entries, scale: float
+) -> None:
+    models = [ss.attach(BERT.model(), ss.SparseConfig(), head=ss.Classify(num_labels=LABELS)) for _ in range(2)]
+    plain = {name: tensor.detach().flatten().clone() for name, tensor in models[0].sparse.tensors.items()}
+    for model, entries in zip(models, (first, second), strict=True):
+        model.sparse.place(entries)
+    folder = tmp_path_factory.mktemp("sum") / "second"
+    models[1].save_pretrained(folder)
+    for taken_away in (False, True):
+        ss.add_diff(models[0], folder, -scale if taken_away else scale)
+        sums = models[0].sparse.entries()
+        for name, tensor in models[0].sparse.tensors.items():
+            wanted = dense(first, name) + (0 if taken_away else scale) * dense(second, name)
+            assert torch.equal(dense(sums, name), wanted)
+            assert torch.equal(tensor.flatten(), plain[name] + wanted)
 
 
 def test_diffs_of_two_backbones_and_what_is_no_diff_are_refused(tmp_path: Path) -> None:

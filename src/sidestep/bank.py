@@ -174,8 +174,10 @@ class BankFolder:
         if not isinstance(task, SideModel | PairModel):
             store.read(task)  # before anything is copied, so that the message names the folder that was given
         with self._writing() as staging:
-            if (self.path / name).exists():
+            if name in self.names:
                 raise BankError(f"{self.path} holds {name!r} already: choose another name, or remove that task first")
+            if (self.path / name).exists():
+                raise BankError(f"{self.path / name} is there, and is no task: choose another name, or move it away")
             new = staging / name
             if isinstance(task, SideModel | PairModel):
                 store.save(task, new)

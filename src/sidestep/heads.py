@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from sidestep.annotations import check_fields, from_fields
 from sidestep.families import Pool
 from sidestep.fold import Reading, mean_tokens, take_rows
 from sidestep.layers import last_kept
@@ -38,6 +39,7 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         self._check_pool("pool", self.pool)
+        check_fields(self)
 
     def _check_pool(self, name: str, pool: Pool | None) -> None:
         if pool is not None and pool not in self.pools:
@@ -85,11 +87,9 @@ class Classify(HeadConfig):
     problem: Literal["single", "multi"] = "single"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.problem == "token":
             raise ValueError('problem="token": token classification is not supported yet; choose "single" or "multi"')
-        if self.problem not in ("single", "multi"):
-            raise ValueError(f'problem={self.problem!r}: choose "single" or "multi"')
+        super().__post_init__()
         if self.num_labels < (2 if self.problem == "single" else 1):
             raise ValueError(f"num_labels={self.num_labels}: a {self.problem}-label head needs more")
         if self.labels is not None and len(self.labels) != self.num_labels:
@@ -174,12 +174,10 @@ class Retrieve(HeadConfig):
     mean_epochs: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self._check_pool("text_pool", self.text_pool)
+        super().__post_init__()
         if self.dim is not None and self.dim < 1:
             raise ValueError(f"dim={self.dim}: at least 1, or None for the model's own")
-        if self.loss not in get_args(Loss):
-            raise ValueError(f"loss={self.loss!r}: choose {' or '.join(get_args(Loss))}")
         if not 0 < self.margin <= 2:
             raise ValueError(f"margin={self.margin}: cosines lie 2 apart at most; choose a number above 0 and up to 2")
         if self.mean_epochs < 0 or (self.mean_epochs and not self.hardest):
@@ -212,13 +210,12 @@ def head_from_dict(values: dict[str, Any]) -> HeadConfig:
     """The head config that `HeadConfig.to_dict` wrote.
 
     Raises:
-        ValueError: if the head is unknown.
+        ValueError: if the head is unknown, or a field is unknown, lacking or out of range.
     """
-    values = dict(values)
-    name = values.pop("head")
+    name = values.get("head")
     if name not in HEADS:
         raise ValueError(f"unknown head {name!r}: this version knows {', '.join(HEADS)}")
-    return HEADS[name](**values)
+    return from_fields(HEADS[name], {field: value for field, value in values.items() if field != "head"})
 
 
 def named(classes: Sequence[str]) -> dict[str, Any]:

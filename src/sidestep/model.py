@@ -871,12 +871,20 @@ class SideModel(TrainerFace):
         return rest
 
     def resume(self, rest: Rest) -> None:
-        """Be attached again, exactly as before `rest`.
+        """Be attached again, exactly as before `rest`, or leave the backbone as it was.
 
         Raises:
             ValueError: if another task is attached to the backbone meanwhile.
         """
         check_attachable(self.backbone)
+        self.hooks.put()
+        try:
+            self._resume(rest)
+        except BaseException:  # out of memory, or stopped by hand
+            self.detach_backbone()
+            raise
+
+    def _resume(self, rest: Rest) -> None:
         torch.clear_autocast_cache()
         self._wide.put()
         with torch.no_grad():
@@ -888,7 +896,6 @@ class SideModel(TrainerFace):
         if self.settings.checkpoint == "late":
             backbones.checkpoint_blocks(self.late_blocks())
         rest.flags.restore(self.backbone)
-        self.hooks.put()
 
 
 _LIKE: dict[type[nn.Module], type[SideModel]] = {}

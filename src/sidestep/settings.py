@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from sidestep.annotations import check_fields
 from sidestep.metrics import METRICS, PRIMARY
 
 Schedule = Literal["linear", "cosine", "cosine_epochs", "step", "constant"]
@@ -121,21 +121,18 @@ class TrainSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("epochs", "batch_size", "eval_batch_size", "accumulate", "log_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("save_steps", self.save_steps is None or self.save_steps >= 1, "at least 1, or not given")
         self._require("patience", self.patience is None or self.patience >= 0, "at least 0 (0: never stop early)")
         for name in ("weight_decay", "max_grad_norm", "start_rate", "end_rate", "workers"):
             value = getattr(self, name)
-            self._require(name, math.isfinite(value) and value >= 0, "a number of at least 0")
+            self._require(name, value >= 0, "a number of at least 0")
         for name in ("warmup", "label_smoothing"):
             self._require(name, 0 <= getattr(self, name) < 1, "a share from 0 to below 1")
         self._require("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
-        rate = self.learning_rate
-        self._require("learning_rate", rate is None or (math.isfinite(rate) and rate > 0), "a number above 0")
-        self._require("schedule", self.schedule in get_args(Schedule), " or ".join(get_args(Schedule)))
-        self._require("keep", self.keep in get_args(Keep), " or ".join(get_args(Keep)))
-        self._require("decay", self.decay in get_args(Decay), " or ".join(get_args(Decay)))
+        self._require("learning_rate", self.learning_rate is None or self.learning_rate > 0, "a number above 0")
         self._check_warmup()
         self._check_milestones()
         if self.keep == "last" and self.patience:
@@ -168,14 +165,14 @@ class TrainSettings:
                 f"warmup_steps={steps} with warmup_epochs={self.warmup_epochs} and schedule={self.schedule!r}: give "
                 "one of the two, and epochs where the schedule is set once an epoch"
             )
-        rise = self.warmup_epochs
-        if rise is None:
-            return
-        self._require("warmup_epochs", 0 <= rise < self.epochs, f"at least 0 and below the {self.epochs} epochs")
+        if self.warmup_epochs is not None:
+            within = f"at least 0 and below the {self.epochs} epochs"
+            self._require("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, within)
+        rise = self.rise(1)
         if self.schedule == "cosine_epochs" and 2 * rise >= self.epochs:
             raise ValueError(
-                f"warmup_epochs={rise} of {self.epochs} with schedule='cosine_epochs': its cosine counts from the "
-                "first epoch and would be at its end after the warm-up; warm up for less than half of the epochs"
+                f"a warm-up of {rise} of {self.epochs} epochs with schedule='cosine_epochs': its cosine counts from "
+                "the first epoch and would be at its end after the warm-up; warm up for less than half of the epochs"
             )
 
     def _require(self, name: str, allowed: bool, what: str) -> None:

@@ -132,7 +132,7 @@ def decode(stored: Mapping[str, Tensor]) -> dict[str, SparseTensor]:
     try:
         shapes, streams = _parts(data, values.dtype)
         return dict(_split(shapes, _restored(streams, len(values)), values))
-    except (zlib.error, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (zlib.error, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DamagedDiff(
             f"the diff's checksum is right, but it cannot be read ({error}): what wrote it does not keep to the "
             "format; write it again with sidestep.sparse_codec.encode"

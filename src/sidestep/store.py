@@ -36,7 +36,7 @@ from sidestep.backbone import Digest, joined, token_rows
 from sidestep.card import backbone_text, write_card
 from sidestep.diffs import SparseDiff
 from sidestep.disk import sync_path, whole
-from sidestep.heads import HEADS, HeadConfig, head_from_dict, named
+from sidestep.heads import HeadConfig, head_from_dict, named
 from sidestep.loading import (
     LoadError,
     OtherModel,
@@ -771,7 +771,6 @@ def _method(folder: Path, config: Mapping[str, Any]) -> MethodConfig:
             'group "sidestep.methods")'
         ) from error
     with _as_unusable(folder):
-        _check_types(kind, values, "method.config")
         return kind.from_dict(values)
 
 
@@ -785,14 +784,7 @@ def head_of(folder: Path, config: Mapping[str, Any]) -> HeadConfig | None:
     if values is None:
         return None
     with _as_unusable(folder):
-        if values["head"] in HEADS:
-            _check_types(HEADS[values["head"]], values, "head")
         return head_from_dict(values)
-
-
-def _check_types(kind: type, values: Mapping[str, Any], name: str) -> None:
-    if wrong := task_fields.misfits(kind, values, name):
-        raise ValueError("; ".join(wrong))
 
 
 @contextmanager

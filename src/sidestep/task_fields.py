@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
+from sidestep.annotations import Rule, fits, worded
 from sidestep.backbone import Noise
 from sidestep.loading import Library
 from sidestep.metrics import Kind
@@ -52,14 +50,6 @@ def instead(folder: Path) -> str:
             "attached alike, then model.save_pretrained; or give the Trainer sidestep.callbacks.SaveTask"
         )
     return f"it holds {', '.join(sorted(item.name for item in folder.iterdir())[:6]) or 'nothing'}"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What an annotation cannot say: in words, and as a function of the value."""
-
-    words: str
-    allows: Callable[[Any], bool]
 
 
 def _is_inside(name: str) -> bool:
@@ -164,22 +154,6 @@ def wrong(config: Mapping[str, Any]) -> list[str]:
     return [*_of_towers(config), *_of_preprocessing(config), *_of_head(config), *_of_processor(config)]
 
 
-def misfits(kind: type, values: Mapping[str, Any], name: str) -> list[str]:
-    """What fields of a config class were given that is not of their type; unknown fields are the class's business.
-
-    A float that is whole may stand for an int: a config made in Python takes it, so tasks may hold one.
-    """
-    try:
-        hints = get_type_hints(kind, include_extras=True)
-    except NameError:  # of another package, which imports its types for a type checker alone
-        return []
-    return list(_misfits((f"{name}.{key}", _whole(value), hints[key]) for key, value in values.items() if key in hints))
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def depth(value: Any, most: int = DEEPEST) -> int:
     """How many lists and dictionaries lie within each other, counted up to one more than `most`."""
     level, deep = [value], 0
@@ -249,64 +223,6 @@ def _of_processor(config: Mapping[str, Any]) -> Iterator[str]:
     named, checksum = config["files"].get("processor"), config.get("processor_sha256", MISSING)
     if checksum is not MISSING and (named is None) != (checksum is None):
         yield f"files.processor is {shown(named)}, but processor_sha256 is {shown(checksum)}: both or neither"
-
-
-# --- annotations -------------------------------------------------------------------------------------------
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value out of JSON is what an annotation says; a list may stand for a tuple.
-
-    True is no number here, and neither infinity nor NaN is a float. An annotation that is not known fits everything.
-    """
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return fits(value, args[0]) and all(rule.allows(value) for rule in args[1:] if isinstance(rule, Rule))
-    if origin is Literal:
-        return any(value == allowed and type(value) is type(allowed) for allowed in args)
-    if origin in (Union, UnionType):
-        return any(fits(value, arg) for arg in args)
-    if origin in (tuple, list, Sequence):
-        return isinstance(value, list | tuple) and _fit_each(value, origin, args)
-    if origin in (dict, Mapping):
-        is_dict = isinstance(value, dict)
-        return is_dict and all(fits(key, args[0]) and fits(inner, args[1]) for key, inner in value.items())
-    return _is_plain(value, kind)
-
-
-def _fit_each(values: Sequence[Any], origin: Any, args: tuple[Any, ...]) -> bool:
-    if origin is tuple and args[1:] != (...,):
-        return len(values) == len(args) and all(map(fits, values, args))
-    return all(fits(value, args[0]) for value in values)
-
-
-def _is_plain(value: Any, kind: Any) -> bool:
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind in (None, NoneType):
-        return value is None
-    return isinstance(value, kind) if kind in (bool, str) else True
-
-
-def worded(kind: Any) -> str:
-    """An annotation in words."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return next((rule.words for rule in args[1:] if isinstance(rule, Rule)), worded(args[0]))
-    if origin is Literal:
-        return " or ".join(json.dumps(allowed) for allowed in args)
-    if origin in (Union, UnionType):
-        return " or ".join(worded(arg) for arg in args)
-    if origin is tuple and args[1:] != (...,):
-        return f"a list of {len(args)}: {', '.join(map(worded, args))}"
-    if origin in (tuple, list, Sequence):
-        return f"a list of which each is {worded(args[0])}"
-    if origin in (dict, Mapping):
-        return f"an object whose keys are {worded(args[0])} and whose values are {worded(args[1])}"
-    plain = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false", NoneType: "null"}
-    return plain.get(kind, "anything")
 
 
 def shown(value: Any) -> str:

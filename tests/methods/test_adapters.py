@@ -102,7 +102,7 @@ def test_targets_that_are_not_there_are_refused() -> None:
 @pytest.mark.parametrize(
     ("build", "text"),
     [
-        (lambda: ss.LoraConfig(rank=0), "rank=0, but it must be at least 1"),
+        (lambda: ss.LoraConfig(rank=0), "rank=0, but it must be a whole number of at least 1"),
         (lambda: ss.LoraConfig(dropout=1.0), "dropout=1.0"),
         (lambda: ss.IA3Config(targets=("key",)), "given together with targets"),
     ],

@@ -358,14 +358,14 @@ def test_values_beyond_their_precision_are_not_saved(tmp_path: Path, values: Any
     ("fields", "text"),
     [
         ({"density": 0}, "density=0, but it must be a number above 0 and at most 1"),
-        ({"density": "0.5"}, "density='0.5', but it must be a number"),
+        ({"density": "0.5"}, "density='0.5', but it must be a finite number"),
         ({"density": 1.5}, "density=1.5"),
-        ({"select": "best"}, "select='best', but it must be fisher or"),
+        ({"select": "best"}, "select='best', but it must be \"fisher\", "),
         ({"value_dtype": "int8"}, "value_dtype='int8'"),
         ({"samples": 0}, "samples=0"),
-        ({"full_rate": float("inf")}, "full_rate=inf, but it must be a number above 0"),
+        ({"full_rate": float("inf")}, "full_rate=inf, but it must be a finite number"),
         ({"grow_share": 1.0}, "grow_share=1.0"),
-        ({"grow_share": "0.2"}, "grow_share='0.2', but it must be a number above 0 and below 1"),
+        ({"grow_share": "0.2"}, "grow_share='0.2', but it must be a finite number"),
     ],
 )
 def test_values_out_of_range(fields: dict[str, Any], text: str) -> None:

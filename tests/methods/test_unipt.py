@@ -209,7 +209,7 @@ def test_bytes_grow_with_the_levels_not_with_the_square_of_the_tokens(variant: A
     ("field", "value", "says"),
     [
         ("reduction", 0, "reduction=0, but it must be a whole number of at least 1"),
-        ("reduction", 2.0, "reduction=2.0, but it must be a whole number"),
+        ("reduction", 2.5, "reduction=2.5, but it must be a whole number"),
         ("variant", "bert", "variant='bert', but it must be \"vse\""),
     ],
 )

@@ -100,6 +100,5 @@ def _mixed(cells: Sequence[Any]) -> Any:
 
 
 def _text(cell: Any) -> str | None:
-    if cell is None or isinstance(cell, str):
-        return cell
-    return str(cell) if isinstance(cell, int | float) else json.dumps(cell, ensure_ascii=False)
+    """A cell as json writes it, but a text as it is."""
+    return cell if cell is None or isinstance(cell, str) else json.dumps(cell, ensure_ascii=False)

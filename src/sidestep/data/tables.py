@@ -16,7 +16,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -70,8 +70,8 @@ MARKS = {
 """Byte-order marks, and the encodings that they stand for."""
 SNIFFED = 4096
 """Bytes of a file by which an encoding of two or four bytes a character is told."""
-OFTEN, MOSTLY = 0.02, 0.9
-"""Shares of zero bytes above which there are letters, digits and line ends, and above which nearly all are such."""
+OFTEN = 0.02
+"""Share of zero bytes above which there are letters, digits and line ends of two bytes."""
 PLAIN = {"string_view": Value("string"), "binary_view": Value("binary")}
 """In whose place arrow's views of texts and bytes, as polars and others write them, are read."""
 
@@ -192,10 +192,12 @@ def _encoding(path: Path, start: bytes, given: str) -> str:
     found = _wide_encoding(start)
     if found is None:
         return "utf-8-sig" if codecs.lookup(given).name == "utf-8" else given
+    marked = found == _family(found)
+    if not marked and _family(given) and codecs.lookup(given).name != _family(found):
+        return given  # by name, down to the order of bytes or of another width: that is worth more than a guess
     if _family(given) != _family(found):
         raise DataError(f"{path} is not {given}, but {found}: give that as its encoding (--encoding {found})")
-    marked = found == _family(found)
-    return found if marked or codecs.lookup(given).name == found else given
+    return found
 
 
 def _family(encoding: str) -> str | None:
@@ -208,11 +210,13 @@ def _wide_encoding(start: bytes) -> str | None:
     for mark, encoding in MARKS.items():
         if start.startswith(mark):
             return encoding
-    # without a mark: letters have zero bytes, which no text of single bytes holds
+    # without a mark: four bytes of a text in another encoding are hardly ever one character
+    whole = start[: len(start) // 4 * 4]
+    for encoding in ("utf-32-le", "utf-32-be"):
+        with suppress(UnicodeError):
+            return encoding if whole.decode(encoding) else None
+    # and letters have zero bytes, which no text of single bytes holds
     zeros = [start[place::4].count(0) * 4 / max(len(start), 1) for place in range(4)]
-    for order, places in (("le", zeros), ("be", zeros[::-1])):
-        if min(places[2:]) > MOSTLY:
-            return f"utf-32-{order}"
     for order, places in (("le", zeros), ("be", zeros[::-1])):
         if min(places[1::2]) > OFTEN and sum(places[1::2]) > sum(places[::2]):
             return f"utf-16-{order}"
@@ -246,7 +250,7 @@ def _delimiter(path: Path, file: TextIO) -> str:
     """A tab for .tsv, and for a .csv whose first lines all hold one; a comma otherwise."""
     if ".tsv" in path.suffixes[-2:]:
         return "\t"
-    first = [line for _, line in zip(range(10), file, strict=False) if line.strip()]
+    first = [line for _, line in zip(range(10), file, strict=False) if line.strip("\r\n")]
     file.seek(0)
     return "\t" if first and all("\t" in line for line in first) else ","
 
@@ -265,6 +269,8 @@ def _refuse_repeats(names: Sequence[str], where: str) -> None:
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated or not all(names):
         raise DataError(f"{where}: {listed(names)}; every column needs a name of its own")
+    if any("\0" in name for name in names):
+        raise DataError(f"{where}: {listed(names)}; a name cannot hold a zero byte: give the file's encoding")
 
 
 def _square(path: Path, lines: list[tuple[int, list[str]]], width: int) -> list[list[str]]:

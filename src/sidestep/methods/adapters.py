@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidestep.methods.base import MethodConfig, WeightDelta, is_number, register
+from sidestep.methods.base import MethodConfig, WeightDelta, register
 
 ADAPTER = "default"  # PEFT's own name for the only adapter
 OWN = ("lora_", "ia3_")  # how the names of PEFT's parameters begin
@@ -44,11 +44,9 @@ class LoraConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("rank", self.rank >= 1, "at least 1")
-        self.require("alpha", self.alpha > 0, "positive")
-        self.require(
-            "dropout", is_number(self.dropout) and 0 <= self.dropout < 1, "a number of at least 0 and less than 1"
-        )
+        self.require("rank", self.rank >= 1, "a whole number of at least 1")
+        self.require("alpha", self.alpha >= 1, "a whole number of at least 1")
+        self.require("dropout", 0 <= self.dropout < 1, "a number of at least 0 and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)

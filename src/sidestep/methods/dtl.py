@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.layers import recompute
-from sidestep.methods.base import MethodConfig, SideNet, is_number, is_whole, register
+from sidestep.methods.base import MethodConfig, SideNet, register
 from sidestep.sites import Site
 from sidestep.taps import Tap
 
@@ -49,13 +49,12 @@ class DTLConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("rank", is_whole(self.rank, 1), "a whole number of at least 1")
+        self.require("rank", self.rank >= 1, "a whole number of at least 1")
         late = self.late_blocks
-        self.require("late_blocks", late is None or is_whole(late, 1), "a whole number of at least 1, or None")
-        self.require("first_read", is_whole(self.first_read, 0), "a whole number of at least 0")
-        beta = self.beta
-        self.require("beta", is_number(beta) and beta > 0, "a number above 0")
-        self.require("kernel", is_whole(self.kernel, 0), "a whole number: 0 for DTL, or the side of a convolution")
+        self.require("late_blocks", late is None or late >= 1, "a whole number of at least 1, or None")
+        self.require("first_read", self.first_read >= 0, "a whole number of at least 0")
+        self.require("beta", self.beta > 0, "a number above 0")
+        self.require("kernel", self.kernel >= 0, "a whole number: 0 for DTL, or the side of a convolution")
 
     def first_late(self, depth: int) -> int:
         """The first block of `depth` that is written after."""

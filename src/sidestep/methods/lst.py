@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.layers import recompute
-from sidestep.methods.base import MethodConfig, SideNet, is_ascending, is_whole, register
+from sidestep.methods.base import MethodConfig, SideNet, is_ascending, register
 from sidestep.pruning import Score, magnitude, pruned_block, residual_channels
 from sidestep.sites import BlockWeights, SideCache, Site, of_stack, stacks
 from sidestep.taps import Tap
@@ -76,18 +76,14 @@ class LSTConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("reduction", is_whole(self.reduction, 1), "a whole number of at least 1")
+        self.require("reduction", self.reduction >= 1, "a whole number of at least 1")
         self.require("layers", self.layers is None or is_ascending(self.layers), "block numbers from 0, ascending")
         for name in ("heads", "head_width", "inner_width"):
             value = getattr(self, name)
-            self.require(name, value is None or is_whole(value, 1), "a whole number of at least 1, or None")
-        known = self.positions in (None, "relative", "rotary")
-        self.require("positions", known, '"relative", "rotary" or None')
-        even = is_whole(self.buckets, 4) and self.buckets % 4 == 0
+            self.require(name, value is None or value >= 1, "a whole number of at least 1, or None")
+        even = self.buckets >= 4 and self.buckets % 4 == 0
         self.require("buckets", even, "a multiple of 4, because each direction has half of them, half of those exact")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1")
-        starts = ("random", "magnitude", "fisher")
-        self.require("init", self.init in starts, '"random", "magnitude" or "fisher"')
 
     def sizes(self, width: int, weights: BlockWeights | None = None) -> Sizes:
         """The side's sizes beside a backbone of this width, with blocks of these weights where they are known.

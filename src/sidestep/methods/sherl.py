@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.layers import own_token, recompute, regrid
-from sidestep.methods.base import MethodConfig, SideNet, is_ascending, is_number, is_whole, register
+from sidestep.methods.base import MethodConfig, SideNet, is_ascending, register
 from sidestep.sites import Site, not_plain, of_stack, stacks
 from sidestep.taps import Tap
 
@@ -82,16 +82,13 @@ class SherlConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("reduction", is_whole(self.reduction, 1), "a whole number of at least 1")
-        self.require("hidden", self.hidden is None or is_whole(self.hidden, 1), "a whole number of at least 1, or None")
+        self.require("reduction", self.reduction >= 1, "a whole number of at least 1")
+        self.require("hidden", self.hidden is None or self.hidden >= 1, "a whole number of at least 1, or None")
         self.require("layers", self.layers is None or is_ascending(self.layers), "block numbers from 0, ascending")
-        known = get_args(Projecting)
-        self.require("projection", self.projection in (None, *known), f"None or one of {', '.join(known)}")
         for name in ("norm_out_eps", "eps", "init_std"):
             value = getattr(self, name)
-            self.require(name, value is None or (is_number(value) and value > 0), "a number above 0")
-        dropout = self.dropout
-        self.require("dropout", is_number(dropout) and 0 <= dropout < 1, "a number of at least 0 and less than 1")
+            self.require(name, value is None or value > 0, "a number above 0")
+        self.require("dropout", 0 <= self.dropout < 1, "a number of at least 0 and less than 1")
         plain = not (self.norm_out or self.merge_mlp or self.projection == "conv_norm")
         self.require("pool_tokens", plain or not self.pool_tokens, "False with norm_out, merge_mlp and conv_norm")
         self.require("level_gates", self.pool_tokens or not self.level_gates, "False without pool_tokens")

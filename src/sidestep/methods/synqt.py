@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.layers import recompute
-from sidestep.methods.base import MethodConfig, SideNet, is_whole, register
+from sidestep.methods.base import MethodConfig, SideNet, register
 from sidestep.sites import FrozenBlock, Site, not_plain
 
 
@@ -56,7 +56,7 @@ class SynQTConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("queries", "hidden", "attention_hidden"):
-            self.require(name, is_whole(getattr(self, name), 1), "a whole number of at least 1")
+            self.require(name, getattr(self, name) >= 1, "a whole number of at least 1")
         for name in ("dropout", "head_drop_path"):
             self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sidestep.layers import masked_mean, own_token, recompute
-from sidestep.methods.base import MethodConfig, SideNet, is_whole, register
+from sidestep.methods.base import MethodConfig, SideNet, register
 from sidestep.sites import Site, not_plain
 from sidestep.taps import Tap
 
@@ -43,10 +43,8 @@ class UniPTConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("reduction", is_whole(self.reduction, 1), "a whole number of at least 1")
-        self.require("hidden", self.hidden is None or is_whole(self.hidden, 1), "a whole number of at least 1, or None")
-        known = self.variant in ("vse", "vil", "clip4clip")
-        self.require("variant", known, '"vse", "vil" or "clip4clip"')
+        self.require("reduction", self.reduction >= 1, "a whole number of at least 1")
+        self.require("hidden", self.hidden is None or self.hidden >= 1, "a whole number of at least 1, or None")
 
     def width(self, backbone: int) -> int:
         """Channels at which the levels of a backbone of this width are compared."""
