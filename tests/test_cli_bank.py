@@ -99,7 +99,10 @@ def test_a_column_is_named_for_all_tasks(place: Path, tmp_path: Path) -> None:
     write(tmp_path / "rows.csv", mixed)
     command = ["bank", "run", tmp_path / "bank", "--data", tmp_path / "rows.csv", "--output", tmp_path / "out.csv"]
     by_column = [*command, "--task-column", "task", "--quiet"]
-    assert "task 'reviews': there is no column 'text': the columns are 'says', 'more', 'task'" in refusal(*by_column)
+    said = (
+        "no column 'text' (read by reviews), 'text' (read by judged): the columns are 'says', 'more', 'task'. Name the"
+    )
+    assert said in refusal(*by_column)
     succeed(*by_column, "--text", "says", "--text2", "more")
     found = table(tmp_path / "out.csv")
     for name, columns in (("pair", ["--text", "says", "--text2", "more"]), ("reviews", ["--text", "says"])):

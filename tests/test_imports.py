@@ -66,6 +66,7 @@ ORDER = [
     "retrieval",
     "table_files",
     "predict",
+    "predict_each",
     "relax",
     "pace",
     "run_checks",

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from sidestep.assess import Assessment, assess, assess_texts
-from sidestep.bank import TaskBank
 from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace, Separators, encode_prompts
 from sidestep.data.labels import SEPARATOR
 from sidestep.data.pairs import captioned, encode_pairs
@@ -26,7 +25,6 @@ from sidestep.model import SideModel
 from sidestep.pair import Attached, PairModel
 from sidestep.prepare import (
     TaskData,
-    chosen_fields,
     encode,
     prompt_collator,
     stored_fields,
@@ -76,7 +74,7 @@ def judge(
     model: Attached, rows: Rows, *, fields: Fields | None = None, batch_size: int = 64, progress: bool = False
 ) -> Assessment:
     """As `evaluate`, with what the scores are to be seen against."""
-    rows, (fields, labels) = _dataset(rows), _reading(model, fields)
+    rows, (fields, labels) = as_dataset(rows), _reading(model, fields)
     if labels.kind == "retrieval":
         encoded, _ = encode_pairs(captioned(rows, fields), fields, model.extras["processor"], _max_length(model))
     elif fields.label is None:
@@ -150,7 +148,7 @@ def predict(
         DataError: for missing columns, or a column that has the name of one of these.
     """
     check_probabilities(probabilities)
-    rows, (fields, labels) = _dataset(rows), _reading(model, fields)
+    rows, (fields, labels) = as_dataset(rows), _reading(model, fields)
     if labels.kind == "retrieval":
         return neighbours(model, rows, fields, batch_size=batch_size, progress=progress)
     assert isinstance(model, SideModel)
@@ -171,67 +169,6 @@ def predict(
     for name, values in columns.items():
         table = table.add_column(name, values)
     return table
-
-
-def predict_each(
-    bank: TaskBank,
-    rows: Rows,
-    names: Sequence[str],
-    *,
-    columns: Fields | None = None,
-    batch_size: int = 64,
-    progress: bool = False,
-    probabilities: Probabilities | None = None,
-) -> Dataset:
-    """As `predict`, each row by the task of a bank that is named for it, with one switch for each task.
-
-    The columns are those of all these tasks; a row has None in those that its task does not write. Predictions are
-    texts if those of one task are.
-
-    Args:
-        bank: of the tasks.
-        rows: see `Rows`.
-        names: of the task of each row.
-        columns: to read in the place of those that the tasks were trained on; `text2` by those that read a pair.
-        batch_size: rows of one pass.
-        progress: whether a bar is shown.
-        probabilities: as for `predict`; None: "all" if there is one task, and "one" if there are several, whose columns
-            would be empty in the rows of the others.
-
-    Raises:
-        BankError: if the bank holds no task of such a name.
-        DataError: as `predict`, and for tasks of retrieval, whose rows belong together.
-    """
-    rows, cells = _dataset(rows), dict[str, list[Any]]()
-    tasks = {name: [index for index, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
-    wanted = probabilities or ("all" if len(tasks) == 1 else "one")
-    for name in tasks:
-        bank.store.folder(name)
-    reads = {name: _columns_of(bank, name, columns or Fields()) for name in tasks}
-    if columns is not None and columns.text2 and not any(fields and fields.text2 for fields in reads.values()):
-        raise DataError(f"text2={columns.text2!r}, but none of these tasks reads a second text: leave it out (--text2)")
-    for name, index in tasks.items():
-        model = bank.activate(name)
-        if isinstance(model, PairModel):
-            raise DataError(f"{name!r} is a task of retrieval, which looks at rows together: use `sidestep predict`")
-        try:
-            found = predict(
-                model,
-                rows.select(index),
-                fields=reads[name],
-                batch_size=batch_size,
-                progress=progress,
-                probabilities=wanted,
-            )
-        except DataError as error:
-            raise DataError(f"task {name!r}: {error}") from error
-        for column in found.column_names:
-            own = cells.setdefault(column, [None] * len(rows))
-            for place, value in zip(index, found[column], strict=True):
-                own[place] = value
-    if any(isinstance(value, str) for value in cells[PREDICTION]):
-        cells[PREDICTION] = [str(value) for value in cells[PREDICTION]]
-    return Dataset.from_dict(cells)
 
 
 def predicted(labels: LabelSpace, found: NDArray[Any], probabilities: Probabilities = "all") -> dict[str, list[Any]]:
@@ -390,17 +327,9 @@ def _reading(model: Attached, fields: Fields | None) -> tuple[Fields, LabelSpace
     return fields or stored_fields(preprocessing), labels
 
 
-def _dataset(rows: Rows) -> Dataset:
+def as_dataset(rows: Rows) -> Dataset:
+    """Rows as a data set."""
     return rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
-
-
-def _columns_of(bank: TaskBank, name: str, given: Fields) -> Fields | None:
-    """The columns that a task of a bank reads; None: as it was trained."""
-    if given == Fields():
-        return None
-    known = bank.store.config(name)["preprocessing"] or {}
-    pair = "fields" not in known or known["fields"].get("text2")
-    return chosen_fields(known, given if pair else replace(given, text2=None))
 
 
 def labels_of(model: Attached) -> LabelSpace:

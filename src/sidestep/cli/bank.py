@@ -92,6 +92,7 @@ def run(
         from sidestep import predict as predicting
         from sidestep.data import Fields, read
         from sidestep.disk import refuse_inputs
+        from sidestep.predict_each import predict_each
         from sidestep.sources import backbones_at, rows_at, stored_backbones_at
         from sidestep.table_files import check_table, write_table
 
@@ -107,7 +108,7 @@ def run(
         for name in () if where else dict.fromkeys(names):
             refuse_inputs([output], stored_backbones_at(held.config(name)))
         with _loaded(held, dict.fromkeys(names), where) as loaded:
-            table = predicting.predict_each(
+            table = predict_each(
                 loaded,
                 found,
                 names,

@@ -140,7 +140,11 @@ Probabilities = Annotated[
     str, _running(help="Columns of probabilities: all (p_NAME for each class), one (probability) or none.")
 ]
 BankProbabilities = Annotated[
-    str | None, _running("--probabilities", help="The same; default: all of one task, one of several.")
+    str | None,
+    _running(
+        "--probabilities",
+        help="As of `sidestep predict`; default: all for one task, one for several.",
+    ),
 ]
 AsJson = Annotated[bool, _running("--json", help="Print everything as JSON.")]
 Vision = Annotated[bool, _running("--vision", help="Digits on a vision Transformer, instead of text.")]
