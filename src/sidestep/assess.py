@@ -5,6 +5,7 @@ An accuracy of 0.9 is little where nine rows of ten are of one class.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sidestep.metrics import METRICS, Kind, of_evaluation, scores, text_scores
+from sidestep.metrics import GREATER_IS_BETTER, Kind, ScoreWarning, of_evaluation, scores, text_scores
 
 FEW = 10
 """Up to so many classes are shown one by one, and so many different texts count as classes."""
@@ -88,11 +89,14 @@ def _spaced(text: str) -> str:
 
 def _constant(kind: Kind, predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
     if kind == "regress":
-        # of predictions that are all the same a correlation is not defined, and counts as 0
-        return {**dict.fromkeys(METRICS[kind], 0.0), "mse": float(np.var(targets.astype(np.float64)))}
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", ScoreWarning
+            )  # that a correlation with the mean is not defined is plain here
+            return scores(kind, np.full(len(targets), targets.mean(dtype=np.float64)), targets)
     answers = _usual_class(predictions, targets) if kind == "single" else _usual_sets(targets)
     found = [scores(kind, np.tile(answer, (len(targets), 1)), targets) for answer in answers]
-    return {name: max(each[name] for each in found) for name in found[0]}
+    return {name: (max if GREATER_IS_BETTER[name] else min)(each[name] for each in found) for name in found[0]}
 
 
 def _usual_class(predictions: NDArray[Any], targets: NDArray[Any]) -> Iterator[NDArray[Any]]:
