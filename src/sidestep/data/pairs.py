@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sidestep.data.augment import Augmentation
 from sidestep.data.encode import TEXT_TYPES, Collate, Fields, encode_images, encode_text
-from sidestep.data.images import undecoded
+from sidestep.data.images import is_local, undecoded
 from sidestep.data.messages import DataError, listed, named_rows
 from sidestep.data.tables import TableOptions, check_column, read
 
@@ -33,6 +33,8 @@ def read_pairs(source: str, fields: Fields, options: TableOptions, *, split: str
 
 def captioned(rows: Dataset, fields: Fields, folder: Path | None = None) -> Dataset:
     """One row an image, in the order in which they come, with the list of its captions.
+
+    A file is one image however its path is spelled, and keeps the first of its paths.
 
     Args:
         rows: with a column of images or of their paths, and one of captions: a text, or a list of texts.
@@ -52,19 +54,21 @@ def captioned(rows: Dataset, fields: Fields, folder: Path | None = None) -> Data
         check_column(rows, name)
     captions = _captions(rows, fields.text)
     cells = _cells(rows, fields.image)
-    keys = [_key(cell) for cell in cells]
-    if lone := [place for place, key in enumerate(keys) if not key]:
+    names = [_name(cell) for cell in cells]
+    if lone := [place for place, name in enumerate(names) if not name]:
         raise DataError(f"{len(lone)} of {len(rows)} rows have a caption and no image, {named_rows(lone)}: drop them")
-    if bare := [key for key, texts in zip(keys, captions, strict=True) if not texts or not all(texts)]:
+    if bare := [name for name, texts in zip(names, captions, strict=True) if not texts or not all(texts)]:
         raise DataError(
             f"{len(bare)} of {len(rows)} rows have an image and no caption: {listed(bare)}; give them one, or drop them"
         )
-    groups: dict[str, list[str]] = {}
-    first: dict[str, int] = {}
-    for place, (key, texts) in enumerate(zip(keys, captions, strict=True)):
+    cells = [_located(cell, folder) for cell in cells]
+    groups: dict[Hashable, list[str]] = {}
+    first: dict[Hashable, int] = {}
+    for place, (cell, texts) in enumerate(zip(cells, captions, strict=True)):
+        key = _key(cell)
         groups.setdefault(key, []).extend(texts)
         first.setdefault(key, place)
-    images = [_located(cells[place], folder) for place in first.values()]
+    images = [cells[place] for place in first.values()]
     _refuse_missing(images, folder)
     features = Features({fields.image: Image(decode=False), fields.text: List(Value("string"))})
     found = Dataset.from_dict({fields.image: images, fields.text: list(groups.values())}, features=features)
@@ -162,19 +166,33 @@ def _cells(rows: Dataset, name: str) -> list[dict[str, Any]]:
     return [cell or {"path": None, "bytes": None} for cell in undecoded(rows, name)[name][:]]
 
 
-def _key(cell: Mapping[str, Any]) -> str:
-    """What tells images apart: the bytes where they are in the rows, else the path."""
+def _name(cell: Mapping[str, Any]) -> str:
+    """What an image is called: the digest of its bytes where they are in the rows, else its path."""
     return sha256(cell["bytes"]).hexdigest() if cell["bytes"] is not None else cell["path"] or ""
 
 
+def _is_file(cell: Mapping[str, Any]) -> bool:
+    """Whether an image lies on the disk: not in the rows, and not in a store."""
+    return cell["bytes"] is None and is_local(cell["path"])
+
+
+def _key(cell: Mapping[str, Any]) -> Hashable:
+    """What tells images apart: the file, which has many paths and links; else what the image is called."""
+    if not _is_file(cell):
+        return _name(cell)
+    try:
+        found = os.stat(cell["path"])
+        return found.st_dev, found.st_ino
+    except (OSError, ValueError):  # it is not there, which is said of it later
+        return cell["path"]
+
+
 def _located(cell: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    if folder is None or cell["bytes"] is not None or "://" in cell["path"]:
-        return cell
-    return {**cell, "path": str(folder / cell["path"])}
+    return cell if folder is None or not _is_file(cell) else {**cell, "path": str(folder / cell["path"])}
 
 
 def _refuse_missing(images: Sequence[Mapping[str, Any]], folder: Path | None) -> None:
-    files = [cell["path"] for cell in images if cell["bytes"] is None and "://" not in cell["path"]]
+    files = [cell["path"] for cell in images if _is_file(cell)]
     where = (folder or Path.cwd()).resolve()
     missing = [os.path.relpath(file, where) for file in files if not Path(file).is_file()]
     if missing:
