@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sidestep.data import DataError, TableOptions, read
-from sidestep.predict import WRITERS, write_table
+from sidestep.table_files import ENDINGS, write_table
 
 Columns = dict[str, list[Any]]
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -97,7 +97,7 @@ def test_an_encoding_that_is_named_reads_the_file_and_one_that_a_message_names_t
 
 
 @fewer
-@given(tables(texts), st.sampled_from(list(WRITERS)))
+@given(tables(texts), st.sampled_from(list(ENDINGS)))
 def test_texts_are_written_as_they_were_read(place: Path, columns: Columns, suffix: str) -> None:
     write_table(Dataset.from_dict(columns), place / f"a{suffix}", overwrite=True)
     assert read(place / f"a{suffix}").to_dict() == columns
