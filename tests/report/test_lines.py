@@ -100,7 +100,11 @@ def look_at(path: Path) -> tuple[str, int]:
     return text, broken
 
 
-@pytest.mark.parametrize("value", [MISSING, None, "x", -1, math.nan, [], {}], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [MISSING, None, "x", -1, math.nan, [], {}],
+    ids=lambda value: "missing" if value is MISSING else repr(value),
+)
 def test_every_value_of_a_line_may_be_missing_or_of_another_type(tmp_path: Path, value: Any) -> None:
     lines = []
     for number, path in PLACES:
