@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from torch import Tensor
+from torch import Tensor, nn
 
 import sidestep as ss
 from sidestep import store
+from sidestep.backbone import facts_of
 from sidestep.bank import BankFolder, _identity
 from sidestep.store import CONFIG, WEIGHTS, TaskError
 from test_bank import BERT, DENSE, STREAM, altered, assert_same_weights, attached, backbone, saved, weights
@@ -72,6 +74,7 @@ class Banks(RuleBasedStateMachine):
 
     sources: Path
     outputs: dict[str, Tensor]
+    bare: nn.Module  # copied, with what is known of it: to find that anew takes longer than all else
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,9 +88,9 @@ class Banks(RuleBasedStateMachine):
     @rule(keep=st.sampled_from((None, 0, 1)))
     def open(self, keep: int | None) -> None:
         """As a new process does."""
-        bare = backbone()
-        self.before = weights(bare)
-        self.bank = ss.TaskBank(bare, self.folder, keep=keep)
+        own = copy.deepcopy(self.bare)
+        self.before = weights(own)
+        self.bank = ss.TaskBank(own, self.folder, keep=keep)
         self.active: str | None = None
         self.source = ""
 
@@ -100,7 +103,7 @@ class Banks(RuleBasedStateMachine):
 
     @rule(name=NAMES, source=SOURCES, as_model=st.booleans())
     def add(self, name: str, source: str, as_model: bool) -> None:
-        task = ss.load(self.sources / source, backbone()) if as_model else self.sources / source
+        task = self.model(source) if as_model else self.sources / source
         if name in self.tasks:
             with self.refused(f"holds '{name}' already"):
                 self.bank.add(name, task)
@@ -165,7 +168,7 @@ class Banks(RuleBasedStateMachine):
     @rule(name=NAMES, source=SOURCES)
     def overwrite(self, name: str, source: str) -> None:
         if name in self.tasks:
-            ss.load(self.sources / source, backbone()).save_pretrained(self.folder / name, overwrite=True)
+            self.model(source).save_pretrained(self.folder / name, overwrite=True)
             self.keep(name, source)
 
     @rule(name=NAMES, part=st.sampled_from((CONFIG, WEIGHTS)), lost=st.booleans())
@@ -199,9 +202,7 @@ class Banks(RuleBasedStateMachine):
         run: dict[str, Callable[[], None]] = {
             "add": lambda: other.add(name, self.sources / source),
             "remove": lambda: other.remove(name),
-            "overwrite": lambda: ss.load(self.sources / source, backbone()).save_pretrained(
-                self.folder / name, overwrite=True
-            ),
+            "overwrite": lambda: self.model(source).save_pretrained(self.folder / name, overwrite=True),
         }
         done = False
         try:
@@ -209,7 +210,8 @@ class Banks(RuleBasedStateMachine):
                 run[act]()
             done = True
         except (Killed, OSError):
-            pass
+            with suppress(Killed), interrupted(after % 5, Killed()):
+                BankFolder(self.folder)  # who clears up may be killed too
         if act == "remove":
             if name not in other.names:
                 self.forget(name)
@@ -247,6 +249,9 @@ class Banks(RuleBasedStateMachine):
 
     # --- small parts -----------------------------------------------------------------------------------------------
 
+    def model(self, source: str) -> ss.SideModel:
+        return ss.load(self.sources / source, copy.deepcopy(self.bare))
+
     def keep(self, name: str, source: str) -> None:
         self.forget(name)
         self.tasks[name] = source
@@ -280,10 +285,11 @@ def test_a_bank_is_what_it_should_be_after_any_changes(tmp_path: Path) -> None:
     attached(ss.ReadConfig(rank=4), on=backbone(9)).save_pretrained(tmp_path / "stranger")
     shutil.copytree(tmp_path / "sparse", tmp_path / "cut")
     os.truncate(tmp_path / "cut" / WEIGHTS, 900)
-    outputs = {}
+    outputs, bare = {}, backbone()
+    facts_of(bare)
     for name in (*METHODS, "relabelled"):
         with torch.no_grad():
-            outputs[name] = logits(ss.load(tmp_path / name, backbone())(**BERT.inputs()))
-    machine = type("Banks", (Banks,), {"sources": tmp_path, "outputs": outputs})
+            outputs[name] = logits(ss.load(tmp_path / name, copy.deepcopy(bare))(**BERT.inputs()))
+    machine = type("Banks", (Banks,), {"sources": tmp_path, "outputs": outputs, "bare": bare})
     how = settings(max_examples=settings().max_examples // 10, stateful_step_count=15)
     run_state_machine_as_test(machine, settings=how)
