@@ -126,11 +126,11 @@ class _Table:
         self.values, self.where = dict(values), where
         self.known: list[str] = []
 
-    def get(self, name: str, kind: type, default: Any = None) -> Any:
-        """A value of a kind, `default` where there is none."""
+    def get(self, name: str, kind: type, default: Any = None, *, empty: bool = False) -> Any:
+        """A value of a kind, `default` where there is none; `empty`: a text may have no letter."""
         self.known.append(name)
         value = self.values.get(name)
-        return default if value is None else self._checked(name, value, kind)
+        return default if value is None else self._checked(name, value, kind, empty=empty)
 
     def need(self, name: str) -> str:
         """A text that has to be there."""
@@ -178,7 +178,7 @@ class _Table:
             except ValueError as error:
                 raise ValueError(f"{self.where}: {error}") from None
 
-    def _checked(self, name: str, value: Any, kind: type) -> Any:
+    def _checked(self, name: str, value: Any, kind: type, *, empty: bool = False) -> Any:
         if (
             kind is float
             and isinstance(value, int)
@@ -189,7 +189,7 @@ class _Table:
         # a bool is an int to Python, not to a user
         if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
             raise ValueError(f"{self.where}: {name}={value!r} is not {KINDS[kind]}")
-        if value == "":
+        if value == "" and not empty:
             raise ValueError(f"{self.where}: {name} is empty: give a text, or leave it out")
         return _expanded(value, self.where) if isinstance(value, str) else value
 
@@ -240,7 +240,7 @@ def _task(table: _Table, base: Path) -> Task:
         dev_split=table.get("dev_split", str, "validation"),
         rows=table.get("rows", int),
         shots=table.get("shots", int),
-        separator=table.get("separator", str),
+        separator=table.get("separator", str, empty=True),
     )
     table.finish()
     return found
