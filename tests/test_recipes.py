@@ -354,8 +354,8 @@ def test_drop_path_is_the_recipes_in_training(place: Path, tmp_path: Path, monke
 
 
 def test_another_method_takes_the_recipes_training_only(place: Path, tmp_path: Path) -> None:
-    quick = ("--image-size", 16, "--epochs", 2, "--drop-path", 0)
-    result = train(place, tmp_path / "task", *quick, "--method", "probe", "--batch-size", 8, "--warmup", 0.5)
+    quick = ("--image-size", 16, "--epochs", 3, "--drop-path", 0)
+    result = train(place, tmp_path / "task", *quick, "--method", "probe", "--batch-size", 8, "--warmup", 0.3)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "task" / "results.json").read_text())
     assert found["method"] == {"name": "probe"}
@@ -363,10 +363,10 @@ def test_another_method_takes_the_recipes_training_only(place: Path, tmp_path: P
     assert found["recipe"]["overridden"] == {
         "batch_size": 8,
         "drop_path": 0.0,
-        "epochs": 2,
+        "epochs": 3,
         "image_size": 16,
         "method": "probe",
-        "warmup": 0.5,
+        "warmup": 0.3,
     }
 
 
