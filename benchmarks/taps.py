@@ -36,8 +36,8 @@ class Collect(SideNet):
     def start(self, site: Site, carried: Tensor | None) -> tuple[Tensor, ...]:
         return ()
 
-    def step(self, state: tuple[Tensor, ...], hidden: Tensor, site: Site) -> tuple[tuple[Tensor, ...], Tensor]:
-        return ((*state, hidden) if site.kind == "block" else state), hidden
+    def step(self, state: tuple[Tensor, ...], codes: Tensor, site: Site) -> tuple[Tensor, ...]:
+        return (*state, codes) if site.kind == "block" else state
 
     def pooled(self, state: tuple[Tensor, ...], site: Site) -> Tensor:
         return torch.stack(state, 1)
@@ -77,9 +77,10 @@ def replay(model: ss.SideModel, taps: Tensor, keep: Tensor) -> Tensor:
         site = place.site.during(keep=keep, key_keep=keep, memory_keep=None, grid=None, past=0, cache=None)
         if site.kind == "stage":
             state = side.start(site, None)
-            state, _ = side.step(state, hidden, site)
+            state = side.advance(state, hidden, site)
         elif site.kind == "block":
-            state, hidden = side.step(state, taps[:, site.index], site)
+            hidden = taps[:, site.index]
+            state, hidden = side.write(side.advance(state, hidden, site), hidden, site)
     normed = place.module.forward(hidden) if site.kind == "norm" else hidden
     finished = side.finish(state, hidden, normed, site)
     assert model.head is not None

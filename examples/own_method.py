@@ -1,7 +1,6 @@
-"""A method of your own, in your own package: a config, a class, a decorator. No fork, no modelling code.
+"""A method of your own: a config, a class, a decorator. In a package, the entry point "sidestep.methods" finds it.
 
-The method reads every block through a map of low rank, adds up what it read, and corrects the last hidden state with
-the sum. In a package, name the module under the entry point group "sidestep.methods" and it is found by name.
+It reads every block through a map of low rank and corrects the last hidden state with the sum of what it read.
 """
 
 from collections.abc import Sequence
@@ -45,13 +44,10 @@ class Sum(SideNet):
         return next(site for site in reversed(sites) if site.kind == "block")
 
     def read(self, hidden: Tensor, site: Site) -> Tensor | None:
-        # an encoder that feeds a decoder has no head
         return self.taps[site.index](hidden) if site.kind == "block" and site.head else None
 
     def step(self, state: Tensor | None, codes: Tensor | None, site: Site) -> Tensor | None:
-        if codes is None:
-            return state
-        return codes if state is None else state + codes
+        return state if codes is None else codes + (0 if state is None else state)
 
     def write(self, state: Tensor | None, hidden: Tensor, site: Site) -> tuple[Tensor | None, Tensor]:
         return state, hidden + self.out(state) if site.head and site.last else hidden
@@ -59,6 +55,5 @@ class Sum(SideNet):
 
 backbone = BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2), add_pooling_layer=False)
 model = ss.attach(backbone, SumConfig(rank=4), head=ss.Classify(num_labels=2))
-loss = model(input_ids=torch.randint(0, 100, (4, 10)), labels=torch.tensor([0, 1, 0, 1])).loss
-loss.backward()
+(loss := model(input_ids=torch.randint(0, 100, (4, 10)), labels=torch.tensor([0, 1, 0, 1])).loss).backward()
 print(f"loss {loss.item():.3f}, {sum(p.numel() for _, p in model.trained_parameters())} parameters are trained")

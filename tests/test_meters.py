@@ -237,7 +237,7 @@ def test_rounds_out_of_range_are_refused() -> None:
 def test_each_round_begins_with_another_and_attaches_to_the_one_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     seconds = iter(range(1, 100))
-    monkeypatch.setattr(meters, "_seconds", lambda run, device: (run(), float(next(seconds)))[1])
+    monkeypatch.setattr(meters, "seconds_of", lambda run, device: (run(), float(next(seconds)))[1])
     monkeypatch.setattr(
         meters, "train_step", lambda model, *rest: order.append(f"{model.record.name} {id(model.backbone)}")
     )

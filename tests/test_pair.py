@@ -237,7 +237,9 @@ def test_vses_loss_goes_from_the_mean_to_the_hardest() -> None:
         model.epoch = epoch
         return model(**inputs).loss
 
-    mean, hardest = (ss.attach(clip(), ss.ProbeConfig(), head=ss.Retrieve(loss="triplet", hardest=h)) for h in (0, 1))
+    mean, hardest = (
+        ss.attach(clip(), ss.ProbeConfig(), head=ss.Retrieve(loss="triplet", hardest=h)) for h in (False, True)
+    )
     for other in (mean, hardest):
         other.load_state_dict(model.state_dict())
     model.train()

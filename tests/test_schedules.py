@@ -158,7 +158,14 @@ def settings(output: Path, **how: object) -> TrainSettings:
 
 
 def test_the_trainer_steps_by_the_schedule_and_resumes_it_exactly(backbone, data, tmp_path, monkeypatch):
-    how = {"schedule": "cosine_epochs", "epochs": 5, "warmup_epochs": 1, "end_rate": 1e-4, "log_steps": 1}
+    how = {
+        "schedule": "cosine_epochs",
+        "epochs": 5,
+        "warmup_epochs": 1,
+        "end_rate": 1e-4,
+        "log_steps": 1,
+        "patience": 0,
+    }
     train(attached(backbone, data), data, settings(tmp_path / "whole", **how))
 
     def stop(self, args, state, control, **kwargs):

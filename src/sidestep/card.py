@@ -64,7 +64,8 @@ def model_card(config: Mapping[str, Any], name: str, reads: Reads | None = None)
 
 def backbone_text(backbone: Mapping[str, Any]) -> str:
     """A backbone in words: its class and where it came from."""
-    return f"{backbone['class_name']} {backbone['id'] or '(not loaded by name)'!s}"
+    towers = " and ".join(tower["id"] for tower in backbone.get("towers", {}).values() if tower["id"])
+    return f"{backbone['class_name']} {backbone['id'] or (towers and f'of {towers}') or '(not loaded by name)'}"
 
 
 def unnamed_classes(config: Mapping[str, Any]) -> list[str]:

@@ -169,13 +169,13 @@ def test_every_site_is_visited_once_in_order(method: str, family: str, monkeypat
     kind = FAMILIES[family]
     model = attach(method, kind)
     seen: list[tuple[str, str, int]] = []
-    visit = model.fold.visit
+    visit = model.fold._visit
 
     def spy(site: Any, order: int) -> Any:
         seen.append((site.stack, site.kind, site.index))
         return visit(site, order)
 
-    monkeypatch.setattr(model.fold, "visit", spy)
+    monkeypatch.setattr(model.fold, "_visit", spy)
     model(**kind.inputs())
     expected = [(p.site.stack, p.site.kind, p.site.index) for p in find_places(model.backbone)]
     assert seen == expected
