@@ -64,7 +64,7 @@ def test_a_plan_for_a_card(bert: Path) -> None:
     shown = run("plan", *settings).output
     assert f"largest batch {about['largest_batch']}" in shown
     assert "Methods on 4.0 MiB" in shown
-    assert "note: a GPU holds besides" in shown
+    assert "note: a GPU needs more than a plan counts" in shown
 
 
 def test_a_measured_step(bert: Path) -> None:

@@ -70,6 +70,7 @@ ORDER = [
     "relax",
     "pace",
     "run_checks",
+    "notes",
     "train",
     "show",
     "demo_corpus",

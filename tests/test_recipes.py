@@ -419,13 +419,13 @@ def test_a_recipe_of_text_fills_what_was_not_typed(tmp_path: Path) -> None:
     assert found["method"]["init"] == "fisher"
     assert found["settings"]["warmup_steps"] == 500
     assert found["metric"] == "exact_match"
-    assert "noise of the backbone in training: dropout" in found["notes"]
+    assert "dropout of the frozen backbone was on in training" in found["notes"]
     assert store.load(tmp_path / "task").extras["preprocessing"]["max_length"] == 128
     other = run(*given, "--output", tmp_path / "other", "--warmup", 0.5, "--backbone-noise", "all")
     assert other.exit_code == 0, other.output
     found = json.loads((tmp_path / "other" / "results.json").read_text())
     assert (found["settings"]["warmup_steps"], found["settings"]["warmup"]) == (None, 0.5)
-    assert "noise of the backbone in training: all" in found["notes"]
+    assert "dropout and drop path of the frozen backbone were on in training" in found["notes"]
 
 
 # --- in Python ---------------------------------------------------------------------------------------------

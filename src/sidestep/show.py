@@ -15,12 +15,26 @@ NARROW = 100
 
 if TYPE_CHECKING:
     from sidestep.assess import Assessment
+    from sidestep.metrics import Kind
     from sidestep.pair import Attached
     from sidestep.prepare import TaskData
     from sidestep.results import Results
     from sidestep.settings import TrainSettings
 
 
+ANSWER: Mapping[Kind, str] = {
+    "single": "one label of {names}",
+    "multi": "any number of the labels {names}",
+    "regress": "a number",
+    "text2text": "a text to write",
+    "lm": "a text to write behind it",
+    "retrieval": "an image and its captions",
+}
+"""What is learned of a row, by the kind of problem."""
+MANY = 20_000
+"""Rows that take more than a few seconds to tokenize."""
+SHOWN = 10
+"""Names of labels that are shown."""
 EXAMPLE = 80
 """Characters of a text that are shown of an example."""
 
@@ -65,12 +79,17 @@ def remark(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def hush(quiet: bool) -> None:
-    """Turn off the progress bars of `datasets` where the user wants none."""
-    if quiet:
-        import datasets
+def hush() -> None:
+    """Turn off the progress bars of `datasets`: most are gone at once, and they name steps of its own."""
+    import datasets
 
-        datasets.disable_progress_bars()
+    datasets.disable_progress_bars()
+
+
+def show_many(rows: int) -> None:
+    """Say that it takes a while to prepare many rows."""
+    if rows >= MANY:
+        remark(f"{rows:,} rows are being prepared")
 
 
 def show_start(model: Attached, data: TaskData, settings: TrainSettings) -> None:
@@ -78,9 +97,9 @@ def show_start(model: Attached, data: TaskData, settings: TrainSettings) -> None
     from sidestep import relax
 
     count = sum(parameter.numel() for _, parameter in model.trained_parameters())
-    classes = f" ({', '.join(data.labels.names[:10])})" if data.labels.names else ""
+    names = ", ".join(data.labels.names[:SHOWN]) + (", ..." if len(data.labels.names) > SHOWN else "")
     remark(f"{model.record.name} on {type(model.backbone).__name__}: {count:,} parameters are trained")
-    remark(f"{len(data.train)} training rows, {data.labels.kind}{classes}")
+    remark(f"{len(data.train)} training rows, each with {ANSWER[data.labels.kind].format(names=names)}")
     remark(f"dev: {data.dev_source}")
     _show_joins(data)
     remark(f"learning rate {settings.rate(model.record.name):g}, seed {settings.seed}")

@@ -31,9 +31,9 @@ from sidestep.data import DataWarning, Generation, LabelSpace
 from sidestep.data.contents import content_hash
 from sidestep.heads import Classify, HeadConfig, Regress, Retrieve, named
 from sidestep.loading import source_of
-from sidestep.methods import SideNet, WeightDelta
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics
 from sidestep.model import SideModel
+from sidestep.notes import notes_of
 from sidestep.pace import Pace
 from sidestep.pair import Attached, PairModel
 from sidestep.plan import check_fits
@@ -554,7 +554,7 @@ def _results(
         settings=settings.to_dict(),
         recipe=dict(recipe) if recipe else None,
         history=history,
-        notes=_notes(model, writes=data.generation is not None),
+        notes=list(notes_of(model, writes=data.generation is not None)),
     )
 
 
@@ -569,21 +569,3 @@ def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
             dev = {name.replace("eval_", "dev_"): value for name, value in own.items() if name not in timing}
             history.append({"epoch": entry["epoch"], "train_loss": loss, **dev})
     return history
-
-
-def _notes(model: Attached, *, writes: bool) -> list[str]:
-    noise = model.settings.backbone_noise or (
-        "its own" if issubclass(model.record.implementation, WeightDelta) else "none"
-    )
-    rate = drop_path_rate(model.trunk)
-    told = noise == "drop_path" or (rate and noise != "none")
-    drops = f" (rate of its drop path: {rate:g})" if told else ""
-    notes = [f"noise of the backbone in training: {noise}{drops}"]
-    if writes and not model.caches:
-        notes.append(f"texts are written without a key-value cache, with which {model.record.name} is not exact")
-    for part in model.parts:
-        corrects = type(part.side).finish is not SideNet.finish
-        if corrects and not any(place.site.kind == "norm" for place in part.places):
-            what = "backbone" if part is model else type(part.backbone).__name__
-            notes.append(f"the {what} has no final norm: a correction before it is the same as one after it")
-    return notes

@@ -96,7 +96,7 @@ def run(
         from sidestep.sources import backbones_at, rows_at, stored_backbones_at
         from sidestep.table_files import check_table, write_table
 
-        hush(quiet)
+        hush()
         check_batch(batch_size)
         shares = None if probabilities is None else predicting.check_probabilities(probabilities)
         check_table(output, overwrite=overwrite)

@@ -51,7 +51,7 @@ def compare(
         from sidestep.compare.files import check_results, comparison_file, comparison_from
         from sidestep.compare.spec import quick as made_quick
 
-        hush(True)
+        hush()
         if (file is None) == (backbone is None):
             raise ValueError("give a comparison file (sidestep compare study.toml), or --backbone, --train and --text")
         if file is not None:

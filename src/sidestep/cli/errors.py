@@ -1,15 +1,19 @@
-"""How the commands report: a user's mistake as one message, warnings as one line each."""
+"""How the commands report: a user's mistake as one message, warnings as one line each, other packages' remarks not."""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TextIO
 
 import typer
 
+VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY")
+"""Variables by which packages with a log of their own say how much they write; read when they are imported."""
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -19,9 +23,9 @@ def reporting(debug: bool) -> Iterator[None]:
     """Run a command's body; what a user can mend is printed to stderr, with exit code 2 and no traceback.
 
     Args:
-        debug: whether to let the traceback through.
+        debug: whether to let the traceback through, and what other packages remark.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), nullcontext() if debug else _without_remarks():
         warnings.showwarning = _show_warning
         try:
             yield
@@ -34,6 +38,20 @@ def reporting(debug: bool) -> Iterator[None]:
             named = isinstance(error, ValueError | RuntimeError)
             _say(f"Error: {error}" if named else f"Error: {type(error).__name__}: {error}")
             raise typer.Exit(USER_ERROR) from error
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Without what other packages log at their import and later, errors excepted."""
+    for variable in VERBOSITY:
+        os.environ.setdefault(variable, "error")
+    # the handler of all packages that set up none of their own
+    before, logging.lastResort = logging.lastResort, logging.StreamHandler()
+    logging.lastResort.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.lastResort = before
 
 
 def _is_users(error: Exception) -> bool:

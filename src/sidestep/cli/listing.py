@@ -19,6 +19,7 @@ SHOWN = 30
 def inspect(task: opt.Task, as_json: opt.AsJson = False, debug: opt.Debug = False) -> None:
     """Show what a task folder holds."""
     with reporting(debug):
+        from sidestep.notes import NO_NORM
         from sidestep.store import inspect_task
 
         about = inspect_task(task)
@@ -30,8 +31,8 @@ def inspect(task: opt.Task, as_json: opt.AsJson = False, debug: opt.Debug = Fals
         show_table("Tensors", ("name", "shape", "dtype", "trained"), rows[:SHOWN])
         if len(rows) > SHOWN:
             remark(f"and {len(rows) - SHOWN} more: see --json")
-        if _final_norm(about["backbone"]) is False:
-            remark("note: the backbone has no final norm, so a correction before it is one after it")
+        if "correction" in about["method"]["config"] and _final_norm(about["backbone"]) is False:
+            remark(f"note: {about['backbone']['class_name']} {NO_NORM}")
 
 
 def methods(debug: opt.Debug = False) -> None:

@@ -122,9 +122,8 @@ def _show_plan(plan: Plan, limit: int | None, largest: int | None) -> None:
         facts[f"on {format_bytes(limit)}"] = fits if largest is None else f"{fits}; largest batch {largest}"
     what = f"{plan.length} tokens" if plan.length is not None else f"{plan.image_size} px"
     late = " with late blocks recomputed" if plan.checkpoint else ""
-    title = (
-        f"{plan.method}{late}, {plan.batch} x {what}, {plan.precision}, {plan.optimizer}, {plan.device}, {plan.source}"
-    )
+    how = "predicted" if plan.source == "traced" else plan.source
+    title = f"{plan.method}{late}, {plan.batch} x {what}, {plan.precision}, {plan.optimizer}, {plan.device}, {how}"
     show_facts(title, facts)
     rows = [(name, format_bytes(size)) for name, size in plan.saved_by_module.items() if size]
     show_table("Kept for backward after the forward pass", ("module", "bytes"), rows[:GROUPS])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import backbone_named, table_options
-from sidestep.show import NARROW, hush, remark, score_facts, show_facts, show_unnamed
+from sidestep.show import NARROW, hush, remark, score_facts, show_facts, show_many, show_unnamed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +41,7 @@ def evaluate(
     with reporting(debug):
         from sidestep import predict as predicting
 
-        hush(quiet)
+        hush()
         check_batch(batch_size)
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone_named(backbone, gguf))
@@ -78,7 +78,7 @@ def predict(
         from sidestep.store import read_config
         from sidestep.table_files import check_table, write_table
 
-        hush(quiet)
+        hush()
         check_batch(batch_size)
         shares = predicting.check_probabilities(probabilities)
         check_table(output, overwrite=overwrite)
@@ -136,6 +136,7 @@ def _read(
 
     kind = labels_of(model).kind
     found = read_rows(rows, fields, table, kind, split=split)
+    show_many(len(found))
     if not skip_bad_images:
         return found
     if fields.image is None:

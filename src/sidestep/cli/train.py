@@ -12,7 +12,7 @@ from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import backbone_named, config_from, table_options, unescaped, value_of
-from sidestep.show import hush, remark, show_answers, show_recipe, show_results, show_start
+from sidestep.show import hush, remark, show_answers, show_many, show_recipe, show_results, show_start
 
 if TYPE_CHECKING:
     from sidestep.methods import MethodConfig
@@ -156,7 +156,7 @@ def train(
                 "augment": augment,
             }
         )
-        hush(quiet)
+        hush()
         check_output(settings)
         refuse_inputs(parts_of(output), [*rows_at(train, dev), *backbones_at(name, text_backbone)])
         settings = as_begun(settings)
@@ -176,8 +176,10 @@ def train(
         else:
             found = own or load_processor(name, revision=revision)
             processor = adjusted(found, size=image_size, normalize=normalize)
+        rows = read_rows(train, fields, table, kind, split=train_split)
+        show_many(len(rows))
         data = prepare(
-            read_rows(train, fields, table, kind, split=train_split),
+            rows,
             None if dev is None else read_rows(dev, fields, table, kind, split=dev_split),
             fields,
             processor,

@@ -103,7 +103,7 @@ def encode_text(
     if truncated:
         warnings.warn(
             f"{truncated} of {len(rows)} rows ({truncated / len(rows):.1%}) have more than {limit} tokens "
-            "and were truncated: give a larger max_length if the model can read more",
+            "and were truncated: give a larger max_length (--max-length) if the model can read more",
             DataWarning,
             stacklevel=2,
         )

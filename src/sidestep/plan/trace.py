@@ -159,18 +159,17 @@ def plan_for(
 
 
 GPU_NOTE = (
-    "a GPU holds besides what CUDA and its libraries take for themselves (some hundred MiB), and what the caching "
-    "allocator reserves beyond what is in use"
+    "a GPU needs more than a plan counts: CUDA and its libraries take some hundred MiB for themselves, and PyTorch "
+    "keeps memory in reserve"
 )
 
 CONVOLUTION_NOTE = (
-    "a gradient flows through convolutions, whose library takes memory to work in that a plan does not see: the peak "
-    "may be higher, above all with a small batch"
+    "convolutions take memory to work in that a plan does not see: the peak may be higher, above all with a small batch"
 )
 
 STAGE_NOTE = (
-    "planned is the first stage, in which all weights are free, with its own optimizer: the next takes memory for the "
-    "nonzeros alone"
+    "this is the memory of the first stage, in which all weights are trained; the second one trains a few of them and "
+    "needs less"
 )
 
 
