@@ -127,7 +127,7 @@ Workers = Annotated[int, _running(help="Processes that load data.")]
 Resume = Annotated[bool, _running("--resume", help="Continue an interrupted run exactly.")]
 Overwrite = Annotated[bool, _running("--overwrite", help="Replace what is there.")]
 Quiet = Annotated[bool, _running("--quiet", help="No progress bars.")]
-Debug = Annotated[bool, _running("--debug", help="Show an error's traceback.")]
+Debug = Annotated[bool, _running("--debug", help="Show an error's traceback, and what other packages log.")]
 
 RecipePrefix = Annotated[str, typer.Argument(help="Such as dtl, dtl/vtab or dtl/vtab/svhn.")]
 Task = Annotated[Path, typer.Argument(help="Folder of a task.", show_default=False)]
