@@ -20,6 +20,8 @@ OWN = (
     r"\d+ training rows, each with one label of neg, pos",
     r"dev: .*",
     r"learning rate .*, seed \d+",
+    r"\d+ epochs.*",
+    r"time: .*",
     r"note: .*",
     r"details: .*; curves: .*",
     r"and \d+ smaller ones: see --json",
