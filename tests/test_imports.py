@@ -30,6 +30,7 @@ ORDER = [
     "backbone",
     "methods.base",
     "methods",
+    "turns",
     "fold",
     "metrics",
     "assess",

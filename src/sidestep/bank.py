@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,16 +27,21 @@ from torch import nn
 
 from sidestep import store
 from sidestep.backbone import Digest, joined, without_values
-from sidestep.disk import only_writer, sync_path
+from sidestep.disk import move, only_writer
+from sidestep.fold import FoldError
 from sidestep.model import Rest, SideModel, check_attachable
 from sidestep.pair import Attached, PairModel, detach, digests_of
 from sidestep.store import DamagedTask, TaskError
+from sidestep.turns import Turn
 from sidestep.wording import some
 
 LOCK = ".lock"
 STAGING = ".moving-"
 NAME = re.compile(r"\w[\w.-]*")
+WAIT = "take turns, with a lock of your own from `activate` to the answer"
+BUSY = f"this bank is in the middle of another call, in another thread or within it: {WAIT}"
 LONGEST = 255  # bytes in the name of a folder
+NONE = (None, "", None)
 TASK_FILES = (store.CONFIG, store.WEIGHTS)  # either makes a folder a task's, so that a damaged one is seen and removed
 
 
@@ -187,7 +193,7 @@ class BankFolder:
             self._check_backbone(found)
             if check is not None:
                 check(found)
-            _move(new, self.path / name)
+            move(new, self.path / name)
 
     def remove(self, name: str) -> None:
         """Delete a task.
@@ -197,7 +203,7 @@ class BankFolder:
         """
         self.folder(name)  # before the lock, for which the bank's folder would be made
         with self._writing() as staging:
-            _move(self.folder(name), staging / name)
+            move(self.folder(name), staging / name)
 
     def _check_backbone(self, task: store.Task) -> None:
         here, its = self.digest(), _digest(task.config)
@@ -224,11 +230,12 @@ class TaskBank(AbstractContextManager["TaskBank"]):
     Switching writes a diff's entries into the backbone's weights and their own values back, and moves hooks; nothing is
     computed by subtraction, so the backbone is the same bit for bit after any switches, and no task changes another.
 
+    Any thread may use a bank, one at a time. A thread that comes while another one switches, adds, or calls the active
+    model gets an error, and nothing changes: a lock of the caller's own makes threads wait for each other.
+
     Attributes:
         backbone: held once; between `deactivate` and `activate` it is bare, and other models may be attached.
         store: the tasks on the disk.
-        active: name of the active task, or None.
-        model: its model, or None.
         seconds: how long the last switch to each task took.
     """
 
@@ -257,9 +264,9 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         self.store = BankFolder(folder)
         self._resting: dict[str, Resting] = {}
         self._checked: set[str] = set()
-        self._identity = ""
-        self.active: str | None = None
-        self.model: Attached | None = None
+        self._turn, self._asked = Turn(BankError(BUSY)), threading.local()
+        # name, identity and model: one value, so that another thread sees no mixture of two tasks
+        self._now: tuple[str | None, str, Attached | None] = NONE
         self.seconds: dict[str, float] = {}
         its = self.store.digest()
         if its is not None and self.digest.matches(its) != "same":
@@ -277,6 +284,26 @@ class TaskBank(AbstractContextManager["TaskBank"]):
     def names(self) -> list[str]:
         """The tasks that are there now, those that other processes added included."""
         return self.store.names
+
+    @property
+    def active(self) -> str | None:
+        """Name of the active task, or None."""
+        return self._now[0]
+
+    @property
+    def model(self) -> Attached | None:
+        """The active task's model, or None.
+
+        Raises:
+            BankError: if this thread has activated a task, and another one has switched since.
+        """
+        active, _, model = self._now
+        asked = getattr(self._asked, "name", active)
+        if asked != active:
+            raise BankError(
+                f"this thread has activated {asked!r}, and another one has switched to {active or 'none'} since: {WAIT}"
+            )
+        return model
 
     def entries(self) -> list[Entry]:
         """The tasks that are there now and can be read; of each of the others a warning says what is wrong."""
@@ -297,7 +324,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             TaskError: if it is damaged, or does not fit the backbone's class.
             UnsupportedBackbone: if the method cannot work on the backbone.
         """
-        self.store.add(name, task, self._check)
+        with self._turn:
+            self.store.add(name, task, self._check)
 
     def remove(self, name: str) -> None:
         """Delete a task from the bank.
@@ -305,10 +333,11 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         Raises:
             BankError: if it is active, there is none of this name, or another process is writing.
         """
-        if name == self.active:
-            raise BankError(f"{name!r} is active: activate another task, or deactivate() it, before it is removed")
-        self.store.remove(name)
-        self._resting.pop(name, None)
+        with self._turn:
+            if name == self.active:
+                raise BankError(f"{name!r} is active: activate another task, or deactivate() it, before it is removed")
+            self.store.remove(name)
+            self._resting.pop(name, None)
 
     def activate(self, name: str) -> Attached:
         """Switch to a task: its model, in eval mode when it is first used, then as it was left.
@@ -316,57 +345,78 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         The models of other tasks cannot be called meanwhile. `seconds[name]` says how long it took.
 
         Raises:
-            BankError: if there is none of this name.
+            BankError: if there is none of this name, or another thread is using the bank or the active model.
             TaskError: if its files are damaged. The bank is as before.
         """
-        started, before = time.perf_counter(), self.active
+        with self._turn:
+            model, self._asked.name = self._switch(name), name
+            return model
+
+    def deactivate(self) -> nn.Module:
+        """Leave the active task: the bare backbone, bit for bit as it was given.
+
+        Raises:
+            BankError: if another thread is using the bank or the active model.
+        """
+        with self._turn:
+            self._leave()
+            vars(self._asked).clear()  # of this thread
+        return self.backbone
+
+    def run(self, name: str, batch: Mapping[str, Any]) -> Any:
+        """A task's output for a batch of the backbone's inputs, without gradients; errors as of `activate`."""
+        with self._turn, torch.no_grad():
+            model, self._asked.name = self._switch(name), name
+            return model(**batch)
+
+    def close(self) -> None:
+        """Leave the bare backbone; the tasks stay on the disk, unless the folder is temporary."""
+        with self._turn:
+            self._leave()
+            self._resting.clear()
+            if self._temporary is not None:
+                self._temporary.cleanup()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- switching -------------------------------------------------------------------------------------------------
+
+    def _switch(self, name: str) -> Attached:
+        started, (before, its, active) = time.perf_counter(), self._now
         identity = _identity(self.store.config(name))
-        if (name, identity) == (self.active, self._identity) and self.model is not None and _is_on(self.model):
-            return self.model
+        if (name, identity) == (before, its) and active is not None and _is_on(active):
+            return active
         # all that may well fail comes before the active task is left
         ready: Resting | store.Task | None = self._resting.pop(name, None)
         if not isinstance(ready, Resting) or ready.identity != identity:
             ready = self._read(name)  # not used yet, or another process has put another task in its place
-        self.deactivate()
         try:
-            self.model = ready.resume() if isinstance(ready, Resting) else self._put(ready)
+            self._leave()
+            model = ready.resume() if isinstance(ready, Resting) else self._put(ready)
         except BaseException:
             if isinstance(ready, Resting):
                 self._resting[name] = ready
             if before is not None:
                 with suppress(Exception):  # what went wrong first is what is raised
-                    self.activate(before)
+                    self._switch(before)
             raise
-        self.active, self._identity = name, identity
+        self._now = (name, identity, model)
         self.seconds[name] = time.perf_counter() - started
-        return self.model
+        return model
 
-    def deactivate(self) -> nn.Module:
-        """Leave the active task: the bare backbone, bit for bit as it was given."""
-        if self.model is not None and self.active is not None and _is_on(self.model):
-            if isinstance(self.model, SideModel) and self.model.can_rest:
-                self._resting[self.active] = Resting(self.model, self.model.rest(), self._identity)
-            detach(self.model)
+    def _leave(self) -> None:
+        name, identity, model = self._now
+        if name is not None and model is not None and _is_on(model):
+            try:
+                if isinstance(model, SideModel) and model.can_rest:
+                    self._resting[name] = Resting(model, model.rest(), identity)
+                detach(model)
+            except FoldError as error:
+                raise BankError(f"{name!r} is in the middle of a call in another thread: {WAIT}") from error
         while self._keep is not None and len(self._resting) > self._keep:
             del self._resting[next(iter(self._resting))]
-        self.active = self.model = None
-        return self.backbone
-
-    def run(self, name: str, batch: Mapping[str, Any]) -> Any:
-        """A task's output for a batch of the backbone's inputs, without gradients."""
-        model = self.activate(name)
-        with torch.no_grad():
-            return model(**batch)
-
-    def close(self) -> None:
-        """Leave the bare backbone; the tasks stay on the disk, unless the folder is temporary."""
-        self.deactivate()
-        self._resting.clear()
-        if self._temporary is not None:
-            self._temporary.cleanup()
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        self._now = NONE
 
     # --- small parts -----------------------------------------------------------------------------------------------
 
@@ -453,10 +503,3 @@ def _short(digest: Digest) -> str:
 def _other_backbone(task: store.Task, its: Digest, here: Digest) -> str:
     made = task.config["backbone"]["class_name"]
     return f"{task.folder.name} was made on a {made} with digest {_short(its)}, which is not the {_short(here)}"
-
-
-def _move(source: Path, target: Path) -> None:
-    """Rename a folder, and bring that to the disk."""
-    os.replace(source, target)
-    for folder in {source.parent, target.parent}:
-        sync_path(folder)

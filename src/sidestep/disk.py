@@ -49,6 +49,13 @@ def sync_path(path: Path) -> None:
         os.close(handle)
 
 
+def move(source: Path, target: Path) -> None:
+    """Rename a file or folder, and bring that to the disk."""
+    os.replace(source, target)
+    for folder in {source.parent, target.parent}:
+        sync_path(folder)
+
+
 @contextmanager
 def only_writer(lock: Path, what: Path, kind: type[Exception] = OutputError) -> Iterator[None]:
     """Nobody else is here with the same lock file meanwhile; the system frees it when a process ends.

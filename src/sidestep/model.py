@@ -7,7 +7,7 @@ import inspect
 import types
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -161,6 +161,7 @@ class SideModel(TrainerFace):
             frozen=delta is None,
             late=bool(self.late_blocks()),
             pools=self.head is not None,
+            diff=self.sparse,
         )
         self.hooks = Hooks(self.fold, entry, trunk, places)
         if settings.checkpoint == "late":
@@ -421,7 +422,7 @@ class SideModel(TrainerFace):
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """The backbone's inputs (and `labels`) -> its output type, or with a Sidestep head a classifier output."""
-        self._write_diff()
+        self.fold.require_attached()
         if labels is not None and (self.head is None or self.head.config.kind == "single"):
             _refuse_ignored(labels)
         entry = self.trunk if self.head is not None else self.backbone
@@ -429,12 +430,6 @@ class SideModel(TrainerFace):
         if self.training and torch.is_grad_enabled() and (loss := _loss_of(output)) is not None:
             self._check_trains(learns=loss.requires_grad)
         return output
-
-    def _write_diff(self) -> None:
-        """Bring a sparse diff into the weights, which are another's once this model was detached."""
-        self.fold.require_attached()
-        if self.sparse is not None:
-            self.sparse.write()
 
     def _run(self, args: tuple[Any, ...], labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
         if self.head is None and isinstance(self.backbone, PreTrainedModel):
@@ -605,7 +600,6 @@ class SideModel(TrainerFace):
                 f"{self.record.name} mixes tokens, so a cache would give other outputs than it was trained "
                 "for: pass use_cache=False"
             )
-        self._write_diff()
         return self.fold.run(self.backbone.generate, *args, **kwargs)[0]
 
     def _check_prompts(self, tokens: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -722,12 +716,16 @@ class SideModel(TrainerFace):
         """The attached backbones: of a `PairModel` two, here this one."""
         return (self,)
 
-    def _without_diff(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _without_diff(self) -> Iterator[None]:
         """The backbone's weights are the pretrained ones meanwhile, where a sparse diff is written into them."""
         if not self.fold.attached:
             check_attachable(self.backbone)  # under another task they would not be
-            return nullcontext()
-        return nullcontext() if self.sparse is None else self.sparse.lifted()
+        if not self.fold.attached or self.sparse is None:
+            yield
+            return
+        with self.fold.turn, self.sparse.lifted():
+            yield
 
     @property
     def relaxes(self) -> bool:
@@ -833,8 +831,13 @@ class SideModel(TrainerFace):
 
     def detach_backbone(self) -> nn.Module:
         """See `detach`."""
-        if not self.fold.attached:
-            return self.backbone
+        if self.fold.attached:
+            with self.fold.turn:
+                self.leave()
+        return self.backbone
+
+    def leave(self) -> None:
+        """Be detached, within the fold's turn."""
         torch.clear_autocast_cache()  # of a context that is still open
         self.hooks.remove()
         backbones.uncheckpoint_blocks([place.module for place in self.places])
@@ -849,7 +852,6 @@ class SideModel(TrainerFace):
         if self._delta is not None:
             self._delta.remove(self.trunk)
         self._before.restore(self.backbone)
-        return self.backbone
 
     def _stored(self) -> dict[str, Tensor]:
         """The backbone's tensors whose values are the task's own."""
@@ -865,9 +867,10 @@ class SideModel(TrainerFace):
 
     def rest(self) -> Rest:
         """Leave the backbone as `detach` does; `resume` takes what this returns."""
-        values = {name: tensor.detach().clone() for name, tensor in self._stored().items()}
-        rest = Rest(values, Before.of(self.backbone))
-        self.detach_backbone()
+        with self.fold.turn:
+            values = {name: tensor.detach().clone() for name, tensor in self._stored().items()}
+            rest = Rest(values, Before.of(self.backbone))
+            self.leave()
         return rest
 
     def resume(self, rest: Rest) -> None:
@@ -877,12 +880,13 @@ class SideModel(TrainerFace):
             ValueError: if another task is attached to the backbone meanwhile.
         """
         check_attachable(self.backbone)
-        self.hooks.put()
-        try:
-            self._resume(rest)
-        except BaseException:  # out of memory, or stopped by hand
-            self.detach_backbone()
-            raise
+        with self.fold.turn:  # no thread calls the model before all is there
+            self.hooks.put()
+            try:
+                self._resume(rest)
+            except BaseException:  # out of memory, or stopped by hand
+                self.leave()
+                raise
 
     def _resume(self, rest: Rest) -> None:
         torch.clear_autocast_cache()

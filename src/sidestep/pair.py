@@ -368,8 +368,9 @@ class PairModel(nn.Module):
         """See `detach`."""
         if not self.image.fold.attached:
             return self.backbone
-        for tower in self.parts:
-            tower.detach_backbone()
+        with self.image.fold.turn, self.text.fold.turn:  # both or none
+            for tower in self.parts:
+                tower.leave()
         self._before.restore(self.backbone)
         return self.backbone.to(self.device)
 

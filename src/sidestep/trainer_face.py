@@ -49,9 +49,6 @@ class TrainerFace(nn.Module, ABC):
         """The blocks after the method's first write."""
 
     @abstractmethod
-    def _write_diff(self) -> None: ...
-
-    @abstractmethod
     def _defaults(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]: ...
 
     @abstractmethod
@@ -74,7 +71,6 @@ class TrainerFace(nn.Module, ABC):
                 "the loss is to be computed by the backbone's own language model head, which this model does not "
                 "have: attach to a ...ForCausalLM model and leave head= out, or train with transformers' Trainer"
             )
-        self._write_diff()
         output = self.fold.run(self.trunk, *args, **self._defaults(self.trunk, args, kwargs))[0]
         if self.training and torch.is_grad_enabled():
             head = self.get_output_embeddings()

@@ -20,3 +20,13 @@ def argument_names(module: nn.Module) -> list[str]:
 def bound(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def with_argument(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with one argument replaced, whether it was given by position or by name."""
+    if name in kwargs or list(names).index(name) >= len(args):
+        return args, {**kwargs, name: value}
+    position = list(names).index(name)
+    return (*args[:position], value, *args[position + 1 :]), kwargs

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sidestep.backbone import Facts, StackFacts, as_given, as_tokens
+from sidestep.diffs import SparseDiff
 from sidestep.families import Pool, TokenGrid
 from sidestep.fold.caches import SideCache, claim
 from sidestep.fold.hooks import CARRIED
@@ -23,6 +24,11 @@ from sidestep.fold.strand import Strand
 from sidestep.layers import last_kept
 from sidestep.methods.base import SideNet
 from sidestep.sites import Place, Site
+from sidestep.turns import Turn
+
+BUSY = (
+    "this model is in the middle of another call: use one model per thread, or take turns with a lock around each call"
+)
 
 
 class Fold:
@@ -41,6 +47,7 @@ class Fold:
         frozen: whether nothing before the method's first write may require a gradient.
         late: whether blocks come after that write: their keys and values in a cache are then of this task alone.
         pools: whether a Sidestep head reads the tokens, which has to know the padding.
+        diff: a sparse diff, which is written into the weights before each call; None: there is none.
     """
 
     def __init__(
@@ -57,12 +64,13 @@ class Fold:
         frozen: bool,
         late: bool,
         pools: bool,
+        diff: SparseDiff | None = None,
     ) -> None:
         self.trunk, self.method, self.facts, self.grid, self.pools = trunk, method, facts, grid, pools
         self.narrow, self.through, self.frozen = narrow, through, frozen
         # a string, which copies of this fold and of a cache share
         self.late, self.name = late, uuid.uuid4().hex
-        self.running, self.attached, self.checked = False, False, False
+        self.turn, self.diff, self.attached, self.checked = Turn(FoldError(BUSY)), diff, False, False
         self.current: tuple[Pass, Strand] | None = None
         self.finished: tuple[Pass, Strand] | None = None
         self.carries = type(method).carry is not SideNet.carry
@@ -76,15 +84,20 @@ class Fold:
         Raises:
             FoldError: if another call is running (one model serves one thread at a time), or the hooks are gone.
         """
-        self.require_attached()
-        if self.running:
-            raise FoldError("this model is in the middle of another call: use one model per thread")
-        self.running = True
-        try:
-            output = call(*args, **kwargs)
-            return output, None if self.finished is None else self.finished[1].reading
-        finally:
-            self.running, self.current, self.finished = False, None, None
+        with self.turn:  # nobody takes the hooks or the diff off meanwhile
+            self.require_attached()
+            if self.diff is not None:
+                self.diff.write()
+            try:
+                output = call(*args, **kwargs)
+                return output, None if self.finished is None else self.finished[1].reading
+            finally:
+                self.current, self.finished = None, None
+
+    @property
+    def running(self) -> bool:
+        """Whether a call is running in this thread; in any other one the hooks do nothing."""
+        return self.turn.mine
 
     def require_attached(self) -> None:
         """Raise if the hooks were taken off: the backbone alone would answer, without the task."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
-from sidestep.backbone.calls import argument_names, bound
+from sidestep.backbone.calls import argument_names, bound, with_argument
 from sidestep.sites import Place, Site
 
 #: Field of `encoder_outputs` in which an encoder's side state travels to the decoder.
@@ -32,9 +32,10 @@ class Driver(Protocol):
         reads_raw: whether what goes into the head's final norm is looked at before it.
     """
 
-    running: bool
     attached: bool
 
+    @property
+    def running(self) -> bool: ...
     @property
     def reads_memory(self) -> bool: ...
     @property
@@ -88,12 +89,12 @@ class Hooks:
 
     def put(self) -> None:
         """Put them on the backbone."""
-        self.driver.attached = True
         self.handles = self._of_modules()
         orders: dict[str, int] = {}
         for place in self.places:
             order = orders[place.site.stack] = orders.get(place.site.stack, -1) + 1
             self.handles += self._of_place(place, order)
+        self.driver.attached = True
 
     def remove(self) -> None:
         """Take them off."""
@@ -219,7 +220,7 @@ class AtStage(Hook):
             return None
         call, name = bound(self.names, args, kwargs), self.names[0]
         written = self.driver.stage(self.site, self.order, call[name], call)
-        return None if written is call[name] else _with_argument(self.names, args, kwargs, name, written)
+        return None if written is call[name] else with_argument(self.names, args, kwargs, name, written)
 
 
 @dataclass(eq=False)
@@ -237,7 +238,7 @@ class AtMemory(Hook):
         if memory is None:
             return None
         given = call.get(name)
-        return _with_argument(self.names, args, kwargs, name, memory if given is None else memory.to(given.dtype))
+        return with_argument(self.names, args, kwargs, name, memory if given is None else memory.to(given.dtype))
 
 
 @dataclass(eq=False)
@@ -288,13 +289,3 @@ def _with_element(output: Any, element: int, hidden: Tensor) -> Any:
         return hidden
     parts = (*output[:element], hidden, *output[element + 1 :])
     return output._make(parts) if hasattr(output, "_make") else parts
-
-
-def _with_argument(
-    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with one argument replaced, whether it was given by position or by name."""
-    if name in kwargs or list(names).index(name) >= len(args):
-        return args, {**kwargs, name: value}
-    position = list(names).index(name)
-    return (*args[:position], value, *args[position + 1 :]), kwargs
