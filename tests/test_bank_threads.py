@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -38,17 +39,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: saved(place / name, *task) for name, task in TASKS.items()}
 
 
-@pytest.fixture
-def bank(folders: dict[str, Path], tmp_path: Path) -> ss.TaskBank:
-    bank = ss.TaskBank(backbone(), tmp_path / "bank")
+@pytest.fixture(scope="module")
+def made(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A bank's folder, and what each of its tasks answers alone."""
+    place = tmp_path_factory.mktemp("made") / "bank"
+    bank = ss.TaskBank(backbone(), place)
     for name, folder in folders.items():
         bank.add(name, folder)
-    return bank
+    return place, {name: outputs(bank, name) for name in TASKS}
 
 
 @pytest.fixture
-def expected(bank: ss.TaskBank) -> dict[str, Tensor]:
-    return {name: outputs(bank, name) for name in TASKS}
+def bank(made: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> ss.TaskBank:
+    shutil.copytree(made[0], tmp_path / "bank")
+    return ss.TaskBank(backbone(), tmp_path / "bank")
+
+
+@pytest.fixture
+def expected(made: tuple[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return made[1]
 
 
 @contextmanager
@@ -98,7 +107,7 @@ def test_nothing_disturbs_a_call_that_another_thread_is_in(
             found = pool.submit(call, model)
             assert inside.wait(WAIT)
             for act in acts:
-                with pytest.raises((BankError, FoldError), match="in the middle of (another|a) call"):
+                with pytest.raises((BankError, FoldError), match=r"in the middle of (another|a) call"):
                     act()
             assert (bank.active, bank.model) == (name, model)
         assert torch.equal(found.result(WAIT), expected[name])
@@ -183,7 +192,6 @@ USES: dict[str, Callable[[ss.TaskBank, str], Tensor]] = {
     "run": outputs,
     "activate and call": lambda bank, name: answer(bank.activate(name)),
     "activate and bank.model": lambda bank, name: bank.activate(name) and answer(bank.model),
-    "activate, leave and call": lambda bank, name: answer((bank.activate(name), bank.activate(name))[1]),
 }
 
 
@@ -204,7 +212,7 @@ def test_without_a_lock_each_answer_is_right_or_an_error(
 
     def worker(number: int) -> tuple[int, int]:
         right = refused = 0
-        for step in range(40):
+        for step in range(12):
             name = list(TASKS)[(number + step) % len(TASKS)]
             try:
                 found = USES[use](bank, name)
@@ -218,7 +226,7 @@ def test_without_a_lock_each_answer_is_right_or_an_error(
     with ThreadPoolExecutor(3) as pool:
         counts = list(pool.map(worker, range(3)))
     assert sum(right for right, _ in counts) > 0
-    assert sum(map(sum, counts)) == 120
+    assert sum(map(sum, counts)) == 36
     assert {name: torch.equal(outputs(bank, name), expected[name]) for name in TASKS} == dict.fromkeys(TASKS, True)
     assert_same_weights(bank.deactivate(), plain)
 
@@ -230,13 +238,13 @@ def test_in_turn_any_thread_may_use_a_bank(
     lock = threading.Lock()
 
     def worker(number: int) -> None:
-        for step in range(6):
+        for step in range(4):
             name = list(TASKS)[(number + step) % len(TASKS)]
             with lock:
                 assert torch.equal(USES[use](bank, name), expected[name])
 
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(worker, range(6)))
+        list(pool.map(worker, range(3)))
 
 
 def test_a_bank_that_another_thread_made_is_used_added_to_and_closed(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -273,20 +281,6 @@ def test_training_in_another_thread_goes_on_where_it_was_left(bank: ss.TaskBank)
             first = pool.submit(steps, name).result(WAIT)
             outputs(bank, "bitfit")
             assert steps(name)[-1] < first[0]
-
-
-def test_two_banks_serve_two_threads(folders: dict[str, Path], expected: dict[str, Tensor], tmp_path: Path) -> None:
-    def worker(number: int) -> None:
-        bank = ss.TaskBank(backbone(), tmp_path / f"own {number}")
-        for name, folder in folders.items():
-            bank.add(name, folder)
-            assert torch.equal(outputs(bank, name), expected[name])
-
-    # one after the other, as attaching draws from the one generator of the process
-    for number in range(2):
-        thread = threading.Thread(target=worker, args=(number,))
-        thread.start()
-        thread.join()
 
 
 def test_a_turn_is_free_after_an_error_and_in_a_copy() -> None:

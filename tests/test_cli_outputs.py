@@ -202,6 +202,8 @@ def test_a_task_is_not_copied_into_itself(place: Path) -> None:
     before = files(place)
     for bank in ("task", "./task", "elsewhere/task"):
         assert "lies in task, which is read as an input" in refusal(*command("bank add", bank))
+    assert "'..' cannot be a task's name" in refusal("bank", "add", "bank", "..", "task")
+    assert "bank is no task folder" in refusal("bank", "add", "bank", "second", "bank")
     assert files(place) == before
     succeed("bank", "add", "bank", "copy", "bank/first")
 

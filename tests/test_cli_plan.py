@@ -86,6 +86,7 @@ def test_a_measured_step(bert: Path) -> None:
         (("--length", "1000"), "length=1000, but BertModel takes 1 to 512 tokens"),
         (("--precision", "half"), "precision='half'"),
         (("--image-size", "32"), "BertModel reads texts"),
+        (("--own-head", "--pool", "mean"), "--pool mean with --own-head"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(bert: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -79,3 +79,16 @@ def test_files_that_are_not_there_are_named_as_they_were_given(place: Path) -> N
 def test_an_address_is_no_file(place: Path) -> None:
     rows = captioned(Dataset.from_list(pairs(["https://x.org/a.png", "https://x.org/./a.png"])), FIELDS)
     assert len(rows) == 2
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "none/" + "x" * 300, "sub", "a\0.png", " "])
+def test_what_is_no_file_is_not_there(place: Path, name: str) -> None:
+    with pytest.raises(DataError, match="1 of 2 images are not there"):
+        captioned(Dataset.from_list(pairs(["a.png", name])), FIELDS)
+
+
+def test_a_name_of_rows_that_is_empty_or_too_long_is_refused() -> None:
+    with pytest.raises(DataError, match="the name of the rows is empty"):
+        read_pairs("", FIELDS, TableOptions(), split="train")
+    with pytest.raises(DataError, match=r"cannot be read \(File name too long\)"):
+        read_pairs("x" * 300 + ".csv", FIELDS, TableOptions(), split="train")

@@ -27,7 +27,7 @@ from torch import nn
 
 from sidestep import store
 from sidestep.backbone import Digest, joined, without_values
-from sidestep.disk import move, only_writer
+from sidestep.disk import move, only_writer, refuse_inputs
 from sidestep.fold import FoldError
 from sidestep.model import Rest, SideModel, check_attachable
 from sidestep.pair import Attached, PairModel, detach, digests_of
@@ -171,6 +171,7 @@ class BankFolder:
         Raises:
             BankError: if there is a task of this name, the name cannot be a folder's, the task belongs to another
                 backbone than those that are there, or another process is writing.
+            OutputError: if the bank lies in the task.
             TaskError: if the task is damaged, or what `check` raises.
         """
         if not _is_name(name):
@@ -179,6 +180,7 @@ class BankFolder:
             )
         if not isinstance(task, SideModel | PairModel):
             store.read(task)  # before anything is copied, so that the message names the folder that was given
+            refuse_inputs([self.path / name], [Path(task)])
         with self._writing() as staging:
             if name in self.names:
                 raise BankError(f"{self.path} holds {name!r} already: choose another name, or remove that task first")

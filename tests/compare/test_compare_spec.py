@@ -272,3 +272,14 @@ def test_a_file_that_is_no_toml_is_one_message(tmp_path: Path, text: str) -> Non
     (tmp_path / "study.toml").write_text(text)
     with pytest.raises(ValueError, match=r"study\.toml cannot be read as TOML"):
         comparison_file(tmp_path / "study.toml")
+
+
+def test_a_home_and_the_present_folder_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    lines = 'output = "~/all.jsonl"\n[[backbone]]\nmodel = "org/name"\n[[task]]\ntrain = "."\nimage = "image"\n'
+    (folder / "study.toml").write_text(lines)
+    found, results = comparison_file(folder / "study.toml")
+    assert results == tmp_path / "all.jsonl"
+    assert (found.tasks[0].name, found.tasks[0].train) == ("photos", str(folder))

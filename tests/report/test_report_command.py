@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def test_a_page_and_markdown(results: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["none.jsonl", "--markdown"], "none.jsonl: there is no such file"),
+        (["none.jsonl", "--markdown"], "Error: none.jsonl: there is no such file"),
         (["{results}"], "nothing to write: give --output report.html, --figures FOLDER or --markdown"),
         (["{results}", "--output", "{folder}"], "is a folder: name a file"),
     ],
@@ -77,3 +78,14 @@ def test_a_file_that_is_named_twice_counts_once(results: Path, tmp_path: Path) -
     once, twice = run(results, "--markdown"), run(results, tmp_path / "link.jsonl", results, "--markdown")
     assert "1 broken line was skipped" in twice.stderr
     assert once.stdout.splitlines()[1:] == twice.stdout.splitlines()[1:]
+
+
+def test_a_byte_order_mark_and_odd_bytes_of_a_path_are_no_error(results: Path, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff.jsonl"))
+    try:
+        odd.write_bytes(b"\xef\xbb\xbf" + results.read_bytes())
+    except OSError:
+        pytest.skip("this disk takes no such name")
+    result = run(odd, "--output", tmp_path / "page.html", "--markdown")
+    assert result.exit_code == 0, result.output
+    assert "1 broken line was skipped" in result.stderr  # the one at the end, not the first

@@ -29,11 +29,10 @@ def add(folder: opt.Bank, name: opt.BankName, task: opt.Task, debug: opt.Debug =
     """Copy a task into a bank; the bank is made with its first task."""
     with reporting(debug):
         from sidestep.bank import BankFolder
-        from sidestep.disk import check_folder, refuse_inputs
+        from sidestep.disk import check_folder
         from sidestep.memory import format_bytes
 
         check_folder(folder)
-        refuse_inputs([folder / name], [task])
         held = BankFolder(folder)
         held.add(name, task)
         remark(f"{name} added to {folder}: {format_bytes(held.entry(name).bytes)}, {len(held.names)} tasks")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sidestep.cli import options as opt
+from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import INTERRUPTED, reporting
 from sidestep.cli.values import backbone_named, unescaped
 from sidestep.show import hush, remark, show_table
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
     from sidestep.compare.spec import Comparison
 
 
+#: The options that a comparison file goes with; all others describe a comparison, as the file does.
+WITH_A_FILE = ("file", "only", "quick", "dry_run", "output", "debug")
+
+
 def compare(
+    context: typer.Context,
     file: opt.ComparisonFile = None,
     backbone: opt.ComparedBackbone = None,
     gguf: opt.Gguf = None,
@@ -55,6 +61,7 @@ def compare(
         if (file is None) == (backbone is None):
             raise ValueError("give a comparison file (sidestep compare study.toml), or --backbone, --train and --text")
         if file is not None:
+            _refuse_flags(context, file)
             comparison, results = comparison_file(file, output)
         else:
             task: dict[str, Any] = {
@@ -96,6 +103,14 @@ def compare(
             _show_plan(comparison)
         else:
             _run(comparison, results)
+
+
+def _refuse_flags(context: typer.Context, file: Path) -> None:
+    """Refuses options that would have no effect beside a file."""
+    typed = Chosen.of(context, None).typed.keys() - set(WITH_A_FILE)
+    flags = [parameter.opts[0] for parameter in context.command.params if parameter.name in typed]
+    if flags:
+        raise ValueError(f"{', '.join(flags)} with {file}: the file says what is compared; set it there")
 
 
 def _run(comparison: Comparison, output: Path) -> None:

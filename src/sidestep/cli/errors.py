@@ -35,8 +35,9 @@ def reporting(debug: bool) -> Iterator[None]:
         except Exception as error:
             if debug or not _is_users(error):
                 raise
-            named = isinstance(error, ValueError | RuntimeError)
-            _say(f"Error: {error}" if named else f"Error: {type(error).__name__}: {error}")
+            # what the system says lacks the kind of error, what Sidestep says does not
+            told = isinstance(error, ValueError | RuntimeError) or (isinstance(error, OSError) and error.errno is None)
+            _say(f"Error: {error}" if told else f"Error: {type(error).__name__}: {error}")
             raise typer.Exit(USER_ERROR) from error
 
 

@@ -47,6 +47,8 @@ def plan(
         from sidestep.plan import plan as planned
 
         limit = None if gpu is None else memory_of(gpu)
+        if own_head and pool is not None:
+            raise ValueError(f"--pool {pool} with --own-head: the backbone's own head reads what it reads")
         config = config_from(method_named(method).config, set_ or [])
         settings: dict[str, Any] = {
             # Classify refuses a pool that it does not know

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,8 @@ def report(
         if output is not None or figures is not None:
             _write(found, output, figures, command)
         if markdown:
-            print(tables(found, command=command), end="")
+            encoding = sys.stdout.encoding or "utf-8"  # which may not know every sign, as in a path's odd bytes
+            print(tables(found, command=command).encode(encoding, errors="replace").decode(encoding), end="")
 
 
 def _write(found: Results, output: Path | None, figures: Path | None, command: str) -> None:

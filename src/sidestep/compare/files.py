@@ -58,7 +58,9 @@ def comparison_file(path: Path, results: Path | None = None) -> tuple[Comparison
         raise ValueError(f"{path}: output={output!r} is not a text")
     if output == "":
         raise ValueError(f"{path}: output is empty: name a file, or leave it out")
-    own = path.with_suffix(".jsonl") if output is None else path.parent / _expanded(output, str(path))
+    own = (
+        path.with_suffix(".jsonl") if output is None else path.parent / Path(_expanded(output, str(path))).expanduser()
+    )
     comparison = comparison_from(values, path.parent, str(path))
     check_results(comparison, results or own, path)
     return comparison, results or own
@@ -194,18 +196,18 @@ class _Table:
         return _expanded(value, self.where) if isinstance(value, str) else value
 
 
-def _called(model: str) -> str:
+def _called(model: str, base: Path) -> str:
     """A backbone's name in tables, where the file gives none."""
     if is_gguf(model):
         return Path(gguf_parts(model)[1]).stem
-    return Path(model.partition("@")[0]).name
+    return _name_of(model.partition("@")[0], base)
 
 
 def _backbone(table: _Table, base: Path) -> Backbone:
     model = table.need("model")
     found = table.made(
         Backbone,
-        name=table.get("name", str) or _called(model),
+        name=table.get("name", str) or _called(model, base),
         model=_resolved_backbone(model, base),
         dtype=table.get("dtype", str),
         revision=table.get("revision", str),
@@ -230,7 +232,7 @@ def _task(table: _Table, base: Path) -> Task:
     train = table.need("train")
     found = table.made(
         Task,
-        name=table.get("name", str) or Path(train).name.partition(".")[0],
+        name=table.get("name", str) or _name_of(train, base).partition(".")[0],
         train=_resolved(train, base),
         dev=None if dev is None else _resolved(dev, base),
         fields=Fields(text=text, text2=text2, image=image, label=table.get("label", str, "label")),
@@ -297,6 +299,11 @@ def _expanded(text: str, where: str) -> str:
         return os.environ[name]
 
     return VARIABLE.sub(value, text)
+
+
+def _name_of(path: str, base: Path) -> str:
+    """The last part of a path, or of the folder that "." stands for."""
+    return Path(path).name or (base / path).resolve().name
 
 
 def _resolved(source: str, base: Path) -> str:

@@ -135,8 +135,8 @@ def read(path: Path) -> tuple[list[Record], int]:
 
 def lines_of(path: Path) -> list[str]:
     """The lines of a results file that are not empty."""
-    # a killed writer may leave half a character behind
-    return [line for line in path.read_bytes().decode("utf-8", errors="replace").split("\n") if line.strip()]
+    # a killed writer may leave half a character behind, and some editors a byte-order mark
+    return [line for line in path.read_bytes().decode("utf-8-sig", errors="replace").split("\n") if line.strip()]
 
 
 def latest(records: Iterable[Record]) -> dict[str, Record]:

@@ -43,7 +43,7 @@ def read_list(path: Path, lines: Iterable[str]) -> Dataset:
         )
     folder = path.parent
     files = {name: folder / name for _, (name, _) in rows}
-    missing = [name for name, file in files.items() if not file.is_file()]
+    missing = [name for name, file in files.items() if not os.path.isfile(file)]
     if missing:
         raise DataError(
             f"{path} names {len(missing)} of {len(files)} images that are not there: {listed(missing)}, looked for in "
@@ -169,7 +169,7 @@ def _with_images(file: Path, rows: Dataset) -> Dataset:
     if "image" in others:
         raise DataError(f"{file} has columns {NAMING!r} and 'image': rename the second, as the images get that name")
     paths = [None if name is None else str(file.parent / name) for name in rows[NAMING][:]]
-    missing = [path for path in paths if path is None or not Path(path).is_file()]
+    missing = [path for path in paths if path is None or not os.path.isfile(path)]
     if missing:
         raise DataError(f"{file} names {len(missing)} of {len(paths)} images that are not there: {listed(missing)}")
     return (

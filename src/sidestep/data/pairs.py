@@ -194,7 +194,7 @@ def _located(cell: dict[str, Any], folder: Path | None) -> dict[str, Any]:
 def _refuse_missing(images: Sequence[Mapping[str, Any]], folder: Path | None) -> None:
     files = [cell["path"] for cell in images if _is_file(cell)]
     where = (folder or Path.cwd()).resolve()
-    missing = [os.path.relpath(file, where) for file in files if not Path(file).is_file()]
+    missing = [os.path.relpath(file, where) for file in files if not os.path.isfile(file)]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(images)} images are not there: {listed(missing)}, looked for from {where}: paths "

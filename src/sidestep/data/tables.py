@@ -11,6 +11,7 @@ import difflib
 import gzip
 import hashlib
 import io
+import os
 import re
 import warnings
 import zlib
@@ -100,10 +101,12 @@ def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "
         DataWarning: with the line numbers of ragged rows. Too many fields: the extra ones are dropped and the
             row is kept; too few: the row is skipped.
     """
+    if not str(source).strip():
+        raise DataError("the name of the rows is empty: name a file, a folder or a hub id")
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # `Path.is_dir` raises where a name is too long
         rows = _folder(path, split)
-    elif path.exists() or not _may_be_hub_id(source):
+    elif os.path.exists(path) or not _may_be_hub_id(source):
         rows = _file(path, options)
     else:
         rows = _hub(str(source), split)

@@ -149,6 +149,8 @@ def _image_shape(model: SideModel, asked: int | None) -> tuple[int, int, int]:
         own = (channels, IMAGE_SIZE, IMAGE_SIZE)  # any size will do: transformers' ResNets name none
     if own is None:
         raise ValueError(f"{_name(model)} does not say which images it takes: it cannot be planned for")
+    if asked is not None and asked < 1:
+        raise ValueError(f"image_size={asked}, but it must be at least 1")
     return own if asked is None else (own[0], asked, asked)
 
 
