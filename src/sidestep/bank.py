@@ -399,7 +399,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         except BaseException:
             if isinstance(ready, Resting):
                 self._resting[name] = ready
-            if before is not None:
+            if before is not None and self._now is NONE:  # it was left
                 with suppress(Exception):  # what went wrong first is what is raised
                     self._switch(before)
             raise
@@ -415,7 +415,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
                     self._resting[name] = Resting(model, model.rest(), identity)
                 detach(model)
             except FoldError as error:
-                raise BankError(f"{name!r} is in the middle of a call in another thread: {WAIT}") from error
+                raise BankError(f"{name!r} is in the middle of a call, and cannot be left: {WAIT}") from error
         while self._keep is not None and len(self._resting) > self._keep:
             del self._resting[next(iter(self._resting))]
         self._now = NONE
