@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,9 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sidestep.data.augment import Epoch
-from sidestep.diffs import SparseDiff
-from sidestep.methods.base import SparseDelta
 from sidestep.model import SideModel
 from sidestep.pair import PairModel
+from sidestep.step import sparse_deltas
 
 SPREAD = 1_000_003  # between the seeds of two runs: epoch 1 of seed 0 is not epoch 0 of seed 1
 
@@ -92,18 +91,13 @@ class MoveSupport(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before the step's first batch."""
-        for delta, diff in self._diffs():
+        for delta, diff in sparse_deltas(self.models):
             delta.before_step(diff, state.global_step + 1, state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the step, before a checkpoint is made of it."""
-        for delta, diff in self._diffs():
+        for delta, diff in sparse_deltas(self.models):
             delta.after_step(diff, kwargs["optimizer"])
-
-    def _diffs(self) -> Iterator[tuple[SparseDelta, SparseDiff]]:
-        for model in self.models:
-            if isinstance(model.delta, SparseDelta) and model.sparse is not None:
-                yield model.delta, model.sparse
 
 
 class SaveTask(TrainerCallback):

@@ -505,6 +505,8 @@ class SideModel(TrainerFace):
                 else "`sidestep train` does that, and for a loop of your own ss.initialise(model, batches)"
             )
             raise ValueError(f"{self.record.name} has not chosen yet which weights it trains: {how}")
+        if self.sparse is not None and isinstance(self.delta, SparseDelta):
+            self.delta.check_told(self.sparse)
 
     def _nothing_trained(self) -> str:
         return (

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from sidestep.diffs import SparseDiff
 from sidestep.memory import Peak, by_kind_of_module, peak_memory, saved_bytes
+from sidestep.methods.base import SparseDelta
 from sidestep.model import SideModel
 from sidestep.pair import Attached
 
@@ -183,10 +185,29 @@ def idle_optimizer(model: Attached) -> Iterator[torch.optim.Optimizer]:
         optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
     try:
         fill_state(optimizer)
-        yield optimizer
+        with announced(model, optimizer):
+            yield optimizer
     finally:
         if first is not None:
             first.unrelax(optimizer)
+
+
+def sparse_deltas(models: Iterable[SideModel]) -> Iterator[tuple[SparseDelta, SparseDiff]]:
+    """The methods that are told of the steps of training, with their diffs."""
+    for model in models:
+        if isinstance(model.delta, SparseDelta) and model.sparse is not None:
+            yield model.delta, model.sparse
+
+
+@contextmanager
+def announced(model: Attached, optimizer: Any) -> Iterator[None]:
+    """For methods that are told of steps, what is run inside is the last one of training: nothing moves after it."""
+    told = list(sparse_deltas(model.parts))
+    for delta, diff in told:
+        delta.before_step(diff, 1, 1)
+    yield
+    for delta, diff in told:
+        delta.after_step(diff, optimizer)
 
 
 def fill_state(optimizer: torch.optim.Optimizer) -> None:

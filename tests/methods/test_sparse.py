@@ -17,8 +17,10 @@ from sidestep import store
 from sidestep.data import Fields
 from sidestep.loading import load_backbone, load_processor
 from sidestep.methods.sparse import Candidates
+from sidestep.plan.trace import plan_for
 from sidestep.prepare import TaskData, prepare
 from sidestep.settings import TrainSettings
+from sidestep.step import measure_step
 from sidestep.train import head_for, train
 from small_tasks import reviews, text_backbone
 from tiny import FAMILIES, LABELS, logits
@@ -203,6 +205,29 @@ def test_magnitude_keeps_the_largest_changes_and_rewinds_or_goes_on() -> None:
         assert torch.equal(head, start) == rewind
         diff.revert()
         assert all(torch.equal(tensor, before[name]) for name, tensor in diff.tensors.items())
+
+
+def test_growing_refuses_a_step_that_it_is_not_told_of() -> None:
+    model = attached(ss.SparseConfig(density=0.05, select="grow", grow_every=1)).train()
+    optimizer = torch.optim.AdamW([p for _, p in model.trained_parameters()], lr=1e-3)
+
+    def step() -> None:
+        model(**BERT.inputs(), labels=BERT.labels()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # nothing is learned yet, as in a meter's step
+    with pytest.raises(ValueError, match=r"nothing tells it of them.*callbacks=\[sidestep.callbacks.MoveSupport"):
+        step()
+    for number in (1, 2):
+        model.delta.before_step(model.sparse, number, 2)
+        step()
+        model.delta.after_step(model.sparse, optimizer)
+    batch = {**BERT.inputs(), "labels": BERT.labels()}
+    assert measure_step(model, batch).kept_bytes > 0
+    assert plan_for(model, batch).kept_bytes > 0
+    with pytest.raises(ValueError, match="nothing tells it"):
+        step()
 
 
 # --- whole runs --------------------------------------------------------------------------------------------

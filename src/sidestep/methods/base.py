@@ -321,6 +321,9 @@ class SparseDelta(WeightDelta):
     def after_step(self, diff: SparseDiff, optimizer: Any) -> None:
         """Called after the same step, when gradients are gone; the optimizer holds its state of `diff.values`."""
 
+    def check_told(self, diff: SparseDiff) -> None:
+        """Called in every training pass: a method that needs `before_step` raises if nobody called it."""
+
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor holds numbers that can be added to."""

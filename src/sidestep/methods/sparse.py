@@ -71,6 +71,7 @@ class Sparse(SparseDelta):
         super().__init__(config)
         self.samples = config.samples if config.select == "fisher" else 0
         self._candidates: Candidates | None = None
+        self._told = False
 
     def diff(self, tensors: Mapping[str, nn.Parameter]) -> SparseDiff | None:
         """The diff, with its positions where no data are needed to choose them."""
@@ -121,6 +122,7 @@ class Sparse(SparseDelta):
 
     def before_step(self, diff: SparseDiff, step: int, steps: int) -> None:
         """Look out for new entries in the step that a move follows."""
+        self._told = True
         count = self._moved(diff, step, steps)
         if count:
             self._candidates = Candidates(diff, count)
@@ -128,7 +130,7 @@ class Sparse(SparseDelta):
 
     def after_step(self, diff: SparseDiff, optimizer: Any) -> None:
         """Give up the entries that changed least for those that were found; averages of the others move with them."""
-        found, self._candidates = self._candidates, None
+        found, self._candidates, self._told = self._candidates, None, False
         if found is None:
             return
         diff.watch(None)
@@ -145,6 +147,20 @@ class Sparse(SparseDelta):
             if isinstance(average, Tensor) and average.shape == diff.values.shape:
                 optimizer.state[diff.values][name] = moved(average)
         diff.place_flat(positions, moved(diff.values.detach()))
+
+    def check_told(self, diff: SparseDiff) -> None:
+        """Raise where "grow" has learned already, and is not told of this step.
+
+        Raises:
+            ValueError: saying how it is told.
+        """
+        if self.config.select != "grow" or self._told or not diff.values.detach().any():
+            return
+        raise ValueError(
+            'select="grow" moves its entries between the steps of training, and nothing tells it of them, so they '
+            "would stay: give the Trainer callbacks=[sidestep.callbacks.MoveSupport([model])], or train with "
+            '`sidestep train`; for entries that are to stay, choose select="random"'
+        )
 
     def _moved(self, diff: SparseDiff, step: int, steps: int) -> int:
         """How many entries move after optimizer step `step` of `steps`."""

@@ -19,6 +19,7 @@ from sidestep.pair import Attached
 from sidestep.plan.cuda import ALLOCATION, CudaKernels
 from sidestep.plan.fakes import bytes_of, fake_batch, fake_copy
 from sidestep.plan.ledger import Ledger
+from sidestep.step import announced
 
 Precision = Literal["float32", "bf16 autocast", "bfloat16"]
 Device = Literal["cpu", "cuda"]
@@ -217,7 +218,8 @@ class Step:
     def forward(self) -> Tensor:
         """The loss."""
         kind = self.batch["labels"].device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16 autocast"):
+        bf16 = torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16 autocast")
+        with announced(self.model, self.optimizer), bf16:
             loss = self.model(**self.batch).loss
         self.ledger.end_forward()
         return loss
