@@ -157,20 +157,10 @@ def whole_file(draw: st.DrawFn, files: Files) -> Damage:
 
 #: What stands for text that Python's json does not write.
 RAW = {'"<huge>"': "1" * 5000, '"<deep>"': "[" * 5000 + "]" * 5000, '"<open>"': "{"}
-ODD = (
-    *(text.strip('"') for text in RAW),
-    1e308,
-    1e400,
-    10**30,
-    10**400,
-    2**63,
-    -1,
-    "\ud83d",
-    "größer",
-    "I32",
-    "F8_E4M3",
-)
+NUMBERS = (1e308, 1e400, 10**30, 10**400, 2**63, -1)
+ODD = (*(text.strip('"') for text in RAW), *NUMBERS, "\ud83d", "größer", "I32", "F8_E4M3")
 LISTS = ([], [0], [-1], [2**62], [5, 2], [0, 2**63], [[]], ["a"], {})
+TWICE = "<twice>"  # stands for the key of another value of the same object
 KEYS = ("zork", "labels", "rank", "num_classes", "towers", "generation", "text2", "__metadata__", "")
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(ODD),
@@ -204,7 +194,6 @@ def other_json(draw: st.DrawFn, text: str) -> tuple[str, bytes]:
     places = _places(document)
     where, part, key = places[draw(st.integers(0, len(places) - 1))]
     how, value = draw(st.sampled_from(("other", "other", "near", "out", "in", "twice"))), draw(VALUES)
-    twice = ""
     if how == "other":
         part[key] = value
     elif how == "near":
@@ -216,10 +205,8 @@ def other_json(draw: st.DrawFn, text: str) -> tuple[str, bytes]:
     elif how == "in":
         part[draw(st.sampled_from(KEYS) | st.text())] = value
     else:
-        twice = f"{json.dumps(key)}: "
-    new = json.dumps(document)
-    if twice:  # the later one counts, for Python
-        new = new.replace(twice, f"{twice}{json.dumps(value)}, {twice}", 1)
+        part[TWICE] = value
+    new = json.dumps(document).replace(json.dumps(TWICE), json.dumps(key))
     for short, raw in RAW.items():
         new = new.replace(short, raw)
     return f"{how} {where}: {value!r}", new.encode()
