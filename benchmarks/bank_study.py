@@ -35,12 +35,12 @@ import transformers
 from torch import Tensor
 
 import sidestep as ss
-from sidestep.bank import STAGING, BankFolder
-from sidestep.loading import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods import MethodConfig
-from sidestep.prepare import TaskData, prepare
-from sidestep.settings import TrainSettings
-from sidestep.train import head_for, train
+from sidestep.tasks.bank import STAGING, BankFolder
+from sidestep.training.settings import TrainSettings
+from sidestep.training.train import head_for, train
 from text_tasks import MAX_LENGTH, TASKS
 
 RESULTS = Path(__file__).parent / "results" / "bank_study.json"

@@ -35,7 +35,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import sidestep as ss
-from sidestep import store
+from sidestep.disk import task_folder as store
 
 TEXTS = ["the plot was not so good", "a very fine film", "dull"]
 WORDS = ("[PAD]", "[UNK]", *sorted({word for text in TEXTS for word in text.split()}))

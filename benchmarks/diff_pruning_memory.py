@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertModel
 
-from sidestep.diff_optimizer import DiffPruningOptimizer
-from sidestep.hard_concrete import HardConcrete, Noise, Penalty
-from sidestep.memory import peak_memory
+from sidestep.measure.memory import peak_memory
+from sidestep.sparse.hard_concrete import HardConcrete, Noise, Penalty
+from sidestep.sparse.optimizer import DiffPruningOptimizer
 from sidestep.versions import versions
 
 FOLDER = Path(__file__).parent / "results"

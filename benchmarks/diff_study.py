@@ -45,7 +45,7 @@ from sidestep.compare.ledger import Ledger
 from sidestep.compare.records import Record, latest, read
 from sidestep.compare.runs import run
 from sidestep.compare.spec import Backbone, Comparison, Contender, Costs, Task
-from sidestep.memory import mib
+from sidestep.measure.memory import mib
 from text_tasks import MAX_LENGTH, TASKS
 
 RESULTS = Path(__file__).parent / "results" / "diff_study.jsonl"

@@ -32,8 +32,10 @@ import torch.utils.tensorboard
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
-from sidestep import checkpoints, relax, store, train
 from sidestep.cli import app
+from sidestep.disk import task_folder as store
+from sidestep.training import checkpoints, train
+from sidestep.training import dense_stage as relax
 from text_tasks import TASKS, encoder
 
 RESULTS = Path(__file__).parent / "results" / "kill_study.jsonl"

@@ -52,13 +52,13 @@ from transformers.initialization import no_init_weights
 import sidestep as ss
 from sidestep.compare.records import Record, append, key_of, latest, read
 from sidestep.compare.spec import default_contenders
-from sidestep.memory import mib
-from sidestep.meters import FAILURES, Cost, attached, measure, measure_memory, time_steps
+from sidestep.measure.memory import mib
+from sidestep.measure.meters import FAILURES, Cost, attached, measure, measure_memory, time_steps
+from sidestep.measure.plan import PlanError, plan
+from sidestep.measure.plan.trace import Device
+from sidestep.measure.step import inference_peak, step_peak
 from sidestep.methods import SideNet, WeightDelta, method_named, method_of
-from sidestep.model import Settings
-from sidestep.plan import PlanError, plan
-from sidestep.plan.trace import Device
-from sidestep.step import inference_peak, step_peak
+from sidestep.model.side_model import Settings
 
 FOLDER = Path(__file__).parent / "results"
 HEAD = ss.Classify(num_labels=2, pool="mean")

@@ -17,10 +17,10 @@ import torch
 from transformers import BertConfig, LlamaConfig, PreTrainedConfig, ResNetConfig, SwinConfig, T5Config, ViTConfig
 
 import sidestep as ss
-from sidestep.memory import mib
+from sidestep.measure.memory import mib
+from sidestep.measure.plan import plan
+from sidestep.measure.plan.blank import blank_batch, build
 from sidestep.methods import UnsupportedBackbone, WeightDelta, methods
-from sidestep.plan import plan
-from sidestep.plan.blank import blank_batch, build
 from study import Results
 
 RESULTS = Results(Path(__file__).parent / "results" / "plan_error.jsonl")

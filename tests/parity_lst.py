@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import sidestep as ss
 from parity_backbones import t5
 from parity_files import Names, Oracle, Reproduction, load, rename
-from sidestep.model import SideModel
+from sidestep.model.side_model import SideModel
 
 STACK, BLOCK = r"side\.ladders\.(?P<stack>\w+)", r"\g<stack>.side_block.\g<block>.layer"
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}

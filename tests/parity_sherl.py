@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import sidestep as ss
 from parity_backbones import bert, depth, t5
 from parity_files import Names, Oracle, Reproduction, load, rename
-from sidestep.heads import GPO, unit
 from sidestep.methods.sherl import Aggregation, ConvAggregation, Maps, PooledAggregation
+from sidestep.model.heads import GPO, unit
 
 MDETR_NORM_EPS = 1e-5
 

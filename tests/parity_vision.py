@@ -12,9 +12,9 @@ import sidestep as ss
 from parity_backbones import timm_swin, timm_vit
 from parity_files import Names, Oracle, OracleError, Reproduction, load, rename
 from sidestep.backbone import find_places
-from sidestep.families import Pool
+from sidestep.backbone.families import Pool
 from sidestep.methods import MethodConfig
-from sidestep.model import SideModel
+from sidestep.model.side_model import SideModel
 
 STEEP = 100.0
 """From this beta on, DTL's gate is so steep that rounding of its input shows in the gradients."""

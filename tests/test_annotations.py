@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pytest
 
-from sidestep.annotations import Rule, check_fields, fits, from_fields, worded
+from sidestep.interface.annotations import Rule, check_fields, fits, from_fields, worded
 
 if TYPE_CHECKING:
     from somewhere import Other

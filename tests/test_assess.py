@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import recall_score
 
-from sidestep.assess import FEW, OfClass, assess, assess_evaluation, assess_texts
+from sidestep.kinds.assess import FEW, OfClass, assess, assess_evaluation, assess_texts
 from sidestep.metrics import Kind, scores, text_scores
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from sidestep.averages import BLOCK, EightBit, Float32
+from sidestep.sparse.moments import BLOCK, EightBit, Float32
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -25,7 +25,7 @@ from sidestep.backbone import (
     pretrained_tensors,
     set_noise,
 )
-from sidestep.sites import of_stack, stacks
+from sidestep.interface.sites import of_stack, stacks
 
 # --- finding -------------------------------------------------------------------------------------------------
 

@@ -21,11 +21,11 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 import sidestep as ss
-from sidestep import store
-from sidestep.bank import LOCK, STAGING, BankError, BankFolder
+from sidestep.disk import task_folder as store
+from sidestep.disk.task_folder import CONFIG, WEIGHTS, TaskError
 from sidestep.fold import FoldError
 from sidestep.methods import MethodConfig
-from sidestep.store import CONFIG, WEIGHTS, TaskError
+from sidestep.tasks.bank import LOCK, STAGING, BankError, BankFolder
 from tiny import FAMILIES, logits
 
 BERT = FAMILIES["bert"]
@@ -455,7 +455,8 @@ def test_a_task_that_cannot_be_activated_keeps_what_was_trained(bank: ss.TaskBan
 @pytest.mark.parametrize("name", ["sparse", "bitfit", "read"])
 @pytest.mark.parametrize("kept", [True, False], ids=["from memory", "from disk"])
 @pytest.mark.parametrize(
-    "at", ["sidestep.fold.Hooks.put", "sidestep.diffs.SparseDiff.write", "sidestep.model.Before.restore"]
+    "at",
+    ["sidestep.fold.Hooks.put", "sidestep.sparse.diff.SparseDiff.write", "sidestep.model.before.Before.restore"],
 )
 def test_a_switch_that_fails_half_way_leaves_backbone_and_task_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kept: bool, at: str
@@ -532,8 +533,8 @@ def test_one_process_writes_at_a_time(bank: ss.TaskBank, tmp_path: Path) -> None
 
 ADDING = """
 import sys
-from sidestep import store
-from sidestep.bank import BankFolder
+from sidestep.disk import task_folder as store
+from sidestep.tasks.bank import BankFolder
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(1000):

@@ -19,10 +19,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from torch import Tensor, nn
 
 import sidestep as ss
-from sidestep import store
 from sidestep.backbone import facts_of
-from sidestep.bank import BankFolder, _identity
-from sidestep.store import CONFIG, WEIGHTS, TaskError
+from sidestep.disk import task_folder as store
+from sidestep.disk.task_folder import CONFIG, WEIGHTS, TaskError
+from sidestep.tasks.bank import BankFolder, _identity
 from test_bank import BERT, DENSE, STREAM, altered, assert_same_weights, attached, backbone, saved, weights
 from tiny import logits
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import sidestep as ss
-from sidestep.bank import BankError
 from sidestep.fold import FoldError
+from sidestep.fold.turns import Turn
 from sidestep.methods import MethodConfig
-from sidestep.turns import Turn
+from sidestep.tasks.bank import BankError
 from test_bank import BERT, assert_same_weights, attached, backbone, outputs, saved, weights
 from tiny import logits
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import sidestep as ss
 from architectures import CAUSAL, IMAGE
-from sidestep.before import OF_TRAINING, Before
+from sidestep.model.before import OF_TRAINING, Before
 from tiny import FAMILIES
 
 

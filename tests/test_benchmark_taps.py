@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sidestep as ss
 import taps as recorded
-from sidestep.families import Pool
+from sidestep.backbone.families import Pool
 from tiny import FAMILIES, LABELS, randomize
 
 

@@ -14,13 +14,14 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 import sidestep as ss
-from sidestep import card, store
+from sidestep.backbone.load import load_backbone, load_pair, load_pair_processor, load_processor
 from sidestep.data import Fields
-from sidestep.loading import load_backbone, load_pair, load_pair_processor, load_processor
-from sidestep.predict import predict
-from sidestep.prepare import TaskData, prepare
-from sidestep.settings import TrainSettings
-from sidestep.train import head_for, train
+from sidestep.disk import card
+from sidestep.disk import task_folder as store
+from sidestep.kinds.prepare import TaskData, prepare
+from sidestep.tasks.predict import predict
+from sidestep.training.settings import TrainSettings
+from sidestep.training.train import head_for, train
 from small_tasks import image_backbone, image_folder, reviews, text_backbone
 from written_tasks import answered, llama_backbone, t5_backbone
 

@@ -19,11 +19,11 @@ from datasets import Dataset
 from typer.testing import CliRunner, Result
 
 import sidestep as ss
-from sidestep import store
-from sidestep import train as training
+from sidestep.backbone.load import load_backbone, load_processor
 from sidestep.cli import app
 from sidestep.cli.values import config_from
-from sidestep.loading import load_backbone, load_processor
+from sidestep.disk import task_folder as store
+from sidestep.training import train as training
 from small_tasks import image_backbone, image_folder, padless_backbone, reviews, text_backbone, write
 
 FAST = ["--set", "rank=8", "--epochs", "2", "--batch-size", "8", "--lr", "0.02", "--quiet"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from sidestep.bank import LOCK
-from sidestep.store import CONFIG, WEIGHTS
+from sidestep.disk.task_folder import CONFIG, WEIGHTS
+from sidestep.tasks.bank import LOCK
 from small_tasks import reviews, text_backbone, write
 from test_cli import refusal, run, succeed, table
 

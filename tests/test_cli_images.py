@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import sidestep as ss
-from sidestep import store
-from sidestep.callbacks import StopIfDiverged
+from sidestep.backbone.load import load_backbone, load_processor
 from sidestep.cli import app
 from sidestep.data import Fields, ImageTransform, read
-from sidestep.loading import load_backbone, load_processor
-from sidestep.predict import logits
-from sidestep.prepare import TaskData, encode, prepare
-from sidestep.settings import TrainSettings
-from sidestep.train import head_for, train
+from sidestep.disk import task_folder as store
+from sidestep.kinds.prepare import TaskData, encode, prepare
+from sidestep.tasks.predict import logits
+from sidestep.training.callbacks import StopIfDiverged
+from sidestep.training.settings import TrainSettings
+from sidestep.training.train import head_for, train
 from small_tasks import image_backbone, image_folder
 
 FAST = ["--epochs", "2", "--batch-size", "8", "--quiet"]

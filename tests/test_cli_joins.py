@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import sidestep as ss
 from sidestep.cli import app
 from sidestep.cli.values import unescaped
-from sidestep.predict import predict
+from sidestep.tasks.predict import predict
 from small_backbone import character_tokenizer, decoder
 from small_tasks import write
 

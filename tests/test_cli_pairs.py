@@ -16,13 +16,13 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from typer.testing import CliRunner
 
 import sidestep as ss
-from sidestep.callbacks import TellEpoch
+from sidestep.backbone.load import load_pair_processor
 from sidestep.cli import app
 from sidestep.data import Fields
 from sidestep.data.pairs import captioned
-from sidestep.loading import load_pair_processor
-from sidestep.prepare import prepare
-from sidestep.store import WEIGHTS
+from sidestep.disk.task_folder import WEIGHTS
+from sidestep.kinds.prepare import prepare
+from sidestep.training.callbacks import TellEpoch
 from small_tasks import SPECIAL, WORDS, image_backbone, image_folder, text_backbone, tokenizer, write
 
 FIELDS = Fields(image="image", text="caption")

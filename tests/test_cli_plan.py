@@ -14,7 +14,7 @@ from transformers import BertConfig
 from typer.testing import CliRunner, Result
 
 from sidestep.cli import app
-from sidestep.plan import best_device
+from sidestep.measure.plan import best_device
 from small_tasks import reviews, text_backbone, write
 
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 import damaged_tasks as damaged
 import sidestep as ss
-from sidestep import store, task_fields
-from sidestep.loading import LoadError
-from sidestep.store import CONFIG, WEIGHTS, DamagedTask, TaskError
+from sidestep.backbone.load import LoadError
+from sidestep.disk import task_fields
+from sidestep.disk import task_folder as store
+from sidestep.disk.task_folder import CONFIG, WEIGHTS, DamagedTask, TaskError
 
 
 @pytest.fixture(scope="module")

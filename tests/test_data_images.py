@@ -31,7 +31,7 @@ from sidestep.data import (
     label_space,
     read,
 )
-from sidestep.prepare import TaskData, prepare
+from sidestep.kinds.prepare import TaskData, prepare
 from small_tasks import image_folder, tokenizer, write
 
 FIELDS = Fields(image="image", label="label")

@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sidestep.data import DataError, TableOptions, read
-from sidestep.table_files import ENDINGS, write_table
+from sidestep.disk.table_files import ENDINGS, write_table
 
 Columns = dict[str, list[Any]]
 SEPARATORS = {".csv": ",", ".tsv": "\t"}

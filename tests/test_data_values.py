@@ -18,7 +18,7 @@ from datasets import Dataset, List, Value
 
 from sidestep.data import DataError, DataWarning, Fields, check_fields, label_space, read
 from sidestep.data.pairs import captioned
-from sidestep.table_files import ENDINGS, write_table
+from sidestep.disk.table_files import ENDINGS, write_table
 
 TEXTS = ["2020-01-01", "2020-01-01T10:00:00Z", "12:30", "007", "1.50", "1e5", "NA", "null", "true", "", " x ", "9" * 30]
 IDS = [2**53 + 1, -(2**53) - 1, 2**63 - 1, 0]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
 
+from sidestep.backbone.load import load_processor
 from sidestep.data import CollateWritten, DataError, DataWarning, Fields, Generation, LabelSpace
 from sidestep.data.labels import label_space, target_texts
 from sidestep.data.written import encode_prompts, encode_targets, prompt_limit, with_targets
-from sidestep.loading import load_processor
-from sidestep.prepare import prepare, prompt_collator
+from sidestep.kinds.prepare import prepare, prompt_collator
 from written_tasks import answered, llama_backbone, tokenizer
 
 T5 = tokenizer("$A </s>", "$A </s> $B </s>")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sidestep import demo
-from sidestep.demo_corpus import Row
+from sidestep.demo import text as demo
+from sidestep.demo.corpus import Row
 from small_tasks import reviews, text_backbone
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import sidestep
-from sidestep import demo_vision
+from sidestep.backbone.load import load_backbone, load_processor
 from sidestep.cli import app
-from sidestep.demo_vision import digits
-from sidestep.loading import load_backbone, load_processor
+from sidestep.demo import vision as demo_vision
+from sidestep.demo.vision import digits
 from small_tasks import image_backbone
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sidestep.averages import BLOCK
-from sidestep.diff_optimizer import DiffPruningOptimizer
-from sidestep.hard_concrete import HardConcrete, Noise, Penalty
-from sidestep.memory import peak_memory
+from sidestep.measure.memory import peak_memory
+from sidestep.sparse.hard_concrete import HardConcrete, Noise, Penalty
+from sidestep.sparse.moments import BLOCK
+from sidestep.sparse.optimizer import DiffPruningOptimizer
 
 RATE = 0.03
 CHUNK = 10

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sidestep.diffs import SparseDiff
+from sidestep.sparse.diff import SparseDiff
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:

@@ -10,8 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sidestep.diffs import SparseDiff
-from sidestep.sparse_codec import DTYPES, SparseTensor, decode, encode
+from sidestep.sparse.codec import DTYPES, SparseTensor, decode, encode
+from sidestep.sparse.diff import SparseDiff
 
 Entries = dict[str, tuple[Tensor, Tensor]]
 

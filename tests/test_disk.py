@@ -16,11 +16,11 @@ import torch
 from datasets import Dataset
 
 import sidestep as ss
-from sidestep.card import CARD
-from sidestep.disk import OutputError, check_file, check_folder, only_writer, refuse_inputs, same_file, whole
-from sidestep.results import write_json
-from sidestep.store import CONFIG, WEIGHTS
-from sidestep.table_files import ENDINGS, write_table
+from sidestep.disk.atomic import OutputError, check_file, check_folder, only_writer, refuse_inputs, same_file, whole
+from sidestep.disk.card import CARD
+from sidestep.disk.table_files import ENDINGS, write_table
+from sidestep.disk.task_folder import CONFIG, WEIGHTS
+from sidestep.training.results import write_json
 from small_tasks import tokenizer
 from tiny import FAMILIES
 
@@ -255,7 +255,7 @@ def test_what_is_no_input_may_be_written(inputs: Path) -> None:
 HOLDING = """
 import sys
 from pathlib import Path
-from sidestep.disk import only_writer
+from sidestep.disk.atomic import only_writer
 with only_writer(Path(sys.argv[1]), Path("it")):
     print("here", flush=True)
     sys.stdin.readline()

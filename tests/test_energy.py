@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sidestep import energy
-from sidestep.energy import MeterError, Nvml, Rapl, energy_counter, energy_per_step
+from sidestep.measure import energy
+from sidestep.measure.energy import MeterError, Nvml, Rapl, energy_counter, energy_per_step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from architectures import DEBERTA, IMAGE, TEXT, timm_vit
 from sidestep.backbone import find_places
-from sidestep.families import DEFAULT, FAMILIES, Family, family_of, patch_grid, prefix_tokens
+from sidestep.backbone.families import DEFAULT, FAMILIES, Family, family_of, patch_grid, prefix_tokens
 
 FIRST_TOKEN_HEADS = sorted({name for family in FAMILIES.values() for name in family.first_token_heads})
 

@@ -18,8 +18,8 @@ from architectures import ARCHITECTURES
 from sidestep.backbone import facts_of, find_places
 from sidestep.backbone.trace import KEPT_ON
 from sidestep.fold import FoldError
+from sidestep.interface.sites import Site
 from sidestep.methods import SideNet
-from sidestep.sites import Site
 from tiny import FAMILIES, LABELS, logits
 from toys import ToyConfig, attach_toy
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sidestep.hard_concrete import HardConcrete, Noise, Penalty, sigmoid_slope
+from sidestep.sparse.hard_concrete import HardConcrete, Noise, Penalty, sigmoid_slope
 
 STRETCHES = [(-1.5, 1.5), (-0.1, 1.1), (-0.5, 2.0)]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sidestep as ss
-from sidestep.families import Pool
+from sidestep.backbone.families import Pool
 from sidestep.fold import Reading, mean_tokens
-from sidestep.heads import Head, HeadConfig, head_from_dict
-from sidestep.layers import last_kept
-from sidestep.sites import Site
+from sidestep.interface.layers import last_kept
+from sidestep.interface.sites import Site
+from sidestep.model.heads import Head, HeadConfig, head_from_dict
 
 WIDTH = 6
 RIGHT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import sidestep as ss
-from sidestep.layers import masked_mean, recompute, regrid
+from sidestep.interface.layers import masked_mean, recompute, regrid
 
 
 class Gate(nn.Module):

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from sidestep.backbone import new_parameters
-from sidestep.loading import (
+from sidestep.backbone.load import (
     LoadError,
     LoadWarning,
     Source,

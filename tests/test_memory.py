@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sidestep.memory import Kept, format_bytes, mib, peak_memory, saved_bytes
+from sidestep.measure.memory import Kept, format_bytes, mib, peak_memory, saved_bytes
 
 FLOAT = 4
 

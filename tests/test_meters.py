@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
 import sidestep as ss
-from sidestep import meters
-from sidestep.meters import Cost, MeterError, Spread, file_bytes, measure, measure_memory, time_steps
-from sidestep.model import Settings
+from sidestep.measure import meters
+from sidestep.measure.meters import Cost, MeterError, Spread, file_bytes, measure, measure_memory, time_steps
+from sidestep.model.side_model import Settings
 from tiny import FAMILIES, TinyFamily, call, logits
 
 HEAD = ss.Classify(num_labels=3, pool="mean")
@@ -137,7 +137,7 @@ def test_bytes_by_module_sum_to_the_total_and_put_blocks_together(found: dict[st
 
 
 def test_the_smallest_modules_go_together() -> None:
-    from sidestep.step import MODULES, OTHER, _grouped
+    from sidestep.measure.step import MODULES, OTHER, _grouped
 
     assert _grouped({"a.0": 1, "a.1": 2, "": 5, "b2": 4}) == {"(model)": 5, "b2": 4, "a.*": 3}
     names = {f"m{index:02}": 100 - index for index in range(MODULES + 3)}

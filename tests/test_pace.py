@@ -12,15 +12,15 @@ import torch
 from datasets import Dataset
 
 import sidestep as ss
-from sidestep import pace as paces
-from sidestep import store
+from sidestep.backbone.load import load_backbone, load_processor
 from sidestep.data import Fields
-from sidestep.loading import load_backbone, load_processor
+from sidestep.disk import task_folder as store
+from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods import MethodConfig
-from sidestep.pace import Pace
-from sidestep.prepare import TaskData, prepare
-from sidestep.settings import TrainSettings
-from sidestep.train import head_for, train
+from sidestep.training import pace as paces
+from sidestep.training.pace import Pace
+from sidestep.training.settings import TrainSettings
+from sidestep.training.train import head_for, train
 from small_tasks import reviews, text_backbone
 from test_train import interrupt_at, task_bytes
 from written_tasks import answered, t5_backbone

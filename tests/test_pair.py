@@ -19,11 +19,11 @@ from transformers import (
 )
 
 import sidestep as ss
-from sidestep.heads import GPO
-from sidestep.loading import LoadError, paired
+from sidestep.backbone.load import LoadError, paired
+from sidestep.disk.task_folder import TaskError
 from sidestep.methods import MethodConfig
-from sidestep.pair import contrastive_loss, triplet_loss
-from sidestep.store import TaskError
+from sidestep.model.heads import GPO
+from sidestep.model.pair_model import contrastive_loss, triplet_loss
 from tiny import FAMILIES
 
 END = 39

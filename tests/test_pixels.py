@@ -24,8 +24,8 @@ from transformers import (
     ViTModel,
 )
 
-from sidestep.loading import LoadError, TimmProcessor, load_processor
-from sidestep.pixels import IMAGE_TRANSFORM, ImageTransform, adjusted, check_image_size, image_shape
+from sidestep.backbone.load import LoadError, TimmProcessor, load_processor
+from sidestep.backbone.pixels import IMAGE_TRANSFORM, ImageTransform, adjusted, check_image_size, image_shape
 from small_tasks import tokenizer
 
 

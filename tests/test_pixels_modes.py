@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset, Features, Image
 from PIL import ImageCms
 
+from sidestep.backbone.load import TimmProcessor
+from sidestep.backbone.pixels import to_rgb
 from sidestep.data import DataError, DataWarning, Fields, ImageTransform, drop_unreadable, encode_images
 from sidestep.data.images import decode
-from sidestep.loading import TimmProcessor
-from sidestep.pixels import to_rgb
 
 GREY = np.array([[0, 1, 128], [200, 254, 255]], dtype=np.uint8)
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)

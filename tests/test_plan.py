@@ -14,9 +14,8 @@ import transformers as t
 from torch import Tensor, nn
 
 import sidestep as ss
-from sidestep.loading import LoadError
-from sidestep.methods import MethodConfig
-from sidestep.plan import (
+from sidestep.backbone.load import LoadError
+from sidestep.measure.plan import (
     PlanError,
     PlanWarning,
     alternatives,
@@ -26,7 +25,8 @@ from sidestep.plan import (
     plan,
     plan_for,
 )
-from sidestep.step import measure_step
+from sidestep.measure.step import measure_step
+from sidestep.methods import MethodConfig
 from tiny import FAMILIES, TinyFamily
 
 HEAD = ss.Classify(num_labels=3)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sidestep.backbone import find_places
-from sidestep.pruning import Scores, magnitude, pruned_block, residual_channels
-from sidestep.sites import BlockWeights
+from sidestep.interface.pruning import Scores, magnitude, pruned_block, residual_channels
+from sidestep.interface.sites import BlockWeights
 from tiny import FAMILIES
 
 KEPT = [1, 2, 7, 8, 9, 12, 13, 15]

@@ -19,12 +19,13 @@ from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner, Result
 
 import sidestep as ss
-from sidestep import recipes, store
 from sidestep.backbone import drop_path_rate
+from sidestep.backbone.load import LoadWarning, load_backbone
+from sidestep.backbone.pixels import ImageTransform
 from sidestep.cli import app
-from sidestep.loading import LoadWarning, load_backbone
-from sidestep.pixels import ImageTransform
-from sidestep.recipes import Recipe, load
+from sidestep.disk import task_folder as store
+from sidestep.training import recipes
+from sidestep.training.recipes import Recipe, load
 from small_tasks import image_backbone, image_folder
 from written_tasks import answered, t5_backbone
 
@@ -251,7 +252,7 @@ def test_a_recipe_that_there_is_not_is_answered_with_those_there_are(name: str, 
 
 
 def test_recipes_are_read_without_torch() -> None:
-    code = "import sys; from sidestep.recipes import load; load('dtl/vtab/svhn'); print('torch' in sys.modules)"
+    code = "import sys; from sidestep.training import recipes; recipes.load('dtl/vtab/svhn'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
@@ -342,7 +343,7 @@ def test_drop_path_is_the_recipes_in_training(place: Path, tmp_path: Path, monke
         seen.append((drop_path_rate(model.trunk), model.settings.backbone_noise, on))
         raise ValueError("far enough")
 
-    monkeypatch.setattr("sidestep.train.train", instead)
+    monkeypatch.setattr("sidestep.training.train.train", instead)
     sized = ("--image-size", 160, "--set", "late_blocks=1")
     for options in ((), ("--drop-path", 0.4), ("--drop-path", 0), ("--backbone-noise", "all")):
         result = train(place, tmp_path / "task", *sized, *options, backbone=name)

@@ -10,14 +10,15 @@ from safetensors.torch import load_file
 from transformers import get_scheduler
 
 import sidestep as ss
-from sidestep import checkpoints, store
-from sidestep import train as training
+from sidestep.backbone.load import load_backbone, load_processor
 from sidestep.data import Fields
-from sidestep.loading import load_backbone, load_processor
-from sidestep.prepare import TaskData, prepare
-from sidestep.schedules import rate_factor
-from sidestep.settings import TrainSettings
-from sidestep.train import head_for, train
+from sidestep.disk import task_folder as store
+from sidestep.kinds.prepare import TaskData, prepare
+from sidestep.training import checkpoints
+from sidestep.training import train as training
+from sidestep.training.schedules import rate_factor
+from sidestep.training.settings import TrainSettings
+from sidestep.training.train import head_for, train
 from small_tasks import reviews, text_backbone
 
 STEPS = 7  # of an epoch

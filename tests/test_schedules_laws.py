@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidestep.schedules import rate_factor
-from sidestep.settings import Schedule, TrainSettings
+from sidestep.training.schedules import rate_factor
+from sidestep.training.settings import Schedule, TrainSettings
 
 RATE = 0.25
 LEAST = 1e-9  # what rounding may add up to

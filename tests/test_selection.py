@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidestep.selection import largest, sweep_over
+from sidestep.sparse.selection import largest, sweep_over
 
 
 def by_sorting(tensors: dict[str, Tensor], count: int) -> dict[str, list[int]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sidestep as ss
 from causal_models import APART, METHODS, TOGETHER, attached, bare
-from sidestep.callbacks import SaveTask
+from sidestep.training.callbacks import SaveTask
 
 trl = pytest.importorskip("trl")
 

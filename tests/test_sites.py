@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from architectures import ARCHITECTURES, timm_vit
 from sidestep.backbone import find_places
-from sidestep.sites import Projection, Site, of_stack, stacks
+from sidestep.interface.sites import Projection, Site, of_stack, stacks
 from tiny import FAMILIES, call
 
 

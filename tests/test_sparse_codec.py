@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sidestep.sparse_codec import (
+from sidestep.sparse.codec import (
     DTYPES,
     POSITIONS,
     VALUES,

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidestep.sparse_codec import DTYPES, POSITIONS, VALUES, DamagedDiff, SparseTensor, decode, encode
+from sidestep.sparse.codec import DTYPES, POSITIONS, VALUES, DamagedDiff, SparseTensor, decode, encode
 from test_sparse_codec import assert_same, bits
 
 HASHED_FROM, PACKED_FROM = 40, 44  # behind the checksum, and behind the header's length

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import sidestep as ss
-from sidestep import starts
-from sidestep.pruning import Scores, magnitude, pruned_block, residual_channels
+from sidestep.interface.pruning import Scores, magnitude, pruned_block, residual_channels
+from sidestep.model import initialise as starts
 from tiny import FAMILIES
 
 FISHER = ss.LSTConfig(reduction=2, heads=2, head_width=8, inner_width=32, init="fisher")

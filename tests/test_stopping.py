@@ -12,19 +12,19 @@ import torch
 from datasets import Dataset
 
 import sidestep as ss
-from sidestep import checkpoints, recipes
-from sidestep.callbacks import StopIfDiverged
-from sidestep.checkpoints import OutputError
+from sidestep.backbone.load import load_backbone, load_processor
 from sidestep.compare.files import comparison_from
 from sidestep.compare.records import read
 from sidestep.compare.runs import run
 from sidestep.data import Fields
-from sidestep.loading import load_backbone, load_processor
+from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods import MethodConfig
 from sidestep.metrics import ComputeMetrics
-from sidestep.prepare import TaskData, prepare
-from sidestep.settings import PATIENCE, TrainSettings
-from sidestep.train import head_for, train
+from sidestep.training import checkpoints, recipes
+from sidestep.training.callbacks import StopIfDiverged
+from sidestep.training.checkpoints import OutputError
+from sidestep.training.settings import PATIENCE, TrainSettings
+from sidestep.training.train import head_for, train
 from small_tasks import reviews, text_backbone, write
 
 WORSE_AND_WORSE = [0.5, 0.9, *(0.8 - number / 100 for number in range(50))]

@@ -28,9 +28,9 @@ from transformers import (
 )
 
 import sidestep as ss
-from sidestep import store
-from sidestep.card import model_card
-from sidestep.store import BackboneMismatch, DtypeMismatch, TaskError, inspect_task, load, portable_names
+from sidestep.disk import task_folder as store
+from sidestep.disk.card import model_card
+from sidestep.disk.task_folder import BackboneMismatch, DtypeMismatch, TaskError, inspect_task, load, portable_names
 
 BERT = BertConfig(
     vocab_size=50,
@@ -200,7 +200,7 @@ def test_a_fresh_process_predicts_the_same(bert, tmp_path):
     model = trained(ss.attach(BertForSequenceClassification.from_pretrained(bert, num_labels=3), ss.ReadConfig(rank=4)))
     model.save_pretrained(tmp_path / "task")
     program = (
-        "import sys, torch; from sidestep.store import load; from safetensors.torch import save_file\n"
+        "import sys, torch; from sidestep.disk.task_folder import load; from safetensors.torch import save_file\n"
         "torch.manual_seed(7); model = load(sys.argv[1]); ids = torch.arange(1, 13).view(2, 6)\n"
         "mask = torch.ones_like(ids)\n"
         "with torch.no_grad(): out = model(input_ids=ids, attention_mask=mask).logits\n"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sidestep as ss
-from sidestep.taps import Form, Tap
+from sidestep.interface.taps import Form, Tap
 
 BATCH, TOKENS, WIDTH, RANK = 3, 11, 32, 2
 FORMS: list[Form] = ["none", "relu", "rms"]

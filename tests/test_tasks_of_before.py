@@ -12,8 +12,9 @@ import torch
 from datasets import Dataset
 
 import sidestep as ss
-from sidestep import predict, store
-from sidestep.prepare import stored_fields
+from sidestep.disk import task_folder as store
+from sidestep.kinds.prepare import stored_fields
+from sidestep.tasks import predict
 from small_backbone import PAIRS, TEXTS, backbone, decoder
 
 BEFORE = Path(__file__).parent / "tasks_of_before"

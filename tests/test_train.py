@@ -22,18 +22,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import sidestep as ss
-from sidestep import checkpoints, predict, store
-from sidestep import train as training
-from sidestep.callbacks import ExactResume, StopIfDiverged
-from sidestep.checkpoints import OutputError
+from sidestep.backbone.load import load_backbone, load_processor
 from sidestep.data import DataError, DataWarning, Fields, read
-from sidestep.loading import load_backbone, load_processor
+from sidestep.disk import task_folder as store
+from sidestep.disk.table_files import ENDINGS, write_table
+from sidestep.kinds.prepare import TaskData, encode, prepare
+from sidestep.measure.step import measure_step
 from sidestep.methods import MethodConfig
-from sidestep.prepare import TaskData, encode, prepare
-from sidestep.settings import OTHER_RATES, RATES, TrainSettings
-from sidestep.step import measure_step
-from sidestep.table_files import ENDINGS, write_table
-from sidestep.train import TrainError, head_for, train
+from sidestep.tasks import predict
+from sidestep.training import checkpoints
+from sidestep.training import train as training
+from sidestep.training.callbacks import ExactResume, StopIfDiverged
+from sidestep.training.checkpoints import OutputError
+from sidestep.training.settings import OTHER_RATES, RATES, TrainSettings
+from sidestep.training.train import TrainError, head_for, train
 from small_tasks import image_backbone, image_folder, padless_backbone, reviews, text_backbone, tokenizer, write
 
 READ = ss.ReadConfig(rank=8)

@@ -8,10 +8,10 @@ import torch
 from transformers import ViTForImageClassification, ViTModel
 
 import sidestep as ss
-from sidestep import store
 from sidestep.backbone import new_parameters
-from sidestep.loading import LoadError, load_backbone, load_class, load_processor, source_of
-from sidestep.vit_npz import NpzError, ViTSizes, read_sizes, read_vit
+from sidestep.backbone.load import LoadError, load_backbone, load_class, load_processor, source_of
+from sidestep.backbone.vit_npz import NpzError, ViTSizes, read_sizes, read_vit
+from sidestep.disk import task_folder as store
 
 WIDTH, DEPTH, HEADS, MLP, PATCH, IMAGE = 24, 3, 4, 40, 4, 20
 CLASSES = 6

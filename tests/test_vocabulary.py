@@ -16,7 +16,7 @@ from architectures import PAIR, TEXT, VOCABULARY
 from sidestep.backbone import token_rows
 from sidestep.data import DataError
 from sidestep.data.vocabulary import check_tokens
-from sidestep.store import TaskError
+from sidestep.disk.task_folder import TaskError
 from small_tasks import reviews, text_backbone, write
 from test_cli import FAST, refusal, succeed
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import sidestep as ss
 from architectures import CAUSAL, IMAGE, TEXT, VOCABULARY, timm_vit
+from sidestep.disk.task_folder import inspect_task
 from sidestep.methods import UnsupportedBackbone
-from sidestep.store import inspect_task
 from tiny import FAMILIES, LABELS, call, logits
 
 READ = ss.ReadConfig(rank=2)
@@ -235,7 +235,7 @@ def test_a_refusal_after_widening_leaves_the_head_in_half_precision(monkeypatch:
 
     plain = backbone("roberta", torch.bfloat16)
     before = halves(plain)
-    monkeypatch.setattr("sidestep.model.Fold", fails)
+    monkeypatch.setattr("sidestep.model.side_model.Fold", fails)
     with pytest.raises(ValueError, match="no fold"):
         ss.attach(plain, READ)
     assert same(plain, before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sidestep.wording import about, some
+from sidestep.messages import about, some
 
 
 @pytest.mark.parametrize(

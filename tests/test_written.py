@@ -17,19 +17,20 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, G
 from typer.testing import CliRunner
 
 import sidestep as ss
-from sidestep import predict, store
-from sidestep.callbacks import StopIfDiverged
+from sidestep.backbone.load import LoadError, load_backbone, load_processor
 from sidestep.cli import app
 from sidestep.compare.files import comparison_from
 from sidestep.compare.runs import run
 from sidestep.data import DataError, Fields, Generation
-from sidestep.loading import LoadError, load_backbone, load_processor
+from sidestep.disk import task_folder as store
+from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods import MethodConfig
 from sidestep.metrics import Written
-from sidestep.prepare import TaskData, prepare
-from sidestep.settings import TrainSettings
-from sidestep.starts import initialise
-from sidestep.train import head_for, train
+from sidestep.model.initialise import initialise
+from sidestep.tasks import predict
+from sidestep.training.callbacks import StopIfDiverged
+from sidestep.training.settings import TrainSettings
+from sidestep.training.train import head_for, train
 from small_tasks import image_backbone, text_backbone, write
 from tiny import FAMILIES, randomize
 from written_tasks import VOCABULARY, answered, llama_backbone, t5_backbone, tokenizer
@@ -174,7 +175,7 @@ def test_a_start_by_fisher_information_is_made_once(
         made.append(initialise(model, batches))
         return made[-1]
 
-    monkeypatch.setattr("sidestep.train.initialise", spy)
+    monkeypatch.setattr("sidestep.training.train.initialise", spy)
 
     def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 6:

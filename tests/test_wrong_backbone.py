@@ -17,10 +17,10 @@ import transformers as t
 from typer.testing import CliRunner
 
 import sidestep as ss
-from sidestep import store
-from sidestep.bank import BankFolder
+from sidestep.backbone.load import load_backbone, load_pair
 from sidestep.cli import app
-from sidestep.loading import load_backbone, load_pair
+from sidestep.disk import task_folder as store
+from sidestep.tasks.bank import BankFolder
 from small_tasks import SPECIAL, WORDS, image_backbone, reviews, text_backbone, tokenizer, write
 from written_tasks import llama_backbone, t5_backbone
 

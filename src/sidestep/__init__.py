@@ -18,9 +18,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sidestep.bank import BankError, TaskBank
-    from sidestep.heads import Classify, Regress, Retrieve
-    from sidestep.memory import peak_memory, saved_bytes
+    from sidestep.disk.task_folder import TaskError, load
+    from sidestep.measure.memory import peak_memory, saved_bytes
+    from sidestep.measure.plan import Plan, plan
     from sidestep.methods import (
         BitFitConfig,
         DiffPruningConfig,
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
         UnsupportedBackbone,
         methods,
     )
-    from sidestep.model import SideModel
-    from sidestep.pair import PairModel, attach, detach
-    from sidestep.plan import Plan, plan
-    from sidestep.starts import initialise
-    from sidestep.store import TaskError, load
-    from sidestep.sums import DifferentBackbones, add_diff
+    from sidestep.model.heads import Classify, Regress, Retrieve
+    from sidestep.model.initialise import initialise
+    from sidestep.model.pair_model import PairModel, attach, detach
+    from sidestep.model.side_model import SideModel
+    from sidestep.tasks.add_diff import DifferentBackbones, add_diff
+    from sidestep.tasks.bank import BankError, TaskBank
 
 __version__ = "0.1.0"
 
@@ -88,9 +88,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "bank": ("BankError", "TaskBank"),
-    "heads": ("Classify", "Regress", "Retrieve"),
-    "memory": ("peak_memory", "saved_bytes"),
+    "tasks.bank": ("BankError", "TaskBank"),
+    "model.heads": ("Classify", "Regress", "Retrieve"),
+    "measure.memory": ("peak_memory", "saved_bytes"),
     "methods": (
         "BitFitConfig",
         "DTLConfig",
@@ -110,12 +110,12 @@ _HOMES = {
         "UnsupportedBackbone",
         "methods",
     ),
-    "model": ("SideModel",),
-    "pair": ("PairModel", "attach", "detach"),
-    "plan": ("Plan", "plan"),
-    "starts": ("initialise",),
-    "store": ("TaskError", "load"),
-    "sums": ("DifferentBackbones", "add_diff"),
+    "model.side_model": ("SideModel",),
+    "model.pair_model": ("PairModel", "attach", "detach"),
+    "measure.plan": ("Plan", "plan"),
+    "model.initialise": ("initialise",),
+    "disk.task_folder": ("TaskError", "load"),
+    "tasks.add_diff": ("DifferentBackbones", "add_diff"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -104,7 +104,7 @@ def test_an_attach_that_fails_leaves_nothing_behind_and_tells_why(config: Any, w
     facts_of(model)
     before = state(model)
     with (
-        mock.patch(f"sidestep.model.{where}", side_effect=MemoryError("no memory left")),
+        mock.patch(f"sidestep.model.side_model.{where}", side_effect=MemoryError("no memory left")),
         pytest.raises(MemoryError, match="no memory left"),
     ):
         ss.attach(model, config, head=ss.Classify(num_labels=2), checkpoint="late")

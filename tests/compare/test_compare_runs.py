@@ -25,8 +25,8 @@ from sidestep.compare.spec import Comparison, Contender
 from sidestep.compare.summary import summary
 from sidestep.data import DataError, Fields
 from sidestep.data import read as read_rows
-from sidestep.disk import OutputError
-from sidestep.train import TrainError
+from sidestep.disk.atomic import OutputError
+from sidestep.training.train import TrainError
 from small_tasks import image_backbone, image_folder, reviews, text_backbone, write
 
 

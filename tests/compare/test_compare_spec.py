@@ -19,7 +19,7 @@ from sidestep.compare.spec import (
     quick,
 )
 from sidestep.data import DataError, Fields
-from sidestep.settings import OTHER_RATES
+from sidestep.training.settings import OTHER_RATES
 
 BACKBONE = Backbone(name="tiny", model="tiny")
 TASK = Task(name="reviews", train="train.tsv", fields=Fields(text="text", label="label"))

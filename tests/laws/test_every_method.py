@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sidestep as ss
 from sidestep.backbone import CheckpointedForward, find_places
+from sidestep.disk.task_folder import TaskError
+from sidestep.interface.registry import Method
 from sidestep.methods import SideNet, UnsupportedBackbone, WeightDelta, methods
-from sidestep.methods.base import Method
 from sidestep.methods.sherl import PooledAggregation
-from sidestep.store import TaskError
 from tiny import FAMILIES, LABELS, TinyFamily, call, logits, randomize
 
 #: Settings that fit tiny models, where the defaults do not.

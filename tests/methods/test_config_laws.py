@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidestep.heads import HEADS, head_from_dict
 from sidestep.methods import methods
+from sidestep.model.heads import HEADS, head_from_dict
 
 #: The classes, and how they are made of what JSON holds.
 CONFIGS = {method.config: method.config.from_dict for method in methods().values()}

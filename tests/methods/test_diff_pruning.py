@@ -13,15 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sidestep as ss
-from sidestep import checkpoints, relax, store
-from sidestep.callbacks import ExactResume
+from sidestep.backbone.load import load_backbone, load_processor
 from sidestep.data import Fields
-from sidestep.diff_optimizer import DiffPruningOptimizer
-from sidestep.loading import load_backbone, load_processor
+from sidestep.disk import task_folder as store
+from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods.diff_pruning import DiffPruning
-from sidestep.prepare import TaskData, prepare
-from sidestep.settings import TrainSettings
-from sidestep.train import head_for, train
+from sidestep.sparse.optimizer import DiffPruningOptimizer
+from sidestep.training import checkpoints
+from sidestep.training import dense_stage as relax
+from sidestep.training.callbacks import ExactResume
+from sidestep.training.settings import TrainSettings
+from sidestep.training.train import head_for, train
 from small_tasks import reviews, text_backbone
 from tiny import FAMILIES, LABELS
 

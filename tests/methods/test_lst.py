@@ -15,9 +15,9 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 
 import sidestep as ss
 from sidestep.fold.caches import SideCache
+from sidestep.measure.plan.fakes import fake_copy
 from sidestep.methods import UnsupportedBackbone
 from sidestep.methods.lst import LST, Attention, Ladder, Sizes, relative_buckets, rotate
-from sidestep.plan.fakes import fake_copy
 from tiny import FAMILIES, logits, randomize
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sidestep.backbone.calls import argument_names
+from sidestep.backbone.pixels import image_shape
 from sidestep.backbone.trunk import device_of, positions
-from sidestep.pixels import image_shape
 
 Inputs = dict[str, Any]
 Side = Literal["left", "right"]

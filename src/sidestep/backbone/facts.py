@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from sidestep.backbone.calls import argument_names
+from sidestep.backbone.families import family_of
 from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
-from sidestep.families import family_of
 
 Layout = Literal["tokens", "tokens first", "grid", "channels"]
 """Axes of a hidden state: (batch, tokens, width), (tokens, batch, width), (batch, rows, columns, width) or (batch,

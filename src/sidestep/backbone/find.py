@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from sidestep.backbone.facts import Facts, StackFacts
+from sidestep.backbone.families import Pool, family_of, no_grid, prefix_tokens
 from sidestep.backbone.structure import Blocks, Named, convolves, find_blocks
 from sidestep.backbone.trace import facts_of
 from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
-from sidestep.families import Pool, family_of, no_grid, prefix_tokens
-from sidestep.sites import Place, Site
+from sidestep.interface.sites import Place, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def prove_replay(model: nn.Module, tokens: int = 5) -> None:
         if error > (1e-4 if parameter.dtype in (torch.float32, torch.float64) else 0.1):
             raise ValueError(
                 f"block {place.site.index} ({type(place.module).__name__}) does not equal the sum of the parts that "
-                f"sidestep/families.py takes it apart into (they differ by {error:.2g})"
+                f"sidestep/backbone/families.py takes it apart into (they differ by {error:.2g})"
             )
 
 

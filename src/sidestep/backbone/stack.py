@@ -14,10 +14,10 @@ from transformers.utils import ModelOutput
 
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.facts import Added, Layout, as_tokens
+from sidestep.backbone.families import family_of, no_grid, prefix_tokens
 from sidestep.backbone.structure import Blocks, convolves, is_norm
 from sidestep.backbone.trunk import trunk_of
 from sidestep.backbone.watch import Call, Seen
-from sidestep.families import family_of, no_grid, prefix_tokens
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sidestep.backbone.families import Family, family_of
 from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
-from sidestep.families import Family, family_of
 
 Named = tuple[str, nn.Module]
 """A module and its name within the trunk."""

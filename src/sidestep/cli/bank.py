@@ -14,12 +14,12 @@ from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 from sidestep.cli.tasks import check_batch
 from sidestep.cli.values import backbone_named, table_options
-from sidestep.show import hush, remark, show_table, show_unnamed
+from sidestep.console import hush, remark, show_table, show_unnamed
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from sidestep.bank import BankFolder, Entry, TaskBank
+    from sidestep.tasks.bank import BankFolder, Entry, TaskBank
 
 bank = typer.Typer(name="bank", help="Keep many tasks on one backbone, and run them.", no_args_is_help=True)
 
@@ -28,9 +28,9 @@ bank = typer.Typer(name="bank", help="Keep many tasks on one backbone, and run t
 def add(folder: opt.Bank, name: opt.BankName, task: opt.Task, debug: opt.Debug = False) -> None:
     """Copy a task into a bank; the bank is made with its first task."""
     with reporting(debug):
-        from sidestep.bank import BankFolder
-        from sidestep.disk import check_folder
-        from sidestep.memory import format_bytes
+        from sidestep.disk.atomic import check_folder
+        from sidestep.measure.memory import format_bytes
+        from sidestep.tasks.bank import BankFolder
 
         check_folder(folder)
         held = BankFolder(folder)
@@ -42,7 +42,7 @@ def add(folder: opt.Bank, name: opt.BankName, task: opt.Task, debug: opt.Debug =
 def list_(folder: opt.Bank, as_json: opt.AsJson = False, debug: opt.Debug = False) -> None:
     """List a bank's tasks and what they take on the disk."""
     with reporting(debug):
-        from sidestep.bank import BankError
+        from sidestep.tasks.bank import BankError
 
         held = _open(folder)
         entries, unreadable = held.entries()
@@ -88,12 +88,12 @@ def run(
 ) -> None:
     """Label rows of several tasks on one backbone: each by its own task, in the rows' order."""
     with reporting(debug):
-        from sidestep import predict as predicting
         from sidestep.data import Fields, read
-        from sidestep.disk import refuse_inputs
-        from sidestep.predict_each import predict_each
-        from sidestep.sources import backbones_at, rows_at, stored_backbones_at
-        from sidestep.table_files import check_table, write_table
+        from sidestep.disk.atomic import refuse_inputs
+        from sidestep.disk.sources import backbones_at, rows_at, stored_backbones_at
+        from sidestep.disk.table_files import check_table, write_table
+        from sidestep.tasks import predict as predicting
+        from sidestep.tasks.predict_each import predict_each
 
         hush()
         check_batch(batch_size)
@@ -124,7 +124,7 @@ def run(
 
 
 def _open(folder: opt.Bank) -> BankFolder:
-    from sidestep.bank import BankError, BankFolder
+    from sidestep.tasks.bank import BankError, BankFolder
 
     if not folder.exists():
         raise BankError(f"there is no bank {folder}: `sidestep bank add` makes one")
@@ -132,7 +132,7 @@ def _open(folder: opt.Bank) -> BankFolder:
 
 
 def _show(held: BankFolder, entries: list[Entry], unreadable: Iterable[str]) -> None:
-    from sidestep.memory import format_bytes
+    from sidestep.measure.memory import format_bytes
 
     rows: list[tuple[object, ...]] = [
         (each.name, each.method, _head(each), each.values, format_bytes(each.bytes)) for each in entries
@@ -165,8 +165,8 @@ def _loaded(held: BankFolder, names: Iterable[str], moved_to: str | None) -> Tas
     """The bank on its backbone, on a GPU if there is one; with the backbone's own head if a task of these uses that."""
     import torch
 
-    from sidestep.bank import TaskBank
-    from sidestep.store import stored_backbone
+    from sidestep.disk.task_folder import stored_backbone
+    from sidestep.tasks.bank import TaskBank
 
     entries = [held.entry(name) for name in names]
     wanted = next((entry for entry in entries if entry.outputs is None), entries[0])

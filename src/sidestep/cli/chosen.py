@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from sidestep.recipes import Recipe, load
+from sidestep.training.recipes import Recipe, load
 
 
 @dataclass(frozen=True)

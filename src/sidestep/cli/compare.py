@@ -11,7 +11,7 @@ from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import INTERRUPTED, reporting
 from sidestep.cli.values import backbone_named, unescaped
-from sidestep.show import hush, remark, show_table
+from sidestep.console import hush, remark, show_table
 
 if TYPE_CHECKING:
     from sidestep.compare.spec import Comparison

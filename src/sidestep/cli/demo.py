@@ -11,12 +11,12 @@ from sidestep.cli.errors import reporting
 def demo(vision: opt.Vision = False, output: opt.DemoOutput = Path("runs/demo"), debug: opt.Debug = False) -> None:
     """Train side networks and a probe on a real backbone (text, or images), and use a saved task."""
     with reporting(debug):
-        from sidestep.disk import check_folder
+        from sidestep.disk.atomic import check_folder
 
         check_folder(output)
         if vision:
-            from sidestep.demo_vision import run
+            from sidestep.demo.vision import run
         else:
-            from sidestep.demo import run
+            from sidestep.demo.text import run
 
         run(output)

@@ -60,7 +60,7 @@ def _is_users(error: Exception) -> bool:
     if isinstance(error, ValueError | OSError | ModuleNotFoundError):
         return True
     from sidestep.fold import FoldError
-    from sidestep.train import TrainError
+    from sidestep.training.train import TrainError
 
     return isinstance(error, FoldError | TrainError)
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
-from sidestep.show import remark, show_facts, show_table
+from sidestep.console import remark, show_facts, show_table
 
 if TYPE_CHECKING:
-    from sidestep.recipes import Group
+    from sidestep.training.recipes import Group
 
 SHOWN = 30
 
@@ -19,8 +19,8 @@ SHOWN = 30
 def inspect(task: opt.Task, as_json: opt.AsJson = False, debug: opt.Debug = False) -> None:
     """Show what a task folder holds."""
     with reporting(debug):
-        from sidestep.notes import NO_NORM
-        from sidestep.store import inspect_task
+        from sidestep.disk.task_folder import inspect_task
+        from sidestep.training.notes import NO_NORM
 
         about = inspect_task(task)
         if as_json:
@@ -50,7 +50,7 @@ def methods(debug: opt.Debug = False) -> None:
 def recipes(prefix: opt.RecipePrefix = "", debug: opt.Debug = False) -> None:
     """List the published recipes, or those below PREFIX with their settings."""
     with reporting(debug):
-        from sidestep.recipes import groups, load, names
+        from sidestep.training.recipes import groups, load, names
 
         if not prefix:
             rows: list[Any] = [(group.name, group.title, len(group.recipes)) for group in groups()]
@@ -89,7 +89,7 @@ def _show_shared(group: Group) -> None:
 
 
 def _facts(about: dict[str, Any]) -> dict[str, object]:
-    from sidestep.memory import format_bytes
+    from sidestep.measure.memory import format_bytes
 
     backbone, preprocessing = about["backbone"], about["preprocessing"]
     columns = {name: value for name, value in (preprocessing.get("fields") or {}).items() if value}

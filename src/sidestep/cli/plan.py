@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import backbone_named, config_from
-from sidestep.show import remark, show_facts, show_table
+from sidestep.console import remark, show_facts, show_table
 
 if TYPE_CHECKING:
-    from sidestep.plan import Alternative, Plan
+    from sidestep.measure.plan import Alternative, Plan
 
 GROUPS = 8
 
@@ -41,10 +41,10 @@ def plan(
 ) -> None:
     """Predict the memory of training, and what fits, from a config alone."""
     with reporting(debug):
-        from sidestep.heads import Classify
+        from sidestep.measure.plan import alternatives, best_device, largest_batch, memory_of
+        from sidestep.measure.plan import plan as planned
         from sidestep.methods import method_named
-        from sidestep.plan import alternatives, best_device, largest_batch, memory_of
-        from sidestep.plan import plan as planned
+        from sidestep.model.heads import Classify
 
         limit = None if gpu is None else memory_of(gpu)
         if own_head and pool is not None:
@@ -103,7 +103,7 @@ def _print(
 
 
 def _show_plan(plan: Plan, limit: int | None, largest: int | None) -> None:
-    from sidestep.memory import format_bytes
+    from sidestep.measure.memory import format_bytes
 
     sizes = {
         "weights": plan.weights_bytes,
@@ -134,7 +134,7 @@ def _show_plan(plan: Plan, limit: int | None, largest: int | None) -> None:
 
 
 def _show_alternatives(others: Sequence[Alternative], limit: int) -> None:
-    from sidestep.memory import format_bytes
+    from sidestep.measure.memory import format_bytes
 
     rows = [
         (

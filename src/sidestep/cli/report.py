@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
-from sidestep.show import remark
+from sidestep.console import remark
 
 if TYPE_CHECKING:
     from sidestep.report.rows import Results
@@ -27,7 +27,7 @@ def report(
 ) -> None:
     """Show the results of comparisons: one HTML page, figures for papers, tables for a README."""
     with reporting(debug):
-        from sidestep.disk import OutputError, check_file, check_folder, lies_in, refuse_inputs
+        from sidestep.disk.atomic import OutputError, check_file, check_folder, lies_in, refuse_inputs
         from sidestep.report.load import load
         from sidestep.report.markdown import markdown as tables
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import backbone_named, table_options
-from sidestep.show import NARROW, hush, remark, score_facts, show_facts, show_many, show_unnamed
+from sidestep.console import NARROW, hush, remark, score_facts, show_facts, show_many, show_unnamed
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from sidestep.data import Fields, TableOptions
-    from sidestep.pair import Attached
+    from sidestep.model.pair_model import Attached
 
 
 def evaluate(
@@ -39,7 +39,7 @@ def evaluate(
 ) -> None:
     """Score a task on rows with labels."""
     with reporting(debug):
-        from sidestep import predict as predicting
+        from sidestep.tasks import predict as predicting
 
         hush()
         check_batch(batch_size)
@@ -74,9 +74,9 @@ def predict(
 ) -> None:
     """Label rows: writes them with a prediction and the probability of each class."""
     with reporting(debug):
-        from sidestep import predict as predicting
-        from sidestep.store import read_config
-        from sidestep.table_files import check_table, write_table
+        from sidestep.disk.table_files import check_table, write_table
+        from sidestep.disk.task_folder import read_config
+        from sidestep.tasks import predict as predicting
 
         hush()
         check_batch(batch_size)
@@ -108,10 +108,10 @@ def check_batch(size: int) -> None:
 
 def _refuse_inputs(output: Path, task: Path, rows: str, backbone: str | None) -> None:
     """Refuses an output that would replace the rows, the task or its backbone."""
-    from sidestep.checkpoints import parts_of
-    from sidestep.disk import refuse_inputs
-    from sidestep.sources import backbones_at, rows_at, stored_backbones_at
-    from sidestep.store import read_config
+    from sidestep.disk.atomic import refuse_inputs
+    from sidestep.disk.sources import backbones_at, rows_at, stored_backbones_at
+    from sidestep.disk.task_folder import read_config
+    from sidestep.training.checkpoints import parts_of
 
     models = backbones_at(backbone) if backbone else stored_backbones_at(read_config(task))
     refuse_inputs([output], [*rows_at(rows), *parts_of(task), *models])
@@ -121,7 +121,7 @@ def _load(task: Path, name: str | None) -> Attached:
     """The model of a task, on its backbone or one from elsewhere, on a GPU if there is one."""
     import torch
 
-    from sidestep import store
+    from sidestep.disk import task_folder as store
 
     device = "cuda" if torch.cuda.is_available() else None
     return store.load(task, store.stored_backbone(task, moved_to=name), device=device)
@@ -131,8 +131,8 @@ def _read(
     model: Attached, rows: str, table: TableOptions, split: str, fields: Fields, *, skip_bad_images: bool
 ) -> Dataset:
     from sidestep.data import check_fields, drop_unreadable
-    from sidestep.predict import labels_of
-    from sidestep.prepare import read_rows
+    from sidestep.kinds.prepare import read_rows
+    from sidestep.tasks.predict import labels_of
 
     kind = labels_of(model).kind
     found = read_rows(rows, fields, table, kind, split=split)
@@ -149,7 +149,7 @@ def _read(
 def _fields(model: Attached, text: str | None, text2: str | None, image: str | None, label: str | None) -> Fields:
     """The columns that the task was trained on, with the user's in their place."""
     from sidestep.data import Fields
-    from sidestep.prepare import chosen_fields
+    from sidestep.kinds.prepare import chosen_fields
 
     given = Fields(text=text, text2=text2, image=image, label=label)
     return chosen_fields(model.extras.get("preprocessing") or {}, given)

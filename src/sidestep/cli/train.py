@@ -12,13 +12,13 @@ from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import backbone_named, config_from, table_options, unescaped, value_of
-from sidestep.show import hush, remark, show_answers, show_many, show_recipe, show_results, show_start
+from sidestep.console import hush, remark, show_answers, show_many, show_recipe, show_results, show_start
 
 if TYPE_CHECKING:
+    from sidestep.kinds.prepare import TaskData
     from sidestep.methods import MethodConfig
-    from sidestep.model import SideModel
-    from sidestep.pair import Attached, PairModel
-    from sidestep.prepare import TaskData
+    from sidestep.model.pair_model import Attached, PairModel
+    from sidestep.model.side_model import SideModel
 
 
 def train(
@@ -96,16 +96,16 @@ def train(
 ) -> None:
     """Train a task and save it in a folder."""
     with reporting(debug):
-        from sidestep.checkpoints import as_begun, check_output, parts_of
+        from sidestep.backbone.load import check_writes, load_pair_processor, load_processor
+        from sidestep.backbone.pixels import adjusted
         from sidestep.data import Fields
-        from sidestep.disk import refuse_inputs
-        from sidestep.loading import check_writes, load_pair_processor, load_processor
+        from sidestep.disk.atomic import refuse_inputs
+        from sidestep.disk.sources import backbones_at, rows_at
+        from sidestep.kinds.prepare import check_problem, prepare, read_rows, written_kind
         from sidestep.methods import method_named
-        from sidestep.pixels import adjusted
-        from sidestep.prepare import check_problem, prepare, read_rows, written_kind
-        from sidestep.settings import TrainSettings
-        from sidestep.sources import backbones_at, rows_at
-        from sidestep.train import train as run
+        from sidestep.training.checkpoints import as_begun, check_output, parts_of
+        from sidestep.training.settings import TrainSettings
+        from sidestep.training.train import train as run
 
         name, chosen = backbone_named(backbone, gguf), Chosen.of(context, recipe)
         training = {
@@ -221,9 +221,9 @@ def _attached_pair(
     """The dual encoder to train, with new projections where there are none."""
     import torch
 
-    from sidestep.heads import Retrieve
-    from sidestep.loading import load_pair
-    from sidestep.pair import attach
+    from sidestep.backbone.load import load_pair
+    from sidestep.model.heads import Retrieve
+    from sidestep.model.pair_model import attach
 
     asked = Retrieve(**head)
     torch.manual_seed(seed)
@@ -243,10 +243,10 @@ def _attached(
     """The model to train: with a Sidestep head, or the backbone's own (for classes, or to write text)."""
     import torch
 
-    from sidestep.loading import load_backbone
-    from sidestep.pair import attach
-    from sidestep.prepare import written_kind
-    from sidestep.train import head_for
+    from sidestep.backbone.load import load_backbone
+    from sidestep.kinds.prepare import written_kind
+    from sidestep.model.pair_model import attach
+    from sidestep.training.train import head_for
 
     if own_head and pool is not None:
         raise ValueError(f"--pool {pool} with --own-head: the backbone's own head reads what it reads")

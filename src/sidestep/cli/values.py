@@ -45,7 +45,7 @@ def backbone_named(backbone: Name, gguf: str | None) -> Name:
     Raises:
         ValueError: for --gguf alone.
     """
-    from sidestep.gguf import gguf_name
+    from sidestep.backbone.gguf import gguf_name
 
     if gguf is None:
         return backbone

@@ -16,17 +16,17 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sidestep.backbone import digest_of, pretrained_tensors
+from sidestep.backbone.families import Pool
+from sidestep.backbone.gguf import gguf_parts, is_gguf
+from sidestep.backbone.load import check_writes, load_backbone, load_processor
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
 from sidestep.data import DataError, DataWarning, Fields, holdout
-from sidestep.families import Pool
-from sidestep.gguf import gguf_parts, is_gguf
-from sidestep.heads import Classify, HeadConfig
-from sidestep.loading import check_writes, load_backbone, load_processor
+from sidestep.kinds.prepare import TaskData, prepare, strata, written_kind
 from sidestep.methods import WeightDelta, method_of
 from sidestep.metrics import Written
-from sidestep.model import SideModel
-from sidestep.pair import attach, detach
-from sidestep.prepare import TaskData, prepare, strata, written_kind
+from sidestep.model.heads import Classify, HeadConfig
+from sidestep.model.pair_model import attach, detach
+from sidestep.model.side_model import SideModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,12 @@ from torch import Tensor
 from sidestep.compare.bench import Bench
 from sidestep.compare.ledger import Ledger
 from sidestep.compare.spec import Comparison, Contender, Costs
-from sidestep.heads import Classify
-from sidestep.meters import Cost, measure
-from sidestep.model import Settings, SideModel
-from sidestep.pair import detach
-from sidestep.plan import plan_for
-from sidestep.plan.blank import blank_batch
+from sidestep.measure.meters import Cost, measure
+from sidestep.measure.plan import plan_for
+from sidestep.measure.plan.blank import blank_batch
+from sidestep.model.heads import Classify
+from sidestep.model.pair_model import detach
+from sidestep.model.side_model import Settings, SideModel
 
 
 def measure_costs(

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sidestep.backbone.gguf import GGUF, gguf_name, gguf_parts, is_gguf
+from sidestep.backbone.load import TIMM, VIT
 from sidestep.compare.ledger import places
 from sidestep.compare.spec import (
     CHECKPOINT,
@@ -23,13 +25,11 @@ from sidestep.compare.spec import (
     require_known,
 )
 from sidestep.data import Fields, TableOptions
-from sidestep.disk import check_file, refuse_inputs
-from sidestep.gguf import GGUF, gguf_name, gguf_parts, is_gguf
-from sidestep.loading import TIMM, VIT
+from sidestep.disk.atomic import check_file, refuse_inputs
+from sidestep.disk.sources import backbones_at, rows_at
+from sidestep.kinds.prepare import check_problem
 from sidestep.methods import method_named, methods
-from sidestep.prepare import check_problem
-from sidestep.settings import rates_of
-from sidestep.sources import backbones_at, rows_at
+from sidestep.training.settings import rates_of
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 Made = TypeVar("Made")

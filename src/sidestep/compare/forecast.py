@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sidestep.compare.records import Record
-from sidestep.prepare import TaskData
+from sidestep.kinds.prepare import TaskData
 
 TRAINED = 3
 """What a training row costs, counted in dev rows: a pass forward and one backward, which is about two."""

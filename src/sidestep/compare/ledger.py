@@ -15,7 +15,7 @@ import torch
 
 from sidestep.compare import records
 from sidestep.compare.records import Kind, Record, Status
-from sidestep.disk import only_writer
+from sidestep.disk.atomic import only_writer
 
 Tell = Callable[[str], None]
 

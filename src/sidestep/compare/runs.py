@@ -1,7 +1,6 @@
 """Running a comparison: rates are chosen on held-out training rows, then every seed is scored once on dev.
 
-Every contender goes through the same code: it is attached to the backbone, trained by `sidestep.train.train`, and
-detached. What is in the results file already is not run again.
+Every contender goes through the same code: it is attached to the backbone, trained by `training.train`, and detached. What is in the results file already is not run again.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sidestep.backbone.load import load_processor
 from sidestep.compare.bench import Bench, Prepared, Rows, pairs, written_by
 from sidestep.compare.costs import measure_costs
 from sidestep.compare.files import check_results
@@ -22,14 +22,13 @@ from sidestep.compare.ledger import Ledger, Tell
 from sidestep.compare.records import Kind, Record
 from sidestep.compare.spec import Comparison, Contender, Task
 from sidestep.data.joins import NOTHING
-from sidestep.loading import load_processor
+from sidestep.kinds.prepare import TaskData
+from sidestep.messages import about
 from sidestep.metrics import GREATER_IS_BETTER
-from sidestep.model import SideModel
-from sidestep.pair import detach
-from sidestep.prepare import TaskData
-from sidestep.results import Results
-from sidestep.train import head_for, train
-from sidestep.wording import about
+from sidestep.model.pair_model import detach
+from sidestep.model.side_model import SideModel
+from sidestep.training.results import Results
+from sidestep.training.train import head_for, train
 
 
 @dataclass(frozen=True, kw_only=True)

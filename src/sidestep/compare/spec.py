@@ -14,12 +14,12 @@ from typing import Literal, get_args
 from datasets import Dataset
 
 from sidestep.backbone import Noise, check_noise
+from sidestep.backbone.families import Pool
 from sidestep.data import Fields, Kind, TableOptions, holdout, read
-from sidestep.families import Pool
-from sidestep.heads import HeadConfig
+from sidestep.kinds.prepare import strata
 from sidestep.methods import MethodConfig, method_named, method_of, methods
-from sidestep.prepare import strata
-from sidestep.settings import Schedule, TrainSettings, rates_of
+from sidestep.model.heads import HeadConfig
+from sidestep.training.settings import Schedule, TrainSettings, rates_of
 
 CHECKPOINTED = ("lora", "full")
 """Methods that stand in a default comparison a second time, with their blocks recomputed in backward."""

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from sidestep.compare.records import Record
-from sidestep.memory import format_bytes
+from sidestep.measure.memory import format_bytes
 
 PARTS_OF_ONE = (
     "accuracy",

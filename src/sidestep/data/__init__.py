@@ -1,5 +1,6 @@
 """A user's data as a `datasets.Dataset`, its labels as numbers, its rows as what a backbone reads."""
 
+from sidestep.backbone.pixels import ImageTransform
 from sidestep.data.augment import Augmentation
 from sidestep.data.encode import Collate, Fields, check_fields, encode_images, encode_text
 from sidestep.data.images import drop_unreadable
@@ -16,7 +17,6 @@ from sidestep.data.written import (
     prompt_limit,
     with_targets,
 )
-from sidestep.pixels import ImageTransform
 
 __all__ = [
     "Augmentation",

@@ -19,9 +19,9 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from sidestep.backbone.load import import_timm
+from sidestep.backbone.pixels import ImageTransform, import_transforms
 from sidestep.data.messages import DataError, listed
-from sidestep.loading import import_timm
-from sidestep.pixels import ImageTransform, import_transforms
 
 Views = Literal["flip", "crop", "randaugment"]
 NONE = "none"

@@ -11,8 +11,8 @@ import PIL.ImageOps
 import pyarrow.compute as pc
 from datasets import Dataset, Image
 
+from sidestep.backbone.pixels import to_rgb
 from sidestep.data.messages import DataError, DataWarning, listed
-from sidestep.pixels import to_rgb
 
 
 def decode(cell: dict[str, Any], row: int | None) -> PIL.Image.Image:

@@ -12,9 +12,9 @@ from sklearn.model_selection import train_test_split
 
 from sidestep.data.messages import NAMED, DataError, DataWarning, listed, named_rows
 from sidestep.data.tables import check_column
-from sidestep.heads import IGNORED
+from sidestep.messages import some
 from sidestep.metrics import WRITTEN, Kind
-from sidestep.wording import some
+from sidestep.model.heads import IGNORED
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SEPARATOR = "|"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from sidestep.wording import some
+from sidestep.messages import some
 
 NAMED = 5
 """How many rows, lines or names a message lists before it says how many more there are."""

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sidestep.backbone import Facts, StackFacts, as_given, as_tokens
-from sidestep.diffs import SparseDiff
-from sidestep.families import Pool, TokenGrid
+from sidestep.backbone.families import Pool, TokenGrid
 from sidestep.fold.caches import SideCache, claim
 from sidestep.fold.hooks import CARRIED
 from sidestep.fold.padding import kept_tokens, own_tokens
 from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token, take_rows
 from sidestep.fold.strand import Strand
-from sidestep.layers import last_kept
-from sidestep.methods.base import SideNet
-from sidestep.sites import Place, Site
-from sidestep.turns import Turn
+from sidestep.fold.turns import Turn
+from sidestep.interface.layers import last_kept
+from sidestep.interface.registry import SideNet
+from sidestep.interface.sites import Place, Site
+from sidestep.sparse.diff import SparseDiff
 
 BUSY = (
     "this model is in the middle of another call: use one model per thread, or take turns with a lock around each call"

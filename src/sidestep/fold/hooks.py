@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
 from sidestep.backbone.calls import argument_names, bound, with_argument
-from sidestep.sites import Place, Site
+from sidestep.interface.sites import Place, Site
 
 #: Field of `encoder_outputs` in which an encoder's side state travels to the decoder.
 CARRIED = "side_state"

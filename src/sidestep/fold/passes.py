@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sidestep.layers import masked_mean
-from sidestep.sites import Site
+from sidestep.interface.layers import masked_mean
+from sidestep.interface.sites import Site
 
 KEY_VALUES = "past_key_values"
 """Name of a key-value cache among a model's inputs."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sidestep.fold.caches import SideCache
 from sidestep.fold.passes import FoldError, Reading
-from sidestep.methods.base import SideNet
-from sidestep.sites import Site
+from sidestep.interface.registry import SideNet
+from sidestep.interface.sites import Site
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """The methods, one file each; importing this folder registers them."""
 
-from sidestep.methods.adapters import DoraConfig, IA3Config, LoraConfig
-from sidestep.methods.base import (
+from sidestep.interface.registry import (
     Method,
     MethodConfig,
     SideNet,
@@ -12,6 +11,7 @@ from sidestep.methods.base import (
     methods,
     register,
 )
+from sidestep.methods.adapters import DoraConfig, IA3Config, LoraConfig
 from sidestep.methods.controls import BitFitConfig, FullConfig, ProbeConfig
 from sidestep.methods.diff_pruning import DiffPruningConfig
 from sidestep.methods.dtl import DTLConfig

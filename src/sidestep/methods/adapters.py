@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidestep.methods.base import MethodConfig, WeightDelta, register
+from sidestep.interface.registry import MethodConfig, WeightDelta, register
 
 ADAPTER = "default"  # PEFT's own name for the only adapter
 OWN = ("lora_", "ia3_")  # how the names of PEFT's parameters begin

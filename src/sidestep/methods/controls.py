@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sidestep.methods.base import MethodConfig, SideNet, WeightDelta, register
-from sidestep.sites import Site
+from sidestep.interface.registry import MethodConfig, SideNet, WeightDelta, register
+from sidestep.interface.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sidestep.diff_optimizer import DiffPruningOptimizer
-from sidestep.diffs import SparseDiff
-from sidestep.hard_concrete import HardConcrete, Noise, Penalty, PenaltyKind
-from sidestep.methods.base import SparseDelta, SparseDeltaConfig, UnsupportedBackbone, register
-from sidestep.selection import largest
+from sidestep.interface.registry import SparseDelta, SparseDeltaConfig, UnsupportedBackbone, register
+from sidestep.sparse.diff import SparseDiff
+from sidestep.sparse.hard_concrete import HardConcrete, Noise, Penalty, PenaltyKind
+from sidestep.sparse.optimizer import DiffPruningOptimizer
+from sidestep.sparse.selection import largest
 
 Handover = Literal["continuous", "official"]
 

@@ -19,10 +19,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidestep.layers import recompute
-from sidestep.methods.base import MethodConfig, SideNet, register
-from sidestep.sites import Site
-from sidestep.taps import Tap
+from sidestep.interface.layers import recompute
+from sidestep.interface.registry import MethodConfig, SideNet, register
+from sidestep.interface.sites import Site
+from sidestep.interface.taps import Tap
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidestep.layers import recompute
-from sidestep.methods.base import MethodConfig, SideNet, is_ascending, register
-from sidestep.pruning import Score, magnitude, pruned_block, residual_channels
-from sidestep.sites import BlockWeights, SideCache, Site, of_stack, stacks
-from sidestep.taps import Tap
+from sidestep.interface.layers import recompute
+from sidestep.interface.pruning import Score, magnitude, pruned_block, residual_channels
+from sidestep.interface.registry import MethodConfig, SideNet, is_ascending, register
+from sidestep.interface.sites import BlockWeights, SideCache, Site, of_stack, stacks
+from sidestep.interface.taps import Tap
 
 TEMPERATURE = 0.1  # of the gates
 DOWN_STD = 0.01  # at the start, of the maps to and from the side's width

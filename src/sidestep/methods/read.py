@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidestep.layers import recompute, regrid
-from sidestep.methods.base import MethodConfig, SideNet, register
-from sidestep.sites import Site, of_stack, stacks
-from sidestep.taps import Tap
+from sidestep.interface.layers import recompute, regrid
+from sidestep.interface.registry import MethodConfig, SideNet, register
+from sidestep.interface.sites import Site, of_stack, stacks
+from sidestep.interface.taps import Tap
 
 GATES = {"gru": 3, "rnn": 1}
 

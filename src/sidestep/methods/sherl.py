@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidestep.layers import own_token, recompute, regrid
-from sidestep.methods.base import MethodConfig, SideNet, is_ascending, register
-from sidestep.sites import Site, not_plain, of_stack, stacks
-from sidestep.taps import Tap
+from sidestep.interface.layers import own_token, recompute, regrid
+from sidestep.interface.registry import MethodConfig, SideNet, is_ascending, register
+from sidestep.interface.sites import Site, not_plain, of_stack, stacks
+from sidestep.interface.taps import Tap
 
 Projecting = Literal["gated", "linear_norm", "relu_linear", "conv_norm"]
 

@@ -18,9 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sidestep.diffs import SparseDiff
-from sidestep.methods.base import SparseDelta, SparseDeltaConfig, register
-from sidestep.selection import CHUNK, largest, sweep_over
+from sidestep.interface.registry import SparseDelta, SparseDeltaConfig, register
+from sidestep.sparse.diff import SparseDiff
+from sidestep.sparse.selection import CHUNK, largest, sweep_over
 
 Select = Literal["fisher", "magnitude", "random", "grow"]
 
@@ -158,7 +158,7 @@ class Sparse(SparseDelta):
             return
         raise ValueError(
             'select="grow" moves its entries between the steps of training, and nothing tells it of them, so they '
-            "would stay: give the Trainer callbacks=[sidestep.callbacks.MoveSupport([model])], or train with "
+            "would stay: give the Trainer callbacks=[sidestep.training.callbacks.MoveSupport([model])], or train with "
             '`sidestep train`; for entries that are to stay, choose select="random"'
         )
 

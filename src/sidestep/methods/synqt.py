@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidestep.layers import recompute
-from sidestep.methods.base import MethodConfig, SideNet, register
-from sidestep.sites import FrozenBlock, Site, not_plain
+from sidestep.interface.layers import recompute
+from sidestep.interface.registry import MethodConfig, SideNet, register
+from sidestep.interface.sites import FrozenBlock, Site, not_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +222,7 @@ class SynQT(SideNet):
     def check(cls, config: SynQTConfig, sites: Sequence[Site]) -> None:
         """Raise on all but plain bidirectional ViT- and BERT-type blocks in one stage."""
         ahead = [site.next_block for site in sites if site.kind != "norm" and not site.last]
-        unknown = "has no frozen_block in the family table (sidestep/families.py)" if None in ahead else None
+        unknown = "has no frozen_block in the family table (sidestep/backbone/families.py)" if None in ahead else None
         if reason := not_plain(sites) or unknown:
             raise ValueError(
                 "its queries run through the frozen blocks, which must be plain bidirectional ViT- or BERT-type "

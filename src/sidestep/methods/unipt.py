@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sidestep.layers import masked_mean, own_token, recompute
-from sidestep.methods.base import MethodConfig, SideNet, register
-from sidestep.sites import Site, not_plain
-from sidestep.taps import Tap
+from sidestep.interface.layers import masked_mean, own_token, recompute
+from sidestep.interface.registry import MethodConfig, SideNet, register
+from sidestep.interface.sites import Site, not_plain
+from sidestep.interface.taps import Tap
 
 Variant = Literal["vse", "vil", "clip4clip"]
 

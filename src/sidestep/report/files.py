@@ -10,7 +10,7 @@ from pathlib import Path
 
 import vl_convert
 
-from sidestep.disk import refuse_inputs, whole
+from sidestep.disk.atomic import refuse_inputs, whole
 from sidestep.report.chart import Figure, slug
 from sidestep.report.figures import figures
 from sidestep.report.looks import for_files

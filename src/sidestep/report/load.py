@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.compare.records import FORMAT, Record, lines_of, read
-from sidestep.disk import same_file
+from sidestep.disk.atomic import same_file
 from sidestep.report.estimates import Estimate, estimate
 from sidestep.report.mixed import canonical, differing, text_of, unusual, usual
 from sidestep.report.rows import BASELINES, Group, Missing, Results, Row, Score, Source, Task, order_of

@@ -1,0 +1,204 @@
+"""What the commands print: tables on stdout, remarks on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+NARROW = 100
+"""Columns of the tables of scores."""
+
+if TYPE_CHECKING:
+    from sidestep.kinds.assess import Assessment
+    from sidestep.kinds.prepare import TaskData
+    from sidestep.metrics import Kind
+    from sidestep.model.pair_model import Attached
+    from sidestep.training.results import Results
+    from sidestep.training.settings import TrainSettings
+
+
+ANSWER: Mapping[Kind, str] = {
+    "single": "one label of {names}",
+    "multi": "any number of the labels {names}",
+    "regress": "a number",
+    "text2text": "a text to write",
+    "lm": "a text to write behind it",
+    "retrieval": "an image and its captions",
+}
+"""What is learned of a row, by the kind of problem."""
+MANY = 20_000
+"""Rows that take more than a few seconds to tokenize."""
+SHOWN = 10
+"""Names of labels that are shown."""
+EXAMPLE = 80
+"""Characters of a text that are shown of an example."""
+
+
+def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, piped: int = 140) -> None:
+    """Print a table; numbers to the right. It is as wide as the terminal at most, or as `piped` where there is none."""
+    names, lines = list(columns), [list(row) for row in rows]
+    table = Table(show_header=any(names))
+    for place, name in enumerate(names):
+        numbers = all(isinstance(line[place], int | float) for line in lines)
+        table.add_column(name, justify="right" if numbers and lines else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*(cell(value) for value in line))
+    # a pipe has no width: let it have the lines whole
+    console = Console(width=None if sys.stdout.isatty() else piped, highlight=False, markup=False)
+    console.print(title, style="bold")
+    console.print(table)
+
+
+def show_facts(title: str, facts: Mapping[str, object], *, piped: int = 140) -> None:
+    """Print a table of names and values; `piped` as of `show_table`."""
+    show_table(title, ("", ""), ((name, cell(value)) for name, value in facts.items()), piped=piped)
+
+
+def cell(value: object) -> str:
+    """A value as a table shows it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={cell(part)}" for name, part in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
+    return str(value)
+
+
+def remark(text: str) -> None:
+    """Print a line that is no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def hush() -> None:
+    """Turn off the progress bars of `datasets`: most are gone at once, and they name steps of its own."""
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def show_many(rows: int) -> None:
+    """Say that it takes a while to prepare many rows."""
+    if rows >= MANY:
+        remark(f"{rows:,} rows are being prepared")
+
+
+def show_start(model: Attached, data: TaskData, settings: TrainSettings) -> None:
+    """Say what is about to be trained on what."""
+    from sidestep.training import dense_stage as relax
+
+    count = sum(parameter.numel() for _, parameter in model.trained_parameters())
+    names = ", ".join(data.labels.names[:SHOWN]) + (", ..." if len(data.labels.names) > SHOWN else "")
+    remark(f"{model.record.name} on {type(model.backbone).__name__}: {count:,} parameters are trained")
+    remark(f"{len(data.train)} training rows, each with {ANSWER[data.labels.kind].format(names=names)}")
+    remark(f"dev: {data.dev_source}")
+    _show_joins(data)
+    remark(f"learning rate {settings.rate(model.record.name):g}, seed {settings.seed}")
+    metric = settings.best_by(data.labels.kind, len(data.labels.names))
+    own = relax.last_stage(model, settings) if relax.relaxes(model) else settings
+    first = f"{relax.own(model, settings).epochs} epochs of all weights, then " if relax.relaxes(model) else ""
+    if 0 < own.waits < own.epochs:
+        remark(
+            f"{first}at most {own.epochs} epochs: training stops after {own.waits} without a better dev {metric} "
+            "(--patience 0: never early)"
+        )
+    else:
+        remark(f"{first}{own.epochs} epochs")
+
+
+def _show_joins(data: TaskData) -> None:
+    """Say what stands between texts, and show the first row that a model is to write an answer to."""
+    from sidestep.data.written import as_text
+    from sidestep.kinds.prepare import written_kind
+
+    if data.separators.pair:
+        remark(f"between the two texts of a row stands {data.separators.pair!r} (--separator chooses another)")
+    if (kind := written_kind(data.labels.kind)) is not None:
+        read, written = as_text(data.train[0], data.processor, kind)
+        start = "..." if len(read) > EXAMPLE else ""
+        joined = "+" if kind == "lm" else "->"
+        remark(f"example, what is read {joined} what is written: {start + read[-EXAMPLE:]!r} {joined} {written!r}")
+
+
+def show_answers(model: Attached, data: TaskData) -> None:
+    """Show what a task that writes texts says of the first dev rows."""
+    from sidestep.tasks.predict import first_answers
+
+    answers = first_answers(model, data)
+    if answers:
+        show_table(f"The first {len(answers)} dev rows", ("row", "expected", "written"), answers)
+
+
+def show_recipe(record: Mapping[str, Any]) -> None:
+    """Say which recipe a run follows, and what was set otherwise."""
+    changed = cell(record["overridden"])
+    remark(f"recipe {record['name']}" + (f", but {changed}" if record["overridden"] else ""))
+
+
+def score_facts(judged: Assessment | Results, before: str = "") -> dict[str, object]:
+    """Scores by name, each beside that of one answer for all, and the recall of each class if there are few."""
+    from sidestep.kinds.assess import FEW
+
+    facts: dict[str, object] = {}
+    for name, value in judged.scores.items():
+        same = judged.constant.get(name)
+        beside = "" if same is None else f" (one answer for all: {cell(same)})"
+        facts[f"{before}{name}"] = f"{cell(value)}{beside}"
+    for name, each in judged.classes.items() if len(judged.classes) <= FEW else ():
+        facts[f"recall of {name}"] = f"{cell(each.recall)} of {cell(each.rows)} rows" if each.rows else "no row"
+    return facts
+
+
+def show_unnamed(config: Mapping[str, Any], before: str = "") -> None:
+    """Say of a task whose classes are numbers how they get names."""
+    from sidestep.disk.card import unnamed_classes
+    from sidestep.messages import some
+
+    if names := unnamed_classes(config):
+        remark(
+            f"note: {before}the classes have no names, only numbers ({some(names, 10)}). For predictions in words, "
+            "train with words in the label column, or attach with ss.Classify(labels=[...])"
+        )
+
+
+def _kept(results: Results) -> str:
+    """Which epoch was kept, and why training ended before its last one."""
+    epochs, planned = f"{results.epochs:g}", f"{results.planned_epochs:g}"
+    if results.settings["keep"] == "last":
+        return f"{epochs}, the last: none was chosen on these rows"
+    kept = f"{results.best_epoch:g}, the best of {epochs} by {results.metric} on these same rows"
+    if results.epochs >= results.planned_epochs:
+        return kept
+    waited = f"no better {results.metric} for {results.settings['patience']} epochs"
+    return f"{kept}\nstopped after {epochs} of {planned}: {waited}"
+
+
+def show_results(results: Results, folder: Path) -> None:
+    """Print what a run came to."""
+    from sidestep.measure.memory import format_bytes
+    from sidestep.training.results import FILE
+
+    facts: dict[str, Any] = {
+        "dev rows": results.data["dev_source"],
+        "epoch kept": _kept(results),
+        **score_facts(results, "dev "),
+        "trained parameters": results.trainable_parameters,
+        "task file": format_bytes(results.task_bytes),
+        "seconds": results.seconds,
+    }
+    if (step := results.step) is not None:
+        facts["kept for backward"] = f"{format_bytes(step.kept_bytes)} in a step of {step.rows} rows"
+        facts["peak of a step"] = None if step.peak_bytes is None else format_bytes(step.peak_bytes)
+    show_facts(f"Task {folder}", facts, piped=NARROW)
+    for note in results.notes:
+        remark(f"note: {note}")
+    remark(f"details: {folder / FILE}; curves: tensorboard --logdir {folder / 'logs'}")

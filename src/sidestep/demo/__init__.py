@@ -1,0 +1,1 @@
+"""What `sidestep demo` runs: real data, a real encoder, and a small vision Transformer that comes with the package."""

@@ -1,0 +1,125 @@
+"""What the demos share: contestants trained on one backbone, the table of what they cost, a saved task at work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from sidestep.backbone.families import Pool
+from sidestep.console import remark, show_table
+from sidestep.kinds.prepare import TaskData
+from sidestep.measure.memory import format_bytes
+from sidestep.measure.step import StepCost, measure_step
+from sidestep.methods import FullConfig, MethodConfig
+from sidestep.model.pair_model import attach, detach
+from sidestep.tasks.predict import evaluate
+from sidestep.training.results import Results
+from sidestep.training.settings import TrainSettings
+from sidestep.training.train import head_for, largest_batch, train
+
+
+class DemoError(ValueError):
+    """A demo cannot run: its backbone is not there or not the one that it should be, or a process failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A method and how it is trained; the rates were chosen on a fifth of the training rows."""
+
+    name: str
+    config: MethodConfig
+    rate: float
+    pool: Pool | None = None
+
+    @property
+    def task(self) -> str:
+        """The name of its task's folder."""
+        return self.config.__class__.__name__.removesuffix("Config").lower()
+
+
+def train_contestant(
+    contestant: Contestant, backbone: Any, data: TaskData, settings: TrainSettings, test: Dataset | None = None
+) -> Results:
+    """Train a method from the same seed as the others, through the same path as `sidestep train`.
+
+    Args:
+        contestant: its rate and its folder replace those of the settings.
+        backbone: detached again at the end.
+        data: what it is trained on.
+        settings: of the training; the task goes to a folder in `output`, and what lies there is replaced.
+        test: rows that the scores returned are of; None: the dev rows, as in the results.json that is written.
+    """
+    remark(f"\n{contestant.name}: {settings.epochs} epochs at a learning rate of {contestant.rate:g}")
+    settings = replace(
+        settings, output=settings.output / contestant.task, learning_rate=contestant.rate, overwrite=True
+    )
+    torch.manual_seed(settings.seed)
+    model = attach(backbone, contestant.config, head=head_for(data, contestant.pool))
+    try:
+        results = train(model, data, settings)
+        return results if test is None else replace(results, scores=evaluate(model, test))
+    finally:
+        detach(model)
+
+
+def full_step(backbone: Any, data: TaskData, settings: TrainSettings) -> StepCost:
+    """What full tuning keeps in the step that the contestants were measured in."""
+    model = attach(backbone, FullConfig(), head=head_for(data))
+    try:
+        return measure_step(model, largest_batch(data, settings.batch_size))
+    finally:
+        detach(model)
+
+
+def majority(classes: Sequence[str]) -> float:
+    """The accuracy of always naming the most frequent class."""
+    return max(classes.count(name) for name in classes) / len(classes)
+
+
+def show_costs(title: str, found: Mapping[str, Results], full: StepCost, chance: float) -> None:
+    """Print what each contestant reaches and costs, between the majority and full tuning."""
+    lines: list[tuple[object, ...]] = [
+        (
+            name,
+            f"{results.scores['accuracy']:.1%}",
+            results.trainable_parameters,
+            format_bytes(results.step.kept_bytes),
+            f"{results.step.kept_bytes / full.kept_bytes:.1%}",
+            format_bytes(results.task_bytes),
+        )
+        for name, results in found.items()
+        if results.step is not None
+    ]
+    lines = [
+        ("majority", f"{chance:.1%}", None, None, None, None),
+        *lines,
+        ("full tuning (not trained)", None, None, format_bytes(full.kept_bytes), "100%", None),
+    ]
+    print()
+    show_table(title, ("", "dev accuracy", "trained", "kept for backward", "of full tuning", "task file"), lines)
+
+
+def predict_elsewhere(task: Path, source: Path, target: Path) -> Dataset:
+    """Rows labelled by a saved task, in a new process that knows nothing but its folder.
+
+    Args:
+        task: its folder.
+        source: a file of rows or a folder of images.
+        target: the .jsonl file that `sidestep predict` writes.
+
+    Raises:
+        DemoError: if the process fails.
+    """
+    command = [sys.executable, "-m", "sidestep.cli", "predict", str(task), "--data", str(source)]
+    command += ["--output", str(target), "--overwrite", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise DemoError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+    return Dataset.from_json(str(target))

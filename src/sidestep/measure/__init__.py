@@ -1,0 +1,1 @@
+"""Memory, time and energy of a step: counted, measured, or planned before anything is allocated."""

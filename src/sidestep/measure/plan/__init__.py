@@ -1,0 +1,152 @@
+"""Memory of a training step before anything is allocated: `plan` needs a config only, `plan_for` an attached model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidestep.backbone import Noise
+from sidestep.measure.memory import peak_memory, saved_bytes
+from sidestep.measure.plan.blank import Backbone, blank_batch, build
+from sidestep.measure.plan.fit import (
+    Alternative,
+    PlanWarning,
+    alternatives,
+    best_device,
+    check_fits,
+    largest_batch,
+    memory_of,
+)
+from sidestep.measure.plan.trace import (
+    INSTEAD,
+    OPTIMIZERS,
+    Device,
+    Plan,
+    PlanError,
+    Precision,
+    Step,
+    check_choices,
+    facts,
+    plan_for,
+)
+from sidestep.methods import MethodConfig
+from sidestep.model.heads import Classify, HeadConfig
+from sidestep.model.pair_model import attach
+from sidestep.model.side_model import Checkpoint, SideModel
+
+__all__ = [
+    "OPTIMIZERS",
+    "Alternative",
+    "Plan",
+    "PlanError",
+    "PlanWarning",
+    "alternatives",
+    "best_device",
+    "check_fits",
+    "largest_batch",
+    "memory_of",
+    "plan",
+    "plan_for",
+]
+
+TWO_CLASSES = Classify(num_labels=2)
+
+
+def plan(
+    backbone: Backbone,
+    method: MethodConfig,
+    *,
+    head: HeadConfig | None = TWO_CLASSES,
+    batch: int = 32,
+    length: int | None = None,
+    image_size: int | None = None,
+    checkpoint: Checkpoint | None = None,
+    backbone_noise: Noise | None = None,
+    precision: Precision = "float32",
+    optimizer: str = "AdamW",
+    device: Device = "cpu",
+    revision: str | None = None,
+    measure: bool = False,
+) -> Plan:
+    """The memory that a training step will take, from the backbone's config alone.
+
+    Args:
+        backbone: a folder with a config.json, such a file, a hub id, "timm:NAME", a transformers config, or a function
+            that makes the model.
+        method: for example `ReadConfig(rank=128)`.
+        head: as in `attach`; None: a classification head of the backbone's own.
+        batch: rows.
+        length: tokens of a text; None: 128, or what the model takes at most.
+        image_size: rows and columns of an image; None: what the model was made for.
+        checkpoint, backbone_noise: as in `attach`.
+        precision: "float32", "bf16 autocast" (weights in float32), or "bfloat16" (the backbone's weights).
+        optimizer: one of `OPTIMIZERS`.
+        device: "cpu" or "cuda"; the latter needs no GPU.
+        revision: branch, tag or commit of a hub id.
+        measure: run two real steps on this machine instead, with random weights, and take the allocator's count; for
+            "cuda" there has to be a GPU then.
+
+    Raises:
+        LoadError: if there is no such config.
+        UnsupportedBackbone: if the method cannot work on this backbone.
+        PlanError: if the model cannot be traced.
+        ValueError: if a setting is unknown or out of range.
+    """
+    check_choices(precision, optimizer, device)
+    if measure and device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' cannot be measured, because CUDA is not available: measure on 'cpu', or plan")
+    place = device if measure else "meta"
+    with torch.random.fork_rng(None if place == "cuda" else []), torch.device(place):
+        model = _attached(backbone, method, head, checkpoint, backbone_noise, precision, revision)
+        inputs = blank_batch(model, batch, length, image_size)
+        if measure:
+            return _measured(model, inputs, precision, optimizer, device)
+    return plan_for(model, inputs, precision=precision, optimizer=optimizer, device=device)
+
+
+def _measured(
+    model: SideModel, inputs: Mapping[str, Tensor], precision: Precision, optimizer: str, device: Device
+) -> Plan:
+    """A plan of two real steps."""
+    step = Step(model.train(), inputs, precision, optimizer, device)
+    with saved_bytes(model) as saved:
+        loss = step.forward()
+    step.backward(loss)
+    step.update()
+    del loss
+    return Plan(
+        peak_bytes=peak_memory(step.run, device).allocated,
+        gradient_bytes=None,
+        kept_bytes=None,
+        temporary_bytes=None,
+        peak_phase=None,
+        peak_op=None,
+        attention=(),
+        source="measured",
+        **facts(step, saved.by_module()),
+    )
+
+
+def _attached(
+    backbone: Backbone,
+    method: MethodConfig,
+    head: HeadConfig | None,
+    checkpoint: Checkpoint | None,
+    noise: Noise | None,
+    precision: Precision,
+    revision: str | None,
+) -> SideModel:
+    """The attached model on the default device."""
+    how: dict[str, Any] = {"head": head, "checkpoint": checkpoint, "backbone_noise": noise}
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    made = build(backbone, own_head=head is None, dtype=dtype, revision=revision)
+    try:
+        return attach(made, method, **how)
+    except RuntimeError as error:  # what torch raises for an operation that needs values
+        raise PlanError(
+            f"{type(made).__name__} with {type(method).__name__} cannot be put together without weights "
+            f"({str(error).splitlines()[0]}): {INSTEAD}"
+        ) from error

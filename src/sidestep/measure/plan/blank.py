@@ -1,0 +1,170 @@
+"""Models without weights: a backbone by its config alone, on the meta device, and the shapes of a batch for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+from sidestep.backbone import positions
+from sidestep.backbone.gguf import is_gguf
+from sidestep.backbone.load import CONFIG, TIMM, VIT, LoadError, config_of, import_timm
+from sidestep.backbone.pixels import image_shape
+from sidestep.model.side_model import SideModel
+
+Backbone: TypeAlias = str | Path | PreTrainedConfig | Callable[[], nn.Module]
+
+IMAGE_SIZE = 224
+"""Rows and columns where a model takes images of any size."""
+LENGTH = 128
+TARGET = 4
+"""Tokens of a text that an encoder-decoder writes: a word or two."""
+
+
+def build(
+    backbone: Backbone,
+    *,
+    own_head: bool = False,
+    num_labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> nn.Module:
+    """The backbone with random weights, on the default device: under `torch.device("meta")` without any.
+
+    Args:
+        backbone: a folder with a config.json, such a file, a hub id, "timm:NAME", "vit:FILE.npz",
+            "gguf:FOLDER@FILE", a config, or what makes the model.
+        own_head: whether it comes with a classification head of its own.
+        num_labels: classes of that head; None: the config's.
+        dtype: of the weights.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        LoadError: if there is no such config, or transformers or timm has no model for it.
+    """
+    if isinstance(backbone, str | Path) and str(backbone).startswith(TIMM):
+        return _timm(str(backbone), num_labels if own_head else 0).to(dtype)
+    if callable(backbone) and not isinstance(backbone, PreTrainedConfig):
+        return backbone().to(dtype)
+    config = backbone if isinstance(backbone, PreTrainedConfig) else read_config(backbone, revision)
+    if own_head and num_labels is not None:
+        config.num_labels = num_labels
+    kind = _with_head(config) if own_head else AutoModel
+    try:
+        return kind.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise LoadError(f"transformers has no model for {type(config).__name__}: {_first_line(error)}") from error
+
+
+def read_config(name: str | Path, revision: str | None = None) -> Any:
+    """The config of a folder, a file, a hub id, "vit:FILE.npz" or "gguf:FOLDER@FILE"; no weights are needed.
+
+    Raises:
+        LoadError: if there is none.
+    """
+    if str(name).startswith(VIT) or is_gguf(name):
+        return config_of(str(name), revision)
+    path = Path(name)
+    if path.is_dir() and not (path / CONFIG).is_file():
+        raise LoadError(f"{path} has no {CONFIG}, which is all that a plan needs of a model")
+    try:
+        return AutoConfig.from_pretrained(str(name), revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if path.exists():
+            raise LoadError(f"the config of {name} cannot be read: {_first_line(error)}") from error
+        raise LoadError(
+            f"{name!r} cannot be planned: there is no such folder or file here, and as a hub id its {CONFIG} cannot be "
+            f"had ({_first_line(error)})"
+        ) from error
+
+
+def _with_head(config: Any) -> Any:
+    for mapping, kind in (
+        (transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, transformers.AutoModelForSequenceClassification),
+        (transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.AutoModelForImageClassification),
+    ):
+        if type(config) in mapping:
+            return kind
+    raise LoadError(f"transformers has no classification model for {config.model_type!r}: plan it without its own head")
+
+
+def _timm(name: str, classes: int | None) -> nn.Module:
+    timm, model = import_timm(), name.removeprefix(TIMM).partition("@")[0]
+    try:
+        return timm.create_model(model, pretrained=False, num_classes=classes)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise LoadError(f"{name!r} cannot be planned ({_first_line(error)}): see timm.list_models()") from error
+
+
+def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int | None) -> dict[str, Tensor]:
+    """A batch without content, with labels and, for texts, with padding; on the default device.
+
+    Args:
+        model: says whether it reads texts or images, and what its labels are.
+        rows: of the batch.
+        length: tokens of a text; None: `LENGTH`, or what the model takes at most.
+        image_size: rows and columns of an image; None: what the model was made for, or `IMAGE_SIZE`.
+
+    Raises:
+        ValueError: if a size does not fit the model.
+    """
+    if rows < 1:
+        raise ValueError(f"batch={rows}, but it must be at least 1")
+    if model.main_input_name == "pixel_values":
+        if length is not None:
+            raise ValueError(f"length={length}, but {_name(model)} reads images: give image_size")
+        inputs = {"pixel_values": torch.zeros(rows, *_image_shape(model, image_size))}
+    else:
+        if image_size is not None:
+            raise ValueError(f"image_size={image_size}, but {_name(model)} reads texts: give length")
+        shape = rows, _length(model, length)
+        inputs = {name: torch.ones(shape, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+        # without any padding transformers would leave the mask out
+        inputs["attention_mask"][-1, 1:] = 0
+    if model.settings.head is None and model.writes == "text2text":
+        target = torch.ones(rows, TARGET, dtype=torch.long)
+        return {**inputs, "decoder_input_ids": target, "labels": target.clone()}
+    if model.settings.head is None and model.writes == "lm":
+        return {**inputs, "labels": inputs["input_ids"].clone()}
+    return {**inputs, "labels": _labels(model, rows)}
+
+
+def _length(model: SideModel, asked: int | None) -> int:
+    most, _ = positions(model.backbone)
+    length = asked if asked is not None else min(LENGTH, most or LENGTH)
+    if length < 1 or (most is not None and length > most):
+        raise ValueError(f"length={length}, but {_name(model)} takes 1 to {most or 'any number of'} tokens")
+    return length
+
+
+def _image_shape(model: SideModel, asked: int | None) -> tuple[int, int, int]:
+    """Channels, rows, columns."""
+    own = image_shape(model.trunk)
+    if own is None and (channels := getattr(getattr(model.trunk, "config", None), "num_channels", None)):
+        own = (channels, IMAGE_SIZE, IMAGE_SIZE)  # any size will do: transformers' ResNets name none
+    if own is None:
+        raise ValueError(f"{_name(model)} does not say which images it takes: it cannot be planned for")
+    if asked is not None and asked < 1:
+        raise ValueError(f"image_size={asked}, but it must be at least 1")
+    return own if asked is None else (own[0], asked, asked)
+
+
+def _labels(model: SideModel, rows: int) -> Tensor:
+    head = model.settings.head
+    if head is None or head.kind == "single":
+        return torch.zeros(rows, dtype=torch.long)
+    shape = (rows, head.outputs) if head.outputs > 1 or head.kind == "multi" else (rows,)
+    return torch.zeros(shape)
+
+
+def _name(model: SideModel) -> str:
+    return type(model.backbone).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

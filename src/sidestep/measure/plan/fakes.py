@@ -1,0 +1,36 @@
+"""Stand-ins without memory: a model's tensors are replaced by fake ones, which have shapes and no values."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from sidestep.backbone.fakes import fake_like, fakes_of
+from sidestep.model.pair_model import Attached
+
+
+def fake_copy(model: Attached) -> Attached:
+    """A copy of an attached model (of real weights, or on the meta device) whose tensors are fake ones on the CPU.
+
+    To be called under a `FakeTensorMode`. Hooks, recomputed blocks and gradient flags come along; the model itself
+    stays as it is.
+    """
+    # by its memo, deepcopy takes these for what they stand for: nothing large is copied
+    memo: dict[int, Any] = {id(model.extras): {}, **{id(part._originals): {} for part in model.parts}}
+    return copy.deepcopy(model, fakes_of(model, memo))
+
+
+def fake_batch(model: Attached, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fake tensors in place of a batch, without the columns that the model does not take."""
+    names = inspect.signature(model.forward).parameters
+    return {name: fake_like(tensor) for name, tensor in batch.items() if name in names}
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, shared ones once."""
+    storages = {tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())}
+    return sum(storage.nbytes() for storage in storages)

@@ -1,0 +1,150 @@
+"""What fits: the largest batch for a device, and a warning before a run that will not fit."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from sidestep.measure.memory import format_bytes
+from sidestep.measure.plan.trace import Device, Plan, Precision, plan_for
+from sidestep.methods import MethodConfig, methods
+from sidestep.model.pair_model import Attached
+
+MOST = 2**20  # rows; a batch that still fits then is limited by something else
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class PlanWarning(UserWarning):
+    """A run will take more memory than the device has."""
+
+
+def memory_of(text: str) -> int:
+    """Bytes of a size such as "16GB", "24 GiB" or "900M"; units are powers of 1024, as makers of cards count them.
+
+    Raises:
+        ValueError: if the text is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", text, flags=re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise ValueError(f"{text!r} is no size of memory: write for example 16GB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def best_device() -> Device:
+    """The device on which a step can be measured here: the GPU, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def largest_batch(total: Callable[[int], int], limit: int, *, start: int, fixed: int = 0) -> int:
+    """The largest batch whose `total` bytes stay within `limit`; 0 if not even one row does.
+
+    The found batch has been tried, and so has the next one. The line through two known batches says where to try.
+
+    Args:
+        total: bytes for a batch; rises with it.
+        limit: bytes.
+        start: the batch to try first.
+        fixed: bytes that do not depend on the batch.
+    """
+    (low, low_bytes), (high, high_bytes) = (0, fixed), (MOST, 0)
+    guess, slope, middle = start, 1.0, True
+    while high - low > 1:
+        size = total(guess)
+        if size > limit:
+            high, high_bytes = guess, size
+        else:
+            slope = (size - low_bytes) / (guess - low)
+            low, low_bytes = guess, size
+        if high < MOST:
+            slope, middle = (high_bytes - low_bytes) / (high - low), not middle
+        ahead = int((limit - low_bytes) / max(1.0, slope))
+        # in case the line is none: the first tries go no further than eightfold, later every other one halves the gap
+        most = 7 * max(1, low) if high == MOST else high - low - 1
+        guess = low + min(max(1, (high - low) // 2 if high < MOST and middle else ahead), most)
+    return low
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """A method that could be used instead, and its plan.
+
+    Attributes:
+        label: the method's name, with "+checkpoint" if late blocks are recomputed.
+        plan: None if there is none.
+        reason: why not; None if there is a plan.
+    """
+
+    label: str
+    plan: Plan | None
+    reason: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Label, bytes and reason, as JSON-ready values."""
+        sizes = {
+            name: None if self.plan is None else getattr(self.plan, name) for name in ("total_bytes", "peak_bytes")
+        }
+        return {"label": self.label, **sizes, "reason": self.reason}
+
+
+def alternatives(make: Callable[..., Plan], asked: MethodConfig) -> list[Alternative]:
+    """Every registered method, with and without recomputing late blocks where it has any, the smallest first.
+
+    Args:
+        make: the plan of a method config, and of `checkpoint="late"`.
+        asked: the config to take for its own method; the others have their defaults.
+    """
+    found = []
+    for name, method in methods().items():
+        config = asked if type(asked) is method.config else method.config()
+        try:
+            plain, late = make(config), make(config, checkpoint="late")
+        # a method may refuse the backbone, need a package that is not there, or not be traceable
+        except (ValueError, ModuleNotFoundError) as refusal:
+            found.append(Alternative(label=name, plan=None, reason=str(refusal)))
+            continue
+        found.append(Alternative(label=name, plan=plain, reason=None))
+        if late.saved_bytes != plain.saved_bytes:
+            found.append(Alternative(label=f"{name}+checkpoint", plan=late, reason=None))
+    return sorted(found, key=lambda other: (other.plan is None, other.plan.total_bytes if other.plan else 0))
+
+
+def check_fits(
+    model: Attached,
+    batch: Mapping[str, Tensor],
+    *,
+    precision: Precision = "float32",
+    optimizer: str = "AdamW",
+) -> None:
+    """Warn if a training step on this batch will take more than the device has; says nothing if it cannot tell.
+
+    On a GPU everything is held against its memory; on the CPU what comes on top of the loaded model, against the memory
+    that is free now.
+
+    Warns:
+        PlanWarning: if it does not fit.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            plan = plan_for(model, batch, precision=precision, optimizer=optimizer)
+        if model.device.type == "cuda":
+            needed, has = plan.total_bytes, torch.cuda.get_device_properties(model.device).total_memory
+        else:
+            needed, has = plan.peak_bytes + plan.optimizer_bytes, psutil.virtual_memory().available
+    # whatever goes wrong here is no reason to keep anyone from training
+    except Exception:
+        return
+    if needed > has:
+        there = "the GPU has" if plan.device == "cuda" else "the machine has free"
+        warnings.warn(
+            f"a training step with batches of {plan.batch} will need about {format_bytes(needed)}, but {there} "
+            f"{format_bytes(has)}: `sidestep plan` finds the batch size or the method that fits",
+            PlanWarning,
+            stacklevel=2,
+        )

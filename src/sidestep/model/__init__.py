@@ -1,0 +1,1 @@
+"""A backbone with a task attached: the side network or the diff, the head, and what trainers see of them."""

@@ -1,0 +1,413 @@
+"""PairModel: a dual encoder of images and texts with a method on each tower; and `attach`, for one backbone or a pair.
+
+Both towers are ordinary `SideModel`s whose head gives an embedding, so sites, folds, checkpoints, digests and `detach`
+are those of one backbone. What is here is what belongs to both: the temperature and the losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers.utils import ModelOutput
+
+from sidestep.backbone import (
+    Digest,
+    Noise,
+    default_pool,
+    digest_of,
+    freeze,
+    joined,
+    new_parameters,
+    pretrained_tensors,
+)
+from sidestep.backbone.families import DUAL_FAMILIES, Pool, dual_family_of
+from sidestep.interface.registry import Method
+from sidestep.methods import MethodConfig, UnsupportedBackbone, method_of
+from sidestep.model.before import Before
+from sidestep.model.heads import HeadConfig, Retrieve
+from sidestep.model.side_model import Checkpoint, Settings, SideModel, check_attachable
+
+LARGEST_SCALE = math.log(100)
+"""At which CLIP stops the logarithm of its temperature's inverse."""
+PROJECTIONS = {"image": "visual_projection", "text": "text_projection"}
+
+
+# Retrieve is a HeadConfig too: mypy calls that an overlap, and takes the first that fits, which is what is meant.
+@overload
+def attach(  # type: ignore[overload-overlap]
+    backbone: nn.Module,
+    method: MethodConfig,
+    *,
+    head: Retrieve,
+    train_head: bool | None = None,
+    backbone_noise: Noise | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> PairModel: ...
+
+
+@overload
+def attach(
+    backbone: nn.Module,
+    method: MethodConfig,
+    *,
+    head: HeadConfig | None = None,
+    train_head: bool | None = None,
+    backbone_noise: Noise | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> SideModel: ...
+
+
+def attach(
+    backbone: nn.Module,
+    method: MethodConfig,
+    *,
+    head: HeadConfig | None = None,
+    train_head: bool | None = None,
+    backbone_noise: Noise | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> SideModel | PairModel:
+    """A model that tunes `method` (and a head) on a backbone, frozen and in eval mode from here on.
+
+    Args:
+        backbone: a Hugging Face model, with or without a task head, or a timm model; with `Retrieve` a dual encoder, as
+            `CLIPModel` or `VisionTextDualEncoderModel`.
+        method: for example `ReadConfig(rank=128)`; of a dual encoder each tower gets its own.
+        head: `Classify`, `Regress`, `Retrieve`, or None for the backbone's own head.
+        train_head: with head=None, whether the backbone's own head is trained; None: if it is new or the class is a
+            For...Classification class. A pooler is trained if it is new.
+        backbone_noise: "drop_path", "dropout" or "all" leave that noise on in training; None: eval mode. A method that
+            changes the backbone's weights trains with the backbone's own noise in any case.
+        checkpoint: "late" recomputes the blocks after the method's first write in backward.
+
+    Raises:
+        UnsupportedBackbone: if the method cannot work on this backbone, or on one of its towers.
+        ValueError: if the backbone is compiled, attached already, no dual encoder where one is needed, or a setting is
+            out of range.
+        TypeError: if the backbone is no torch module.
+    """
+    settings = Settings(method, head, train_head, backbone_noise, checkpoint)
+    if isinstance(backbone, PairModel):
+        raise ValueError("this is an attached model already: call ss.detach(model) first, then attach again")
+    check_attachable(backbone)
+    return PairModel(backbone, settings) if isinstance(head, Retrieve) else SideModel(backbone, settings)
+
+
+def detach(model: Attached) -> nn.Module:
+    """The untouched backbone: hooks removed, weights, gradient flags and mode as they were before `attach`."""
+    return model.detach_backbone()
+
+
+def digests_of(backbone: nn.Module) -> list[Digest]:
+    """The digests of a bare backbone as the parts of an attached model have them: one, or each tower's."""
+    dual: Any = backbone
+    towers = [backbone] if dual_family_of(backbone) is None else [dual.vision_model, dual.text_model]
+    return [digest_of(pretrained_tensors(tower)) for tower in towers]
+
+
+@dataclass
+class RetrievalOutput(ModelOutput):
+    """What a `PairModel` gives.
+
+    Attributes:
+        loss: of training, where labels were given.
+        image_embeds: (pairs, dim) of length one; None without images.
+        text_embeds: (pairs, dim) of length one; None without texts.
+    """
+
+    loss: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+
+
+class PairModel(nn.Module):
+    """A dual encoder with a method and an embedding head on each tower; make one with `attach` or `load`.
+
+    `state_dict()` is the task alone, as of a `SideModel`: its names begin with "image." and "text.", and "logit_scale"
+    is the trained temperature.
+
+    Attributes:
+        image, text: the towers, attached.
+        logit_scale: logarithm of what cosines are multiplied by; None with the triplet loss.
+        epoch: how far training is, in epochs, for a loss that goes by it (`Retrieve.mean_epochs`); else past all.
+        backbone: the dual encoder as given (no submodule: the towers hold what is used of it).
+        settings, record, extras: as of a `SideModel`.
+    """
+
+    backbone: Any
+    main_input_name = "pixel_values"
+    accepts_loss_kwargs = False
+    """The Trainer divides the loss by the batches that it accumulates: a batch's negatives are its own."""
+
+    def __init__(self, backbone: nn.Module, settings: Settings) -> None:
+        super().__init__()
+        if dual_family_of(backbone) is None:
+            raise ValueError(
+                f"head=ss.Retrieve(...) needs a dual encoder of images and texts ({', '.join(DUAL_FAMILIES)}), but "
+                f"{type(backbone).__name__} is none: two encoders make a VisionTextDualEncoderModel"
+            )
+        self.settings, self.extras, self.epoch = settings, dict[str, Any](), math.inf
+        self.record: Method = method_of(settings.method)
+        object.__setattr__(self, "backbone", backbone)
+        self._before = Before.of(backbone)
+        new = new_parameters(backbone)
+        towers: list[SideModel] = []
+        try:
+            for name, trunk in (("image", self.backbone.vision_model), ("text", self.backbone.text_model)):
+                towers.append(self._tower(name, trunk, new))
+            for name in PROJECTIONS.values():
+                freeze(backbone.get_submodule(name))
+        except BaseException:
+            for tower in towers:
+                tower.detach_backbone()
+            self._before.restore(backbone)
+            raise
+        self.image, self.text = towers
+        self.backbone.logit_scale.requires_grad_(False)
+        scale = self.backbone.logit_scale.detach().float().clone()
+        self.logit_scale = nn.Parameter(scale) if self.head.loss == "contrastive" else None
+        self.config = self.backbone.config
+        self.train(self._before.training)
+
+    def _tower(self, name: str, trunk: nn.Module, new: set[str]) -> SideModel:
+        """The method and the embedding head on one tower; the head starts as the model's own projection if it can."""
+        own: nn.Linear = getattr(self.backbone, PROJECTIONS[name])
+        loaded = f"{PROJECTIONS[name]}.weight" not in new
+        pool, width = self._pool(name, trunk, loaded), self.head.dim or own.out_features
+        head = replace(self.head, pool=pool, text_pool=None, dim=width)
+        try:
+            tower = SideModel(trunk, replace(self.settings, head=head))
+        except UnsupportedBackbone as error:
+            raise UnsupportedBackbone(f"the {name} tower of {type(self.backbone).__name__}: {error}") from error
+        assert tower.head is not None
+        if loaded and own.weight.shape == tower.head.linear.weight.shape:
+            with torch.no_grad():
+                tower.head.linear.weight.copy_(own.weight)
+        return tower
+
+    def _pool(self, name: str, trunk: nn.Module, loaded: bool) -> Pool:
+        asked = (self.head.text_pool if name == "text" else None) or self.head.pool
+        family = dual_family_of(self.backbone)
+        assert family is not None
+        own = family.image_pool if name == "image" else family.text_pool
+        return asked or (own if loaded else default_pool(trunk))
+
+    # --- running ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        image_index: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> RetrievalOutput:
+        """Embeddings of images, of texts, or of both, and with labels the loss of the pairs.
+
+        Args:
+            pixel_values: (images, channels, rows, columns).
+            input_ids, attention_mask, token_type_ids, position_ids: (texts, tokens), as the text tower takes them.
+            image_index: (texts,) the number of each text's image in `pixel_values`; None: they stand in pairs.
+            labels: (texts,) which image it is: texts of the same one are no negatives of each other.
+
+        Raises:
+            ValueError: if there are labels without images and texts in pairs.
+        """
+        text = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        given = {name: value for name, value in text.items() if value is not None}
+        images = None if pixel_values is None else self.image(pixel_values=pixel_values).logits
+        texts = None if input_ids is None else self.text(**given).logits
+        if image_index is not None and images is not None:
+            images = images[image_index]
+        loss = None if labels is None else self._loss(images, texts, labels)
+        return RetrievalOutput(loss=loss, image_embeds=images, text_embeds=texts)
+
+    def _loss(self, images: Tensor | None, texts: Tensor | None, labels: Tensor) -> Tensor:
+        if images is None or texts is None or not len(images) == len(texts) == len(labels):
+            counts = ", ".join(
+                f"{0 if part is None else len(part)} {name}"
+                for name, part in (("images", images), ("texts", texts), ("labels", labels))
+            )
+            raise ValueError(f"a loss needs pairs, but there are {counts}: give image_index where an image has several")
+        same = labels[:, None] == labels
+        with torch.autocast(images.device.type, enabled=False):
+            cosines = images @ texts.T
+            if self.logit_scale is None:
+                return self._triplet_loss(cosines, same)
+            if self.training:
+                with torch.no_grad():
+                    self.logit_scale.clamp_(0, LARGEST_SCALE)
+            return contrastive_loss(cosines * self.logit_scale.exp(), same)
+
+    def _triplet_loss(self, cosines: Tensor, same: Tensor) -> Tensor:
+        """In training the loss of the present epoch: over all violations first, then rising, of the hardest."""
+        head, epoch = self.head, self.epoch if self.training else math.inf
+        if epoch < head.mean_epochs:
+            return triplet_loss(cosines, same, head.margin, hardest=False)
+        rise = min(1.0, epoch - head.mean_epochs) if head.mean_epochs else 1.0
+        return rise * triplet_loss(cosines, same, head.margin, hardest=head.hardest)
+
+    # --- what it holds: as of a `SideModel` ------------------------------------------------------------------------
+
+    @property
+    def head(self) -> Retrieve:
+        """The config of the heads."""
+        assert isinstance(self.settings.head, Retrieve)
+        return self.settings.head
+
+    @property
+    def parts(self) -> tuple[SideModel, ...]:
+        """The image tower and the text tower."""
+        return (self.image, self.text)
+
+    @property
+    def towers(self) -> dict[str, SideModel]:
+        """The parts by name."""
+        return {"image": self.image, "text": self.text}
+
+    @property
+    def head_config(self) -> dict[str, Any]:
+        """The head's config as JSON-ready values, with read-outs and width as they were resolved."""
+        width = self.image.head.config.outputs if self.image.head is not None else None
+        return {**self.head.to_dict(), "pool": self.image.pool, "text_pool": self.text.pool, "dim": width}
+
+    @property
+    def trunk(self) -> Any:
+        """The dual encoder."""
+        return self.backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Where the towers are."""
+        return self.image.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The image tower's precision."""
+        return self.image.dtype
+
+    @property
+    def precisions(self) -> str:
+        """Those of the towers' weights, joined by "+"."""
+        return "+".join(sorted({name for tower in self.parts for name in tower.precisions.split("+")}))
+
+    @property
+    def digest(self) -> Digest:
+        """One digest of both towers' pretrained weights."""
+        return joined([tower.digest for tower in self.parts])
+
+    @property
+    def head_digest(self) -> Digest | None:
+        """The digest of the poolers that the task uses as they were loaded."""
+        found = [digest for tower in self.parts if (digest := tower.head_digest) is not None]
+        return joined(found) if found else None
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that are trained."""
+        for name, tower in self.towers.items():
+            yield from ((f"{name}.{own}", parameter) for own, parameter in tower.trained_parameters())
+        if self.logit_scale is not None:
+            yield "logit_scale", self.logit_scale
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Recompute the blocks that a gradient flows through (`checkpoint="late"`)."""
+        for tower in self.parts:
+            tower.gradient_checkpointing_enable()
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The task alone."""
+        destination = OrderedDict() if destination is None else destination
+        for name, tower in self.towers.items():
+            tower.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
+        if self.logit_scale is not None:
+            destination[f"{prefix}logit_scale"] = self.logit_scale if keep_vars else self.logit_scale.detach()
+        return destination
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Load a task's tensors; always strict, but over the task's names only.
+
+        Raises:
+            ValueError: if names are missing or unexpected, or a shape differs.
+        """
+        rest = set(state_dict)
+        for name, tower in self.towers.items():
+            own = [key for key in state_dict if key.startswith(f"{name}.")]
+            tower.load_state_dict({key.removeprefix(f"{name}."): state_dict[key] for key in own})
+            rest -= set(own)
+        if rest != ({"logit_scale"} if self.logit_scale is not None else set()):
+            raise ValueError(f"these weights are of another task: besides the towers' they have {sorted(rest)}")
+        if self.logit_scale is not None:
+            with torch.no_grad():
+                self.logit_scale.copy_(state_dict["logit_scale"])
+        return _IncompatibleKeys([], [])
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write the task folder (see `sidestep.disk.task_folder`)."""
+        from sidestep.disk import task_folder as store
+
+        store.save(self, folder, **kwargs)
+
+    def detach_backbone(self) -> nn.Module:
+        """See `detach`."""
+        if not self.image.fold.attached:
+            return self.backbone
+        with self.image.fold.turn, self.text.fold.turn:  # both or none
+            for tower in self.parts:
+                tower.leave()
+        self._before.restore(self.backbone)
+        return self.backbone.to(self.device)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        return self.image._replicate_for_data_parallel()
+
+
+Attached = SideModel | PairModel
+"""What `attach` gives."""
+
+
+def contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
+    """Symmetric cross-entropy of each pair against the batch's others; 0 where there are none.
+
+    Args:
+        logits: (pairs, pairs), of image i and text j.
+        same: (pairs, pairs) bool: texts j of the image i, which are no negatives of it.
+    """
+    negatives = logits.masked_fill(same, torch.finfo(logits.dtype).min)
+    right = logits.diagonal()
+    texts, images = (F.softplus(negatives.logsumexp(axis) - right).mean() for axis in (1, 0))
+    return (texts + images) / 2
+
+
+def triplet_loss(cosines: Tensor, same: Tensor, margin: float, *, hardest: bool) -> Tensor:
+    """How far negatives come within the margin of their pair, image to text plus text to image.
+
+    Args:
+        cosines: (pairs, pairs), of image i and text j.
+        same: (pairs, pairs) bool: texts j of the image i, which are no negatives of it.
+        margin: by which a pair should be ahead.
+        hardest: the mean over pairs of their hardest negative; else the mean over the negatives that violate it.
+    """
+    right = cosines.diagonal()
+    texts = (margin + cosines - right[:, None]).relu().masked_fill(same, 0)
+    images = (margin + cosines - right).relu().masked_fill(same, 0)
+    if hardest:
+        return texts.amax(1).mean() + images.amax(0).mean()
+    of_texts, of_images = (costs.sum() / (costs > 0).sum().clamp(min=1) for costs in (texts, images))
+    return of_texts + of_images

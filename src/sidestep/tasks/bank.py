@@ -1,0 +1,507 @@
+"""TaskBank: many tasks on one backbone, which is held once; switched in place, added while others are in use.
+
+A bank's folder holds one ordinary task folder for each task. What is being added lies in a hidden folder beside them,
+and a single rename makes it a task or ends one, so a process that is killed leaves the old state or the new one. Who
+writes holds a lock, which the system lets go of when a process ends; who reads needs none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sidestep.backbone import Digest, joined, without_values
+from sidestep.disk import task_folder as store
+from sidestep.disk.atomic import move, only_writer, refuse_inputs
+from sidestep.disk.task_folder import DamagedTask, TaskError
+from sidestep.fold import FoldError
+from sidestep.fold.turns import Turn
+from sidestep.messages import some
+from sidestep.model.pair_model import Attached, PairModel, detach, digests_of
+from sidestep.model.side_model import Rest, SideModel, check_attachable
+
+LOCK = ".lock"
+STAGING = ".moving-"
+NAME = re.compile(r"\w[\w.-]*")
+WAIT = "take turns, with a lock of your own from `activate` to the answer"
+BUSY = f"this bank is in the middle of another call, in another thread or within it: {WAIT}"
+LONGEST = 255  # bytes in the name of a folder
+NONE = (None, "", None)
+TASK_FILES = (store.CONFIG, store.WEIGHTS)  # either makes a folder a task's, so that a damaged one is seen and removed
+
+
+class BankError(TaskError):
+    """A bank cannot do what was asked for; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A task of a bank.
+
+    Attributes:
+        name: in the bank.
+        method: its name.
+        outputs: of its head; None: the head is the backbone's own.
+        labels: names of classes, where it has them.
+        values: how many are stored.
+        bytes: of all its files.
+        sha256: of its tensors.
+    """
+
+    name: str
+    method: str
+    outputs: int | None
+    labels: list[str] | None
+    values: int
+    bytes: int
+    sha256: str
+
+
+class BankFolder:
+    """The tasks of a bank on the disk, without their backbone."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Arg is the folder, which is made when the first task is added; what an interrupted change left is removed.
+
+        Raises:
+            BankError: if the path is a file.
+        """
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise BankError(f"{self.path} is a file: a bank is a folder")
+        if any(self.path.glob(f"{STAGING}*")):
+            with suppress(BankError, OSError), self._writing():
+                pass
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks that are there now, whoever added them; damaged ones included."""
+        return sorted({file.parent.name for part in TASK_FILES for file in self.path.glob(f"[!.]*/{part}")})
+
+    def folder(self, name: str) -> Path:
+        """The task folder of this name, which `load` takes too.
+
+        Raises:
+            BankError: if there is none.
+        """
+        if not (_is_name(name) and any((self.path / name / part).is_file() for part in TASK_FILES)):
+            raise BankError(f"{self.path} holds no task {name!r}: it holds {some(self.names)}")
+        return self.path / name
+
+    def entry(self, name: str) -> Entry:
+        """What a task's own files say of it; its weights are not read.
+
+        Raises:
+            TaskError: if there is none, or its files are damaged.
+        """
+        folder = self.folder(name)
+        with _what_to_do(name):
+            about = store.inspect_task(folder)
+            head = store.head_of(folder, about)
+        return Entry(
+            name=name,
+            method=about["method"]["name"],
+            outputs=None if head is None else head.outputs,
+            labels=about.get("labels"),
+            values=about["parameters"],
+            bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+            sha256=about["sha256"],
+        )
+
+    def entries(self) -> tuple[list[Entry], dict[str, str]]:
+        """What the tasks say of themselves, and of those that cannot be read, by their names, what is wrong."""
+        entries, unreadable = [], {}
+        for name in self.names:
+            try:
+                entries.append(self.entry(name))
+            # a TaskError, a head that this version does not know, or files that another process is just removing
+            except (ValueError, TypeError, OSError, RuntimeError) as error:
+                if name in self.names:
+                    unreadable[name] = str(error)
+        return entries, unreadable
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The config of a task.
+
+        Raises:
+            TaskError: if there is none, or it is damaged.
+        """
+        with _what_to_do(name):
+            return store.read_config(self.folder(name))
+
+    def read(self, name: str) -> store.Task:
+        """A task, read whole.
+
+        Raises:
+            TaskError: if there is none, or its files are damaged.
+        """
+        with _what_to_do(name):
+            return store.read(self.folder(name))
+
+    def digest(self) -> Digest | None:
+        """Of the backbone of all tasks, by the first that can be read; None: there is no such task."""
+        for name in self.names:
+            with suppress(TaskError):
+                return _digest(self.config(name))
+        return None
+
+    def add(self, name: str, task: str | Path | Attached, check: Callable[[store.Task], None] | None = None) -> None:
+        """Copy a task into the folder; it is there whole, or the folder is as before.
+
+        Args:
+            name: letters, digits, "_", "-" and ".", at most 255 bytes.
+            task: a task folder or an attached model.
+            check: raises if the task may not be added.
+
+        Raises:
+            BankError: if there is a task of this name, the name cannot be a folder's, the task belongs to another
+                backbone than those that are there, or another process is writing.
+            OutputError: if the bank lies in the task.
+            TaskError: if the task is damaged, or what `check` raises.
+        """
+        if not _is_name(name):
+            raise BankError(
+                f"{name!r} cannot be a task's name: use letters, digits, '_', '-' and '.', at most {LONGEST} bytes"
+            )
+        if not isinstance(task, SideModel | PairModel):
+            store.read(task)  # before anything is copied, so that the message names the folder that was given
+            refuse_inputs([self.path / name], [Path(task)])
+        with self._writing() as staging:
+            if name in self.names:
+                raise BankError(f"{self.path} holds {name!r} already: choose another name, or remove that task first")
+            if (self.path / name).exists():
+                raise BankError(f"{self.path / name} is there, and is no task: choose another name, or move it away")
+            new = staging / name
+            if isinstance(task, SideModel | PairModel):
+                store.save(task, new)
+            else:
+                store.copy(task, new)
+            found = store.read(new)
+            self._check_backbone(found)
+            if check is not None:
+                check(found)
+            move(new, self.path / name)
+
+    def remove(self, name: str) -> None:
+        """Delete a task.
+
+        Raises:
+            BankError: if there is none of this name, or another process is writing.
+        """
+        self.folder(name)  # before the lock, for which the bank's folder would be made
+        with self._writing() as staging:
+            move(self.folder(name), staging / name)
+
+    def _check_backbone(self, task: store.Task) -> None:
+        here, its = self.digest(), _digest(task.config)
+        if here is not None and here.matches(its) != "same":
+            raise BankError(f"{_other_backbone(task, its, here)} of the tasks in {self.path}: a bank has one backbone")
+
+    @contextmanager
+    def _writing(self) -> Iterator[Path]:
+        """Nobody else writes meanwhile; a new folder beside the tasks, which is removed with all that is left in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with only_writer(self.path / LOCK, self.path, BankError):
+            for left in self.path.glob(f"{STAGING}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=self.path))
+            try:
+                yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+class TaskBank(AbstractContextManager["TaskBank"]):
+    """Tasks of every kind on one backbone, of which one at a time is active.
+
+    Switching writes a diff's entries into the backbone's weights and their own values back, and moves hooks; nothing is
+    computed by subtraction, so the backbone is the same bit for bit after any switches, and no task changes another.
+
+    Any thread may use a bank, one at a time. A thread that comes while another one switches, adds, or calls the active
+    model gets an error, and nothing changes: a lock of the caller's own makes threads wait for each other.
+
+    Attributes:
+        backbone: held once; between `deactivate` and `activate` it is bare, and other models may be attached.
+        store: the tasks on the disk.
+        seconds: how long the last switch to each task took.
+    """
+
+    def __init__(self, backbone: nn.Module, folder: str | Path | None = None, *, keep: int | None = None) -> None:
+        """Open a bank; its folder may hold tasks already.
+
+        Args:
+            backbone: a Hugging Face or timm model with nothing attached, where it will stay and in its final precision.
+            folder: the bank's; None: a temporary one, which `close` deletes.
+            keep: how many inactive tasks stay in memory, ready to be switched to without reading files (LoRA and its
+                like are always read); None: all that were used.
+
+        Raises:
+            BankError: if the tasks in the folder belong to another backbone.
+            ValueError: if something is attached to the backbone, it is compiled, or `keep` is below 0.
+        """
+        check_attachable(backbone)
+        if keep is not None and keep < 0:
+            raise ValueError(f"keep={keep}, but it must be None or a number of tasks from 0")
+        self.backbone, self._keep = backbone, keep
+        self._digests, self._blank = digests_of(backbone), without_values(backbone)
+        self._temporary = None
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="sidestep-bank-")
+            folder = self._temporary.name
+        self.store = BankFolder(folder)
+        self._resting: dict[str, Resting] = {}
+        self._checked: set[str] = set()
+        self._turn, self._asked = Turn(BankError(BUSY)), threading.local()
+        # name, identity and model: one value, so that another thread sees no mixture of two tasks
+        self._now: tuple[str | None, str, Attached | None] = NONE
+        self.seconds: dict[str, float] = {}
+        its = self.store.digest()
+        if its is not None and self.digest.matches(its) != "same":
+            raise BankError(
+                f"the tasks in {self.store.path} belong to weights with digest {_short(its)}, and this "
+                f"{type(backbone).__name__} has {_short(self.digest)}: load their own backbone, in its precision"
+            )
+
+    @property
+    def digest(self) -> Digest:
+        """Of the backbone."""
+        return self._digests[0] if len(self._digests) == 1 else joined(self._digests)
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks that are there now, those that other processes added included."""
+        return self.store.names
+
+    @property
+    def active(self) -> str | None:
+        """Name of the active task, or None."""
+        return self._now[0]
+
+    @property
+    def model(self) -> Attached | None:
+        """The active task's model, or None.
+
+        Raises:
+            BankError: if this thread has activated a task, and another one has switched since.
+        """
+        active, _, model = self._now
+        asked = getattr(self._asked, "name", active)
+        if asked != active:
+            raise BankError(
+                f"this thread has activated {asked!r}, and another one has switched to {active or 'none'} since: {WAIT}"
+            )
+        return model
+
+    def entries(self) -> list[Entry]:
+        """The tasks that are there now and can be read; of each of the others a warning says what is wrong."""
+        entries, unreadable = self.store.entries()
+        for reason in unreadable.values():
+            warnings.warn(reason, stacklevel=2)
+        return entries
+
+    def add(self, name: str, task: str | Path | Attached) -> None:
+        """Store a task in the bank, whatever is active; it is checked before anything changes.
+
+        Args:
+            name: letters, digits, "_", "-" and ".", at most 255 bytes.
+            task: a task folder, or an attached model (on this backbone or on another copy of it).
+
+        Raises:
+            BankError: as `BankFolder.add`, or if the task belongs to other weights, or the same in another precision.
+            TaskError: if it is damaged, or does not fit the backbone's class.
+            UnsupportedBackbone: if the method cannot work on the backbone.
+        """
+        with self._turn:
+            self.store.add(name, task, self._check)
+
+    def remove(self, name: str) -> None:
+        """Delete a task from the bank.
+
+        Raises:
+            BankError: if it is active, there is none of this name, or another process is writing.
+        """
+        with self._turn:
+            if name == self.active:
+                raise BankError(f"{name!r} is active: activate another task, or deactivate() it, before it is removed")
+            self.store.remove(name)
+            self._resting.pop(name, None)
+
+    def activate(self, name: str) -> Attached:
+        """Switch to a task: its model, in eval mode when it is first used, then as it was left.
+
+        The models of other tasks cannot be called meanwhile. `seconds[name]` says how long it took.
+
+        Raises:
+            BankError: if there is none of this name, or another thread is using the bank or the active model.
+            TaskError: if its files are damaged. The bank is as before.
+        """
+        with self._turn:
+            model, self._asked.name = self._switch(name), name
+            return model
+
+    def deactivate(self) -> nn.Module:
+        """Leave the active task: the bare backbone, bit for bit as it was given.
+
+        Raises:
+            BankError: if another thread is using the bank or the active model.
+        """
+        with self._turn:
+            self._leave()
+            vars(self._asked).clear()  # of this thread
+        return self.backbone
+
+    def run(self, name: str, batch: Mapping[str, Any]) -> Any:
+        """A task's output for a batch of the backbone's inputs, without gradients; errors as of `activate`."""
+        with self._turn, torch.no_grad():
+            model, self._asked.name = self._switch(name), name
+            return model(**batch)
+
+    def close(self) -> None:
+        """Leave the bare backbone; the tasks stay on the disk, unless the folder is temporary."""
+        with self._turn:
+            self._leave()
+            self._resting.clear()
+            if self._temporary is not None:
+                self._temporary.cleanup()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- switching -------------------------------------------------------------------------------------------------
+
+    def _switch(self, name: str) -> Attached:
+        started, (before, its, active) = time.perf_counter(), self._now
+        identity = _identity(self.store.config(name))
+        if (name, identity) == (before, its) and active is not None and _is_on(active):
+            return active
+        # all that may well fail comes before the active task is left
+        ready: Resting | store.Task | None = self._resting.pop(name, None)
+        if not isinstance(ready, Resting) or ready.identity != identity:
+            ready = self._read(name)  # not used yet, or another process has put another task in its place
+        try:
+            self._leave()
+            model = ready.resume() if isinstance(ready, Resting) else self._put(ready)
+        except BaseException:
+            if isinstance(ready, Resting):
+                self._resting[name] = ready
+            if before is not None and self._now is NONE:  # it was left
+                with suppress(Exception):  # what went wrong first is what is raised
+                    self._switch(before)
+            raise
+        self._now = (name, identity, model)
+        self.seconds[name] = time.perf_counter() - started
+        return model
+
+    def _leave(self) -> None:
+        name, identity, model = self._now
+        if name is not None and model is not None and _is_on(model):
+            try:
+                if isinstance(model, SideModel) and model.can_rest:
+                    self._resting[name] = Resting(model, model.rest(), identity)
+                detach(model)
+            except FoldError as error:
+                raise BankError(f"{name!r} is in the middle of a call, and cannot be left: {WAIT}") from error
+        while self._keep is not None and len(self._resting) > self._keep:
+            del self._resting[next(iter(self._resting))]
+        self._now = NONE
+
+    # --- small parts -----------------------------------------------------------------------------------------------
+
+    def _check(self, task: store.Task) -> None:
+        """Raise unless this task can be put on the backbone; looked at once."""
+        identity = _identity(task.config)
+        if identity not in self._checked:
+            self._check_fit(task)
+            self._checked.add(identity)
+
+    def _check_fit(self, task: store.Task) -> None:
+        with torch.random.fork_rng(devices=[]):
+            store.check_fit(task, self._blank)
+        its = _digest(task.config)
+        match = self.digest.matches(its)
+        if match == "same":
+            return
+        what = f"{_other_backbone(task, its, self.digest)} of this {type(self.backbone).__name__}"
+        if match == "dtype":
+            raise BankError(
+                f"{what}, the same in another precision: load the backbone in {its.dtype}, or put the task on this one "
+                "with ss.load(..., allow_mismatch=True), look at its scores, and add that model"
+            )
+        raise BankError(f"{what}: load the task's own backbone, with its embeddings not resized")
+
+    def _read(self, name: str) -> store.Task:
+        task = self.store.read(name)
+        self._check(task)
+        return task
+
+    def _put(self, task: store.Task) -> Attached:
+        # a side network begins at random: a switch leaves the caller's random numbers alone
+        # and what is made under inference_mode could not be trained later
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            return store.put(task, self.backbone, digests=self._digests)
+
+
+@dataclass(frozen=True)
+class Resting:
+    """An inactive task in memory."""
+
+    model: SideModel
+    rest: Rest
+    identity: str
+
+    def resume(self) -> SideModel:
+        """Its model, on the backbone again."""
+        self.model.resume(self.rest)
+        return self.model
+
+
+def _is_name(name: str) -> bool:
+    """Whether a folder can have it."""
+    return NAME.fullmatch(name) is not None and len(os.fsencode(name)) <= LONGEST
+
+
+def _is_on(model: Attached) -> bool:
+    """Whether nobody has detached it."""
+    return all(part.fold.attached for part in model.parts)
+
+
+def _identity(config: Mapping[str, Any]) -> str:
+    """By which a task is known: all of its config, in which the checksum of its tensors is one entry."""
+    return hashlib.sha256(json.dumps(config).encode()).hexdigest()
+
+
+@contextmanager
+def _what_to_do(name: str) -> Iterator[None]:
+    """Say of a damaged task how a bank's user replaces it."""
+    try:
+        yield
+    except DamagedTask as error:
+        raise BankError(f"{error.reason}: remove {name!r} (`sidestep bank remove`) and add it again") from error
+
+
+def _digest(config: Mapping[str, Any]) -> Digest:
+    return Digest(**config["backbone"]["digest"])
+
+
+def _short(digest: Digest) -> str:
+    return f"{digest.exact[:16]} ({digest.dtype})"
+
+
+def _other_backbone(task: store.Task, its: Digest, here: Digest) -> str:
+    made = task.config["backbone"]["class_name"]
+    return f"{task.folder.name} was made on a {made} with digest {_short(its)}, which is not the {_short(here)}"

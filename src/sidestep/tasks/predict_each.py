@@ -1,0 +1,96 @@
+"""Predictions for rows of several tasks: each by its own task of a bank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from datasets import Dataset
+
+from sidestep.data import DataError, Fields
+from sidestep.data.messages import listed
+from sidestep.kinds.prepare import chosen_fields
+from sidestep.messages import some
+from sidestep.model.pair_model import PairModel
+from sidestep.tasks.bank import TaskBank
+from sidestep.tasks.predict import PREDICTION, Probabilities, Rows, as_dataset, predict
+
+
+def predict_each(
+    bank: TaskBank,
+    rows: Rows,
+    names: Sequence[str],
+    *,
+    columns: Fields | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+    probabilities: Probabilities | None = None,
+) -> Dataset:
+    """As `predict`, each row by the task of a bank that is named for it, with one switch for each task.
+
+    The columns are those of all these tasks; a row has None in those that its task does not write. Predictions are
+    texts if those of one task are.
+
+    Args:
+        bank: of the tasks.
+        rows: see `Rows`.
+        names: of the task of each row.
+        columns: to read in the place of those that the tasks were trained on; `text2` by those that read a pair.
+        batch_size: rows of one pass.
+        progress: whether a bar is shown.
+        probabilities: as for `predict`; None: "all" if there is one task, and "one" if there are several, whose columns
+            would be empty in the rows of the others.
+
+    Raises:
+        BankError: if the bank holds no task of such a name.
+        DataError: as `predict`, and for tasks of retrieval, whose rows belong together.
+    """
+    rows, cells = as_dataset(rows), dict[str, list[Any]]()
+    tasks = {name: [index for index, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
+    wanted = probabilities or ("all" if len(tasks) == 1 else "one")
+    for name in tasks:
+        bank.store.folder(name)
+    reads = {name: _columns_of(bank, name, columns or Fields()) for name in tasks}
+    if columns is not None and columns.text2 and not any(fields.text2 for fields in reads.values()):
+        raise DataError(f"text2={columns.text2!r}, but none of these tasks reads a second text: leave it out (--text2)")
+    _refuse_missing(reads, rows.column_names)
+    for name, index in tasks.items():
+        model = bank.activate(name)
+        if isinstance(model, PairModel):
+            raise DataError(f"{name!r} is a task of retrieval, which looks at rows together: use `sidestep predict`")
+        found = predict(
+            model,
+            rows.select(index),
+            fields=reads[name],
+            batch_size=batch_size,
+            progress=progress,
+            probabilities=wanted,
+        )
+        for column in found.column_names:
+            values = cells.setdefault(column, [None] * len(rows))
+            for place, value in zip(index, found[column], strict=True):
+                values[place] = value
+    if any(isinstance(value, str) for value in cells[PREDICTION]):
+        cells[PREDICTION] = [str(value) for value in cells[PREDICTION]]
+    return Dataset.from_dict(cells)
+
+
+def _columns_of(bank: TaskBank, name: str, given: Fields) -> Fields:
+    """The columns that a task of a bank reads."""
+    known = bank.store.config(name)["preprocessing"] or {}
+    pair = "fields" not in known or known["fields"].get("text2")
+    return replace(chosen_fields(known, given if pair else replace(given, text2=None)), label=None)
+
+
+def _refuse_missing(reads: Mapping[str, Fields], there: Sequence[str]) -> None:
+    """Refuse rows that lack what a task of a bank reads, before any is run."""
+    asked = {name: [column for column in asdict(fields).values() if column] for name, fields in reads.items()}
+    lacking = [
+        f"{column!r} (read by {name})" for name, columns in asked.items() for column in columns if column not in there
+    ]
+    if lacking:
+        raise DataError(
+            f"there is no column {some(lacking)}: the columns are {listed(there, limit=30)}. Name the column that all "
+            "tasks are to read (--text, --text2, --image)"
+        )

@@ -1,0 +1,1 @@
+"""A training run: settings, recipes, checks, stages, checkpoints and results."""

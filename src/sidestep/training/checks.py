@@ -1,0 +1,124 @@
+"""What is refused before a run: settings, rows and a model that do not fit each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from sidestep.backbone import positions
+from sidestep.backbone.pixels import check_image_size
+from sidestep.data import DataError
+from sidestep.data.messages import named_rows
+from sidestep.data.vocabulary import check_tokens
+from sidestep.disk.task_folder import check_sizes
+from sidestep.kinds.prepare import TaskData, written_kind
+from sidestep.model.pair_model import Attached
+from sidestep.training.settings import TrainSettings
+
+
+def check_run(model: Attached, data: TaskData, settings: TrainSettings) -> None:
+    """Refuse what a run cannot do.
+
+    Raises:
+        DataError: if rows do not fit the backbone.
+        TaskError: if the task could not be loaded again.
+        ValueError: if a setting does not fit the problem, or texts the backbone's positions.
+    """
+    smoothing = settings.label_smoothing
+    if smoothing and data.labels.kind != "single":
+        raise ValueError(
+            f"label_smoothing={smoothing} with problem {data.labels.kind!r}: it is for single-label "
+            "classification; leave it at 0"
+        )
+    if smoothing and not hasattr(model, "config"):
+        raise ValueError(
+            f"label_smoothing={smoothing}: the Trainer smooths labels of transformers models only, and "
+            f"{type(model.backbone).__name__} is timm's; leave it at 0"
+        )
+    _check_task(model, data)
+    check_sizes(model)  # before a long run, at whose end nothing could be saved
+    if data.labels.kind == "retrieval" and settings.batch_size < 2:
+        raise ValueError(
+            f"batch_size={settings.batch_size} for retrieval: the other pairs of a batch are the negatives, so there "
+            "have to be at least 2"
+        )
+    if data.fields.image is not None:
+        reader = model.parts[0]
+        check_image_size(reader.backbone, reader.trunk, data.train[0]["pixel_values"])
+    if data.fields.text is not None:
+        _check_positions(model.parts[-1].backbone, data)
+        _check_tokens(model, data)
+    if settings.drop_last and len(data.train) < settings.batch_size:
+        raise ValueError(
+            f"drop_last with {len(data.train)} training rows and batch_size={settings.batch_size}: no batch would be "
+            "left; lower the batch size, or train on the last batch too"
+        )
+    _check_rows(model, data, settings)
+    if torch.cuda.is_available() and torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
+        raise ValueError(
+            f"{torch.cuda.device_count()} GPUs are visible: show one (CUDA_VISIBLE_DEVICES=0), or start one "
+            "process per GPU with torchrun"
+        )
+
+
+def _check_rows(model: Attached, data: TaskData, settings: TrainSettings) -> None:
+    """Refuse batches that are too small for a method's batch norms, the last one of an epoch included."""
+    least = max(part.side.least_rows for part in model.parts)
+    rest = 0 if settings.drop_last else len(data.train) % settings.batch_size
+    if (rest or settings.batch_size) < least:
+        raise ValueError(
+            f"batch_size={settings.batch_size} with {len(data.train)} training rows makes a batch of "
+            f"{rest or settings.batch_size}, but {model.record.name} has batch norms on this backbone, which are "
+            f"trained on {least} rows or more: choose another batch size"
+            + (", or leave the last batch out (--drop-last)" if rest and rest != len(data.train) else "")
+        )
+
+
+def _check_task(model: Attached, data: TaskData) -> None:
+    """Refuse a model that does not write the texts that the data asks for, or of which nothing is trained."""
+    kind = written_kind(data.labels.kind)
+    if kind is None:
+        return
+    if model.writes != kind:
+        raise ValueError(
+            f"the problem is {kind!r}, but {type(model.backbone).__name__} as it is attached writes no such text: take "
+            f"the backbone of load_backbone(..., writes={kind!r}) and the head of head_for(data)"
+        )
+    if model.untrained is not None:
+        raise ValueError(model.untrained)
+
+
+def _check_positions(backbone: nn.Module, data: TaskData) -> None:
+    """Refuse texts, asked for or there, that are longer than the backbone's tables of positions."""
+    name, (reads, writes) = type(backbone).__name__, positions(backbone)
+    parts = [rows.with_format(None) for rows in (data.train, data.dev)]
+    new = 0 if data.generation is None else data.generation.max_new_tokens
+    targets = [[len(ids) for ids in rows["labels"][:]] if new else [0] * len(rows) for rows in parts]
+    prompts = [np.subtract(rows["length"][:], own).max() for rows, own in zip(parts, targets, strict=True)]
+    behind = max(new, *map(max, targets)) if data.labels.kind == "lm" else 0
+    longest = behind + (max(prompts) if data.max_length is None else data.max_length)
+    if reads is not None and longest > reads:
+        given = f"max_length={longest}"
+        if data.max_length is None:
+            given = f"max_length=None leaves texts of up to {longest} tokens"
+        raise ValueError(f"{given}, but {name} has {reads} positions: choose at most {reads}")
+    if writes is None or data.labels.kind != "text2text":
+        return
+    for split, lengths in zip(("training", "dev"), targets, strict=True):
+        if long := [row for row, length in enumerate(lengths) if length > writes]:
+            raise DataError(
+                f"the decoder of {name} has {writes} positions, but targets have up to {max(lengths)} tokens, in "
+                f"{named_rows(long)} of the {split} rows: they are never cut; shorten or drop these rows"
+            )
+    if new > writes:
+        raise ValueError(
+            f"max_new_tokens={new}, but the decoder of {name} has {writes} positions: choose at most {writes}"
+        )
+
+
+def _check_tokens(model: Attached, data: TaskData) -> None:
+    """Refuse rows with tokens that the backbone has no embeddings for."""
+    tokenizer, kind = getattr(data.processor, "text", data.processor), written_kind(data.labels.kind)
+    for split, rows in (("training", data.train), ("dev", data.dev)):
+        check_tokens(model.parts[-1].backbone, rows, tokenizer, kind=kind, split=split)
