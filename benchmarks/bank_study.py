@@ -35,7 +35,8 @@ import transformers
 from torch import Tensor
 
 import sidestep as ss
-from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods import MethodConfig
 from sidestep.tasks.bank import STAGING, BankFolder

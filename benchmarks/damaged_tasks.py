@@ -35,7 +35,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import sidestep as ss
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 
 TEXTS = ["the plot was not so good", "a very fine film", "dull"]
 WORDS = ("[PAD]", "[UNK]", *sorted({word for text in TEXTS for word in text.split()}))
@@ -73,11 +73,11 @@ def make_task(place: Path) -> Path:
 
 def as_before(task: Path) -> None:
     """Take out of a task what earlier versions did not write."""
-    config = json.loads((task / store.CONFIG).read_text(encoding="utf-8"))
-    metadata = store._metadata(config)
-    del metadata[store.SEALED[0]], config["config_sha256"], config["processor_sha256"]
-    save_file(load_file(task / store.WEIGHTS), task / store.WEIGHTS, metadata=metadata)
-    (task / store.CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    config = json.loads((task / task_folder.CONFIG).read_text(encoding="utf-8"))
+    metadata = task_folder.weights_metadata(config)
+    del metadata[task_folder.SEALED[0]], config["config_sha256"], config["processor_sha256"]
+    save_file(load_file(task / task_folder.WEIGHTS), task / task_folder.WEIGHTS, metadata=metadata)
+    (task / task_folder.CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # --- damages -----------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ VALUES = st.recursive(
 @st.composite
 def json_value(draw: st.DrawFn, files: Files) -> Damage:
     """A value of a JSON file is replaced by another, moved a little, taken out, added or written twice."""
-    name = draw(st.sampled_from((store.CONFIG, *PROCESSOR)))
+    name = draw(st.sampled_from((task_folder.CONFIG, *PROCESSOR)))
     how, text = draw(other_json(files[name].decode()))
     return Damage(name, how, text)
 
@@ -180,11 +180,11 @@ def json_value(draw: st.DrawFn, files: Files) -> Damage:
 @st.composite
 def header(draw: st.DrawFn, files: Files) -> Damage:
     """So is one of the weights' header, or its length is another."""
-    content = files[store.WEIGHTS]
+    content = files[task_folder.WEIGHTS]
     end = 8 + int.from_bytes(content[:8], "little")
     how, text = draw(other_json(content[8:end].decode()))
     stated = draw(st.sampled_from((len(text), len(text), len(text), end - 8, 0, 2**63, len(text) - 1)))
-    return Damage(store.WEIGHTS, f"{how}, length {stated}", struct.pack("<Q", stated) + text + content[end:])
+    return Damage(task_folder.WEIGHTS, f"{how}, length {stated}", struct.pack("<Q", stated) + text + content[end:])
 
 
 @st.composite
@@ -246,7 +246,7 @@ def said(task: Path) -> Said:
     Raises:
         TaskError: if the task is damaged.
     """
-    about = store.inspect_task(task)
+    about = task_folder.inspect_task(task)
     model = ss.load(task)
     batch = model.extras["processor"](TEXTS, padding=True, truncation=True, max_length=12, return_tensors="pt")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -261,7 +261,7 @@ def outcome(task: Path, right: Said) -> tuple[str, str]:
     """One of `OUTCOMES`, and the error if there was one."""
     try:
         found = said(task)
-    except store.TaskError as error:
+    except task_folder.TaskError as error:
         return "TaskError", str(error)
     except BaseException as error:  # also what Rust code panics with
         if isinstance(error, KeyboardInterrupt):

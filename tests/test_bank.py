@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 import sidestep as ss
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.disk.task_folder import CONFIG, WEIGHTS, TaskError
 from sidestep.fold import FoldError
 from sidestep.methods import MethodConfig
@@ -95,7 +95,7 @@ def altered(source: Path, target: Path, part: str, **values: Any) -> Path:
     config[part] |= values
     if part == "head":  # a task says its labels twice
         config["labels"] = config["head"]["labels"]
-    (target / CONFIG).write_text(json.dumps(store.sealed(config)))
+    (target / CONFIG).write_text(json.dumps(task_folder.sealed(config)))
     return target
 
 
@@ -533,7 +533,7 @@ def test_one_process_writes_at_a_time(bank: ss.TaskBank, tmp_path: Path) -> None
 
 ADDING = """
 import sys
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.tasks.bank import BankFolder
 print("ready", flush=True)
 sys.stdin.readline()

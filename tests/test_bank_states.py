@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import sidestep as ss
 from sidestep.backbone import facts_of
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.disk.task_folder import CONFIG, WEIGHTS, TaskError
+from sidestep.model import saving
 from sidestep.tasks.bank import BankFolder, _identity
 from test_bank import BERT, DENSE, STREAM, altered, assert_same_weights, attached, backbone, saved, weights
 from tiny import logits
@@ -40,7 +41,7 @@ class Killed(BaseException):
 CHANGES: tuple[tuple[Any, str, Callable[..., Any] | None], ...] = (
     *((os, name, None) for name in ("replace", "mkdir", "rmdir", "unlink", "link", "fsync")),
     (shutil, "copyfile", lambda source, target, **_: target),
-    (store, "save_file", lambda tensors, target, **_: target),
+    (saving, "save_file", lambda tensors, target, **_: target),
     (Path, "write_text", lambda path, *_, **__: path),
 )
 
@@ -272,7 +273,7 @@ class Banks(RuleBasedStateMachine):
 
     def holds(self, name: str, source: str) -> bool:
         try:
-            found, wanted = store.read(self.folder / name).config, store.read(self.sources / source).config
+            found, wanted = task_folder.read(self.folder / name).config, task_folder.read(self.sources / source).config
         except TaskError:
             return False
         return {**found, "files": {}} == {**wanted, "files": {}}

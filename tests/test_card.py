@@ -14,10 +14,10 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 import sidestep as ss
-from sidestep.backbone.load import load_backbone, load_pair, load_pair_processor, load_processor
+from sidestep.backbone.load import load_backbone, load_pair
+from sidestep.backbone.processors import load_pair_processor, load_processor
 from sidestep.data import Fields
-from sidestep.disk import card
-from sidestep.disk import task_folder as store
+from sidestep.disk import card, task_folder
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.tasks.predict import predict
 from sidestep.training.settings import TrainSettings
@@ -169,7 +169,7 @@ def test_a_task_without_a_processor_or_a_name_says_what_is_missing(
 
 def test_a_loaded_task_names_its_classes(made: tuple[str, Path]) -> None:
     kind, task = made
-    assert card.unnamed_classes(store.read_config(task)) == []
+    assert card.unnamed_classes(task_folder.read_config(task)) == []
     if not (shares := TASKS[kind][1]):
         return
     model = ss.load(task)
@@ -197,7 +197,7 @@ def test_classes_without_names_are_known_as_such(own: bool, tmp_path: Path) -> N
         model = ss.attach(load_backbone(name), METHOD, head=ss.Classify(num_labels=2))
     model.save_pretrained(tmp_path / "task")
     expected = ["LABEL_0", "LABEL_1"] if own else ["0", "1"]
-    assert card.unnamed_classes(store.read_config(tmp_path / "task")) == expected
+    assert card.unnamed_classes(task_folder.read_config(tmp_path / "task")) == expected
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["sidestep's head", "own head"])
@@ -209,4 +209,4 @@ def test_a_number_has_no_classes(own: bool, tmp_path: Path) -> None:
     else:
         model = ss.attach(load_backbone(name), METHOD, head=ss.Regress())
     model.save_pretrained(tmp_path / "task")
-    assert card.unnamed_classes(store.read_config(tmp_path / "task")) == []
+    assert card.unnamed_classes(task_folder.read_config(tmp_path / "task")) == []

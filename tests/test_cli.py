@@ -19,10 +19,12 @@ from datasets import Dataset
 from typer.testing import CliRunner, Result
 
 import sidestep as ss
-from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.cli import app
 from sidestep.cli.values import config_from
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
+from sidestep.tasks import load as loading
 from sidestep.training import train as training
 from small_tasks import image_backbone, image_folder, padless_backbone, reviews, text_backbone, write
 
@@ -386,10 +388,10 @@ def test_token_classification_is_refused_by_name(place: Path, name: str) -> None
 
 
 def test_an_output_folder_with_another_task_is_left_alone(place: Path) -> None:
-    before = (place / "task" / store.WEIGHTS).read_bytes()
+    before = (place / "task" / task_folder.WEIGHTS).read_bytes()
     said = refused_training(place, "--output", place / "task", "--seed", "5")
     assert "task holds another task: choose another folder, or replace it with --overwrite" in said
-    assert (place / "task" / store.WEIGHTS).read_bytes() == before
+    assert (place / "task" / task_folder.WEIGHTS).read_bytes() == before
 
 
 def test_predictions_do_not_replace_a_file(place: Path, tmp_path: Path) -> None:
@@ -419,15 +421,15 @@ def _flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "spoil", "said"),
     [
-        (store.WEIGHTS, _cut, "is damaged"),
-        (store.WEIGHTS, _flip, "is damaged (its checksum differs): copy the task again"),
-        (store.WEIGHTS, Path.unlink, "task.safetensors is missing"),
-        (store.CONFIG, _cut, "cannot be read"),
-        (store.CONFIG, Path.unlink, "is no task folder: sidestep.json is missing"),
+        (task_folder.WEIGHTS, _cut, "is damaged"),
+        (task_folder.WEIGHTS, _flip, "is damaged (its checksum differs): copy the task again"),
+        (task_folder.WEIGHTS, Path.unlink, "task.safetensors is missing"),
+        (task_folder.CONFIG, _cut, "cannot be read"),
+        (task_folder.CONFIG, Path.unlink, "is no task folder: sidestep.json is missing"),
     ],
 )
 def test_a_damaged_task(place: Path, tmp_path: Path, file: str, spoil: Callable[[Path], object], said: str) -> None:
-    store.load(place / "task").save_pretrained(tmp_path / "task")
+    loading.load(place / "task").save_pretrained(tmp_path / "task")
     spoil(tmp_path / "task" / file)
     assert said in refusal("eval", tmp_path / "task", "--data", place / "dev.tsv")
 
@@ -435,15 +437,15 @@ def test_a_damaged_task(place: Path, tmp_path: Path, file: str, spoil: Callable[
 def test_a_task_for_another_backbone(place: Path, tmp_path: Path) -> None:
     other = text_backbone(tmp_path / "other", seed=1)
     said = refusal("eval", place / "task", "--data", place / "dev.tsv", "--backbone", other)
-    assert store.inspect_task(place / "task")["digest"][:16] in said
+    assert task_folder.inspect_task(place / "task")["digest"][:16] in said
     assert "but this backbone is BertModel" in said
     assert "load the task's own backbone" in said
 
 
 def test_a_task_of_a_newer_format(place: Path, tmp_path: Path) -> None:
-    store.load(place / "task").save_pretrained(tmp_path / "task")
-    config = json.loads((tmp_path / "task" / store.CONFIG).read_text())
-    (tmp_path / "task" / store.CONFIG).write_text(json.dumps({**config, "format": 99}))
+    loading.load(place / "task").save_pretrained(tmp_path / "task")
+    config = json.loads((tmp_path / "task" / task_folder.CONFIG).read_text())
+    (tmp_path / "task" / task_folder.CONFIG).write_text(json.dumps({**config, "format": 99}))
     assert "in format 99, and this version" in refusal("inspect", tmp_path / "task")
 
 
@@ -473,7 +475,7 @@ def test_divergence_is_one_message(place: Path, tmp_path: Path) -> None:
     said = refused_training(place, "--output", output, "--lr", "1e30", "--max-grad-norm", "0", "--weight-decay", "1e9")
     assert "training diverged (" in said
     assert "choose a lower learning rate (--lr)" in said
-    assert not (output / store.CONFIG).exists()
+    assert not (output / task_folder.CONFIG).exists()
 
 
 def test_out_of_memory_is_one_message(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,14 +490,14 @@ def test_out_of_memory_is_one_message(place: Path, tmp_path: Path, monkeypatch: 
 
 def test_debug_shows_the_traceback(place: Path) -> None:
     result = run("eval", place / "nowhere", "--data", place / "dev.tsv", "--debug")
-    assert isinstance(result.exception, store.TaskError)
+    assert isinstance(result.exception, task_folder.TaskError)
 
 
 def test_a_program_error_is_not_hidden(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AttributeError("a bug")
 
-    monkeypatch.setattr(store, "inspect_task", fail)
+    monkeypatch.setattr(task_folder, "inspect_task", fail)
     assert isinstance(run("inspect", place / "task").exception, AttributeError)
 
 

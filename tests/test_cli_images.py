@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import sidestep as ss
-from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.cli import app
 from sidestep.data import Fields, ImageTransform, read
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.kinds.prepare import TaskData, encode, prepare
+from sidestep.tasks import load as loading
 from sidestep.tasks.predict import logits
 from sidestep.training.callbacks import StopIfDiverged
 from sidestep.training.settings import TrainSettings
@@ -129,7 +131,7 @@ def test_a_reloaded_task_reads_images_to_the_same_bits(place: Path, tmp_path: Pa
     data = prepare(rows, read(place / "test.txt"), Fields(image="image", label="label"), transform)
     model = attached(place, data)
     train(model, data, TrainSettings(output=tmp_path / "task", epochs=1, progress=False))
-    again = store.load(tmp_path / "task")
+    again = loading.load(tmp_path / "task")
     assert again.extras["processor"] == transform
     encoded = encode(rows, data.fields, again.extras["processor"], None, None)[0]
     before = logits(model, data.train, data.fields)
@@ -172,7 +174,7 @@ def test_a_run_with_views_is_resumed_exactly(
             with pytest.raises(KeyboardInterrupt):
                 run(f"parts{step}")
         assert run(f"parts{step}", resume=True) == whole
-        before, after = (load_file(tmp_path / name / store.WEIGHTS) for name in ("whole", f"parts{step}"))
+        before, after = (load_file(tmp_path / name / task_folder.WEIGHTS) for name in ("whole", f"parts{step}"))
         assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
@@ -201,7 +203,7 @@ def test_sherl_trains_beside_a_timm_resnet(place: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "task" / "results.json").read_text())
     assert found["method"]["name"] == "sherl"
-    tensors = load_file(tmp_path / "task" / store.WEIGHTS)
+    tensors = load_file(tmp_path / "task" / task_folder.WEIGHTS)
     counts = [value.item() for name, value in tensors.items() if name.endswith("num_batches_tracked")]
     # the measured step before training leaves no trace: two epochs of one batch
     assert set(counts) <= {1, 2}

@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from typer.testing import CliRunner
 
 import sidestep as ss
-from sidestep.backbone.load import load_pair_processor
+from sidestep.backbone.processors import load_pair_processor
 from sidestep.cli import app
 from sidestep.data import Fields
 from sidestep.data.pairs import captioned

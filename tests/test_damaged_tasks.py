@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 import damaged_tasks as damaged
 import sidestep as ss
-from sidestep.backbone.load import LoadError
-from sidestep.disk import task_fields
-from sidestep.disk import task_folder as store
+from sidestep.backbone.source import LoadError
+from sidestep.disk import task_fields, task_folder
 from sidestep.disk.task_folder import CONFIG, WEIGHTS, DamagedTask, TaskError
 
 
@@ -67,7 +66,7 @@ def test_a_damaged_task_without_the_newer_checksums_is_refused_by_name_or_loaded
     damage = data.draw(damaged.DAMAGES[kind](damaged.files_of(before)))
     # an altered name of the backbone is not known to be altered
     with damaged.damaged(before, damage) as copy, suppress(TaskError, LoadError, ss.UnsupportedBackbone):
-        store.inspect_task(copy)
+        task_folder.inspect_task(copy)
         ss.load(copy)
 
 
@@ -89,7 +88,7 @@ def test_each_covered_value_stands_under_the_checksum(task: Path, right: damaged
         (task / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         if name.split(".")[0] not in task_fields.FREE:
             with pytest.raises(TaskError, match="sidestep"):
-                store.read(task)
+                task_folder.read(task)
         else:
             assert damaged.outcome(task, right)[0] in ("TaskError", "loaded right"), name
 
@@ -100,7 +99,7 @@ def test_a_lost_entry_is_missed(task: Path, name: str) -> None:
     del config[name]
     (task / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(TaskError, match=r"lacks|states no format|was altered|labels are null"):
-        store.inspect_task(task)
+        task_folder.inspect_task(task)
     with pytest.raises(TaskError, match=r"lacks|states no format|was altered|labels are null"):
         ss.load(task)
 
@@ -168,7 +167,7 @@ def test_deep_values_are_refused(task: Path, deep: int, key: str) -> None:
     text = (task / CONFIG).read_text(encoding="utf-8").rstrip().removesuffix("}")
     (task / CONFIG).write_text(f'{text}, "{key}": {"[" * deep + "]" * deep}}}', encoding="utf-8")
     with pytest.raises(DamagedTask, match=r"sidestep\.json cannot be read"):
-        store.read_config(task)
+        task_folder.read_config(task)
 
 
 def test_deep_values_are_not_written(task: Path, tmp_path: Path) -> None:

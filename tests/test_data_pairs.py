@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
 
-from sidestep.backbone.load import PairProcessor, load_processor
+from sidestep.backbone.processors import PairProcessor, load_processor
 from sidestep.data import DataError, Fields, TableOptions
 from sidestep.data.pairs import captioned, encode_pairs, read_pairs
 from small_tasks import image_backbone, text_backbone, write

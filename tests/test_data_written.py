@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
 
-from sidestep.backbone.load import load_processor
+from sidestep.backbone.processors import load_processor
 from sidestep.data import CollateWritten, DataError, DataWarning, Fields, Generation, LabelSpace
 from sidestep.data.labels import label_space, target_texts
 from sidestep.data.written import encode_prompts, encode_targets, prompt_limit, with_targets

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 import sidestep as ss
 from sidestep.backbone import digest_of, pretrained_tensors
 from sidestep.backbone.gguf import gguf_name, gguf_parts, is_gguf
-from sidestep.backbone.load import LoadError, LoadWarning, load_backbone, load_processor, source_of
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
+from sidestep.backbone.source import LoadError, LoadWarning, source_of
 from sidestep.cli import app
 from small_gguf import CHAT, CONFIG, SPECIAL, llama, smollm2, write_gguf
 

@@ -29,16 +29,9 @@ from transformers import (
 )
 
 from sidestep.backbone import new_parameters
-from sidestep.backbone.load import (
-    LoadError,
-    LoadWarning,
-    Source,
-    TimmProcessor,
-    load_backbone,
-    load_class,
-    load_processor,
-    source_of,
-)
+from sidestep.backbone.load import load_backbone, load_class
+from sidestep.backbone.processors import TimmProcessor, load_processor
+from sidestep.backbone.source import LoadError, LoadWarning, Source, source_of
 
 BERT = BertConfig(
     vocab_size=50,

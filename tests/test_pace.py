@@ -12,11 +12,12 @@ import torch
 from datasets import Dataset
 
 import sidestep as ss
-from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.data import Fields
-from sidestep.disk import task_folder as store
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods import MethodConfig
+from sidestep.tasks import load as loading
 from sidestep.training import pace as paces
 from sidestep.training.pace import Pace
 from sidestep.training.settings import TrainSettings
@@ -147,4 +148,4 @@ def test_a_resumed_run_is_told_of_what_is_left(
     # nothing is left of a run that has ended
     results = train(attached(backbone, data), data, settings(tmp_path, epochs=5, resume=True), tell=said.append)
     assert (results.estimated_seconds, len(said)) == (None, 2)
-    assert store.load(tmp_path).record.name == "read"
+    assert loading.load(tmp_path).record.name == "read"

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 import sidestep as ss
-from sidestep.backbone.load import LoadError, paired
+from sidestep.backbone.load import paired
+from sidestep.backbone.source import LoadError
 from sidestep.disk.task_folder import TaskError
 from sidestep.methods import MethodConfig
 from sidestep.model.heads import GPO

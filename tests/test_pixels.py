@@ -24,8 +24,9 @@ from transformers import (
     ViTModel,
 )
 
-from sidestep.backbone.load import LoadError, TimmProcessor, load_processor
 from sidestep.backbone.pixels import IMAGE_TRANSFORM, ImageTransform, adjusted, check_image_size, image_shape
+from sidestep.backbone.processors import TimmProcessor, load_processor
+from sidestep.backbone.source import LoadError
 from small_tasks import tokenizer
 
 

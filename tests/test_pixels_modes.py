@@ -11,8 +11,8 @@ import pytest
 from datasets import Dataset, Features, Image
 from PIL import ImageCms
 
-from sidestep.backbone.load import TimmProcessor
 from sidestep.backbone.pixels import to_rgb
+from sidestep.backbone.processors import TimmProcessor
 from sidestep.data import DataError, DataWarning, Fields, ImageTransform, drop_unreadable, encode_images
 from sidestep.data.images import decode
 

@@ -14,7 +14,7 @@ import transformers as t
 from torch import Tensor, nn
 
 import sidestep as ss
-from sidestep.backbone.load import LoadError
+from sidestep.backbone.source import LoadError
 from sidestep.measure.plan import (
     PlanError,
     PlanWarning,

@@ -20,10 +20,11 @@ from typer.testing import CliRunner, Result
 
 import sidestep as ss
 from sidestep.backbone import drop_path_rate
-from sidestep.backbone.load import LoadWarning, load_backbone
+from sidestep.backbone.load import load_backbone
 from sidestep.backbone.pixels import ImageTransform
+from sidestep.backbone.source import LoadWarning
 from sidestep.cli import app
-from sidestep.disk import task_folder as store
+from sidestep.tasks import load as loading
 from sidestep.training import recipes
 from sidestep.training.recipes import Recipe, load
 from small_tasks import image_backbone, image_folder
@@ -252,7 +253,9 @@ def test_a_recipe_that_there_is_not_is_answered_with_those_there_are(name: str, 
 
 
 def test_recipes_are_read_without_torch() -> None:
-    code = "import sys; from sidestep.training import recipes; recipes.load('dtl/vtab/svhn'); print('torch' in sys.modules)"
+    code = (
+        "import sys; from sidestep.training import recipes as r; r.load('dtl/vtab/svhn'); print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
@@ -326,7 +329,7 @@ def test_a_recipe_fills_what_was_not_typed(place: Path, tmp_path: Path) -> None:
     assert found["settings"]["warmup_epochs"] == 0  # 10 of 110, of 4
     assert found["settings"]["learning_rate"] == 1e-3
     assert (found["best_epoch"], found["epochs"]) == (4, 4)
-    processor = store.load(tmp_path / "task").extras["processor"]
+    processor = loading.load(tmp_path / "task").extras["processor"]
     assert processor == ImageTransform(size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
@@ -421,7 +424,7 @@ def test_a_recipe_of_text_fills_what_was_not_typed(tmp_path: Path) -> None:
     assert found["settings"]["warmup_steps"] == 500
     assert found["metric"] == "exact_match"
     assert "dropout of the frozen backbone was on in training" in found["notes"]
-    assert store.load(tmp_path / "task").extras["preprocessing"]["max_length"] == 128
+    assert loading.load(tmp_path / "task").extras["preprocessing"]["max_length"] == 128
     other = run(*given, "--output", tmp_path / "other", "--warmup", 0.5, "--backbone-noise", "all")
     assert other.exit_code == 0, other.output
     found = json.loads((tmp_path / "other" / "results.json").read_text())

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from transformers import get_scheduler
 
 import sidestep as ss
-from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.data import Fields
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.training import checkpoints
 from sidestep.training import train as training
@@ -186,7 +187,7 @@ def test_the_trainer_steps_by_the_schedule_and_resumes_it_exactly(backbone, data
 
     factor = rate_factor(settings(tmp_path, **how), 0.01, 3)
     assert stepped("whole") == stepped("parts") == pytest.approx([0.01 * factor(step) for step in range(15)])
-    whole, parts = (load_file(tmp_path / folder / store.WEIGHTS) for folder in ("whole", "parts"))
+    whole, parts = (load_file(tmp_path / folder / task_folder.WEIGHTS) for folder in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 

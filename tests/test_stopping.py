@@ -12,7 +12,8 @@ import torch
 from datasets import Dataset
 
 import sidestep as ss
-from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.compare.files import comparison_from
 from sidestep.compare.records import read
 from sidestep.compare.runs import run

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,9 +29,13 @@ from transformers import (
 )
 
 import sidestep as ss
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.disk.card import model_card
-from sidestep.disk.task_folder import BackboneMismatch, DtypeMismatch, TaskError, inspect_task, load, portable_names
+from sidestep.disk.task_folder import TaskError, inspect_task
+from sidestep.model import saving
+from sidestep.model.saving import portable_names
+from sidestep.tasks import load as loading
+from sidestep.tasks.load import BackboneMismatch, DtypeMismatch, load
 
 BERT = BertConfig(
     vocab_size=50,
@@ -200,7 +205,7 @@ def test_a_fresh_process_predicts_the_same(bert, tmp_path):
     model = trained(ss.attach(BertForSequenceClassification.from_pretrained(bert, num_labels=3), ss.ReadConfig(rank=4)))
     model.save_pretrained(tmp_path / "task")
     program = (
-        "import sys, torch; from sidestep.disk.task_folder import load; from safetensors.torch import save_file\n"
+        "import sys, torch; from sidestep.tasks.load import load; from safetensors.torch import save_file\n"
         "torch.manual_seed(7); model = load(sys.argv[1]); ids = torch.arange(1, 13).view(2, 6)\n"
         "mask = torch.ones_like(ids)\n"
         "with torch.no_grad(): out = model(input_ids=ids, attention_mask=mask).logits\n"
@@ -409,7 +414,7 @@ def test_a_crash_at_any_step_leaves_a_complete_task(bert, tmp_path, monkeypatch)
     for name, method in (("old", ss.ProbeConfig()), ("new", ss.ReadConfig(rank=4))):
         tasks[name] = trained(ss.attach(AutoModel.from_pretrained(bert), method, head=HEAD))
         tasks[name].extras["processor"] = Processor(name)
-    monkeypatch.setattr(store, "load_processor", lambda path: (path / "name").read_text())
+    monkeypatch.setattr(loading, "load_processor", lambda path: (path / "name").read_text())
     outcomes = []
     for step in range(100):
         tasks["old"].save_pretrained(folder, overwrite=True)
@@ -448,9 +453,9 @@ def crash_at(step: int, call) -> bool:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((os, "replace"), (os, "link"), (os, "fsync"), (store.shutil, "rmtree")):
+        for owner, name in ((os, "replace"), (os, "link"), (os, "fsync"), (shutil, "rmtree")):
             patch.setattr(owner, name, counting(getattr(owner, name)))
-        patch.setattr(store, "save_file", counting(store.save_file))
+        patch.setattr(saving, "save_file", counting(saving.save_file))
         try:
             call()
         except Crash:
@@ -462,7 +467,7 @@ def test_a_file_system_without_hard_links_is_written_to(bert, tmp_path, monkeypa
     def no_links(*args):
         raise OSError("not supported")
 
-    monkeypatch.setattr(store.os, "link", no_links)
+    monkeypatch.setattr(os, "link", no_links)
     model = make_task(bert, tmp_path / "task")
     assert torch.equal(logits(load(tmp_path / "task")), logits(model))
 
@@ -481,7 +486,7 @@ def test_the_model_card_says_how_to_load(bert, tmp_path):
 
 def test_inspect_reads_no_weights(bert, tmp_path, monkeypatch):
     make_task(bert, tmp_path / "task", scores={"accuracy": 0.5})
-    monkeypatch.setattr(store, "checksum", None)
+    monkeypatch.setattr(task_folder, "checksum", None)
     report = inspect_task(tmp_path / "task")
     tensors = load_file(tmp_path / "task" / "task.safetensors")
     assert report["parameters"] == sum(value.numel() for value in tensors.values())
@@ -499,7 +504,7 @@ def test_inspect_reads_no_weights(bert, tmp_path, monkeypatch):
 def edit(folder: Path, **changes) -> None:
     """Another task, rather than a damaged one: its checksum is that of the changed values."""
     config = json.loads((folder / "sidestep.json").read_text())
-    (folder / "sidestep.json").write_text(json.dumps(store.sealed({**config, **changes})))
+    (folder / "sidestep.json").write_text(json.dumps(task_folder.sealed({**config, **changes})))
 
 
 def damage(folder: Path, how: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sidestep as ss
-from sidestep.disk.task_folder import DtypeMismatch
+from sidestep.tasks.load import DtypeMismatch
 from test_pair import clip
 from tiny import FAMILIES, LABELS, logits
 
@@ -133,7 +133,7 @@ def test_another_precision_is_refused_as_by_load_or_told(tmp_path: Path) -> None
         (torch.float32, "float32", float("-inf"), "scale=-inf"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::sidestep.disk.task_folder.DtypeMismatch")
+@pytest.mark.filterwarnings("ignore::sidestep.tasks.load.DtypeMismatch")
 def test_sums_that_do_not_fit_are_refused_and_nothing_is_changed(
     tmp_path: Path, weights: torch.dtype, values: Any, scale: float, said: str
 ) -> None:

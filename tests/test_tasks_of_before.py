@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 import sidestep as ss
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.kinds.prepare import stored_fields
 from sidestep.tasks import predict
 from small_backbone import PAIRS, TEXTS, backbone, decoder
@@ -49,7 +49,7 @@ def test_a_task_of_format_1_has_its_outputs_and_labels() -> None:
 
 
 def test_a_task_of_format_1_is_inspected_and_kept_in_a_bank(tmp_path: Path) -> None:
-    assert store.inspect_task(FORMAT_1)["labels"] == LABELS
+    assert task_folder.inspect_task(FORMAT_1)["labels"] == LABELS
     bank = ss.TaskBank(backbone(), tmp_path / "bank")
     bank.add("old", FORMAT_1)
     assert bank.entries()[0].labels == LABELS

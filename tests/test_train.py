@@ -22,13 +22,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import sidestep as ss
-from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.data import DataError, DataWarning, Fields, read
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.disk.table_files import ENDINGS, write_table
 from sidestep.kinds.prepare import TaskData, encode, prepare
 from sidestep.measure.step import measure_step
 from sidestep.methods import MethodConfig
+from sidestep.tasks import load as loading
 from sidestep.tasks import predict
 from sidestep.training import checkpoints
 from sidestep.training import train as training
@@ -66,7 +68,7 @@ def settings(output: Path, **changes: Any) -> TrainSettings:
 
 
 def task_bytes(folder: Path) -> dict[str, bytes]:
-    return {name: value.numpy().tobytes() for name, value in load_file(folder / store.WEIGHTS).items()}
+    return {name: value.numpy().tobytes() for name, value in load_file(folder / task_folder.WEIGHTS).items()}
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
@@ -87,7 +89,7 @@ def test_a_run_learns_and_its_saved_task_scores_the_same(backbone: Path, tmp_pat
     data = task_data(backbone)
     results = train(attached(backbone, data), data, settings(tmp_path, epochs=8, learning_rate=0.03))
     assert results.scores["accuracy"] > 0.7
-    again = predict.evaluate(store.load(tmp_path), rows(24, 1))
+    again = predict.evaluate(loading.load(tmp_path), rows(24, 1))
     assert again == results.scores
 
 
@@ -98,7 +100,7 @@ def test_results_say_what_was_done_and_what_it_cost(backbone: Path, tmp_path: Pa
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["scores"].keys() == {"accuracy", "f1", "f1_macro", "f1_micro", "matthews"}
     assert found["trainable_parameters"] == sum(p.numel() for _, p in model.trained_parameters())
-    assert found["task_bytes"] == (tmp_path / store.WEIGHTS).stat().st_size
+    assert found["task_bytes"] == (tmp_path / task_folder.WEIGHTS).stat().st_size
     assert found["step"]["rows"] == 8
     assert found["step"]["tokens"] == max(data.train["length"][:])
     assert 0 < found["step"]["kept_bytes"] < found["step"]["peak_bytes"]
@@ -134,7 +136,7 @@ def test_the_best_epoch_is_kept_not_the_last(backbone: Path, tmp_path: Path, mon
     monkeypatch.setattr(training.ComputeMetrics, "__call__", judge)
     results = train(model, data, settings(tmp_path, epochs=3))
     assert results.best_epoch == 2
-    saved = store.load(tmp_path).state_dict()
+    saved = loading.load(tmp_path).state_dict()
     assert all(torch.equal(saved[name], value) for name, value in kept[1].items())
     assert not all(torch.equal(saved[name], value) for name, value in kept[2].items())
 
@@ -151,14 +153,14 @@ def test_the_last_epoch_is_kept_when_asked_and_leaves_no_checkpoint(
     assert (results.best_epoch, results.scores) == (3, {"accuracy": 0.7})
     assert results.step is None
     assert not list((tmp_path / checkpoints.FOLDER).glob("checkpoint-*"))
-    saved = store.load(tmp_path).state_dict()
+    saved = loading.load(tmp_path).state_dict()
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
 
 def test_the_scores_of_the_last_epoch_are_those_of_the_saved_task(backbone: Path, tmp_path: Path) -> None:
     data = task_data(backbone)
     results = train(attached(backbone, data), data, settings(tmp_path, keep="last"))
-    assert predict.evaluate(store.load(tmp_path), rows(24, 1)) == results.scores
+    assert predict.evaluate(loading.load(tmp_path), rows(24, 1)) == results.scores
     assert len(results.epoch_seconds) == 2
     assert 0 < sum(results.epoch_seconds) < results.seconds
     assert len(list((tmp_path / checkpoints.FOLDER).glob("checkpoint-*"))) == 2
@@ -187,7 +189,7 @@ def test_curves_are_logged_for_tensorboard(backbone: Path, tmp_path: Path) -> No
 def test_the_controls_go_through_the_same_path(backbone: Path, tmp_path: Path, method: MethodConfig) -> None:
     data = task_data(backbone)
     results = train(attached(backbone, data, method), data, settings(tmp_path, learning_rate=None))
-    assert predict.evaluate(store.load(tmp_path), rows(24, 1)) == results.scores
+    assert predict.evaluate(loading.load(tmp_path), rows(24, 1)) == results.scores
     own = not isinstance(method, ss.ProbeConfig)
     assert results.notes[0].endswith("its own" if own else "none")
 
@@ -239,7 +241,7 @@ def test_pairs(backbone: Path, tmp_path: Path) -> None:
     data = task_data(backbone, Fields(text="text", text2="other", label="label"))
     results = train(attached(backbone, data), data, settings(tmp_path))
     assert max(data.train["length"][:]) > max(task_data(backbone).train["length"][:])
-    assert predict.evaluate(store.load(tmp_path), rows(24, 1)) == results.scores
+    assert predict.evaluate(loading.load(tmp_path), rows(24, 1)) == results.scores
 
 
 def test_regression_starts_at_the_mean_and_predicts_numbers(backbone: Path, tmp_path: Path) -> None:
@@ -251,7 +253,7 @@ def test_regression_starts_at_the_mean_and_predicts_numbers(backbone: Path, tmp_
     results = train(model, data, settings(tmp_path, epochs=6))
     assert results.metric == "pearson"
     assert results.scores["pearson"] > 0.5
-    table = predict.predict(store.load(tmp_path), rows(24, 1).remove_columns("score"))
+    table = predict.predict(loading.load(tmp_path), rows(24, 1).remove_columns("score"))
     assert all(isinstance(value, float) for value in table["prediction"][:])
 
 
@@ -266,7 +268,7 @@ def test_several_labels_a_row(backbone: Path, tmp_path: Path) -> None:
     assert data.labels.kind == "multi"
     results = train(attached(backbone, data), data, settings(tmp_path, epochs=8, learning_rate=0.03))
     assert results.metric == "f1_micro"
-    table = predict.predict(store.load(tmp_path), multi(24, 1).remove_columns("label"))
+    table = predict.predict(loading.load(tmp_path), multi(24, 1).remove_columns("label"))
     assert set("|".join(table["prediction"][:]).split("|")) <= {"neg", "pos", "long", ""}
     assert {"p_long", "p_neg", "p_pos"} <= set(table.column_names)
     for row in table:
@@ -279,7 +281,7 @@ def test_images(tmp_path: Path) -> None:
     results = train(attached(vit, data), data, settings(tmp_path / "task", epochs=8))
     assert results.scores["accuracy"] == 1.0
     assert results.step.tokens is None
-    table = predict.predict(store.load(tmp_path / "task"), pictures)
+    table = predict.predict(loading.load(tmp_path / "task"), pictures)
     assert set(table["prediction"][:]) <= {"bright", "dark"}
     assert table["image"][0].endswith("bright/0.png")
 
@@ -297,7 +299,7 @@ def test_a_model_without_pad_token_is_padded_and_masked(tmp_path: Path) -> None:
     llama = padless_backbone(tmp_path / "llama")
     data = task_data(llama)
     results = train(attached(llama, data), data, settings(tmp_path / "task"))
-    model = store.load(tmp_path / "task")
+    model = loading.load(tmp_path / "task")
     assert model.extras["preprocessing"]["padding"] == "the tokenizer has no pad token: token 0, masked"
     assert predict.evaluate(model, rows(24, 1)) == results.scores
     one_by_one = predict.evaluate(model, rows(24, 1), batch_size=1)
@@ -311,7 +313,7 @@ def test_an_own_head_gets_the_pad_id_and_label_names_that_it_needs(tmp_path: Pat
     model = ss.attach(load_backbone(llama, head=True, num_labels=2), READ)
     results = train(model, data, settings(tmp_path / "task"))
     assert model.config.pad_token_id == 0
-    again = store.load(tmp_path / "task")
+    again = loading.load(tmp_path / "task")
     assert again.config.id2label == {0: "neg", 1: "pos"}
     assert predict.evaluate(again, rows(24, 1)) == results.scores
 
@@ -493,7 +495,7 @@ def test_a_moved_folder_still_finds_its_best_checkpoint(
     results = train(attached(backbone, data), data, settings(tmp_path / "there", epochs=4, resume=True))
     assert results.best_epoch == 1
     best = load_file(tmp_path / "there" / checkpoints.FOLDER / "checkpoint-8" / "model.safetensors")
-    saved = store.load(tmp_path / "there").state_dict()
+    saved = loading.load(tmp_path / "there").state_dict()
     assert all(torch.equal(saved[name], value) for name, value in best.items())
 
 
@@ -787,7 +789,7 @@ def padding_left(folder: Path, model: Any) -> Path:
 
 def scores_alone_and_together(task: Path) -> tuple[list[Any], list[Any]]:
     """The logits of the same texts, one to a batch and all in one."""
-    model, few = store.load(task), rows(6, 3)
+    model, few = loading.load(task), rows(6, 3)
     encoded = encode(few, TEXT, model.extras["processor"], None, None)[0]
     alone, together = (predict.logits(model, encoded, TEXT, batch_size=size) for size in (1, 6))
     return alone.flatten().tolist(), together.flatten().tolist()
@@ -802,7 +804,7 @@ def test_a_backbone_that_takes_no_positions_is_padded_on_the_right_and_that_is_s
     data = task_data(folder)
     with pytest.warns(DataWarning, match=r"texts are padded on the right, and not on the left as \w+ does: Blenderbot"):
         train(attached(folder, data), data, settings(tmp_path / "task", epochs=1))
-    assert store.load(tmp_path / "task").extras["processor"].padding_side == "right"
+    assert loading.load(tmp_path / "task").extras["processor"].padding_side == "right"
     alone, together = scores_alone_and_together(tmp_path / "task")
     assert alone == pytest.approx(together, abs=1e-5)
 
@@ -812,6 +814,6 @@ def test_a_backbone_that_takes_positions_is_padded_as_its_tokenizer_says(tmp_pat
     folder = padding_left(tmp_path / "left", transformers.BertModel.from_pretrained(plain, add_pooling_layer=False))
     data = task_data(folder)
     train(attached(folder, data), data, settings(tmp_path / "task", epochs=1))
-    assert store.load(tmp_path / "task").extras["processor"].padding_side == "left"
+    assert loading.load(tmp_path / "task").extras["processor"].padding_side == "left"
     alone, together = scores_alone_and_together(tmp_path / "task")
     assert alone == pytest.approx(together, abs=1e-5)

@@ -9,9 +9,12 @@ from transformers import ViTForImageClassification, ViTModel
 
 import sidestep as ss
 from sidestep.backbone import new_parameters
-from sidestep.backbone.load import LoadError, load_backbone, load_class, load_processor, source_of
+from sidestep.backbone.load import load_backbone, load_class
+from sidestep.backbone.processors import load_processor
+from sidestep.backbone.source import LoadError, source_of
 from sidestep.backbone.vit_npz import NpzError, ViTSizes, read_sizes, read_vit
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
+from sidestep.tasks import load as loading
 
 WIDTH, DEPTH, HEADS, MLP, PATCH, IMAGE = 24, 3, 4, 40, 4, 20
 CLASSES = 6
@@ -141,14 +144,14 @@ def test_a_saved_task_finds_the_file_again(file, timm_vit, tmp_path, layout):
     assert source_of(model.backbone).id.endswith(f"@{file}" if "@" in layout else f"vit:{file}")
     model.save_pretrained(tmp_path / "task")
     if "timm" in layout:  # a name says timm's usual sizes: these are the test's
-        again = store.load(tmp_path / "task", backbone=load_backbone(f"{layout}{file}"))
+        again = loading.load(tmp_path / "task", backbone=load_backbone(f"{layout}{file}"))
     else:
-        again = store.load(tmp_path / "task")
+        again = loading.load(tmp_path / "task")
     with torch.no_grad():
         assert torch.equal(again(pixel_values=images()).logits, model(pixel_values=images()).logits)
     np.savez(file, **{name: array + 0.1 for name, array in official().items()})
-    with pytest.raises(store.TaskError, match=r"other weights|digest|another"):
-        store.load(tmp_path / "task", backbone=load_backbone(f"{layout}{file}"))
+    with pytest.raises(task_folder.TaskError, match=r"other weights|digest|another"):
+        loading.load(tmp_path / "task", backbone=load_backbone(f"{layout}{file}"))
 
 
 def test_a_plan_needs_the_shapes_only(file):

@@ -17,16 +17,19 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, G
 from typer.testing import CliRunner
 
 import sidestep as ss
-from sidestep.backbone.load import LoadError, load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
+from sidestep.backbone.source import LoadError
 from sidestep.cli import app
 from sidestep.compare.files import comparison_from
 from sidestep.compare.runs import run
 from sidestep.data import DataError, Fields, Generation
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods import MethodConfig
 from sidestep.metrics import Written
 from sidestep.model.initialise import initialise
+from sidestep.tasks import load as loading
 from sidestep.tasks import predict
 from sidestep.training.callbacks import StopIfDiverged
 from sidestep.training.settings import TrainSettings
@@ -120,12 +123,12 @@ def test_a_saved_task_writes_the_same_texts(place: Path, tmp_path: Path, kind: W
     assert results.scores.keys() == {"exact_match", "token_f1"}
     assert results.labels == []
     before = predict.written(model, data.dev, data.generation or Generation())
-    again = store.load(tmp_path / "task")
+    again = loading.load(tmp_path / "task")
     assert predict.evaluate(again, rows(12, 1)) == results.scores
     table = predict.predict(again, rows(12, 1).remove_columns("answer"), batch_size=5)
     assert table["prediction"][:] == before
     assert table.column_names == ["text", "prediction"]
-    about = store.inspect_task(tmp_path / "task")
+    about = task_folder.inspect_task(tmp_path / "task")
     assert about["preprocessing"]["generation"] == {"max_new_tokens": 3, "num_beams": 1}
     assert about["preprocessing"]["problem"] == kind
 
@@ -136,7 +139,7 @@ def test_full_tuning_learns_to_answer_in_words(place: Path, tmp_path: Path) -> N
     assert results.scores["exact_match"] > 0.5
     told = {entry["dev_exact_match"] for entry in results.history}
     assert max(told) == results.scores["exact_match"]
-    answers = set(predict.predict(store.load(tmp_path), rows(12, 1))["prediction"][:])
+    answers = set(predict.predict(loading.load(tmp_path), rows(12, 1))["prediction"][:])
     assert answers <= {"very good", "bad"}
 
 
@@ -160,7 +163,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(
     # other initial weights: all that counts comes from the checkpoint
     results = train(attached(place, data, seed=9), data, settings(tmp_path / "parts", **how, resume=True))
     assert results.resumed_from == 6
-    found = [load_file(tmp_path / name / store.WEIGHTS) for name in ("whole", "parts")]
+    found = [load_file(tmp_path / name / task_folder.WEIGHTS) for name in ("whole", "parts")]
     assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
 
 
@@ -188,7 +191,7 @@ def test_a_start_by_fisher_information_is_made_once(
             train(attached(place, data, config), data, settings(tmp_path / "parts", **how))
     train(attached(place, data, config, seed=9), data, settings(tmp_path / "parts", **how, resume=True))
     assert made == [32, 32]  # all rows, in the two runs that began
-    found = [load_file(tmp_path / name / store.WEIGHTS) for name in ("whole", "parts")]
+    found = [load_file(tmp_path / name / task_folder.WEIGHTS) for name in ("whole", "parts")]
     assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
 
 
@@ -410,7 +413,7 @@ def test_the_commands_go_from_rows_to_written_texts(place: Path, tmp_path: Path)
     assert "exact_match" in command("eval", task, "--data", tmp_path / "dev.csv", "--quiet")
     command("predict", task, "--data", tmp_path / "dev.csv", "--output", tmp_path / "out.csv", "--quiet")
     with (tmp_path / "out.csv").open(newline="") as file:
-        assert [row["prediction"] for row in csv.DictReader(file)] == predict.predict(store.load(task), rows(12, 1))[
+        assert [row["prediction"] for row in csv.DictReader(file)] == predict.predict(loading.load(task), rows(12, 1))[
             "prediction"
         ][:]
     assert "max_new_tokens=4, num_beams=2" in command("inspect", task)

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import sidestep as ss
 from sidestep.backbone.load import load_backbone, load_pair
 from sidestep.cli import app
-from sidestep.disk import task_folder as store
+from sidestep.disk.task_folder import TaskError
+from sidestep.tasks import load as loading
 from sidestep.tasks.bank import BankFolder
 from small_tasks import SPECIAL, WORDS, image_backbone, reviews, text_backbone, tokenizer, write
 from written_tasks import llama_backbone, t5_backbone
@@ -150,16 +151,16 @@ def test_every_wrong_backbone_is_one_message(
 )
 def test_the_message_says_what_is_there(place: Path, task: str, backbone: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        store.load(
-            place / "tasks" / task, store.stored_backbone(place / "tasks" / task, moved_to=str(place / backbone))
+        loading.load(
+            place / "tasks" / task, loading.stored_backbone(place / "tasks" / task, moved_to=str(place / backbone))
         )
 
 
 def test_the_libraries_are_told_apart(place: Path) -> None:
-    with pytest.raises(store.TaskError, match="but timm:test_vit is a model of timm: load the task's own backbone"):
-        store.stored_backbone(place / "tasks" / "text", moved_to="timm:test_vit")
-    with pytest.raises(store.TaskError, match=r"made on VisionTransformer timm:test_vit.*vit is no model of timm, as"):
-        store.stored_backbone(place / "tasks" / "timm", moved_to=str(place / "vit"))
+    with pytest.raises(TaskError, match="but timm:test_vit is a model of timm: load the task's own backbone"):
+        loading.stored_backbone(place / "tasks" / "text", moved_to="timm:test_vit")
+    with pytest.raises(TaskError, match=r"made on VisionTransformer timm:test_vit.*vit is no model of timm, as"):
+        loading.stored_backbone(place / "tasks" / "timm", moved_to=str(place / "vit"))
 
 
 def test_another_model_in_the_place_of_the_stored_one(place: Path, tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_another_model_in_the_place_of_the_stored_one(place: Path, tmp_path: Pat
     model.save_pretrained(tmp_path / "task", overwrite=True)
     shutil.rmtree(backbone)
     shutil.copytree(place / "vit", backbone)
-    with pytest.raises(store.TaskError, match=r"made on BertModel .* is a model of type 'vit', and not 'bert'"):
+    with pytest.raises(TaskError, match=r"made on BertModel .* is a model of type 'vit', and not 'bert'"):
         ss.load(tmp_path / "task")
 
 
@@ -182,6 +183,6 @@ def test_a_task_on_one_tower_finds_it_in_the_whole(place: Path, tmp_path: Path, 
 
 def test_the_same_weights_elsewhere_are_no_wrong_backbone(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "bert", tmp_path / "moved")
-    store.load(
-        place / "tasks" / "text", store.stored_backbone(place / "tasks" / "text", moved_to=str(tmp_path / "moved"))
+    loading.load(
+        place / "tasks" / "text", loading.stored_backbone(place / "tasks" / "text", moved_to=str(tmp_path / "moved"))
     )

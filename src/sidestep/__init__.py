@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sidestep.disk.task_folder import TaskError, load
+    from sidestep.disk.task_folder import TaskError
     from sidestep.measure.memory import peak_memory, saved_bytes
     from sidestep.measure.plan import Plan, plan
     from sidestep.methods import (
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from sidestep.model.side_model import SideModel
     from sidestep.tasks.add_diff import DifferentBackbones, add_diff
     from sidestep.tasks.bank import BankError, TaskBank
+    from sidestep.tasks.load import load
 
 __version__ = "0.1.0"
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sidestep as ss
-from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.data import Fields
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods.diff_pruning import DiffPruning
 from sidestep.sparse.optimizer import DiffPruningOptimizer
@@ -59,7 +60,7 @@ def weights(model: ss.SideModel) -> dict[str, Tensor]:
 
 
 def task_bytes(folder: Path) -> dict[str, bytes]:
-    return {name: value.numpy().tobytes() for name, value in load_file(folder / store.WEIGHTS).items()}
+    return {name: value.numpy().tobytes() for name, value in load_file(folder / task_folder.WEIGHTS).items()}
 
 
 @pytest.fixture(scope="module")

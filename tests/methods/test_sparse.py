@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sidestep as ss
-from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.data import Fields
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.measure.plan.trace import plan_for
 from sidestep.measure.step import measure_step
 from sidestep.methods.sparse import Candidates
+from sidestep.tasks import load as loading
 from sidestep.training.settings import TrainSettings
 from sidestep.training.train import head_for, train
 from small_tasks import reviews, text_backbone
@@ -126,7 +128,7 @@ def test_before_its_support_is_chosen_it_is_not_trained_or_saved(tmp_path: Path)
         relaxing = ss.attach(BERT.model(), config, head=HEAD).train()
         with pytest.raises(ValueError, match=r"which needs `sidestep train` or sidestep\.train\.train$"):
             relaxing(**BERT.inputs(), labels=BERT.labels())
-    with pytest.raises(store.TaskError, match="has not chosen its support yet"):
+    with pytest.raises(task_folder.TaskError, match="has not chosen its support yet"):
         model.save_pretrained(tmp_path / "task")
     with pytest.raises(ValueError, match="starts without data"):
         ss.initialise(attached(), batches(1))
@@ -273,7 +275,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(backbone: Path, tmp_path: Path, 
         patch.setattr("sidestep.training.train.initialise", None)  # the support is loaded, not chosen again
         resumed, _ = run(backbone, part, config, save_steps=3, accumulate=2, epochs=3, resume=True)
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
-    saved = [load_file(folder / store.WEIGHTS) for folder in (tmp_path / "whole", part)]
+    saved = [load_file(folder / task_folder.WEIGHTS) for folder in (tmp_path / "whole", part)]
     assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
 
 
@@ -305,9 +307,9 @@ def test_a_saved_task_is_the_scored_model(tmp_path: Path, weights: torch.dtype, 
     model.save_pretrained(tmp_path / "task")
     again = ss.load(tmp_path / "task", BERT.model().to(weights))
     assert torch.equal(logits(again(**BERT.inputs())), expected)
-    stored = load_file(tmp_path / "task" / store.WEIGHTS)
+    stored = load_file(tmp_path / "task" / task_folder.WEIGHTS)
     assert str(stored["sparse.values"].dtype) == f"torch.{values}"
-    told = store.inspect_task(tmp_path / "task")
+    told = task_folder.inspect_task(tmp_path / "task")
     assert told["parameters"] == sum(p.numel() for _, p in model.trained_parameters())
     bare = ss.detach(again)
     before = BERT.model().to(weights).state_dict()
@@ -317,11 +319,11 @@ def test_a_saved_task_is_the_scored_model(tmp_path: Path, weights: torch.dtype, 
 @pytest.mark.parametrize("name", ["sparse.positions", "sparse.values"])
 def test_a_flipped_bit_is_found_before_anything_is_applied(tmp_path: Path, name: str) -> None:
     changed(attached()).save_pretrained(tmp_path / "task")
-    path = tmp_path / "task" / store.WEIGHTS
+    path = tmp_path / "task" / task_folder.WEIGHTS
     for damage in (_flipped(path, name), path.read_bytes()[:-7]):
         path.write_bytes(damage)
         backbone = BERT.model()
-        with pytest.raises(store.TaskError, match="is damaged"):
+        with pytest.raises(task_folder.TaskError, match="is damaged"):
             ss.load(tmp_path / "task", backbone)
         assert all(torch.equal(p, q) for p, q in zip(backbone.parameters(), BERT.model().parameters(), strict=True))
 
@@ -336,33 +338,33 @@ def _flipped(path: Path, name: str) -> bytes:
 
 def test_the_codecs_own_checksum_guards_a_file_with_a_forged_one(tmp_path: Path) -> None:
     changed(attached()).save_pretrained(tmp_path / "task")
-    task = store.read(tmp_path / "task")
+    task = task_folder.read(tmp_path / "task")
     task.tensors["sparse.values"][3] += 1
-    with pytest.raises(store.TaskError, match="checksum of the diff"):
-        store._unpacked(task, attached())
+    with pytest.raises(task_folder.TaskError, match="checksum of the diff"):
+        loading._unpacked(task, attached())
 
 
 def test_another_backbone_precision_or_resized_embeddings_are_refused(tmp_path: Path) -> None:
     changed(attached()).save_pretrained(tmp_path / "task")
-    with pytest.raises(store.TaskError, match="digest"):
+    with pytest.raises(task_folder.TaskError, match="digest"):
         ss.load(tmp_path / "task", BERT.model(seed=9))
     resized = BERT.model()
     resized.resize_token_embeddings(44, mean_resizing=False)
     before = [p.clone() for p in resized.parameters()]
-    with pytest.raises(store.TaskError, match="digest"):
+    with pytest.raises(task_folder.TaskError, match="digest"):
         ss.load(tmp_path / "task", resized)
     with (
-        pytest.warns(store.BackboneMismatch),
-        pytest.raises(store.TaskError, match=r"does not have in that shape: .*word_embeddings.*not resized"),
+        pytest.warns(loading.BackboneMismatch),
+        pytest.raises(task_folder.TaskError, match=r"does not have in that shape: .*word_embeddings.*not resized"),
     ):
         ss.load(tmp_path / "task", resized, allow_mismatch=True)
     assert all(torch.equal(p, q) for p, q in zip(resized.parameters(), before, strict=True))
     half = BERT.model().bfloat16()
     before = [p.clone() for p in half.parameters()]
-    with pytest.raises(store.TaskError, match="load the backbone in float32, or pass allow_mismatch=True"):
+    with pytest.raises(task_folder.TaskError, match="load the backbone in float32, or pass allow_mismatch=True"):
         ss.load(tmp_path / "task", half)
     assert all(torch.equal(p, q) for p, q in zip(half.parameters(), before, strict=True))
-    with pytest.warns(store.DtypeMismatch, match="float32.*bfloat16"):
+    with pytest.warns(loading.DtypeMismatch, match="float32.*bfloat16"):
         ss.load(tmp_path / "task", half, allow_mismatch=True)
 
 
@@ -371,7 +373,7 @@ def test_values_beyond_their_precision_are_not_saved(tmp_path: Path, values: Any
     model = attached(ss.SparseConfig(density=0.05, select="random", value_dtype=values))
     with torch.no_grad():
         model.sparse.values[7] = torch.finfo(torch.float32).max
-    with pytest.raises(store.TaskError, match=f"cannot be saved: .* out of the range of torch.{values}"):
+    with pytest.raises(task_folder.TaskError, match=f"cannot be saved: .* out of the range of torch.{values}"):
         model.save_pretrained(tmp_path / "task")
     assert not (tmp_path / "task").exists()
 

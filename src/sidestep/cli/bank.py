@@ -165,8 +165,8 @@ def _loaded(held: BankFolder, names: Iterable[str], moved_to: str | None) -> Tas
     """The bank on its backbone, on a GPU if there is one; with the backbone's own head if a task of these uses that."""
     import torch
 
-    from sidestep.disk.task_folder import stored_backbone
     from sidestep.tasks.bank import TaskBank
+    from sidestep.tasks.load import stored_backbone
 
     entries = [held.entry(name) for name in names]
     wanted = next((entry for entry in entries if entry.outputs is None), entries[0])

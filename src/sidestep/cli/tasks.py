@@ -121,10 +121,10 @@ def _load(task: Path, name: str | None) -> Attached:
     """The model of a task, on its backbone or one from elsewhere, on a GPU if there is one."""
     import torch
 
-    from sidestep.disk import task_folder as store
+    from sidestep.tasks import load as loading
 
     device = "cuda" if torch.cuda.is_available() else None
-    return store.load(task, store.stored_backbone(task, moved_to=name), device=device)
+    return loading.load(task, loading.stored_backbone(task, moved_to=name), device=device)
 
 
 def _read(

@@ -96,8 +96,9 @@ def train(
 ) -> None:
     """Train a task and save it in a folder."""
     with reporting(debug):
-        from sidestep.backbone.load import check_writes, load_pair_processor, load_processor
+        from sidestep.backbone.load import check_writes
         from sidestep.backbone.pixels import adjusted
+        from sidestep.backbone.processors import load_pair_processor, load_processor
         from sidestep.data import Fields
         from sidestep.disk.atomic import refuse_inputs
         from sidestep.disk.sources import backbones_at, rows_at

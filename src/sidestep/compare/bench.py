@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sidestep.backbone import digest_of, pretrained_tensors
 from sidestep.backbone.families import Pool
 from sidestep.backbone.gguf import gguf_parts, is_gguf
-from sidestep.backbone.load import check_writes, load_backbone, load_processor
+from sidestep.backbone.load import check_writes, load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
 from sidestep.data import DataError, DataWarning, Fields, holdout
 from sidestep.kinds.prepare import TaskData, prepare, strata, written_kind

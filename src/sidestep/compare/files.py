@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sidestep.backbone.gguf import GGUF, gguf_name, gguf_parts, is_gguf
-from sidestep.backbone.load import TIMM, VIT
+from sidestep.backbone.source import TIMM, VIT
 from sidestep.compare.ledger import places
 from sidestep.compare.spec import (
     CHECKPOINT,

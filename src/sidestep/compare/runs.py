@@ -1,6 +1,6 @@
 """Running a comparison: rates are chosen on held-out training rows, then every seed is scored once on dev.
 
-Every contender goes through the same code: it is attached to the backbone, trained by `training.train`, and detached. What is in the results file already is not run again.
+Every contender goes through the same code: it is attached to the backbone, trained by `training.train`, and detached.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sidestep.backbone.load import load_processor
+from sidestep.backbone.processors import load_processor
 from sidestep.compare.bench import Bench, Prepared, Rows, pairs, written_by
 from sidestep.compare.costs import measure_costs
 from sidestep.compare.files import check_results

@@ -19,8 +19,8 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from sidestep.backbone.load import import_timm
 from sidestep.backbone.pixels import ImageTransform, import_transforms
+from sidestep.backbone.timm_models import import_timm
 from sidestep.data.messages import DataError, listed
 
 Views = Literal["flip", "crop", "randaugment"]

@@ -17,7 +17,8 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.console import remark, show_table
 from sidestep.data import DataWarning, Fields
 from sidestep.demo.corpus import Row, docstrings, split

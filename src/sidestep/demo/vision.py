@@ -17,7 +17,8 @@ from datasets import Dataset, Features, Image, Value
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from sidestep.backbone.load import load_backbone, load_processor
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.processors import load_processor
 from sidestep.console import remark, show_table
 from sidestep.data import Fields
 from sidestep.demo.shared import Contestant, full_step, majority, predict_elsewhere, show_costs, train_contestant

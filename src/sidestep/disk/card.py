@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from sidestep.backbone.load import IMAGE_FILES, TOKENIZER_FILES
 from sidestep.backbone.pixels import IMAGE_TRANSFORM
+from sidestep.backbone.source import IMAGE_FILES, TOKENIZER_FILES
 from sidestep.disk.atomic import whole
 
 CARD = "README.md"

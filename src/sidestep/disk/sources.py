@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.backbone.gguf import gguf_parts, is_gguf
-from sidestep.backbone.load import TIMM, VIT
+from sidestep.backbone.source import TIMM, VIT
 
 
 def rows_at(*sources: str | None) -> list[Path]:

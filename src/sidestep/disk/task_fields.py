@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from sidestep.backbone import Noise
-from sidestep.backbone.load import Library
+from sidestep.backbone.source import Library
 from sidestep.interface.annotations import Rule, fits, worded
 from sidestep.metrics import Kind
 from sidestep.model.side_model import Checkpoint

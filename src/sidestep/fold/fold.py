@@ -22,7 +22,7 @@ from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_toke
 from sidestep.fold.strand import Strand
 from sidestep.fold.turns import Turn
 from sidestep.interface.layers import last_kept
-from sidestep.interface.registry import SideNet
+from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import Place, Site
 from sidestep.sparse.diff import SparseDiff
 

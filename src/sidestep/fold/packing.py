@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sidestep.interface.registry import SideNet
+from sidestep.interface.side_net import SideNet
 
 A_ROW_EACH = "give each text a row of its own (in TRL's SFTConfig: packing=False and padding_free=False)"
 

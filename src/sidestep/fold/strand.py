@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sidestep.fold.caches import SideCache
 from sidestep.fold.passes import FoldError, Reading
-from sidestep.interface.registry import SideNet
+from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import Site
 
 

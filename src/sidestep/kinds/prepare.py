@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, LargeList, List
 from transformers import PreTrainedTokenizerBase
 
-from sidestep.backbone.load import PairProcessor
+from sidestep.backbone.processors import PairProcessor
 from sidestep.data import (
     Augmentation,
     Collate,

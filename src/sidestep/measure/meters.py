@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sidestep.disk.task_folder import packed
 from sidestep.measure.energy import EnergyCounter, MeterError, Source, energy_counter, energy_per_step
 from sidestep.measure.step import (
     Batch,
@@ -35,6 +34,7 @@ from sidestep.measure.step import (
 )
 from sidestep.methods import ProbeConfig, UnsupportedBackbone
 from sidestep.model.pair_model import attach, detach
+from sidestep.model.saving import packed
 from sidestep.model.side_model import Settings, SideModel
 
 __all__ = [

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidestep.interface.registry import SparseDelta
+from sidestep.interface.sparse_delta import SparseDelta
 from sidestep.measure.memory import Peak, by_kind_of_module, peak_memory, saved_bytes
 from sidestep.model.pair_model import Attached
 from sidestep.model.side_model import SideModel

@@ -1,16 +1,9 @@
 """The methods, one file each; importing this folder registers them."""
 
-from sidestep.interface.registry import (
-    Method,
-    MethodConfig,
-    SideNet,
-    UnsupportedBackbone,
-    WeightDelta,
-    method_named,
-    method_of,
-    methods,
-    register,
-)
+from sidestep.interface.config import MethodConfig, UnsupportedBackbone
+from sidestep.interface.registry import Method, method_named, method_of, methods, register
+from sidestep.interface.side_net import SideNet
+from sidestep.interface.weight_delta import WeightDelta
 from sidestep.methods.adapters import DoraConfig, IA3Config, LoraConfig
 from sidestep.methods.controls import BitFitConfig, FullConfig, ProbeConfig
 from sidestep.methods.diff_pruning import DiffPruningConfig

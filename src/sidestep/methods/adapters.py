@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidestep.interface.registry import MethodConfig, WeightDelta, register
+from sidestep.interface.config import MethodConfig
+from sidestep.interface.registry import register
+from sidestep.interface.weight_delta import WeightDelta
 
 ADAPTER = "default"  # PEFT's own name for the only adapter
 OWN = ("lora_", "ia3_")  # how the names of PEFT's parameters begin

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sidestep.interface.registry import MethodConfig, SideNet, WeightDelta, register
+from sidestep.interface.config import MethodConfig
+from sidestep.interface.registry import register
+from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import Site
+from sidestep.interface.weight_delta import WeightDelta
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sidestep.interface.registry import SparseDelta, SparseDeltaConfig, UnsupportedBackbone, register
+from sidestep.interface.config import UnsupportedBackbone
+from sidestep.interface.registry import register
+from sidestep.interface.sparse_delta import SparseDelta, SparseDeltaConfig
 from sidestep.sparse.diff import SparseDiff
 from sidestep.sparse.hard_concrete import HardConcrete, Noise, Penalty, PenaltyKind
 from sidestep.sparse.optimizer import DiffPruningOptimizer

@@ -19,8 +19,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sidestep.interface.config import MethodConfig
 from sidestep.interface.layers import recompute
-from sidestep.interface.registry import MethodConfig, SideNet, register
+from sidestep.interface.registry import register
+from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import Site
 from sidestep.interface.taps import Tap
 

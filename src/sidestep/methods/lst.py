@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sidestep.interface.config import MethodConfig, is_ascending
 from sidestep.interface.layers import recompute
 from sidestep.interface.pruning import Score, magnitude, pruned_block, residual_channels
-from sidestep.interface.registry import MethodConfig, SideNet, is_ascending, register
+from sidestep.interface.registry import register
+from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import BlockWeights, SideCache, Site, of_stack, stacks
 from sidestep.interface.taps import Tap
 

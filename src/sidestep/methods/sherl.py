@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sidestep.interface.config import MethodConfig, is_ascending
 from sidestep.interface.layers import own_token, recompute, regrid
-from sidestep.interface.registry import MethodConfig, SideNet, is_ascending, register
+from sidestep.interface.registry import register
+from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import Site, not_plain, of_stack, stacks
 from sidestep.interface.taps import Tap
 

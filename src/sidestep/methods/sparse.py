@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sidestep.interface.registry import SparseDelta, SparseDeltaConfig, register
+from sidestep.interface.registry import register
+from sidestep.interface.sparse_delta import SparseDelta, SparseDeltaConfig
 from sidestep.sparse.diff import SparseDiff
 from sidestep.sparse.selection import CHUNK, largest, sweep_over
 

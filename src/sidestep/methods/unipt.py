@@ -16,8 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sidestep.interface.config import MethodConfig
 from sidestep.interface.layers import masked_mean, own_token, recompute
-from sidestep.interface.registry import MethodConfig, SideNet, register
+from sidestep.interface.registry import register
+from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import Site, not_plain
 from sidestep.interface.taps import Tap
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sidestep.interface.pruning import Scores
-from sidestep.interface.registry import SparseDelta
+from sidestep.interface.sparse_delta import SparseDelta
 from sidestep.model.side_model import SideModel
 
 SAMPLES = 1024  # the release's

@@ -360,9 +360,9 @@ class PairModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the task folder (see `sidestep.disk.task_folder`)."""
-        from sidestep.disk import task_folder as store
+        from sidestep.model import saving
 
-        store.save(self, folder, **kwargs)
+        saving.save(self, folder, **kwargs)
 
     def detach_backbone(self) -> nn.Module:
         """See `detach`."""

@@ -33,8 +33,9 @@ from sidestep.backbone import Digest, Noise
 from sidestep.backbone.families import Pool, family_of
 from sidestep.fold import KEY_VALUES, Fold, FoldError, Hooks, is_hooked
 from sidestep.fold.packing import is_packed, refusal
-from sidestep.interface.registry import Method, SparseDelta
+from sidestep.interface.registry import Method
 from sidestep.interface.sites import Place, Site
+from sidestep.interface.sparse_delta import SparseDelta
 from sidestep.messages import some
 from sidestep.methods import MethodConfig, ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta, method_of
 from sidestep.methods.controls import Probe
@@ -827,9 +828,9 @@ class SideModel(TrainerFace):
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the task folder: config, weights, tokenizer or processor, model card (see `task_folder`)."""
-        from sidestep.disk import task_folder as store
+        from sidestep.model import saving
 
-        store.save(self, folder, **kwargs)
+        saving.save(self, folder, **kwargs)
 
     def detach_backbone(self) -> nn.Module:
         """See `detach`."""

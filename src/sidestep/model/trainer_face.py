@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from sidestep import backbone as backbones
 from sidestep.fold import Fold
-from sidestep.interface.registry import WeightDelta
 from sidestep.interface.sites import Place
+from sidestep.interface.weight_delta import WeightDelta
 from sidestep.model.heads import Head
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from sidestep.backbone import Digest
-from sidestep.disk.task_folder import TaskError, diff_of, dtype_mismatch, read
+from sidestep.disk.task_folder import TaskError, read
 from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
 from sidestep.sparse.codec import POSITIONS, VALUES
+from sidestep.tasks.load import diff_of, dtype_mismatch
 
 
 class DifferentBackbones(TaskError):

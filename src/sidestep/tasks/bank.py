@@ -26,14 +26,16 @@ import torch
 from torch import nn
 
 from sidestep.backbone import Digest, joined, without_values
-from sidestep.disk import task_folder as store
+from sidestep.disk import task_folder
 from sidestep.disk.atomic import move, only_writer, refuse_inputs
-from sidestep.disk.task_folder import DamagedTask, TaskError
+from sidestep.disk.task_folder import DamagedTask, Task, TaskError
 from sidestep.fold import FoldError
 from sidestep.fold.turns import Turn
 from sidestep.messages import some
+from sidestep.model import saving
 from sidestep.model.pair_model import Attached, PairModel, detach, digests_of
 from sidestep.model.side_model import Rest, SideModel, check_attachable
+from sidestep.tasks import load as loading
 
 LOCK = ".lock"
 STAGING = ".moving-"
@@ -42,7 +44,8 @@ WAIT = "take turns, with a lock of your own from `activate` to the answer"
 BUSY = f"this bank is in the middle of another call, in another thread or within it: {WAIT}"
 LONGEST = 255  # bytes in the name of a folder
 NONE = (None, "", None)
-TASK_FILES = (store.CONFIG, store.WEIGHTS)  # either makes a folder a task's, so that a damaged one is seen and removed
+#: Either makes a folder a task's, so that a damaged one is seen and removed.
+TASK_FILES = (task_folder.CONFIG, task_folder.WEIGHTS)
 
 
 class BankError(TaskError):
@@ -111,8 +114,8 @@ class BankFolder:
         """
         folder = self.folder(name)
         with _what_to_do(name):
-            about = store.inspect_task(folder)
-            head = store.head_of(folder, about)
+            about = task_folder.inspect_task(folder)
+            head = saving.head_of(folder, about)
         return Entry(
             name=name,
             method=about["method"]["name"],
@@ -142,16 +145,16 @@ class BankFolder:
             TaskError: if there is none, or it is damaged.
         """
         with _what_to_do(name):
-            return store.read_config(self.folder(name))
+            return task_folder.read_config(self.folder(name))
 
-    def read(self, name: str) -> store.Task:
+    def read(self, name: str) -> Task:
         """A task, read whole.
 
         Raises:
             TaskError: if there is none, or its files are damaged.
         """
         with _what_to_do(name):
-            return store.read(self.folder(name))
+            return task_folder.read(self.folder(name))
 
     def digest(self) -> Digest | None:
         """Of the backbone of all tasks, by the first that can be read; None: there is no such task."""
@@ -160,7 +163,7 @@ class BankFolder:
                 return _digest(self.config(name))
         return None
 
-    def add(self, name: str, task: str | Path | Attached, check: Callable[[store.Task], None] | None = None) -> None:
+    def add(self, name: str, task: str | Path | Attached, check: Callable[[Task], None] | None = None) -> None:
         """Copy a task into the folder; it is there whole, or the folder is as before.
 
         Args:
@@ -179,7 +182,7 @@ class BankFolder:
                 f"{name!r} cannot be a task's name: use letters, digits, '_', '-' and '.', at most {LONGEST} bytes"
             )
         if not isinstance(task, SideModel | PairModel):
-            store.read(task)  # before anything is copied, so that the message names the folder that was given
+            task_folder.read(task)  # before anything is copied, so that the message names the folder that was given
             refuse_inputs([self.path / name], [Path(task)])
         with self._writing() as staging:
             if name in self.names:
@@ -188,10 +191,10 @@ class BankFolder:
                 raise BankError(f"{self.path / name} is there, and is no task: choose another name, or move it away")
             new = staging / name
             if isinstance(task, SideModel | PairModel):
-                store.save(task, new)
+                saving.save(task, new)
             else:
-                store.copy(task, new)
-            found = store.read(new)
+                task_folder.copy(task, new)
+            found = task_folder.read(new)
             self._check_backbone(found)
             if check is not None:
                 check(found)
@@ -207,7 +210,7 @@ class BankFolder:
         with self._writing() as staging:
             move(self.folder(name), staging / name)
 
-    def _check_backbone(self, task: store.Task) -> None:
+    def _check_backbone(self, task: Task) -> None:
         here, its = self.digest(), _digest(task.config)
         if here is not None and here.matches(its) != "same":
             raise BankError(f"{_other_backbone(task, its, here)} of the tasks in {self.path}: a bank has one backbone")
@@ -390,7 +393,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         if (name, identity) == (before, its) and active is not None and _is_on(active):
             return active
         # all that may well fail comes before the active task is left
-        ready: Resting | store.Task | None = self._resting.pop(name, None)
+        ready: Resting | Task | None = self._resting.pop(name, None)
         if not isinstance(ready, Resting) or ready.identity != identity:
             ready = self._read(name)  # not used yet, or another process has put another task in its place
         try:
@@ -422,16 +425,16 @@ class TaskBank(AbstractContextManager["TaskBank"]):
 
     # --- small parts -----------------------------------------------------------------------------------------------
 
-    def _check(self, task: store.Task) -> None:
+    def _check(self, task: Task) -> None:
         """Raise unless this task can be put on the backbone; looked at once."""
         identity = _identity(task.config)
         if identity not in self._checked:
             self._check_fit(task)
             self._checked.add(identity)
 
-    def _check_fit(self, task: store.Task) -> None:
+    def _check_fit(self, task: Task) -> None:
         with torch.random.fork_rng(devices=[]):
-            store.check_fit(task, self._blank)
+            loading.check_fit(task, self._blank)
         its = _digest(task.config)
         match = self.digest.matches(its)
         if match == "same":
@@ -444,16 +447,16 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             )
         raise BankError(f"{what}: load the task's own backbone, with its embeddings not resized")
 
-    def _read(self, name: str) -> store.Task:
+    def _read(self, name: str) -> Task:
         task = self.store.read(name)
         self._check(task)
         return task
 
-    def _put(self, task: store.Task) -> Attached:
+    def _put(self, task: Task) -> Attached:
         # a side network begins at random: a switch leaves the caller's random numbers alone
         # and what is made under inference_mode could not be trained later
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            return store.put(task, self.backbone, digests=self._digests)
+            return loading.put(task, self.backbone, digests=self._digests)
 
 
 @dataclass(frozen=True)
@@ -502,6 +505,6 @@ def _short(digest: Digest) -> str:
     return f"{digest.exact[:16]} ({digest.dtype})"
 
 
-def _other_backbone(task: store.Task, its: Digest, here: Digest) -> str:
+def _other_backbone(task: Task, its: Digest, here: Digest) -> str:
     made = task.config["backbone"]["class_name"]
     return f"{task.folder.name} was made on a {made} with digest {_short(its)}, which is not the {_short(here)}"

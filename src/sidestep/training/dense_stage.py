@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from sidestep.disk.atomic import whole
-from sidestep.interface.registry import SparseDelta
+from sidestep.interface.sparse_delta import SparseDelta
 from sidestep.measure.step import Batch, StepCost, measure_step
 from sidestep.model.pair_model import Attached
 from sidestep.model.side_model import SideModel

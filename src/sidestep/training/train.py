@@ -24,7 +24,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.integrations import TensorBoardCallback
 
 from sidestep.backbone import drop_path_rate
-from sidestep.backbone.load import source_of
+from sidestep.backbone.source import source_of
 from sidestep.data import DataWarning, Generation, LabelSpace
 from sidestep.data.contents import content_hash
 from sidestep.disk.task_folder import WEIGHTS

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from sidestep.backbone import positions
+from sidestep.backbone.configs import config_of
 from sidestep.backbone.gguf import is_gguf
-from sidestep.backbone.load import CONFIG, TIMM, VIT, LoadError, config_of, import_timm
 from sidestep.backbone.pixels import image_shape
+from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
+from sidestep.backbone.timm_models import import_timm
 from sidestep.model.side_model import SideModel
 
 Backbone: TypeAlias = str | Path | PreTrainedConfig | Callable[[], nn.Module]

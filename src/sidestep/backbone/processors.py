@@ -1,0 +1,224 @@
+"""Tokenizers and image processors, by the name of their backbone or from a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from sidestep.backbone.configs import asked, config_of, npz_as_load_error, read_config
+from sidestep.backbone.families import DUAL_FAMILIES
+from sidestep.backbone.gguf import (
+    is_gguf,
+)
+from sidestep.backbone.pixels import IMAGE_TRANSFORM, ImageTransform, to_rgb
+from sidestep.backbone.source import (
+    CONFIG,
+    IMAGE_FILES,
+    TIMM,
+    TIMM_PROCESSOR,
+    TOKENIZER_FILES,
+    VIT,
+    LoadError,
+    as_load_error,
+    quiet,
+    require_any,
+)
+from sidestep.backbone.timm_models import import_timm, timm_parts
+from sidestep.backbone.vit_npz import read_sizes
+
+
+def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer or image processor of a model of this name, or of a folder that one was saved in.
+
+    Raises:
+        LoadError: if there is none.
+    """
+    if str(name).startswith(TIMM):
+        return TimmProcessor.of(timm_parts(str(name))[0])
+    if str(name).startswith(VIT):
+        return _npz_processor(str(name).removeprefix(VIT))
+    folder = Path(name)
+    if all((folder / part).is_dir() for part in PairProcessor.PARTS):
+        return PairProcessor(*(load_processor(folder / part) for part in PairProcessor.PARTS))
+    if (folder / TIMM_PROCESSOR).is_file():
+        return TimmProcessor.from_pretrained(folder)
+    if (folder / IMAGE_TRANSFORM).is_file():
+        with as_load_error(str(folder / IMAGE_TRANSFORM), "processor"):
+            return ImageTransform.from_pretrained(folder)
+    return _load_processor(name, _reads_images(str(name), folder, revision), revision)
+
+
+def _load_processor(name: str | Path, images: bool, revision: str | None) -> Any:
+    """The image processor or the tokenizer of a transformers model."""
+    place, options = asked(str(name), revision)
+    folder = Path(place)
+    if folder.is_dir() and not is_gguf(name):
+        require_any(folder, IMAGE_FILES if images else TOKENIZER_FILES, "image processor" if images else "tokenizer")
+    kind = AutoImageProcessor if images else AutoTokenizer
+    with quiet(local=folder.is_dir()), as_load_error(str(name), "processor" if images else "tokenizer"):
+        processor = kind.from_pretrained(place, **options)
+    if not images and (most := _most_tokens(str(name), folder, revision)) is not None:
+        # not every tokenizer knows what its model takes
+        processor.model_max_length = min(processor.model_max_length, most)
+    return processor
+
+
+@dataclass(frozen=True)
+class PairProcessor:
+    """What a dual encoder's images and texts are read with.
+
+    Attributes:
+        image: image processor, or an `ImageTransform`.
+        text: tokenizer.
+    """
+
+    PARTS: ClassVar = ("image", "text")
+
+    image: Any
+    text: Any
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The tokenizer's."""
+        return self.text.pad_token_id
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write both to folders of their own."""
+        for part in self.PARTS:
+            getattr(self, part).save_pretrained(str(Path(folder) / part))
+
+
+def load_pair_processor(name: str, text_name: str | None = None, *, revision: str | None = None) -> PairProcessor:
+    """The image processor and the tokenizer of a dual encoder, or of two encoders.
+
+    Raises:
+        LoadError: if one is missing.
+    """
+    if text_name is None:
+        require_dual(name, config_of(name, revision).model_type)
+        return PairProcessor(*(_load_processor(name, images, revision) for images in (True, False)))
+    image, text = load_processor(name, revision=revision), load_processor(text_name)
+    for processor, wanted, given in ((image, False, name), (text, True, text_name)):
+        if isinstance(processor, PreTrainedTokenizerBase) != wanted:
+            raise LoadError(
+                f"{given} reads {'images' if wanted else 'text'}: --backbone is the encoder of images and "
+                "--text-backbone that of texts"
+            )
+    return PairProcessor(image, text)
+
+
+def require_dual(name: str, kind: str) -> None:
+    """Raise `LoadError` unless models of this type have a tower of images and one of texts."""
+    if kind not in DUAL_FAMILIES:
+        raise LoadError(
+            f"{name} is a {kind}, no dual encoder ({', '.join(DUAL_FAMILIES)}): give one, or name the encoder of texts "
+            "beside it (--text-backbone)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmProcessor:
+    """timm's evaluation transform under the interface of an image processor.
+
+    Attributes:
+        input_size: (channels, rows, columns).
+        interpolation, mean, std, crop_pct, crop_mode: as timm names them.
+    """
+
+    input_size: tuple[int, int, int]
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    crop_mode: str
+
+    @classmethod
+    def of(cls, model: str | nn.Module) -> TimmProcessor:
+        """The processor of a timm model, or of the pretrained weights of this name.
+
+        Raises:
+            LoadError: if timm does not know the name.
+        """
+        timm = import_timm()
+        config = timm.get_pretrained_cfg(model) if isinstance(model, str) else getattr(model, "pretrained_cfg", None)
+        if config is None:
+            raise LoadError(f"timm {timm.__version__} has no model named {model!r}: see timm.list_pretrained()")
+        values = config if isinstance(config, Mapping) else config.to_dict()
+        return cls._from(timm.data.resolve_data_config(pretrained_cfg=values))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> TimmProcessor:
+        """The processor that `save_pretrained` wrote."""
+        path = Path(folder) / TIMM_PROCESSOR
+        with as_load_error(str(path), "processor"):
+            return cls._from(json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def _from(cls, values: Mapping[str, Any]) -> TimmProcessor:
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**plain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return asdict(self)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the fields to a folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        (Path(folder) / TIMM_PROCESSOR).write_text(text, encoding="utf-8")
+
+    def __call__(self, images: Any, return_tensors: str = "pt") -> dict[str, Tensor]:
+        """{"pixel_values": (images, channels, rows, columns)} of one PIL image or a sequence of them."""
+        transform = _timm_transform(self)
+        several = images if isinstance(images, Sequence) else [images]
+        return {"pixel_values": torch.stack([transform(to_rgb(image)) for image in several])}
+
+
+@lru_cache(maxsize=8)
+def _timm_transform(processor: TimmProcessor) -> Any:
+    return import_timm().data.create_transform(**processor.to_dict(), is_training=False)
+
+
+def _reads_images(name: str, folder: Path, revision: str | None) -> bool:
+    """Whether a model (or a folder of a processor alone) takes images rather than text."""
+    if is_gguf(name):
+        return False  # transformers reads language models alone from such files
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        return not any((folder / file).is_file() for file in TOKENIZER_FILES)
+    with quiet(local=folder.is_dir()), as_load_error(name, CONFIG):
+        config = read_config(name, revision)
+    mapping = transformers.MODEL_MAPPING
+    return type(config) in mapping and mapping[type(config)].main_input_name == "pixel_values"
+
+
+def _most_tokens(name: str, folder: Path, revision: str | None) -> int | None:
+    """How many tokens a model has positions for; None: it does not say, or a folder holds a processor alone."""
+    if folder.is_dir() and not (folder / CONFIG).is_file() and not is_gguf(name):
+        return None
+    with quiet(local=folder.is_dir()), as_load_error(name, CONFIG):
+        config = read_config(name, revision)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _npz_processor(file: str) -> transformers.ViTImageProcessor:
+    """The image size of the file, and -1 to 1 for the darkest to the brightest pixel, as the original code has it."""
+    with npz_as_load_error():
+        side = read_sizes(file).image
+    size = {"height": side, "width": side}
+    return transformers.ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)

@@ -1,0 +1,48 @@
+"""What a method is configured by, and what it says where it cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from sidestep.interface.annotations import check_fields, from_fields
+
+
+class UnsupportedBackbone(ValueError):
+    """A method cannot work on this backbone; the message names both and says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Base of every method's config: plain data, checked in `__post_init__`.
+
+    Fields have to be what their annotations say (see `annotations.check_fields`); ranges are the subclass's to check.
+    """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MethodConfig:
+        """The config with these fields.
+
+        Raises:
+            ValueError: if a field is unknown or out of range.
+        """
+        return from_fields(cls, values)
+
+    def require(self, name: str, allowed: bool, what: str) -> None:
+        """Raise unless `allowed`, saying what the field was given and what it may be."""
+        if not allowed:
+            raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r}, but it must be {what}")
+
+
+def is_ascending(blocks: Sequence[int]) -> bool:
+    """Whether there are block numbers, from 0 in order and each once."""
+    return bool(blocks) and blocks[0] >= 0 and all(a < b for a, b in pairwise(blocks))

@@ -1,0 +1,125 @@
+"""A method that runs beside a frozen backbone: a fold over its depth."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from sidestep.interface.pruning import Score
+from sidestep.interface.sites import Site
+
+
+class SideNet(nn.Module, ABC):
+    """A fold over depth: it reads the hidden states of a frozen backbone and may write at the end or in late blocks.
+
+    A pass calls, for every stack: `start`; `advance` and `write` at the input of each stage and the output of each
+    block; before each decoder block `memory`; `finish` at the stack's end; and after an encoder `carry`. What the
+    method remembers between calls is `state`, any value it likes, which travels through the calls and is never kept on
+    the module.
+
+    `advance` is `step` of what was `read`. Before the first write all that touches a tensor as wide as the backbone is
+    in `read`, which knows no state. So a pass can store a site's codes, or compute them again, without the method
+    knowing. A method whose definition has no such split leaves `read` out: its codes are the hidden states themselves.
+
+    Class attributes:
+        starts_as_identity: before training, outputs equal the frozen model's, bit for bit.
+        replays: it runs queries of its own through the frozen blocks (`Site.next_block`), so that `attach` first proves
+            that their parts make up the blocks.
+        caches: it mixes tokens, and keeps what it needs of earlier ones in `Site.cache`, so that key-value caches are
+            exact.
+
+    Attributes:
+        tokenwise: a block's codes, step and write treat every token alone, so key-value caches and single-token heads
+            are exact.
+        pooled_width: channels of what `pooled` returns, set by a method with a read-out of its own; None: the head
+            reads the last hidden state.
+        corrects: whether it changes the vector that the head makes of what it reads (`correct`).
+        from_data: its start hangs on training rows: `ss.initialise` calls `initialise` with scores taken on them.
+        least_rows: the fewest rows of a batch that it can be trained on (2 where it has batch norms).
+    """
+
+    starts_as_identity: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
+    caches: ClassVar[bool] = False
+    tokenwise: bool = False
+    pooled_width: int | None = None
+    corrects: bool = False
+    from_data: bool = False
+    least_rows: int = 1
+
+    @classmethod
+    def check(cls, config: Any, sites: Sequence[Site]) -> None:
+        """Raise `ValueError` with the reason if the method cannot work on these sites."""
+
+    @classmethod
+    def first_write(cls, config: Any, sites: Sequence[Site]) -> Site | None:
+        """The first site at which the method returns another hidden state; None if it never does.
+
+        Another `memory` changes the block that reads it: its first write is the site in front of that block.
+        """
+        return None
+
+    @classmethod
+    def kept_per_token(cls, config: Any, site: Site) -> int:
+        """Values that the method keeps for backward per token at a site: its stated bound, tested as a law."""
+        return 0
+
+    @classmethod
+    def kept_per_row(cls, config: Any, site: Site) -> int:
+        """What it keeps at a site besides, per row of the batch, however many tokens that has."""
+        return 0
+
+    def initialise(self, sites: Sequence[Site], score: Score) -> None:
+        """Start from the backbone's own weights (`Site.weights`), by what `score` says that they are worth."""
+
+    def start(self, site: Site, carried: Tensor | None) -> Any:
+        """State before a stack's first site; in a decoder, `carried` is what the encoder's `carry` returned."""
+        return None
+
+    def read(self, hidden: Tensor, site: Site) -> Any:
+        """The codes of a hidden state (batch, tokens, width): a tensor, a tuple of tensors, or None for nothing.
+
+        It may draw random numbers (dropout of what is read).
+        """
+        return hidden
+
+    def step(self, state: Any, codes: Any, site: Site) -> Any:
+        """The state behind a site, by what was read there."""
+        return state
+
+    def advance(self, state: Any, hidden: Tensor, site: Site) -> Any:
+        """`step` of what was `read`: the same to the bit where a method overrides it to keep less for backward."""
+        return self.step(state, self.read(hidden, site), site)
+
+    def write(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
+        """State and hidden state to go on with, after `advance`: others from the first write on.
+
+        A method that reads what it wrote does that here.
+        """
+        return state, hidden
+
+    def memory(self, state: Any, site: Site) -> Tensor | None:
+        """What the decoder block of `site` reads instead of the encoder's output, or None for the encoder's."""
+        return None
+
+    def finish(self, state: Any, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
+        """The stack's output, from what went into its final norm and what came out (the same where it has none)."""
+        return normed
+
+    def carry(self, state: Any) -> Tensor | None:
+        """What a decoder needs of an encoder's state: one tensor (batch, tokens, any), which survives beam search."""
+        return None
+
+    def pooled(self, state: Any, site: Site) -> Tensor | None:
+        """(batch, pooled_width) for the head, when the method has a read-out of its own."""
+        return None
+
+    def correct(self, state: Any, site: Site, vector: Tensor) -> Tensor:
+        """The head's vector (batch, `site.features`) as the method would have it, when it `corrects`.
+
+        It is what the head reads, or with `Retrieve` its projection.
+        """
+        return vector

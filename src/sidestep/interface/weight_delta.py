@@ -1,0 +1,52 @@
+"""A method that changes the backbone's own weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from sidestep.sparse.diff import SparseDiff
+
+
+class WeightDelta(ABC):
+    """A method that changes the backbone's own weights (full tuning, BitFit, diff pruning, LoRA).
+
+    The backbone trains with its own noise; `detach` puts every weight back bit for bit. A method that works by modules
+    of its own inside the backbone puts them there in `insert`.
+
+    Class attributes:
+        starts_as_identity: before training, outputs equal the frozen model's, bit for bit.
+    """
+
+    starts_as_identity: ClassVar[bool] = True
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def moves(self, name: str, parameter: Tensor) -> bool:
+        """Whether the method trains the backbone parameter of this name (relative to the base model)."""
+
+    def insert(self, trunk: nn.Module) -> None:  # noqa: B027 - most methods insert nothing
+        """Put modules of the method's own into the backbone's trunk; raise `ValueError` if they do not fit."""
+
+    def remove(self, trunk: nn.Module) -> None:  # noqa: B027 - as for insert
+        """Undo `insert`: the trunk has its own modules under their own names again."""
+
+    def plain_name(self, name: str) -> str | None:
+        """What a tensor of this name is called in the untouched trunk; None for the method's own."""
+        return name
+
+    def check(self, moved: Sequence[str]) -> None:  # noqa: B027 - most methods have nothing to refuse
+        """Raise `ValueError` with the reason if the method cannot work on a backbone in which it moves these."""
+
+    def diff(self, tensors: Mapping[str, nn.Parameter]) -> SparseDiff | None:
+        """What is trained in place of the tensors that the method moves, if it is a sparse diff of them.
+
+        Args:
+            tensors: the moved ones by their names in the trunk, without heads and what the checkpoint did not have.
+        """
+        return None
