@@ -40,9 +40,10 @@ if TYPE_CHECKING:
         UnsupportedBackbone,
         methods,
     )
+    from sidestep.model.attach import attach, detach
     from sidestep.model.heads import Classify, Regress, Retrieve
     from sidestep.model.initialise import initialise
-    from sidestep.model.pair_model import PairModel, attach, detach
+    from sidestep.model.pair_model import PairModel
     from sidestep.model.side_model import SideModel
     from sidestep.tasks.add_diff import DifferentBackbones, add_diff
     from sidestep.tasks.bank import BankError, TaskBank
@@ -112,10 +113,12 @@ _HOMES = {
         "methods",
     ),
     "model.side_model": ("SideModel",),
-    "model.pair_model": ("PairModel", "attach", "detach"),
+    "model.attach": ("attach", "detach"),
+    "model.pair_model": ("PairModel",),
     "measure.plan": ("Plan", "plan"),
     "model.initialise": ("initialise",),
-    "disk.task_folder": ("TaskError", "load"),
+    "disk.task_folder": ("TaskError",),
+    "tasks.load": ("load",),
     "tasks.add_diff": ("DifferentBackbones", "add_diff"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -15,6 +15,8 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 Kind = Literal["single", "multi", "regress", "text2text", "lm", "retrieval"]
 Written = Literal["text2text", "lm"]
 WRITTEN: tuple[Written, ...] = get_args(Written)
+IGNORED = -100
+"""A label that the loss of classes and of tokens leaves out; the mean over nothing but such labels is no number."""
 """The kinds of problem whose answer is a text that the model writes, by an encoder-decoder or a decoder alone."""
 
 PRIMARY: dict[str, str] = {

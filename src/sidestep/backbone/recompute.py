@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+
+Checkpoint = Literal["late"]
+"""Which blocks are recomputed in backward: those after the method's first write."""
 
 
 class CheckpointedForward:
@@ -61,3 +64,4 @@ def uncheckpoint_blocks(blocks: Sequence[nn.Module]) -> None:
     for block in blocks:
         if isinstance(block.__dict__.get("forward"), CheckpointedForward):
             del block.forward
+

@@ -17,7 +17,8 @@ from sidestep.console import hush, remark, show_answers, show_many, show_recipe,
 if TYPE_CHECKING:
     from sidestep.kinds.prepare import TaskData
     from sidestep.methods import MethodConfig
-    from sidestep.model.pair_model import Attached, PairModel
+    from sidestep.model.attach import Attached
+    from sidestep.model.pair_model import PairModel
     from sidestep.model.side_model import SideModel
 
 
@@ -223,8 +224,8 @@ def _attached_pair(
     import torch
 
     from sidestep.backbone.load import load_pair
+    from sidestep.model.attach import attach
     from sidestep.model.heads import Retrieve
-    from sidestep.model.pair_model import attach
 
     asked = Retrieve(**head)
     torch.manual_seed(seed)
@@ -246,7 +247,7 @@ def _attached(
 
     from sidestep.backbone.load import load_backbone
     from sidestep.kinds.prepare import written_kind
-    from sidestep.model.pair_model import attach
+    from sidestep.model.attach import attach
     from sidestep.training.train import head_for
 
     if own_head and pool is not None:

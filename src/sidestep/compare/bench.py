@@ -25,8 +25,8 @@ from sidestep.data import DataError, DataWarning, Fields, holdout
 from sidestep.kinds.prepare import TaskData, prepare, strata, written_kind
 from sidestep.methods import WeightDelta, method_of
 from sidestep.metrics import Written
+from sidestep.model.attach import attach, detach
 from sidestep.model.heads import Classify, HeadConfig
-from sidestep.model.pair_model import attach, detach
 from sidestep.model.side_model import SideModel
 
 

@@ -17,7 +17,7 @@ from sidestep.data.images import decode, refuse_absent, undecoded
 from sidestep.data.labels import LabelSpace
 from sidestep.data.messages import DataError, DataWarning, listed, named_rows
 from sidestep.data.tables import check_column
-from sidestep.model.heads import IGNORED
+from sidestep.metrics import IGNORED
 
 NO_LIMIT = 10**6
 """A tokenizer that knows no limit says 10**30; no model reads this many tokens."""

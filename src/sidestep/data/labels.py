@@ -13,8 +13,7 @@ from sklearn.model_selection import train_test_split
 from sidestep.data.messages import NAMED, DataError, DataWarning, listed, named_rows
 from sidestep.data.tables import check_column
 from sidestep.messages import some
-from sidestep.metrics import WRITTEN, Kind
-from sidestep.model.heads import IGNORED
+from sidestep.metrics import IGNORED, WRITTEN, Kind
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SEPARATOR = "|"

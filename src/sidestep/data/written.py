@@ -16,8 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sidestep.data.encode import Collate, Fields, encode_text, refuse_empty, refuse_ignored, token_limit
 from sidestep.data.joins import NOTHING, Separators
 from sidestep.data.messages import DataError, DataWarning, listed, named_rows
-from sidestep.metrics import Written
-from sidestep.model.heads import IGNORED
+from sidestep.metrics import IGNORED, Written
 
 
 @dataclass(frozen=True, kw_only=True)

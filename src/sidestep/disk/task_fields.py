@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from sidestep.backbone import Noise
+from sidestep.backbone.recompute import Checkpoint
 from sidestep.backbone.source import Library
 from sidestep.interface.annotations import Rule, fits, worded
 from sidestep.metrics import Kind
-from sidestep.model.side_model import Checkpoint
 
 DEEPEST = 100
 """How many lists and dictionaries may lie within each other."""

@@ -1,7 +1,7 @@
 """The registered methods, by name and by the class of their configs.
 
-To add a method, write one file in `sidestep/methods`, or in a package of your own. It holds a frozen config dataclass and
-a class with the decorator `@register`. The laws in `tests/laws` then cover it.
+To add a method, write one file in `sidestep/methods`, or in a package of your own. It holds a frozen config dataclass
+and a class with the decorator `@register`. The laws in `tests/laws` then cover it.
 """
 
 from __future__ import annotations

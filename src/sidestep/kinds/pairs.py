@@ -18,7 +18,8 @@ from sidestep.data.pairs import CollatePairs, captioned, encode_pairs
 from sidestep.data.vocabulary import check_tokens
 from sidestep.measure.step import accepted
 from sidestep.metrics import scores, similarities
-from sidestep.model.pair_model import Attached, PairModel
+from sidestep.model.attach import Attached
+from sidestep.model.pair_model import PairModel
 
 TOP = 5
 """How many neighbours a table of predictions names."""

@@ -33,9 +33,10 @@ from sidestep.measure.step import (
     train_step,
 )
 from sidestep.methods import ProbeConfig, UnsupportedBackbone
-from sidestep.model.pair_model import attach, detach
+from sidestep.model.attach import attach, detach
 from sidestep.model.saving import packed
-from sidestep.model.side_model import Settings, SideModel
+from sidestep.model.settings import Settings
+from sidestep.model.side_model import SideModel
 
 __all__ = [
     "Cost",

@@ -10,17 +10,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from sidestep.backbone.families import Pool
 from sidestep.fold import Reading, mean_tokens, take_rows
 from sidestep.interface.annotations import check_fields, from_fields
 from sidestep.interface.layers import last_kept
 from sidestep.metrics import Kind
+from sidestep.model.gpo import GPO
 
 Loss = Literal["contrastive", "triplet"]
-IGNORED = -100
-"""A label that the loss of classes and of tokens leaves out; the mean over nothing but such labels is no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,51 +296,3 @@ def unit(x: Tensor) -> Tensor:
     """Each row over its length, which is computed as CLIP does, in float32 at least."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x / x.pow(2).sum(-1, keepdim=True).pow(0.5).clamp(min=1e-8)
-
-
-class GPO(nn.Module):
-    """Generalised pooling: in each channel the tokens are sorted, and weighted by their place in that order.
-
-    The weights hang on the number of tokens alone: sinusoidal codes of the places go through a bidirectional GRU.
-
-    Source: Chen et al., "Learning the Best Pooling Strategy for Visual Semantic Embedding", CVPR 2021 (VSE-infinity).
-
-    Args:
-        code: channels of a place's code.
-        hidden: of the GRU, in each direction.
-    """
-
-    temperature = 0.1
-
-    def __init__(self, code: int = 32, hidden: int = 32) -> None:
-        super().__init__()
-        self.gru = nn.GRU(code, hidden, batch_first=True, bidirectional=True)
-        self.linear = nn.Linear(hidden, 1, bias=False)
-
-    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(batch, width) of tokens (batch, tokens, width); `keep` is (batch, tokens) bool, None: all."""
-        if keep is None:
-            keep = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
-        lengths, which = keep.sum(1).unique(return_inverse=True)
-        weights = self.weights(lengths)[which]
-        last = torch.finfo(tokens.dtype).min
-        ordered = tokens.masked_fill(~keep[..., None], last).sort(dim=1, descending=True).values
-        return torch.einsum("bn,bnd->bd", weights.to(tokens.dtype), ordered[:, : weights.shape[1]])
-
-    def weights(self, lengths: Tensor) -> Tensor:
-        """(lengths, longest): the weights of the places of as many sorted tokens, 0 behind them."""
-        places = torch.arange(int(lengths.max()), device=lengths.device)
-        packed = pack_padded_sequence(
-            self._codes(places).expand(len(lengths), -1, -1), lengths.cpu(), batch_first=True, enforce_sorted=False
-        )
-        both, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
-        scores = self.linear(torch.stack(both.chunk(2, -1)).mean(0)).squeeze(-1)
-        beyond = places >= lengths[:, None]
-        return (scores / self.temperature).masked_fill(beyond, -torch.inf).softmax(1)
-
-    def _codes(self, places: Tensor) -> Tensor:
-        """(places, code): sines and cosines in turns."""
-        width, kind = self.gru.input_size, self.linear.weight.dtype
-        rates = 10000.0 ** (-torch.arange(0, width, 2, device=places.device, dtype=kind) / width)
-        angles = places[:, None] * rates
-        return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]

@@ -1,4 +1,4 @@
-"""PairModel: a dual encoder of images and texts with a method on each tower; and `attach`, for one backbone or a pair.
+"""PairModel: a dual encoder of images and texts with a method on each tower.
 
 Both towers are ordinary `SideModel`s whose head gives an embedding, so sites, folds, checkpoints, digests and `detach`
 are those of one backbone. What is here is what belongs to both: the temperature and the losses.
@@ -11,106 +11,30 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils import ModelOutput
 
 from sidestep.backbone import (
     Digest,
-    Noise,
     default_pool,
-    digest_of,
     freeze,
     joined,
     new_parameters,
-    pretrained_tensors,
 )
 from sidestep.backbone.families import DUAL_FAMILIES, Pool, dual_family_of
 from sidestep.interface.registry import Method
-from sidestep.methods import MethodConfig, UnsupportedBackbone, method_of
+from sidestep.methods import UnsupportedBackbone, method_of
 from sidestep.model.before import Before
-from sidestep.model.heads import HeadConfig, Retrieve
-from sidestep.model.side_model import Checkpoint, Settings, SideModel, check_attachable
+from sidestep.model.heads import Retrieve
+from sidestep.model.losses import LARGEST_SCALE, contrastive_loss, triplet_loss
+from sidestep.model.settings import Settings
+from sidestep.model.side_model import SideModel
 
-LARGEST_SCALE = math.log(100)
-"""At which CLIP stops the logarithm of its temperature's inverse."""
 PROJECTIONS = {"image": "visual_projection", "text": "text_projection"}
-
-
-# Retrieve is a HeadConfig too: mypy calls that an overlap, and takes the first that fits, which is what is meant.
-@overload
-def attach(  # type: ignore[overload-overlap]
-    backbone: nn.Module,
-    method: MethodConfig,
-    *,
-    head: Retrieve,
-    train_head: bool | None = None,
-    backbone_noise: Noise | None = None,
-    checkpoint: Checkpoint | None = None,
-) -> PairModel: ...
-
-
-@overload
-def attach(
-    backbone: nn.Module,
-    method: MethodConfig,
-    *,
-    head: HeadConfig | None = None,
-    train_head: bool | None = None,
-    backbone_noise: Noise | None = None,
-    checkpoint: Checkpoint | None = None,
-) -> SideModel: ...
-
-
-def attach(
-    backbone: nn.Module,
-    method: MethodConfig,
-    *,
-    head: HeadConfig | None = None,
-    train_head: bool | None = None,
-    backbone_noise: Noise | None = None,
-    checkpoint: Checkpoint | None = None,
-) -> SideModel | PairModel:
-    """A model that tunes `method` (and a head) on a backbone, frozen and in eval mode from here on.
-
-    Args:
-        backbone: a Hugging Face model, with or without a task head, or a timm model; with `Retrieve` a dual encoder, as
-            `CLIPModel` or `VisionTextDualEncoderModel`.
-        method: for example `ReadConfig(rank=128)`; of a dual encoder each tower gets its own.
-        head: `Classify`, `Regress`, `Retrieve`, or None for the backbone's own head.
-        train_head: with head=None, whether the backbone's own head is trained; None: if it is new or the class is a
-            For...Classification class. A pooler is trained if it is new.
-        backbone_noise: "drop_path", "dropout" or "all" leave that noise on in training; None: eval mode. A method that
-            changes the backbone's weights trains with the backbone's own noise in any case.
-        checkpoint: "late" recomputes the blocks after the method's first write in backward.
-
-    Raises:
-        UnsupportedBackbone: if the method cannot work on this backbone, or on one of its towers.
-        ValueError: if the backbone is compiled, attached already, no dual encoder where one is needed, or a setting is
-            out of range.
-        TypeError: if the backbone is no torch module.
-    """
-    settings = Settings(method, head, train_head, backbone_noise, checkpoint)
-    if isinstance(backbone, PairModel):
-        raise ValueError("this is an attached model already: call ss.detach(model) first, then attach again")
-    check_attachable(backbone)
-    return PairModel(backbone, settings) if isinstance(head, Retrieve) else SideModel(backbone, settings)
-
-
-def detach(model: Attached) -> nn.Module:
-    """The untouched backbone: hooks removed, weights, gradient flags and mode as they were before `attach`."""
-    return model.detach_backbone()
-
-
-def digests_of(backbone: nn.Module) -> list[Digest]:
-    """The digests of a bare backbone as the parts of an attached model have them: one, or each tower's."""
-    dual: Any = backbone
-    towers = [backbone] if dual_family_of(backbone) is None else [dual.vision_model, dual.text_model]
-    return [digest_of(pretrained_tensors(tower)) for tower in towers]
 
 
 @dataclass
@@ -376,38 +300,3 @@ class PairModel(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         return self.image._replicate_for_data_parallel()
-
-
-Attached = SideModel | PairModel
-"""What `attach` gives."""
-
-
-def contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
-    """Symmetric cross-entropy of each pair against the batch's others; 0 where there are none.
-
-    Args:
-        logits: (pairs, pairs), of image i and text j.
-        same: (pairs, pairs) bool: texts j of the image i, which are no negatives of it.
-    """
-    negatives = logits.masked_fill(same, torch.finfo(logits.dtype).min)
-    right = logits.diagonal()
-    texts, images = (F.softplus(negatives.logsumexp(axis) - right).mean() for axis in (1, 0))
-    return (texts + images) / 2
-
-
-def triplet_loss(cosines: Tensor, same: Tensor, margin: float, *, hardest: bool) -> Tensor:
-    """How far negatives come within the margin of their pair, image to text plus text to image.
-
-    Args:
-        cosines: (pairs, pairs), of image i and text j.
-        same: (pairs, pairs) bool: texts j of the image i, which are no negatives of it.
-        margin: by which a pair should be ahead.
-        hardest: the mean over pairs of their hardest negative; else the mean over the negatives that violate it.
-    """
-    right = cosines.diagonal()
-    texts = (margin + cosines - right[:, None]).relu().masked_fill(same, 0)
-    images = (margin + cosines - right).relu().masked_fill(same, 0)
-    if hardest:
-        return texts.amax(1).mean() + images.amax(0).mean()
-    of_texts, of_images = (costs.sum() / (costs > 0).sum().clamp(min=1) for costs in (texts, images))
-    return of_texts + of_images

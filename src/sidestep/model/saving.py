@@ -37,9 +37,11 @@ from sidestep.disk.task_folder import (
 )
 from sidestep.messages import some
 from sidestep.methods import MethodConfig, method_named
+from sidestep.model.attach import Attached
 from sidestep.model.heads import HeadConfig, head_from_dict
-from sidestep.model.pair_model import Attached, PairModel
-from sidestep.model.side_model import Settings, SideModel
+from sidestep.model.pair_model import PairModel
+from sidestep.model.settings import Settings
+from sidestep.model.side_model import SideModel
 from sidestep.sparse.codec import SparseTensor, encode
 from sidestep.sparse.diff import SparseDiff
 from sidestep.versions import version_of, versions

@@ -8,9 +8,9 @@ import types
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import ModelOutput
 
 from sidestep import backbone as backbones
-from sidestep.backbone import Digest, Noise
+from sidestep.backbone import Digest
 from sidestep.backbone.families import Pool, family_of
 from sidestep.fold import KEY_VALUES, Fold, FoldError, Hooks, is_hooked
 from sidestep.fold.packing import is_packed, refusal
@@ -39,13 +39,12 @@ from sidestep.interface.sparse_delta import SparseDelta
 from sidestep.messages import some
 from sidestep.methods import MethodConfig, ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta, method_of
 from sidestep.methods.controls import Probe
-from sidestep.metrics import Written
+from sidestep.metrics import IGNORED, Written
 from sidestep.model.before import Before, Rest
-from sidestep.model.heads import IGNORED, Head, HeadConfig
+from sidestep.model.heads import Head, HeadConfig
+from sidestep.model.settings import Settings
 from sidestep.model.trainer_face import TrainerFace
 from sidestep.sparse.diff import SparseDiff
-
-Checkpoint = Literal["late"]
 
 TRACES = (
     "hidden_states",
@@ -57,27 +56,6 @@ TRACES = (
     "cross_attentions",
 )
 """What a trunk's output holds besides its last hidden state if it is asked to."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `attach` was given besides the backbone; stored in the task."""
-
-    method: MethodConfig
-    head: HeadConfig | None = None
-    train_head: bool | None = None
-    backbone_noise: Noise | None = None
-    checkpoint: Checkpoint | None = None
-
-    def __post_init__(self) -> None:
-        backbones.check_noise(self.backbone_noise)
-        if self.checkpoint not in (None, "late"):
-            raise ValueError(f'checkpoint={self.checkpoint!r}: choose None or "late"')
-        if self.head is not None and self.train_head is not None:
-            raise ValueError(
-                f"train_head={self.train_head} with a {type(self.head).__name__} head: a Sidestep head is always "
-                "trained, and train_head is about the backbone's own; leave one of them out"
-            )
 
 
 class SideModel(TrainerFace):

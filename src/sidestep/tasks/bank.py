@@ -33,7 +33,8 @@ from sidestep.fold import FoldError
 from sidestep.fold.turns import Turn
 from sidestep.messages import some
 from sidestep.model import saving
-from sidestep.model.pair_model import Attached, PairModel, detach, digests_of
+from sidestep.model.attach import Attached, detach, digests_of
+from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import Rest, SideModel, check_attachable
 from sidestep.tasks import load as loading
 

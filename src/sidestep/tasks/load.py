@@ -20,10 +20,11 @@ from sidestep.disk.card import backbone_text
 from sidestep.disk.task_folder import CONFIG, Task, TaskError, read, read_config
 from sidestep.messages import some
 from sidestep.methods import UnsupportedBackbone
+from sidestep.model.attach import Attached, attach, detach, digests_of
 from sidestep.model.heads import named
-from sidestep.model.pair_model import Attached, attach, detach, digests_of
 from sidestep.model.saving import diffs, portable_names, settings_of
-from sidestep.model.side_model import Settings, check_attachable
+from sidestep.model.settings import Settings
+from sidestep.model.side_model import check_attachable
 from sidestep.sparse.codec import POSITIONS, VALUES, DamagedDiff, decode
 from sidestep.sparse.diff import SparseDiff
 

@@ -33,8 +33,9 @@ from sidestep.kinds.prepare import (
     written_kind,
 )
 from sidestep.measure.step import accepted
+from sidestep.model.attach import Attached
 from sidestep.model.heads import Classify
-from sidestep.model.pair_model import Attached, PairModel
+from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
 
 Probabilities = Literal["all", "one", "none"]

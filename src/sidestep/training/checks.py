@@ -12,7 +12,7 @@ from sidestep.data import DataError
 from sidestep.data.messages import named_rows
 from sidestep.data.vocabulary import check_tokens
 from sidestep.kinds.prepare import TaskData, written_kind
-from sidestep.model.pair_model import Attached
+from sidestep.model.attach import Attached
 from sidestep.model.saving import check_sizes
 from sidestep.training.settings import TrainSettings
 

@@ -34,9 +34,10 @@ from sidestep.measure.plan import check_fits
 from sidestep.measure.step import StepCost, measure_step
 from sidestep.messages import about
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics
+from sidestep.model.attach import Attached
 from sidestep.model.heads import Classify, HeadConfig, Regress, Retrieve, named
 from sidestep.model.initialise import initialise, samples_of
-from sidestep.model.pair_model import Attached, PairModel
+from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
 from sidestep.tasks.predict import judge_encoded
 from sidestep.training import checkpoints

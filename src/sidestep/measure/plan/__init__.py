@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sidestep.backbone import Noise
+from sidestep.backbone.recompute import Checkpoint
 from sidestep.measure.memory import peak_memory, saved_bytes
 from sidestep.measure.plan.blank import Backbone, blank_batch, build
 from sidestep.measure.plan.fit import (
@@ -33,9 +34,9 @@ from sidestep.measure.plan.trace import (
     plan_for,
 )
 from sidestep.methods import MethodConfig
+from sidestep.model.attach import attach
 from sidestep.model.heads import Classify, HeadConfig
-from sidestep.model.pair_model import attach
-from sidestep.model.side_model import Checkpoint, SideModel
+from sidestep.model.side_model import SideModel
 
 __all__ = [
     "OPTIMIZERS",
