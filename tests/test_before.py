@@ -66,7 +66,7 @@ def test_a_task_that_rests_leaves_its_fields_and_has_them_again() -> None:
     model = ss.attach(backbone, ss.ReadConfig(rank=4))
     assert isinstance(model, ss.SideModel)
     backbone.config.use_cache, backbone.generation_config.eos_token_id = False, [5, 1]
-    rest = model.rest()
+    rest = model.attachment.rest()
     assert (backbone.config.use_cache, backbone.generation_config.eos_token_id) == (True, 1)
-    model.resume(rest)
+    model.attachment.resume(rest)
     assert (backbone.config.use_cache, backbone.generation_config.eos_token_id) == (False, [5, 1])

@@ -162,9 +162,9 @@ def test_what_training_writes_into_an_own_heads_config_goes_with_the_task() -> N
     model.config.id2label, model.config.label2id = {0: "a", 1: "b", 2: "c"}, {"a": 0, "b": 1, "c": 2}
     model(input_ids=torch.ones(2, 4, dtype=torch.long), labels=torch.tensor([0, 1]))
     assert backbone.config.problem_type == "single_label_classification"  # transformers notes it at the first loss
-    rest = model.rest()
+    rest = model.attachment.rest()
     assert backbone.config.to_dict() == before
-    model.resume(rest)
+    model.attachment.resume(rest)
     assert backbone.config.id2label[2] == "c"
     assert backbone.config.problem_type == "single_label_classification"
     assert ss.detach(model).config.to_dict() == before

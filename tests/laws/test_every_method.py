@@ -747,7 +747,7 @@ def test_a_training_step_stays_on_the_device_of_the_weights(
 
 def on_meta(model: ss.SideModel) -> ss.SideModel:
     """A copy of what `model.to("meta")` would move, as fake tensors; tensors that are plain attributes stay."""
-    memo: dict[int, Any] = {id(model.extras): {}, **{id(part._originals): {} for part in model.parts}}
+    memo: dict[int, Any] = {id(model.extras): {}, **{id(part.trained.originals): {} for part in model.parts}}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = meta_like(tensor)
     return copy.deepcopy(model, memo)

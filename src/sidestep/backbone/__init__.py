@@ -16,7 +16,7 @@ from sidestep.backbone.freeze import Noise, check_noise, drop_path_rate, freeze,
 from sidestep.backbone.packs import packs
 from sidestep.backbone.recompute import CheckpointedForward, checkpoint_blocks, uncheckpoint_blocks
 from sidestep.backbone.trace import facts_of
-from sidestep.backbone.trunk import device_of, is_encoder_decoder, positions, token_rows, trunk_of
+from sidestep.backbone.trunk import device_of, embedding_shapes, is_encoder_decoder, positions, token_rows, trunk_of
 from sidestep.backbone.untouched import Snapshot
 from sidestep.backbone.wide import Widened
 
@@ -37,6 +37,7 @@ __all__ = [
     "device_of",
     "digest_of",
     "drop_path_rate",
+    "embedding_shapes",
     "facts_of",
     "find_places",
     "find_stacks",

@@ -64,4 +64,3 @@ def uncheckpoint_blocks(blocks: Sequence[nn.Module]) -> None:
     for block in blocks:
         if isinstance(block.__dict__.get("forward"), CheckpointedForward):
             del block.forward
-

@@ -92,3 +92,9 @@ def _table_rows(table: nn.Module | None) -> int | None:
     if isinstance(table, nn.Linear):  # a quantised one's weight is packed
         return table.out_features
     return table.weight.shape[0] if isinstance(table, nn.Embedding) else None
+
+
+def embedding_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's tables of embeddings, by their names."""
+    tables = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Embedding))
+    return {f"{name}.weight": tuple(part.weight.shape) for name, part in tables}

@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 OF_TRAINING = (
@@ -60,14 +60,6 @@ class Before:
             for name in OF_TRAINING:
                 fields.pop(name, None)
             fields.update(copy.deepcopy(self.configs.get(config, {})))
-
-
-@dataclass(frozen=True)
-class Rest:
-    """What a task was on its backbone besides hooks: values of tensors that are its own, gradient flags and modes."""
-
-    values: dict[str, Tensor]
-    flags: Before
 
 
 def _configs(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -28,6 +28,8 @@ from sidestep.backbone import (
 from sidestep.backbone.families import DUAL_FAMILIES, Pool, dual_family_of
 from sidestep.interface.registry import Method
 from sidestep.methods import UnsupportedBackbone, method_of
+from sidestep.model import saving
+from sidestep.model.attached import AttachedModel
 from sidestep.model.before import Before
 from sidestep.model.heads import Retrieve
 from sidestep.model.losses import LARGEST_SCALE, contrastive_loss, triplet_loss
@@ -52,7 +54,7 @@ class RetrievalOutput(ModelOutput):
     text_embeds: Tensor | None = None
 
 
-class PairModel(nn.Module):
+class PairModel(AttachedModel):
     """A dual encoder with a method and an embedding head on each tower; make one with `attach` or `load`.
 
     `state_dict()` is the task alone, as of a `SideModel`: its names begin with "image." and "text.", and "logit_scale"
@@ -66,7 +68,6 @@ class PairModel(nn.Module):
         settings, record, extras: as of a `SideModel`.
     """
 
-    backbone: Any
     main_input_name = "pixel_values"
     accepts_loss_kwargs = False
     """The Trainer divides the loss by the batches that it accumulates: a batch's negatives are its own."""
@@ -284,8 +285,6 @@ class PairModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the task folder (see `sidestep.disk.task_folder`)."""
-        from sidestep.model import saving
-
         saving.save(self, folder, **kwargs)
 
     def detach_backbone(self) -> nn.Module:
@@ -294,7 +293,7 @@ class PairModel(nn.Module):
             return self.backbone
         with self.image.fold.turn, self.text.fold.turn:  # both or none
             for tower in self.parts:
-                tower.leave()
+                tower.attachment.leave()
         self._before.restore(self.backbone)
         return self.backbone.to(self.device)
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sidestep.backbone import token_rows
+from sidestep.backbone import embedding_shapes, token_rows
 from sidestep.backbone.load import stored_vocabulary
 from sidestep.backbone.source import source_of
 from sidestep.disk import task_fields
@@ -37,11 +37,9 @@ from sidestep.disk.task_folder import (
 )
 from sidestep.messages import some
 from sidestep.methods import MethodConfig, method_named
-from sidestep.model.attach import Attached
+from sidestep.model.attached import AttachedModel
 from sidestep.model.heads import HeadConfig, head_from_dict
-from sidestep.model.pair_model import PairModel
 from sidestep.model.settings import Settings
-from sidestep.model.side_model import SideModel
 from sidestep.sparse.codec import SparseTensor, encode
 from sidestep.sparse.diff import SparseDiff
 from sidestep.versions import version_of, versions
@@ -51,7 +49,7 @@ OWN_CONFIG = ("problem_type", "pad_token_id")
 
 
 def save(
-    model: Attached,
+    model: AttachedModel,
     folder: str | Path,
     *,
     overwrite: bool = False,
@@ -111,13 +109,13 @@ def _check_storable(folder: Path, config: Mapping[str, Any]) -> None:
     _check_settings(folder, plain)
 
 
-def portable_names(model: Attached) -> dict[str, str]:
+def portable_names(model: AttachedModel) -> dict[str, str]:
     """Names in the file by names in the model: the same for every class of one backbone.
 
     "side.", "head." and "sparse." stay; a backbone's tensor is named relative to its trunk ("trunk."), or by its full
     name where it lies outside ("own.").
     """
-    if isinstance(model, PairModel):
+    if "" not in model.towers:
         towers = {
             f"{tower}.{name}": f"{tower}.{portable}"
             for tower, part in model.towers.items()
@@ -136,13 +134,13 @@ def portable_names(model: Attached) -> dict[str, str]:
     return names
 
 
-def diffs(model: Attached) -> dict[str, SparseDiff]:
+def diffs(model: AttachedModel) -> dict[str, SparseDiff]:
     """The sparse diffs of a model by what the names of their tensors begin with."""
-    parts = {f"{name}.": part for name, part in model.towers.items()} if isinstance(model, PairModel) else {"": model}
+    parts = {f"{name}." if name else "": part for name, part in model.towers.items()}
     return {prefix: part.sparse for prefix, part in parts.items() if part.sparse is not None}
 
 
-def packed(model: Attached, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def packed(model: AttachedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as they are written: sparse diffs through the codec.
 
     Raises:
@@ -166,18 +164,18 @@ def packed(model: Attached, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-def check_sizes(model: Attached) -> None:
+def check_sizes(model: AttachedModel) -> None:
     """Refuse a model whose backbone has other sizes than what its name loads: `load` would refuse the task.
 
     Raises:
         TaskError: saying which, and how to come to a backbone that has a name.
     """
-    for part in model.parts:
+    for part in model.towers.values():
         _check_sizes(part)
 
 
-def _check_sizes(model: SideModel) -> None:
-    kind, now = type(model.backbone).__name__, model.shapes()
+def _check_sizes(model: AttachedModel) -> None:
+    kind, now = type(model.backbone).__name__, embedding_shapes(model.backbone)
     what_to_do = (
         "resize before attach, save that backbone (backbone.save_pretrained(FOLDER)), load it from there, and attach "
         "and train again"
@@ -210,7 +208,7 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _config(model: Attached, tensors: Mapping[str, Tensor], scores: Mapping[str, Any] | None) -> dict[str, Any]:
+def _config(model: AttachedModel, tensors: Mapping[str, Tensor], scores: Mapping[str, Any] | None) -> dict[str, Any]:
     settings, extras = model.settings, model.extras
     names = portable_names(model)
     return {
@@ -247,9 +245,9 @@ def _config(model: Attached, tensors: Mapping[str, Tensor], scores: Mapping[str,
     }
 
 
-def _towers(model: Attached) -> dict[str, Any]:
+def _towers(model: AttachedModel) -> dict[str, Any]:
     """Where the towers of a dual encoder came from, and their digests."""
-    if not isinstance(model, PairModel):
+    if "" in model.towers:
         return {}
     about = {
         name: {**asdict(source_of(tower.backbone)), "dtype": tower.precisions, "digest": asdict(tower.digest)}
@@ -258,7 +256,7 @@ def _towers(model: Attached) -> dict[str, Any]:
     return {"towers": about}
 
 
-def _backbone_config(model: Attached) -> dict[str, Any]:
+def _backbone_config(model: AttachedModel) -> dict[str, Any]:
     """The fields of a backbone's config that the task depends on and a checkpoint may lack."""
     backbone = model.backbone
     if not isinstance(backbone, PreTrainedModel):
@@ -271,7 +269,7 @@ def _backbone_config(model: Attached) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _labels(model: Attached) -> list[str] | None:
+def _labels(model: AttachedModel) -> list[str] | None:
     """Label names: of the head, or those that the user gave the backbone's own."""
     given = getattr(model.settings.head, "labels", None)
     if given is not None:

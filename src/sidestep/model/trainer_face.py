@@ -6,53 +6,202 @@ forward. Given the bare backbone for that, they would train a model without the 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import copy
+import inspect
+import types
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
-from sidestep import backbone as backbones
+from sidestep.backbone import Facts, checkpoint_blocks, device_of, trunk_of, uncheckpoint_blocks
 from sidestep.fold import Fold
 from sidestep.interface.sites import Place
-from sidestep.interface.weight_delta import WeightDelta
+from sidestep.interface.sparse_delta import SparseDelta
+from sidestep.metrics import Written
+from sidestep.model.dense_stage import DenseStage
 from sidestep.model.heads import Head
+from sidestep.model.inputs import Inputs
 
 
-class TrainerFace(nn.Module, ABC):
-    """The part of a `SideModel` that trainers see.
+class TrainerFace(DenseStage):
+    """The part of a `SideModel` that trainers, pipelines and pickle see.
 
     Attributes:
         model_tags: what a Trainer's model card is to be found by.
+        loss_type: by it the Trainer counts the tokens that a loss is a mean of.
+        accepts_loss_kwargs: whether the loss is scaled by the Trainer's `num_items_in_batch` here.
     """
 
-    backbone: Any
     head: Head | None
+    facts: Facts
     fold: Fold
+    inputs: Inputs
     places: list[Place]
     model_tags: Sequence[str] = ()
-
-    @property
-    @abstractmethod
-    def trunk(self) -> Any:
-        """The backbone without its own head."""
-
-    @property
-    @abstractmethod
-    def delta(self) -> WeightDelta | None:
-        """The method, if it changes weights."""
 
     @abstractmethod
     def late_blocks(self) -> list[nn.Module]:
         """The blocks after the method's first write."""
 
-    @abstractmethod
-    def _defaults(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]: ...
+    def show_face(self) -> None:
+        """Set what is looked for on an instance, once all of it is there."""
+        if hasattr(self.backbone, "config"):
+            self.config = self._described()
+        if getattr(self.backbone, "generation_config", None) is not None:
+            self.generation_config = self.backbone.generation_config
+        # The Trainer hands `num_items_in_batch` to models that scale their loss by it and divides the others' loss
+        # itself. Sidestep's heads and causal language models do; other Hugging Face heads may take it and ignore it.
+        # The loss of encoder-decoders, a mean over the batch's tokens, is scaled by the model.
+        self.scales_loss = self.head is None and self.is_text2text()
+        # that of a causal language model is of shifted tokens
+        self.loss_type = vars(self.backbone).get("loss_type") if self.head is None else None
+        self.accepts_loss_kwargs = self.head is not None or self.is_causal_lm() or self.scales_loss
+        if self.head is None and isinstance(self.backbone, PreTrainedModel):
+            self.__class__ = _like(type(self), type(self.backbone))
+        self._bind_forward()
 
-    @abstractmethod
-    def _check_trains(self, *, learns: bool) -> None: ...
+    def _described(self) -> Any:
+        """The backbone's config; with a Sidestep head a copy that tells of that head, as pipelines ask."""
+        if self.settings.head is None:
+            return self.backbone.config
+        config = copy.deepcopy(self.backbone.config)
+        for name, value in self.settings.head.described().items():
+            setattr(config, name, value)
+        return config
+
+    def is_causal_lm(self) -> bool:
+        """Whether the backbone is transformers' causal language model."""
+        return type(self.backbone).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+    def is_text2text(self) -> bool:
+        """Whether the backbone is transformers' encoder-decoder that writes text."""
+        return type(self.backbone).__name__ in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+
+    @property
+    def writes(self) -> Written | None:
+        """What the backbone's own head writes: "text2text" (an encoder-decoder's), "lm" (a decoder's), or no text."""
+        if self.head is not None:
+            return None
+        if self.is_text2text():
+            return "text2text"
+        return "lm" if self.is_causal_lm() and self.facts.is_causal else None
+
+    def can_generate(self) -> bool:
+        """Whether `generate` writes text."""
+        return self.head is None and isinstance(self.backbone, PreTrainedModel) and self.backbone.can_generate()
+
+    @property
+    def trunk(self) -> Any:
+        """The backbone without its own head."""
+        return trunk_of(self.backbone)
+
+    @property
+    def main_input_name(self) -> str:
+        """Name of the model's first input."""
+        return self.inputs.main_name
+
+    @property
+    def input_modalities(self) -> Any:
+        """What the backbone reads, in transformers' words."""
+        return self.backbone.input_modalities
+
+    @property
+    def output_modalities(self) -> Any:
+        """What the backbone writes where it generates, in transformers' words."""
+        return self.backbone.output_modalities
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return device_of(self.backbone)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's precision."""
+        return next(self.backbone.parameters()).dtype
+
+    def _get_name(self) -> str:
+        # The Trainer's label smoothing shifts labels by the class name of a causal language model.
+        own_lm = self.__dict__.get("settings") is not None and self.settings.head is None
+        return type(self.backbone).__name__ if own_lm and "backbone" in self._modules else type(self).__name__
+
+    # --- forward's signature, and what it costs pickle ---------------------------------------------------------------
+
+    def _bind_forward(self) -> None:
+        """Give this instance's `forward` the backbone's signature: by it the Trainer keeps or drops columns."""
+
+        def forward(self: TrainerFace, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+            return type(self).forward(self, *args, labels=labels, **kwargs)
+
+        forward.__signature__ = self._signature()  # type: ignore[attr-defined]
+        object.__setattr__(self, "forward", types.MethodType(forward, self))
+
+    def _signature(self) -> inspect.Signature:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        if not isinstance(self.backbone, PreTrainedModel):
+            names = ["pixel_values"]
+        else:
+            entry = self.trunk if self.head is not None else self.backbone
+            parameters = inspect.signature(type(entry).forward).parameters.values()
+            variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            names = [p.name for p in parameters if p.kind not in variable][1:]
+        names += [] if "labels" in names else ["labels"]
+        self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        return inspect.Signature([self_parameter, *(inspect.Parameter(name, keyword, default=None) for name in names)])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # a class that was made of a backbone's own is made again, as pickle finds no such name
+        made_of = vars(type(self)).get("made_of")
+        if made_of is None:
+            return super().__reduce_ex__(protocol)
+        return _blank_like, made_of, self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "forward"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._bind_forward()
+
+    # --- whether a step trains anything ------------------------------------------------------------------------------
+
+    def check_trains(self, *, learns: bool) -> None:
+        """Raise where a training step has no gradient (`learns`), instead of autograd's own error in backward.
+
+        Raises:
+            ValueError: also where the method is not ready for a step yet; it says what to do.
+        """
+        if not learns:
+            raise ValueError(self._nothing_trained())
+        if self.sparse is not None and self.sparse.is_idle:
+            how = (
+                "as configured it trains all of them first, which needs `sidestep train` or training.train.train"
+                if self.relaxes
+                else "`sidestep train` does that, and for a loop of your own ss.initialise(model, batches)"
+            )
+            raise ValueError(f"{self.record.name} has not chosen yet which weights it trains: {how}")
+        if self.sparse is not None and isinstance(self.delta, SparseDelta):
+            self.delta.check_told(self.sparse)
+
+    @property
+    def untrained(self) -> str | None:
+        """Why nothing is trained; None if something is."""
+        return None if any(True for _ in self.trained_parameters()) else self._nothing_trained()
+
+    def _nothing_trained(self) -> str:
+        return (
+            f"nothing is trained: {self.record.name} leaves it to the head, and the own head of "
+            f"{type(self.backbone).__name__} is frozen: pass head=ss.Classify(...), or train_head=True if the head is "
+            "not tied to the embeddings, or choose another method"
+        )
 
     # --- without the head --------------------------------------------------------------------------------------------
 
@@ -71,11 +220,13 @@ class TrainerFace(nn.Module, ABC):
                 "the loss is to be computed by the backbone's own language model head, which this model does not "
                 "have: attach to a ...ForCausalLM model and leave head= out, or train with transformers' Trainer"
             )
-        output = self.fold.run(self.trunk, *args, **self._defaults(self.trunk, args, kwargs))[0]
+        output = self.fold.run(
+            self.trunk, *args, **self.inputs.completed(self.trunk, args, kwargs, training=self.training)
+        )[0]
         if self.training and torch.is_grad_enabled():
             head = self.get_output_embeddings()
             trained = head is not None and any(weight.requires_grad for weight in head.parameters())
-            self._check_trains(learns=trained or output[0].requires_grad)
+            self.check_trains(learns=trained or output[0].requires_grad)
         return output
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -86,11 +237,11 @@ class TrainerFace(nn.Module, ABC):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Recompute the blocks that a gradient flows through (`checkpoint="late"`)."""
-        backbones.checkpoint_blocks(self.late_blocks())
+        checkpoint_blocks(self.late_blocks())
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        backbones.uncheckpoint_blocks([place.module for place in self.places])
+        uncheckpoint_blocks([place.module for place in self.places])
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """What newer Trainers call instead of `gradient_checkpointing_enable`."""
@@ -144,3 +295,32 @@ class TrainerFace(nn.Module, ABC):
             "nn.DataParallel copies modules but not their hooks, so a side network would read another device's hidden "
             "states: start one process per GPU with torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
+
+
+_LIKE: dict[tuple[type[TrainerFace], type[nn.Module]], type[TrainerFace]] = {}
+"""What `_like` has made: one class for all models on a class of backbones."""
+
+
+def _like(base: type[TrainerFace], kind: type[nn.Module]) -> type[TrainerFace]:
+    """A model's class by the name and with the signature of a backbone's class.
+
+    The Trainer finds the names of labels by these two of a class (start_positions of one for question answering), and
+    pipelines find by the name whether a model is of their task.
+    """
+    if (base, kind) in _LIKE:
+        return _LIKE[base, kind]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, **kwargs)
+
+    # which `inspect` reads; types know no such attribute of functions
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = base.forward.__doc__
+    fields = {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__, "made_of": (base, kind)}
+    return _LIKE.setdefault((base, kind), type(kind.__name__, (base,), fields))
+
+
+def _blank_like(base: type[TrainerFace], kind: type[nn.Module]) -> TrainerFace:
+    """An attached model of this class without its state, which pickle or a copy sets."""
+    cls = _like(base, kind)
+    return cls.__new__(cls)

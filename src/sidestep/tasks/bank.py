@@ -34,8 +34,10 @@ from sidestep.fold.turns import Turn
 from sidestep.messages import some
 from sidestep.model import saving
 from sidestep.model.attach import Attached, detach, digests_of
+from sidestep.model.attachment import Rest
+from sidestep.model.build import check_attachable
 from sidestep.model.pair_model import PairModel
-from sidestep.model.side_model import Rest, SideModel, check_attachable
+from sidestep.model.side_model import SideModel
 from sidestep.tasks import load as loading
 
 LOCK = ".lock"
@@ -415,8 +417,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         name, identity, model = self._now
         if name is not None and model is not None and _is_on(model):
             try:
-                if isinstance(model, SideModel) and model.can_rest:
-                    self._resting[name] = Resting(model, model.rest(), identity)
+                if isinstance(model, SideModel) and model.attachment.can_rest:
+                    self._resting[name] = Resting(model, model.attachment.rest(), identity)
                 detach(model)
             except FoldError as error:
                 raise BankError(f"{name!r} is in the middle of a call, and cannot be left: {WAIT}") from error
@@ -470,7 +472,7 @@ class Resting:
 
     def resume(self) -> SideModel:
         """Its model, on the backbone again."""
-        self.model.resume(self.rest)
+        self.model.attachment.resume(self.rest)
         return self.model
 
 

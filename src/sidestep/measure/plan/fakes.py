@@ -20,7 +20,7 @@ def fake_copy(model: Attached) -> Attached:
     stays as it is.
     """
     # by its memo, deepcopy takes these for what they stand for: nothing large is copied
-    memo: dict[int, Any] = {id(model.extras): {}, **{id(part._originals): {} for part in model.parts}}
+    memo: dict[int, Any] = {id(model.extras): {}, **{id(part.trained.originals): {} for part in model.parts}}
     return copy.deepcopy(model, fakes_of(model, memo))
 
 

@@ -1,0 +1,173 @@
+"""What `attach` makes of a backbone, a method and a head, or the reason why they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import nn
+
+from sidestep.backbone import Facts, prove_replay
+from sidestep.backbone.families import Pool, family_of
+from sidestep.fold import is_hooked
+from sidestep.interface.registry import Method
+from sidestep.interface.sites import Place, Site
+from sidestep.methods import ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta
+from sidestep.methods.controls import Probe
+from sidestep.model.heads import HeadConfig
+from sidestep.model.settings import Settings
+from sidestep.model.trainer_face import TrainerFace
+
+
+def check_attachable(backbone: nn.Module) -> None:
+    """Raise unless nothing is attached to the backbone and it is not compiled.
+
+    Raises:
+        ValueError: if it is.
+        TypeError: if it is no torch module.
+    """
+    if isinstance(backbone, TrainerFace):
+        raise ValueError("this is an attached model already: call ss.detach(model) first, then attach again")
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(f"{type(backbone).__name__} is no torch module: pass a Hugging Face or timm model")
+    for module in backbone.modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{type(backbone).__name__} is compiled: a compiled graph does not see hooks. "
+                "Attach first, then torch.compile the attached model"
+            )
+        if is_hooked(module):
+            raise ValueError(
+                f"{type(backbone).__name__} has a task attached already: call ss.detach on the attached model first"
+            )
+
+
+def check_head(backbone: nn.Module, facts: Facts, head: HeadConfig | None) -> None:
+    """Refuse a Sidestep head where it would read something else than the model's last hidden state.
+
+    Raises:
+        UnsupportedBackbone: saying what to do instead.
+    """
+    if head is not None and not facts.head.ends:
+        raise UnsupportedBackbone(
+            f"a {type(head).__name__} head does not work on {type(backbone).__name__}: it reads what the last "
+            "block or a final norm gives, and here something else follows, so that this is not the model's last "
+            "hidden state: train the model's own head (head=None, on a For...Classification class)"
+        )
+
+
+def with_features(places: Sequence[Place], head: HeadConfig | None) -> list[Place]:
+    """The places with the width of the head's vector at their sites."""
+    width = places[-1].site.width
+    features = width if head is None else head.features(width)
+    return [replace(place, site=replace(place.site, features=features)) for place in places]
+
+
+def built_delta(record: Method, settings: Settings, backbone: nn.Module, trunk: nn.Module) -> WeightDelta | None:
+    """The method, if it changes weights, with its own modules in the trunk.
+
+    Raises:
+        UnsupportedBackbone: if it does not work on this backbone.
+    """
+    if not issubclass(record.implementation, WeightDelta):
+        return None
+    delta = record.implementation(settings.method)
+    with naming(record, backbone):
+        delta.insert(trunk)
+        delta.check([name for name, parameter in trunk.named_parameters() if delta.moves(name, parameter)])
+    return delta
+
+
+def built_side(record: Method, settings: Settings, backbone: nn.Module, sites: Sequence[Site]) -> SideNet:
+    """The side network; for a method that changes weights a probe, which does nothing.
+
+    Raises:
+        UnsupportedBackbone: if the method does not work on this backbone.
+        ValueError: if it does not go with the head.
+    """
+    if not issubclass(record.implementation, SideNet):
+        return Probe(ProbeConfig(), sites)
+    with naming(record, backbone):
+        record.implementation.check(settings.method, sites)
+        if record.implementation.replays:
+            prove_replay(backbone)
+    # A method's constructor takes its config and the sites.
+    side = record.implementation(settings.method, sites)
+    if side.from_data and settings.head is not None:
+        raise ValueError(
+            f"{record.name} as configured starts by the loss of the backbone's own head on training rows, and "
+            f"a {type(settings.head).__name__} head is none: let the backbone write the labels as words, or "
+            "choose a start without data"
+        )
+    if settings.head is None and (side.pooled_width is not None or side.corrects):
+        raise ValueError(
+            f"{record.name} has a read-out of its own, which the own head of {type(backbone).__name__} does "
+            "not read: pass head=ss.Classify(...), ss.Regress(...) or ss.Retrieve(...)"
+        )
+    return side
+
+
+def first_write(settings: Settings, places: Sequence[Place], side: SideNet, delta: WeightDelta | None) -> Site | None:
+    """The first site at which the method changes what the backbone computes; None if it never does."""
+    if delta is not None:
+        return places[0].site
+    return type(side).first_write(settings.method, [place.site for place in places])
+
+
+def blocks_after(write: Site | None, places: Sequence[Place]) -> list[nn.Module]:
+    """The blocks after a site: those through which a gradient flows."""
+    if write is None:
+        return []
+    order = next(n for n, place in enumerate(places) if _same_place(place.site, write))
+    return [place.module for place in places[order + 1 :] if place.site.kind == "block"]
+
+
+def mean_first(record: Method, settings: Settings, side: SideNet, sites: Sequence[Site]) -> bool:
+    """Whether the head reads the tokens' mean before the final norm.
+
+    Raises:
+        ValueError: if the method writes behind that place only.
+    """
+    head = settings.head
+    if head is None or head.pool != "mean_pre_norm" or side.pooled_width is not None:
+        return False
+    write = type(side).first_write(settings.method, sites)
+    if write is not None and write.kind == "norm":
+        raise ValueError(
+            f'pool="mean_pre_norm" reads before the final norm, and {record.name} as configured writes behind '
+            'it: choose pool="mean"'
+        )
+    return True
+
+
+def single_token(
+    backbone: nn.Module, side: SideNet, delta: WeightDelta | None, write: Site | None, sites: Sequence[Site], head: Pool
+) -> Pool | None:
+    """Which single token the method may be given, where that is known to be all that is read; `head`: by what."""
+    staged = any(site.stage > 0 for site in sites)
+    at_end = write is None or write.kind == "norm" or write.last
+    if delta is not None or not side.tokenwise or staged or not at_end:
+        return None
+    if head != "own":
+        return head if head in ("cls", "last") and side.pooled_width is None else None
+    return "cls" if type(backbone).__name__ in family_of(backbone).first_token_heads else None
+
+
+def head_width(side: SideNet, sites: Sequence[Site]) -> int:
+    """Channels of what the head reads."""
+    own = side.pooled_width
+    return own if own is not None else next(site.width for site in reversed(sites) if site.head)
+
+
+@contextmanager
+def naming(record: Method, backbone: nn.Module) -> Iterator[None]:
+    """Turn a method's refusal into one that names the method and the backbone."""
+    try:
+        yield
+    except ValueError as error:
+        raise UnsupportedBackbone(f"{record.name} does not work on {type(backbone).__name__}: {error}") from error
+
+
+def _same_place(a: Site, b: Site) -> bool:
+    return (a.kind, a.stack, a.index) == (b.kind, b.stack, b.index)
