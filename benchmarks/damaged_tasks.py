@@ -61,7 +61,7 @@ def make_task(place: Path) -> Path:
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     head = ss.Classify(num_labels=len(LABELS), labels=LABELS)
-    model = ss.attach(ss.loading.load_backbone(place / "bert"), ss.ReadConfig(rank=2), head=head)
+    model = ss.attach(load_backbone(place / "bert"), ss.ReadConfig(rank=2), head=head)
     with torch.no_grad():
         for _, parameter in model.trained_parameters():
             parameter.add_(torch.randn_like(parameter))

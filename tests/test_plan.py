@@ -25,7 +25,7 @@ from sidestep.measure.plan import (
     plan,
     plan_for,
 )
-from sidestep.measure.step import measure_step
+from sidestep.measure.step import announced, measure_step
 from sidestep.methods import MethodConfig
 from tiny import FAMILIES, TinyFamily
 
@@ -62,8 +62,9 @@ def measured(model: ss.SideModel, inputs: dict[str, Tensor]) -> int:
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    return ss.peak_memory(step).allocated
+    with announced(model, optimizer):
+        step()
+        return ss.peak_memory(step).allocated
 
 
 TRANSFORMERS = [family for family in FAMILIES.values() if "resnet" not in family.name]

@@ -29,6 +29,8 @@ from transformers import (
 )
 
 import sidestep as ss
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.source import LoadError
 from sidestep.disk import task_folder
 from sidestep.disk.card import model_card
 from sidestep.disk.task_folder import TaskError, inspect_task
@@ -193,7 +195,7 @@ def test_a_timm_model_comes_back(tmp_path):
     timm = pytest.importorskip("timm")
     weights = timm.create_model("test_vit", num_classes=0)
     save_file(weights.state_dict(), tmp_path / "vit.safetensors")
-    backbone = ss.loading.load_backbone(f"timm:test_vit@{tmp_path / 'vit.safetensors'}")
+    backbone = load_backbone(f"timm:test_vit@{tmp_path / 'vit.safetensors'}")
     model = trained(ss.attach(backbone, ss.ReadConfig(rank=4), head=HEAD))
     model.save_pretrained(tmp_path / "task")
     image = {"pixel_values": torch.randn(2, 3, 160, 160)}
@@ -595,6 +597,6 @@ def test_a_backbone_folder_that_moved_is_named(bert, tmp_path, monkeypatch):
     make_task(bert, tmp_path / "task")
     bert.rename(tmp_path / "moved")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ss.loading.LoadError, match=r"there is no such folder here.*say where it is now \(--backbone\)"):
+    with pytest.raises(LoadError, match=r"there is no such folder here.*say where it is now \(--backbone\)"):
         load(tmp_path / "task")
     load(tmp_path / "task", AutoModel.from_pretrained(tmp_path / "moved"))

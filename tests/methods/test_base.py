@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import sidestep as ss
-from sidestep.methods import MethodConfig, SideNet, base, method_named, method_of, methods, register
+from sidestep.interface import registry
+from sidestep.methods import MethodConfig, SideNet, method_named, method_of, methods, register
 from tiny import FAMILIES
 
 
@@ -35,7 +36,7 @@ class Own(SideNet):
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
 
 def test_an_unknown_name_lists_the_known() -> None:
