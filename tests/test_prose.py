@@ -35,7 +35,7 @@ def texts(found: object) -> list[str]:
         ("Call `a; b. c` or [a page](x.md#y).\n", ["Call `code` or a page."]),
         ("Code `over a\nline` is one word.\n", ["Code `code` is one word."]),
         ("**Bold.** Not bold <!-- nor; this -->\n", ["Bold.", "Not bold"]),
-        ("See https://example.org/a.b. Then\n", ["See `link`", "Then"]),
+        ("See https://example.org/a.b. Then\n", ["See `link`.", "Then"]),
     ],
 )
 def test_the_sentences_of_markdown(text: str, expected: list[str]) -> None:
