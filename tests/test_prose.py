@@ -168,6 +168,6 @@ def test_the_index_and_the_glossary_name_what_is_there() -> None:
     pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.is_relative_to(ROOT / "docs")]
     assert [page for page in pages if page != "index.md" and f"({page})" not in index] == []
     glossary = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
-    words = {word for row in re.findall(r"^\| ([^|]+) \|", glossary, re.MULTILINE) for word in row.split(", ")}
-    named = {re.sub(r"s$", "", word) for word in re.findall(r"\*([^*\n]+)\*", glossary)}
+    words = {word for row in re.findall(r"^- \*\*([^*]+)\*\*", glossary, re.MULTILINE) for word in row.split(", ")}
+    named = {re.sub(r"s$", "", " ".join(word.split())) for word in re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", glossary)}
     assert named - {re.sub(r"s$", "", word) for word in words} - {"italic"} == set()

@@ -46,7 +46,7 @@ LIMITS: dict[str, tuple[Limits, Limits | None]] = {
 }
 
 #: Full stops that end no sentence.
-ABBREVIATIONS = frozenset({"e.g.", "i.e.", "vs.", "al.", "cf.", "approx.", "no.", "fig.", "eq.", "sec.", "st.", "dr."})
+ABBREVIATIONS = frozenset({"e.g.", "i.e.", "vs.", "al.", "cf.", "approx.", "fig.", "eq."})
 
 HANGS = re.compile(r"\bh(?:ang|angs|anging|ung)\s+on\b", re.IGNORECASE)
 SECTIONS = frozenset({"Args:", "Attributes:", "Returns:", "Yields:", "Raises:", "Warns:"})
