@@ -20,6 +20,7 @@ demo: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/prose.py --check
 
 types: $(READY)
 	$(BIN)/mypy

@@ -107,7 +107,7 @@ def test_an_entry_point_registers_a_third_partys_method(monkeypatch: pytest.Monk
         asked.append(group)
         return [EntryPoint()]
 
-    monkeypatch.setattr(base, "entry_points", entry_points)
+    monkeypatch.setattr(registry, "entry_points", entry_points)
     assert method_named("own").summary == "A third party's method."
     assert set(asked) == {"sidestep.methods"}
     model = ss.attach(FAMILIES["vit"].model(), OwnConfig(size=3))
