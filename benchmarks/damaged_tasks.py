@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 import sidestep as ss
 from sidestep.backbone.load import load_backbone
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 
 TEXTS = ["the plot was not so good", "a very fine film", "dull"]
 WORDS = ("[PAD]", "[UNK]", *sorted({word for text in TEXTS for word in text.split()}))

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from sidestep.cli import app
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.training import checkpoints, train
 from sidestep.training import dense_stage as relax
 from text_tasks import TASKS, encoder

@@ -58,7 +58,7 @@ from sidestep.measure.plan import PlanError, plan
 from sidestep.measure.plan.trace import Device
 from sidestep.measure.step import inference_peak, step_peak
 from sidestep.methods import SideNet, WeightDelta, method_named, method_of
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.settings import Settings
 
 FOLDER = Path(__file__).parent / "results"
 HEAD = ss.Classify(num_labels=2, pool="mean")

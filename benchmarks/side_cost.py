@@ -24,7 +24,7 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 import sidestep as ss
 from sidestep.measure.memory import mib
 from sidestep.measure.meters import time_steps
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.settings import Settings
 from study import Results
 
 RESULTS = Results(Path(__file__).parent / "results" / "side_cost.jsonl")

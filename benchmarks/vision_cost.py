@@ -22,7 +22,7 @@ from transformers import ViTConfig, ViTModel
 import sidestep as ss
 from sidestep.measure.memory import mib
 from sidestep.measure.meters import time_steps
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.settings import Settings
 from study import Results
 
 RESULTS = Results(Path(__file__).parent / "results" / "vision_cost.jsonl")

@@ -13,7 +13,7 @@ import sidestep as ss
 from parity_backbones import bert, depth, t5
 from parity_files import Names, Oracle, Reproduction, load, rename
 from sidestep.methods.sherl import Aggregation, ConvAggregation, Maps, PooledAggregation
-from sidestep.model.side_model.gpo import GPO
+from sidestep.model.gpo import GPO
 from sidestep.model.heads import unit
 
 MDETR_NORM_EPS = 1e-5

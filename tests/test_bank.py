@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 import sidestep as ss
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.disk.task_folder import CONFIG, WEIGHTS, TaskError
 from sidestep.fold import FoldError
 from sidestep.methods import MethodConfig
@@ -533,7 +533,7 @@ def test_one_process_writes_at_a_time(bank: ss.TaskBank, tmp_path: Path) -> None
 
 ADDING = """
 import sys
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.tasks.bank import BankFolder
 print("ready", flush=True)
 sys.stdin.readline()

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import sidestep as ss
 from sidestep.backbone import facts_of
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.disk.task_folder import CONFIG, WEIGHTS, TaskError
-from sidestep.model.side_model import saving
+from sidestep.model import saving
 from sidestep.tasks.bank import BankFolder, _identity
 from test_bank import BERT, DENSE, STREAM, altered, assert_same_weights, attached, backbone, saved, weights
 from tiny import logits

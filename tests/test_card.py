@@ -17,7 +17,7 @@ import sidestep as ss
 from sidestep.backbone.load import load_backbone, load_pair
 from sidestep.backbone.processors import load_pair_processor, load_processor
 from sidestep.data import Fields
-from sidestep.disk.atomic import card, task_folder
+from sidestep.disk import card, task_folder
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.tasks.predict import predict
 from sidestep.training.settings import TrainSettings

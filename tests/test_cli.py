@@ -23,7 +23,7 @@ from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import load_processor
 from sidestep.cli import app
 from sidestep.cli.values import config_from
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.tasks import load as loading
 from sidestep.training import train as training
 from small_tasks import image_backbone, image_folder, padless_backbone, reviews, text_backbone, write

@@ -19,7 +19,7 @@ from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import load_processor
 from sidestep.cli import app
 from sidestep.data import Fields, ImageTransform, read
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.kinds.prepare import TaskData, encode, prepare
 from sidestep.tasks import load as loading
 from sidestep.tasks.predict import logits

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import damaged_tasks as damaged
 import sidestep as ss
 from sidestep.backbone.source import LoadError
-from sidestep.disk.atomic import task_fields, task_folder
+from sidestep.disk import task_fields, task_folder
 from sidestep.disk.task_folder import CONFIG, WEIGHTS, DamagedTask, TaskError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sidestep.demo.text import text as demo
+from sidestep.demo import text as demo
 from sidestep.demo.corpus import Row
 from small_tasks import reviews, text_backbone
 

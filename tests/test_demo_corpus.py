@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from sidestep.demo.text import corpus as demo_corpus
+from sidestep.demo import corpus as demo_corpus
 from sidestep.demo.corpus import ALIASES, DEFAULT, MAX_CHARS, MIN_CHARS, Row, docstrings, split
 
 FILLER = "and explains itself in enough plain words to be counted as prose by anybody who reads the text"

@@ -17,7 +17,7 @@ import sidestep
 from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import load_processor
 from sidestep.cli import app
-from sidestep.demo.text import vision as demo_vision
+from sidestep.demo import vision as demo_vision
 from sidestep.demo.vision import digits
 from small_tasks import image_backbone
 

@@ -1,8 +1,9 @@
-"""Imports flow one way: a module imports only what stands before it in `ORDER`."""
+"""Imports flow one way: a room imports only rooms below it, and nothing goes round in a circle."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,98 +12,35 @@ import sidestep
 
 ROOT = Path(sidestep.__file__).parent
 
-#: The package from the bottom up. A folder counts as one module, except for the methods and their base.
-ORDER = [
-    "wording",
-    "annotations",
-    "sparse_codec",
-    "diffs",
-    "sites",
-    "taps",
-    "layers",
-    "pruning",
-    "hard_concrete",
-    "selection",
-    "averages",
-    "diff_optimizer",
-    "families",
-    "pixels",
-    "backbone",
-    "methods.base",
-    "methods",
-    "turns",
-    "fold",
-    "metrics",
-    "assess",
-    "heads",
-    "memory",
-    "before",
-    "trainer_face",
-    "model",
-    "starts",
-    "pair",
-    "energy",
-    "step",
-    "vit_npz",
-    "gguf",
-    "loading",
+#: The rooms from the bottom up: a room imports only rooms that stand before it.
+ROOMS = [
+    "messages",
     "versions",
-    "disk",
-    "sources",
-    "task_fields",
-    "card",
-    "store",
-    "meters",
-    "sums",
-    "bank",
-    "plan",
+    "metrics",
+    "sparse",
+    "interface",
+    "methods",
+    "backbone",
     "data",
-    "settings",
-    "schedules",
-    "recipes",
-    "callbacks",
-    "prepare",
-    "results",
-    "checkpoints",
-    "retrieval",
-    "table_files",
-    "predict",
-    "predict_each",
-    "relax",
-    "pace",
-    "run_checks",
-    "notes",
-    "train",
-    "show",
-    "demo_corpus",
-    "demos",
-    "demo",
-    "demo_vision",
+    "disk",
+    "fold",
+    "model",
+    "measure",
+    "kinds",
+    "tasks",
+    "training",
     "compare",
+    "console",
     "report",
+    "demo",
     "cli",
 ]
 
-#: Imports inside a function that go the other way, with the reason.
-UPWARDS = dict.fromkeys(
-    (("model", "store"), ("pair", "store")), "save_pretrained of a model is a shortcut to store.save"
-)
-
-#: All that a method may import: it never sees a Hugging Face class, so it cannot fork one.
-FOR_METHODS = {
-    "annotations",
-    "sites",
-    "taps",
-    "layers",
-    "pruning",
-    "diffs",
-    "hard_concrete",
-    "selection",
-    "diff_optimizer",
-} | {"methods.base"}
+#: Besides the standard library and other methods: a method never sees a Hugging Face class, so it cannot fork one.
+FOR_METHODS = {"interface", "sparse", "methods"}
 LIBRARIES_FOR_METHODS = {"torch", "einops"}
-#: The registry finds third parties' methods by entry point; LoRA and its like are PEFT's.
-EXTRA_LIBRARIES = {"methods.base": {"importlib"}, "methods.adapters": {"peft"}}
+#: LoRA and its like are PEFT's.
+EXTRA_LIBRARIES = {"methods.adapters": {"peft"}}
 STANDARD_LIBRARY = {"__future__", "abc", "collections", "dataclasses", "itertools", "math", "typing"}
 
 
@@ -120,9 +58,8 @@ def sources() -> dict[str, Path]:
 SOURCES = sources()
 
 
-def place(module: str) -> str:
-    """The entry of `ORDER` that a module belongs to."""
-    return module if module == "methods.base" else module.partition(".")[0]
+def room(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def imported(path: Path) -> set[str]:
@@ -143,31 +80,33 @@ def own_imports(path: Path) -> set[str]:
     return {name.removeprefix("sidestep.") for name in imported(path) if name.startswith("sidestep.")}
 
 
-def test_every_module_has_its_place() -> None:
-    assert {place(module) for module in SOURCES} <= set(ORDER)
+def test_every_module_has_its_room() -> None:
+    assert {room(module) for module in SOURCES} == set(ROOMS)
 
 
 @pytest.mark.parametrize("module", SOURCES)
-def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
-    here = place(module)
-    allowed = set(ORDER[: ORDER.index(here)]) | {other for one, other in UPWARDS if one == module}
-    if here != "methods.base":
-        allowed.add(here)
-    assert {place(name) for name in own_imports(SOURCES[module])} <= allowed
+def test_a_module_imports_only_rooms_below(module: str) -> None:
+    allowed = set(ROOMS[: ROOMS.index(room(module)) + 1])
+    assert {room(name) for name in own_imports(SOURCES[module])} <= allowed
     assert "sidestep" not in imported(SOURCES[module]), "import the module, not the public face"
+
+
+def test_no_circle_inside_a_room() -> None:
+    graph = {name: {other for other in own_imports(path) if other in SOURCES} - {name} for name, path in SOURCES.items()}
+    assert list(TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_no_file_is_longer_than_can_be_read_in_one_sitting(module: str) -> None:
+    assert len(SOURCES[module].read_text().splitlines()) <= 450
 
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("methods.")])
 def test_a_method_sees_no_backbone(module: str) -> None:
-    assert own_imports(SOURCES[module]) <= FOR_METHODS
+    assert {room(name) for name in own_imports(SOURCES[module])} <= FOR_METHODS
     roots = {name.partition(".")[0] for name in imported(SOURCES[module])}
     allowed = LIBRARIES_FOR_METHODS | STANDARD_LIBRARY | {"sidestep"}
     assert roots - allowed == EXTRA_LIBRARIES.get(module, set())
-
-
-def test_every_exception_is_still_needed() -> None:
-    for module, other in UPWARDS:
-        assert other in own_imports(SOURCES[module])
 
 
 def test_public_names_are_listed_once_and_exist() -> None:

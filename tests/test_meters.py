@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 import sidestep as ss
 from sidestep.measure import meters
 from sidestep.measure.meters import Cost, MeterError, Spread, file_bytes, measure, measure_memory, time_steps
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.settings import Settings
 from tiny import FAMILIES, TinyFamily, call, logits
 
 HEAD = ss.Classify(num_labels=3, pool="mean")

@@ -13,7 +13,7 @@ import sidestep as ss
 from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import load_processor
 from sidestep.data import Fields
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.training import checkpoints
 from sidestep.training import train as training

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sidestep as ss
 from sidestep.interface.pruning import Scores, magnitude, pruned_block, residual_channels
-from sidestep.model.side_model import initialise as starts
+from sidestep.model import initialise as starts
 from tiny import FAMILIES
 
 FISHER = ss.LSTConfig(reduction=2, heads=2, head_width=8, inner_width=32, init="fisher")

@@ -31,11 +31,11 @@ from transformers import (
 import sidestep as ss
 from sidestep.backbone.load import load_backbone
 from sidestep.backbone.source import LoadError
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.disk.card import model_card
 from sidestep.disk.task_folder import TaskError, inspect_task
-from sidestep.model.side_model import saving
-from sidestep.model.side_model.saving import portable_names
+from sidestep.model import saving
+from sidestep.model.saving import portable_names
 from sidestep.tasks import load as loading
 from sidestep.tasks.load import BackboneMismatch, DtypeMismatch, load
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 import sidestep as ss
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.kinds.prepare import stored_fields
 from sidestep.tasks import predict
 from small_backbone import PAIRS, TEXTS, backbone, decoder

@@ -25,7 +25,7 @@ import sidestep as ss
 from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import load_processor
 from sidestep.data import DataError, DataWarning, Fields, read
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.disk.table_files import ENDINGS, write_table
 from sidestep.kinds.prepare import TaskData, encode, prepare
 from sidestep.measure.step import measure_step

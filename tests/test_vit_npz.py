@@ -13,7 +13,7 @@ from sidestep.backbone.load import load_backbone, load_class
 from sidestep.backbone.processors import load_processor
 from sidestep.backbone.source import LoadError, source_of
 from sidestep.backbone.vit_npz import NpzError, ViTSizes, read_sizes, read_vit
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.tasks import load as loading
 
 WIDTH, DEPTH, HEADS, MLP, PATCH, IMAGE = 24, 3, 4, 40, 4, 20

@@ -24,7 +24,7 @@ from sidestep.cli import app
 from sidestep.compare.files import comparison_from
 from sidestep.compare.runs import run
 from sidestep.data import DataError, Fields, Generation
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods import MethodConfig
 from sidestep.metrics import Written

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         UnsupportedBackbone,
         methods,
     )
-    from sidestep.model.side_model.attach import attach, detach
+    from sidestep.model.attach import attach, detach
     from sidestep.model.heads import Classify, Regress, Retrieve
     from sidestep.model.initialise import initialise
     from sidestep.model.pair_model import PairModel

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sidestep.kinds.assess import Assessment
     from sidestep.kinds.prepare import TaskData
     from sidestep.metrics import Kind
-    from sidestep.model.side_model.attach import Attached
+    from sidestep.model.attach import Attached
     from sidestep.training.results import Results
     from sidestep.training.settings import TrainSettings
 

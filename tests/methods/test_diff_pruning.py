@@ -16,7 +16,7 @@ import sidestep as ss
 from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import load_processor
 from sidestep.data import Fields
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods.diff_pruning import DiffPruning
 from sidestep.sparse.optimizer import DiffPruningOptimizer

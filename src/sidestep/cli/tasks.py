@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from sidestep.data import Fields, TableOptions
-    from sidestep.model.side_model.attach import Attached
+    from sidestep.model.attach import Attached
 
 
 def evaluate(

@@ -17,7 +17,7 @@ from sidestep.console import hush, remark, show_answers, show_many, show_recipe,
 if TYPE_CHECKING:
     from sidestep.kinds.prepare import TaskData
     from sidestep.methods import MethodConfig
-    from sidestep.model.side_model.attach import Attached
+    from sidestep.model.attach import Attached
     from sidestep.model.pair_model import PairModel
     from sidestep.model.side_model import SideModel
 
@@ -224,7 +224,7 @@ def _attached_pair(
     import torch
 
     from sidestep.backbone.load import load_pair
-    from sidestep.model.side_model.attach import attach
+    from sidestep.model.attach import attach
     from sidestep.model.heads import Retrieve
 
     asked = Retrieve(**head)
@@ -247,7 +247,7 @@ def _attached(
 
     from sidestep.backbone.load import load_backbone
     from sidestep.kinds.prepare import written_kind
-    from sidestep.model.side_model.attach import attach
+    from sidestep.model.attach import attach
     from sidestep.training.train import head_for
 
     if own_head and pool is not None:

@@ -25,7 +25,7 @@ from sidestep.data import DataError, DataWarning, Fields, holdout
 from sidestep.kinds.prepare import TaskData, prepare, strata, written_kind
 from sidestep.methods import WeightDelta, method_of
 from sidestep.metrics import Written
-from sidestep.model.side_model.attach import attach, detach
+from sidestep.model.attach import attach, detach
 from sidestep.model.heads import Classify, HeadConfig
 from sidestep.model.side_model import SideModel
 

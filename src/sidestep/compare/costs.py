@@ -14,9 +14,9 @@ from sidestep.compare.spec import Comparison, Contender, Costs
 from sidestep.measure.meters import Cost, measure
 from sidestep.measure.plan import plan_for
 from sidestep.measure.plan.blank import blank_batch
-from sidestep.model.side_model.attach import detach
+from sidestep.model.attach import detach
 from sidestep.model.heads import Classify
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.settings import Settings
 from sidestep.model.side_model import SideModel
 
 

@@ -25,7 +25,7 @@ from sidestep.data.joins import NOTHING
 from sidestep.kinds.prepare import TaskData
 from sidestep.messages import about
 from sidestep.metrics import GREATER_IS_BETTER
-from sidestep.model.side_model.attach import detach
+from sidestep.model.attach import detach
 from sidestep.model.side_model import SideModel
 from sidestep.training.results import Results
 from sidestep.training.train import head_for, train

@@ -18,7 +18,7 @@ from sidestep.kinds.prepare import TaskData
 from sidestep.measure.memory import format_bytes
 from sidestep.measure.step import StepCost, measure_step
 from sidestep.methods import FullConfig, MethodConfig
-from sidestep.model.side_model.attach import attach, detach
+from sidestep.model.attach import attach, detach
 from sidestep.tasks.predict import evaluate
 from sidestep.training.results import Results
 from sidestep.training.settings import TrainSettings

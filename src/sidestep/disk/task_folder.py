@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sidestep.disk.atomic import task_fields
+from sidestep.disk import task_fields
 from sidestep.disk.atomic import sync_path, whole
 from sidestep.disk.card import backbone_text, write_card
 from sidestep.sparse.codec import POSITIONS

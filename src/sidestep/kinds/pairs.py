@@ -18,7 +18,7 @@ from sidestep.data.pairs import CollatePairs, captioned, encode_pairs
 from sidestep.data.vocabulary import check_tokens
 from sidestep.measure.step import accepted
 from sidestep.metrics import scores, similarities
-from sidestep.model.side_model.attach import Attached
+from sidestep.model.attach import Attached
 from sidestep.model.pair_model import PairModel
 
 TOP = 5

@@ -33,9 +33,9 @@ from sidestep.measure.step import (
     train_step,
 )
 from sidestep.methods import ProbeConfig, UnsupportedBackbone
-from sidestep.model.side_model.attach import attach, detach
-from sidestep.model.side_model.saving import packed
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.attach import attach, detach
+from sidestep.model.saving import packed
+from sidestep.model.settings import Settings
 from sidestep.model.side_model import SideModel
 
 __all__ = [

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sidestep.interface.sparse_delta import SparseDelta
 from sidestep.measure.memory import Peak, by_kind_of_module, peak_memory, saved_bytes
-from sidestep.model.side_model.attach import Attached
+from sidestep.model.attach import Attached
 from sidestep.model.side_model import SideModel
 from sidestep.sparse.diff import SparseDiff
 

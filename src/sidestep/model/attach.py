@@ -15,10 +15,10 @@ from sidestep.backbone import (
 from sidestep.backbone.families import dual_family_of
 from sidestep.backbone.recompute import Checkpoint
 from sidestep.methods import MethodConfig
-from sidestep.model.side_model.build import check_attachable
+from sidestep.model.build import check_attachable
 from sidestep.model.heads import HeadConfig, Retrieve
 from sidestep.model.pair_model import PairModel
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.settings import Settings
 from sidestep.model.side_model import SideModel
 
 

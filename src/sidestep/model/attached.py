@@ -10,7 +10,7 @@ from torch import nn
 
 from sidestep.backbone import Digest
 from sidestep.interface.registry import Method
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.settings import Settings
 from sidestep.sparse.diff import SparseDiff
 
 

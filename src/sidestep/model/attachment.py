@@ -11,8 +11,8 @@ from sidestep.backbone import checkpoint_blocks, uncheckpoint_blocks
 from sidestep.fold import Fold, Hooks
 from sidestep.methods import WeightDelta
 from sidestep.model.before import Before
-from sidestep.model.side_model.build import check_attachable
-from sidestep.model.side_model.trained import Trained
+from sidestep.model.build import check_attachable
+from sidestep.model.trained import Trained
 
 
 @dataclass(frozen=True)

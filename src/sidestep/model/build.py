@@ -16,7 +16,7 @@ from sidestep.interface.sites import Place, Site
 from sidestep.methods import ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta
 from sidestep.methods.controls import Probe
 from sidestep.model.heads import HeadConfig
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.settings import Settings
 from sidestep.model.trainer_face import TrainerFace
 
 

@@ -8,7 +8,7 @@ import torch
 
 from sidestep.interface.sparse_delta import SparseDelta
 from sidestep.methods import WeightDelta
-from sidestep.model.side_model.attached import AttachedModel
+from sidestep.model.attached import AttachedModel
 
 
 class DenseStage(AttachedModel):

@@ -16,7 +16,7 @@ from sidestep.fold import Reading, mean_tokens, take_rows
 from sidestep.interface.annotations import check_fields, from_fields
 from sidestep.interface.layers import last_kept
 from sidestep.metrics import Kind
-from sidestep.model.side_model.gpo import GPO
+from sidestep.model.gpo import GPO
 
 Loss = Literal["contrastive", "triplet"]
 

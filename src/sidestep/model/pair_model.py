@@ -28,12 +28,12 @@ from sidestep.backbone import (
 from sidestep.backbone.families import DUAL_FAMILIES, Pool, dual_family_of
 from sidestep.interface.registry import Method
 from sidestep.methods import UnsupportedBackbone, method_of
-from sidestep.model.side_model import saving
-from sidestep.model.side_model.attached import AttachedModel
+from sidestep.model import saving
+from sidestep.model.attached import AttachedModel
 from sidestep.model.before import Before
 from sidestep.model.heads import Retrieve
-from sidestep.model.side_model.losses import LARGEST_SCALE, contrastive_loss, triplet_loss
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.losses import LARGEST_SCALE, contrastive_loss, triplet_loss
+from sidestep.model.settings import Settings
 from sidestep.model.side_model import SideModel
 
 PROJECTIONS = {"image": "visual_projection", "text": "text_projection"}

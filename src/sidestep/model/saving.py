@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sidestep.backbone import embedding_shapes, token_rows
 from sidestep.backbone.load import stored_vocabulary
 from sidestep.backbone.source import source_of
-from sidestep.disk.atomic import task_fields
+from sidestep.disk import task_fields
 from sidestep.disk.card import write_card
 from sidestep.disk.task_folder import (
     CONFIG,
@@ -37,9 +37,9 @@ from sidestep.disk.task_folder import (
 )
 from sidestep.messages import some
 from sidestep.methods import MethodConfig, method_named
-from sidestep.model.side_model.attached import AttachedModel
+from sidestep.model.attached import AttachedModel
 from sidestep.model.heads import HeadConfig, head_from_dict
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.settings import Settings
 from sidestep.sparse.codec import SparseTensor, encode
 from sidestep.sparse.diff import SparseDiff
 from sidestep.versions import version_of, versions

@@ -24,12 +24,12 @@ from sidestep.fold.packing import is_packed
 from sidestep.interface.registry import Method
 from sidestep.interface.sites import Site
 from sidestep.methods import SideNet, method_of
-from sidestep.model.side_model import build, outputs, saving
-from sidestep.model.side_model.attachment import Attachment
+from sidestep.model import build, outputs, saving
+from sidestep.model.attachment import Attachment
 from sidestep.model.before import Before
-from sidestep.model.side_model.inputs import Inputs, check_labels
-from sidestep.model.side_model.settings import Settings
-from sidestep.model.side_model.trained import Trained, check_state, precisions, tensors_beyond_trunk
+from sidestep.model.inputs import Inputs, check_labels
+from sidestep.model.settings import Settings
+from sidestep.model.trained import Trained, check_state, precisions, tensors_beyond_trunk
 from sidestep.model.trainer_face import TrainerFace
 
 

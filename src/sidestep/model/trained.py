@@ -12,8 +12,8 @@ from sidestep.backbone import Widened, device_of, head_tensors, in_pooler, new_p
 from sidestep.interface.registry import Method
 from sidestep.messages import some
 from sidestep.methods import WeightDelta
-from sidestep.model.side_model.build import naming
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.build import naming
+from sidestep.model.settings import Settings
 from sidestep.sparse.diff import SparseDiff
 
 

@@ -26,9 +26,9 @@ from sidestep.fold import Fold
 from sidestep.interface.sites import Place
 from sidestep.interface.sparse_delta import SparseDelta
 from sidestep.metrics import Written
-from sidestep.model.side_model.dense_stage import DenseStage
+from sidestep.model.dense_stage import DenseStage
 from sidestep.model.heads import Head
-from sidestep.model.side_model.inputs import Inputs
+from sidestep.model.inputs import Inputs
 
 
 class TrainerFace(DenseStage):

@@ -26,16 +26,16 @@ import torch
 from torch import nn
 
 from sidestep.backbone import Digest, joined, without_values
-from sidestep.disk.atomic import task_folder
+from sidestep.disk import task_folder
 from sidestep.disk.atomic import move, only_writer, refuse_inputs
 from sidestep.disk.task_folder import DamagedTask, Task, TaskError
 from sidestep.fold import FoldError
 from sidestep.fold.turns import Turn
 from sidestep.messages import some
-from sidestep.model.side_model import saving
-from sidestep.model.side_model.attach import Attached, detach, digests_of
-from sidestep.model.side_model.attachment import Rest
-from sidestep.model.side_model.build import check_attachable
+from sidestep.model import saving
+from sidestep.model.attach import Attached, detach, digests_of
+from sidestep.model.attachment import Rest
+from sidestep.model.build import check_attachable
 from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
 from sidestep.tasks import load as loading

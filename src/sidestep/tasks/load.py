@@ -20,11 +20,11 @@ from sidestep.disk.card import backbone_text
 from sidestep.disk.task_folder import CONFIG, Task, TaskError, read, read_config
 from sidestep.messages import some
 from sidestep.methods import UnsupportedBackbone
-from sidestep.model.side_model.attach import Attached, attach, detach, digests_of
-from sidestep.model.side_model.build import check_attachable
+from sidestep.model.attach import Attached, attach, detach, digests_of
+from sidestep.model.build import check_attachable
 from sidestep.model.heads import named
-from sidestep.model.side_model.saving import diffs, portable_names, settings_of
-from sidestep.model.side_model.settings import Settings
+from sidestep.model.saving import diffs, portable_names, settings_of
+from sidestep.model.settings import Settings
 from sidestep.sparse.codec import POSITIONS, VALUES, DamagedDiff, decode
 from sidestep.sparse.diff import SparseDiff
 

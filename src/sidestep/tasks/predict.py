@@ -33,7 +33,7 @@ from sidestep.kinds.prepare import (
     written_kind,
 )
 from sidestep.measure.step import accepted
-from sidestep.model.side_model.attach import Attached
+from sidestep.model.attach import Attached
 from sidestep.model.heads import Classify
 from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel

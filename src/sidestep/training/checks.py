@@ -12,8 +12,8 @@ from sidestep.data import DataError
 from sidestep.data.messages import named_rows
 from sidestep.data.vocabulary import check_tokens
 from sidestep.kinds.prepare import TaskData, written_kind
-from sidestep.model.side_model.attach import Attached
-from sidestep.model.side_model.saving import check_sizes
+from sidestep.model.attach import Attached
+from sidestep.model.saving import check_sizes
 from sidestep.training.settings import TrainSettings
 
 

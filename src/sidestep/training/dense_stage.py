@@ -23,7 +23,7 @@ from transformers import Trainer
 from sidestep.disk.atomic import whole
 from sidestep.interface.sparse_delta import SparseDelta
 from sidestep.measure.step import Batch, StepCost, measure_step
-from sidestep.model.side_model.attach import Attached
+from sidestep.model.attach import Attached
 from sidestep.model.side_model import SideModel
 from sidestep.training import checkpoints
 from sidestep.training.callbacks import EpochClock

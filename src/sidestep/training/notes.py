@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sidestep.backbone import drop_path_rate
 from sidestep.methods import WeightDelta
-from sidestep.model.side_model.attach import Attached
+from sidestep.model.attach import Attached
 
 NOISE = {
     "dropout": "dropout of the frozen backbone was on in training",

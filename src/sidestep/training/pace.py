@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from sidestep.kinds.prepare import TaskData
 from sidestep.measure.step import Batch, evaluation_seconds, seconds_of, step_seconds
-from sidestep.model.side_model.attach import Attached
+from sidestep.model.attach import Attached
 from sidestep.model.side_model import SideModel
 from sidestep.tasks.predict import written
 from sidestep.training.settings import TrainSettings

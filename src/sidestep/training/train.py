@@ -34,7 +34,7 @@ from sidestep.measure.plan import check_fits
 from sidestep.measure.step import StepCost, measure_step
 from sidestep.messages import about
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics
-from sidestep.model.side_model.attach import Attached
+from sidestep.model.attach import Attached
 from sidestep.model.heads import Classify, HeadConfig, Regress, Retrieve, named
 from sidestep.model.initialise import initialise, samples_of
 from sidestep.model.pair_model import PairModel

@@ -34,7 +34,7 @@ from sidestep.measure.plan.trace import (
     plan_for,
 )
 from sidestep.methods import MethodConfig
-from sidestep.model.side_model.attach import attach
+from sidestep.model.attach import attach
 from sidestep.model.heads import Classify, HeadConfig
 from sidestep.model.side_model import SideModel
 

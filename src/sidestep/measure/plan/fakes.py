@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sidestep.backbone.fakes import fake_like, fakes_of
-from sidestep.model.side_model.attach import Attached
+from sidestep.model.attach import Attached
 
 
 def fake_copy(model: Attached) -> Attached:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sidestep.measure.memory import format_bytes
 from sidestep.measure.plan.trace import Device, Plan, Precision, plan_for
 from sidestep.methods import MethodConfig, methods
-from sidestep.model.side_model.attach import Attached
+from sidestep.model.attach import Attached
 
 MOST = 2**20  # rows; a batch that still fits then is limited by something else
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -18,7 +18,7 @@ from sidestep.measure.plan.cuda import ALLOCATION, CudaKernels
 from sidestep.measure.plan.fakes import bytes_of, fake_batch, fake_copy
 from sidestep.measure.plan.ledger import Ledger
 from sidestep.measure.step import announced
-from sidestep.model.side_model.attach import Attached
+from sidestep.model.attach import Attached
 from sidestep.model.side_model import SideModel
 
 Precision = Literal["float32", "bf16 autocast", "bfloat16"]
