@@ -39,7 +39,7 @@ from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import load_processor
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods import MethodConfig
-from sidestep.tasks.bank import STAGING, BankFolder
+from sidestep.tasks.bank_folder import STAGING, BankFolder
 from sidestep.training.settings import TrainSettings
 from sidestep.training.train import head_for, train
 from text_tasks import MAX_LENGTH, TASKS

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sidestep as ss
 from parity_backbones import bert, depth, t5
 from parity_files import Names, Oracle, Reproduction, load, rename
-from sidestep.methods.sherl import Aggregation, ConvAggregation, Maps, PooledAggregation
+from sidestep.methods.sherl.parts import Aggregation, ConvAggregation, Maps, PooledAggregation
 from sidestep.model.gpo import GPO
 from sidestep.model.heads import unit
 

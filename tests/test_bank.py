@@ -25,7 +25,7 @@ from sidestep.disk import task_folder
 from sidestep.disk.task_folder import CONFIG, WEIGHTS, TaskError
 from sidestep.fold import FoldError
 from sidestep.methods import MethodConfig
-from sidestep.tasks.bank import LOCK, STAGING, BankError, BankFolder
+from sidestep.tasks.bank_folder import LOCK, STAGING, BankError, BankFolder
 from tiny import FAMILIES, logits
 
 BERT = FAMILIES["bert"]
@@ -534,7 +534,7 @@ def test_one_process_writes_at_a_time(bank: ss.TaskBank, tmp_path: Path) -> None
 ADDING = """
 import sys
 from sidestep.disk import task_folder
-from sidestep.tasks.bank import BankFolder
+from sidestep.tasks.bank_folder import BankFolder
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(1000):

@@ -23,7 +23,7 @@ from sidestep.backbone import facts_of
 from sidestep.disk import task_folder
 from sidestep.disk.task_folder import CONFIG, WEIGHTS, TaskError
 from sidestep.model import saving
-from sidestep.tasks.bank import BankFolder, _identity
+from sidestep.tasks.bank_folder import BankFolder, _identity
 from test_bank import BERT, DENSE, STREAM, altered, assert_same_weights, attached, backbone, saved, weights
 from tiny import logits
 

@@ -19,7 +19,7 @@ import sidestep as ss
 from sidestep.fold import FoldError
 from sidestep.fold.turns import Turn
 from sidestep.methods import MethodConfig
-from sidestep.tasks.bank import BankError
+from sidestep.tasks.bank_folder import BankError
 from test_bank import BERT, assert_same_weights, attached, backbone, outputs, saved, weights
 from tiny import logits
 

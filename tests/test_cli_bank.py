@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 from sidestep.disk.task_folder import CONFIG, WEIGHTS
-from sidestep.tasks.bank import LOCK
+from sidestep.tasks.bank_folder import LOCK
 from small_tasks import reviews, text_backbone, write
 from test_cli import refusal, run, succeed, table
 

@@ -92,7 +92,9 @@ def test_a_module_imports_only_rooms_below(module: str) -> None:
 
 
 def test_no_circle_inside_a_room() -> None:
-    graph = {name: {other for other in own_imports(path) if other in SOURCES} - {name} for name, path in SOURCES.items()}
+    graph = {
+        name: {other for other in own_imports(path) if other in SOURCES} - {name} for name, path in SOURCES.items()
+    }
     assert list(TopologicalSorter(graph).static_order())
 
 

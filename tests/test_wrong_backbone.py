@@ -21,7 +21,7 @@ from sidestep.backbone.load import load_backbone, load_pair
 from sidestep.cli import app
 from sidestep.disk.task_folder import TaskError
 from sidestep.tasks import load as loading
-from sidestep.tasks.bank import BankFolder
+from sidestep.tasks.bank_folder import BankFolder
 from small_tasks import SPECIAL, WORDS, image_backbone, reviews, text_backbone, tokenizer, write
 from written_tasks import llama_backbone, t5_backbone
 

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from sidestep.model.pair_model import PairModel
     from sidestep.model.side_model import SideModel
     from sidestep.tasks.add_diff import DifferentBackbones, add_diff
-    from sidestep.tasks.bank import BankError, TaskBank
+    from sidestep.tasks.bank import TaskBank
+    from sidestep.tasks.bank_folder import BankError
     from sidestep.tasks.load import load
 
 __version__ = "0.1.0"

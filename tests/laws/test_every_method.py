@@ -20,7 +20,7 @@ from sidestep.backbone import CheckpointedForward, find_places
 from sidestep.disk.task_folder import TaskError
 from sidestep.interface.registry import Method
 from sidestep.methods import SideNet, UnsupportedBackbone, WeightDelta, methods
-from sidestep.methods.sherl import PooledAggregation
+from sidestep.methods.sherl.parts import PooledAggregation
 from tiny import FAMILIES, LABELS, TinyFamily, call, logits, randomize
 
 #: Settings that fit tiny models, where the defaults do not.

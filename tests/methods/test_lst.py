@@ -17,7 +17,9 @@ import sidestep as ss
 from sidestep.fold.caches import SideCache
 from sidestep.measure.plan.fakes import fake_copy
 from sidestep.methods import UnsupportedBackbone
-from sidestep.methods.lst import LST, Attention, Ladder, Sizes, relative_buckets, rotate
+from sidestep.methods.lst.config import Sizes
+from sidestep.methods.lst.method import LST, Ladder
+from sidestep.methods.lst.parts import Attention, relative_buckets, rotate
 from tiny import FAMILIES, logits, randomize
 
 

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 import sidestep as ss
 from architectures import ARCHITECTURES
 from sidestep.methods import UnsupportedBackbone, sherl
-from sidestep.methods.sherl import Aggregation, Merge, PooledAggregation
+from sidestep.methods.sherl.parts import Aggregation, Merge, PooledAggregation
 from tiny import FAMILIES, call, logits, randomize
 
 # --- the definition, unrolled by hand ---------------------------------------------------------------------------------

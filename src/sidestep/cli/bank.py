@@ -19,7 +19,8 @@ from sidestep.console import hush, remark, show_table, show_unnamed
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from sidestep.tasks.bank import BankFolder, Entry, TaskBank
+    from sidestep.tasks.bank import TaskBank
+    from sidestep.tasks.bank_folder import BankFolder, Entry
 
 bank = typer.Typer(name="bank", help="Keep many tasks on one backbone, and run them.", no_args_is_help=True)
 
@@ -30,7 +31,7 @@ def add(folder: opt.Bank, name: opt.BankName, task: opt.Task, debug: opt.Debug =
     with reporting(debug):
         from sidestep.disk.atomic import check_folder
         from sidestep.measure.memory import format_bytes
-        from sidestep.tasks.bank import BankFolder
+        from sidestep.tasks.bank_folder import BankFolder
 
         check_folder(folder)
         held = BankFolder(folder)
@@ -42,7 +43,7 @@ def add(folder: opt.Bank, name: opt.BankName, task: opt.Task, debug: opt.Debug =
 def list_(folder: opt.Bank, as_json: opt.AsJson = False, debug: opt.Debug = False) -> None:
     """List a bank's tasks and what they take on the disk."""
     with reporting(debug):
-        from sidestep.tasks.bank import BankError
+        from sidestep.tasks.bank_folder import BankError
 
         held = _open(folder)
         entries, unreadable = held.entries()
@@ -124,7 +125,7 @@ def run(
 
 
 def _open(folder: opt.Bank) -> BankFolder:
-    from sidestep.tasks.bank import BankError, BankFolder
+    from sidestep.tasks.bank_folder import BankError, BankFolder
 
     if not folder.exists():
         raise BankError(f"there is no bank {folder}: `sidestep bank add` makes one")

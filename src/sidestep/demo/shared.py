@@ -22,7 +22,8 @@ from sidestep.model.attach import attach, detach
 from sidestep.tasks.predict import evaluate
 from sidestep.training.results import Results
 from sidestep.training.settings import TrainSettings
-from sidestep.training.train import head_for, largest_batch, train
+from sidestep.training.train import head_for, train
+from sidestep.training.trainer import largest_batch
 
 
 class DemoError(ValueError):

@@ -183,6 +183,12 @@ class TrainSettings:
         """The learning rate that is used with a method."""
         return self.learning_rate or rates_of(method)[1]
 
+    def steps_per_epoch(self, rows: int) -> int:
+        """Optimizer steps of an epoch of so many rows; the last one may have fewer batches."""
+        whole, rest = divmod(rows, self.batch_size)
+        batches = whole + (rest > 0 and not self.drop_last)
+        return -(-batches // self.accumulate)
+
     def rise(self, steps_per_epoch: int) -> int:
         """Optimizer steps in which the rate rises; whole epochs where it is set once per epoch."""
         if self.warmup_steps is not None:

@@ -11,256 +11,22 @@ place.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidestep.interface.config import MethodConfig, is_ascending
 from sidestep.interface.layers import recompute
 from sidestep.interface.pruning import Score, magnitude, pruned_block, residual_channels
 from sidestep.interface.registry import register
 from sidestep.interface.side_net import SideNet
-from sidestep.interface.sites import BlockWeights, SideCache, Site, of_stack, stacks
+from sidestep.interface.sites import Site, of_stack, stacks
 from sidestep.interface.taps import Tap
-
-TEMPERATURE = 0.1  # of the gates
-DOWN_STD = 0.01  # at the start, of the maps to and from the side's width
-MAX_DISTANCE = 128  # from which on T5's relative positions share a bucket
-ROTARY_BASE = 10_000.0
-EPS = 1e-6  # of the norms
-
-KeysValues = tuple[Tensor, Tensor]
-
-#: The release's blocks with a rung, by width and depth: T5-base leaves out every fourth, T5-large every second.
-PUBLISHED = {
-    (768, 12): tuple(block for block in range(12) if block % 4),
-    (1024, 24): tuple(range(1, 24, 2)),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LSTConfig(MethodConfig):
-    """Settings of LST.
-
-    What is None of `heads`, `head_width` and `inner_width` is the backbone's on T5 with ReLU. On others, whose blocks a
-    method does not see, it follows from the width d as on T5-base: set the three where the backbone differs.
-
-    Attributes:
-        reduction: the side's widths are the backbone's over this; it has as many heads.
-        layers: blocks with a rung, ascending, the same in both stacks of an encoder-decoder; None: the release's on
-            T5-base and T5-large (by their width and depth), all elsewhere. T5-3B: 23 alone.
-        heads: of the backbone; None elsewhere: d / 64, at least one.
-        head_width: channels of a head of the backbone; None elsewhere: d / heads.
-        inner_width: of the backbone's MLP; None elsewhere: 4 d.
-        positions: "relative" (T5's bias, one table for each stack) or "rotary"; None: "relative" on encoder-decoders,
-            "rotary" elsewhere.
-        buckets: rows of the table of relative positions.
-        dropout: T5's, in the side network, in training.
-        init: what side blocks start from: "random"; "magnitude", the backbone's blocks without the channels whose
-            weights are smallest (T5 only); "fisher", the release's, without those whose weights the loss on training
-            rows hangs on least. Until `ss.initialise` has seen such rows, "fisher" is "magnitude".
-    """
-
-    reduction: int = 8
-    layers: tuple[int, ...] | None = None
-    heads: int | None = None
-    head_width: int | None = None
-    inner_width: int | None = None
-    positions: Literal["relative", "rotary"] | None = None
-    buckets: int = 32
-    dropout: float = 0.1
-    init: Literal["random", "magnitude", "fisher"] = "random"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("reduction", self.reduction >= 1, "a whole number of at least 1")
-        self.require("layers", self.layers is None or is_ascending(self.layers), "block numbers from 0, ascending")
-        for name in ("heads", "head_width", "inner_width"):
-            value = getattr(self, name)
-            self.require(name, value is None or value >= 1, "a whole number of at least 1, or None")
-        even = self.buckets >= 4 and self.buckets % 4 == 0
-        self.require("buckets", even, "a multiple of 4, because each direction has half of them, half of those exact")
-        self.require("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1")
-
-    def sizes(self, width: int, weights: BlockWeights | None = None) -> Sizes:
-        """The side's sizes beside a backbone of this width, with blocks of these weights where they are known.
-
-        Raises:
-            ValueError: if the reduction does not divide the backbone's.
-        """
-        heads = self.heads or (weights.attention.heads if weights else max(1, width // 64))
-        full = {
-            "width": width,
-            "head_width": self.head_width or (weights.attention.head_width if weights else width // heads),
-            "inner_width": self.inner_width or (weights.inner.out_features if weights else 4 * width),
-        }
-        for name, value in full.items():
-            if value % self.reduction:
-                raise ValueError(
-                    f"reduction={self.reduction} does not divide the backbone's {name}, {value}: choose a divisor"
-                    + ("" if name == "width" else f", or set {name} to a multiple")
-                )
-        return Sizes(heads=heads, **{name: value // self.reduction for name, value in full.items()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Of a side block: its width, heads, channels of a head and inner width of the MLP."""
-
-    width: int
-    heads: int
-    head_width: int
-    inner_width: int
-
-
-# --- positions --------------------------------------------------------------------------------------------------------
-
-
-def relative_buckets(distance: Tensor, buckets: int, *, causal: bool) -> Tensor:
-    """T5's buckets of relative positions: small distances have one each, larger ones share them by their logarithm.
-
-    Args:
-        distance: whole numbers, the key's position less the query's.
-        buckets: how many there are; half of them for each direction unless `causal`.
-        causal: whether keys behind the query are never seen.
-
-    Returns:
-        Bucket numbers from 0, of the same shape.
-    """
-    ahead = torch.zeros_like(distance)
-    if not causal:
-        buckets //= 2
-        ahead = (distance > 0) * buckets
-    apart = (-distance).clamp(min=0) if causal else distance.abs()
-    exact = buckets // 2
-    share = (apart.clamp(min=1).float() / exact).log() / math.log(MAX_DISTANCE / exact)
-    shared = (exact + (share * (buckets - exact)).long()).clamp(max=buckets - 1)
-    return ahead + torch.where(apart < exact, apart, shared)
-
-
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary positions: channel i and its partner half the channels on turn by an angle that grows with the position.
-
-    Args:
-        x: (batch, heads, tokens, channels), an even number of channels.
-        positions: (tokens,).
-
-    Returns:
-        The same shape and precision.
-    """
-    half = x.shape[-1] // 2
-    precision = torch.promote_types(x.dtype, torch.float32)
-    powers = torch.arange(half, device=x.device, dtype=precision) / half
-    angles = positions.to(precision)[:, None] * ROTARY_BASE**-powers
-    cos, sin = angles.cos(), angles.sin()
-    one, two = x[..., :half], x[..., half:]
-    return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).to(x.dtype)
-
-
-# --- side blocks: T5's, at the width of the side ----------------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    """T5's attention: no biases, and no scale beside that of the maps' start."""
-
-    def __init__(self, sizes: Sizes, dropout: float) -> None:
-        super().__init__()
-        inner = sizes.heads * sizes.head_width
-        self.heads, self.dropout = sizes.heads, dropout
-        self.query = _linear(sizes.width, inner, (sizes.width * sizes.head_width) ** -0.5)
-        self.key = _linear(sizes.width, inner, sizes.width**-0.5)
-        self.value = _linear(sizes.width, inner, sizes.width**-0.5)
-        self.out = _linear(inner, sizes.width, inner**-0.5)
-
-    def forward(
-        self,
-        x: Tensor,
-        source: KeysValues,
-        bias: Tensor | None,
-        seen: Tensor | None,
-        positions: Tensor | None,
-    ) -> Tensor:
-        """What tokens (batch, tokens, width) read of a source.
-
-        Args:
-            x: what asks.
-            source: keys and values of what is read.
-            bias: (1, heads, tokens, source tokens), added to the scores.
-            seen: bool, to (batch, heads, tokens, source tokens): which may be read; None: all.
-            positions: (tokens,) for queries that are turned by them.
-        """
-        query = self._split(self.query(x), positions)
-        dropout = self.dropout if self.training else 0.0
-        mask = _mask(bias, seen, query.dtype)
-        read = F.scaled_dot_product_attention(query, *source, attn_mask=mask, dropout_p=dropout, scale=1.0)
-        out: Tensor = self.out(read.transpose(1, 2).flatten(2))
-        return out
-
-    def source(self, tokens: Tensor, positions: Tensor | None = None) -> KeysValues:
-        """Keys and values (batch, heads, tokens, head width) of (batch, tokens, width), keys turned by positions."""
-        return self._split(self.key(tokens), positions), self._split(self.value(tokens), None)
-
-    def _split(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        """(batch, tokens, inner) by heads, turned where positions are given."""
-        x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return x if positions is None else rotate(x, positions)
-
-
-class SideBlock(nn.Module):
-    """Self-attention, in a decoder cross-attention, and an MLP with ReLU, each behind an RMS norm and added.
-
-    Args:
-        sizes: of the block.
-        dropout: its rate.
-        crosses: whether it reads an encoder's ladder.
-        number: under which its keys and values are in a cache.
-    """
-
-    def __init__(self, sizes: Sizes, dropout: float, *, crosses: bool, number: int) -> None:
-        super().__init__()
-        self.number = number
-        self.norm_attention = _norm(sizes.width)
-        self.attention = Attention(sizes, dropout)
-        self.crosses = crosses
-        if crosses:
-            self.norm_cross = _norm(sizes.width)
-            self.cross = Attention(sizes, dropout)
-        self.norm_mlp = _norm(sizes.width)
-        self.inner = _linear(sizes.width, sizes.inner_width, sizes.width**-0.5)
-        self.outer = _linear(sizes.inner_width, sizes.width, sizes.inner_width**-0.5)
-        self.activation = nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        seen: Tensor | None,
-        positions: Tensor | None,
-        memory: Tensor | None,
-        memory_seen: Tensor | None,
-        cache: SideCache | None,
-    ) -> Tensor:
-        """(batch, tokens, width) -> the same; arguments as `Attention`'s, then those of the encoder's side states."""
-        normed = self.norm_attention(x)
-        source = self.attention.source(normed, positions)
-        if cache:
-            source = cache.extend(self.number, *source)
-        x = x + self.dropout(self.attention(normed, source, bias, seen, positions))
-        if self.crosses and memory is not None:
-            read = self.cross.source
-            source = cache.once(self.number, read, memory) if cache else read(memory)
-            x = x + self.dropout(self.cross(self.norm_cross(x), source, None, memory_seen, None))
-        inner = self.dropout(self.activation(self.inner(self.norm_mlp(x))))
-        return x + self.dropout(self.outer(inner))
-
-
-# --- the ladder -------------------------------------------------------------------------------------------------------
+from sidestep.methods.lst.config import PUBLISHED, LSTConfig, Sizes
+from sidestep.methods.lst.parts import DOWN_STD, TEMPERATURE, SideBlock, is_relative, norm_of, relative_buckets
 
 
 class Ladder(nn.Module):
@@ -290,7 +56,7 @@ class Ladder(nn.Module):
                 for number, block in enumerate(layers)
             }
         )
-        self.norm = _norm(sizes.width)
+        self.norm = norm_of(sizes.width)
         self.bias = nn.Parameter(torch.randn(config.buckets, sizes.heads) * sizes.width**-0.5) if relative else None
 
     def read(self, hidden: Tensor, site: Site) -> Tensor | None:
@@ -368,7 +134,7 @@ class LST(SideNet):
         super().__init__()
         self.config = config
         names = stacks(sites)
-        relative = _relative(config, sites)
+        relative = is_relative(config, sites)
         self.ladders = nn.ModuleDict()
         for name in names:
             site = of_stack(sites, name)[0]
@@ -396,7 +162,7 @@ class LST(SideNet):
                     f"layers={config.layers}, but the {name} has {site.depth} blocks: choose from 0 to {site.depth - 1}"
                 )
             head_width = _sizes(config, of_stack(sites, name)).head_width
-            if head_width % 2 and not _relative(config, sites):
+            if head_width % 2 and not is_relative(config, sites):
                 raise ValueError(
                     f"rotary positions turn pairs of channels, but a side head has {head_width}: choose another "
                     "reduction, heads or head_width"
@@ -491,11 +257,6 @@ def _sizes(config: LSTConfig, stack: Sequence[Site]) -> Sizes:
     return config.sizes(stack[0].width, next((site.weights for site in stack if site.weights), None))
 
 
-def _relative(config: LSTConfig, sites: Sequence[Site]) -> bool:
-    """Whether positions are T5's bias."""
-    return config.positions == "relative" or (config.positions is None and len(stacks(sites)) > 1)
-
-
 def _check_prunable(config: LSTConfig, sites: Sequence[Site]) -> None:
     """Raise unless the backbone's blocks can be pruned to side blocks, with the reason."""
     blocks = [site for site in sites if site.kind == "block"]
@@ -504,7 +265,7 @@ def _check_prunable(config: LSTConfig, sites: Sequence[Site]) -> None:
         raise ValueError(
             f'{what}, which needs those of T5 (RMS norms, relative positions, an MLP with ReLU): choose init="random"'
         )
-    if not _relative(config, sites):
+    if not is_relative(config, sites):
         raise ValueError(f'{what}, and they have relative positions: choose positions="relative", or init="random"')
     sizes = _sizes(config, blocks)
     weights: Any = blocks[0].weights
@@ -522,25 +283,7 @@ def _check_prunable(config: LSTConfig, sites: Sequence[Site]) -> None:
         )
 
 
-def _mask(bias: Tensor | None, seen: Tensor | None, precision: torch.dtype) -> Tensor | None:
-    """What is added to attention scores; a row that sees nothing (padding before the first token) sees all alike."""
-    if seen is None:
-        return None if bias is None else bias.to(precision)
-    base = torch.zeros((), dtype=precision, device=seen.device) if bias is None else bias.to(precision)
-    return torch.where(seen, base, torch.finfo(precision).min)
-
-
 def _down(width: int, side: int) -> Tap:
     tap = Tap(width, side)
     nn.init.normal_(tap.weight, std=DOWN_STD)
     return tap
-
-
-def _linear(inputs: int, outputs: int, std: float) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(linear.weight, std=std)
-    return linear
-
-
-def _norm(width: int) -> nn.RMSNorm:
-    return nn.RMSNorm(width, eps=EPS)

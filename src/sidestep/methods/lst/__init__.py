@@ -1,0 +1,1 @@
+"""LST: a small Transformer beside the frozen one."""

@@ -1,0 +1,1 @@
+"""SHERL: features of all blocks, merged without their redundancy."""

@@ -1,0 +1,204 @@
+"""Hugging Face's Trainer, with what a run adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from sidestep.data import LabelSpace
+from sidestep.kinds.assess import Assessment, assess_evaluation
+from sidestep.kinds.prepare import TaskData
+from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics
+from sidestep.model.attach import Attached
+from sidestep.model.pair_model import PairModel
+from sidestep.training import checkpoints
+from sidestep.training.callbacks import (
+    Bars,
+    EpochClock,
+    ExactResume,
+    MoveSupport,
+    SetEpoch,
+    StopIfDiverged,
+    TellEpoch,
+)
+from sidestep.training.outcome import judge_run, last_scores
+from sidestep.training.schedules import rate_factor
+from sidestep.training.settings import TrainSettings
+
+
+def largest_batch(data: TaskData, size: int) -> Any:
+    """The batch of the longest training texts (or of the first images)."""
+    rows = data.train
+    order = np.argsort(rows["length"][:])[::-1] if "length" in rows.column_names else np.arange(len(rows))
+    return data.collate([rows[int(index)] for index in order[:size]])
+
+
+def make_trainer(
+    model: Attached,
+    data: TaskData,
+    settings: TrainSettings,
+    metric: str,
+    start: Path | None,
+    clock: EpochClock,
+    optimizer: Callable[[], Optimizer] | None = None,
+) -> Trainer:
+    """The Trainer of a run, or of its first stage with an `optimizer` of its own."""
+    steps, writes = settings.steps_per_epoch(len(data.train)), data.generation is not None
+    callbacks: list[Any] = [
+        ExactResume(settings.seed, steps, settings.save_steps),
+        StopIfDiverged(),
+        clock,
+        TensorBoardCallback(_writer(settings, start)),
+    ]
+    moving = [part for part in model.parts if part.sparse is not None]
+    if moving:
+        callbacks.append(MoveSupport(moving))
+    if data.augment is not None:
+        callbacks.append(SetEpoch(data.augment.epoch))
+    if isinstance(model, PairModel):
+        callbacks.append(TellEpoch(model, steps))
+    if settings.waits:
+        callbacks.append(EarlyStoppingCallback(settings.waits))
+    trainer = TaskTrainer(
+        settings,
+        rate_factor(settings, settings.rate(model.record.name), steps),
+        model=model,
+        args=_arguments(model, data, settings, metric),
+        # a bound method: of a collator with a tokenizer the Trainer stores that in every checkpoint
+        data_collator=data.collate.__call__,
+        train_dataset=data.train,
+        eval_dataset=data.dev,
+        compute_metrics=None if writes else ComputeMetrics(data.labels.kind, data.labels.names or None),
+        callbacks=callbacks,
+        labels=data.labels,
+        judge_texts=(lambda: judge_run(model, data, settings)) if writes else None,
+        make_optimizer=optimizer,
+    )
+    for printer in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printer)
+    if settings.progress:
+        trainer.add_callback(Bars(metric))
+    return trainer
+
+
+class TaskTrainer(Trainer):
+    """The Trainer with the settings' schedule, weight decay and whole batches.
+
+    `judge_texts` scores problems that are not scored by logits; without it `compute_metrics` does. What the last
+    evaluation gave is remembered, for `judged`.
+    `make_optimizer` makes another optimizer than AdamW, when a checkpoint's weights have been loaded.
+    """
+
+    lr_scheduler: Any
+    optimizer: Any
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        factor: Callable[[int], float],
+        *,
+        labels: LabelSpace,
+        judge_texts: Callable[[], Assessment] | None,
+        make_optimizer: Callable[[], Optimizer] | None,
+        **given: Any,
+    ) -> None:
+        super().__init__(**given)
+        self._settings, self._factor, self._make_optimizer = settings, factor, make_optimizer
+        self._labels, self._judge_texts = labels, judge_texts
+        self._last: Callable[[], Assessment] | None = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """AdamW, or the optimizer of a first stage."""
+        if self.optimizer is None and self._make_optimizer is not None:
+            self.optimizer = self._make_optimizer()
+        return super().create_optimizer(model)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's, with the scores of written texts where the answers are texts."""
+        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._judge_texts is None:
+            self._last = partial(assess_evaluation, self._labels.kind, found, self._labels.names or None)
+            return found
+        judged = self._judge_texts()
+        self._last = lambda: judged
+        found.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in judged.scores.items()})
+        return found
+
+    def judged(self, history: list[dict[str, float]]) -> Assessment | None:
+        """What the last evaluation came to, with the scores that the history ends with; None: there was none here."""
+        return None if self._last is None else replace(self._last(), scores=last_scores(history))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """The settings' schedule."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._factor)
+        return self.lr_scheduler
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """What weight decay acts on, as the settings say."""
+        if self._settings.decay == "all":
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The training batches, without a last one that is not whole where the settings say so."""
+        # set for this one only: with it the Trainer leaves out dev rows too
+        self.args.dataloader_drop_last = self._settings.drop_last
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False
+
+
+def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric: str) -> TrainingArguments:
+    return TrainingArguments(
+        # absolute: the path of the best checkpoint is stored
+        output_dir=str((settings.output / checkpoints.FOLDER).resolve()),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.rate(model.record.name),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        label_smoothing_factor=settings.label_smoothing,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # bf16 on a CPU has to be asked for so
+        eval_strategy="epoch",
+        save_strategy="epoch" if settings.checkpoints else "no",
+        save_total_limit=2,  # the best and the last
+        load_best_model_at_end=settings.keep == "best",
+        metric_for_best_model=metric,
+        greater_is_better=GREATER_IS_BETTER[metric],
+        restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,  # on, it puts an average where the loss was NaN
+        report_to="none",  # TensorBoard is among the callbacks, with a folder of our choice
+        disable_tqdm=not settings.progress,
+        train_sampling_strategy="random" if data.fields.image is not None else "group_by_length",
+        remove_unused_columns=False,  # see _readable
+        dataloader_num_workers=settings.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _writer(settings: TrainSettings, start: Path | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    # what was logged after the checkpoint is logged again
+    purge = None if start is None else checkpoints.step_of(start) + 1
+    return SummaryWriter(str(settings.output / checkpoints.LOGS), purge_step=purge)
