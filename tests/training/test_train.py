@@ -407,7 +407,7 @@ t.train(t.attached(Path({backbone!r}), data), data, t.settings(Path(sys.argv[1])
 
 def test_a_run_killed_in_the_middle_of_an_epoch_ends_with_the_same_bits(backbone: Path, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
-    script.write_text(KILLED.format(tests=str(Path(__file__).parent), backbone=str(backbone)))
+    script.write_text(KILLED.format(tests=str(Path(__file__).parents[1]), backbone=str(backbone)))
 
     def start(*arguments: str) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

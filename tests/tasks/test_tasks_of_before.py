@@ -17,7 +17,7 @@ from sidestep.kinds.prepare import stored_fields
 from sidestep.tasks import predict
 from small_backbone import PAIRS, TEXTS, backbone, decoder
 
-BEFORE = Path(__file__).parent / "tasks_of_before"
+BEFORE = Path(__file__).parents[1] / "tasks_of_before"
 FORMAT_1 = BEFORE / "format_1"
 LABELS = ["bad", "gut", "größer"]
 #: As the version that wrote the task computed them.

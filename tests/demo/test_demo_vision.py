@@ -43,7 +43,7 @@ def test_its_files_say_what_it_is() -> None:
 
 def test_its_files_are_package_data() -> None:
     root = Path(sidestep.__file__).parent
-    project = Path(__file__).parents[1] / "pyproject.toml"
+    project = Path(__file__).parents[2] / "pyproject.toml"
     patterns = tomllib.loads(project.read_text())["tool"]["setuptools"]["package-data"]["sidestep"]
     packed = {path for pattern in patterns for path in root.glob(pattern)}
     assert set(demo_vision.BACKBONE.iterdir()) <= packed

@@ -30,7 +30,7 @@ from sidestep.data import (
     read,
 )
 
-SHARED = Path(os.environ.get("SIDESTEP_SHARED", Path(__file__).parents[2] / "shared")) / "data"
+SHARED = Path(os.environ.get("SIDESTEP_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran"]
 TEXT = Fields(text="text", label="label")
 PAIR = Fields(text="text", text2="other")
