@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import sidestep as ss
 from sidestep.data import Kind
+from sidestep.kinds import kind_named
 from sidestep.methods import MethodConfig, read
-from sidestep.metrics import PRIMARY, scores
+from sidestep.metrics import scores
 from taps import pad, record, replay
 from text_tasks import Encoded
 
@@ -126,7 +127,7 @@ def evaluate(model: ss.SideModel, kind: Kind, rows: Examples) -> dict[str, float
 
 def primary(kind: Kind, found: dict[str, float]) -> float:
     """The score by which a task is judged: accuracy, or Pearson's correlation."""
-    return found[PRIMARY[kind]]
+    return found[kind_named(kind).metrics[0]]
 
 
 class Results:

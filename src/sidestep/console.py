@@ -16,21 +16,11 @@ NARROW = 100
 if TYPE_CHECKING:
     from sidestep.kinds.assess import Assessment
     from sidestep.kinds.prepare import TaskData
-    from sidestep.metrics import Kind
     from sidestep.model.attach import Attached
     from sidestep.training.results import Results
     from sidestep.training.settings import TrainSettings
 
 
-ANSWER: Mapping[Kind, str] = {
-    "single": "one label of {names}",
-    "multi": "any number of the labels {names}",
-    "regress": "a number",
-    "text2text": "a text to write",
-    "lm": "a text to write behind it",
-    "retrieval": "an image and its captions",
-}
-"""What is learned of a row, by the kind of problem."""
 MANY = 20_000
 """Rows that take more than a few seconds to tokenize."""
 SHOWN = 10
@@ -94,16 +84,18 @@ def show_many(rows: int) -> None:
 
 def show_start(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     """Say what is about to be trained on what."""
+    from sidestep.kinds.base import kind_named
     from sidestep.training import dense_stage as relax
 
+    kind = kind_named(data.labels.kind)
     count = sum(parameter.numel() for _, parameter in model.trained_parameters())
     names = ", ".join(data.labels.names[:SHOWN]) + (", ..." if len(data.labels.names) > SHOWN else "")
     remark(f"{model.record.name} on {type(model.backbone).__name__}: {count:,} parameters are trained")
-    remark(f"{len(data.train)} training rows, each with {ANSWER[data.labels.kind].format(names=names)}")
+    remark(f"{len(data.train)} training rows, each with {kind.answer.format(names=names)}")
     remark(f"dev: {data.dev_source}")
     _show_joins(data)
     remark(f"learning rate {settings.rate(model.record.name):g}, seed {settings.seed}")
-    metric = settings.best_by(data.labels.kind, len(data.labels.names))
+    metric = kind.best_by(settings.metric, len(data.labels.names))
     own = relax.last_stage(model, settings) if relax.relaxes(model) else settings
     first = f"{relax.own(model, settings).epochs} epochs of all weights, then " if relax.relaxes(model) else ""
     if 0 < own.waits < own.epochs:
@@ -118,11 +110,11 @@ def show_start(model: Attached, data: TaskData, settings: TrainSettings) -> None
 def _show_joins(data: TaskData) -> None:
     """Say what stands between texts, and show the first row that a model is to write an answer to."""
     from sidestep.data.written import as_text
-    from sidestep.kinds.prepare import written_kind
+    from sidestep.kinds.base import kind_named
 
     if data.separators.pair:
         remark(f"between the two texts of a row stands {data.separators.pair!r} (--separator chooses another)")
-    if (kind := written_kind(data.labels.kind)) is not None:
+    if (kind := kind_named(data.labels.kind).writes) is not None:
         read, written = as_text(data.train[0], data.processor, kind)
         start = "..." if len(read) > EXAMPLE else ""
         joined = "+" if kind == "lm" else "->"

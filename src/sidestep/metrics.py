@@ -5,29 +5,20 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-Kind = Literal["single", "multi", "regress", "text2text", "lm", "retrieval"]
+Kind: TypeAlias = str
+"""The name of a kind of task (see `sidestep.kinds`); those scored here have their names in `METRICS`."""
 Written = Literal["text2text", "lm"]
 WRITTEN: tuple[Written, ...] = get_args(Written)
+"""The kinds of problem whose answer is a text that the model writes, by an encoder-decoder or a decoder alone."""
 IGNORED = -100
 """A label that the loss of classes and of tokens leaves out; the mean over nothing but such labels is no number."""
-"""The kinds of problem whose answer is a text that the model writes, by an encoder-decoder or a decoder alone."""
-
-PRIMARY: dict[str, str] = {
-    "single": "accuracy",
-    "multi": "f1_micro",
-    "regress": "pearson",
-    "text2text": "exact_match",
-    "lm": "exact_match",
-    "retrieval": "rsum",
-}
-"""By which score the best checkpoint is chosen, unless the user says."""
 
 RANKS = (1, 5, 10)
 """At which a recall is computed."""

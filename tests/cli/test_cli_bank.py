@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from test_cli import refusal, run, succeed, table
 
 from sidestep.disk.task_folder import CONFIG, WEIGHTS
 from sidestep.tasks.bank_folder import LOCK
 from small_tasks import reviews, text_backbone, write
-from test_cli import refusal, run, succeed, table
 
 TRAINED = ["--epochs", "1", "--batch-size", "8", "--lr", "0.02", "--quiet"]
 KEPT = {"length": "sparse", "reviews": "read"}

@@ -20,9 +20,10 @@ from sidestep.backbone.processors import load_processor
 from sidestep.cli import app
 from sidestep.data import Fields, ImageTransform, read
 from sidestep.disk import task_folder
-from sidestep.kinds.prepare import TaskData, encode, prepare
+from sidestep.kinds import kind_named
+from sidestep.kinds.prepare import TaskData, prepare
+from sidestep.kinds.running import logits
 from sidestep.tasks import load as loading
-from sidestep.tasks.predict import logits
 from sidestep.training.callbacks import StopIfDiverged
 from sidestep.training.settings import TrainSettings
 from sidestep.training.train import head_for, train
@@ -133,7 +134,7 @@ def test_a_reloaded_task_reads_images_to_the_same_bits(place: Path, tmp_path: Pa
     train(model, data, TrainSettings(output=tmp_path / "task", epochs=1, progress=False))
     again = loading.load(tmp_path / "task")
     assert again.extras["processor"] == transform
-    encoded = encode(rows, data.fields, again.extras["processor"], None, None)[0]
+    encoded = kind_named("single").encode(rows, data.fields, again.extras["processor"], None, None)[0]
     before = logits(model, data.train, data.fields)
     assert (logits(again, encoded, data.fields) == before).all()
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from test_cli import FAST, refusal, run, succeed
 
 from sidestep.cli import app
 from small_tasks import image_backbone, image_folder, reviews, text_backbone, write
-from test_cli import FAST, refusal, run, succeed
 
 STUDY = """
 seeds = [0]

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import recall_score
 
-from sidestep.kinds.assess import FEW, OfClass, assess, assess_evaluation, assess_texts
+from sidestep.kinds import kind_named
+from sidestep.kinds.assess import FEW, OfClass, assess_texts
 from sidestep.metrics import Kind, scores, text_scores
 
 
@@ -37,7 +38,7 @@ def constants(kind: Kind, classes: int) -> list[NDArray[Any]]:
 @pytest.mark.parametrize(("kind", "classes"), [("single", 2), ("single", 3), ("single", 6), ("multi", 1), ("multi", 4)])
 def test_no_single_answer_is_better(kind: Kind, classes: int, seed: int) -> None:
     predictions, targets = drawn(kind, classes, seed)
-    found = assess(kind, predictions, targets)
+    found = kind_named(kind).assess(predictions, targets)
     each = [scores(kind, np.tile(answer, (len(targets), 1)), targets) for answer in constants(kind, classes)]
     assert found.constant == {name: pytest.approx(max(one[name] for one in each)) for name in each[0]}
     assert found.constant.keys() == found.scores.keys()
@@ -45,7 +46,7 @@ def test_no_single_answer_is_better(kind: Kind, classes: int, seed: int) -> None
 
 def test_accuracy_is_seen_against_the_largest_class() -> None:
     targets = np.array([0] * 9 + [1])
-    found = assess("single", np.tile([1.0, 0.0], (10, 1)), targets)
+    found = kind_named("single").assess(np.tile([1.0, 0.0], (10, 1)), targets)
     assert found.scores["accuracy"] == found.constant["accuracy"] == 0.9
     # always the second class: one of ten is right, and all of that class are found
     assert found.constant["f1"] == pytest.approx(2 * 0.1 * 1 / 1.1)
@@ -55,7 +56,7 @@ def test_accuracy_is_seen_against_the_largest_class() -> None:
 @pytest.mark.parametrize("column", [False, True])
 def test_a_number_is_seen_against_the_mean(column: bool) -> None:
     predictions, targets = drawn("regress", 1, 3)
-    found = assess("regress", predictions[:, None] if column else predictions, targets)
+    found = kind_named("regress").assess(predictions[:, None] if column else predictions, targets)
     assert found.constant["mse"] == pytest.approx(np.var(targets))
     assert (found.constant["pearson"], found.constant["spearman"]) == (0, 0)
     assert found.classes == {}
@@ -69,7 +70,7 @@ def test_recalls_are_those_of_scikit_learn(kind: Kind, seed: int) -> None:
     chosen = predictions.argmax(1) if kind == "single" else predictions > 0
     true = targets if kind == "single" else targets > 0
     expected = recall_score(true, chosen, average=None, labels=range(4), zero_division=np.nan)
-    found = assess(kind, predictions, targets, names).classes
+    found = kind_named(kind).assess(predictions, targets, names).classes
     rows = np.bincount(targets, minlength=4) if kind == "single" else targets.sum(0)
     assert found.keys() == set(names)
     for place, name in enumerate(names):
@@ -79,7 +80,7 @@ def test_recalls_are_those_of_scikit_learn(kind: Kind, seed: int) -> None:
 
 def test_accuracy_is_the_mean_of_the_recalls_by_rows() -> None:
     predictions, targets = drawn("single", 5, 1)
-    found = assess("single", predictions, targets)
+    found = kind_named("single").assess(predictions, targets)
     hits = sum(each.rows * (each.recall or 0) for each in found.classes.values())
     assert hits / len(targets) == pytest.approx(found.scores["accuracy"])
 
@@ -102,7 +103,7 @@ def test_texts_that_are_all_different_are_no_classes() -> None:
 
 
 def test_retrieval_has_scores_alone() -> None:
-    found = assess("retrieval", np.eye(3), np.arange(3))
+    found = kind_named("retrieval").assess(np.eye(3), np.arange(3))
     assert found.scores["rsum"] == 600
     assert (found.constant, found.classes) == ({}, {})
 
@@ -117,4 +118,4 @@ class Evaluation:
 def test_the_first_output_of_a_trainers_evaluation_counts() -> None:
     predictions, targets = drawn("single", 3, 0)
     evaluation = Evaluation((predictions, np.zeros(3)), targets)
-    assert assess_evaluation("single", evaluation) == assess("single", predictions, targets)
+    assert kind_named("single").assess_evaluation(evaluation) == kind_named("single").assess(predictions, targets)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import transformers as t
 from datasets import Dataset
+from test_cli import FAST, refusal, succeed
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +19,6 @@ from sidestep.data import DataError
 from sidestep.data.vocabulary import check_tokens
 from sidestep.disk.task_folder import TaskError
 from small_tasks import reviews, text_backbone, write
-from test_cli import FAST, refusal, succeed
 
 HEAD = ss.Classify(num_labels=2)
 READ = ss.ReadConfig(rank=2)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_sparse_codec import assert_same, bits
 
 from sidestep.sparse.codec import DTYPES, POSITIONS, VALUES, DamagedDiff, SparseTensor, decode, encode
-from test_sparse_codec import assert_same, bits
 
 HASHED_FROM, PACKED_FROM = 40, 44  # behind the checksum, and behind the header's length
 Diff = tuple[dict[str, SparseTensor], torch.dtype]

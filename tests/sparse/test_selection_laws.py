@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_selection import by_sorting
 from torch import Tensor
 
 from sidestep.sparse.selection import largest, sweep_over
-from test_selection import by_sorting
 
 FLOATS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 32, torch.float64: 32}
 

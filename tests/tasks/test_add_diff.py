@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_pair import clip
 from torch import Tensor
 
 import sidestep as ss
 from sidestep.tasks.load import DtypeMismatch
-from test_pair import clip
 from tiny import FAMILIES, LABELS, logits
 
 BERT = FAMILIES["bert"]

@@ -16,6 +16,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from test_bank import BERT, DENSE, STREAM, altered, assert_same_weights, attached, backbone, saved, weights
 from torch import Tensor, nn
 
 import sidestep as ss
@@ -23,8 +24,7 @@ from sidestep.backbone import facts_of
 from sidestep.disk import task_folder
 from sidestep.disk.task_folder import CONFIG, WEIGHTS, TaskError
 from sidestep.model import saving
-from sidestep.tasks.bank_folder import BankFolder, _identity
-from test_bank import BERT, DENSE, STREAM, altered, assert_same_weights, attached, backbone, saved, weights
+from sidestep.tasks.bank_folder import BankFolder, identity_of
 from tiny import logits
 
 #: Of every kind: side networks, a diff in the weights, weights that are trained, modules inside the backbone.
@@ -264,11 +264,11 @@ class Banks(RuleBasedStateMachine):
     def is_at_hand(self, name: str) -> bool:
         """Whether the bank needs no weights of a task, whose config is whole."""
         try:
-            identity = _identity(self.bank.store.config(name))
+            identity = identity_of(self.bank.store.config(name))
         except TaskError:
             return False
         resting = self.bank._resting.get(name)
-        is_active = name == self.active and identity == self.bank._identity
+        is_active = name == self.active and identity == self.bank._now[1]
         return is_active or (resting is not None and resting.identity == identity)
 
     def holds(self, name: str, source: str) -> bool:

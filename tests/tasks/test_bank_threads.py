@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_bank import BERT, assert_same_weights, attached, backbone, outputs, saved, weights
 from torch import Tensor
 
 import sidestep as ss
@@ -20,7 +21,6 @@ from sidestep.fold import FoldError
 from sidestep.fold.turns import Turn
 from sidestep.methods import MethodConfig
 from sidestep.tasks.bank_folder import BankError
-from test_bank import BERT, assert_same_weights, attached, backbone, outputs, saved, weights
 from tiny import logits
 
 TASKS: dict[str, tuple[MethodConfig, int]] = {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from test_train import interrupt_at, task_bytes
 
 import sidestep as ss
 from sidestep.backbone.load import load_backbone
@@ -23,7 +24,6 @@ from sidestep.training.pace import Pace
 from sidestep.training.settings import TrainSettings
 from sidestep.training.train import head_for, train
 from small_tasks import reviews, text_backbone
-from test_train import interrupt_at, task_bytes
 from written_tasks import answered, t5_backbone
 
 READ = ss.ReadConfig(rank=4)

@@ -27,7 +27,8 @@ from sidestep.backbone.processors import load_processor
 from sidestep.data import DataError, DataWarning, Fields, read
 from sidestep.disk import task_folder
 from sidestep.disk.table_files import ENDINGS, write_table
-from sidestep.kinds.prepare import TaskData, encode, prepare
+from sidestep.kinds import kind_named
+from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.measure.step import measure_step
 from sidestep.methods import MethodConfig
 from sidestep.tasks import load as loading
@@ -790,7 +791,7 @@ def padding_left(folder: Path, model: Any) -> Path:
 def scores_alone_and_together(task: Path) -> tuple[list[Any], list[Any]]:
     """The logits of the same texts, one to a batch and all in one."""
     model, few = loading.load(task), rows(6, 3)
-    encoded = encode(few, TEXT, model.extras["processor"], None, None)[0]
+    encoded = kind_named("single").encode(few, TEXT, model.extras["processor"], None, None)[0]
     alone, together = (predict.logits(model, encoded, TEXT, batch_size=size) for size in (1, 6))
     return alone.flatten().tolist(), together.flatten().tolist()
 

@@ -70,8 +70,9 @@ Label = Annotated[
 Problem = Annotated[
     str | None,
     _data(
-        "--problem",
+        "--kind",
         "--task",
+        "--problem",
         help="single, multi, regress, text2text, lm or retrieval; default: multi for lists, else single.",
     ),
 ]

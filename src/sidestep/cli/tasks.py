@@ -131,6 +131,7 @@ def _read(
     model: Attached, rows: str, table: TableOptions, split: str, fields: Fields, *, skip_bad_images: bool
 ) -> Dataset:
     from sidestep.data import check_fields, drop_unreadable
+    from sidestep.kinds.base import kind_named
     from sidestep.kinds.prepare import read_rows
     from sidestep.tasks.predict import labels_of
 
@@ -141,7 +142,7 @@ def _read(
         return found
     if fields.image is None:
         raise ValueError("--skip-bad-images is for images, but the task reads text: leave it out")
-    if kind != "retrieval":
+    if not kind_named(kind).dual:
         check_fields(found, replace(fields, label=None))
     return drop_unreadable(found, fields.image)
 

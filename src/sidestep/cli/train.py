@@ -103,7 +103,8 @@ def train(
         from sidestep.data import Fields
         from sidestep.disk.atomic import refuse_inputs
         from sidestep.disk.sources import backbones_at, rows_at
-        from sidestep.kinds.prepare import check_problem, prepare, read_rows, written_kind
+        from sidestep.kinds.base import kind_named
+        from sidestep.kinds.prepare import check_kind, prepare, read_rows
         from sidestep.methods import method_named
         from sidestep.training.checkpoints import as_begun, check_output, parts_of
         from sidestep.training.settings import TrainSettings
@@ -163,12 +164,13 @@ def train(
         refuse_inputs(parts_of(output), [*rows_at(train, dev), *backbones_at(name, text_backbone)])
         settings = as_begun(settings)
         config = config_from(method_named(asked["method"]).config, set_ or [], chosen.method_settings(asked["method"]))
-        kind = check_problem(asked["problem"])
-        pairs = kind == "retrieval"
+        kind = check_kind(asked["problem"])
+        which = None if kind is None else kind_named(kind)
+        pairs = which is not None and which.dual
         if not pairs and (text_backbone, text_pool, dim, loss) != (None, None, None, "contrastive"):
             raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --task retrieval")
-        if (writes := written_kind(kind)) is not None:
-            check_writes(name, writes, revision=revision)
+        if which is not None and which.writes is not None:
+            check_writes(name, which.writes, revision=revision)
         table = table_options(columns, no_header, no_quoting, encoding)
         own = chosen.recipe and chosen.recipe.transform()
         fields = Fields(text=text, text2=text2, image=image, label=None if pairs else label)
@@ -246,13 +248,13 @@ def _attached(
     import torch
 
     from sidestep.backbone.load import load_backbone
-    from sidestep.kinds.prepare import written_kind
+    from sidestep.kinds.base import kind_named
+    from sidestep.kinds.prepare import head_for
     from sidestep.model.attach import attach
-    from sidestep.training.train import head_for
 
     if own_head and pool is not None:
         raise ValueError(f"--pool {pool} with --own-head: the backbone's own head reads what it reads")
-    writes = written_kind(data.labels.kind)
+    writes = kind_named(data.labels.kind).writes
     if own_head and writes is not None:
         raise ValueError(f"--own-head with --task {writes}: it is for classification; leave it out")
     head = None if own_head else head_for(data, pool)

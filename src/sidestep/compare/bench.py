@@ -22,7 +22,9 @@ from sidestep.backbone.load import check_writes, load_backbone
 from sidestep.backbone.processors import load_processor
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
 from sidestep.data import DataError, DataWarning, Fields, holdout
-from sidestep.kinds.prepare import TaskData, prepare, strata, written_kind
+from sidestep.kinds.base import kind_named
+from sidestep.kinds.prepare import prepare, strata
+from sidestep.kinds.task_data import TaskData
 from sidestep.methods import WeightDelta, method_of
 from sidestep.metrics import Written
 from sidestep.model.attach import attach, detach
@@ -264,7 +266,7 @@ def written_by(tasks: Sequence[Task]) -> Written | None:
     Raises:
         ValueError: if only some are, or they are of two kinds: a backbone has one head for all.
     """
-    kinds = {task.name: written_kind(task.problem) for task in tasks}
+    kinds = {task.name: None if task.problem is None else kind_named(task.problem).writes for task in tasks}
     if len(set(kinds.values())) > 1:
         told = ", ".join(f"{name}: {kind or 'none is written'}" for name, kind in kinds.items())
         raise ValueError(f"some tasks are texts to write and others are not ({told}): compare them one after the other")

@@ -27,7 +27,7 @@ from sidestep.compare.spec import (
 from sidestep.data import Fields, TableOptions
 from sidestep.disk.atomic import check_file, refuse_inputs
 from sidestep.disk.sources import backbones_at, rows_at
-from sidestep.kinds.prepare import check_problem
+from sidestep.kinds.prepare import check_kind
 from sidestep.methods import method_named, methods
 from sidestep.training.settings import rates_of
 
@@ -236,7 +236,7 @@ def _task(table: _Table, base: Path) -> Task:
         train=_resolved(train, base),
         dev=None if dev is None else _resolved(dev, base),
         fields=Fields(text=text, text2=text2, image=image, label=table.get("label", str, "label")),
-        problem=check_problem(table.get("problem", str)),
+        problem=check_kind(table.get("kind", str) or table.get("problem", str)),
         options=options,
         train_split=table.get("train_split", str, "train"),
         dev_split=table.get("dev_split", str, "validation"),

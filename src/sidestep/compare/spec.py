@@ -16,6 +16,7 @@ from datasets import Dataset
 from sidestep.backbone import Noise, check_noise
 from sidestep.backbone.families import Pool
 from sidestep.data import Fields, Kind, TableOptions, holdout, read
+from sidestep.kinds.base import kind_named
 from sidestep.kinds.prepare import strata
 from sidestep.methods import MethodConfig, method_named, method_of, methods
 from sidestep.model.heads import HeadConfig
@@ -90,7 +91,12 @@ class Task:
     def __post_init__(self) -> None:
         _require("shots", self.shots, self.shots is None or self.shots >= 1, "at least 1, or not given")
         _require("rows", self.rows, self.rows is None or self.rows >= 2, "at least 2, or not given")
-        _require("problem", self.problem, self.problem != "retrieval", "of one text or image a row, not of pairs")
+        _require(
+            "problem",
+            self.problem,
+            self.problem is None or not kind_named(self.problem).dual,
+            "of one text or image a row, not of pairs",
+        )
 
     def read(self) -> tuple[Dataset, Dataset]:
         """All training rows and all dev rows.

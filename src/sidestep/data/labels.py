@@ -5,7 +5,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from datasets import ClassLabel, Dataset, LargeList, List
 from sklearn.model_selection import train_test_split
@@ -13,9 +13,9 @@ from sklearn.model_selection import train_test_split
 from sidestep.data.messages import NAMED, DataError, DataWarning, listed, named_rows
 from sidestep.data.tables import check_column
 from sidestep.messages import some
-from sidestep.metrics import IGNORED, WRITTEN, Kind
+from sidestep.metrics import IGNORED, METRICS, WRITTEN, Kind
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS = tuple(METRICS)
 SEPARATOR = "|"
 """Between the labels of one cell of text; a comma would need quotes in a csv file."""
 

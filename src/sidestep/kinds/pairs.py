@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,30 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader
 
-from sidestep.data import DataError, Fields
+from sidestep.backbone.processors import PairProcessor
+from sidestep.data import (
+    Augmentation,
+    DataError,
+    Fields,
+    Generation,
+    ImageTransform,
+    LabelSpace,
+    Separators,
+    TableOptions,
+    holdout,
+)
 from sidestep.data.images import undecoded
-from sidestep.data.pairs import CollatePairs, captioned, encode_pairs
+from sidestep.data.joins import NOTHING, separators_of
+from sidestep.data.pairs import CollatePairs, captioned, encode_pairs, read_pairs
 from sidestep.data.vocabulary import check_tokens
+from sidestep.kinds.assess import Assessment
+from sidestep.kinds.base import Probabilities, TaskKind, register
+from sidestep.kinds.steps import views_of, without_bad_images
+from sidestep.kinds.task_data import Asked, TaskData
 from sidestep.measure.step import accepted
-from sidestep.metrics import scores, similarities
+from sidestep.metrics import METRICS, scores, similarities
 from sidestep.model.attach import Attached
+from sidestep.model.heads import Retrieve
 from sidestep.model.pair_model import PairModel
 
 TOP = 5
@@ -93,3 +111,104 @@ def neighbours(model: Attached, rows: Dataset, fields: Fields, *, top: int = TOP
                 for name, value in zip(found, values, strict=True):
                     found[name].append(value)
     return Dataset.from_dict(found)
+
+
+@register
+class Retrieval(TaskKind):
+    """Images and captions, which are looked for by each other."""
+
+    name = "retrieval"
+    answer = "an image and its captions"
+    metrics = ("rsum", *METRICS["retrieval"][:-1])
+    dual = True
+
+    def read_rows(self, source: str, fields: Fields, options: TableOptions, *, split: str) -> Dataset:
+        """One row an image, with all its captions."""
+        return read_pairs(source, fields, options, split=split)
+
+    def prepare(
+        self, train: Dataset, dev: Dataset | None, fields: Fields, processor: PairProcessor, asked: Asked
+    ) -> TaskData:
+        """The rows of images and captions; what is held out is whole images."""
+        separators_of(asked.separator, processor, kind=self.name, pair=False)
+        if asked.shots is not None:
+            raise DataError(f"shots={asked.shots}: retrieval has no classes; leave --shots out")
+        train, dev = captioned(train, fields), None if dev is None else captioned(dev, fields)
+        handling: dict[str, Any] = {}
+        if asked.skip_bad_images:
+            train, dev, handling["skipped_images"] = without_bad_images(train, dev, fields)
+        views = views_of(asked.augment, processor.image, fields, asked.seed)
+        if views is not None:
+            processor = replace(processor, image=views.transform)
+            handling["augment"], handling["augment_seed"] = asked.augment, asked.seed
+        if isinstance(processor.image, ImageTransform):
+            handling["transform"] = processor.image.to_dict()
+        source = "" if dev is None else f"{len(dev)} images of their own"
+        if dev is None:
+            total = len(train)
+            train, dev = holdout(train, None, asked.dev_fraction, asked.seed)
+            source = f"{len(dev)} of the {total} images, held out (no dev set was given; seed {asked.seed})"
+        handling["images"] = {"train": len(train), "dev": len(dev)}
+        rows, cut = encode_pairs(train, fields, processor, asked.max_length, views)
+        dev_rows, dev_cut = encode_pairs(dev, fields, processor, asked.max_length)
+        return TaskData(
+            train=rows,
+            dev=dev_rows,
+            labels=LabelSpace(self.name, ()),
+            fields=replace(fields, label=None),
+            processor=processor,
+            max_length=asked.max_length,
+            truncated=cut + dev_cut,
+            dev_source=source,
+            collator=self.collate,
+            augment=views,
+            handling=handling,
+        )
+
+    def encode(
+        self,
+        rows: Dataset,
+        fields: Fields,
+        processor: PairProcessor,
+        labels: LabelSpace | None,
+        max_length: int | None,
+        augment: Augmentation | None = None,
+        *,
+        separators: Separators = NOTHING,
+    ) -> tuple[Dataset, int]:
+        """A row for each caption, with its image."""
+        return encode_pairs(captioned(rows, fields), fields, processor, max_length, augment)
+
+    def collate(self, fields: Fields, processor: PairProcessor) -> CollatePairs:
+        """An image stands in a batch once."""
+        return CollatePairs(processor.text)
+
+    def head(self, data: TaskData, pool: Any = None) -> Retrieve:
+        """An embedding for each tower."""
+        return Retrieve(pool=pool)
+
+    def check(self, model: Attached, batch_size: int) -> None:
+        """Refuse batches without negatives."""
+        if batch_size < 2:
+            raise ValueError(
+                f"batch_size={batch_size} for retrieval: the other pairs of a batch are the negatives, so there "
+                "have to be at least 2"
+            )
+
+    def judge(
+        self, model: Attached, encoded: Dataset, fields: Fields, labels: LabelSpace, generation: Generation, **how: Any
+    ) -> Assessment:
+        """Recalls in both directions."""
+        return Assessment(scores=recalls(model, encoded, **how))
+
+    def predict(
+        self,
+        model: Attached,
+        rows: Dataset,
+        fields: Fields,
+        labels: LabelSpace,
+        probabilities: Probabilities,
+        **how: Any,
+    ) -> Dataset:
+        """What is closest to each image and each caption."""
+        return neighbours(model, rows, fields, **how)

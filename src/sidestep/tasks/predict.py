@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any, Literal, TypeAlias, cast, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias, cast, get_args
 
-import numpy as np
-import torch
 from datasets import ClassLabel, Dataset, Image
-from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
-from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace, Separators, encode_prompts
-from sidestep.data.labels import SEPARATOR
-from sidestep.data.pairs import captioned, encode_pairs
-from sidestep.data.vocabulary import check_tokens
-from sidestep.disk.table_files import DIGITS
-from sidestep.kinds.assess import Assessment, assess, assess_texts
-from sidestep.kinds.pairs import neighbours, recalls
-from sidestep.kinds.prepare import (
-    TaskData,
-    encode,
-    prompt_collator,
-    stored_fields,
-    stored_generation,
-    stored_labels,
-    stored_separators,
-    written_kind,
-)
-from sidestep.measure.step import accepted
+from sidestep.data import DataError, Fields, Generation, Kind, LabelSpace
+from sidestep.kinds.assess import Assessment
+from sidestep.kinds.base import OWN, PROBABILITY, Probabilities, kind_named
+from sidestep.kinds.prepare import stored_fields, stored_generation, stored_labels, stored_separators
+from sidestep.kinds.running import written
+from sidestep.kinds.task_data import TaskData
 from sidestep.model.attach import Attached
 from sidestep.model.heads import Classify
 from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
 
-Probabilities = Literal["all", "one", "none"]
-"""A column of probabilities for each class, one for that of the prediction, or none."""
 Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 """As `data.read` gives them, or a list of dictionaries."""
-
-PREDICTION = "prediction"
-PROBABILITY = "p_"
-OWN = "probability"
 
 
 def evaluate(
@@ -76,13 +51,9 @@ def judge(
 ) -> Assessment:
     """As `evaluate`, with what the scores are to be seen against."""
     rows, (fields, labels) = as_dataset(rows), _reading(model, fields)
-    if labels.kind == "retrieval":
-        encoded, _ = encode_pairs(captioned(rows, fields), fields, model.extras["processor"], _max_length(model))
-    elif fields.label is None:
+    if fields.label is None and not kind_named(labels.kind).dual:
         raise DataError("scores need a label column: name it (--label)")
-    else:
-        assert isinstance(model, SideModel)
-        encoded = _encode(model, rows, fields, labels)
+    encoded = _encode(model, rows, fields, labels)
     return judge_encoded(
         model, encoded, fields, labels, _generation(model), batch_size=batch_size, workers=0, progress=progress
     )
@@ -111,14 +82,8 @@ def judge_encoded(
         workers: processes that load data.
         progress: whether a bar is shown.
     """
-    how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-    if labels.kind == "retrieval":
-        return Assessment(scores=recalls(model, encoded, **how))
-    assert isinstance(model, SideModel)
-    if written_kind(labels.kind):
-        return assess_texts(written(model, encoded, generation, **how), encoded["target"][:])
-    targets = np.array(encoded.with_format(None)["labels"][:])
-    return assess(labels.kind, logits(model, encoded, fields, **how), targets, labels.names or None)
+    how = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    return kind_named(labels.kind).judge(model, encoded, fields, labels, generation, **how)
 
 
 def predict(
@@ -150,19 +115,11 @@ def predict(
     """
     check_probabilities(probabilities)
     rows, (fields, labels) = as_dataset(rows), _reading(model, fields)
-    if labels.kind == "retrieval":
-        return neighbours(model, rows, fields, batch_size=batch_size, progress=progress)
-    assert isinstance(model, SideModel)
-    if (kind := written_kind(labels.kind)) is not None:
-        prompts, _ = encode_prompts(
-            rows, replace(fields, label=None), model.extras["processor"], kind, _max_length(model), _separators(model)
-        )
-        texts = written(model, prompts, _generation(model), batch_size=batch_size, progress=progress)
-        columns: dict[str, list[Any]] = {PREDICTION: [_separators(model).without_start(text) for text in texts]}
-    else:
-        encoded = _encode(model, rows, fields, None)
-        found = logits(model, encoded, fields, batch_size=batch_size, progress=progress)
-        columns = predicted(labels, found, probabilities)
+    kind, how = kind_named(labels.kind), {"batch_size": batch_size, "progress": progress}
+    read = rows if kind.dual else _encode(model, rows, fields, None)
+    columns = kind.predict(model, read, fields, labels, probabilities, **how)
+    if isinstance(columns, Dataset):
+        return columns
     taken = [name for name in columns if name in rows.column_names]
     if taken:
         raise DataError(f"the rows have columns named {', '.join(taken)} already: rename them")
@@ -170,28 +127,6 @@ def predict(
     for name, values in columns.items():
         table = table.add_column(name, values)
     return table
-
-
-def predicted(labels: LabelSpace, found: NDArray[Any], probabilities: Probabilities = "all") -> dict[str, list[Any]]:
-    """Predictions and probabilities by column name, from logits (rows, outputs)."""
-    if labels.kind == "regress":
-        return {PREDICTION: found[:, 0].astype(float).tolist()}
-    values = torch.from_numpy(found).double()
-    shares = values.softmax(-1) if labels.kind == "single" else values.sigmoid()
-    own: list[Any]
-    if labels.kind == "single":
-        chosen = [labels.names[index] for index in found.argmax(axis=1)]
-        own = shares.amax(-1).tolist()
-    else:
-        chosen = [_joined(labels.names, row) for row in found > 0]
-        texts = ([f"{share:.{DIGITS}f}" for share in row] for row in shares.tolist())
-        own = [_joined(row, yes) for row, yes in zip(texts, found > 0, strict=True)]
-    columns = {
-        "all": {f"{PROBABILITY}{name}": each for name, each in zip(labels.names, shares.T.tolist(), strict=True)},
-        "one": {OWN: own},
-        "none": {},
-    }
-    return {PREDICTION: chosen, **columns[probabilities]}
 
 
 def check_probabilities(asked: str) -> Probabilities:
@@ -211,86 +146,6 @@ def share_columns(found: Dataset, rows: Dataset) -> list[str]:
     return [name for name in new if name == OWN or name.startswith(PROBABILITY)]
 
 
-def logits(
-    model: SideModel,
-    encoded: Dataset,
-    fields: Fields,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    progress: bool = False,
-) -> NDArray[Any]:
-    """(rows, outputs) in the order of the rows; they are run sorted by length, so that little is padding.
-
-    Raises:
-        DataError: for tokens that the backbone has no embeddings for.
-    """
-    if fields.text is not None:
-        check_tokens(model.backbone, encoded, model.extras["processor"])
-    order, collate = _by_length(encoded), Collate(model.extras.get("processor") if fields.text else None)
-    batches = _batches(model, encoded, order, collate, batch_size=batch_size, workers=workers, progress=progress)
-    model.eval()
-    with torch.inference_mode():
-        parts = [model(**batch).logits.float().cpu().numpy() for batch in batches]
-    found = np.concatenate(parts)
-    back = np.empty_like(found)
-    back[order] = found
-    return back
-
-
-def written(
-    model: SideModel,
-    encoded: Dataset,
-    generation: Generation,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    progress: bool = False,
-) -> list[str]:
-    """The texts that a task writes after prompts, in the order of the rows, without special tokens.
-
-    With a key-value cache where the method is exact with one (`model.caches`).
-
-    Args:
-        model: with a language model head, and the tokenizer as `extras["processor"]`.
-        encoded: prompts as `encode_prompts` gives them, with targets or without.
-        generation: how they are written.
-        batch_size: rows of one pass; they are run sorted by length.
-        workers: processes that load data.
-        progress: whether a bar is shown.
-
-    Raises:
-        DataError: if the model writes no text, or has no embeddings for tokens of the prompts.
-    """
-    tokenizer, kind = model.extras["processor"], model.writes
-    if kind is None:
-        raise DataError(f"{type(model.backbone).__name__} as it is attached writes no text")
-    check_tokens(model.backbone, encoded, tokenizer)
-    order, end = _by_length(encoded), tokenizer.eos_token_id
-    collate = prompt_collator(tokenizer, kind)
-    how: dict[str, Any] = {
-        **asdict(generation),
-        "do_sample": False,
-        "use_cache": model.caches,
-        "eos_token_id": end,
-        "pad_token_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    }
-    texts = [""] * len(encoded)
-    model.eval()
-    start = 0
-    # tensors made under inference_mode could not be used in training, which goes on after an evaluation
-    with torch.no_grad():
-        for batch in _batches(
-            model, encoded, order, collate, batch_size=batch_size, workers=workers, progress=progress
-        ):
-            ids = model.generate(**batch, **how)
-            new = ids[:, batch["input_ids"].shape[1] :] if kind == "lm" else ids
-            for text in tokenizer.batch_decode(new, skip_special_tokens=True):
-                texts[order[start]] = text
-                start += 1
-    return texts
-
-
 def first_answers(model: Attached, data: TaskData, count: int = 3) -> list[tuple[int, str, str]]:
     """The first dev rows of a task that writes texts: their number, what was expected, what is written; else none."""
     if data.generation is None:
@@ -302,30 +157,11 @@ def first_answers(model: Attached, data: TaskData, count: int = 3) -> list[tuple
     return [(number, clean(target), clean(text)) for number, (target, text) in enumerate(texts, start=1)]
 
 
-def _batches(
-    model: SideModel,
-    encoded: Dataset,
-    order: NDArray[np.int64],
-    collate: Collate,
-    *,
-    batch_size: int,
-    workers: int,
-    progress: bool,
-) -> Iterator[dict[str, Tensor]]:
-    """What the model takes of the rows without labels, in this order."""
-    kept = encoded.remove_columns([name for name in ("labels", "target") if name in encoded.column_names])
-    rows = Subset(kept, order.tolist())
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collate, num_workers=workers)
-    for batch in track(loader, "predicting", console=Console(stderr=True), disable=not progress, transient=True):
-        yield accepted(model, batch)
-
-
 def _reading(model: Attached, fields: Fields | None) -> tuple[Fields, LabelSpace]:
     preprocessing = model.extras.get("preprocessing") or {}
     if model.extras.get("processor") is None:
         raise DataError("this task holds no tokenizer or image processor: set model.extras['processor']")
-    labels = stored_labels(preprocessing) if "problem" in preprocessing else labels_of(model)
-    return fields or stored_fields(preprocessing), labels
+    return fields or stored_fields(preprocessing), labels_of_task(model)
 
 
 def as_dataset(rows: Rows) -> Dataset:
@@ -351,32 +187,23 @@ def labels_of(model: Attached) -> LabelSpace:
     return LabelSpace(kind, tuple(config.id2label[index] for index in sorted(config.id2label)))
 
 
-def _encode(model: SideModel, rows: Dataset, fields: Fields, labels: LabelSpace | None) -> Dataset:
-    wanted = Fields(text=fields.text, text2=fields.text2, image=fields.image, label=fields.label if labels else None)
-    processor, separators = model.extras["processor"], _separators(model)
-    return encode(rows, wanted, processor, labels, _max_length(model), separators=separators)[0]
+def _encode(model: Attached, rows: Dataset, fields: Fields, labels: LabelSpace | None) -> Dataset:
+    """Rows as the task reads them, without labels if `labels` is None."""
+    stored = model.extras.get("preprocessing") or {}
+    kind = kind_named(labels_of_task(model).kind)
+    wanted = replace(fields, label=fields.label if labels else None)
+    separators, processor = stored_separators(stored), model.extras["processor"]
+    return kind.encode(rows, wanted, processor, labels, stored.get("max_length"), separators=separators)[0]
 
 
-def _max_length(model: Attached) -> int | None:
-    return (model.extras.get("preprocessing") or {}).get("max_length")
+def labels_of_task(model: Attached) -> LabelSpace:
+    """What a task predicts: as it is stored, or as its head says."""
+    stored = model.extras.get("preprocessing") or {}
+    return stored_labels(stored) if "problem" in stored else labels_of(model)
 
 
 def _generation(model: Attached) -> Generation:
     return stored_generation(model.extras.get("preprocessing") or {})
-
-
-def _separators(model: SideModel) -> Separators:
-    return stored_separators(model.extras.get("preprocessing") or {})
-
-
-def _by_length(encoded: Dataset) -> NDArray[np.int64]:
-    if "length" not in encoded.column_names:
-        return np.arange(len(encoded))
-    return np.argsort(encoded["length"][:], kind="stable")
-
-
-def _joined(names: Sequence[str], chosen: NDArray[np.bool_]) -> str:
-    return SEPARATOR.join(name for name, yes in zip(names, chosen, strict=True) if yes)
 
 
 def _readable(rows: Dataset, fields: Fields) -> Dataset:

@@ -10,11 +10,12 @@ from datasets import Dataset
 
 from sidestep.data import DataError, Fields
 from sidestep.data.messages import listed
+from sidestep.kinds.base import PREDICTION, Probabilities
 from sidestep.kinds.prepare import chosen_fields
 from sidestep.messages import some
 from sidestep.model.pair_model import PairModel
 from sidestep.tasks.bank import TaskBank
-from sidestep.tasks.predict import PREDICTION, Probabilities, Rows, as_dataset, predict
+from sidestep.tasks.predict import Rows, as_dataset, predict
 
 
 def predict_each(

@@ -11,7 +11,8 @@ from sidestep.backbone.pixels import check_image_size
 from sidestep.data import DataError
 from sidestep.data.messages import named_rows
 from sidestep.data.vocabulary import check_tokens
-from sidestep.kinds.prepare import TaskData, written_kind
+from sidestep.kinds.base import kind_named
+from sidestep.kinds.task_data import TaskData
 from sidestep.model.attach import Attached
 from sidestep.model.saving import check_sizes
 from sidestep.training.settings import TrainSettings
@@ -25,8 +26,8 @@ def check_run(model: Attached, data: TaskData, settings: TrainSettings) -> None:
         TaskError: if the task could not be loaded again.
         ValueError: if a setting does not fit the problem, or texts the backbone's positions.
     """
-    smoothing = settings.label_smoothing
-    if smoothing and data.labels.kind != "single":
+    smoothing, kind = settings.label_smoothing, kind_named(data.labels.kind)
+    if smoothing and not kind.smooths:
         raise ValueError(
             f"label_smoothing={smoothing} with problem {data.labels.kind!r}: it is for single-label "
             "classification; leave it at 0"
@@ -36,13 +37,8 @@ def check_run(model: Attached, data: TaskData, settings: TrainSettings) -> None:
             f"label_smoothing={smoothing}: the Trainer smooths labels of transformers models only, and "
             f"{type(model.backbone).__name__} is timm's; leave it at 0"
         )
-    _check_task(model, data)
+    kind.check(model, settings.batch_size)
     check_sizes(model)  # before a long run, at whose end nothing could be saved
-    if data.labels.kind == "retrieval" and settings.batch_size < 2:
-        raise ValueError(
-            f"batch_size={settings.batch_size} for retrieval: the other pairs of a batch are the negatives, so there "
-            "have to be at least 2"
-        )
     if data.fields.image is not None:
         reader = model.parts[0]
         check_image_size(reader.backbone, reader.trunk, data.train[0]["pixel_values"])
@@ -75,20 +71,6 @@ def _check_rows(model: Attached, data: TaskData, settings: TrainSettings) -> Non
         )
 
 
-def _check_task(model: Attached, data: TaskData) -> None:
-    """Refuse a model that does not write the texts that the data asks for, or of which nothing is trained."""
-    kind = written_kind(data.labels.kind)
-    if kind is None:
-        return
-    if model.writes != kind:
-        raise ValueError(
-            f"the problem is {kind!r}, but {type(model.backbone).__name__} as it is attached writes no such text: take "
-            f"the backbone of load_backbone(..., writes={kind!r}) and the head of head_for(data)"
-        )
-    if model.untrained is not None:
-        raise ValueError(model.untrained)
-
-
 def _check_positions(backbone: nn.Module, data: TaskData) -> None:
     """Refuse texts, asked for or there, that are longer than the backbone's tables of positions."""
     name, (reads, writes) = type(backbone).__name__, positions(backbone)
@@ -96,14 +78,14 @@ def _check_positions(backbone: nn.Module, data: TaskData) -> None:
     new = 0 if data.generation is None else data.generation.max_new_tokens
     targets = [[len(ids) for ids in rows["labels"][:]] if new else [0] * len(rows) for rows in parts]
     prompts = [np.subtract(rows["length"][:], own).max() for rows, own in zip(parts, targets, strict=True)]
-    behind = max(new, *map(max, targets)) if data.labels.kind == "lm" else 0
+    behind = max(new, *map(max, targets)) if kind_named(data.labels.kind).writes == "lm" else 0
     longest = behind + (max(prompts) if data.max_length is None else data.max_length)
     if reads is not None and longest > reads:
         given = f"max_length={longest}"
         if data.max_length is None:
             given = f"max_length=None leaves texts of up to {longest} tokens"
         raise ValueError(f"{given}, but {name} has {reads} positions: choose at most {reads}")
-    if writes is None or data.labels.kind != "text2text":
+    if writes is None or kind_named(data.labels.kind).writes != "text2text":
         return
     for split, lengths in zip(("training", "dev"), targets, strict=True):
         if long := [row for row, length in enumerate(lengths) if length > writes]:
@@ -119,6 +101,6 @@ def _check_positions(backbone: nn.Module, data: TaskData) -> None:
 
 def _check_tokens(model: Attached, data: TaskData) -> None:
     """Refuse rows with tokens that the backbone has no embeddings for."""
-    tokenizer, kind = getattr(data.processor, "text", data.processor), written_kind(data.labels.kind)
+    tokenizer, kind = getattr(data.processor, "text", data.processor), kind_named(data.labels.kind).writes
     for split, rows in (("training", data.train), ("dev", data.dev)):
         check_tokens(model.parts[-1].backbone, rows, tokenizer, kind=kind, split=split)

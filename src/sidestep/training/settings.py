@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sidestep.interface.annotations import check_fields
-from sidestep.metrics import METRICS, PRIMARY
 
 Schedule = Literal["linear", "cosine", "cosine_epochs", "step", "constant"]
 Keep = Literal["best", "last"]
@@ -198,19 +197,6 @@ class TrainSettings:
         if self.schedule == "cosine_epochs":
             return int(self.warmup * self.epochs) * steps_per_epoch
         return int(self.warmup * self.epochs * steps_per_epoch)
-
-    def best_by(self, kind: str, classes: int) -> str:
-        """The score that chooses the best epoch for a problem of this kind.
-
-        Raises:
-            ValueError: if the problem has no such score.
-        """
-        known = [name for name in METRICS[kind] if name != "f1" or classes == 2]
-        if self.metric is not None and self.metric not in known:
-            raise ValueError(
-                f"metric={self.metric!r}: {'two-class ' if classes == 2 else ''}{kind} problems have {', '.join(known)}"
-            )
-        return self.metric or PRIMARY[kind]
 
     @property
     def waits(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from transformers import Trainer
 from sidestep.backbone import drop_path_rate
 from sidestep.data import DataWarning
 from sidestep.data.contents import content_hash
-from sidestep.kinds.prepare import TaskData, written_kind
+from sidestep.kinds.base import kind_named
+from sidestep.kinds.prepare import head_for
+from sidestep.kinds.task_data import TaskData
 from sidestep.measure.plan import check_fits
 from sidestep.measure.step import measure_step
 from sidestep.messages import about
 from sidestep.model.attach import Attached
-from sidestep.model.heads import Classify, HeadConfig, Regress, Retrieve, named
+from sidestep.model.heads import named
 from sidestep.model.initialise import initialise, samples_of
 from sidestep.model.side_model import SideModel
 from sidestep.training import checkpoints
@@ -85,7 +87,7 @@ def train(
     data, settings = _readable(model, data), checkpoints.as_begun(settings)
     check_run(model, data, settings)
     _describe(model, data)
-    metric = settings.best_by(data.labels.kind, len(data.labels.names))
+    metric = kind_named(data.labels.kind).best_by(settings.metric, len(data.labels.names))
     identity = _identity(model, data, settings)
     if relax.relaxes(model):
         relax.check(model, settings)
@@ -133,28 +135,6 @@ def train(
     return results
 
 
-def head_for(data: TaskData, pool: Any = None) -> HeadConfig | None:
-    """The Sidestep head for what the data's labels are; a regression starts at the mean of its targets.
-
-    None where texts are written: the backbone's own language model head does that.
-
-    Raises:
-        ValueError: for a pool where texts are written.
-    """
-    if (kind := written_kind(data.labels.kind)) is not None:
-        if pool is not None:
-            raise ValueError(
-                f"pool={pool!r} with problem {kind!r}: a language model head reads all tokens; leave it out"
-            )
-        return None
-    if data.labels.kind == "retrieval":
-        return Retrieve(pool=pool)
-    if data.labels.kind == "regress":
-        return Regress(pool=pool, center=float(np.mean(data.train.with_format(None)["labels"][:])))
-    problem: Literal["single", "multi"] = "multi" if data.labels.kind == "multi" else "single"
-    return Classify(num_labels=data.labels.outputs, labels=data.labels.names, problem=problem, pool=pool)
-
-
 def _readable(model: Attached, data: TaskData) -> TaskData:
     """The data without columns that the model's forward does not take.
 
@@ -181,8 +161,8 @@ def _describe(model: Attached, data: TaskData) -> None:
         setattr(config, name, value)
     if model.head is not None:
         return
-    if data.labels.kind == "multi":
-        config.problem_type = "multi_label_classification"
+    if (kind := kind_named(data.labels.kind)).problem_type is not None:
+        config.problem_type = kind.problem_type
     # a head of the backbone's own finds a row's last token by this id
     if getattr(config, "pad_token_id", None) is None and data.fields.text is not None:
         config.pad_token_id = data.processor.pad_token_id or 0

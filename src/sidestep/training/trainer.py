@@ -18,9 +18,10 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.integrations import TensorBoardCallback
 
 from sidestep.data import LabelSpace
-from sidestep.kinds.assess import Assessment, assess_evaluation
-from sidestep.kinds.prepare import TaskData
-from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics
+from sidestep.kinds.assess import Assessment
+from sidestep.kinds.base import kind_named
+from sidestep.kinds.task_data import TaskData
+from sidestep.metrics import GREATER_IS_BETTER
 from sidestep.model.attach import Attached
 from sidestep.model.pair_model import PairModel
 from sidestep.training import checkpoints
@@ -80,7 +81,7 @@ def make_trainer(
         data_collator=data.collate.__call__,
         train_dataset=data.train,
         eval_dataset=data.dev,
-        compute_metrics=None if writes else ComputeMetrics(data.labels.kind, data.labels.names or None),
+        compute_metrics=kind_named(data.labels.kind).compute_metrics(data.labels.names),
         callbacks=callbacks,
         labels=data.labels,
         judge_texts=(lambda: judge_run(model, data, settings)) if writes else None,
@@ -129,7 +130,7 @@ class TaskTrainer(Trainer):
         """The Trainer's, with the scores of written texts where the answers are texts."""
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._judge_texts is None:
-            self._last = partial(assess_evaluation, self._labels.kind, found, self._labels.names or None)
+            self._last = partial(kind_named(self._labels.kind).assess_evaluation, found, self._labels.names or None)
             return found
         judged = self._judge_texts()
         self._last = lambda: judged

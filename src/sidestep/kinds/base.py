@@ -1,0 +1,309 @@
+"""What a kind of task is: what the answer of a row is, and all that follows from it.
+
+To add a kind, write one file beside this one, or in a package of your own with an entry point in the group
+"sidestep.kinds". It holds a class with the decorator `@register`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from sidestep.data import (
+    Augmentation,
+    Collate,
+    DataError,
+    Fields,
+    Generation,
+    ImageTransform,
+    LabelSpace,
+    Separators,
+    TableOptions,
+    check_fields,
+    encode_images,
+    encode_text,
+    few_shot,
+    holdout,
+    label_space,
+    read,
+)
+from sidestep.data.joins import NOTHING, separators_of
+from sidestep.kinds.assess import Assessment
+from sidestep.kinds.steps import check_modality, views_of, without_bad_images
+from sidestep.kinds.task_data import Asked, TaskData
+from sidestep.metrics import ComputeMetrics, Written, of_evaluation, scores
+from sidestep.model.attach import Attached
+from sidestep.model.heads import HeadConfig
+
+PREDICTION = "prediction"
+PROBABILITY = "p_"
+OWN = "probability"
+
+Probabilities = Literal["all", "one", "none"]
+"""A column of probabilities for each class, one for that of the prediction, or none."""
+
+
+class TaskKind(ABC):
+    """A kind of task.
+
+    Class attributes:
+        name: in options, files and stored tasks.
+        answer: what is learned of a row, in words; may hold "{names}" of the classes.
+        metrics: its scores; the first one chooses the best epoch.
+        writes: what of a language model head it needs, where its answers are texts.
+        dual: whether it needs a dual encoder of images and texts.
+        smooths: whether the Trainer's label smoothing works with it.
+        problem_type: of the config of a backbone whose own head is trained; None: as transformers takes it to be.
+    """
+
+    name: ClassVar[str]
+    answer: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
+    writes: ClassVar[Written | None] = None
+    dual: ClassVar[bool] = False
+    smooths: ClassVar[bool] = False
+    problem_type: ClassVar[str | None] = None
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def read_rows(self, source: str, fields: Fields, options: TableOptions, *, split: str) -> Dataset:
+        """The rows of a file, folder or hub id.
+
+        Raises:
+            DataError: as `data.read`.
+        """
+        return read(source, options, split=split)
+
+    def labels(self, rows: Dataset, column: str) -> LabelSpace:
+        """What is to be predicted, by the training rows.
+
+        Raises:
+            DataError: as `data.label_space`.
+        """
+        return label_space(rows, column, self.name)
+
+    def strata(self, fields: Fields) -> str | None:
+        """The column by whose classes held-out rows are drawn; None for a random draw."""
+        return fields.label
+
+    def generation(
+        self,
+        train: Dataset,
+        dev: Dataset,
+        fields: Fields,
+        processor: Any,
+        labels: LabelSpace,
+        separators: Separators,
+        asked: Asked,
+    ) -> tuple[Generation | None, int | None]:
+        """How texts are written, where they are, and how many tokens are kept of what is read.
+
+        Raises:
+            DataError: if the answers are no texts and it was asked how they are written.
+        """
+        if asked.max_new_tokens is not None or asked.num_beams != 1:
+            writing = " or ".join(name for name, kind in kinds().items() if kind.writes)
+            raise DataError(
+                f"max_new_tokens and num_beams are for texts that a model writes, but the problem is {self.name!r}: "
+                f"leave them out, or choose {writing}"
+            )
+        return None, asked.max_length
+
+    def encode(
+        self,
+        rows: Dataset,
+        fields: Fields,
+        processor: Any,
+        labels: LabelSpace | None,
+        max_length: int | None,
+        augment: Augmentation | None = None,
+        *,
+        separators: Separators = NOTHING,
+    ) -> tuple[Dataset, int]:
+        """Rows as a backbone reads them (labels None: without labels), and how many texts were cut.
+
+        Raises:
+            DataError: for unusable columns, cells or labels.
+        """
+        if fields.image is not None:
+            return encode_images(rows, fields, processor, labels, augment), 0
+        return encode_text(rows, fields, processor, labels, max_length, separator=separators.pair)
+
+    def collate(self, fields: Fields, processor: Any) -> Collate:
+        """Makes batches of encoded rows with labels."""
+        return Collate(processor if fields.text is not None else None)
+
+    def prepare(self, train: Dataset, dev: Dataset | None, fields: Fields, processor: Any, asked: Asked) -> TaskData:
+        """The rows as a task of this kind reads them; arguments and errors as of `prepare.prepare`."""
+        if fields.label is None:
+            raise DataError("no label column: training needs one (--label)")
+        check_modality(processor, fields)
+        check_fields(train, fields)
+        handling: dict[str, Any] = {}
+        if dev is not None:
+            check_fields(dev, fields)
+        if asked.skip_bad_images:
+            train, dev, handling["skipped_images"] = without_bad_images(train, dev, fields)
+        views = views_of(asked.augment, processor, fields, asked.seed)
+        if views is not None:
+            processor, handling["augment"], handling["augment_seed"] = views.transform, asked.augment, asked.seed
+        if isinstance(processor, ImageTransform):
+            handling["transform"] = processor.to_dict()
+        if self.writes and fields.image is not None:
+            raise DataError(f"problem={self.name!r} is for texts, but {fields.image!r} is named as images: say --text")
+        labels = self.labels(train, fields.label)
+        separators = separators_of(asked.separator, processor, kind=self.name, pair=fields.text2 is not None)
+        source = f"{len(dev)} rows of their own" if dev is not None else ""
+        if dev is None:
+            total = len(train)
+            train, dev = holdout(train, self.strata(fields), asked.dev_fraction, asked.seed)
+            source = f"{len(dev)} of the {total} training rows, held out (no dev set was given; seed {asked.seed})"
+        if asked.shots is not None:
+            seed = asked.seed if asked.shots_seed is None else asked.shots_seed
+            handling["shots"], handling["shots_seed"] = asked.shots, seed
+            train = few_shot(train, fields, asked.shots, seed)
+        generation, length = self.generation(train, dev, fields, processor, labels, separators, asked)
+        rows, cut = self.encode(train, fields, processor, labels, length, views, separators=separators)
+        dev_rows, dev_cut = self.encode(dev, fields, processor, labels, length, separators=separators)
+        return TaskData(
+            train=rows,
+            dev=dev_rows,
+            labels=labels,
+            fields=fields,
+            processor=processor,
+            max_length=length,
+            truncated=cut + dev_cut,
+            dev_source=source,
+            collator=self.collate,
+            augment=views,
+            handling=handling,
+            generation=generation,
+            separators=separators,
+        )
+
+    # --- model -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def head(self, data: TaskData, pool: Any = None) -> HeadConfig | None:
+        """The Sidestep head for the data; None: the backbone's own writes.
+
+        Raises:
+            ValueError: for a pool where there is nothing to choose.
+        """
+
+    def check(self, model: Attached, batch_size: int) -> None:  # noqa: B027 - most kinds have nothing to refuse
+        """Raise `ValueError` if a model or the rows of a batch do not fit."""
+
+    # --- answers and scores ------------------------------------------------------------------------------------------
+
+    def best_by(self, asked: str | None, classes: int) -> str:
+        """The score that chooses the best epoch: the one that is asked for, or the first.
+
+        Raises:
+            ValueError: if there is no such score.
+        """
+        known = [name for name in self.metrics if name != "f1" or classes == 2]
+        if asked is not None and asked not in known:
+            of = f"{'two-class ' if classes == 2 else ''}{self.name}"
+            raise ValueError(f"metric={asked!r}: {of} problems have {', '.join(known)}")
+        return asked or known[0]
+
+    @property
+    def compute_metrics(self) -> Callable[[Sequence[str] | None], Callable[[Any], dict[str, float]] | None]:
+        """By the names of classes, what a Trainer scores its evaluation with; None where texts have to be written."""
+        return lambda names: None if self.writes else ComputeMetrics(self.name, tuple(names) if names else None)
+
+    def assess(
+        self, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None = None
+    ) -> Assessment:
+        """The scores of logits, numbers or similarities, and what they are to be seen against."""
+        return Assessment(scores=scores(self.name, predictions, targets, names))
+
+    def assess_evaluation(self, evaluation: Any, names: Sequence[str] | None = None) -> Assessment:
+        """The assessment of what a Trainer's evaluation gave."""
+        return self.assess(*of_evaluation(self.name, evaluation), names)
+
+    @abstractmethod
+    def judge(
+        self,
+        model: Attached,
+        encoded: Dataset,
+        fields: Fields,
+        labels: LabelSpace,
+        generation: Generation,
+        **how: Any,
+    ) -> Assessment:
+        """The assessment of a model on encoded rows with labels.
+
+        Args:
+            model: with its processor in `extras`.
+            encoded: as `encode` gives them.
+            fields: the columns that they were made of.
+            labels: what the task predicts.
+            generation: how texts are written, where they are.
+            how: `batch_size`, `workers` and `progress`.
+        """
+
+    @abstractmethod
+    def predict(
+        self,
+        model: Attached,
+        rows: Dataset,
+        fields: Fields,
+        labels: LabelSpace,
+        probabilities: Probabilities,
+        **how: Any,
+    ) -> Dataset | dict[str, list[Any]]:
+        """Columns for the rows; or a table of its own, where answers are no cells of a row."""
+
+
+Kind = TypeVar("Kind", bound=type[TaskKind])
+_REGISTRY: dict[str, TaskKind] = {}
+
+
+def register(kind: Kind) -> Kind:
+    """Class decorator: make a kind of task known under its name.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    taken = _REGISTRY.get(kind.name)
+    if taken is not None and type(taken).__qualname__ != kind.__qualname__:
+        raise ValueError(f"a kind of task named {kind.name!r} is registered already: choose another name")
+    _REGISTRY[kind.name] = kind()
+    return kind
+
+
+def kinds() -> Mapping[str, TaskKind]:
+    """Every registered kind by name; modules under the entry point group "sidestep.kinds" are imported first."""
+    for point in entry_points(group="sidestep.kinds"):
+        point.load()
+    return dict(_REGISTRY)
+
+
+REFUSED = ("token", "tokens", "ner", "tagging", "token-classification", "token_classification")
+
+
+def kind_named(name: str) -> TaskKind:
+    """The kind of this name.
+
+    Raises:
+        DataError: for one that is not supported (token classification by name) or unknown.
+    """
+    known = kinds()
+    if name in known:
+        return known[name]
+    if name in REFUSED:
+        raise DataError(f"problem={name!r}: token classification is not supported yet; choose {', '.join(known)}")
+    raise DataError(f"problem={name!r}: choose {', '.join(known)}")
+
+
+def targets_of(encoded: Dataset) -> NDArray[Any]:
+    """The labels of encoded rows."""
+    return np.array(encoded.with_format(None)["labels"][:])

@@ -1,0 +1,65 @@
+"""A number for each row."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from sidestep.data import Fields, Generation, LabelSpace
+from sidestep.kinds.assess import Assessment
+from sidestep.kinds.base import PREDICTION, Probabilities, TaskKind, register, targets_of
+from sidestep.kinds.running import logits
+from sidestep.kinds.task_data import TaskData
+from sidestep.metrics import ScoreWarning, scores
+from sidestep.model.attach import Attached
+from sidestep.model.heads import Regress
+from sidestep.model.side_model import SideModel
+
+
+@register
+class Regression(TaskKind):
+    """A number."""
+
+    name = "regress"
+    answer = "a number"
+    metrics = ("pearson", "spearman", "mse")
+
+    def head(self, data: TaskData, pool: Any = None) -> Regress:
+        """One output, which starts at the mean of the targets."""
+        return Regress(pool=pool, center=float(np.mean(data.train.with_format(None)["labels"][:])))
+
+    def judge(
+        self, model: Attached, encoded: Dataset, fields: Fields, labels: LabelSpace, generation: Generation, **how: Any
+    ) -> Assessment:
+        """Scores of numbers."""
+        assert isinstance(model, SideModel)
+        return self.assess(logits(model, encoded, fields, **how), targets_of(encoded))
+
+    def predict(
+        self,
+        model: Attached,
+        rows: Dataset,
+        fields: Fields,
+        labels: LabelSpace,
+        probabilities: Probabilities,
+        **how: Any,
+    ) -> dict[str, list[Any]]:
+        """The number of each row."""
+        assert isinstance(model, SideModel)
+        return {PREDICTION: logits(model, rows, fields, **how)[:, 0].astype(float).tolist()}
+
+    def assess(
+        self, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None = None
+    ) -> Assessment:
+        """With the mean as the single answer for all rows."""
+        targets = np.asarray(targets)
+        with warnings.catch_warnings():
+            # that a correlation with the mean is not defined is plain here
+            warnings.simplefilter("ignore", ScoreWarning)
+            constant = scores(self.name, np.full(len(targets), targets.mean(dtype=np.float64)), targets)
+        return Assessment(scores=scores(self.name, predictions, targets), constant=constant)

@@ -1,0 +1,131 @@
+"""The outputs of a model on encoded rows, in their order: logits, or texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from sidestep.data import Collate, DataError, Fields, Generation
+from sidestep.data.vocabulary import check_tokens
+from sidestep.measure.step import accepted
+from sidestep.metrics import Written
+from sidestep.model.side_model import SideModel
+
+
+def logits(
+    model: SideModel,
+    encoded: Dataset,
+    fields: Fields,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: bool = False,
+) -> NDArray[Any]:
+    """(rows, outputs) in the order of the rows; they are run sorted by length, so that little is padding.
+
+    Raises:
+        DataError: for tokens that the backbone has no embeddings for.
+    """
+    if fields.text is not None:
+        check_tokens(model.backbone, encoded, model.extras["processor"])
+    order, collate = _by_length(encoded), Collate(model.extras.get("processor") if fields.text else None)
+    batches = _batches(model, encoded, order, collate, batch_size=batch_size, workers=workers, progress=progress)
+    model.eval()
+    with torch.inference_mode():
+        parts = [model(**batch).logits.float().cpu().numpy() for batch in batches]
+    found = np.concatenate(parts)
+    back = np.empty_like(found)
+    back[order] = found
+    return back
+
+
+def written(
+    model: SideModel,
+    encoded: Dataset,
+    generation: Generation,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: bool = False,
+) -> list[str]:
+    """The texts that a task writes after prompts, in the order of the rows, without special tokens.
+
+    With a key-value cache where the method is exact with one (`model.caches`).
+
+    Args:
+        model: with a language model head, and the tokenizer as `extras["processor"]`.
+        encoded: prompts as `encode_prompts` gives them, with targets or without.
+        generation: how they are written.
+        batch_size: rows of one pass; they are run sorted by length.
+        workers: processes that load data.
+        progress: whether a bar is shown.
+
+    Raises:
+        DataError: if the model writes no text, or has no embeddings for tokens of the prompts.
+    """
+    tokenizer, kind = model.extras["processor"], model.writes
+    if kind is None:
+        raise DataError(f"{type(model.backbone).__name__} as it is attached writes no text")
+    check_tokens(model.backbone, encoded, tokenizer)
+    order, end = _by_length(encoded), tokenizer.eos_token_id
+    collate = prompt_collator(tokenizer, kind)
+    how: dict[str, Any] = {
+        **asdict(generation),
+        "do_sample": False,
+        "use_cache": model.caches,
+        "eos_token_id": end,
+        "pad_token_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    }
+    texts = [""] * len(encoded)
+    model.eval()
+    start = 0
+    # tensors made under inference_mode could not be used in training, which goes on after an evaluation
+    with torch.no_grad():
+        for batch in _batches(
+            model, encoded, order, collate, batch_size=batch_size, workers=workers, progress=progress
+        ):
+            ids = model.generate(**batch, **how)
+            new = ids[:, batch["input_ids"].shape[1] :] if kind == "lm" else ids
+            for text in tokenizer.batch_decode(new, skip_special_tokens=True):
+                texts[order[start]] = text
+                start += 1
+    return texts
+
+
+def prompt_collator(processor: Any, kind: Written) -> Collate:
+    """Makes batches of encoded prompts to write after: a decoder's end where the written text begins."""
+    return Collate(processor, padding_side="left" if kind == "lm" else None)
+
+
+def _batches(
+    model: SideModel,
+    encoded: Dataset,
+    order: NDArray[np.int64],
+    collate: Collate,
+    *,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+) -> Iterator[dict[str, Tensor]]:
+    """What the model takes of the rows without labels, in this order."""
+    kept = encoded.remove_columns([name for name in ("labels", "target") if name in encoded.column_names])
+    rows = Subset(kept, order.tolist())
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collate, num_workers=workers)
+    for batch in track(loader, "predicting", console=Console(stderr=True), disable=not progress, transient=True):
+        yield accepted(model, batch)
+
+
+def _by_length(encoded: Dataset) -> NDArray[np.int64]:
+    if "length" not in encoded.column_names:
+        return np.arange(len(encoded))
+    return np.argsort(encoded["length"][:], kind="stable")

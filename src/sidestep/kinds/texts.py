@@ -1,0 +1,178 @@
+"""Texts that the backbone's own language model head writes: an encoder-decoder's, or a decoder's behind the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from datasets import Dataset
+
+from sidestep.data import (
+    Augmentation,
+    CollateWritten,
+    Fields,
+    Generation,
+    LabelSpace,
+    Separators,
+    encode_images,
+    encode_prompts,
+    encode_targets,
+    prompt_limit,
+    with_targets,
+)
+from sidestep.data.joins import NOTHING, warn_of_glued
+from sidestep.kinds.assess import Assessment, assess_texts
+from sidestep.kinds.base import PREDICTION, Probabilities, TaskKind, register
+from sidestep.kinds.running import written
+from sidestep.kinds.task_data import Asked, TaskData
+from sidestep.metrics import Written
+from sidestep.model.attach import Attached
+from sidestep.model.side_model import SideModel
+
+
+class Texts(TaskKind):
+    """What both kinds have in common."""
+
+    writes: ClassVar[Written]
+    metrics = ("exact_match", "token_f1")
+
+    def strata(self, fields: Fields) -> None:
+        """None: texts are no classes."""
+        return None
+
+    def generation(
+        self,
+        train: Dataset,
+        dev: Dataset,
+        fields: Fields,
+        processor: Any,
+        labels: LabelSpace,
+        separators: Separators,
+        asked: Asked,
+    ) -> tuple[Generation, int | None]:
+        """As many tokens as the longest target of the training rows has, if nobody says."""
+        parts = [self.targets(part, fields, processor, labels, separators) for part in (train, dev)]
+        longest = max(map(len, parts[0])) if asked.max_new_tokens is None else asked.max_new_tokens
+        found = Generation(max_new_tokens=longest, num_beams=asked.num_beams)
+        return found, self.limit(processor, asked, parts, found, pair=fields.text2 is not None)
+
+    def limit(
+        self, processor: Any, asked: Asked, targets: list[list[list[int]]], how: Generation, *, pair: bool
+    ) -> int | None:
+        """Tokens kept of what is read."""
+        return asked.max_length
+
+    def targets(
+        self, rows: Dataset, fields: Fields, processor: Any, labels: LabelSpace, separators: Separators
+    ) -> list[list[int]]:
+        """The texts to write as tokens."""
+        column = fields.label or ""
+        start = separators.answer_start
+        return encode_targets(labels.encode(rows, column), processor, self.writes, column, start=start)
+
+    def encode(
+        self,
+        rows: Dataset,
+        fields: Fields,
+        processor: Any,
+        labels: LabelSpace | None,
+        max_length: int | None,
+        augment: Augmentation | None = None,
+        *,
+        separators: Separators = NOTHING,
+    ) -> tuple[Dataset, int]:
+        """Prompts, with labels the texts to write too."""
+        if fields.image is not None:
+            return encode_images(rows, fields, processor, labels, augment), 0
+        own = fields if labels is not None else replace(fields, label=None)
+        prompts, cut = encode_prompts(rows, own, processor, self.writes, max_length, separators)
+        if labels is None:
+            return prompts, cut
+        texts = labels.encode(rows, fields.label or "")
+        return with_targets(prompts, texts, self.targets(rows, fields, processor, labels, separators), processor), cut
+
+    def collate(self, fields: Fields, processor: Any) -> CollateWritten:
+        """Prompts and targets, a decoder's one behind the other."""
+        return CollateWritten(processor, padding_side="right" if self.writes == "lm" else None, kind=self.writes)
+
+    def head(self, data: TaskData, pool: Any = None) -> None:
+        """None: the backbone's own head writes."""
+        if pool is not None:
+            raise ValueError(
+                f"pool={pool!r} with problem {self.name!r}: a language model head reads all tokens; leave it out"
+            )
+
+    def check(self, model: Attached, batch_size: int) -> None:
+        """Refuse a model that does not write such texts, or of which nothing is trained."""
+        assert isinstance(model, SideModel)
+        if model.writes != self.writes:
+            raise ValueError(
+                f"the problem is {self.name!r}, but {type(model.backbone).__name__} as it is attached writes no such "
+                f"text: take the backbone of load_backbone(..., writes={self.writes!r}) and the head of head_for(data)"
+            )
+        if model.untrained is not None:
+            raise ValueError(model.untrained)
+
+    def judge(
+        self, model: Attached, encoded: Dataset, fields: Fields, labels: LabelSpace, generation: Generation, **how: Any
+    ) -> Assessment:
+        """Scores of what is written."""
+        assert isinstance(model, SideModel)
+        return assess_texts(written(model, encoded, generation, **how), encoded["target"][:])
+
+    def predict(
+        self,
+        model: Attached,
+        rows: Dataset,
+        fields: Fields,
+        labels: LabelSpace,
+        probabilities: Probabilities,
+        **how: Any,
+    ) -> dict[str, list[Any]]:
+        """What is written for each row."""
+        assert isinstance(model, SideModel)
+        stored = model.extras.get("preprocessing") or {}
+        separators = Separators(**stored.get("separators", {}))
+        texts = written(model, rows, Generation(**stored.get("generation", {})), **how)
+        return {PREDICTION: [separators.without_start(text) for text in texts]}
+
+
+@register
+class Text2Text(Texts):
+    """A text that an encoder-decoder writes."""
+
+    name = "text2text"
+    answer = "a text to write"
+    writes = "text2text"
+
+
+@register
+class LanguageModel(Texts):
+    """A text that a decoder writes behind the prompt."""
+
+    name = "lm"
+    answer = "a text to write behind it"
+    writes = "lm"
+
+    def generation(
+        self,
+        train: Dataset,
+        dev: Dataset,
+        fields: Fields,
+        processor: Any,
+        labels: LabelSpace,
+        separators: Separators,
+        asked: Asked,
+    ) -> tuple[Generation, int | None]:
+        """With a warning where prompts and answers are glued and nobody chose that."""
+        if asked.separator is None:
+            prompts = train.with_format(None)[fields.text2 or fields.text or ""][:]
+            warn_of_glued(prompts, labels.encode(train, fields.label or ""), processor)
+        return super().generation(train, dev, fields, processor, labels, separators, asked)
+
+    def limit(
+        self, processor: Any, asked: Asked, targets: list[list[list[int]]], how: Generation, *, pair: bool
+    ) -> int | None:
+        """Room is left for the text to write, and for the longest target."""
+        both = [ids for part in targets for ids in part]
+        return prompt_limit(processor, asked.max_length, both, how.max_new_tokens, pair=pair)
