@@ -13,7 +13,8 @@ from sidestep.backbone.processors import load_processor
 from sidestep.data import CollateWritten, DataError, DataWarning, Fields, Generation, LabelSpace
 from sidestep.data.labels import label_space, target_texts
 from sidestep.data.written import encode_prompts, encode_targets, prompt_limit, with_targets
-from sidestep.kinds.running import prepare, prompt_collator
+from sidestep.kinds.prepare import prepare
+from sidestep.kinds.running import prompt_collator
 from written_tasks import answered, llama_backbone, tokenizer
 
 T5 = tokenizer("$A </s>", "$A </s> $B </s>")

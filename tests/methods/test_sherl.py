@@ -20,7 +20,8 @@ from transformers.initialization import no_init_weights
 
 import sidestep as ss
 from architectures import ARCHITECTURES
-from sidestep.methods import UnsupportedBackbone, sherl
+from sidestep.methods import UnsupportedBackbone
+from sidestep.methods.sherl import parts as sherl
 from sidestep.methods.sherl.parts import Aggregation, Merge, PooledAggregation
 from tiny import FAMILIES, call, logits, randomize
 

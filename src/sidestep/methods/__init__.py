@@ -8,9 +8,9 @@ from sidestep.methods.adapters import DoraConfig, IA3Config, LoraConfig
 from sidestep.methods.controls import BitFitConfig, FullConfig, ProbeConfig
 from sidestep.methods.diff_pruning import DiffPruningConfig
 from sidestep.methods.dtl import DTLConfig
-from sidestep.methods.lst.config import LSTConfig
+from sidestep.methods.lst import LSTConfig
 from sidestep.methods.read import ReadConfig
-from sidestep.methods.sherl.config import SherlConfig
+from sidestep.methods.sherl import SherlConfig
 from sidestep.methods.sparse import SparseConfig
 from sidestep.methods.synqt import SynQTConfig
 from sidestep.methods.unipt import UniPTConfig
