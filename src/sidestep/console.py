@@ -94,7 +94,7 @@ def show_start(model: Attached, data: TaskData, settings: TrainSettings) -> None
     remark(f"{len(data.train)} training rows, each with {kind.answer.format(names=names)}")
     remark(f"dev: {data.dev_source}")
     _show_joins(data)
-    remark(f"learning rate {settings.rate(model.record.name):g}, seed {settings.seed}")
+    remark(f"learning rate {settings.rate(model.record.config):g}, seed {settings.seed}")
     metric = kind.best_by(settings.metric, len(data.labels.names))
     own = relax.last_stage(model, settings) if relax.relaxes(model) else settings
     first = f"{relax.own(model, settings).epochs} epochs of all weights, then " if relax.relaxes(model) else ""

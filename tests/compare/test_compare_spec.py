@@ -19,7 +19,6 @@ from sidestep.compare.spec import (
     quick,
 )
 from sidestep.data import DataError, Fields
-from sidestep.training.settings import OTHER_RATES
 
 BACKBONE = Backbone(name="tiny", model="tiny")
 TASK = Task(name="reviews", train="train.tsv", fields=Fields(text="text", label="label"))
@@ -79,7 +78,7 @@ def test_every_registered_method_is_a_contender_by_default_one_of_a_third_party_
     assert set(ss.methods()) <= set(names)
     assert "late_writer" in names
     assert {"lora+checkpoint", "full+checkpoint"} <= set(names)
-    assert Contender.named("late_writer").rates == OTHER_RATES
+    assert Contender.named("late_writer").rates == ss.MethodConfig.rates
     assert comparison_from(values(), Path(), "here").contenders == default_contenders()
 
 

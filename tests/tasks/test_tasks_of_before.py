@@ -14,6 +14,7 @@ from datasets import Dataset
 import sidestep as ss
 from sidestep.disk import task_folder
 from sidestep.kinds.prepare import stored_fields
+from sidestep.kinds.running import logits
 from sidestep.tasks import predict
 from small_backbone import PAIRS, TEXTS, backbone, decoder
 
@@ -70,7 +71,7 @@ def test_a_pair_on_a_decoder_is_read_without_a_separator() -> None:
     model = ss.load(BEFORE / "pair_on_a_decoder", decoder().model)
     encoded = predict._encode(model, pairs(), stored_fields(model.extras["preprocessing"]), None)
     assert encoded["length"][:] == [len("".join(pair)) for pair in PAIRS]
-    logits = predict.logits(model, encoded, stored_fields(model.extras["preprocessing"]))
+    logits = logits(model, encoded, stored_fields(model.extras["preprocessing"]))
     np.testing.assert_allclose(logits, PAIR_LOGITS, rtol=1e-5, atol=1e-5)
 
 

@@ -16,10 +16,11 @@ from sidestep.data import Fields
 from sidestep.disk import task_folder
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.training import checkpoints
-from sidestep.training import train as training
+from sidestep.training.callbacks import EpochClock, StopIfDiverged
 from sidestep.training.schedules import rate_factor
 from sidestep.training.settings import TrainSettings
 from sidestep.training.train import head_for, train
+from sidestep.training.trainer import make_trainer
 from small_tasks import reviews, text_backbone
 
 STEPS = 7  # of an epoch
@@ -175,7 +176,7 @@ def test_the_trainer_steps_by_the_schedule_and_resumes_it_exactly(backbone, data
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(training.StopIfDiverged, "on_step_begin", stop, raising=False)
+        patched.setattr(StopIfDiverged, "on_step_begin", stop, raising=False)
         with pytest.raises(KeyboardInterrupt):
             train(attached(backbone, data), data, settings(tmp_path / "parts", **how))
     train(attached(backbone, data), data, settings(tmp_path / "parts", **how, resume=True))
@@ -195,7 +196,7 @@ def test_weight_decay_leaves_out_biases_and_norms_unless_asked(backbone, data, t
     def decayed(**how: object) -> set[str]:
         model = attached(backbone, data)
         given = settings(tmp_path, weight_decay=0.1, **how)
-        trainer = training._trainer(model, data, given, "accuracy", None, training.EpochClock())
+        trainer = make_trainer(model, data, given, "accuracy", None, EpochClock())
         optimizer = trainer.create_optimizer()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         return {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
@@ -209,7 +210,7 @@ def test_weight_decay_leaves_out_biases_and_norms_unless_asked(backbone, data, t
 
 def test_drop_last_leaves_out_training_rows_only(backbone, data, tmp_path):
     given = settings(tmp_path / "a", drop_last=True)
-    trainer = training._trainer(attached(backbone, data), data, given, "accuracy", None, training.EpochClock())
+    trainer = make_trainer(attached(backbone, data), data, given, "accuracy", None, EpochClock())
     assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [8, 8]
     assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader()) == 11
     results = train(attached(backbone, data), data, settings(tmp_path / "b", drop_last=True, epochs=2))

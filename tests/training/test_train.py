@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import sidestep as ss
+from sidestep import metrics
 from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import load_processor
 from sidestep.data import DataError, DataWarning, Fields, read
@@ -29,15 +30,15 @@ from sidestep.disk import task_folder
 from sidestep.disk.table_files import ENDINGS, write_table
 from sidestep.kinds import kind_named
 from sidestep.kinds.prepare import TaskData, prepare
+from sidestep.kinds.running import logits
 from sidestep.measure.step import measure_step
 from sidestep.methods import MethodConfig
 from sidestep.tasks import load as loading
 from sidestep.tasks import predict
-from sidestep.training import checkpoints
-from sidestep.training import train as training
+from sidestep.training import checkpoints, trainer
 from sidestep.training.callbacks import ExactResume, StopIfDiverged
 from sidestep.training.checkpoints import OutputError
-from sidestep.training.settings import OTHER_RATES, RATES, TrainSettings
+from sidestep.training.settings import TrainSettings
 from sidestep.training.train import TrainError, head_for, train
 from small_tasks import image_backbone, image_folder, padless_backbone, reviews, text_backbone, tokenizer, write
 
@@ -134,7 +135,7 @@ def test_the_best_epoch_is_kept_not_the_last(backbone: Path, tmp_path: Path, mon
         kept.append({name: value.clone() for name, value in model.state_dict().items()})
         return {"accuracy": next(scores)}
 
-    monkeypatch.setattr(training.ComputeMetrics, "__call__", judge)
+    monkeypatch.setattr(metrics.ComputeMetrics, "__call__", judge)
     results = train(model, data, settings(tmp_path, epochs=3))
     assert results.best_epoch == 2
     saved = loading.load(tmp_path).state_dict()
@@ -146,7 +147,7 @@ def test_the_last_epoch_is_kept_when_asked_and_leaves_no_checkpoint(
     backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.5, 0.9, 0.7])
-    monkeypatch.setattr(training.ComputeMetrics, "__call__", lambda self, _: {"accuracy": next(scores)})
+    monkeypatch.setattr(metrics.ComputeMetrics, "__call__", lambda self, _: {"accuracy": next(scores)})
     data = task_data(backbone)
     model = attached(backbone, data)
     how = settings(tmp_path, epochs=3, keep="last", checkpoints=False, measure=False)
@@ -171,7 +172,7 @@ def test_early_stopping_waits_for_as_many_epochs_as_asked(
     backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.5, 0.9, 0.7, 0.8, 0.99])
-    monkeypatch.setattr(training.ComputeMetrics, "__call__", lambda self, _: {"accuracy": next(scores)})
+    monkeypatch.setattr(metrics.ComputeMetrics, "__call__", lambda self, _: {"accuracy": next(scores)})
     data = task_data(backbone)
     results = train(attached(backbone, data), data, settings(tmp_path, epochs=9, patience=2))
     assert (results.epochs, results.best_epoch) == (4, 2)
@@ -486,7 +487,7 @@ def test_a_moved_folder_still_finds_its_best_checkpoint(
     backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.9, 0.5, 0.4, 0.3])
-    monkeypatch.setattr(training.ComputeMetrics, "__call__", lambda self, _: {"accuracy": next(scores)})
+    monkeypatch.setattr(metrics.ComputeMetrics, "__call__", lambda self, _: {"accuracy": next(scores)})
     data = task_data(backbone)
     with monkeypatch.context() as patched:
         interrupt_at(patched, 17)
@@ -739,7 +740,7 @@ def test_numbers_that_may_be_targets_have_to_be_called_so(backbone: Path) -> Non
 def test_every_setting_reaches_the_trainer(backbone: Path, tmp_path: Path) -> None:
     data = task_data(backbone)
     how = settings(tmp_path, weight_decay=0.1, accumulate=2, max_grad_norm=0.5)
-    arguments = training._arguments(attached(backbone, data), data, how, "f1")
+    arguments = trainer._arguments(attached(backbone, data), data, how, "f1")
     assert (arguments.weight_decay, arguments.max_grad_norm) == (0.1, 0.5)
     assert arguments.gradient_accumulation_steps == 2
     assert arguments.train_sampling_strategy == "group_by_length"
@@ -748,10 +749,11 @@ def test_every_setting_reaches_the_trainer(backbone: Path, tmp_path: Path) -> No
 
 def test_default_rates_are_the_methods_own(tmp_path: Path) -> None:
     plain = TrainSettings(output=tmp_path)
-    assert {name: plain.rate(name) for name in RATES} == {name: middle for name, (_, middle, _) in RATES.items()}
-    assert all(list(rates) == sorted(rates) for rates in RATES.values())
-    assert plain.rate("somebody's") == OTHER_RATES[1]
-    assert settings(tmp_path, learning_rate=0.5).rate("read") == 0.5
+    for method in ss.methods().values():
+        assert plain.rate(method.config) == method.config.rate == method.config.rates[1]
+        assert list(method.config.rates) == sorted(method.config.rates)
+        assert method.config().rate == method.config.rate
+    assert settings(tmp_path, learning_rate=0.5).rate(ss.ReadConfig) == 0.5
 
 
 def test_files_of_every_kind_come_out(tmp_path: Path) -> None:
@@ -792,7 +794,7 @@ def scores_alone_and_together(task: Path) -> tuple[list[Any], list[Any]]:
     """The logits of the same texts, one to a batch and all in one."""
     model, few = loading.load(task), rows(6, 3)
     encoded = kind_named("single").encode(few, TEXT, model.extras["processor"], None, None)[0]
-    alone, together = (predict.logits(model, encoded, TEXT, batch_size=size) for size in (1, 6))
+    alone, together = (logits(model, encoded, TEXT, batch_size=size) for size in (1, 6))
     return alone.flatten().tolist(), together.flatten().tolist()
 
 

@@ -29,7 +29,6 @@ from sidestep.disk.atomic import check_file, refuse_inputs
 from sidestep.disk.sources import backbones_at, rows_at
 from sidestep.kinds.prepare import check_kind
 from sidestep.methods import method_named, methods
-from sidestep.training.settings import rates_of
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 Made = TypeVar("Made")
@@ -261,7 +260,7 @@ def _contender(table: _Table) -> Contender:
         Contender,
         name=table.get("name", str) or (f"{method}{CHECKPOINT}" if checkpoint else method),
         config=made,
-        rates=rates_of(method) if (rates := table.several("rates", float)) is None else rates,
+        rates=method_named(method).config.rates if (rates := table.several("rates", float)) is None else rates,
         checkpoint=checkpoint,
         noise=table.get("noise", str),
         pool=table.get("pool", str),

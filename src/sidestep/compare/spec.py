@@ -20,7 +20,7 @@ from sidestep.kinds.base import kind_named
 from sidestep.kinds.prepare import strata
 from sidestep.methods import MethodConfig, method_named, method_of, methods
 from sidestep.model.heads import HeadConfig
-from sidestep.training.settings import Schedule, TrainSettings, rates_of
+from sidestep.training.settings import Schedule, TrainSettings
 
 CHECKPOINTED = ("lora", "full")
 """Methods that stand in a default comparison a second time, with their blocks recomputed in backward."""
@@ -154,7 +154,7 @@ class Contender:
         method = name.removesuffix(CHECKPOINT)
         require_known("method", method, methods())
         config = method_named(method).config()
-        return cls(name=name, config=config, rates=rates_of(method), checkpoint=name != method)
+        return cls(name=name, config=config, rates=method_named(method).config.rates, checkpoint=name != method)
 
 
 @dataclass(frozen=True, kw_only=True)

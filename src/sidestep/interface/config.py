@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 from sidestep.interface.annotations import check_fields, from_fields
 
@@ -19,7 +19,18 @@ class MethodConfig:
     """Base of every method's config: plain data, checked in `__post_init__`.
 
     Fields have to be what their annotations say (see `annotations.check_fields`); ranges are the subclass's to check.
+
+    Class attributes:
+        rates: three learning rates worth trying with AdamW, from low to high.
+        rate: the middle one, with which training starts if nobody says.
     """
+
+    rates: ClassVar[tuple[float, float, float]] = (3e-4, 1e-3, 3e-3)
+    rate: ClassVar[float] = rates[1]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.rate = cls.rates[1]
 
     def __post_init__(self) -> None:
         check_fields(self)

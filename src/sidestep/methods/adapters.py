@@ -39,6 +39,8 @@ class LoraConfig(MethodConfig):
         targets: ends of the names of the linear maps; None: PEFT's choice for the model, which is query and value.
     """
 
+    rates = (5e-4, 2e-3, 5e-3)
+
     rank: int = 8
     alpha: int = 16
     dropout: float = 0.0
@@ -55,6 +57,8 @@ class LoraConfig(MethodConfig):
 class DoraConfig(LoraConfig):
     """DoRA: LoRA on the direction of the weights, and a learned length; fields as LoRA's."""
 
+    rates = (5e-4, 2e-3, 5e-3)
+
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(MethodConfig):
@@ -64,6 +68,8 @@ class IA3Config(MethodConfig):
         targets: ends of the names of the linear maps that are scaled; None: PEFT's choice for the model.
         feedforward: those of them whose input is scaled, not the output; None: PEFT's choice.
     """
+
+    rates = (1e-3, 5e-3, 2e-2)
 
     targets: tuple[str, ...] | None = None
     feedforward: tuple[str, ...] | None = None

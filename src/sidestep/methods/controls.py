@@ -23,15 +23,21 @@ from sidestep.interface.weight_delta import WeightDelta
 class ProbeConfig(MethodConfig):
     """A linear probe: only the head is trained, on the frozen backbone's output."""
 
+    rates = (3e-3, 1e-2, 5e-2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BitFitConfig(MethodConfig):
     """BitFit: only the backbone's bias vectors and the head are trained."""
 
+    rates = (5e-4, 2e-3, 5e-3)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig(MethodConfig):
     """Full fine-tuning: every weight of the backbone is trained."""
+
+    rates = (2e-5, 6e-5, 2e-4)
 
 
 @register("probe", ProbeConfig)

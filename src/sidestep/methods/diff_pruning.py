@@ -49,6 +49,8 @@ class DiffPruningConfig(SparseDeltaConfig):
         state_bits: of each of the first stage's averages of gradients: 32, or 8 with the package bitsandbytes.
     """
 
+    rates = (2e-5, 6e-5, 2e-4)
+
     structured: bool = True
     penalty: PenaltyKind = "sum"
     lambda_l0: float = 1.25e-7

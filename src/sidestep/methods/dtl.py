@@ -43,6 +43,8 @@ class DTLConfig(MethodConfig):
             one pads one more row and column after the grid than before it.
     """
 
+    rates = (1e-3, 3e-3, 8e-3)
+
     rank: int = 2
     late_blocks: int | None = None
     first_read: int = 0

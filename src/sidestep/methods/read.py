@@ -48,6 +48,8 @@ class ReadConfig(MethodConfig):
             "post_norm" and a rate of 3e-4, and hardly without (docs/methods/read.md).
     """
 
+    rates = (5e-4, 2e-3, 6e-3)
+
     rank: int = 128
     cell: Literal["gru", "rnn"] = "gru"
     aggregate: Literal["last", "mean"] = "mean"

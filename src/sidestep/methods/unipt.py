@@ -39,6 +39,8 @@ class UniPTConfig(MethodConfig):
             before the projections, and the last level is gathered from as well.
     """
 
+    rates = (2e-4, 5e-4, 2e-3)
+
     reduction: int = 2
     hidden: int | None = None
     variant: Variant = "vse"

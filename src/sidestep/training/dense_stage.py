@@ -126,7 +126,7 @@ def epochs(model: SideModel, settings: TrainSettings) -> int:
 
 def last_stage(model: SideModel, settings: TrainSettings) -> TrainSettings:
     """How the projected diff is trained on."""
-    _, (epochs, rate) = _method(model).stages(settings.epochs, settings.rate(model.record.name))
+    _, (epochs, rate) = _method(model).stages(settings.epochs, settings.rate(model.record.config))
     return replace(settings, epochs=epochs, learning_rate=rate)
 
 
@@ -148,7 +148,7 @@ def _relaxed(
     made: list[Any] = []
 
     def make() -> Any:
-        rate = how.rate(model.record.name)
+        rate = how.rate(model.record.config)
         made.append(
             model.relax(
                 rate=rate, weight_decay=settings.weight_decay, max_norm=settings.max_grad_norm, seed=settings.seed
@@ -181,7 +181,7 @@ def _relaxed(
 def own(model: SideModel, settings: TrainSettings) -> TrainSettings:
     """The run's settings for this stage, which has a folder of its own and ends with its last epoch."""
     output = settings.output / checkpoints.FOLDER / FOLDER
-    (epochs, rate), _ = _method(model).stages(settings.epochs, settings.rate(model.record.name))
+    (epochs, rate), _ = _method(model).stages(settings.epochs, settings.rate(model.record.config))
     return replace(
         settings,
         output=output,

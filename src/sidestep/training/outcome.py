@@ -90,7 +90,7 @@ def results_of(
         device=device_name(model.device),
         versions=versions(PACKAGES),
         seed=settings.seed,
-        learning_rate=settings.rate(model.record.name),
+        learning_rate=settings.rate(model.record.config),
         settings=settings.to_dict(),
         recipe=dict(recipe) if recipe else None,
         history=history,

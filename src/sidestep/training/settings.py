@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from sidestep.interface.annotations import check_fields
+from sidestep.interface.config import MethodConfig
 
 Schedule = Literal["linear", "cosine", "cosine_epochs", "step", "constant"]
 Keep = Literal["best", "last"]
 Decay = Literal["weights", "all"]
-
-RATES: Mapping[str, tuple[float, float, float]] = {
-    "bitfit": (5e-4, 2e-3, 5e-3),
-    "diff_pruning": (2e-5, 6e-5, 2e-4),
-    "dora": (5e-4, 2e-3, 5e-3),
-    "dtl": (1e-3, 3e-3, 8e-3),
-    "full": (2e-5, 6e-5, 2e-4),
-    "ia3": (1e-3, 5e-3, 2e-2),
-    "lora": (5e-4, 2e-3, 5e-3),
-    "lst": (1e-3, 3e-3, 6e-3),
-    "probe": (3e-3, 1e-2, 5e-2),
-    "read": (5e-4, 2e-3, 6e-3),
-    "sherl": (5e-4, 1e-3, 3e-3),
-    "sparse": (3e-4, 1e-3, 3e-3),
-    "synqt": (3e-4, 1e-3, 3e-3),
-    "unipt": (2e-4, 5e-4, 2e-3),
-}
-"""Learning rates worth trying with each method, from low to high; the middle one is the default."""
-OTHER_RATES = (3e-4, 1e-3, 3e-3)
 
 PATIENCE = 3
 """Epochs without a better dev score after which training stops, unless it is told otherwise."""
 
 FREE_TO_CHANGE = ("output", "resume", "overwrite", "progress", "workers", "eval_batch_size", "measure")
 """What a resumed run may set otherwise: none of it changes what is computed."""
-
-
-def rates_of(method: str) -> tuple[float, float, float]:
-    """Three learning rates for a method, of which the middle one is the default."""
-    return RATES.get(method, OTHER_RATES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +30,7 @@ class TrainSettings:
         epochs: passes over the training rows.
         batch_size: rows of one forward and backward pass.
         eval_batch_size: rows of one forward pass over the dev rows.
-        learning_rate: None: the middle one of `rates_of` the method.
+        learning_rate: None: the `rate` of the method's config.
         weight_decay: AdamW's.
         decay: what it is applied to: "weights", all but biases and norms; "all", whatever is trained.
         warmup: share of the steps in which the rate rises to its value.
@@ -178,9 +154,9 @@ class TrainSettings:
         if not allowed:
             raise ValueError(f"{name}={getattr(self, name)!r}, but it must be {what}")
 
-    def rate(self, method: str) -> float:
-        """The learning rate that is used with a method."""
-        return self.learning_rate or rates_of(method)[1]
+    def rate(self, method: type[MethodConfig]) -> float:
+        """The learning rate that is used with the method of this config."""
+        return self.learning_rate or method.rate
 
     def steps_per_epoch(self, rows: int) -> int:
         """Optimizer steps of an epoch of so many rows; the last one may have fewer batches."""

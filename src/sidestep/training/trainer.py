@@ -74,7 +74,7 @@ def make_trainer(
         callbacks.append(EarlyStoppingCallback(settings.waits))
     trainer = TaskTrainer(
         settings,
-        rate_factor(settings, settings.rate(model.record.name), steps),
+        rate_factor(settings, settings.rate(model.record.config), steps),
         model=model,
         args=_arguments(model, data, settings, metric),
         # a bound method: of a collator with a tokenizer the Trainer stores that in every checkpoint
@@ -171,7 +171,7 @@ def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric:
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.eval_batch_size,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.rate(model.record.name),
+        learning_rate=settings.rate(model.record.config),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         label_smoothing_factor=settings.label_smoothing,

@@ -48,6 +48,8 @@ class LSTConfig(MethodConfig):
             rows hangs on least. Until `ss.initialise` has seen such rows, "fisher" is "magnitude".
     """
 
+    rates = (1e-3, 3e-3, 6e-3)
+
     reduction: int = 8
     layers: tuple[int, ...] | None = None
     heads: int | None = None

@@ -49,6 +49,8 @@ class SherlConfig(MethodConfig):
         level_gates: whether a level's own token (end of text, class token) has a trained gate there.
     """
 
+    rates = (5e-4, 1e-3, 3e-3)
+
     reduction: int = 8
     hidden: int | None = None
     layers: tuple[int, ...] | None = None
