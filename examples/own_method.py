@@ -1,4 +1,7 @@
-"""A method of your own: a config, a class, a decorator. In a package, the entry point "sidestep.methods" finds it.
+"""A method of your own: a config, a class, a decorator.
+
+The command line finds it with `--plugin own_method.py --method sum`, and in a package by the entry point
+"sidestep.methods".
 
 It reads every block through a map of low rank and corrects the last hidden state with the sum of what it read.
 """
@@ -53,7 +56,10 @@ class Sum(SideNet):
         return state, hidden + self.out(state) if site.head and site.last else hidden
 
 
-backbone = BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2), add_pooling_layer=False)
-model = ss.attach(backbone, SumConfig(rank=4), head=ss.Classify(num_labels=2))
-(loss := model(input_ids=torch.randint(0, 100, (4, 10)), labels=torch.tensor([0, 1, 0, 1])).loss).backward()
-print(f"loss {loss.item():.3f}, {sum(p.numel() for _, p in model.trained_parameters())} parameters are trained")
+if __name__ == "__main__":
+    backbone = BertModel(
+        BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2), add_pooling_layer=False
+    )
+    model = ss.attach(backbone, SumConfig(rank=4), head=ss.Classify(num_labels=2))
+    (loss := model(input_ids=torch.randint(0, 100, (4, 10)), labels=torch.tensor([0, 1, 0, 1])).loss).backward()
+    print(f"loss {loss.item():.3f}, {sum(p.numel() for _, p in model.trained_parameters())} parameters are trained")

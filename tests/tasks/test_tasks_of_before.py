@@ -71,8 +71,8 @@ def test_a_pair_on_a_decoder_is_read_without_a_separator() -> None:
     model = ss.load(BEFORE / "pair_on_a_decoder", decoder().model)
     encoded = predict._encode(model, pairs(), stored_fields(model.extras["preprocessing"]), None)
     assert encoded["length"][:] == [len("".join(pair)) for pair in PAIRS]
-    logits = logits(model, encoded, stored_fields(model.extras["preprocessing"]))
-    np.testing.assert_allclose(logits, PAIR_LOGITS, rtol=1e-5, atol=1e-5)
+    found = logits(model, encoded, stored_fields(model.extras["preprocessing"]))
+    np.testing.assert_allclose(found, PAIR_LOGITS, rtol=1e-5, atol=1e-5)
 
 
 def test_answers_of_a_decoder_are_written_as_before() -> None:

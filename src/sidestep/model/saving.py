@@ -304,7 +304,7 @@ def _method(folder: Path, config: Mapping[str, Any]) -> MethodConfig:
     except ValueError as error:
         raise TaskError(
             f"{folder}: {error}; a method of another package has to be installed with it (entry point "
-            'group "sidestep.methods")'
+            'group "sidestep.methods"), and one of a file named (--plugin FILE)'
         ) from error
     with _as_unusable(folder):
         return kind.from_dict(values)
