@@ -127,7 +127,7 @@ def evaluate(model: ss.SideModel, kind: Kind, rows: Examples) -> dict[str, float
 
 def primary(kind: Kind, found: dict[str, float]) -> float:
     """The score by which a task is judged: accuracy, or Pearson's correlation."""
-    return found[kind_named(kind).metrics[0]]
+    return found[kind_named(kind).best]
 
 
 class Results:

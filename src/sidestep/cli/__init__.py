@@ -36,9 +36,7 @@ app = typer.Typer(
 def _commands(
     plugin: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--plugin", metavar="FILE", help="File that registers a method or a kind of task."
-        ),
+        typer.Option("--plugin", metavar="FILE", help="File that registers a method or a kind of task."),
     ] = None,
 ) -> None:
     load_plugins(plugin)

@@ -55,7 +55,8 @@ class TaskKind(ABC):
     Class attributes:
         name: in options, files and stored tasks.
         answer: what is learned of a row, in words; may hold "{names}" of the classes.
-        metrics: its scores; the first one chooses the best epoch.
+        metrics: the names of its scores.
+        best: which of them chooses the best epoch.
         writes: what of a language model head it needs, where its answers are texts.
         dual: whether it needs a dual encoder of images and texts.
         smooths: whether the Trainer's label smoothing works with it.
@@ -65,6 +66,7 @@ class TaskKind(ABC):
     name: ClassVar[str]
     answer: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
+    best: ClassVar[str]
     writes: ClassVar[Written | None] = None
     dual: ClassVar[bool] = False
     smooths: ClassVar[bool] = False
@@ -203,7 +205,7 @@ class TaskKind(ABC):
     # --- answers and scores ------------------------------------------------------------------------------------------
 
     def best_by(self, asked: str | None, classes: int) -> str:
-        """The score that chooses the best epoch: the one that is asked for, or the first.
+        """The score that chooses the best epoch: the one that is asked for, or `best`.
 
         Raises:
             ValueError: if there is no such score.
@@ -212,7 +214,7 @@ class TaskKind(ABC):
         if asked is not None and asked not in known:
             of = f"{'two-class ' if classes == 2 else ''}{self.name}"
             raise ValueError(f"metric={asked!r}: {of} problems have {', '.join(known)}")
-        return asked or known[0]
+        return asked or self.best
 
     @property
     def compute_metrics(self) -> Callable[[Sequence[str] | None], Callable[[Any], dict[str, float]] | None]:

@@ -17,7 +17,7 @@ from sidestep.kinds.assess import Assessment, OfClass
 from sidestep.kinds.base import OWN, PREDICTION, PROBABILITY, Probabilities, TaskKind, register, targets_of
 from sidestep.kinds.running import logits
 from sidestep.kinds.task_data import TaskData
-from sidestep.metrics import GREATER_IS_BETTER, scores
+from sidestep.metrics import GREATER_IS_BETTER, METRICS, scores
 from sidestep.model.attach import Attached
 from sidestep.model.heads import Classify
 from sidestep.model.side_model import SideModel
@@ -117,7 +117,7 @@ class Single(Classes):
 
     name = problem = "single"
     answer = "one label of {names}"
-    metrics = ("accuracy", "f1", "f1_macro", "f1_micro", "matthews")
+    metrics, best = METRICS["single"], "accuracy"
     smooths = True
 
     def usual(self, classes: int, targets: NDArray[Any]) -> Iterator[NDArray[Any]]:
@@ -133,7 +133,7 @@ class Multi(Classes):
 
     name = problem = "multi"
     answer = "any number of the labels {names}"
-    metrics = ("f1_micro", "accuracy", "f1_macro")
+    metrics, best = METRICS["multi"], "f1_micro"
     problem_type = "multi_label_classification"
 
     def usual(self, classes: int, targets: NDArray[Any]) -> Iterator[NDArray[Any]]:

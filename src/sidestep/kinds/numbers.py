@@ -15,7 +15,7 @@ from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import PREDICTION, Probabilities, TaskKind, register, targets_of
 from sidestep.kinds.running import logits
 from sidestep.kinds.task_data import TaskData
-from sidestep.metrics import ScoreWarning, scores
+from sidestep.metrics import METRICS, ScoreWarning, scores
 from sidestep.model.attach import Attached
 from sidestep.model.heads import Regress
 from sidestep.model.side_model import SideModel
@@ -27,7 +27,7 @@ class Regression(TaskKind):
 
     name = "regress"
     answer = "a number"
-    metrics = ("pearson", "spearman", "mse")
+    metrics, best = METRICS["regress"], "pearson"
 
     def head(self, data: TaskData, pool: Any = None) -> Regress:
         """One output, which starts at the mean of the targets."""

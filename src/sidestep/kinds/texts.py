@@ -25,7 +25,7 @@ from sidestep.kinds.assess import Assessment, assess_texts
 from sidestep.kinds.base import PREDICTION, Probabilities, TaskKind, register
 from sidestep.kinds.running import written
 from sidestep.kinds.task_data import Asked, TaskData
-from sidestep.metrics import Written
+from sidestep.metrics import METRICS, Written
 from sidestep.model.attach import Attached
 from sidestep.model.side_model import SideModel
 
@@ -34,7 +34,7 @@ class Texts(TaskKind):
     """What both kinds have in common."""
 
     writes: ClassVar[Written]
-    metrics = ("exact_match", "token_f1")
+    metrics, best = METRICS["text2text"], "exact_match"
 
     def strata(self, fields: Fields) -> None:
         """None: texts are no classes."""
