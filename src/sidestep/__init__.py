@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from sidestep.tasks.bank import TaskBank
     from sidestep.tasks.bank_folder import BankError
     from sidestep.tasks.load import load
+    from sidestep.training.run import DataSpec, ModelSpec, RunSpec, train
+    from sidestep.training.settings import TrainSettings
 
 __version__ = "0.1.0"
 
@@ -57,6 +59,7 @@ __all__ = [
     "BitFitConfig",
     "Classify",
     "DTLConfig",
+    "DataSpec",
     "DiffPruningConfig",
     "DifferentBackbones",
     "DoraConfig",
@@ -65,18 +68,21 @@ __all__ = [
     "LSTConfig",
     "LoraConfig",
     "MethodConfig",
+    "ModelSpec",
     "PairModel",
     "Plan",
     "ProbeConfig",
     "ReadConfig",
     "Regress",
     "Retrieve",
+    "RunSpec",
     "SherlConfig",
     "SideModel",
     "SparseConfig",
     "SynQTConfig",
     "TaskBank",
     "TaskError",
+    "TrainSettings",
     "UniPTConfig",
     "UnsupportedBackbone",
     "add_diff",
@@ -88,6 +94,7 @@ __all__ = [
     "peak_memory",
     "plan",
     "saved_bytes",
+    "train",
 ]
 
 _HOMES = {
@@ -120,6 +127,8 @@ _HOMES = {
     "model.initialise": ("initialise",),
     "disk.task_folder": ("TaskError",),
     "tasks.load": ("load",),
+    "training.run": ("DataSpec", "ModelSpec", "RunSpec", "train"),
+    "training.settings": ("TrainSettings",),
     "tasks.add_diff": ("DifferentBackbones", "add_diff"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -121,6 +121,27 @@ def _show_joins(data: TaskData) -> None:
         remark(f"example, what is read {joined} what is written: {start + read[-EXAMPLE:]!r} {joined} {written!r}")
 
 
+class Shown:
+    """Shows how far a run is (see `training.run.Watch`)."""
+
+    def __init__(self, recipe: Mapping[str, Any] | None) -> None:
+        self.recipe = recipe
+
+    def read(self, rows: int) -> None:
+        """Say that it takes a while to prepare many rows."""
+        show_many(rows)
+
+    def started(self, model: Attached, data: TaskData, settings: TrainSettings) -> None:
+        """Say what is about to be trained on what."""
+        show_start(model, data, settings)
+        if self.recipe is not None:
+            show_recipe(self.recipe)
+
+    def tell(self, line: str) -> None:
+        """Say it."""
+        remark(line)
+
+
 def show_answers(model: Attached, data: TaskData) -> None:
     """Show what a task that writes texts says of the first dev rows."""
     from sidestep.tasks.predict import first_answers

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -12,14 +11,10 @@ from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import backbone_named, config_from, table_options, unescaped, value_of
-from sidestep.console import hush, remark, show_answers, show_many, show_recipe, show_results, show_start
+from sidestep.console import Shown, hush, show_answers, show_results
 
 if TYPE_CHECKING:
-    from sidestep.kinds.prepare import TaskData
-    from sidestep.methods import MethodConfig
-    from sidestep.model.attach import Attached
-    from sidestep.model.pair_model import PairModel
-    from sidestep.model.side_model import SideModel
+    from sidestep.backbone.recompute import Checkpoint
 
 
 def train(
@@ -97,20 +92,14 @@ def train(
 ) -> None:
     """Train a task and save it in a folder."""
     with reporting(debug):
-        from sidestep.backbone.load import check_writes
-        from sidestep.backbone.pixels import adjusted
-        from sidestep.backbone.processors import load_pair_processor, load_processor
-        from sidestep.data import Fields
-        from sidestep.disk.atomic import refuse_inputs
-        from sidestep.disk.sources import backbones_at, rows_at
         from sidestep.kinds.base import kind_named
-        from sidestep.kinds.prepare import check_kind, prepare, read_rows
         from sidestep.methods import method_named
-        from sidestep.training.checkpoints import as_begun, check_output, parts_of
+        from sidestep.model.heads import Retrieve
+        from sidestep.training.run import DataSpec, ModelSpec, RunSpec
+        from sidestep.training.run import train as run
         from sidestep.training.settings import TrainSettings
-        from sidestep.training.train import train as run
 
-        name, chosen = backbone_named(backbone, gguf), Chosen.of(context, recipe)
+        chosen = Chosen.of(context, recipe)
         training = {
             "epochs": epochs,
             "batch_size": batch_size,
@@ -160,106 +149,52 @@ def train(
             }
         )
         hush()
-        check_output(settings)
-        refuse_inputs(parts_of(output), [*rows_at(train, dev), *backbones_at(name, text_backbone)])
-        settings = as_begun(settings)
-        config = config_from(method_named(asked["method"]).config, set_ or [], chosen.method_settings(asked["method"]))
-        kind = check_kind(asked["problem"])
-        which = None if kind is None else kind_named(kind)
-        pairs = which is not None and which.dual
-        if not pairs and (text_backbone, text_pool, dim, loss) != (None, None, None, "contrastive"):
-            raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --task retrieval")
-        if which is not None and which.writes is not None:
-            check_writes(name, which.writes, revision=revision)
-        table = table_options(columns, no_header, no_quoting, encoding)
-        own = chosen.recipe and chosen.recipe.transform()
-        fields = Fields(text=text, text2=text2, image=image, label=None if pairs else label)
+        pairs = asked["problem"] is not None and kind_named(asked["problem"]).dual
+        head = None
         if pairs:
-            both = load_pair_processor(name, text_backbone, revision=revision)
-            processor = replace(both, image=adjusted(both.image, size=image_size, normalize=normalize))
-        else:
-            found = own or load_processor(name, revision=revision)
-            processor = adjusted(found, size=image_size, normalize=normalize)
-        rows = read_rows(train, fields, table, kind, split=train_split)
-        show_many(len(rows))
-        data = prepare(
-            rows,
-            None if dev is None else read_rows(dev, fields, table, kind, split=dev_split),
-            fields,
-            processor,
-            kind=kind,
-            max_length=asked["max_length"],
+            given = {"pool": asked["pool"], "text_pool": text_pool, "dim": asked["dim"], "loss": asked["loss"]}
+            head = Retrieve(**{**chosen.head(), **given})
+        elif (text_backbone, text_pool, dim, loss) != (None, None, None, "contrastive"):
+            raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --task retrieval")
+        data = DataSpec(
+            train=train,
+            dev=dev,
+            text=text,
+            text2=text2,
+            image=image,
+            label=label,
+            kind=asked["problem"],
+            table=table_options(columns, no_header, no_quoting, encoding),
+            train_split=train_split,
+            dev_split=dev_split,
             dev_fraction=dev_fraction,
-            seed=seed,
+            max_length=asked["max_length"],
             shots=asked["shots"],
             shots_seed=shots_seed,
+            transform=chosen.recipe.transform() if chosen.recipe else None,
+            image_size=image_size,
+            normalize=normalize,
             augment=asked["augment"],
             skip_bad_images=skip_bad_images,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             separator=unescaped(separator),
         )
-        where = {"name": name, "dtype": dtype, "revision": revision, "drop_path": asked["drop_path"]}
-        noise = asked["backbone_noise"] or ("drop_path" if asked["drop_path"] else None)
-        how = {"backbone_noise": noise, "checkpoint": checkpoint}
-        model: Attached
-        if pairs:
-            if own_head:
-                raise ValueError("--own-head with --task retrieval: the embeddings are Sidestep's; leave it out")
-            head = {"pool": asked["pool"], "text_pool": text_pool, "dim": asked["dim"], "loss": asked["loss"]}
-            model = _attached_pair(config, {**where, "text_name": text_backbone}, how, {**chosen.head(), **head}, seed)
-        else:
-            model = _attached(config, data, where, how, pool=asked["pool"], own_head=own_head, seed=seed)
-        show_start(model, data, settings)
-        record = chosen.record()
-        if record is not None:
-            show_recipe(record)
-        results = run(model, data, settings, recipe=record, tell=remark)
-        show_answers(model, data)
+        found = method_named(asked["method"])
+        model = ModelSpec(
+            backbone=backbone_named(backbone, gguf),
+            method=config_from(found.config, set_ or [], chosen.method_settings(found.name)),
+            text_backbone=text_backbone,
+            head=head,
+            pool=None if pairs else asked["pool"],
+            own_head=own_head,
+            checkpoint=cast("Checkpoint | None", checkpoint),
+            backbone_noise=asked["backbone_noise"],
+            drop_path=asked["drop_path"],
+            dtype=dtype,
+            revision=revision,
+        )
+        spec = RunSpec(data=data, model=model, training=settings, recipe=chosen.record())
+        trained, rows, results = run(spec, Shown(spec.recipe))
+        show_answers(trained, rows)
         show_results(results, Path(output))
-
-
-def _attached_pair(
-    config: MethodConfig, where: dict[str, Any], how: dict[str, Any], head: dict[str, Any], seed: int
-) -> PairModel:
-    """The dual encoder to train, with new projections where there are none."""
-    import torch
-
-    from sidestep.backbone.load import load_pair
-    from sidestep.model.attach import attach
-    from sidestep.model.heads import Retrieve
-
-    asked = Retrieve(**head)
-    torch.manual_seed(seed)
-    return attach(load_pair(**where), config, head=asked, **how)
-
-
-def _attached(
-    config: MethodConfig,
-    data: TaskData,
-    where: dict[str, Any],
-    how: dict[str, Any],
-    *,
-    pool: str | None,
-    own_head: bool,
-    seed: int,
-) -> SideModel:
-    """The model to train: with a Sidestep head, or the backbone's own (for classes, or to write text)."""
-    import torch
-
-    from sidestep.backbone.load import load_backbone
-    from sidestep.kinds.base import kind_named
-    from sidestep.kinds.prepare import head_for
-    from sidestep.model.attach import attach
-
-    if own_head and pool is not None:
-        raise ValueError(f"--pool {pool} with --own-head: the backbone's own head reads what it reads")
-    writes = kind_named(data.labels.kind).writes
-    if own_head and writes is not None:
-        raise ValueError(f"--own-head with --task {writes}: it is for classification; leave it out")
-    head = None if own_head else head_for(data, pool)
-    torch.manual_seed(seed)
-    backbone = load_backbone(
-        **where, head=own_head, num_labels=data.labels.outputs if own_head else None, writes=writes
-    )
-    return attach(backbone, config, head=head, **how)

@@ -1,0 +1,234 @@
+"""One call for what `sidestep train` does: rows and a backbone by name, a method, a trained task in a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from datasets import Dataset
+
+from sidestep.backbone import Noise
+from sidestep.backbone.load import check_writes, load_backbone, load_pair
+from sidestep.backbone.pixels import ImageTransform, adjusted
+from sidestep.backbone.processors import load_pair_processor, load_processor
+from sidestep.backbone.recompute import Checkpoint
+from sidestep.data import Fields, TableOptions
+from sidestep.data.augment import NONE
+from sidestep.disk.atomic import refuse_inputs
+from sidestep.disk.sources import backbones_at, rows_at
+from sidestep.kinds.base import TaskKind, kind_named
+from sidestep.kinds.prepare import head_for, prepare, read_rows
+from sidestep.kinds.task_data import TaskData
+from sidestep.methods import MethodConfig
+from sidestep.model.attach import Attached, attach
+from sidestep.model.heads import Retrieve
+from sidestep.training.checkpoints import as_begun, check_output, parts_of
+from sidestep.training.results import Results
+from sidestep.training.settings import TrainSettings
+from sidestep.training.train import train as train_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """The rows of a task; what is not told here is told of the arguments of `kinds.prepare.prepare`.
+
+    Attributes:
+        train, dev: file, folder or hub id, or a data set; no dev rows: a share of the training rows is held out.
+        text, text2, image, label: the columns that are read.
+        kind: of task (see `sidestep.kinds`); None: by the labels.
+        table: how files are read.
+        train_split, dev_split: of a hub id or a folder of images.
+        transform: in the place of the backbone's image processor.
+        image_size, normalize: what is changed of the image processor.
+    """
+
+    train: str | Path | Dataset
+    dev: str | Path | Dataset | None = None
+    text: str | None = None
+    text2: str | None = None
+    image: str | None = None
+    label: str | None = "label"
+    kind: str | None = None
+    table: TableOptions = field(default_factory=TableOptions)
+    train_split: str = "train"
+    dev_split: str = "validation"
+    dev_fraction: float = 0.1
+    max_length: int | None = None
+    shots: int | None = None
+    shots_seed: int | None = None
+    transform: ImageTransform | None = None
+    image_size: int | None = None
+    normalize: str | None = None
+    augment: str = NONE
+    skip_bad_images: bool = False
+    max_new_tokens: int | None = None
+    num_beams: int = 1
+    separator: str | None = None
+
+    @property
+    def task_kind(self) -> TaskKind | None:
+        """The kind that was named."""
+        return None if self.kind is None else kind_named(self.kind)
+
+    @property
+    def fields(self) -> Fields:
+        """The columns."""
+        dual = self.task_kind is not None and self.task_kind.dual
+        return Fields(text=self.text, text2=self.text2, image=self.image, label=None if dual else self.label)
+
+    def rows(self, source: str | Path | Dataset, split: str) -> Dataset:
+        """The rows of `train` or `dev`."""
+        if isinstance(source, Dataset):
+            return source
+        return read_rows(str(source), self.fields, self.table, self.kind, split=split)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What is trained.
+
+    Attributes:
+        backbone: hub id, folder or "timm:NAME" (see `load_backbone`); of a dual encoder the whole, or its images'.
+        method: its config.
+        text_backbone: of two encoders that are not a pair yet, that of texts.
+        head: of a dual encoder; None: by the data.
+        pool: what a Sidestep head reads.
+        own_head: whether the backbone's own head is trained instead.
+        backbone_noise, checkpoint: as of `attach`.
+        drop_path, dtype, revision: as of `load_backbone`.
+    """
+
+    backbone: str
+    method: MethodConfig
+    text_backbone: str | None = None
+    head: Retrieve | None = None
+    pool: Any = None
+    own_head: bool = False
+    backbone_noise: Noise | None = None
+    checkpoint: Checkpoint | None = None
+    drop_path: float | None = None
+    dtype: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """A run.
+
+    Attributes:
+        data: the rows.
+        model: what is trained on them.
+        training: how, and where the task goes.
+        recipe: the name of the recipe that it follows and what differs from it, to be told in the results.
+    """
+
+    data: DataSpec
+    model: ModelSpec
+    training: TrainSettings
+    recipe: dict[str, Any] | None = None
+
+
+class Watch(Protocol):
+    """Is told how far a run is."""
+
+    def read(self, rows: int) -> None:
+        """So many training rows were read, and are being prepared."""
+
+    def started(self, model: Attached, data: TaskData, settings: TrainSettings) -> None:
+        """Training begins."""
+
+    def tell(self, line: str) -> None:
+        """Something to know before the first step."""
+
+
+def train(spec: RunSpec, watch: Watch | None = None) -> tuple[Attached, TaskData, Results]:
+    """Train a task and save it in `spec.training.output`.
+
+    Returns:
+        The model with the kept weights, in eval mode; the rows that it was trained on; and what results.json holds.
+
+    Raises:
+        OutputError: if the output is taken, or one of the inputs.
+        LoadError: if the backbone cannot be loaded.
+        DataError: if the rows cannot be used.
+        UnsupportedBackbone: if the method cannot work on the backbone.
+        ValueError: if settings do not go together.
+        TrainError: if training diverges or memory runs out; checkpoints stay.
+    """
+    check_output(spec.training)
+    named = [str(source) for source in (spec.data.train, spec.data.dev) if isinstance(source, str | Path)]
+    places = [*rows_at(*named), *backbones_at(spec.model.backbone, spec.model.text_backbone)]
+    refuse_inputs(parts_of(spec.training.output), places)
+    settings = as_begun(spec.training)
+    data = task_data(spec, watch)
+    model = attached(spec, data)
+    if watch is not None:
+        watch.started(model, data, settings)
+    tell = None if watch is None else watch.tell
+    results = train_model(model, data, settings, recipe=spec.recipe, tell=tell)
+    return model, data, results
+
+
+def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
+    """The rows of a run as its backbone reads them; errors as of `train`."""
+    asked, model, kind = spec.data, spec.model, spec.data.task_kind
+    if (kind is None or not kind.dual) and (model.text_backbone, model.head) != (None, None):
+        raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --task retrieval")
+    if kind is not None and kind.writes is not None:
+        check_writes(model.backbone, kind.writes, revision=model.revision)
+    processor: Any
+    if kind is not None and kind.dual:
+        both = load_pair_processor(model.backbone, model.text_backbone, revision=model.revision)
+        processor = replace(both, image=adjusted(both.image, size=asked.image_size, normalize=asked.normalize))
+    else:
+        found = asked.transform or load_processor(model.backbone, revision=model.revision)
+        processor = adjusted(found, size=asked.image_size, normalize=asked.normalize)
+    rows = asked.rows(asked.train, asked.train_split)
+    if watch is not None:
+        watch.read(len(rows))
+    return prepare(
+        rows,
+        None if asked.dev is None else asked.rows(asked.dev, asked.dev_split),
+        asked.fields,
+        processor,
+        kind=asked.kind,
+        max_length=asked.max_length,
+        dev_fraction=asked.dev_fraction,
+        seed=spec.training.seed,
+        shots=asked.shots,
+        shots_seed=asked.shots_seed,
+        augment=asked.augment,
+        skip_bad_images=asked.skip_bad_images,
+        max_new_tokens=asked.max_new_tokens,
+        num_beams=asked.num_beams,
+        separator=asked.separator,
+    )
+
+
+def attached(spec: RunSpec, data: TaskData) -> Attached:
+    """The model of a run before training, from its seed; errors as of `train`."""
+    own, kind = spec.model, kind_named(data.labels.kind)
+    where: dict[str, Any] = {
+        "name": own.backbone,
+        "dtype": own.dtype,
+        "revision": own.revision,
+        "drop_path": own.drop_path,
+    }
+    how: dict[str, Any] = {
+        "backbone_noise": own.backbone_noise or ("drop_path" if own.drop_path else None),
+        "checkpoint": own.checkpoint,
+    }
+    if own.own_head and own.pool is not None:
+        raise ValueError(f"--pool {own.pool} with --own-head: the backbone's own head reads what it reads")
+    if own.own_head and (kind.dual or kind.writes is not None):
+        why = "the embeddings are Sidestep's" if kind.dual else "it is for classification"
+        raise ValueError(f"--own-head with --task {kind.name}: {why}; leave it out")
+    head = None if own.own_head else own.head or head_for(data, own.pool)
+    torch.manual_seed(spec.training.seed)
+    if kind.dual:
+        return attach(load_pair(**where, text_name=own.text_backbone), own.method, head=head, **how)
+    outputs = data.labels.outputs if own.own_head else None
+    backbone = load_backbone(**where, head=own.own_head, num_labels=outputs, writes=kind.writes)
+    return attach(backbone, own.method, head=head, **how)
