@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import log10
+from typing import Any
 
 import altair as alt
 
+from sidestep.report.chance import ONE_ANSWER
 from sidestep.report.chart import ABOUT, Figure, Rows, about, series_scale, slug
+from sidestep.report.choice import AVERAGE, MEMORY, memory_of, picked
 from sidestep.report.labels import Box, place_labels
 from sidestep.report.looks import Look
 from sidestep.report.rows import Group, Row
@@ -19,10 +22,6 @@ NOMINAL = 340  # width for which labels are placed: a phone's, and a third of a 
 PADDING = 14  # pixels between the outermost values and the plot's edge
 #: A cost whose largest value is more than so many times its smallest is drawn on a logarithmic scale.
 LOG_RATIO = 20
-NAMES = {"peak": "peak memory", "planned": "planned peak memory", "kept": "what is kept"}
-#: In the place of a task: the average over tasks.
-AVERAGE = "average"
-
 #: Labels of a logarithmic axis: 0.1, 20, 1k, 10M.
 SHORT = {"format": "~s", "labelExpr": "datum.label && datum.value < 1 ? format(datum.value, '~g') : datum.label"}
 #: What scores are drawn against: file name, axis title, value of a row.
@@ -45,7 +44,10 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
     """
     title, value = COSTS[cost]
     less = {task.name for task in group.tasks if not task.greater}
+    constants = {AVERAGE: group.constant, **{task.name: task.constant for task in group.tasks}}
+    picks = picked(group) if cost in MEMORY else {}
     rows: Rows = []
+    lines: Rows = []
     for name in tasks:
         greater = name not in less
         scale = 100 if greater else 1
@@ -55,16 +57,22 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
             x = value(row)
             if found is not None and x is not None:
                 ends = {"score": scale * found.mean, "low": scale * found.low, "high": scale * found.high}
-                here.append({"task": name, **about(row), "x": x, **ends, "seeds": found.count})
+                pick = picks.get(name) == row.contender
+                here.append({"task": name, **about(row), "x": x, **ends, "seeds": found.count, "pick": pick})
         here = _with_bars(here)
         front = pareto([(row["x"], row["score"]) for row in here], greater=greater)
         rows += [{**row, "front": place in front} for place, row in enumerate(here)]
+        constant = constants[name]
+        if here and constant is not None:
+            rows = [{**row, "constant": scale * constant} if row["task"] == name else row for row in rows]
+            lines += _line_of(name, scale * constant, here)
     if len({row["contender"] for row in rows}) < 2:
         return None
     first = AVERAGE if any(row["task"] == AVERAGE for row in rows) else rows[0]["task"]
 
     def draw(look: Look) -> alt.LayerChart:
-        return _scatter(look, rows, first, x_title=title, y_title="score", log=_wide([row["x"] for row in rows]))
+        log = _wide([row["x"] for row in rows])
+        return _scatter(look, rows, first, x_title=title, y_title="score", log=log, lines=lines)
 
     return Figure(
         name=f"score-against-{cost}-{slug(first)}",
@@ -79,15 +87,18 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
             title: "x",
             **{name: name for name in ("score", "low", "high", "seeds")},
             "on the Pareto front": "front",
+            **({ONE_ANSWER: "constant"} if any("constant" in row for row in rows) else {}),
         },
         draw=draw,
     )
 
 
-def memory_of(group: Group) -> str:
-    """Which memory a group's scores and times are drawn against: the peak, the planned one, or what is kept."""
-    known = (name for name in NAMES if any(COSTS[name][1](row) is not None for row in group.rows))
-    return next(known, "kept")
+def _line_of(task: str, constant: float, rows: Rows) -> Rows:
+    """The line of one answer for all, unless it is so far from all scores that it would press them into a line."""
+    means = [row["score"] for row in rows]
+    span = max(means) - min(means)
+    near = span == 0 or min(means) - span <= constant <= max(means) + span
+    return [{"task": task, "score": constant, "name": ONE_ANSWER}] if near else []
 
 
 def cost_figure(group: Group) -> Figure | None:
@@ -112,7 +123,7 @@ def cost_figure(group: Group) -> Figure | None:
         name=f"step-against-{memory}",
         kind="cost",
         group=group,
-        title=f"Step time against {NAMES[memory]}",
+        title=f"Step time against {MEMORY[memory][0]}",
         rows=rows,
         columns={**ABOUT, title: "x", "step time, s": "score", "on the Pareto front": "front"},
         draw=draw,
@@ -149,7 +160,15 @@ def pareto(points: Sequence[tuple[float, float]], *, greater: bool) -> set[int]:
 
 
 def _scatter(
-    look: Look, rows: Rows, task: str, *, x_title: str, y_title: str, log: bool, zero: bool = False
+    look: Look,
+    rows: Rows,
+    task: str,
+    *,
+    x_title: str,
+    y_title: str,
+    log: bool,
+    zero: bool = False,
+    lines: Sequence[dict[str, Any]] = (),
 ) -> alt.LayerChart:
     chosen = alt.param(name="task", value=task)
     wanted = alt.param(name="wanted", value="")
@@ -222,8 +241,23 @@ def _scatter(
         fontWeight=alt.expr("datum.ours ? 600 : 400"),
         color=look.inks["ink"],
     ).encode(x=x, y=y, text="name:N", opacity=opacity)
-    layers = alt.layer(front, spread, points, names, data=data).add_params(chosen, wanted)
-    return layers.properties(width=look.width, height=HEIGHT)
+    ring = (
+        base.transform_filter("datum.pick")
+        .mark_point(shape="circle", size=330, filled=False, strokeWidth=1.3, color=look.inks["ink"], opacity=1)
+        .encode(x=x, y=y)
+    )
+    layers = alt.layer(*_one_answer(look, lines, y), front, spread, points, ring, names, data=data)
+    return layers.add_params(chosen, wanted).properties(width=look.width, height=HEIGHT)
+
+
+def _one_answer(look: Look, lines: Sequence[dict[str, Any]], y: alt.Y) -> list[alt.Chart]:
+    """A dotted line across the plot, with its name at the right."""
+    if not lines:
+        return []
+    base = alt.Chart(alt.Data(values=lines)).transform_filter("datum.task == task").encode(y=y)
+    rule = base.mark_rule(color=look.inks["muted"], strokeDash=[1, 3], strokeWidth=1.2)
+    name = base.mark_text(align="right", baseline="bottom", dy=-2, fontSize=10.5, color=look.inks["muted"])
+    return [rule, name.encode(x=alt.value("width"), text="name:N")]
 
 
 def _with_labels(rows: Rows, *, log: bool, zero: bool) -> Rows:
