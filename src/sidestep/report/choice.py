@@ -89,23 +89,29 @@ class Choice:
         return [self.best, *(one for one in self.standings[1:] if one.within)]
 
     @property
-    def pick(self) -> Standing | None:
-        """The one to take; None if none of those within noise has a memory figure.
+    def front(self) -> list[Standing]:
+        """Those with a memory figure that no cheaper one matches in score, the best and dearest first."""
+        found: list[Standing] = []
+        for one in self.standings:
+            if _memory(one) < _memory(found[-1] if found else None):
+                found.append(one)
+        return found
 
-        A contender at chance is passed over while the best is better than chance: a wide interval reaches both.
+    @property
+    def pick(self) -> Standing | None:
+        """The one to take: the cheapest of the front that is within noise of the best; None if there is none.
+
+        Off the front a contender may be within noise for its wide interval alone, while a cheaper and better one is
+        not. One at chance is passed over while the best is better than chance, for a wide interval reaches both.
         """
-        able = [one for one in self.within if one.memory is not None and bool(one.chance) <= bool(self.best.chance)]
-        return min(able, key=_memory, default=None)
+        good = self.within
+        able = [one for one in self.front if one in good and bool(one.chance) <= bool(self.best.chance)]
+        return able[-1] if able else None
 
     @property
     def cheaper(self) -> list[Standing]:
-        """What is lost with less memory than the pick's: those of which no cheaper one is as good, the best first."""
-        found: list[Standing] = []
-        for one in self.standings:
-            limit = _memory(found[-1] if found else self.pick)
-            if one.memory is not None and one.memory < limit:
-                found.append(one)
-        return found if self.pick else []
+        """What is left of the front with less memory than the pick's, the best first."""
+        return [one for one in self.front if self.pick is not None and _memory(one) < _memory(self.pick)]
 
 
 def choices(group: Group) -> list[Choice]:
