@@ -15,17 +15,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sidestep.compare.records import Record
-from sidestep.report.chance import ONE_ANSWER
 from sidestep.report.chart import VEGA_LITE, Figure
 from sidestep.report.choice import memory_of
 from sidestep.report.figures import figures
 from sidestep.report.looks import OF_PARTS, for_page, plain, variables
 from sidestep.report.mixed import canonical, text_of
-from sidestep.report.quick import doubts, quick_line
+from sidestep.report.quick import quick_line
 from sidestep.report.ratios import in_short, not_won, plan_table, ratio_table
 from sidestep.report.rows import Group, Results, Row
 from sidestep.report.tables import Table, main_table, score_text, unmeasured, without
-from sidestep.report.verdict import RULE, Verdict, verdicts
+from sidestep.report.verdict import BY_TASK, RULE, Verdict, by_task, verdicts
 
 #: Settings that are said elsewhere in a row.
 _SAID = frozenset({"backbone", "contender", "method", "config", "task", "seed", "rate", "score_of"})
@@ -59,6 +58,11 @@ class Answer:
     group: Group
     verdicts: tuple[Verdict, ...]
     panel: Panel | None
+
+    @property
+    def by_task(self) -> list[tuple[str, ...]]:
+        """See `verdict.by_task`."""
+        return by_task(self.verdicts)
 
     @classmethod
     def of(cls, group: Group, panels: Sequence[Panel]) -> Answer:
@@ -128,9 +132,8 @@ def render(results: Results, *, command: str) -> str:
         folds=_folds(results),
         answers=answers,
         quick=quick_line(results),
-        doubts={doubt.task: doubt for doubt in doubts(results)},
         rule=RULE,
-        by_task={id(answer): by_task_table(answer.verdicts, known) for answer in answers},
+        by_task_heads=BY_TASK,
         results=results,
         command=command,
         version=version("sidestep"),

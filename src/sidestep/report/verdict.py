@@ -9,10 +9,12 @@ from sidestep.report.chance import ONE_ANSWER
 from sidestep.report.choice import AVERAGE, MEMORY, Choice, Standing, choices, memory_of
 from sidestep.report.estimates import Estimate
 from sidestep.report.rows import Group, Task
-from sidestep.report.tables import MIB, score_text, significant
+from sidestep.report.tables import MIB, NOTHING, score_text, significant
 
 #: So many contenders are named where there are no scores, those that need least.
 NAMED = 3
+#: Heads of the lines of `by_task`.
+BY_TASK = ("task", "metric", "dev rows", ONE_ANSWER, "best", "take", "its memory", "best ahead by")
 #: How the answer is found, for the reader.
 RULE = (
     "How this is chosen: the best has the highest mean score (of errors the lowest). Another is within noise of it if "
@@ -61,6 +63,29 @@ def first_verdicts(group: Group) -> list[Verdict]:
     """The answer by the average; where there is no average, that by each task."""
     found = verdicts(group)
     return found[:1] if found[0].about == AVERAGE else found
+
+
+def by_task(found: Sequence[Verdict]) -> list[tuple[str, ...]]:
+    """Each task's answer in a line of texts under `BY_TASK`; none where there is one task alone."""
+    alone = [verdict.choice for verdict in found if verdict.choice and verdict.about != AVERAGE]
+    return [_in_a_line(choice) for choice in alone] if len(alone) > 1 else []
+
+
+def _in_a_line(choice: Choice) -> tuple[str, ...]:
+    task, best, pick = choice.tasks[0], choice.best, choice.pick
+    unknown = all(one.behind is None for one in choice.standings[1:])
+    take = "none: all at chance" if best.chance else "noise unknown" if unknown else "" if pick else "memory unknown"
+    behind = _points(choice, pick) if pick is not None and pick.behind is not None and not take else NOTHING
+    return (
+        task.name,
+        task.metric,
+        str(task.dev_rows or NOTHING),
+        _constant(choice) if choice.constant is not None else NOTHING,
+        f"{best.row.contender} {_score(choice, best)}",
+        take or (f"{pick.row.contender} {_score(choice, pick)}" if pick else NOTHING),
+        NOTHING if take or pick is None else _size(pick.memory or 0.0),
+        behind,
+    )
 
 
 def _headline(choice: Choice) -> str:
