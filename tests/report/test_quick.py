@@ -51,17 +51,20 @@ def test_a_quick_run_says_rows_and_noise(tmp_path: Path) -> None:
 
 def test_of_several_tasks_each_has_its_own(tmp_path: Path) -> None:
     said = quick_line(loaded(tmp_path, [*runs("rte", 100), *runs("cr", 25, score=0.5), *runs("big", 2000)]))
-    assert "rte 100 dev rows, 8.0 points; cr 25 dev rows, 20.0 points." in said
+    assert (
+        "Quick: few dev rows. Differences under these are noise: rte 8.0 points (100 dev rows); cr 20.0 points (25 dev rows)."
+        in said
+    )
     assert "big" not in said
 
 
 def test_a_metric_that_is_no_share_of_rows_has_no_such_noise(tmp_path: Path) -> None:
     said = quick_line(loaded(tmp_path, runs("sts-b", 100, metric="pearson")))
-    assert said == "Quick: No such noise is known of sts-b (100 rows, pearson), which is no share of rows."
+    assert said == "Quick: No such noise is known where the metric is no share of rows: sts-b (100 dev rows, pearson)."
 
 
 def test_few_rows_of_several_seeds_are_not_called_quick(tmp_path: Path) -> None:
-    assert quick_line(loaded(tmp_path, runs("rte", 100, seeds=2))).startswith("Few dev rows: 100 dev rows of rte.")
+    assert quick_line(loaded(tmp_path, runs("rte", 100, seeds=2))).startswith("Coarse: 100 dev rows of rte.")
 
 
 @pytest.mark.parametrize("rows", [None, 0, -3, "many", 1.5, True, [], FEW + 1])

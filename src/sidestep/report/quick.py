@@ -72,24 +72,24 @@ def quick_line(results: Results) -> str:
     few = [doubt for doubt in doubts(results) if doubt.rows <= FEW]
     if not few:
         return ""
-    begin = "Quick" if all(doubt.seeds == 1 for doubt in few) else "Few dev rows"
+    begin = "Quick" if all(doubt.seeds == 1 for doubt in few) else "Coarse"
     shares = [doubt for doubt in few if doubt.noise is not None]
-    said = [f"{doubt.task} {doubt.rows} dev rows, {_points(doubt)}" for doubt in shares]
-    other = [f"{doubt.task} ({doubt.rows} rows, {doubt.metric})" for doubt in few if doubt.noise is None]
+    other = [f"{doubt.task} ({doubt.rows} dev rows, {doubt.metric})" for doubt in few if doubt.noise is None]
     parts = []
     if len(shares) == 1:
         parts.append(
             f"{shares[0].rows} dev rows of {shares[0].task}. Differences under {_points(shares[0])} are noise."
         )
     elif shares:
-        parts.append(f"differences under so much are noise: {'; '.join(said)}.")
+        said = "; ".join(f"{doubt.task} {_points(doubt)} ({doubt.rows} dev rows)" for doubt in shares)
+        parts.append(f"few dev rows. Differences under these are noise: {said}.")
     if shares:
         parts.append(
-            "That is two binomial standard errors, 2 √(p(1 − p)/n), with p the mean score of all contenders "
-            "and n the dev rows."
+            "That is two binomial standard errors, 2 √(p(1 − p)/n): p is the mean score of all contenders, "
+            "n the number of dev rows."
         )
     if other:
-        parts.append(f"No such noise is known of {', '.join(other)}, which is no share of rows.")
+        parts.append(f"No such noise is known where the metric is no share of rows: {'; '.join(other)}.")
     return f"{begin}: {' '.join(parts)}"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import log10
-from typing import Any
 
 import altair as alt
 
@@ -47,7 +46,6 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
     constants = {AVERAGE: group.constant, **{task.name: task.constant for task in group.tasks}}
     picks = picked(group) if cost in MEMORY else {}
     rows: Rows = []
-    lines: Rows = []
     for name in tasks:
         greater = name not in less
         scale = 100 if greater else 1
@@ -61,18 +59,16 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
                 here.append({"task": name, **about(row), "x": x, **ends, "seeds": found.count, "pick": pick})
         here = _with_bars(here)
         front = pareto([(row["x"], row["score"]) for row in here], greater=greater)
-        rows += [{**row, "front": place in front} for place, row in enumerate(here)]
+        here = [{**row, "front": place in front} for place, row in enumerate(here)]
         constant = constants[name]
-        if here and constant is not None:
-            rows = [{**row, "constant": scale * constant} if row["task"] == name else row for row in rows]
-            lines += _line_of(name, scale * constant, here)
+        rows += here if constant is None else _with_line(here, scale * constant)
     if len({row["contender"] for row in rows}) < 2:
         return None
     first = AVERAGE if any(row["task"] == AVERAGE for row in rows) else rows[0]["task"]
 
     def draw(look: Look) -> alt.LayerChart:
         log = _wide([row["x"] for row in rows])
-        return _scatter(look, rows, first, x_title=title, y_title="score", log=log, lines=lines)
+        return _scatter(look, rows, first, x_title=title, y_title="score", log=log)
 
     return Figure(
         name=f"score-against-{cost}-{slug(first)}",
@@ -93,12 +89,18 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
     )
 
 
-def _line_of(task: str, constant: float, rows: Rows) -> Rows:
-    """The line of one answer for all, unless it is so far from all scores that it would press them into a line."""
+def _with_line(rows: Rows, constant: float) -> Rows:
+    """The rows with what one answer for all scores; the first says that its line is drawn.
+
+    None is drawn so far from all scores that it would press them into a line.
+    """
     means = [row["score"] for row in rows]
-    span = max(means) - min(means)
+    span = max(means) - min(means) if means else 0.0
     near = span == 0 or min(means) - span <= constant <= max(means) + span
-    return [{"task": task, "score": constant, "name": ONE_ANSWER}] if near else []
+    return [
+        {**row, "constant": constant, **({"line": constant, "lined": ONE_ANSWER} if near and place == 0 else {})}
+        for place, row in enumerate(rows)
+    ]
 
 
 def cost_figure(group: Group) -> Figure | None:
@@ -168,7 +170,6 @@ def _scatter(
     y_title: str,
     log: bool,
     zero: bool = False,
-    lines: Sequence[dict[str, Any]] = (),
 ) -> alt.LayerChart:
     chosen = alt.param(name="task", value=task)
     wanted = alt.param(name="wanted", value="")
@@ -241,23 +242,20 @@ def _scatter(
         fontWeight=alt.expr("datum.ours ? 600 : 400"),
         color=look.inks["ink"],
     ).encode(x=x, y=y, text="name:N", opacity=opacity)
-    ring = (
-        base.transform_filter("datum.pick")
-        .mark_point(shape="circle", size=330, filled=False, strokeWidth=1.3, color=look.inks["ink"], opacity=1)
-        .encode(x=x, y=y)
+    # layers that show few of the rows hide the others: one without a row has no extent, and Vega warns of it
+    ring = base.mark_point(shape="circle", size=330, strokeWidth=1.3, color=look.inks["ink"]).encode(
+        x=x, y=y, opacity=alt.condition("datum.pick", alt.value(1), alt.value(0))
     )
-    layers = alt.layer(*_one_answer(look, lines, y), front, spread, points, ring, names, data=data)
+    layers = alt.layer(*_one_answer(look, base), front, spread, ring, points, names, data=data)
     return layers.add_params(chosen, wanted).properties(width=look.width, height=HEIGHT)
 
 
-def _one_answer(look: Look, lines: Sequence[dict[str, Any]], y: alt.Y) -> list[alt.Chart]:
-    """A dotted line across the plot, with its name at the right."""
-    if not lines:
-        return []
-    base = alt.Chart(alt.Data(values=lines)).transform_filter("datum.task == task").encode(y=y)
-    rule = base.mark_rule(color=look.inks["muted"], strokeDash=[1, 3], strokeWidth=1.2)
-    name = base.mark_text(align="right", baseline="bottom", dy=-2, fontSize=10.5, color=look.inks["muted"])
-    return [rule, name.encode(x=alt.value("width"), text="name:N")]
+def _one_answer(look: Look, base: alt.Chart) -> list[alt.Chart]:
+    """A dotted line across the plot, with its name at the right, for the row that says so."""
+    lined = base.encode(y="line:Q", opacity=alt.condition("datum.lined", alt.value(1), alt.value(0)))
+    rule = lined.mark_rule(color=look.inks["muted"], strokeDash=[1, 3], strokeWidth=1.2)
+    name = lined.mark_text(align="right", baseline="bottom", dy=-2, fontSize=10.5, color=look.inks["muted"])
+    return [rule, name.encode(x=alt.value("width"), text="lined:N")]
 
 
 def _with_labels(rows: Rows, *, log: bool, zero: bool) -> Rows:
@@ -275,7 +273,16 @@ def _with_labels(rows: Rows, *, log: bool, zero: bool) -> Rows:
     ]
     places = place_labels(points, [row["contender"] for row in rows], bars + steps, NOMINAL, HEIGHT)
     return [
-        {**row, "dx": place.dx, "dy": place.dy, "align": place.align, "name": row["contender"] if place.shown else ""}
+        {
+            "line": row["score"],
+            "lined": "",
+            "pick": False,
+            **row,
+            "dx": place.dx,
+            "dy": place.dy,
+            "align": place.align,
+            "name": row["contender"] if place.shown else "",
+        }
         for row, place in zip(rows, places, strict=True)
     ]
 
