@@ -51,10 +51,8 @@ def test_a_quick_run_says_rows_and_noise(tmp_path: Path) -> None:
 
 def test_of_several_tasks_each_has_its_own(tmp_path: Path) -> None:
     said = quick_line(loaded(tmp_path, [*runs("rte", 100), *runs("cr", 25, score=0.5), *runs("big", 2000)]))
-    assert (
-        "Quick: few dev rows. Differences under these are noise: rte 8.0 points (100 dev rows); cr 20.0 points (25 dev rows)."
-        in said
-    )
+    assert said.startswith("Quick: few dev rows. Differences under these are noise: rte 8.0 points (100 dev rows); cr")
+    assert "cr 20.0 points (25 dev rows)." in said
     assert "big" not in said
 
 

@@ -246,16 +246,17 @@ def _scatter(
     ring = base.mark_point(shape="circle", size=330, strokeWidth=1.3, color=look.inks["ink"]).encode(
         x=x, y=y, opacity=alt.condition("datum.pick", alt.value(1), alt.value(0))
     )
-    layers = alt.layer(*_one_answer(look, base), front, spread, ring, points, names, data=data)
+    line, its_name = _one_answer(look, base)
+    layers = alt.layer(line, front, spread, ring, points, names, its_name, data=data)
     return layers.add_params(chosen, wanted).properties(width=look.width, height=HEIGHT)
 
 
-def _one_answer(look: Look, base: alt.Chart) -> list[alt.Chart]:
-    """A dotted line across the plot, with its name at the right, for the row that says so."""
+def _one_answer(look: Look, base: alt.Chart) -> tuple[alt.Chart, alt.Chart]:
+    """A dotted line across the plot, and its name at the right, for the row that says so."""
     lined = base.encode(y="line:Q", opacity=alt.condition("datum.lined", alt.value(1), alt.value(0)))
     rule = lined.mark_rule(color=look.inks["muted"], strokeDash=[1, 3], strokeWidth=1.2)
     name = lined.mark_text(align="right", baseline="bottom", dy=-2, fontSize=10.5, color=look.inks["muted"])
-    return [rule, name.encode(x=alt.value("width"), text="lined:N")]
+    return rule, name.encode(x=alt.value("width"), text="lined:N")
 
 
 def _with_labels(rows: Rows, *, log: bool, zero: bool) -> Rows:
