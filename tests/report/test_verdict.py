@@ -60,7 +60,7 @@ def test_one_contender(tmp_path: Path) -> None:
     assert found.headline == (
         "Only read has a score on rte: 71.0 ± 12.7 with 100 MiB of peak memory. There is nothing to compare it with."
     )
-    assert found.remarks == ("Not compared: lora, full (no score on rte).",)
+    assert found.remarks[0] == "Not compared: lora, full (no score on rte)."
 
 
 def test_without_memory_figures(tmp_path: Path) -> None:
@@ -114,6 +114,19 @@ def test_failed_runs_and_different_metrics_are_said(tmp_path: Path) -> None:
 def test_a_contender_with_too_few_seeds_is_named(tmp_path: Path) -> None:
     found = said(tmp_path, [*two([0.70, 0.76], [0.73, 0.76]), *runs("lora", "rte", [0.72]), *COSTS])
     assert "Noise is unknown, for want of seeds: lora." in found.remarks
+
+
+def test_results_of_before_say_that_chance_is_not_known(tmp_path: Path) -> None:
+    found = said(tmp_path, [*two([0.70, 0.76], [0.73, 0.76]), *COSTS])
+    assert found.remarks == (
+        "What one answer for all rows scores is not in these results, so scores at chance are not marked.",
+    )
+
+
+def test_contenders_with_other_settings_are_named(tmp_path: Path) -> None:
+    longer = runs("lora", "rte", [0.72, 0.73], settings={"epochs": 10})
+    found = said(tmp_path, [*two([0.70, 0.76], [0.73, 0.76]), *longer, *COSTS])
+    assert "Made with other settings or versions than the rest, or some seeds left out: lora." in found.remarks
 
 
 def test_costs_alone_say_what_they_cannot_say(tmp_path: Path) -> None:

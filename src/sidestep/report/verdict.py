@@ -137,10 +137,19 @@ def _remarks(choice: Choice) -> Iterator[str]:
         reasons = dict.fromkeys(choice.left_out.values())
         of = {why: listed([name for name, own in choice.left_out.items() if own == why]) for why in reasons}
         yield f"Not compared: {'. '.join(f'{names} ({why})' for why, names in of.items())}."
-    if choice.constant is not None and not choice.best.chance:
+    if choice.constant is None:
+        yield f"What {ONE_ANSWER} rows scores is not in these results, so scores at chance are not marked."
+    elif not choice.best.chance:
         yield f"{ONE_ANSWER.capitalize()} rows scores {_constant(choice)}."
+    if unlike := [one for one in choice.standings if _marks(choice, one)]:
+        yield f"Made with other settings or versions than the rest, or some seeds left out: {_names(unlike)}."
     if len(metrics := dict.fromkeys(task.metric for task in choice.tasks)) > 1:
         yield f"The average goes over different metrics: {', '.join(metrics)}."
+
+
+def _marks(choice: Choice, one: Standing) -> bool:
+    """Whether a contender's cost or scores differ from the others' in more than the method."""
+    return bool(one.row.cost_marks) or any(one.row.scores[task.name].marks for task in choice.tasks)
 
 
 def _of_costs(group: Group) -> str:
