@@ -179,6 +179,16 @@ def test_the_answer_follows_backbone_and_score(open_page: Any) -> None:
 
 
 @needs_chromium
+def test_a_backbone_whose_name_has_odd_spaces_has_its_answer(open_page: Any, tmp_path: Path) -> None:
+    # a browser reads an option's text with single spaces
+    lines = [sample.cost(backbone, name) for backbone in ("one", " a  b ") for name in ("read", "lora")]
+    write_page(load([sample.write(tmp_path / "r.jsonl", lines)]), tmp_path / "odd.html", command="sidestep report")
+    page = open_page(file=tmp_path / "odd.html")
+    page.select_option("[name=of]", index=1)
+    assert page.locator(".headline:visible").count() == 1
+
+
+@needs_chromium
 def test_a_filter_opens_the_folds_that_it_finds(open_page: Any) -> None:
     page = open_page()
     page.select_option("[name=backbone]", "T5-base")
