@@ -116,6 +116,8 @@ def test_a_line_says_what_it_takes_to_get_it_again(finished: Path) -> None:
     assert [entry["epoch"] for entry in measured["history"]] == [1.0, 2.0]
     assert measured["score"] == measured["history"][-1]["score"] == measured["scores"]["accuracy"]
     assert measured["best_epoch_score"] == max(entry["score"] for entry in measured["history"])
+    assert measured["constant"].keys() == measured["scores"].keys()
+    assert 0.5 <= measured["constant"]["accuracy"] < 1  # of two classes the larger
     assert measured["parameters"] > 5000
     assert 0 < measured["epoch_seconds"] < measured["train_seconds"] < record.seconds
     assert (record.machine["threads"], record.machine["gpu"]) == (1, None)

@@ -21,6 +21,7 @@ from sidestep.report.figures import figures
 from sidestep.report.load import load
 from sidestep.report.markdown import markdown
 from sidestep.report.page import _made_with, details
+from sidestep.report.verdict import by_task, verdicts
 
 #: One line of each kind, with everything that a line may have, and one that failed.
 LINES: list[dict[str, Any]] = [
@@ -29,7 +30,7 @@ LINES: list[dict[str, Any]] = [
         sample.cost("b", "read"),
         sample.cost("b", "lora+checkpoint"),
         sample.trial("b", "read", "rte", 1e-3),
-        sample.score("b", "read", "rte", 0),
+        sample.score("b", "read", "rte", 0, measured={"constant": {"accuracy": 0.527}}, settings={"part_rows": 277}),
         sample.score("b", "read", "price", 0, measured={"metric": "mse", "score": 1.5}),
     )
 ] + [{**asdict(sample.score("b", "full", "rte", 0)), "status": "failed", "reason": "no memory", "measured": None}]
@@ -91,6 +92,9 @@ def look_at(path: Path) -> tuple[str, int]:
             json.dumps(figure.rows, allow_nan=False)
         for row in group.rows:
             details(group, row)
+        for verdict in verdicts(group):
+            json.dumps([verdict.headline, verdict.remarks])
+        by_task(verdicts(group))
     _made_with(results.records)
     records, broken = read(path)
     assert broken == results.broken

@@ -85,7 +85,13 @@ _SIZES = (
 _TIMES = ("step_seconds", "forward_seconds", "inference_seconds")
 _SPREAD = maybe(table(median=_size, low=_size, high=_size))
 _EPOCHS = maybe(rows(table(epoch=_number, loss=_number, dev_loss=_number, score=_number)))
-_RUN = {"metric": is_text, "score": is_number, "history": _EPOCHS, "parameters": _size}
+_RUN = {
+    "metric": is_text,
+    "score": is_number,
+    "history": _EPOCHS,
+    "parameters": _size,
+    "constant": maybe(named(_number)),  # files of before have none
+}
 
 OF_ALL: Mapping[str, Check] = {
     "key": is_text,

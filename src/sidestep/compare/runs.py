@@ -302,6 +302,7 @@ def _measured(results: Results, model: SideModel) -> dict[str, Any]:
         "metric": metric,
         "score": results.scores[metric],
         "scores": results.scores,
+        "constant": results.constant,
         "best_epoch_score": pick(entry["score"] for entry in history),
         "history": history,
         "parameters": results.trainable_parameters,

@@ -1,15 +1,17 @@
-"""Means over seeds, with Student's t interval."""
+"""Means over seeds and differences between them, with Student's t interval."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
+#: A task's scores by seed.
+BySeed = Mapping[Hashable, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,5 +50,44 @@ def estimate(values: Sequence[float]) -> Estimate:
     count = len(values)
     if count == 1:
         return Estimate(mean=values[0], half=None, count=1)
-    quantile = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))
-    return Estimate(mean=fmean(values), half=quantile * stdev(values) / sqrt(count), count=count)
+    return Estimate(mean=fmean(values), half=_quantile(count - 1) * stdev(values) / sqrt(count), count=count)
+
+
+def difference(one: Sequence[BySeed], other: Sequence[BySeed]) -> Estimate | None:
+    """How far one contender's mean over tasks is above another's; None where a task has no spread.
+
+    Scores are paired by task and seed. A task in which two seeds are not shared is compared by its two means. The
+    tasks' variances are pooled as Welch and Satterthwaite do, because a seed's noise on one task says nothing of its
+    noise on the next.
+
+    Args:
+        one, other: the scores of each task, in the same order of tasks.
+    """
+    means: list[float] = []
+    parts: list[tuple[float, int]] = []
+    count = 0
+    for ours, theirs in zip(one, other, strict=True):
+        shared = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        samples = [shared] if len(shared) > 1 else [list(ours.values()), list(theirs.values())]
+        fewest = min(map(len, samples))
+        if fewest < 2:
+            return None
+        means.append(fmean(shared) if len(shared) > 1 else fmean(ours.values()) - fmean(theirs.values()))
+        parts += [(variance(sample) / len(sample), len(sample) - 1) for sample in samples]
+        count += fewest
+    if not means:
+        return None
+    largest = max(part for part, _ in parts)
+    if largest == 0:
+        return Estimate(mean=fmean(means), half=0.0, count=count)
+    # in shares of the largest, whose squares neither vanish nor overflow
+    shares = [(part / largest, freedom) for part, freedom in parts]
+    total = sum(share for share, _ in shares)
+    freedom = total**2 / sum(share**2 / freedom for share, freedom in shares)
+    half = _quantile(freedom) * sqrt(total) * sqrt(largest) / len(means)
+    return Estimate(mean=fmean(means), half=half, count=count)
+
+
+def _quantile(freedom: float) -> float:
+    """Student's t for the interval, with so many degrees of freedom."""
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from sidestep.report.bars import memory_figure
 from sidestep.report.chart import Figure
+from sidestep.report.choice import AVERAGE, memory_of
 from sidestep.report.curves import curve_figure
 from sidestep.report.rows import Group
-from sidestep.report.scatter import AVERAGE, cost_figure, memory_of, score_figure
+from sidestep.report.scatter import cost_figure, score_figure
 
 
 def figures(group: Group, *, by_task: bool = False) -> list[Figure]:

@@ -139,11 +139,43 @@ def _remarks(setups: Sequence[Sequence[Record]]) -> list[str]:
     ]
 
 
-def _tasks(scores: Iterable[Record]) -> tuple[Task, ...]:
-    metrics: dict[str, str] = {}
-    for record in scores:
-        metrics.setdefault(record.settings["task"], (record.measured or {}).get("metric", "score"))
-    return tuple(Task(name=name, metric=metric) for name, metric in metrics.items())
+def _tasks(scores: Sequence[Record]) -> tuple[Task, ...]:
+    found = []
+    for name in dict.fromkeys(record.settings["task"] for record in scores):
+        own = [record for record in scores if record.settings["task"] == name]
+        answers = {value for record in own if (value := _constant(record)) is not None}
+        found.append(
+            Task(
+                name=name,
+                metric=(own[0].measured or {}).get("metric", "score"),
+                constant=answers.pop() if len(answers) == 1 else None,
+                dev_rows=min((rows for record in own if (rows := _dev_rows(record))), default=None),
+            )
+        )
+    return tuple(found)
+
+
+def _constant(record: Record) -> float | None:
+    """What one answer for all dev rows scores, by the line's own metric."""
+    measured = record.measured or {}
+    value = (measured.get("constant") or {}).get(measured.get("metric"))
+    return None if value is None else float(value)
+
+
+def _dev_rows(record: Record) -> int | None:
+    """The rows that a score was taken on; settings may be anything."""
+    rows = record.settings.get("part_rows")
+    return rows if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0 else None
+
+
+def _constants(scores: Iterable[Record]) -> dict[tuple[str, str], float]:
+    """What one answer for all scores, by task and data: a line of before takes it from a newer one of the same rows."""
+    return {_rows_of(record): value for record in scores if (value := _constant(record)) is not None}
+
+
+def _rows_of(record: Record) -> tuple[str, str]:
+    about = [record.settings.get(name) for name in ("data", "part_rows")] + [(record.measured or {}).get("metric")]
+    return record.settings["task"], canonical(about)
 
 
 def _rows(
@@ -154,6 +186,7 @@ def _rows(
     tasks: Sequence[Task],
 ) -> list[Row]:
     cost_facts, score_facts = usual(costs), usual(scores)
+    constants = _constants(scores)
     rows = []
     for contender in dict.fromkeys(record.settings["contender"] for record in [*costs, *scores]):
         own = [record for record in costs if record.settings["contender"] == contender]
@@ -161,7 +194,8 @@ def _rows(
         first = cost[-1] if cost else next(record for record in scores if record.settings["contender"] == contender)
         shared = first.settings.get("score_of")
         scorer = shared or contender
-        found = _scores([record for record in scores if record.settings["contender"] == scorer], score_facts)
+        own = [record for record in scores if record.settings["contender"] == scorer]
+        found = _scores(own, score_facts, constants)
         marks = (*unusual(cost[-1:], cost_facts), *left_out, *_other_config(cost[-1:], found, bool(shared)))
         rows.append(
             Row(
@@ -185,7 +219,9 @@ def _rows(
     return sorted(rows, key=order_of)
 
 
-def _scores(records: Sequence[Record], expected: Mapping[str, str]) -> dict[str, Score]:
+def _scores(
+    records: Sequence[Record], expected: Mapping[str, str], constants: Mapping[tuple[str, str], float]
+) -> dict[str, Score]:
     found = {}
     for task in dict.fromkeys(record.settings["task"] for record in records):
         lines, left_out = _agreeing([record for record in records if record.settings["task"] == task], expected)
@@ -195,6 +231,7 @@ def _scores(records: Sequence[Record], expected: Mapping[str, str]) -> dict[str,
             estimate=estimate(values),
             records=tuple(seeds.values()),
             marks=(*unusual(seeds.values(), expected), *left_out),
+            constant=constants.get(_rows_of(lines[0])),
         )
     return found
 
@@ -239,10 +276,7 @@ def _average(scores: Mapping[str, Score], tasks: Sequence[Task]) -> Estimate | N
     names = [task.name for task in tasks if task.greater]
     if not names or any(name not in scores for name in names):
         return None
-    by_seed = [
-        {record.settings.get("seed"): float((record.measured or {})["score"]) for record in scores[name].records}
-        for name in names
-    ]
+    by_seed = [scores[name].by_seed for name in names]
     seeds = [seed for seed in by_seed[0] if all(seed in values for values in by_seed)]
     if not seeds:
         return None

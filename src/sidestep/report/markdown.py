@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from sidestep.report.chance import AT, BELOW
+from sidestep.report.quick import quick_line
 from sidestep.report.ratios import PLANNED, not_won, plan_table, ratio_table
 from sidestep.report.rows import Group, Results
 from sidestep.report.tables import Cell, Table, main_table, unmeasured, without
 from sidestep.report.texts import as_code, in_markdown
+from sidestep.report.verdict import RULE, first_verdicts
 
 SCORES = ("average", "seeds")
 
 
 def markdown(results: Results, *, command: str) -> str:
-    """Scores, costs, ratios and the planner's error, as far as there are results for each.
+    """The answer, scores, costs, ratios and the planner's error, as far as there are results for each.
 
     Args:
         results: of one file or of several.
@@ -25,6 +28,8 @@ def markdown(results: Results, *, command: str) -> str:
     of_costs = [column.name for column in table.columns if column.name not in (*names, *of_scores)]
     parts = [
         f"{as_code(command)} ({in_markdown(_made_on(results))})",
+        in_markdown(quick_line(results)),
+        "\n".join(_answers(results)),
         _section("Scores: mean over seeds ± half the 95 % interval", without(table, of_costs), results)
         if of_scores
         else "",
@@ -41,6 +46,17 @@ def markdown(results: Results, *, command: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _answers(results: Results) -> list[str]:
+    """What to take on each backbone, by the average or else by each task."""
+    found = [verdict for group in results.groups for verdict in first_verdicts(group)]
+    alone = len(results.groups) == 1
+    said = [
+        in_markdown(" ".join(["" if alone else f"{verdict.group.title}:", verdict.headline, *verdict.remarks]).strip())
+        for verdict in found
+    ]
+    return [f"- {text}" for text in said] + ([f"- {in_markdown(RULE)}"] if any(one.choice for one in found) else [])
+
+
 def _section(title: str, table: Table, results: Results) -> str:
     if not table.lines:
         return ""
@@ -52,7 +68,11 @@ def _section(title: str, table: Table, results: Results) -> str:
         "",
         _row(map(in_markdown, heads)),
         _row("---:" if column.numbers else "---" for column in table.columns),
-        *(_row(_text(cell, line.group) for cell in line.cells) for line in table.lines if _says(table, line.cells)),
+        *(
+            _row(_text(cell, line.group) for cell in line.cells)
+            for line in (*table.lines, *table.foot)
+            if _says(table, line.cells)
+        ),
     ]
     return "\n".join(lines)
 
@@ -65,7 +85,8 @@ def _says(table: Table, cells: Sequence[Cell]) -> bool:
 def _text(cell: Cell, group: Group) -> str:
     if cell.value == group.title and cell.small:
         return in_markdown(f"{cell.text} ({cell.small})")
-    said = [part for part in (cell.small, cell.tone) if part in (PLANNED, "loss", "tie")]
+    small = [part for part in cell.small.split(", ") if part in (PLANNED, AT, BELOW)]
+    said = [*small, *(part for part in [cell.tone] if part in ("loss", "tie"))]
     text = in_markdown(f"{cell.text} ({', '.join(said)})" if said else cell.text)
     return f"{text}\\*" if cell.marks else text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from string import ascii_lowercase
@@ -16,12 +16,15 @@ from markupsafe import Markup
 
 from sidestep.compare.records import Record
 from sidestep.report.chart import VEGA_LITE, Figure
+from sidestep.report.choice import memory_of
 from sidestep.report.figures import figures
 from sidestep.report.looks import OF_PARTS, for_page, plain, variables
 from sidestep.report.mixed import canonical, text_of
+from sidestep.report.quick import quick_line
 from sidestep.report.ratios import in_short, not_won, plan_table, ratio_table
 from sidestep.report.rows import Group, Results, Row
 from sidestep.report.tables import Table, main_table, score_text, unmeasured, without
+from sidestep.report.verdict import BY_TASK, RULE, Verdict, by_task, verdicts
 
 #: Settings that are said elsewhere in a row.
 _SAID = frozenset({"backbone", "contender", "method", "config", "task", "seed", "rate", "score_of"})
@@ -40,6 +43,50 @@ class Panel:
         if self.figure.kind == "score":
             return list(dict.fromkeys(row["task"] for row in self.figure.rows))
         return [self.figure.about] if self.figure.kind == "curve" else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the page begins with, of one group: the answer by each score, and its picture.
+
+    Attributes:
+        group: of rows.
+        verdicts: the average first; one without a score where there are costs alone.
+        panel: score against memory, or step time against memory where there are no scores; None with too few points.
+    """
+
+    group: Group
+    verdicts: tuple[Verdict, ...]
+    panel: Panel | None
+
+    @property
+    def by_task(self) -> list[tuple[str, ...]]:
+        """See `verdict.by_task`."""
+        return by_task(self.verdicts)
+
+    @classmethod
+    def of(cls, group: Group, panels: Sequence[Panel]) -> Answer:
+        """The answer of a group, with its picture from among the panels."""
+        memory = memory_of(group)
+        own = [panel for panel in panels if panel.figure.group is group]
+        wanted = [panel for panel in own if panel.figure.name.startswith(f"score-against-{memory}-")]
+        wanted += [panel for panel in own if panel.figure.kind == "cost"]
+        return cls(group=group, verdicts=tuple(verdicts(group)), panel=wanted[0] if wanted else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """The part of the table of all values that is about one backbone.
+
+    Attributes:
+        backbone: its label.
+        table: its rows, with the columns in which anything was measured of them.
+        tasks: how many have a score.
+    """
+
+    backbone: str
+    table: Table
+    tasks: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +118,22 @@ def render(results: Results, *, command: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters["text"] = text_of
-    panels = [Panel(id=f"figure-{number}", figure=figure) for number, figure in enumerate(_figures(results))]
+    every = [Panel(id=f"figure-{number}", figure=figure) for number, figure in enumerate(_figures(results))]
+    answers = [Answer.of(group, every) for group in results.groups]
+    panels = [panel for panel in every if all(panel is not answer.panel for answer in answers)]
     look = for_page(results.contenders)
-    tables = {"table": main_table(results), "ratios": ratio_table(results), "plans": plan_table(results)}
+    tables = {"ratios": ratio_table(results), "plans": plan_table(results)}
     single = len(results.groups) == 1
     marks = Marks()
-    for mark in (mark for table in tables.values() for mark in _marks_of(table)):
+    for mark in (mark for table in (main_table(results), *tables.values()) for mark in _marks_of(table)):
         marks.letter(mark)
     return environment.get_template("page.html").render(
         **{name: without(table, ["backbone"]) if single else table for name, table in tables.items()},
+        folds=_folds(results),
+        answers=answers,
+        quick=quick_line(results),
+        rule=RULE,
+        by_task_heads=BY_TASK,
         results=results,
         command=command,
         version=version("sidestep"),
@@ -98,10 +152,11 @@ def render(results: Results, *, command: str) -> str:
         dates=sorted({record.date[:10] for record in results.records}),
         light=variables(results.contenders, dark=False),
         dark=variables(results.contenders, dark=True),
-        specs=_for_script({panel.id: panel.figure.spec(look) for panel in panels}),
+        specs=_for_script({panel.id: panel.figure.spec(look) for panel in every}),
         style=Markup(_source(environment, "style.css")),
         script=Markup(_source(environment, "page.js")),
-        vega=Markup(_vega() if panels else ""),
+        vega=Markup(_vega() if every else ""),
+        drawn=bool(every),
     )
 
 
@@ -131,6 +186,16 @@ def details(group: Group, row: Row) -> list[tuple[str, list[tuple[str, str]]]]:
     if row.trials:
         sections.append(("Rates tried", _trials(row.trials)))
     return sections
+
+
+def _folds(results: Results) -> list[Fold]:
+    folds = []
+    for backbone in dict.fromkeys(group.backbone for group in results.groups):
+        groups = tuple(group for group in results.groups if group.backbone == backbone)
+        table = main_table(replace(results, groups=groups))
+        table = without(table, ["backbone"]) if len(groups) == 1 else table
+        folds.append(Fold(backbone=backbone, table=table, tasks=len(groups[0].tasks)))
+    return folds
 
 
 def _figures(results: Results) -> list[Figure]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sidestep.compare.records import Record
@@ -27,10 +28,17 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task: its name, the metric of its scores, and whether a greater one is better."""
+    """A task: its name, the metric of its scores, and whether a greater one is better.
+
+    Attributes:
+        constant: the metric of the best single answer for all dev rows; None where no line says it, or lines differ.
+        dev_rows: that scores were taken on, the fewest of its lines; None where no line says it.
+    """
 
     name: str
     metric: str
+    constant: float | None = None
+    dev_rows: int | None = None
 
     @property
     def greater(self) -> bool:
@@ -46,11 +54,18 @@ class Score:
         estimate: of the metric, over seeds.
         records: one line a seed.
         marks: how these lines differ from the others of the task, and which were left out.
+        constant: what the best single answer for all of their dev rows scores; None where that is not known.
     """
 
     estimate: Estimate
     records: tuple[Record, ...]
     marks: tuple[str, ...] = ()
+    constant: float | None = None
+
+    @property
+    def by_seed(self) -> dict[Any, float]:
+        """The score of each seed."""
+        return {record.settings.get("seed"): float((record.measured or {})["score"]) for record in self.records}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +152,12 @@ class Group:
     def averaged(self) -> tuple[Task, ...]:
         """The tasks over which scores are averaged."""
         return tuple(task for task in self.tasks if task.greater)
+
+    @property
+    def constant(self) -> float | None:
+        """The average of one answer for all over the averaged tasks; None where one of them is not known."""
+        found = [task.constant for task in self.averaged if task.constant is not None]
+        return fmean(found) if found and len(found) == len(self.averaged) else None
 
     def find(self, contender: str) -> Row | None:
         """The row of a contender."""

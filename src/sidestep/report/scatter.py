@@ -8,7 +8,9 @@ from math import log10
 
 import altair as alt
 
+from sidestep.report.chance import ONE_ANSWER
 from sidestep.report.chart import ABOUT, Figure, Rows, about, series_scale, slug
+from sidestep.report.choice import AVERAGE, MEMORY, memory_of, picked
 from sidestep.report.labels import Box, place_labels
 from sidestep.report.looks import Look
 from sidestep.report.rows import Group, Row
@@ -19,10 +21,6 @@ NOMINAL = 340  # width for which labels are placed: a phone's, and a third of a 
 PADDING = 14  # pixels between the outermost values and the plot's edge
 #: A cost whose largest value is more than so many times its smallest is drawn on a logarithmic scale.
 LOG_RATIO = 20
-NAMES = {"peak": "peak memory", "planned": "planned peak memory", "kept": "what is kept"}
-#: In the place of a task: the average over tasks.
-AVERAGE = "average"
-
 #: Labels of a logarithmic axis: 0.1, 20, 1k, 10M.
 SHORT = {"format": "~s", "labelExpr": "datum.label && datum.value < 1 ? format(datum.value, '~g') : datum.label"}
 #: What scores are drawn against: file name, axis title, value of a row.
@@ -45,6 +43,8 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
     """
     title, value = COSTS[cost]
     less = {task.name for task in group.tasks if not task.greater}
+    constants = {AVERAGE: group.constant, **{task.name: task.constant for task in group.tasks}}
+    picks = picked(group) if cost in MEMORY else {}
     rows: Rows = []
     for name in tasks:
         greater = name not in less
@@ -55,16 +55,20 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
             x = value(row)
             if found is not None and x is not None:
                 ends = {"score": scale * found.mean, "low": scale * found.low, "high": scale * found.high}
-                here.append({"task": name, **about(row), "x": x, **ends, "seeds": found.count})
+                pick = picks.get(name) == row.contender
+                here.append({"task": name, **about(row), "x": x, **ends, "seeds": found.count, "pick": pick})
         here = _with_bars(here)
         front = pareto([(row["x"], row["score"]) for row in here], greater=greater)
-        rows += [{**row, "front": place in front} for place, row in enumerate(here)]
+        here = [{**row, "front": place in front} for place, row in enumerate(here)]
+        constant = constants[name]
+        rows += here if constant is None else _with_line(here, scale * constant)
     if len({row["contender"] for row in rows}) < 2:
         return None
     first = AVERAGE if any(row["task"] == AVERAGE for row in rows) else rows[0]["task"]
 
     def draw(look: Look) -> alt.LayerChart:
-        return _scatter(look, rows, first, x_title=title, y_title="score", log=_wide([row["x"] for row in rows]))
+        log = _wide([row["x"] for row in rows])
+        return _scatter(look, rows, first, x_title=title, y_title="score", log=log)
 
     return Figure(
         name=f"score-against-{cost}-{slug(first)}",
@@ -79,15 +83,24 @@ def score_figure(group: Group, cost: str, tasks: Sequence[str]) -> Figure | None
             title: "x",
             **{name: name for name in ("score", "low", "high", "seeds")},
             "on the Pareto front": "front",
+            **({ONE_ANSWER: "constant"} if any("constant" in row for row in rows) else {}),
         },
         draw=draw,
     )
 
 
-def memory_of(group: Group) -> str:
-    """Which memory a group's scores and times are drawn against: the peak, the planned one, or what is kept."""
-    known = (name for name in NAMES if any(COSTS[name][1](row) is not None for row in group.rows))
-    return next(known, "kept")
+def _with_line(rows: Rows, constant: float) -> Rows:
+    """The rows with what one answer for all scores; the first says that its line is drawn.
+
+    None is drawn so far from all scores that it would press them into a line.
+    """
+    means = [row["score"] for row in rows]
+    span = max(means) - min(means) if means else 0.0
+    near = span == 0 or min(means) - span <= constant <= max(means) + span
+    return [
+        {**row, "constant": constant, **({"line": constant, "lined": ONE_ANSWER} if near and place == 0 else {})}
+        for place, row in enumerate(rows)
+    ]
 
 
 def cost_figure(group: Group) -> Figure | None:
@@ -112,7 +125,7 @@ def cost_figure(group: Group) -> Figure | None:
         name=f"step-against-{memory}",
         kind="cost",
         group=group,
-        title=f"Step time against {NAMES[memory]}",
+        title=f"Step time against {MEMORY[memory][0]}",
         rows=rows,
         columns={**ABOUT, title: "x", "step time, s": "score", "on the Pareto front": "front"},
         draw=draw,
@@ -149,7 +162,14 @@ def pareto(points: Sequence[tuple[float, float]], *, greater: bool) -> set[int]:
 
 
 def _scatter(
-    look: Look, rows: Rows, task: str, *, x_title: str, y_title: str, log: bool, zero: bool = False
+    look: Look,
+    rows: Rows,
+    task: str,
+    *,
+    x_title: str,
+    y_title: str,
+    log: bool,
+    zero: bool = False,
 ) -> alt.LayerChart:
     chosen = alt.param(name="task", value=task)
     wanted = alt.param(name="wanted", value="")
@@ -222,8 +242,21 @@ def _scatter(
         fontWeight=alt.expr("datum.ours ? 600 : 400"),
         color=look.inks["ink"],
     ).encode(x=x, y=y, text="name:N", opacity=opacity)
-    layers = alt.layer(front, spread, points, names, data=data).add_params(chosen, wanted)
-    return layers.properties(width=look.width, height=HEIGHT)
+    # layers that show few of the rows hide the others: one without a row has no extent, and Vega warns of it
+    ring = base.mark_point(shape="circle", size=330, strokeWidth=1.3, color=look.inks["ink"]).encode(
+        x=x, y=y, opacity=alt.condition("datum.pick", alt.value(1), alt.value(0))
+    )
+    line, its_name = _one_answer(look, base)
+    layers = alt.layer(line, front, spread, ring, points, names, its_name, data=data)
+    return layers.add_params(chosen, wanted).properties(width=look.width, height=HEIGHT)
+
+
+def _one_answer(look: Look, base: alt.Chart) -> tuple[alt.Chart, alt.Chart]:
+    """A dotted line across the plot, and its name at the right, for the row that says so."""
+    lined = base.encode(y="line:Q", opacity=alt.condition("datum.lined", alt.value(1), alt.value(0)))
+    rule = lined.mark_rule(color=look.inks["muted"], strokeDash=[1, 3], strokeWidth=1.2)
+    name = lined.mark_text(align="right", baseline="bottom", dy=-2, fontSize=10.5, color=look.inks["muted"])
+    return rule, name.encode(x=alt.value("width"), text="lined:N")
 
 
 def _with_labels(rows: Rows, *, log: bool, zero: bool) -> Rows:
@@ -241,7 +274,16 @@ def _with_labels(rows: Rows, *, log: bool, zero: bool) -> Rows:
     ]
     places = place_labels(points, [row["contender"] for row in rows], bars + steps, NOMINAL, HEIGHT)
     return [
-        {**row, "dx": place.dx, "dy": place.dy, "align": place.align, "name": row["contender"] if place.shown else ""}
+        {
+            "line": row["score"],
+            "lined": "",
+            "pick": False,
+            **row,
+            "dx": place.dx,
+            "dy": place.dy,
+            "align": place.align,
+            "name": row["contender"] if place.shown else "",
+        }
         for row, place in zip(rows, places, strict=True)
     ]
 

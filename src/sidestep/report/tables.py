@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import floor, log10
 
+from sidestep.report.chance import ONE_ANSWER, beside
 from sidestep.report.estimates import Estimate
 from sidestep.report.rows import Group, Results, Row, Task
 
@@ -74,19 +75,27 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Columns and lines."""
+    """Columns and lines.
+
+    Attributes:
+        columns: of every line.
+        lines: one a row of a group.
+        foot: what stands below them: of each group where it is known, what one answer for all scores.
+    """
 
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
+    foot: tuple[Line, ...] = ()
 
 
 def without(table: Table, names: Sequence[str]) -> Table:
     """A table without some of its columns."""
     places = [place for place, column in enumerate(table.columns) if column.name not in names]
-    return Table(
-        columns=tuple(table.columns[place] for place in places),
-        lines=tuple(replace(line, cells=tuple(line.cells[place] for place in places)) for line in table.lines),
+    lines, foot = (
+        tuple(replace(line, cells=tuple(line.cells[place] for place in places)) for line in part)
+        for part in (table.lines, table.foot)
     )
+    return Table(columns=tuple(table.columns[place] for place in places), lines=lines, foot=foot)
 
 
 # --- numbers as texts -------------------------------------------------------------------------------------
@@ -130,7 +139,28 @@ def main_table(results: Results) -> Table:
         for group in results.groups
         for row in group.rows
     ]
-    return Table(columns=tuple(column for column, _ in columns), lines=tuple(lines))
+    heads = tuple(column for column, _ in columns)
+    foot = tuple(_one_answer(group, heads) for group in results.groups if _answers(group))
+    return Table(columns=heads, lines=tuple(lines), foot=foot)
+
+
+def _answers(group: Group) -> dict[str, Cell]:
+    """What one answer for all scores, by the column's name; empty if no line says it."""
+    found = {f"task {task.name}": (task.constant, task) for task in group.tasks}
+    return {
+        name: Cell(text=score_text(Estimate(mean=value, half=None, count=1), task), value=value)
+        for name, (value, task) in {_AVERAGE.name: (group.constant, None), **found}.items()
+        if value is not None
+    }
+
+
+def _one_answer(group: Group, columns: Sequence[Column]) -> Line:
+    row = Row(contender=ONE_ANSWER, method="", ours=False, checkpoint=False)
+    known = {
+        **_answers(group),
+        **{column.name: cell for column, cell in zip(columns, named_cells(group, row), strict=False)},
+    }
+    return Line(group=group, row=row, cells=tuple(known.get(column.name, Cell(text="")) for column in columns))
 
 
 def unmeasured(results: Results) -> list[str]:
@@ -179,7 +209,7 @@ def _average(group: Group, row: Row) -> Cell:
         small = f"without {', '.join(lacking)}" if lacking and len(lacking) < len(group.averaged) else ""
         return Cell(text=NOTHING, small=small, tone="missing")
     marks = tuple(dict.fromkeys(mark for task in group.averaged for mark in row.scores[task.name].marks))
-    return _score_cell(row, row.average, None, marks)
+    return _score_cell(row, row.average, None, marks, beside(row.average, group.constant, greater=True))
 
 
 def _task_column(task: Task) -> Column:
@@ -198,16 +228,17 @@ def _task_cell(task: Task) -> _CellOf:
         score = row.scores.get(task.name)
         if score is None:
             return Cell(text=row.missing.get(task.name, NOTHING), tone="missing")
-        return _score_cell(row, score.estimate, task, score.marks)
+        chance = beside(score.estimate, score.constant, greater=task.greater)
+        return _score_cell(row, score.estimate, task, score.marks, chance)
 
     return cell
 
 
-def _score_cell(row: Row, found: Estimate, task: Task | None, marks: tuple[str, ...]) -> Cell:
+def _score_cell(row: Row, found: Estimate, task: Task | None, marks: tuple[str, ...], chance: str) -> Cell:
     return Cell(
         text=score_text(found, task),
         value=found.mean,
-        small="1 seed" if found.count == 1 else "",
+        small=", ".join(part for part in ("1 seed" if found.count == 1 else "", chance) if part),
         marks=marks,
         tone="shared" if row.score_of else "",
     )

@@ -61,15 +61,49 @@
     for (const part of document.querySelectorAll(".panels")) {
       part.hidden ||= !part.querySelector(".panel:not([hidden])");
     }
-    const rows = [...document.querySelectorAll("#results-table > tbody")];
+    const rows = [...document.querySelectorAll(".results > tbody")];
     const shown = rows.filter((row) => !row.hidden).length;
+    // what is looked for is not left in a closed fold
+    const looking = backbone !== "" || wanted !== "";
+    for (const fold of document.querySelectorAll(".fold")) {
+      if (looking && fold.querySelector("tbody:not([hidden])")) fold.open = true;
+    }
     filters.querySelector("output").value = `${shown} of ${rows.length} rows`;
     for (const [chart, view] of views) if (view && !chart.closest("[hidden]")) apply(chart, view);
     window.dispatchEvent(new Event("resize"));
     draw();
   }
 
+  // --- the answer: one backbone at a time, by one score ---
+
+  const choose = document.querySelector("form.choose");
+
+  function answer() {
+    const { of: backbone, by } = choose;
+    const here = [...document.querySelectorAll(".answer")].filter((part) => part.dataset.of === backbone.value);
+    const scores = [...new Set(here.flatMap((part) => [...part.querySelectorAll(".verdict")].map((one) => one.dataset.by)))];
+    const kept = scores.includes(by.value) ? by.value : scores[0];
+    by.replaceChildren(...scores.map((name) => new Option(name, name, false, name === kept)));
+    by.closest("label").hidden = scores.length < 2;
+    for (const part of document.querySelectorAll(".answer")) {
+      part.hidden = !here.includes(part);
+      for (const one of part.querySelectorAll(".verdict")) one.hidden = one.dataset.by !== kept;
+    }
+    for (const [chart, view] of views) if (view && chart.closest(".answer:not([hidden])")) apply(chart, view);
+    window.dispatchEvent(new Event("resize"));
+    draw();
+  }
+
+  choose?.addEventListener("input", answer);
+  choose?.addEventListener("submit", (event) => event.preventDefault());
+  addEventListener("beforeprint", () => { for (const fold of document.querySelectorAll("details.fold")) fold.open = true; });
+
   function apply(chart, view) {
+    if (chart.closest(".answer")) {
+      if (choose.by.value) view.signal("task", choose.by.value); // of costs alone there is no score
+      view.runAsync();
+      return;
+    }
     const { task = "", contender } = chosen();
     if (!chart.closest(".memory")) view.signal("wanted", contender.trim().toLowerCase());
     if (chart.closest(".score")) view.signal("task", task || chart.dataset.first);
@@ -118,5 +152,6 @@
     drawing.then(() => { document.documentElement.dataset.drawn = "yes"; });
   }
 
+  if (choose) answer();
   filter();
 })();
