@@ -37,7 +37,7 @@ from sidestep.data.joins import NOTHING, separators_of
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.steps import check_modality, views_of, without_bad_images
 from sidestep.kinds.task_data import Asked, TaskData
-from sidestep.metrics import ComputeMetrics, Written, of_evaluation, scores
+from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, Written, of_evaluation, scores
 from sidestep.model.attach import Attached
 from sidestep.model.heads import HeadConfig
 
@@ -89,6 +89,10 @@ class TaskKind(ABC):
             DataError: as `data.label_space`.
         """
         return label_space(rows, column, self.name)
+
+    def stored_labels(self, names: Sequence[str]) -> LabelSpace:
+        """What `labels` gave, by the names of classes that a task stores."""
+        return LabelSpace(self.name, tuple(names))
 
     def strata(self, fields: Fields) -> str | None:
         """The column by whose classes held-out rows are drawn; None for a random draw."""
@@ -216,10 +220,13 @@ class TaskKind(ABC):
             raise ValueError(f"metric={asked!r}: {of} problems have {', '.join(known)}")
         return asked or self.best
 
-    @property
-    def compute_metrics(self) -> Callable[[Sequence[str] | None], Callable[[Any], dict[str, float]] | None]:
-        """By the names of classes, what a Trainer scores its evaluation with; None where texts have to be written."""
-        return lambda names: None if self.writes else ComputeMetrics(self.name, tuple(names) if names else None)
+    def greater_is_better(self, metric: str) -> bool:
+        """Whether a larger score is the better one."""
+        return GREATER_IS_BETTER.get(metric, True)
+
+    def compute_metrics(self, names: Sequence[str] = ()) -> Callable[[Any], dict[str, float]] | None:
+        """What a Trainer scores its evaluation with, by the names of classes; None where texts have to be written."""
+        return None if self.writes else ComputeMetrics(self.name, tuple(names) or None)
 
     def assess(
         self, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None = None

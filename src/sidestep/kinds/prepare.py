@@ -192,7 +192,7 @@ def stored_separators(preprocessing: Mapping[str, Any]) -> Separators:
 
 def stored_labels(preprocessing: Mapping[str, Any]) -> LabelSpace:
     """What a task predicts that `sidestep train` has saved."""
-    return LabelSpace(preprocessing["problem"], tuple(preprocessing["labels"]))
+    return kind_named(preprocessing["problem"]).stored_labels(preprocessing["labels"])
 
 
 def _number(cell: Any) -> float | None:

@@ -21,7 +21,6 @@ from sidestep.data import LabelSpace
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.task_data import TaskData
-from sidestep.metrics import GREATER_IS_BETTER
 from sidestep.model.attach import Attached
 from sidestep.model.pair_model import PairModel
 from sidestep.training import checkpoints
@@ -184,7 +183,7 @@ def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric:
         save_total_limit=2,  # the best and the last
         load_best_model_at_end=settings.keep == "best",
         metric_for_best_model=metric,
-        greater_is_better=GREATER_IS_BETTER[metric],
+        greater_is_better=kind_named(data.labels.kind).greater_is_better(metric),
         restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
         logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,  # on, it puts an average where the loss was NaN
