@@ -108,7 +108,7 @@ def test_a_kind_of_ones_own_is_trained_stored_scored_and_predicted(tmp_path: Pat
     )
     _, _, results = ss.train(spec)
     assert results.metric == "error"
-    assert results.scores["error"] == min(epoch["dev_error"] for epoch in results.history)
+    assert results.scores["error"] == pytest.approx(min(epoch["dev_error"] for epoch in results.history))
     model = ss.load(tmp_path / "task")
     assert evaluate(model, rows) == pytest.approx(results.scores, rel=1e-5)
     found = predict(model, rows)

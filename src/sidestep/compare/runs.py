@@ -294,7 +294,7 @@ def _measured(results: Results, model: SideModel) -> dict[str, Any]:
     ]
     if not math.isfinite(results.scores[metric]):
         raise ValueError(f"{metric} on dev is {results.scores[metric]}, no finite number")
-    pick = max if GREATER_IS_BETTER[metric] else min
+    pick = max if GREATER_IS_BETTER.get(metric, True) else min
     further: dict[str, Any] = {} if model.sparse is None else {"nonzeros": len(model.sparse.values)}
     if first is not None:
         further["first_stage"] = {name: value for name, value in first.items() if name != "history"}
