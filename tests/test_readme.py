@@ -46,10 +46,9 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 def test_the_readmes_lines_of_python_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    good, bad = (
-        ("a pleasure", "well made", "works at once", "worth it"),
-        ("a waste", "broken", "too slow", "fell apart"),
-    )
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    good = ("a pleasure", "well made", "works at once", "worth it")
+    bad = ("a waste", "broken", "too slow", "fell apart")
     things = ("phone", "camera", "player", "router", "charger", "radio", "lamp", "kettle")
     rows = [(f"this {thing} is {word}", int(word in good)) for thing in things for word in good + bad]
     with open("train.csv", "w", encoding="utf-8", newline="") as file:
