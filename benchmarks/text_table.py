@@ -151,7 +151,7 @@ def costs(backbone: nn.Module, repeats: int = 7) -> None:
 
 
 def table() -> str:
-    """The README's table."""
+    """The table of docs/measured.md, "READ on larger training sets"."""
     lines = [
         f"| method | {' | '.join(TASKS)} | parameters | bytes kept, MiB | step, s |",
         "|---|" + "---|" * (len(TASKS) + 3),
