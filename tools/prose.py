@@ -37,10 +37,10 @@ PLAIN = Limits(long=0, semicolons=3, hangs=0)
 #: The limits of each part. A part that is still to be rewritten has where it stands today (2026-11-29) as its second
 #: value, so that it cannot become worse. Delete that value when the part is rewritten.
 LIMITS: dict[str, tuple[Limits, Limits | None]] = {
-    "README": (PLAIN, Limits(long=22.5, semicolons=37.1, hangs=0)),
+    "README": (PLAIN, None),
     "CONTRIBUTING": (PLAIN, None),
     "docs": (PLAIN, None),
-    "docs/backbones": (PLAIN, Limits(long=17.2, semicolons=5.8, hangs=0)),
+    "docs/backbones": (PLAIN, None),
     "docstrings": (PLAIN, Limits(long=3.3, semicolons=20.6, hangs=10)),
     "messages and help": (PLAIN, Limits(long=6.6, semicolons=10.8, hangs=0)),
 }
