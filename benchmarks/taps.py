@@ -1,7 +1,7 @@
 """Encode each text once: the frozen pass is the same in every epoch, so a study may keep what the side network reads.
 
 `record` runs the library's own fold with a method that only collects; `replay` runs a method over what was collected.
-`tests/test_benchmark_taps.py` shows that one training step from recorded taps equals the live model's.
+`tests/measure/test_benchmark_taps.py` shows that one training step from recorded taps equals the live model's.
 """
 
 from __future__ import annotations
