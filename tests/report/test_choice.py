@@ -147,6 +147,12 @@ def test_tasks_have_different_metrics_and_seeds(tmp_path: Path) -> None:
     assert pick(average) == "full"
 
 
+def test_scores_that_nobody_shows_are_no_choice(tmp_path: Path) -> None:
+    # the cost line says that lora shows the scores of a contender that has none
+    odd = sample.cost("b", "lora", settings={"score_of": "nobody"})
+    assert choices(group_of(tmp_path, [odd, *runs("lora", "rte", [0.7, 0.71])])) == []
+
+
 def test_costs_alone_are_no_choice(tmp_path: Path) -> None:
     assert choices(group_of(tmp_path, [cost("read", 10)])) == []
 

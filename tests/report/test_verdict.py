@@ -118,9 +118,10 @@ def test_a_contender_with_too_few_seeds_is_named(tmp_path: Path) -> None:
 
 def test_results_of_before_say_that_chance_is_not_known(tmp_path: Path) -> None:
     found = said(tmp_path, [*two([0.70, 0.76], [0.73, 0.76]), *COSTS])
-    assert found.remarks == (
-        "What one answer for all rows scores is not in these results, so scores at chance are not marked.",
-    )
+    unknown = "What one answer for all rows scores is not in these results, so scores at chance are not marked."
+    assert unknown in found.remarks
+    known = said(tmp_path, [*two([0.80, 0.76], [0.83, 0.76], measured={"constant": {"accuracy": 0.1}}), *COSTS])
+    assert unknown not in known.remarks
 
 
 def test_contenders_with_other_settings_are_named(tmp_path: Path) -> None:

@@ -119,11 +119,13 @@ def choices(group: Group) -> list[Choice]:
 
     Where no contender has all tasks there is no average, and each task stands alone.
     """
+    # a contender may show another's scores, so that nobody shows its own
+    tasks = [task for task in group.tasks if any(task.name in row.scores for row in group.rows)]
     found = []
     if any(row.average for row in group.rows):
         found.append(_choice(group, AVERAGE, group.averaged))
-    if len(group.tasks) > 1 or not found:
-        found += [_choice(group, task.name, (task,)) for task in group.tasks]
+    if len(tasks) > 1 or not found:
+        found += [_choice(group, task.name, (task,)) for task in tasks]
     return found
 
 
