@@ -92,7 +92,7 @@ class DTL(SideNet):
         self.stages = [site.stage for site in blocks]
         written = {site.stage: site.width for site in blocks[self.first_late :]}
         for site in blocks[config.first_read :]:
-            # the state starts anew in every stage: a read of a stage without a write would never be used
+            # the state starts again in every stage: a read of a stage without a write would never be used
             if site.stage in written:
                 self.reads[str(site.index)] = _read(site.width, config.rank)
                 self.writes[str(site.index)] = _write(config.rank, site.width)

@@ -159,8 +159,7 @@ class Read(SideNet):
 
     @classmethod
     def kept_per_token(cls, config: ReadConfig, site: Site) -> int:
-        """Each block output once, the state, and the corrected hidden state, which the backbone's final norm keeps.
-        """
+        """Each block output once, the state, and the corrected hidden state, which the final norm keeps."""
         if site.kind == "stage":
             return 0
         if site.kind == "norm":

@@ -312,7 +312,7 @@ class RelaxedWeight:
                 of_w.mul_(group)
                 of_alpha.mul_(group)
             p = self.gate.nonzero(alpha)
-            # exact enough within a chunk; only the sum of all chunks needs more digits
+            # exact enough within a chunk: only the sum of all chunks needs more digits
             sums = torch.stack([through_group, p.sum()]).double()
             yield span, of_w, of_alpha.add_(sigmoid_slope(p).mul_(factor)), sums
 

@@ -131,7 +131,9 @@ class Sherl(SideNet):
 
     @classmethod
     def first_write(cls, config: SherlConfig, sites: Sequence[Site]) -> Site | None:
-        """The output of the last block but one of the stack that the head reads, or None where a vector is corrected.
+        """The output of the last block but one, in the stack that the head reads.
+
+        None where a vector is corrected.
         """
         if config.pool_tokens:
             return None
