@@ -60,9 +60,10 @@ def pretrained_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Names (relative to the base model, sorted) and values of the pretrained weights that identify a backbone.
 
-    Left out: heads and poolers (a class of model may lack them), tensors that the checkpoint did not have, and the
-    second name of a tied tensor. `originals` stand in for tensors (by the model's names) that a method moved.
-    `plain_name` gives back the names that tensors had before a method inserted modules, or None for the method's own.
+    Left out are heads and poolers (a class of model may lack them) and tensors that the checkpoint did not have. The
+    second name of a tied tensor is left out too. `originals` stand in for tensors (by the model's names) that a method
+    moved. `plain_name` gives back the names that tensors had before a method inserted modules, or None for the method's
+    own.
     """
     trunk, missing = trunk_of(model), new_parameters(model)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])

@@ -113,7 +113,10 @@ def bert_block(block: Any) -> FrozenBlock:
 
 
 def timm_block(block: Any) -> FrozenBlock | None:
-    """timm's plain ViT block, with LayerScale and drop path where it has them, or None for timm's other kinds of block."""
+    """timm's plain ViT block, with LayerScale and drop path where it has them.
+
+    None for timm's other kinds of block.
+    """
     if type(block).__name__ != "Block" or type(block.attn).__name__ != "Attention":
         return None
     attention = block.attn
@@ -169,8 +172,8 @@ class Family:
 
     Attributes:
         pool: default read-out of Sidestep's heads: "cls" (first token), "mean" (kept tokens) or "last".
-        causal: whether tokens see earlier ones only. It is for models that cannot be run as they are (a plan's,
-            quantised and dispatched ones), where their config and modules do not say so. None: as those say.
+        causal: whether tokens see earlier ones only. It is for models that cannot be run as they are: a plan's,
+            quantised and dispatched ones. It counts where their config and modules do not say so. None: as those say.
         prefix: tokens before the grid, a number or the model's attribute that holds it.
         blocks: pattern of the names of the stages' lists of blocks. None: found by structure.
         grid: the token grid at a site, from the model, the pass's inputs, the block's arguments and its output. Of
@@ -223,7 +226,7 @@ FAMILIES: dict[str, Family] = {
     "t5": Family(block_weights=t5_weights),
     "clip_text_model": Family(causal=True),
     "imagegpt": Family(causal=True),
-    # among the causal language models; a decoder's attention says so itself
+    # among the causal language models, and a decoder's attention says so itself
     "bert-generation": Family(causal=False),
     "cpmant": Family(causal=False),
     # among the causal language models, and told by a mask of its own which tokens come later

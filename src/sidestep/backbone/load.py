@@ -208,7 +208,7 @@ def paired(image: Any, text: Any) -> nn.Module:
             )
     names = [encoder.config._name_or_path for encoder in (image, text)]
     model: Any = transformers.VisionTextDualEncoderModel(vision_model=image, text_model=text).eval()
-    # the towers' configs are copies now; by these names they are loaded again
+    # the towers' configs are copies now, and by these names they are loaded again
     for tower, name in zip((model.vision_model, model.text_model), names, strict=True):
         tower.config._name_or_path = name
     return model
@@ -280,7 +280,7 @@ def _load_transformers(
             ignore_mismatched_sizes=True,
         )
     _check_report(name, model, report)
-    # what `source_of` reads; from_pretrained sets it to what it was given
+    # what `source_of` reads: from_pretrained sets it to what it was given
     model.config._name_or_path = name
     return model.eval()
 

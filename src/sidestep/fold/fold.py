@@ -32,7 +32,7 @@ BUSY = (
 
 
 class Fold:
-    """Runs one method over the sites of one backbone; `Hooks` bring it the passes.
+    """Runs one method over the sites of one backbone, in the passes that `Hooks` bring.
 
     Args:
         trunk: the backbone without its head.
@@ -40,14 +40,15 @@ class Fold:
         method: the side network.
         facts: what the backbone is.
         grid: tells the token grid at a site, where hidden states have no rows and columns of their own.
-        narrow: "cls" or "last": only the token that the head reads is given to the method; None: all tokens.
-        mean_first: the head reads the mean of the tokens before the final norm, which norms nothing else.
-        through: whether a narrowed hidden state also goes on through the backbone's own norm and head (only where the
-            family table knows that they take it); else they get all tokens and their result is not used.
+        narrow: "cls" or "last": only the token that the head reads is given to the method. None: all tokens.
+        mean_first: the head reads the tokens' mean. The mean is taken before the final norm, and only the mean is
+            normed.
+        through: whether a narrowed hidden state also goes on through the backbone's own norm and head. It does only
+            where the family table knows that they take it. Else they get all tokens and their result is not used.
         frozen: whether nothing before the method's first write may require a gradient.
         late: whether blocks come after that write: their keys and values in a cache are then of this task alone.
         pools: whether a Sidestep head reads the tokens, which has to know the padding.
-        diff: a sparse diff, which is written into the weights before each call; None: there is none.
+        diff: a sparse diff, which is written into the weights before each call. None: there is no diff.
     """
 
     def __init__(
@@ -96,7 +97,10 @@ class Fold:
 
     @property
     def running(self) -> bool:
-        """Whether a call is running in this thread; in any other one the hooks do nothing."""
+        """Whether a call is running in this thread.
+
+        In any other thread the hooks do nothing.
+        """
         return self.turn.mine
 
     def require_attached(self) -> None:
@@ -188,7 +192,7 @@ class Fold:
         return given if written is read else self._as_given(written, given, site)
 
     def memory(self, site: Site, given: Tensor, call: Mapping[str, Any]) -> Tensor | None:
-        """What a decoder block reads in the place of the encoder's output; None: that."""
+        """What a decoder block reads in the place of the encoder's output, or None to read the encoder's output."""
         if self.current is None:
             return None
         return self.current[1].memory(self._seen(site, given, call))
@@ -219,7 +223,10 @@ class Fold:
         return raw.detach()
 
     def norm(self, site: Site, order: int, module: nn.Module, raw: Tensor, normed: Tensor) -> Tensor | None:
-        """What goes on in the place of the final norm's output; None if it is not called as the end of its stack."""
+        """What goes on in the place of the final norm's output.
+
+        None if the norm is not called as the end of its stack.
+        """
         if self.current is None or not self.current[0].is_turn(site, order):
             return None
         passed, strand = self._visit(site, order)
