@@ -97,7 +97,7 @@ class Texts:
 
 
 def texts(trunk: nn.Module, model: Any) -> Iterator[Texts]:
-    """Ways to give a model texts, of which there are none where it reads no tokens.
+    """Ways to give a model texts, or nothing where it reads no tokens.
 
     Args:
         trunk: whose forward is called.

@@ -85,6 +85,6 @@ def gguf_file(name: str | Path) -> str:
 
 
 def unpacking() -> dict[str, Any]:
-    """What tells `from_pretrained` to give plain weights, as older releases of transformers always do."""
+    """What tells `from_pretrained` to give plain weights, which older releases of transformers always give."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}

@@ -286,7 +286,7 @@ def _load_transformers(
 
 
 def _check_report(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
-    """Refuse a backbone that did not come from the checkpoint, where new poolers and heads are no news."""
+    """Refuse a backbone that did not come from the checkpoint, but accept new poolers and heads."""
     kind = type(model).__name__
     trunk = {id(parameter) for parameter in trunk_of(model).parameters()}
     inside = [key for key, parameter in model.named_parameters() if id(parameter) in trunk]

@@ -91,7 +91,7 @@ class ImageTransform:
         return self._needed() if self.resize_to is None else _pair(self.resize_to)
 
     def with_size(self, size: int | tuple[int, int]) -> ImageTransform:
-        """The same for another size, where what is cut off at the margins stays in proportion."""
+        """The same for another size, with margins cut off in proportion."""
         if self.resize_to is None:
             return replace(self, size=size)
         at_size = replace(self, size=size, resize_to=None)

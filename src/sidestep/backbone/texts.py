@@ -45,7 +45,7 @@ class TextPass:
     """One watched pass of a text and of the same text with one other token.
 
     Its rows are the text, and the text with another last token, with another last but one, and with another first one.
-    Where there is a decoder, it has three more. In those the same tokens of what the decoder reads are others.
+    Where there is a decoder, it has three more. In those, the same tokens of the decoder's text are other ones.
 
     Attributes:
         model: the bare model.

@@ -79,7 +79,7 @@ def encode_text(
 
     Returns:
         The tokenizer's columns with "length" (tokens, for length grouping) and, with `labels`, "labels".
-        Then how many rows were truncated.
+        Second, how many rows were truncated.
 
     Raises:
         DataError: for unusable fields or labels, a max_length without room for text, a row without a token.

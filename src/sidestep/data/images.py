@@ -38,7 +38,9 @@ def decode(cell: dict[str, Any], row: int | None) -> PIL.Image.Image:
 
 
 def drop_unreadable(rows: Dataset, column: str, what: str = "rows") -> Dataset:
-    """The rows whose images can be read, where each image is decoded once to know.
+    """The rows whose images can be read.
+
+    Each image is decoded once to find out.
 
     Args:
         rows: with a column of images, or of paths of images.

@@ -1,7 +1,7 @@
 """Whatever a user has (tables, json, parquet, image folders and lists, hub ids) as one `datasets.Dataset`.
 
-Differs from `datasets.load_dataset("csv")`. That reader (pandas) turns the text "NA" into a missing value, drops or
-shifts ragged rows, and lets a stray quote swallow the lines after it. Here every cell of a table stays the text it is,
+Differs from `datasets.load_dataset("csv")`. That reader (pandas) turns the text "NA" into a missing value, and drops or
+shifts ragged rows. There a stray quote swallows the lines after it. Here every cell of a table stays the text it is,
 ragged rows are counted and named, and a stray quote is an error.
 """
 

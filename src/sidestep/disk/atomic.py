@@ -58,10 +58,12 @@ def move(source: Path, target: Path) -> None:
 
 @contextmanager
 def only_writer(lock: Path, what: Path, kind: type[Exception] = OutputError) -> Iterator[None]:
-    """Nobody else is here with the same lock file meanwhile, and the system frees the file when a process ends.
+    """Nobody else is here with the same lock file meanwhile.
+
+    The system frees the file when a process ends.
 
     Raises:
-        kind: if another process is. The message says what it writes.
+        kind: if another process is here. The message says what that process writes.
     """
     try:
         with FileLock(lock, timeout=0):

@@ -75,7 +75,7 @@ def _write_csv(rows: Dataset, path: Path, delimiter: str, shares: Collection[str
 
 
 def _cell(value: Any, share: bool) -> str:
-    """A value as the text of one cell, which is empty for None and for no number."""
+    """A value as the text of one cell, which is empty for None and for NaN."""
     if value is None or value != value:
         return ""
     if share and isinstance(value, float):

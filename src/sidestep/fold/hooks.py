@@ -45,7 +45,10 @@ class Driver(Protocol):
         """Which element of a block's output its hidden state is, where that is a tuple."""
 
     def begin(self, module: nn.Module, inputs: Mapping[str, Any], *, alone: bool = False) -> None:
-        """Start a pass at its outermost module, with the module's inputs by name, or, if `alone`, only there."""
+        """Start a pass at its outermost module, with the module's inputs by name.
+
+        If `alone`, the inputs count only there: a pass that runs already does not get them.
+        """
 
     def end(self, module: nn.Module) -> None:
         """A module that may have begun a pass has returned."""

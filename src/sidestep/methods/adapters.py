@@ -132,7 +132,7 @@ class Lora(Adapter):
     """LoRA, through PEFT: trains a low-rank change of the query and value maps."""
 
     def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
-        """PEFT's LoRA tuner, and that of DoRA where the config is DoRA's."""
+        """PEFT's LoRA tuner, or its DoRA tuner where the config is DoRA's."""
         table = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         targets = self.config.targets or table.get(model_type) or present(trunk, QUERY_VALUE)
         config = peft.LoraConfig(

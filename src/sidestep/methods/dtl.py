@@ -141,7 +141,7 @@ class DTL(SideNet):
     def read(self, hidden: Tensor, site: Site) -> Tensor | None:
         """The code of what goes into the next block of the same stage.
 
-        After a late block the hidden state that is read is yet to be written.
+        None after a late block, because the hidden state there is yet to be written.
         """
         return None if self._is_late(site) else self._code(hidden, site)
 

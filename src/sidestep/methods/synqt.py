@@ -200,8 +200,10 @@ class SynQT(SideNet):
     """SynQT: trains query tokens that read the frozen blocks through their own attention and MLP.
 
     Parameters, for N blocks of width d and T queries, with adapters of widths h and a:
-    N(2(2dh + h + d) + 4(2da + a + d) + 8d + 2 + Td) + (2dh + h + d) + 3N(d + 1) + 4d + 1. An adapter of width h has
-    2dh + h + d. One query has N(2(2da + a + d) + 2d) less.
+
+        N(2(2dh + h + d) + 4(2da + a + d) + 8d + 2 + Td) + (2dh + h + d) + 3N(d + 1) + 4d + 1
+
+    An adapter of width h has 2dh + h + d. With one query there are N(2(2da + a + d) + 2d) less.
     """
 
     replays = True

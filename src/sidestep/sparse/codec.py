@@ -1,7 +1,7 @@
 """Sparse diffs as two tensors for a safetensors file: positions near their entropy, values as they are.
 
 All tensors are laid end to end, so that a diff is one sorted list of positions. Each gap between neighbours becomes a
-one-byte token. A token of wide gaps stands for several, and extra bytes tell which of them it is. zlib's Huffman codes
+one-byte token. A token for wide gaps stands for several, and extra bytes tell which of them it is. zlib's Huffman codes
 take the tokens to their entropy, in dense and in empty regions. docs/sparse_format.md gives the format byte for byte.
 """
 

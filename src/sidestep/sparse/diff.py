@@ -134,7 +134,7 @@ class SparseDiff(nn.Module):
     def place(self, entries: Mapping[str, tuple[Tensor, Tensor] | Tensor]) -> None:
         """Choose the positions, and with them the values.
 
-        Between the old and the new positions the tensors have their own values again.
+        While the positions change, the tensors hold their own values again.
 
         Args:
             entries: for each tensor with nonzeros its ascending positions in the flat tensor, with or without the

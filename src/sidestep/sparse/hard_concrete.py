@@ -29,7 +29,7 @@ class HardConcrete:
     """z = clamp(sigmoid(logit(u) + alpha) (high - low) + low, 0, 1) for noise u from 0 to 1.
 
     Attributes:
-        low: below 0, so that z is 0 with a positive probability. With 0, z never is.
+        low: below 0, so that z is 0 with a positive probability. At 0, z is never 0.
         high: above 1, so that z is 1 with a positive probability.
     """
 

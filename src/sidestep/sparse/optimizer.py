@@ -298,8 +298,8 @@ class RelaxedWeight:
     def sweep(self, draw: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Gradients of w and alpha, the penalty's included, and shares of the two sums for `group_gradient`.
 
-        The sums are those of dL/dtheta w z and of the entries' probabilities. Alpha and w of a chunk may be changed
-        once it was given. The whole parameter's gate may be changed only after all chunks.
+        The sums are those of dL/dtheta w z and of the entries' probabilities. Once a chunk
+        was given, its alpha and w may be changed. The whole parameter's gate may be changed only after all chunks.
         """
         group = self.group_mask(draw)
         factor = self.penalty.entry_factor(self._group_nonzero())

@@ -125,7 +125,8 @@ class LST(SideNet):
 
     A stack has N blocks of width d, of which n have a rung. The side network has width s, H heads of side width k and
     inner side width f. Parameters of the stack: (n + 1)(ds + s) + n(4sHk + 2sf + 2s) + N + s. A decoder that crosses
-    has n(4sHk + s) more. Relative positions have H for each bucket more. Once there are sd + d more.
+    has n(4sHk + s) more. Relative positions have H for each bucket more. The map back to
+    the backbone's width has sd + d, once.
     """
 
     caches = True

@@ -46,10 +46,10 @@ class Sherl(SideNet):
 
     Parameters of a stack of width d and side width h are these. Each level has dh + h, with "gated" 2(h^2 + h) and with
     "linear_norm" 2h more. The merge has h + 1, with `merge_mlp` 2dh + d + 3h more. The way out has hd + d + 1, with
-    `norm_out` 2d more. A norm of the stack's own has d. Causal stacks, and an encoder that feeds a decoder, have such a
-    norm in place of the backbone's, if the backbone has one. On a convolutional network a level of width d_l has d_l h
-    + 3h, and the way out hd + 3d + 1. With `pool_tokens`, for a vector of e channels, a level has h + 1 more, and one
-    more with `level_gates`. There the guide has eh + h, and the way out he + e.
+    `norm_out` 2d more. Some stacks have a norm of SHERL's own, with d, in place of the backbone's final norm. These are
+    causal stacks and an encoder that feeds a decoder, where the backbone has such a norm. On a convolutional network a
+    level of width d_l has d_l h + 3h, and the way out hd + 3d + 1. With `pool_tokens`, for a vector of e channels, a
+    level has h + 1 more, and one more with `level_gates`. Then the guide has eh + h, and the way out he + e.
     """
 
     def __init__(self, config: SherlConfig, sites: Sequence[Site]) -> None:
