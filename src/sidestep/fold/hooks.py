@@ -57,7 +57,7 @@ class Driver(Protocol):
         """The trunk has given its last hidden state."""
 
     def encoded(self, module: nn.Module) -> Tensor | None:
-        """An encoder has returned that may have run alone: what goes along with its output."""
+        """An encoder that may have run alone has returned. The result goes along with its output."""
 
     def stage(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
         """What a stage's first block reads in the place of `given`."""

@@ -1,4 +1,4 @@
-"""Several texts in one row, which position ids alone tell apart: who would read them as one text is refused.
+"""Several texts in one row, told apart by position ids alone. Who would read such a row as one text is refused.
 
 Trainers pack texts to waste nothing on padding (TRL's `packing` and `padding_free`). Transformers' masks keep the texts
 of a row apart where their positions start again, without an attention mask and without a cache. Not every model uses
@@ -82,7 +82,7 @@ def refusal(
 
 
 def mask_of(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The padding mask (batch, tokens), if there is one, while masks of other forms are the caller's own affair."""
+    """The padding mask (batch, tokens), if there is one. The caller answers for masks of other forms."""
     mask = inputs.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 

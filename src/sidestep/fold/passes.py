@@ -54,7 +54,7 @@ class Pass:
         cache: the stack's key-value cache, if it counts tokens.
         past: how many tokens that held before this run.
         cached: whether the model remembers earlier tokens in any way.
-        output: what the last site let go.
+        output: what went on after the last site.
     """
 
     inputs: Mapping[str, Any]
@@ -85,11 +85,14 @@ class Pass:
         return starts
 
     def is_turn(self, site: Site, order: int) -> bool:
-        """Whether a norm is called as the end of its stack: a model may use the same one before its blocks too."""
+        """Whether a norm is called as the end of its stack.
+
+        A model may use the same norm before its blocks too.
+        """
         return (self.stack, self.visited) == (site.stack, order)
 
     def open_cache(self, site: Site, call: Mapping[str, Any], *, last: bool, names: tuple[str, ...]) -> None:
-        """Note at a stack's start what its key-value cache holds: the blocks add this run's tokens on the way.
+        """Note at a stack's start what its key-value cache holds, to which the blocks add this run's tokens on the way.
 
         Args:
             site: the stack's first.

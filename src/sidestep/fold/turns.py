@@ -1,4 +1,4 @@
-"""One call at a time: who comes second is refused and does not wait, in whichever thread."""
+"""One call at a time. A second call, in whichever thread, is refused and does not wait."""
 
 from __future__ import annotations
 

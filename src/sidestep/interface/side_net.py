@@ -59,7 +59,7 @@ class SideNet(nn.Module, ABC):
     def first_write(cls, config: Any, sites: Sequence[Site]) -> Site | None:
         """The first site at which the method returns another hidden state, or None if it never does.
 
-        Another `memory` changes the block that reads it: its first write is the site in front of that block.
+        Another `memory` changes the block that reads it. Then the first write is the site in front of that block.
         """
         return None
 
@@ -70,11 +70,11 @@ class SideNet(nn.Module, ABC):
 
     @classmethod
     def kept_per_row(cls, config: Any, site: Site) -> int:
-        """What it keeps at a site besides, per row of the batch, however many tokens that has."""
+        """Values that the method also keeps at a site per row of the batch, however many tokens the row has."""
         return 0
 
     def initialise(self, sites: Sequence[Site], score: Score) -> None:
-        """Start from the backbone's own weights (`Site.weights`), by what `score` says that they are worth."""
+        """Start from the backbone's own weights (`Site.weights`), of which `score` says how much each matters."""
 
     def start(self, site: Site, carried: Tensor | None) -> Any:
         """State before a stack's first site, where a decoder's `carried` is what the encoder's `carry` returned."""
@@ -96,7 +96,9 @@ class SideNet(nn.Module, ABC):
         return self.step(state, self.read(hidden, site), site)
 
     def write(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
-        """State and hidden state to go on with, after `advance`: others from the first write on.
+        """State and hidden state to go on with, after `advance`.
+
+        From the first write on the hidden state is another one.
 
         A method that reads what it wrote does that here.
         """
@@ -107,7 +109,10 @@ class SideNet(nn.Module, ABC):
         return None
 
     def finish(self, state: Any, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
-        """The stack's output, from what went into its final norm and what came out (the same where it has none)."""
+        """The stack's output, from what went into its final norm and what came out.
+
+        The two are the same if the stack has no norm.
+        """
         return normed
 
     def carry(self, state: Any) -> Tensor | None:
@@ -121,6 +126,6 @@ class SideNet(nn.Module, ABC):
     def correct(self, state: Any, site: Site, vector: Tensor) -> Tensor:
         """The head's vector (batch, `site.features`) as the method would have it, when it `corrects`.
 
-        It is what the head reads, or with `Retrieve` its projection.
+        `vector` is what the head reads, or with `Retrieve` its projection.
         """
         return vector

@@ -22,7 +22,7 @@ Kind = Literal["stage", "block", "norm"]
 class Projection:
     """A linear map of an attention: a module of its own, or one of the equal parts of a fused one.
 
-    Weight and bias are looked up at each use, so they are where the backbone is, also after it was moved.
+    Weight and bias are looked up at each use. So they are where the backbone is, also after it was moved.
     """
 
     module: nn.Linear
@@ -147,7 +147,8 @@ class Site:
         causal: whether a token sees only earlier ones.
         final_norm: whether the stack ends in a norm of its own.
         head: whether the head reads this stack's output.
-        features: channels of the vector that a Sidestep head makes of that, which a method may correct.
+        features: channels of the vector that a Sidestep head makes of the stack's output. A method may correct that
+            vector.
         spatial: whether the tokens stand in a grid (images).
         convolutional: whether the blocks are convolutions. Then tokens are positions. A stage's first block may change
             the grid and width on the way, so the stage's input has those of the stage before.

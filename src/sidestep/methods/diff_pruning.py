@@ -40,7 +40,7 @@ class DiffPruningConfig(SparseDeltaConfig):
             probabilities, in which the tensor's gate counts as one entry (the release). "product" is the expected
             number of nonzeros (the paper). It closes the gates of large tensors before their weights have moved, unless
             lambda_l0 is far lower.
-        lambda_l0: weight of the penalty, for each expected nonzero. AdamW's epsilon of 1e-8 and it belong together.
+        lambda_l0: weight of the penalty, for each expected nonzero. It belongs together with AdamW's epsilon of 1e-8.
         stretch: ends of the gate before it is cut to 0 and 1.
         alpha_init: of the gates. With 5, 99.3 % of them are open.
         alpha_rate: learning rate of the gates, which stays the same.

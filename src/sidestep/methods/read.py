@@ -44,9 +44,9 @@ class ReadConfig(MethodConfig):
         aggregate: what the correction is read from: the "last" state over depth or the "mean" of all.
         correction: where it is added: before the backbone's final norm ("pre_norm") or after it ("post_norm"). On
             backbones without a final norm (BERT) they are the same.
-        scale: what the correction is multiplied with. Adam's steps are as long whatever the gradient, so the output
-            map learns that many times faster than the recurrence. The small T5 on which it was measured learns with 30,
-            "post_norm" and a rate of 3e-4, and hardly without (docs/methods/read.md).
+        scale: what the correction is multiplied with. The length of Adam's steps does not depend on the gradient's. So
+            the output map learns that many times faster than the recurrence. The small T5 on which this was measured
+            learns with 30, "post_norm" and a rate of 3e-4, and hardly without (docs/methods/read.md).
     """
 
     rates = (5e-4, 2e-3, 6e-3)

@@ -1,6 +1,6 @@
 """A sparse diff of the backbone's weights on a support that is chosen before training, or moved while it runs.
 
-Its trained state is as large as the diff: forward and backward use the dense weights, into which the diff is written.
+The trained state is as large as the diff. Forward and backward use the dense weights, into which the diff is written.
 Sources: "fisher" is the FISH mask, Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", NeurIPS
 2021; "magnitude" is LT-SFT, Ansell et al., "Composable Sparse Fine-Tuning for Cross-Lingual Transfer", ACL 2022; "grow"
 follows SpIEL, Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 2024.
@@ -110,7 +110,10 @@ class Sparse(SparseDelta):
         return FreeWeights(diff.tensors, list(dense), rate, weight_decay, max_norm)
 
     def project(self, optimizer: FreeWeights, diff: SparseDiff) -> dict[str, Any]:
-        """Place the diff where the weights changed most, with those changes or, rewound, without."""
+        """Place the diff where the weights changed most.
+
+        The diff has those changes, or zeros if the config says `rewind`.
+        """
         found = {name: kept for name, kept in largest(optimizer.diffs, len(diff.values)).items() if len(kept[0])}
         optimizer.restore(head=self.config.rewind)
         diff.place({name: kept[0] if self.config.rewind else kept for name, kept in found.items()})
@@ -153,7 +156,7 @@ class Sparse(SparseDelta):
         diff.place_flat(positions, moved(diff.values.detach()))
 
     def check_told(self, diff: SparseDiff) -> None:
-        """Raise where "grow" has learned already, and is not told of this step.
+        """Raise if "grow" has learned already but nobody has told it of this step.
 
         Raises:
             ValueError: saying how it is told.
@@ -202,7 +205,7 @@ class FreeWeights(torch.optim.AdamW):
 
     @torch.no_grad()
     def restore(self, *, head: bool = False) -> None:
-        """Give the weights, and the head too if asked, the values back that they had at first."""
+        """Give the weights the values back that they had at first, and the head too if asked."""
         for parameter in (*self._weights.values(), *(self._head if head else ())):
             parameter.copy_(self._before[parameter])
 

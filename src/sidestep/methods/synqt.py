@@ -254,7 +254,9 @@ class SynQT(SideNet):
         return SynQTState()
 
     def read(self, hidden: Tensor, site: Site) -> Tensor | None:
-        """What the next block's attention reads, (batch, tokens, width): as wide as the backbone, since queries do too.
+        """What the next block's attention reads: (batch, tokens, width).
+
+        It is as wide as the backbone, because the queries are too.
 
         None where no block follows.
         """

@@ -169,7 +169,7 @@ def _gather_at(anchor: Tensor, target: Tensor, weight: Tensor, position: Tensor,
 def _agreement(anchor: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
     """(batch, anchor's tokens, target's): products where they are positive, and zero on padding, in full precision.
 
-    In half precision the small numbers by which sums of them are kept from 0 would be 0.
+    Small numbers keep the sums of the products from 0. In half precision these numbers would be 0.
     """
     scores = (anchor @ target.transpose(1, 2)).to(torch.promote_types(anchor.dtype, torch.float32)).relu()
     return scores if keep is None else scores * keep[:, None]
@@ -201,7 +201,10 @@ class UniPT(SideNet):
 
     @classmethod
     def check(cls, config: UniPTConfig, sites: Sequence[Site]) -> None:
-        """Raise on all but one stack of one width, for tokens a bidirectional one, or if the reduction does not fit."""
+        """Raise on all but one stack of one width, or if the reduction does not fit.
+
+        For tokens the stack has to be bidirectional.
+        """
         vector = config.variant == "clip4clip"
         if reason := not_plain(sites, causal=vector):
             what, stack = ("a vector", "stack") if vector else ("each token", "bidirectional stack")

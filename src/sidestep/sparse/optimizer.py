@@ -60,7 +60,7 @@ class DiffPruningOptimizer(Optimizer):
         eps: of all updates.
         state_bits: 32, or 8 for averages of the masked parameters' gradients as `averages.EightBit` keeps them.
         noise: the masks' noise: (draw, parameter, chunk, a tensor of the shape) -> uniform numbers.
-        chunk: entries that are worked on at a time. The noise depends on it.
+        chunk: entries that are worked on at a time. The noise depends on this number.
 
     Attributes:
         relaxed: the parameters with gates.
