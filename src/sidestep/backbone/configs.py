@@ -29,7 +29,7 @@ def config_of(name: str, revision: str | None = None, fields: Mapping[str, Any] 
     """The config of a backbone that `load_backbone` takes (but timm's), with some fields set.
 
     Raises:
-        LoadError: if there is none, or the folder has no weights.
+        LoadError: if there is no such backbone, or the folder has no weights.
     """
     if name.startswith(VIT):
         if revision is not None:

@@ -18,7 +18,7 @@ from sidestep.backbone.trunk import trunk_of
 def new_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters that the checkpoint did not have (random at every load).
 
-    transformers marks what it loads; a model that never went through `from_pretrained` has no marks and counts as
+    transformers marks what it loads. A model that never went through `from_pretrained` has no marks and counts as
     loaded whole.
     """
     marked = {
@@ -32,7 +32,7 @@ class Digest:
     """What identifies a backbone's weights.
 
     Attributes:
-        dtype: of the weights ("float32", "bfloat16", ...; several joined by "+").
+        dtype: of the weights ("float32", "bfloat16", ..., or several joined by "+").
         exact: SHA-256 over names, shapes, dtypes and bytes.
         rounded: the same digest after rounding floating-point weights to each narrower dtype, so that a copy of the
             same weights in another precision is recognised.
@@ -60,16 +60,17 @@ def pretrained_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Names (relative to the base model, sorted) and values of the pretrained weights that identify a backbone.
 
-    Left out: heads and poolers (a class of model may lack them), tensors that the checkpoint did not have, and the
-    second name of a tied tensor. `originals` stand in for tensors (by the model's names) that a method moved;
-    `plain_name` gives back the names that they had before a method inserted modules (None: the method's own).
+    Left out are heads and poolers (a class of model may lack them) and tensors that the checkpoint did not have. The
+    second name of a tied tensor is left out too. `originals` stand in for tensors (by the model's names) that a method
+    moved. `plain_name` gives back the names that tensors had before a method inserted modules, or None for the method's
+    own.
     """
     trunk, missing = trunk_of(model), new_parameters(model)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     new = {id(tensors[name]) for name in missing}
     before = {id(tensors[name]): value for name, value in (originals or {}).items()}
     skip = new | head_tensors(trunk)
-    # Every name of a tied tensor is looked at, so that the one it goes by does not hang on the order of registration.
+    # Every name of a tied tensor is looked at, so that the one it goes by does not depend on the order of registration.
     named = [*trunk.named_parameters(remove_duplicate=False), *_persistent_buffers(trunk)]
     plain = [(own, tensor) for name, tensor in named if (own := plain_name(name)) is not None]
     for name, tensor in sorted(plain, key=lambda item: item[0]):
@@ -99,7 +100,7 @@ def head_tensors(trunk: Any) -> set[int]:
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Those that a checkpoint has; without `state_dict`, which unpacks what bitsandbytes has packed."""
+    """Those that a checkpoint has, without a call of `state_dict`, which unpacks what bitsandbytes has packed."""
     for path, part in module.named_modules(remove_duplicate=False):
         for name, buffer in part._buffers.items():
             if buffer is not None and name not in part._non_persistent_buffers_set:

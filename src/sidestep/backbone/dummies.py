@@ -97,7 +97,7 @@ class Texts:
 
 
 def texts(trunk: nn.Module, model: Any) -> Iterator[Texts]:
-    """Ways to give a model texts; none where it reads no tokens.
+    """Ways to give a model texts, or nothing where it reads no tokens.
 
     Args:
         trunk: whose forward is called.
@@ -259,7 +259,7 @@ def _ids(config: PreTrainedConfig) -> Iterator[int]:
 
 
 def _field(config: Any, name: str) -> Any:
-    """A field of a config or of its part for images; None where neither has it."""
+    """A field of a config or of its part for images, or None where neither has it."""
     for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
         if (value := getattr(part, name, None)) is not None:
             return value

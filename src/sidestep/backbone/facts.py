@@ -1,7 +1,8 @@
 """What a backbone is: the facts that a fold, a method and a head rely on.
 
-They are found by running the bare model (`trace`), not by its class name. Where it cannot be run as it is, those that a
-pass of fake tensors does not show come from the family table and from transformers' own lists of classes.
+They are found by running the bare model (`trace`), not by its class name. Some models cannot be run as they are, and a
+pass of fake tensors does not show everything. The missing facts then come from the family table and from transformers'
+own lists of classes.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ class StackFacts:
     """Of one stack.
 
     Attributes:
-        causal: whether a token sees earlier ones only; "partly": of a text, but some kinds of token see each other.
+        causal: whether a token sees earlier ones only. "partly": in a text, but some kinds of token see each other.
         layout: the axes of the hidden states between its blocks.
         element: which element of a block's tuple is the hidden state.
         widths: of each stage, the channels of its input and of the output of each of its blocks.
-        norm: the name of the final norm within the trunk; None if there is none.
-        ends: whether the stack's own output is what came out of that norm, or of the last block if there is none.
-        added: where the tokens of a text stand among the stack's; None: they cannot be told, and masks do not apply.
+        norm: the name of the final norm within the trunk, or None if there is no such norm.
+        ends: whether the stack's own output is what came out of that norm, or of the last block if the stack has no
+            norm.
+        added: where the tokens of a text stand among the stack's. None: they cannot be told, and masks do not apply.
     """
 
     causal: Causal
@@ -67,14 +69,14 @@ class Facts:
     """Of a backbone.
 
     Attributes:
-        source: "traced", a pass of the model itself; "shapes", a pass without values, with causality from the table;
-            "guessed", from the order of its modules, because nothing that we know how to make is an input of it.
-        stacks: by name, in running order; a lone stack is "decoder" if it is causal.
-        padding: whether kept tokens stay as they are (to 1e-5 in float32) when padding is added; None: not known.
-        left: what padding on the left does: nothing ("kept"), nothing if positions are given ("positions"), or it moves
-            kept tokens ("moved"); None: not known.
-        packs: whether a lone causal stack reads the texts of one row as if each were alone, where positions start again
-            with each of them (without a mask and a cache); None: not known yet.
+        source: "traced": from a pass of the model itself. "shapes": from a pass without values, with causality from the
+            table. "guessed": from the order of its modules, because nothing that we know how to make is an input of it.
+        stacks: by name, in running order. A lone stack is "decoder" if it is causal.
+        padding: whether kept tokens stay as they are (to 1e-5 in float32) when padding is added. None: not known.
+        left: what padding on the left does to kept tokens: nothing ("kept"), nothing if positions are given
+            ("positions"), or it moves them ("moved"). None: not known.
+        packs: whether a lone causal stack reads the texts of one row as if each were alone. Positions start again with
+            each text, without a mask and a cache. None: not known yet.
         caches: names under which the model takes what it returned for the tokens before.
     """
 

@@ -25,7 +25,7 @@ def without_values(model: nn.Module) -> nn.Module:
 
 
 def fake_like(tensor: Tensor) -> Tensor:
-    """An empty tensor on the CPU of the same shape, strides and precision; a parameter of a parameter."""
+    """An empty tensor on the CPU of the same shape, strides and precision, which is a parameter if the original is."""
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
@@ -43,7 +43,7 @@ def fakes_of(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
 
 
 def hollow(model: nn.Module) -> nn.Module:
-    """A copy of fake tensors, of which only shapes can be asked; quantised maps become plain ones.
+    """A copy of fake tensors, of which only shapes can be asked, with plain maps in place of quantised ones.
 
     To be called under a `FakeTensorMode`. What accelerate put around a module is left out, because a copy of that
     would run the original.

@@ -113,7 +113,10 @@ def bert_block(block: Any) -> FrozenBlock:
 
 
 def timm_block(block: Any) -> FrozenBlock | None:
-    """timm's plain ViT block, with LayerScale and drop path where it has them; None for its other kinds of block."""
+    """timm's plain ViT block, with LayerScale and drop path where it has them.
+
+    None for timm's other kinds of block.
+    """
     if type(block).__name__ != "Block" or type(block.attn).__name__ != "Attention":
         return None
     attention = block.attn
@@ -133,7 +136,10 @@ def timm_block(block: Any) -> FrozenBlock | None:
 
 
 def t5_weights(block: Any) -> BlockWeights | None:
-    """Hugging Face's T5 block; None for those whose MLP is gated or has another activation (T5 1.1 and later)."""
+    """Hugging Face's T5 block.
+
+    None for blocks whose MLP is gated or has another activation (T5 1.1 and later).
+    """
     layers = list(block.layer)
     attention, mlp = layers[0], layers[-1]
     if type(mlp.DenseReluDense).__name__ != "T5DenseActDense" or not isinstance(mlp.DenseReluDense.act, nn.ReLU):
@@ -166,10 +172,10 @@ class Family:
 
     Attributes:
         pool: default read-out of Sidestep's heads: "cls" (first token), "mean" (kept tokens) or "last".
-        causal: whether tokens see earlier ones only, for models that cannot be run as they are (a plan's, quantised and
-            dispatched ones), where their config and modules do not say so; None: as those say.
+        causal: whether tokens see earlier ones only. It is for models that cannot be run as they are: a plan's,
+            quantised and dispatched ones. It counts where their config and modules do not say so. None: as those say.
         prefix: tokens before the grid, a number or the model's attribute that holds it.
-        blocks: pattern of the names of the stages' lists of blocks; None: found by structure.
+        blocks: pattern of the names of the stages' lists of blocks. None: found by structure.
         grid: the token grid at a site, from the model, the pass's inputs, the block's arguments and its output. Of
             hidden states that have rows and columns of their own, these are taken.
         first_token_heads: model classes whose own head (or read-out, of a tower) reads the first token only.
@@ -220,7 +226,7 @@ FAMILIES: dict[str, Family] = {
     "t5": Family(block_weights=t5_weights),
     "clip_text_model": Family(causal=True),
     "imagegpt": Family(causal=True),
-    # among the causal language models; a decoder's attention says so itself
+    # among the causal language models, and a decoder's attention says so itself
     "bert-generation": Family(causal=False),
     "cpmant": Family(causal=False),
     # among the causal language models, and told by a mask of its own which tokens come later
@@ -251,13 +257,13 @@ DUAL_FAMILIES: dict[str, DualFamily] = {
 
 
 def dual_family_of(model: nn.Module) -> DualFamily | None:
-    """The row for a dual encoder; None for other models."""
+    """The row for a dual encoder, or None for other models."""
     config = getattr(model, "config", None)
     return DUAL_FAMILIES.get(getattr(config, "model_type", ""))
 
 
 def family_of(model: nn.Module) -> Family:
-    """The row for a model; `DEFAULT` when it has none."""
+    """The row for a model, or `DEFAULT` when the table has none for it."""
     config = getattr(model, "config", None)
     key = getattr(config, "model_type", None) or type(model).__name__
     return FAMILIES.get(key, DEFAULT)

@@ -31,7 +31,7 @@ def set_noise(trunk: nn.Module, noise: Noise | None) -> None:
 
 
 def drop_path_rate(trunk: nn.Module) -> float:
-    """The highest rate of a trunk's drop paths, which is the last block's; 0 where it has none."""
+    """The highest rate of a trunk's drop paths, which is the last block's, or 0 where the trunk has no drop path."""
     rates: list[Any] = [module.drop_prob for module in trunk.modules() if _is_drop_path(module)]
     return max((float(rate or 0) for rate in rates), default=0.0)
 

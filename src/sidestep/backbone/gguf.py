@@ -21,7 +21,7 @@ PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
 class GgufError(ValueError):
-    """A GGUF file cannot be used; the message says what is wrong with it and what to do."""
+    """A GGUF file cannot be used, and the message says what is wrong with it and what to do."""
 
 
 def gguf_name(folder: str | Path, file: str) -> str:
@@ -85,6 +85,6 @@ def gguf_file(name: str | Path) -> str:
 
 
 def unpacking() -> dict[str, Any]:
-    """What tells `from_pretrained` to give plain weights; older releases of transformers always do."""
+    """What tells `from_pretrained` to give plain weights, which older releases of transformers always give."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}

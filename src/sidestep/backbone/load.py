@@ -46,7 +46,10 @@ from sidestep.metrics import Written
 
 
 def stored_vocabulary(source: Source) -> int | None:
-    """How many tokens the config says that a backbone of this name has; None: it has no name, or none is at hand."""
+    """How many tokens the config says that a backbone of this name has.
+
+    None if the backbone has no name, or no config is at hand.
+    """
     if source.library != "transformers" or not source.id:
         return None
     try:
@@ -69,24 +72,24 @@ def load_backbone(
     """The pretrained model of this name, in eval mode.
 
     Args:
-        name: a folder or hub id for transformers, "timm:NAME" for timm's pretrained weights,
-            "timm:NAME@FILE" for weights in a safetensors file or an original ViT's .npz file,
-            "vit:FILE" for such a .npz file as transformers' ViT, or "gguf:FOLDER@FILE" for a GGUF file.
-        dtype: precision of the weights, such as torch.bfloat16 or "bfloat16"; None: the checkpoint's own, and
-            float32 for quantised weights of a GGUF file, which are unpacked.
+        name: a folder or hub id for transformers, or one of four forms. "timm:NAME" is for timm's pretrained weights.
+            "timm:NAME@FILE" is for weights in a safetensors file or an original ViT's .npz file. "vit:FILE" is for such
+            a .npz file as transformers' ViT. "gguf:FOLDER@FILE" is for a GGUF file.
+        dtype: precision of the weights, such as torch.bfloat16 or "bfloat16". None is the checkpoint's own. For
+            quantised weights of a GGUF file, which are unpacked, None is float32.
         revision: branch, tag or commit of a hub id.
         head: whether the model comes with a classification head of its own (text or images).
-        num_labels: classes of that head; None: the checkpoint's.
+        num_labels: classes of that head. None: the checkpoint's.
         writes: "text2text" or "lm": the model comes with its language model head, as an encoder-decoder or a decoder.
-        drop_path: rate of the last block's drop path, which grows with depth from 0; None: the model's own. It acts in
+        drop_path: rate of the last block's drop path, which grows with depth from 0. None: the model's own. It acts in
             training alone, with `attach(..., backbone_noise="drop_path")`.
 
     Raises:
         LoadError: if there is no such model, files are missing or unreadable, or the weights are of another
-            architecture; if the model writes no text, or not in the way that is asked for.
+            architecture. Also if the model writes no text, or not in the way that is asked for.
 
     Warns:
-        LoadWarning: if weights of the backbone itself (not its pooler or head) were not in the checkpoint, or if the
+        LoadWarning: if weights of the backbone itself (not its pooler or head) were not in the checkpoint. Also if the
             model has no drop path whose rate could be set.
     """
     if num_labels is not None and not head:
@@ -116,7 +119,7 @@ def load_backbone(
 
 
 def check_writes(name: str | Path, writes: Written, *, revision: str | None = None) -> None:
-    """Refuses a model that does not write text in this way; no weights are read.
+    """Refuses a model that does not write text in this way, without reading weights.
 
     Raises:
         LoadError: naming what to choose.
@@ -132,7 +135,7 @@ def load_class(
     """The backbone of a source as a given class of transformers (or timm), with config fields set.
 
     Raises:
-        OtherModel: if the source holds a model of another kind; no weights are read.
+        OtherModel: if the source holds a model of another kind. No weights are read.
         LoadError: as `load_backbone`, and if transformers has no class of this name.
     """
     wanted, is_timm = named_dtype(dtype), source.id.startswith(TIMM)
@@ -205,7 +208,7 @@ def paired(image: Any, text: Any) -> nn.Module:
             )
     names = [encoder.config._name_or_path for encoder in (image, text)]
     model: Any = transformers.VisionTextDualEncoderModel(vision_model=image, text_model=text).eval()
-    # the towers' configs are copies now; by these names they are loaded again
+    # the towers' configs are copies now, and by these names they are loaded again
     for tower, name in zip((model.vision_model, model.text_model), names, strict=True):
         tower.config._name_or_path = name
     return model
@@ -277,13 +280,13 @@ def _load_transformers(
             ignore_mismatched_sizes=True,
         )
     _check_report(name, model, report)
-    # what `source_of` reads; from_pretrained sets it to what it was given
+    # what `source_of` reads: from_pretrained sets it to what it was given
     model.config._name_or_path = name
     return model.eval()
 
 
 def _check_report(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
-    """Refuse a backbone that did not come from the checkpoint; new poolers and heads are no news."""
+    """Refuse a backbone that did not come from the checkpoint, but accept new poolers and heads."""
     kind = type(model).__name__
     trunk = {id(parameter) for parameter in trunk_of(model).parameters()}
     inside = [key for key, parameter in model.named_parameters() if id(parameter) in trunk]

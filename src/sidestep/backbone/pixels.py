@@ -42,9 +42,9 @@ class ImageTransform:
 
     Attributes:
         size: (rows, columns) of what the backbone reads, or one number for both.
-        resize: "squash" brings both sides to `resize_to`, whatever the image's shape; "crop" brings the shorter side
-            to it and keeps the shape. Then the centre of `size` is cut out, if that is less.
-        resize_to: at least `size`, in one number or (rows, columns), with "crop" one number; None: `size` itself.
+        resize: "squash" brings both sides to `resize_to`, whatever the image's shape. "crop" brings the shorter side to
+            it and keeps the shape. Then the centre of `size` is cut out, if that is less.
+        resize_to: at least `size`, in one number or (rows, columns), with "crop" one number. None: `size` itself.
         interpolation: as Pillow names it.
         mean, std: of the three channels, whose values lie between 0 and 1 before.
 
@@ -87,11 +87,11 @@ class ImageTransform:
 
     @property
     def resized(self) -> tuple[int, int]:
-        """What "squash" resizes to (rows, columns); with "crop" twice the shorter side."""
+        """What "squash" resizes to (rows, columns), or with "crop" twice the shorter side."""
         return self._needed() if self.resize_to is None else _pair(self.resize_to)
 
     def with_size(self, size: int | tuple[int, int]) -> ImageTransform:
-        """The same for another size; what is cut off at the margins stays in proportion."""
+        """The same for another size, with margins cut off in proportion."""
         if self.resize_to is None:
             return replace(self, size=size)
         at_size = replace(self, size=size, resize_to=None)
@@ -104,8 +104,8 @@ class ImageTransform:
         """What a Hugging Face or timm image processor does.
 
         Raises:
-            ValueError: for a tokenizer, and for a processor that does not just resize, crop and normalise; found by
-                comparing both on two images.
+            ValueError: for a tokenizer, and for a processor that does not just resize, crop and normalise. This is
+                found by comparing both on two images.
         """
         if isinstance(processor, cls):
             return processor
@@ -190,8 +190,8 @@ def adjusted(processor: Any, *, size: int | None = None, normalize: str | None =
 
     Args:
         processor: of the backbone.
-        size: rows and columns of the images; None: the processor's.
-        normalize: a name of `NORMALIZATIONS`; None: the processor's.
+        size: rows and columns of the images. None: the processor's.
+        normalize: a name of `NORMALIZATIONS`. None: the processor's.
 
     Raises:
         ValueError: if the processor cannot be changed so, or there is no such normalisation.
@@ -210,7 +210,7 @@ def adjusted(processor: Any, *, size: int | None = None, normalize: str | None =
 
 
 def image_shape(trunk: Any) -> tuple[int, int, int] | None:
-    """Channels, rows and columns of the images that a model was made for; None if it does not say."""
+    """Channels, rows and columns of the images that a model was made for, or None if it does not say."""
     config = getattr(trunk, "config", None)
     if config is None:
         channels, *own = trunk.pretrained_cfg["input_size"]
@@ -249,7 +249,10 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _scaled(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Grey values of 16 or fewer bits as RGB; Pillow would clip them at 255 and leave a white image."""
+    """Grey values of 16 or fewer bits as RGB.
+
+    Pillow would clip the values at 255 and leave a white image.
+    """
     tags = getattr(image, "tag_v2", {})  # of a TIFF file
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     values = np.asarray(image)
@@ -265,7 +268,7 @@ def check_image_size(backbone: nn.Module, trunk: nn.Module, pixels: Tensor) -> N
 
     Args:
         backbone: as it is called, on its device.
-        trunk: of the backbone; it says what size it was made for.
+        trunk: of the backbone. It says what size it was made for.
         pixels: (channels, rows, columns).
 
     Raises:
@@ -314,7 +317,7 @@ def _pipeline(transform: ImageTransform) -> Any:
 
 
 def _of_transformers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a Hugging Face image processor, from its own; a KeyError where it lacks one."""
+    """The fields of a Hugging Face image processor, from its own, with a KeyError where it lacks one."""
     mean, std = values["image_mean"], values["image_std"]
     size, cut = dict(values["size"]), dict(values.get("crop_size") or {})
     squash = "height" in size

@@ -44,7 +44,7 @@ def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
     """The tokenizer or image processor of a model of this name, or of a folder that one was saved in.
 
     Raises:
-        LoadError: if there is none.
+        LoadError: if there is no such processor.
     """
     if str(name).startswith(TIMM):
         return TimmProcessor.of(timm_parts(str(name))[0])
@@ -208,7 +208,10 @@ def _reads_images(name: str, folder: Path, revision: str | None) -> bool:
 
 
 def _most_tokens(name: str, folder: Path, revision: str | None) -> int | None:
-    """How many tokens a model has positions for; None: it does not say, or a folder holds a processor alone."""
+    """How many tokens a model has positions for.
+
+    None if the model does not say, or the folder holds a processor alone.
+    """
     if folder.is_dir() and not (folder / CONFIG).is_file() and not is_gguf(name):
         return None
     with quiet(local=folder.is_dir()), as_load_error(name, CONFIG):

@@ -18,8 +18,8 @@ Checkpoint = Literal["late"]
 class CheckpointedForward:
     """A block's `forward` that keeps only its inputs and runs again in backward.
 
-    It wraps `forward`, not `__call__`, so hooks stay outside and run once; a cache would be written twice, so none
-    is passed on; running statistics of batch norms move the first time only.
+    It wraps `forward`, not `__call__`, so hooks stay outside and run once. A cache would be written twice, so no cache
+    is passed on. Running statistics of batch norms move the first time only.
     """
 
     def __init__(self, block: nn.Module) -> None:

@@ -40,11 +40,14 @@ IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class LoadError(ValueError):
-    """A backbone or processor cannot be loaded; the message says what was looked for and what to do."""
+    """A backbone or processor cannot be loaded, and the message says what was looked for and what to do."""
 
 
 class OtherModel(LoadError):
-    """What a name loads is of another kind than the class that is asked for; the message begins with the name."""
+    """What a name loads is of another kind than the class that is asked for.
+
+    The message begins with the name.
+    """
 
 
 class LoadWarning(UserWarning):
@@ -57,11 +60,11 @@ class Source:
 
     Attributes:
         id: the name that loads it, as it was given (hub id, folder, "timm:NAME[@FILE]", "vit:FILE",
-            "gguf:FOLDER@FILE"); "" when unknown.
+            "gguf:FOLDER@FILE"), or "" when unknown.
         revision: commit of a hub id, or None.
         class_name: of the model.
         library: "transformers" or "timm".
-        dtype: of its weights ("float32", ...; several joined by "+").
+        dtype: of its weights ("float32", ..., or several joined by "+").
     """
 
     id: str
@@ -133,7 +136,10 @@ def _refuse_packed(folder: Path) -> None:
 
 @contextmanager
 def quiet(*, local: bool) -> Iterator[None]:
-    """Keep transformers' load report to itself; the bars of a download stay, those of a local file do not."""
+    """Keep transformers' load report to itself.
+
+    The progress bars of a download stay, and those of a local file do not.
+    """
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     if local:
@@ -180,7 +186,10 @@ def _timm_id(config: Mapping[str, Any]) -> str:
 
 
 def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype by its name ("float32", "bfloat16", ...); raises `LoadError` if there is none."""
+    """A dtype by its name ("float32", "bfloat16", ...).
+
+    Raises `LoadError` if there is no such dtype.
+    """
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     known = getattr(torch, dtype, None)

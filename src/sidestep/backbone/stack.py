@@ -158,7 +158,7 @@ def unfit(owner: str, why: str) -> ValueError:
 
 
 def _which_element(calls: Sequence[Call]) -> int:
-    """Which element of the blocks' tuples the next block gets; the first where none is handed on as it is."""
+    """Which element of the blocks' tuples the next block gets, or the first where no element is handed on as it is."""
     for call, following in pairwise(calls):
         if isinstance(call.output, tuple) and isinstance(following.given, Tensor):
             for number, part in enumerate(call.output):
@@ -188,7 +188,7 @@ def _layout(owner: str, name: str, hidden: Tensor, rows: int, sides: tuple[int, 
 
 
 def _hidden(output: Any) -> Tensor | None:
-    """The last hidden state among the outputs of a trunk or a stack; None if it is not told."""
+    """The last hidden state among the outputs of a trunk or a stack, or None if it is not told."""
     if isinstance(output, ModelOutput):
         found = output.get("last_hidden_state")
         return found if isinstance(found, Tensor) else None
@@ -213,7 +213,7 @@ def _meet(some: Sequence[Any], others: Sequence[Any]) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same; those without values, whether they share their memory."""
+    """Whether two tensors are the same, or, without values, whether they share their memory."""
     if a is b:
         return True
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -228,7 +228,7 @@ def _what(value: Any) -> str:
 
 
 def _sides(inputs: Inputs) -> tuple[int, int] | None:
-    """Rows and columns of images; None for sounds and texts."""
+    """Rows and columns of images, or None for sounds and texts."""
     given = next(iter(inputs.values()))
     return (given.shape[-2], given.shape[-1]) if given.ndim in (4, 5) else None
 
@@ -251,7 +251,7 @@ def read_stacks(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, rows: in
 
 
 def _check_widths(stack: StackPass) -> None:
-    """Raise where the width changes within a stage; a convolutional one changes it in its first block."""
+    """Raise where the width changes within a stage, except in the first block of a convolutional stage."""
     for own, widths in zip(stack.blocks.stages, stack.widths, strict=True):
         inside = widths[1:] if all(convolves(block) for _, block in own) else widths
         if len(set(inside)) > 1:

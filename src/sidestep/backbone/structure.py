@@ -1,4 +1,4 @@
-"""The repeated blocks of a backbone, as its modules are laid out; what a pass makes of them is seen in `trace`."""
+"""The repeated blocks of a backbone, as its modules are laid out. `trace` shows what a pass makes of the blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Blocks:
     """The blocks of one stack.
 
     Attributes:
-        name: "encoder" or "decoder"; a lone stack is an encoder here, and a decoder if it turns out to be causal.
+        name: "encoder" or "decoder". A lone stack is an encoder here, and a decoder if it turns out to be causal.
         root: the module whose call runs the stack, and its name within the trunk.
         stages: the blocks of every stage.
         head: whether the head reads this stack.

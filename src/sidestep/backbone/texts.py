@@ -44,14 +44,14 @@ to 0.13 on SmolLM2's 30 blocks. Learned ones moved MiniLM's tokens by more than 
 class TextPass:
     """One watched pass of a text and of the same text with one other token.
 
-    Rows: the text; with another last token; another last but one; another first one. Where there is a decoder, three
-    more, in which those tokens of what the decoder reads are others.
+    Its rows are the text, and the text with another last token, with another last but one, and with another first one.
+    Where there is a decoder, it has three more. In those, the same tokens of the decoder's text are other ones.
 
     Attributes:
         model: the bare model.
         blocks: its stacks.
         texts: makes its inputs.
-        text, target: what encoder (or the lone stack) and decoder read; None: there is no decoder.
+        text, target: what encoder (or the lone stack) and decoder read. None: there is no decoder.
         seen: the pass.
     """
 
@@ -80,7 +80,7 @@ class TextPass:
         return read_stacks(self.model, self.blocks, self.seen, rows=1 + len(self.blocks) * len(CHANGED))
 
     def again(self, inputs: Inputs) -> list[StackPass] | None:
-        """The stacks in a pass of other rows; None if the model does not take these inputs."""
+        """The stacks in a pass of other rows, or None if the model does not take these inputs."""
         seen = attempt(trunk_of(self.model), watch, trunk_of(self.model), self.blocks, inputs)
         rows = len(next(iter(inputs.values())))
         return None if seen is None else read_stacks(self.model, self.blocks, seen, rows)
@@ -110,7 +110,10 @@ class TextPass:
         return Added(before=moved[0] - (length - 1), kept=kept, cropped=own == length)
 
     def _adds_as_many(self, number: int, extra: int) -> bool:
-        """Whether a stack adds this many tokens to a longer text too; else it fills up to some length, with padding."""
+        """Whether a stack adds this many tokens to a longer text too.
+
+        Else the stack fills up to some length, with padding.
+        """
         longer = self.texts.text(len(self.text) + 1, seed=4)
         decoder = None if self.target is None else [longer] * 2
         stacks = self.again(self.texts.batch([longer] * 2, decoder=decoder))

@@ -75,7 +75,7 @@ def _check_timm_file(name: str, file: Path) -> None:
 
 
 def _fill_timm(model: Any, model_name: str, file: str) -> None:
-    """Load a .safetensors file in timm's names or an original ViT's .npz; a classifier of another size is left out."""
+    """Load a .safetensors file in timm's names or an original ViT's .npz, without a classifier of another size."""
     weights = read_npz(file).for_timm() if Path(file).suffix == NPZ else _read_safetensors(file)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     own = model.state_dict()

@@ -34,7 +34,7 @@ def facts_of(model: nn.Module) -> Facts:
     """The facts of a model, which are found once and kept on its trunk.
 
     Raises:
-        ValueError: if the model does what no fold can follow; the message names it and says what to do.
+        ValueError: if the model does what no fold can follow. The message names it and says what to do.
     """
     trunk = trunk_of(model)
     real, key = has_values(trunk), _key(trunk)
@@ -61,7 +61,7 @@ def _key(trunk: Any) -> str:
 
 
 def _traced(model: nn.Module, blocks: Sequence[Blocks]) -> Facts | None:
-    """What passes of the model show; None if nothing that we know how to make is an input of it."""
+    """What passes of the model show, or None if nothing that we know how to make is an input of it."""
     trunk = trunk_of(model)
     for texts in dummies.texts(trunk, model):
         if (passed := attempt(trunk, TextPass.of, model, blocks, texts)) is not None:
@@ -93,7 +93,7 @@ def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
 def _named(
     stacks: Sequence[StackPass], causal: Sequence[Causal], added: Sequence[Added | None], tokens: int
 ) -> dict[str, StackFacts]:
-    """The facts of stacks by name; a lone one is a decoder if it is causal."""
+    """The facts of stacks by name, where a lone stack is a decoder if it is causal."""
     found: dict[str, StackFacts] = {}
     for stack, sees, place in zip(stacks, causal, added, strict=True):
         norm, ends = stack.ending(place, tokens)
@@ -132,7 +132,10 @@ def _check_sound_mask(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, st
 
 
 def _shapes(model: nn.Module, blocks: Sequence[Blocks]) -> Facts | None:
-    """What a pass of fake tensors shows, with causality from the table; None if the model cannot be run on them."""
+    """What a pass of fake tensors shows, with causality from the table.
+
+    None if the model cannot be run on fake tensors.
+    """
     with undisturbed(torch.device("cpu")), FakeTensorMode(allow_non_fake_inputs=True):
         try:
             copied = hollow(trunk_of(model))
@@ -146,7 +149,7 @@ def _shapes(model: nn.Module, blocks: Sequence[Blocks]) -> Facts | None:
 
 
 def _fake_inputs(copied: nn.Module, model: nn.Module, stacks: int) -> Iterator[tuple[Inputs, int]]:
-    """The same inputs as for a real pass, and their rows; of texts one batch, whose rows are alike."""
+    """The same inputs as for a real pass, and their rows, but of texts one batch, whose rows are alike."""
     for texts in dummies.texts(copied, model):
         rows = [texts.text(texts.short, seed=1)] * 3
         yield texts.batch(rows, decoder=rows if stacks > 1 else None), len(rows)
@@ -170,7 +173,7 @@ def _of_shapes(model: nn.Module, blocks: Sequence[Blocks], stacks: Sequence[Stac
 
 
 def _guessed(model: nn.Module, blocks: Sequence[Blocks]) -> Facts:
-    """What the order of the modules suggests; the fold checks it in its first pass."""
+    """What the order of the modules suggests, which the fold checks in its first pass."""
     found: dict[str, StackFacts] = {}
     for stack in blocks:
         causal = stack.name == "decoder" if len(blocks) > 1 else said_causal(model)

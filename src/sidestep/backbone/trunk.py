@@ -16,7 +16,7 @@ a compiled forward pass asks for the trunk too."""
 
 
 def trunk_of(model: Any) -> Any:
-    """The backbone without its task head (a Hugging Face model's base model; a timm model itself).
+    """The backbone without its task head: a Hugging Face model's base model, or a timm model itself.
 
     What transformers calls the base model may be a part that does not take the model's inputs (DINOv3's encoder). Then
     the model has no head, and is the trunk itself.
@@ -32,7 +32,7 @@ def trunk_of(model: Any) -> Any:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's first parameter is; of one that accelerate has offloaded, where it is computed."""
+    """Where a module's first parameter is, or, if accelerate has offloaded the module, where it is computed."""
     first = next(module.parameters()).device
     hooks = (vars(part).get("_hf_hook") for part in module.modules()) if first.type == "meta" else ()
     return next(

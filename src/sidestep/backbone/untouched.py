@@ -22,7 +22,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run a model inside of this, in eval mode and frozen: it is left as it was.
 
     Modules that replace each other while they run (BigBird's attention on short texts), modes, attributes, hooks,
-    gradient flags and the config are as before; so is what `undisturbed` names.
+    gradient flags and the config are as before. What `undisturbed` names is as before too.
     """
     before, trained = Snapshot(model), [parameter for parameter in model.parameters() if parameter.requires_grad]
     with undisturbed(device_of(model)):
@@ -75,7 +75,7 @@ class _State:
         self.contents = {n: v.copy() for n, v in self.values.items() if type(v) in _CONTAINERS}
 
     def restore(self) -> None:
-        """Put them back; a container stays the same object, because handles of hooks refer to it."""
+        """Put them back, and keep a container the same object, because handles of hooks refer to it."""
         for name, before in self.contents.items():
             container = self.values[name]
             if not _same(container, before):

@@ -98,7 +98,7 @@ PRE_LOGITS: dict[str, Part] = {
 
 
 class NpzError(ValueError):
-    """A file does not hold the weights of a Vision Transformer; the message says what it holds instead."""
+    """A file does not hold the weights of a Vision Transformer, and the message says what it holds instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class ViTArchive:
 
 
 def read_sizes(path: str | Path) -> ViTSizes:
-    """The sizes of the Vision Transformer in a .npz file; its large arrays are not read.
+    """The sizes of the Vision Transformer in a .npz file, without reading its large arrays.
 
     Raises:
         NpzError: as `read_vit`.
@@ -165,8 +165,8 @@ def read_vit(path: str | Path) -> ViTArchive:
     """The Vision Transformer in a .npz file.
 
     Raises:
-        NpzError: if the file is missing, is no archive, is damaged or holds pickled objects, or if its arrays are not
-            those of a Vision Transformer; the message names what is missing and what is not expected.
+        NpzError: if the file is missing, is no archive, is damaged or holds pickled objects. Also if its arrays are not
+            those of a Vision Transformer. The message then names what is missing and what is not expected.
     """
     with _opened(path) as archive:
         sizes = _sizes(path, archive)

@@ -13,7 +13,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class WideForward:
-    """A module's `forward` in the precision of its weights; what comes out has the precision of what went in."""
+    """A module's `forward` in the precision of its weights, with a result in the precision of the input."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.inner = module, module.__dict__.get("forward")

@@ -1,8 +1,8 @@
 """Random views of training images, from torchvision and timm.
 
-Which view an image gets hangs on the seed, the epoch and the row alone, not on the order of the rows, the batch size or
-the number of processes that load data. A run is therefore reproducible, and a resumed one exact from any step. The
-libraries draw from global generators, so those are seeded for each image and put back afterwards.
+Which view an image gets depends on the seed, the epoch and the row alone. It does not depend on the order of the rows,
+the batch size or the number of processes that load data. A run is therefore reproducible, and a resumed one exact from
+any step. The libraries draw from global generators, so those are seeded for each image and put back afterwards.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Augmentation:
             and "flip". "randaugment": "crop", and timm's RandAugment of `RANDAUGMENT`.
         transform: of images that are not augmented.
         seed: of the views.
-        epoch: the one that is being trained; the trainer sets its number.
+        epoch: the one that is being trained. The trainer sets its number.
 
     Raises:
         DataError: for other views.
@@ -69,7 +69,10 @@ class Augmentation:
             raise DataError(f"augment={self.views!r}: choose {listed((NONE, *get_args(Views)))}")
 
     def __call__(self, image: PIL.Image.Image, row: int | None) -> Tensor:
-        """(3, rows, columns) of one RGB image; without a row's number the view is drawn from the global generators."""
+        """(3, rows, columns) of one RGB image.
+
+        Without a row's number the view is drawn from the global generators.
+        """
         pipeline = _pipeline(self.views, self.transform)
         if row is None:
             return pipeline(image)

@@ -26,7 +26,7 @@ TEXT_TYPES = ("string", "large_string")
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Which columns are read: `text` (with `text2` for a pair) or `image`; `label` where there is one."""
+    """Which columns are read: `text` (with `text2` for a pair) or `image`, and `label` where there is one."""
 
     text: str | None = None
     text2: str | None = None
@@ -38,8 +38,8 @@ def check_fields(rows: Dataset, fields: Fields) -> None:
     """Refuses fields that the rows do not have, or that hold something else.
 
     Raises:
-        DataError: if neither or both of text and image are given; if a column does not exist; if a text
-            column holds numbers (by type, or text that is a number in every row) or missing values.
+        DataError: if neither or both of text and image are given, or a column does not exist. Also if a text column
+            holds numbers (by type, or text that is a number in every row) or missing values.
     """
     if (fields.text is None) == (fields.image is None):
         raise DataError(f"text={fields.text!r}, image={fields.image!r}: name one column of text or one of images")
@@ -69,17 +69,17 @@ def encode_text(
 
     Args:
         rows: with the columns that `fields` names.
-        fields: one text or a pair; `label` is needed with `labels`.
+        fields: one text or a pair. `label` is needed with `labels`.
         tokenizer: a Hugging Face tokenizer.
         labels: None to leave the labels out.
-        max_length: tokens kept of a row, special ones included; of a pair the longer text is cut first.
-            None: the tokenizer's own limit, if it has one.
+        max_length: tokens kept of a row, special ones included. Of a pair the longer text is cut first. None: the
+            tokenizer's own limit, if it has one.
         separator: put between the texts of a pair, besides what the tokenizer puts there.
         end: put behind the last text of each row.
 
     Returns:
-        The tokenizer's columns with "length" (tokens, for length grouping) and, with `labels`, "labels";
-        and how many rows were truncated.
+        The tokenizer's columns with "length" (tokens, for length grouping) and, with `labels`, "labels".
+        Second, how many rows were truncated.
 
     Raises:
         DataError: for unusable fields or labels, a max_length without room for text, a row without a token.
@@ -118,7 +118,7 @@ def encode_images(
 
     Args:
         rows: with a column of images, or of paths of images.
-        fields: `image`; `label` is needed with `labels`.
+        fields: `image`. `label` is needed with `labels`.
         processor: `processor(images=[...], return_tensors="pt")["pixel_values"]` is a tensor
             (images, channels, rows, columns), or a list of such without the first axis.
         labels: None to leave the labels out.
@@ -129,8 +129,8 @@ def encode_images(
         The undecoded image has the name "pixel_values" too, so that the Trainer's column removal keeps it.
 
     Raises:
-        DataError: for unusable fields or labels, and files that are not there or empty; when a row is read, for
-            an image that cannot be, with its file or row.
+        DataError: for unusable fields or labels, and files that are not there or empty. When a row is read, also for an
+            image that cannot be read, with its file or row.
     """
     check_fields(rows, fields)
     if fields.image is None:
@@ -153,14 +153,14 @@ class Collate:
     Texts are padded to the longest of the batch, and the padding is masked. Labels
     become int64 (classes) or float32 (several classes, numbers). Other columns ("length") are dropped.
 
-    A tokenizer without a pad token is copied, and the copy pads with id 0; the one that was given stays as it
-    is. What the model reads there does not matter to it, as the attention mask is 0, but a model that finds
-    the last token by `config.pad_token_id` still needs that to be set.
+    A tokenizer without a pad token is copied, and the copy pads with id 0. The tokenizer that was given stays as it is.
+    The attention mask is 0 on padding, so the model does not mind what it reads there. But a model that finds the last
+    token by `config.pad_token_id` still needs that to be set.
 
     Attributes:
         tokenizer: None for images.
         pad_to_multiple_of: rounds the padded length up.
-        padding_side: of texts; None: the tokenizer's.
+        padding_side: of texts. None: the tokenizer's.
     """
 
     tokenizer: Any = None
@@ -302,7 +302,7 @@ def _is_number(text: str) -> bool:
 
 
 def token_limit(tokenizer: Any, max_length: int | None, *, pair: bool) -> int | None:
-    """Tokens kept of a text (or a pair): as asked, or the tokenizer's own limit; None: all.
+    """Tokens kept of a text (or a pair): as asked, or the tokenizer's own limit, or None for all.
 
     Raises:
         DataError: if there is no room for text beside the special tokens.

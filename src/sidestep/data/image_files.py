@@ -26,8 +26,8 @@ def read_list(path: Path, lines: Iterable[str]) -> Dataset:
     """The images that a list names, in columns "image" and "label".
 
     Args:
-        path: of the list; the images' paths are relative to its folder.
-        lines: each a path and a label, the last word of the line; blank lines are passed over.
+        path: of the list. The images' paths are relative to its folder.
+        lines: each a path and a label, the last word of the line. Blank lines are passed over.
 
     Raises:
         DataError: for an empty list, a line without a label, images that are not there.
@@ -56,7 +56,7 @@ def read_list(path: Path, lines: Iterable[str]) -> Dataset:
 def read_folder(path: Path, split: str, table: Callable[[Path], Dataset]) -> Dataset:
     """The images of class folders, in columns "image" and "label".
 
-    A folder is a class with all that lies below it. Images that lie in no class folder have no "label", and a file
+    A folder is a class with all that lies below it. Images that lie in no class folder have no "label". A file
     "metadata.csv" (or .jsonl, .parquet) gives the columns in the place of the folders: its "file_name" names the image.
 
     Args:
@@ -68,8 +68,8 @@ def read_folder(path: Path, split: str, table: Callable[[Path], Dataset]) -> Dat
         DataError: if there is no image, none in one of the class folders, or no such split.
 
     Warns:
-        DataWarning: if a split of another name is read, or images are left out: beside class folders, or that no
-            metadata file names.
+        DataWarning: if a split of another name is read. Also if images are left out, because they lie beside class
+            folders or no metadata file names them.
     """
     root = path.resolve()
     while not (splits := _splits(root, split)) and (inner := _wrapped(root)):
@@ -91,7 +91,7 @@ def read_folder(path: Path, split: str, table: Callable[[Path], Dataset]) -> Dat
 
 
 def _splits(path: Path, wanted: str) -> list[str]:
-    """The folders that are splits; none where the folders are classes.
+    """The folders that are splits, or an empty list where the folders are classes.
 
     A class may be called "train", so a name alone makes no split. There are splits if a folder of such a name holds
     class folders or a metadata file, or if no folder has another name.
@@ -110,7 +110,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """All files below a folder; links to folders are not followed, and hidden names are passed over."""
+    """All files below a folder, without following links to folders, and without hidden names."""
     for folder, inner, names in os.walk(path):
         inner[:] = sorted(filter(_is_visible, inner))
         yield from (Path(folder, name) for name in names if _is_visible(name))
@@ -137,7 +137,7 @@ def _has_metadata(folder: Path) -> bool:
 
 
 def _with_metadata(root: Path, files: Iterable[Path], read: Callable[[Path], Dataset]) -> Dataset:
-    """The rows of metadata files, each with its "file_name" as an image; the name begins at the file's folder."""
+    """The rows of metadata files, each with its "file_name" as an image, where the name begins at the file's folder."""
     tables = [_with_images(file, read(file)) for file in files]
     if any(table.features != tables[0].features for table in tables):
         raise DataError(

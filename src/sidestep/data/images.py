@@ -20,7 +20,7 @@ def decode(cell: dict[str, Any], row: int | None) -> PIL.Image.Image:
 
     Args:
         cell: "bytes" or "path" of it.
-        row: its number, from 1; None if it is not known.
+        row: its number, from 1, or None if it is not known.
 
     Raises:
         DataError: if it cannot be read, with its file or row.
@@ -38,7 +38,9 @@ def decode(cell: dict[str, Any], row: int | None) -> PIL.Image.Image:
 
 
 def drop_unreadable(rows: Dataset, column: str, what: str = "rows") -> Dataset:
-    """The rows whose images can be read; each is decoded once to know.
+    """The rows whose images can be read.
+
+    Each image is decoded once to find out.
 
     Args:
         rows: with a column of images, or of paths of images.
@@ -114,7 +116,10 @@ def _local_paths(rows: Dataset, column: str) -> Iterator[str]:
 
 
 def is_local(path: str | None) -> bool:
-    """Whether it is a file; what is in a store, `datasets` reads itself."""
+    """Whether it is a file.
+
+    `datasets` itself reads what is in a store.
+    """
     return path is not None and "://" not in path
 
 

@@ -53,7 +53,7 @@ def separators_of(given: str | None, tokenizer: Any, *, kind: Kind, pair: bool) 
     Args:
         given: for every join that the task has. None: between the texts of a pair a newline where the tokenizer puts
             nothing there, and else nothing.
-        tokenizer: of the backbone; of images, whatever reads those.
+        tokenizer: of the backbone. With images it is whatever reads the texts.
         kind: "lm" if answers are written behind prompts.
         pair: whether rows have two texts.
 

@@ -22,7 +22,7 @@ MIXED = getattr(datasets, "Json", None)
 
 
 def read_json(text: str) -> Dataset:
-    """The rows of a file's text; a key that an object lacks is None there.
+    """The rows of a file's text, where a key that an object lacks is None.
 
     Raises:
         ValueError: for what is no json, or no objects.

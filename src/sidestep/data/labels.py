@@ -26,7 +26,7 @@ class LabelSpace:
 
     Attributes:
         kind: one class of several, any number of them, a number, or a text that the model writes.
-        names: the classes, in the order of the outputs; empty for a number or a text.
+        names: the classes, in the order of the outputs. It is empty for a number or a text.
     """
 
     kind: Kind
@@ -43,7 +43,7 @@ class LabelSpace:
         Classes are compared by name, so a dev file may number its labels otherwise or be of another format.
 
         Raises:
-            DataError: for missing or unusable labels and for labels that training never had; names the rows.
+            DataError: for missing or unusable labels and for labels that training never had. It names the rows.
         """
         if self.kind == "regress":
             return _numbers(rows, label_column)
@@ -73,8 +73,8 @@ class LabelSpace:
 def label_space(rows: Dataset, label_column: str, kind: Kind) -> LabelSpace:
     """The classes of the training rows.
 
-    Names of a `ClassLabel` column keep their order; others are sorted, as numbers if all are whole numbers.
-    For kind "multi" a cell is a list of labels, or text with "|" between them (empty: none).
+    Names of a `ClassLabel` column keep their order. Others are sorted, as numbers if all are whole numbers. For kind
+    "multi" a cell is a list of labels, or text with "|" between them (empty: none).
 
     Raises:
         DataError: for an unknown kind, a missing label, fewer than 2 classes, a target that is not finite, and as
@@ -134,11 +134,11 @@ def class_of_each(rows: Dataset, column: str) -> list[str]:
 
 
 def target_texts(rows: Dataset, column: str) -> list[str]:
-    """Each row's target as a text; of a `ClassLabel` column, the names.
+    """Each row's target as a text, which in a `ClassLabel` column is the class's name.
 
     Raises:
-        DataError: for lists, numbers (by type, or text that is a number in every row), missing and empty texts; names
-            the rows.
+        DataError: for lists, numbers (by type, or text that is a number in every row), missing and empty texts. It
+            names the rows.
     """
     check_column(rows, column)
     feature, cells = rows.features[column], _cells(rows, column)
@@ -165,8 +165,8 @@ def target_texts(rows: Dataset, column: str) -> list[str]:
 def holdout(rows: Dataset, label_column: str | None, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """The rows in two parts, `(train, dev)`, each in the order of the file, the same for the same seed.
 
-    Where the labels are classes, both parts have the same shares of each; a class of a single row stays in
-    train. Numbers that are not all whole, lists and texts with "|" are no classes: the split is random then.
+    Where the labels are classes, both parts have the same shares of each. A class of a single row stays in train.
+    Numbers that are not all whole, lists and texts with "|" are no classes: the split is random then.
 
     Args:
         rows: at least two.
@@ -199,7 +199,7 @@ def holdout(rows: Dataset, label_column: str | None, fraction: float, seed: int)
 
 
 def _strata(rows: Dataset, column: str) -> list[str] | None:
-    """Each row's class, or None where the labels are none (as lists, or numbers that are not all whole)."""
+    """Each row's class, or None where the labels are no classes (as lists, or numbers that are not all whole)."""
     feature = _element(rows, column)
     if isinstance(rows.features[column], List | LargeList):
         return None
@@ -269,7 +269,7 @@ def _element(rows: Dataset, column: str) -> Any:
 
 
 def _name(cell: Any, feature: Any) -> str | None:
-    """A label's name; None where it is missing.
+    """A label's name, or None where it is missing.
 
     The hub marks rows without a label by -1, and transformers those that the loss leaves out by -100.
     """

@@ -21,7 +21,9 @@ from sidestep.data.tables import TableOptions, check_column, read
 
 
 def read_pairs(source: str, fields: Fields, options: TableOptions, *, split: str) -> Dataset:
-    """The rows of `read`, one an image with a list of its captions; a file's relative paths begin at its folder.
+    """The rows of `read`, one for each image with a list of its captions.
+
+    A file's relative paths begin at its folder.
 
     Raises:
         DataError: as `read` and `captioned`.
@@ -39,7 +41,7 @@ def captioned(rows: Dataset, fields: Fields, folder: Path | None = None) -> Data
     Args:
         rows: with a column of images or of their paths, and one of captions: a text, or a list of texts.
         fields: `image` and `text`.
-        folder: that relative paths begin at; None: the one that the command is run in.
+        folder: that relative paths begin at. None: the one that the command is run in.
 
     Raises:
         DataError: if a column is missing or holds something else, an image has no caption or a caption no image, or
@@ -84,12 +86,12 @@ def encode_pairs(
         rows: as `captioned` gives them.
         fields: `image` and `text`.
         processor: with `image`, an image processor, and `text`, a tokenizer.
-        max_length: tokens kept of a caption; None: the tokenizer's limit.
-        augment: of training images; a view hangs on the image, not on the caption.
+        max_length: tokens kept of a caption. None: the tokenizer's limit.
+        augment: of training images. A view depends on the image, not on the caption.
 
     Returns:
         A dataset of rows with "pixel_values", "input_ids", the tokenizer's other columns, "length", and as "labels" the
-        number of the image; images are decoded when they are read.
+        number of the image. Images are decoded when they are read.
 
     Raises:
         DataError: as `encode_images` and `encode_text`.
@@ -117,7 +119,10 @@ def encode_captions(
 
 @dataclass
 class CollatePairs(Collate):
-    """A Trainer's data collator of the rows of `encode_pairs`; an image with several captions stands there once."""
+    """A Trainer's data collator of the rows of `encode_pairs`.
+
+    An image with several captions stands in a batch once.
+    """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """What a `PairModel` takes: images, texts, `image_index` and `labels`."""
@@ -177,7 +182,7 @@ def _is_file(cell: Mapping[str, Any]) -> bool:
 
 
 def _key(cell: Mapping[str, Any]) -> Hashable:
-    """What tells images apart: the file, which has many paths and links; else what the image is called."""
+    """What tells images apart: the file, which may have many paths and links, or else what the image is called."""
     if not _is_file(cell):
         return _name(cell)
     try:

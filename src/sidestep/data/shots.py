@@ -16,8 +16,8 @@ from sidestep.data.messages import NAMED, DataError
 def few_shot(rows: Dataset, fields: Fields, shots: int, seed: int) -> Dataset:
     """So many rows of each class, in the order of the file.
 
-    A row is drawn by a hash of the seed and its text or image file. So neither the order of the rows matters nor
-    where a folder of images lies, and the rows of fewer shots are among those of more.
+    A row is drawn by a hash of the seed and its text or image file. So neither the order of the rows matters nor where
+    a folder of images lies. The rows of fewer shots are among those of more.
 
     Args:
         rows: with one class each.
@@ -26,7 +26,7 @@ def few_shot(rows: Dataset, fields: Fields, shots: int, seed: int) -> Dataset:
         seed: of the draw.
 
     Raises:
-        DataError: if a class has fewer rows; for shots below 1, and labels that are no single classes.
+        DataError: if a class has fewer rows. Also for shots below 1, and labels that are no single classes.
     """
     if shots < 1:
         raise DataError(f"shots={shots}: choose at least 1 row of each class")
@@ -48,7 +48,7 @@ def few_shot(rows: Dataset, fields: Fields, shots: int, seed: int) -> Dataset:
 
 
 def _contents(rows: Dataset, fields: Fields) -> list[str]:
-    """What tells a row from others: its texts; of an image the path within the common folder, or its bytes' digest."""
+    """What tells a row from others: its texts, or an image's path within the common folder, or its bytes' digest."""
     if fields.image is None:
         plain = rows.with_format(None)
         columns = [plain[name][:] for name in (fields.text, fields.text2) if name is not None]

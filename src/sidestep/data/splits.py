@@ -19,7 +19,7 @@ def chosen_split(there: Iterable[str], wanted: str, source: str | Path) -> str:
         source: of the splits, as a message names it.
 
     Raises:
-        DataError: if no split, or more than one, is meant; names those that are there.
+        DataError: if no split, or more than one, is meant. It names those that are there.
 
     Warns:
         DataWarning: if a split of another name is read.
@@ -48,6 +48,6 @@ def is_split_name(name: str) -> bool:
 
 
 def _meaning(name: str) -> str:
-    """The first of the names that mean the same; upper and lower case do not differ."""
+    """The first of the names that mean the same, where upper and lower case do not differ."""
     plain = name.casefold()
     return next((row[0] for row in SYNONYMS if plain in row), plain)

@@ -1,8 +1,8 @@
 """Whatever a user has (tables, json, parquet, image folders and lists, hub ids) as one `datasets.Dataset`.
 
-Differs from `datasets.load_dataset("csv")`: that reader (pandas) turns the text "NA" into a missing value,
-drops or shifts ragged rows, and lets a stray quote swallow the lines after it. Here every cell of a table
-stays the text it is, ragged rows are counted and named, and a stray quote is an error.
+Differs from `datasets.load_dataset("csv")`. That reader (pandas) turns the text "NA" into a missing value, and drops or
+shifts ragged rows. There a stray quote swallows the lines after it. Here every cell of a table stays the text it is,
+ragged rows are counted and named, and a stray quote is an error.
 """
 
 import codecs
@@ -36,10 +36,10 @@ class TableOptions:
     """How a csv or tsv file is written.
 
     Attributes:
-        columns: the columns' names, in order, for a file without header; or new names for those it has.
+        columns: the columns' names, in order, for a file without header, or new names for those it has.
         header: whether the first line names the columns.
         quoting: whether a cell may stand in double quotes (False: a quote is a character like any other).
-        encoding: a Python encoding name; a byte-order mark is skipped under utf-8.
+        encoding: a Python encoding name. A byte-order mark is skipped under utf-8.
 
     Raises:
         DataError: for an unknown encoding, or columns that are empty or named twice.
@@ -81,9 +81,9 @@ def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "
     """The rows of a file, a folder or a hub id.
 
     Args:
-        source: a .csv, .tsv, .json or .jsonl file (each may be .gz) or a .parquet file; a .txt file that lists
-            images, one "path label" a line, or a folder of class folders of images (both with columns "image" and
-            "label"); a folder that `datasets` saved; or a hub id, with a configuration after a colon where it has
+        source: a .csv, .tsv, .json or .jsonl file (each may be .gz), or a .parquet file. Or a .txt file that lists
+            images, one "path label" a line, or a folder of class folders of images. Both have the columns "image" and
+            "label". Or a folder that `datasets` saved. Or a hub id, with a configuration after a colon where it has
             several ("nyu-mll/glue:rte").
         options: how a table is written. Its cells all stay text. `columns` renames those of the others too.
         split: which split of a hub id, of a saved folder, or of an image folder with folders of splits. "val", "dev"
@@ -98,8 +98,8 @@ def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "
 
     Warns:
         DataWarning: if a split is read whose name only means the same, or images beside class folders are left out.
-        DataWarning: with the line numbers of ragged rows. Too many fields: the extra ones are dropped and the
-            row is kept; too few: the row is skipped.
+        DataWarning: with the line numbers of ragged rows. If a row has too many fields, the extra ones are dropped and
+            the row is kept. If it has too few, the row is skipped.
     """
     if not str(source).strip():
         raise DataError("the name of the rows is empty: name a file, a folder or a hub id")
@@ -170,7 +170,7 @@ def _parse(path: Path, options: TableOptions) -> list[tuple[int, list[str]]]:
 
 @contextmanager
 def _open(path: Path, encoding: str) -> Iterator[TextIO]:
-    """The file as text; what goes wrong while it is read names the file."""
+    """The file as text, with the file's name in the error when reading fails."""
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opened(path, "rb") as file:
@@ -191,7 +191,10 @@ def _open(path: Path, encoding: str) -> Iterator[TextIO]:
 
 
 def _encoding(path: Path, start: bytes, given: str) -> str:
-    """The encoding to read a file with that begins so; a byte-order mark would become a part of the first name."""
+    """The encoding to read a file with that begins so.
+
+    A byte-order mark would become a part of the first name.
+    """
     found = _wide_encoding(start)
     if found is None:
         return "utf-8-sig" if codecs.lookup(given).name == "utf-8" else given
@@ -204,7 +207,7 @@ def _encoding(path: Path, start: bytes, given: str) -> str:
 
 
 def _family(encoding: str) -> str | None:
-    """ "utf-16" or "utf-32" of any byte order; None for encodings with single bytes."""
+    """ "utf-16" or "utf-32" of any byte order, or None for encodings with single bytes."""
     return next((family for family in ("utf-16", "utf-32") if codecs.lookup(encoding).name.startswith(family)), None)
 
 
@@ -250,7 +253,7 @@ def _cells(path: Path, file: TextIO, options: TableOptions) -> list[tuple[int, l
 
 
 def _delimiter(path: Path, file: TextIO) -> str:
-    """A tab for .tsv, and for a .csv whose first lines all hold one; a comma otherwise."""
+    """A tab for .tsv, and for a .csv whose first lines all hold one, or else a comma."""
     if ".tsv" in path.suffixes[-2:]:
         return "\t"
     first = [line for _, line in zip(range(10), file, strict=False) if line.strip("\r\n")]
@@ -277,10 +280,10 @@ def _refuse_repeats(names: Sequence[str], where: str) -> None:
 
 
 def _square(path: Path, lines: list[tuple[int, list[str]]], width: int) -> list[list[str]]:
-    """The rows cut to the width; what was cut or skipped is warned of."""
+    """The rows cut to the width, with a warning of what was cut or skipped."""
     more = [line for line, cells in lines if len(cells) > width]
     fewer = [line for line, cells in lines if len(cells) < width]
-    # no row that fits: another delimiter, or a header without the name of the row index; nothing to guess
+    # no row that fits: another delimiter, or a header without the name of the row index: nothing to guess
     if len(more) + len(fewer) == len(lines):
         raise DataError(
             f"{path}: the header names {width} columns, but no row has {width} fields "
@@ -388,7 +391,7 @@ def _hub(source: str, split: str) -> Dataset:
 
 
 def _hub_splits(name: str, configuration: str) -> list[str]:
-    """The splits of a hub id; none if they cannot be looked up."""
+    """The splits of a hub id, or an empty list if they cannot be looked up."""
     try:
         return datasets.get_dataset_split_names(name, configuration or None)
     except Exception:  # the first error says more

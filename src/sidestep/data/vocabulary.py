@@ -21,10 +21,10 @@ def check_tokens(
     Only the tokens that are there count. A tokenizer may know more than it uses, and a table may be padded.
 
     Args:
-        backbone: that reads them; of a dual encoder the tower of texts.
+        backbone: that reads them. Of a dual encoder it is the tower of texts.
         rows: encoded, with "input_ids", and where texts are written "labels".
         tokenizer: that made them.
-        kind: of the texts that are written; None: labels are no tokens.
+        kind: of the texts that are written. None: labels are no tokens.
         split: what the rows are called in the message.
 
     Raises:

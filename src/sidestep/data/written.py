@@ -25,7 +25,7 @@ class Generation:
 
     Attributes:
         max_new_tokens: at most, the end-of-sequence token included.
-        num_beams: of beam search; 1: the likeliest token each time.
+        num_beams: of beam search. 1: the likeliest token each time.
 
     Raises:
         DataError: if one is below 1.
@@ -50,7 +50,7 @@ def encode_prompts(
 ) -> tuple[Dataset, int]:
     """The texts that a model reads before it writes, as `encode_text` gives them, and how many were cut.
 
-    A decoder's prompt is cut from the left, as its end stands next to what is to be written, and it does not end in an
+    A decoder's prompt is cut from the left, as its end stands next to what is to be written. It does not end in an
     end-of-sequence token.
 
     Args:
@@ -58,7 +58,7 @@ def encode_prompts(
         fields: one text or a pair.
         tokenizer: a Hugging Face tokenizer.
         kind: which of the two models reads them.
-        max_length: tokens kept of a prompt; None: the tokenizer's limit.
+        max_length: tokens kept of a prompt. None: the tokenizer's limit.
         separators: between the texts of a pair, and at a prompt's end.
 
     Raises:
@@ -84,7 +84,9 @@ def encode_prompts(
 def encode_targets(
     texts: Sequence[str], tokenizer: Any, kind: Written, column: str, *, start: str = ""
 ) -> list[list[int]]:
-    """Each text as token ids that end in the end-of-sequence token; a decoder's have no other special token.
+    """Each text as token ids that end in the end-of-sequence token.
+
+    A decoder's texts have no other special token.
 
     Args:
         texts: of all rows.
@@ -94,7 +96,7 @@ def encode_targets(
         start: spaces that are put before each text.
 
     Raises:
-        DataError: for a tokenizer without an end-of-sequence token, and texts without any token; names the rows.
+        DataError: for a tokenizer without an end-of-sequence token, and texts without any token. It names the rows.
 
     Warns:
         DataWarning: if the tokenizer does not know a part of some texts.
@@ -122,8 +124,8 @@ def encode_targets(
 def with_targets(prompts: Dataset, texts: Sequence[str], targets: Sequence[Sequence[int]], tokenizer: Any) -> Dataset:
     """The prompts with "labels" (the targets' ids), "target" (their texts) and the "length" of both together.
 
-    The texts are as the tokenizer writes them (it may change case and spaces), but those with a part that it does not
-    know stay as they are.
+    The texts are as the tokenizer writes them (it may change case and spaces). Texts with a part that the tokenizer
+    does not know stay as they are.
     """
     known = tokenizer.batch_decode(list(targets), skip_special_tokens=True)
     told = [
@@ -146,17 +148,17 @@ def as_text(row: Mapping[str, Any], tokenizer: Any, kind: Written) -> tuple[str,
 def prompt_limit(
     tokenizer: Any, max_length: int | None, targets: Sequence[Sequence[int]], new: int, *, pair: bool
 ) -> int | None:
-    """How many tokens of a decoder's prompt are kept, so that the longest target still fits behind it; None: all.
+    """How many tokens of a decoder's prompt are kept, so that the longest target still fits behind it, or None for all.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        max_length: tokens of prompt and target together; None: the tokenizer's limit.
+        max_length: tokens of prompt and target together. None: the tokenizer's limit.
         targets: of all rows.
         new: tokens that the model may write.
         pair: whether a prompt is made of two texts.
 
     Raises:
-        DataError: if nothing would be left of the prompt; names the rows.
+        DataError: if nothing would be left of the prompt. It names the rows.
     """
     limit = token_limit(tokenizer, max_length, pair=pair)
     if limit is None:

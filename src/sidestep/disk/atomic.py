@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 
 class OutputError(ValueError):
-    """A command cannot write where it was told to; the message says why and what to do."""
+    """A command cannot write where it was told to, and the message says why and what to do."""
 
 
 @contextmanager
@@ -58,10 +58,12 @@ def move(source: Path, target: Path) -> None:
 
 @contextmanager
 def only_writer(lock: Path, what: Path, kind: type[Exception] = OutputError) -> Iterator[None]:
-    """Nobody else is here with the same lock file meanwhile; the system frees it when a process ends.
+    """Nobody else is here with the same lock file meanwhile.
+
+    The system frees the file when a process ends.
 
     Raises:
-        kind: if another process is; the message says what it writes.
+        kind: if another process is here. The message says what that process writes.
     """
     try:
         with FileLock(lock, timeout=0):
@@ -74,7 +76,7 @@ def check_file(path: Path) -> None:
     """Refuses a file that could not be written, before anything is computed.
 
     Raises:
-        OutputError: if it is a folder or a device, its folder cannot be made or written to, or its name is none.
+        OutputError: if it is a folder or a device, its folder cannot be made or written to, or it has no name.
     """
     mode = _mode(path)
     if mode is not None and stat.S_ISDIR(mode):
@@ -105,7 +107,7 @@ def refuse_inputs(written: Iterable[Path], read: Iterable[Path]) -> None:
 
     Args:
         written: files and folders that are written, replaced or deleted.
-        read: files and folders; those that are not there are passed over.
+        read: files and folders. Those that are not there are passed over.
 
     Raises:
         OutputError: naming both.
@@ -122,13 +124,16 @@ def refuse_inputs(written: Iterable[Path], read: Iterable[Path]) -> None:
 
 
 def lies_in(inner: Path, outer: Path) -> bool:
-    """Whether a path lies in a folder, however deep; of a link, whether it or what it points to does."""
+    """Whether a path lies in a folder, however deep, or, for a link, whether the link or its target does."""
     above = Path(os.path.realpath(inner.parent))
     return any(same_file(parent, outer) for parent in (above, *above.parents, *Path(os.path.realpath(inner)).parents))
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths name one file, however they are spelled; a file that is not there is known by its place."""
+    """Whether two paths name one file, however they are spelled.
+
+    A file that is not there is known by its place.
+    """
     try:
         return os.path.samefile(one, other)
     except (OSError, ValueError):
@@ -136,7 +141,7 @@ def same_file(one: Path, other: Path) -> bool:
 
 
 def _mode(path: Path) -> int | None:
-    """What a path is, as `os.stat` says it; None if nothing is there.
+    """What a path is, as `os.stat` says it, or None if nothing is there.
 
     Raises:
         OutputError: if the path cannot be one, or may not be looked at.

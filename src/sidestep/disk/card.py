@@ -33,7 +33,7 @@ def write_card(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def model_card(config: Mapping[str, Any], name: str, reads: Reads | None = None) -> str:
-    """The README.md of a task with this config; `reads` is what its processor is for."""
+    """The README.md of a task with this config, where `reads` is what its processor is for."""
     backbone, method, scores = config["backbone"], config["method"], config["scores"] or {}
     values = ", ".join(f"{key}={value}" for key, value in method["config"].items()) or "no settings"
     hub = backbone["id"] if _is_hub_id(backbone) else ""
@@ -69,7 +69,10 @@ def backbone_text(backbone: Mapping[str, Any]) -> str:
 
 
 def unnamed_classes(config: Mapping[str, Any]) -> list[str]:
-    """The classes of a task if they are numbers and no names; empty if they have names, or it has no classes."""
+    """The classes of a task if they are numbers and no names.
+
+    Empty if the classes have names, or the task has no classes.
+    """
     head, own, known = config["head"] or {}, config["backbone"]["config"], config["preprocessing"] or {}
     if known.get("problem") == "regress" or own.get("problem_type") == "regression":
         return []
@@ -112,7 +115,10 @@ def _quoted(text: str) -> str:
 
 
 def _reads(folder: Path, config: Mapping[str, Any]) -> Reads | None:
-    """What the processor of a task folder is for, by its files; None: it has none, or one for both."""
+    """What the processor of a task folder is for, by its files.
+
+    None if the folder has no processor, or one for both.
+    """
     files = {path.name for path in (folder / (config["files"].get("processor") or "processor")).glob("*")}
     if files & {*TOKENIZER_FILES}:
         return "text"

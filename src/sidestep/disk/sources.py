@@ -11,18 +11,18 @@ from sidestep.backbone.source import TIMM, VIT
 
 
 def rows_at(*sources: str | None) -> list[Path]:
-    """The files and folders of rows; a hub id is one that is not there."""
+    """The files and folders of rows, where a hub id is a path that does not exist."""
     return [Path(source).expanduser() for source in sources if source]
 
 
 def backbones_at(*names: str | None) -> list[Path]:
-    """The folders and weight files of backbones; a hub id is one that is not there."""
+    """The folders and weight files of backbones, where a hub id is a path that does not exist."""
     found = (_weights_at(name) for name in names if name)
     return [Path(place).expanduser() for place in found if place]
 
 
 def _weights_at(name: str) -> str:
-    """The path in a backbone's name; "" where it has none."""
+    """The path in a backbone's name, or "" where the name has no path."""
     if name.startswith(TIMM):
         return name.partition("@")[2]
     return "/".join(gguf_parts(name)) if is_gguf(name) else name.removeprefix(VIT)

@@ -24,7 +24,7 @@ def write_table(rows: Dataset, path: Path, *, shares: Collection[str] = (), over
     Args:
         rows: to write.
         path: of the file.
-        shares: columns of probabilities, which a csv or tsv file has with `DIGITS` digits; others have them whole.
+        shares: columns of probabilities, which a csv or tsv file has with `DIGITS` digits. Other files have them whole.
         overwrite: whether a file that is there is replaced.
 
     Raises:
@@ -75,7 +75,7 @@ def _write_csv(rows: Dataset, path: Path, delimiter: str, shares: Collection[str
 
 
 def _cell(value: Any, share: bool) -> str:
-    """A value as the text of one cell; None, like no number, is an empty one."""
+    """A value as the text of one cell, which is empty for None and for NaN."""
     if value is None or value != value:
         return ""
     if share and isinstance(value, float):

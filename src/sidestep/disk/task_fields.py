@@ -168,7 +168,7 @@ def _inner(value: dict[Any, Any] | Sequence[Any]) -> Sequence[Any]:
 
 
 def _at(config: Mapping[str, Any], name: str) -> Any:
-    """The entry of a dotted name; `MISSING` where there is none."""
+    """The entry of a dotted name, or `MISSING` where there is no such entry."""
     value: Any = config
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -237,7 +237,7 @@ def shown(value: Any) -> str:
 
 
 def config_checksum(config: Mapping[str, Any]) -> str:
-    """SHA-256 over the values of the covered entries, however they are laid out; of a config as JSON gives it back."""
+    """SHA-256 over the values of the covered entries, however they are laid out, of a config as JSON gives it back."""
     covered = {name: config[name] for name in COVERED if name in config}
     return hashlib.sha256(json.dumps(covered, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

@@ -6,8 +6,8 @@
     README.md           a model card
 
 A folder is a task if and only if it holds a sidestep.json whose checksum is that of the weights it names. Two more
-checksums in it are of its own values and of the processor's files; tasks that were written before have neither.
-Replacing that one file is therefore the moment at which a task changes; whatever else lies in the folder (a
+checksums in the sidestep.json are of its own values and of the processor's files. Tasks that were written before have
+neither. Replacing that one file is therefore the moment at which a task changes. Whatever else lies in the folder (a
 Trainer's checkpoints, logs, results) is left alone. Nothing is pickled or unpickled.
 """
 
@@ -42,11 +42,11 @@ SEALED = ("config", "checksum")  # in the weights' metadata: their sidestep.json
 
 
 class TaskError(ValueError):
-    """A task cannot be written, read or put on a backbone; the message says why and what to do."""
+    """A task cannot be written, read or put on a backbone, and the message says why and what to do."""
 
 
 class DamagedTask(TaskError):
-    """A task's files are incomplete or altered; `reason` is the message without what to do."""
+    """A task's files are incomplete or altered, and `reason` is the message without what to do."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"{reason}: copy the task again")
@@ -188,7 +188,10 @@ class Task:
 
 
 def copy(folder: str | Path, target: Path) -> None:
-    """Copy a task to a new folder, and bring it to the disk; what else lies in its folder stays there."""
+    """Copy a task to a new folder, and bring it to the disk.
+
+    What else lies in the task's folder stays there.
+    """
     folder = Path(folder)
     config = read_config(folder)
     weights, processor = _weights_path(folder, config), config["files"].get("processor")
@@ -255,7 +258,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config of a task folder, each entry of a type and in a range that can be used.
 
     Raises:
-        TaskError: if there is none, it is unreadable or altered, or its format is newer.
+        TaskError: if there is no config, it is unreadable or altered, or its format is newer.
     """
     path = folder / CONFIG
     if not folder.is_dir():

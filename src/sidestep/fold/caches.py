@@ -1,6 +1,6 @@
 """What a method needs of the model's key-value cache: further layers of its own, and to know who filled it.
 
-The model reorders, selects and crops all layers of its cache alike, so what a method keeps there follows beam search
+The model reorders, selects and crops all layers of its cache alike. So what a method keeps there follows beam search
 without a line of its own.
 """
 
@@ -82,14 +82,17 @@ class SideCache:
         return layer.update(*make(memory))
 
     def _layer(self, cache: DynamicCache, number: int) -> DynamicLayer:
-        """The layer of this number behind the blocks' own; a cache without a config gets the blocks' layers too."""
+        """The layer of this number behind the blocks' own.
+
+        A cache without a config gets the blocks' layers too.
+        """
         while len(cache.layers) <= self.depth + number:
             cache.layers.append(DynamicLayer())
         return cache.layers[self.depth + number]
 
 
 def _check_grows(cache: Cache) -> None:
-    # Subclasses count their tokens in other ways; a cache that offloads fetches its layers in a ring.
+    # Subclasses count their tokens in other ways, and a cache that offloads fetches its layers in a ring.
     if type(cache) is not DynamicCache or cache.offloading:
         kind = f"an offloaded {type(cache).__name__}" if cache.offloading else f"a {type(cache).__name__}"
         raise ValueError(

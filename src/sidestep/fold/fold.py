@@ -32,7 +32,7 @@ BUSY = (
 
 
 class Fold:
-    """Runs one method over the sites of one backbone; `Hooks` bring it the passes.
+    """Runs one method over the sites of one backbone, in the passes that `Hooks` bring.
 
     Args:
         trunk: the backbone without its head.
@@ -40,14 +40,16 @@ class Fold:
         method: the side network.
         facts: what the backbone is.
         grid: tells the token grid at a site, where hidden states have no rows and columns of their own.
-        narrow: "cls" or "last": only the token that the head reads is given to the method; None: all tokens.
-        mean_first: the head reads the mean of the tokens before the final norm, which norms nothing else.
-        through: whether a narrowed hidden state also goes on through the backbone's own norm and head (only where the
-            family table knows that they take it); else they get all tokens and their result is not used.
+        narrow: "cls" or "last": only the token that the head reads is given to the method. None: all tokens.
+        mean_first: the head reads the tokens' mean. The mean is taken before the final norm, and only the mean is
+            normed.
+        through: whether a narrowed hidden state also goes on through the backbone's own norm and head. It does only
+            where the family table knows that they take it. Else they get all tokens and their result is not used.
         frozen: whether nothing before the method's first write may require a gradient.
-        late: whether blocks come after that write: their keys and values in a cache are then of this task alone.
-        pools: whether a Sidestep head reads the tokens, which has to know the padding.
-        diff: a sparse diff, which is written into the weights before each call; None: there is none.
+        late: whether blocks come after that write. Then the keys and values of these blocks in a cache are of this task
+            alone.
+        pools: whether a Sidestep head reads the tokens. Such a head has to know the padding.
+        diff: a sparse diff, which is written into the weights before each call. None: there is no diff.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Fold:
         """`call(*args, **kwargs)` with the method active: its result, and what the head reads of the last pass.
 
         Raises:
-            FoldError: if another call is running (one model serves one thread at a time), or the hooks are gone.
+            FoldError: if another call is running (one model serves one thread at a time), or the hooks were taken off.
         """
         with self.turn:  # nobody takes the hooks or the diff off meanwhile
             self.require_attached()
@@ -96,7 +98,10 @@ class Fold:
 
     @property
     def running(self) -> bool:
-        """Whether a call is running in this thread; in any other one the hooks do nothing."""
+        """Whether a call is running in this thread.
+
+        In any other thread the hooks do nothing.
+        """
         return self.turn.mine
 
     def require_attached(self) -> None:
@@ -156,7 +161,7 @@ class Fold:
         return carried
 
     def check(self, given: Tensor, training: bool) -> None:
-        """Once, compare what the last site let go with what the trunk gave as its last hidden state.
+        """Once, compare the hidden state after the last site with the trunk's last hidden state.
 
         Raises:
             FoldError: if they differ: the final norm was found wrongly, so a head would read something else.
@@ -188,7 +193,7 @@ class Fold:
         return given if written is read else self._as_given(written, given, site)
 
     def memory(self, site: Site, given: Tensor, call: Mapping[str, Any]) -> Tensor | None:
-        """What a decoder block reads in the place of the encoder's output; None: that."""
+        """What a decoder block reads in the place of the encoder's output, or None to read the encoder's output."""
         if self.current is None:
             return None
         return self.current[1].memory(self._seen(site, given, call))
@@ -211,7 +216,7 @@ class Fold:
         return passed.output
 
     def before_norm(self, site: Site, order: int, raw: Tensor) -> Tensor | None:
-        """Where the head reads the mean of what goes into the norm: the tokens pass without their gradient."""
+        """Where the head reads the mean of what goes into the norm, the tokens pass without their gradient."""
         if self.current is None or not self.current[0].is_turn(site, order):
             return None
         tokens = self._as_tokens(raw, site)
@@ -219,7 +224,10 @@ class Fold:
         return raw.detach()
 
     def norm(self, site: Site, order: int, module: nn.Module, raw: Tensor, normed: Tensor) -> Tensor | None:
-        """What goes on in the place of the final norm's output; None if it is not called as the end of its stack."""
+        """What goes on in the place of the final norm's output.
+
+        None if the norm is not called as the end of its stack.
+        """
         if self.current is None or not self.current[0].is_turn(site, order):
             return None
         passed, strand = self._visit(site, order)
@@ -339,7 +347,10 @@ class Fold:
             claim(passed.cache, self.name, passed.past, tokens)
 
     def _refuse_past(self, what: str) -> None:
-        """Refuse to go on from earlier tokens, to whose memory no method can add, where the method mixes tokens."""
+        """Refuse to go on from earlier tokens if the method mixes tokens.
+
+        No method can add to the model's memory of earlier tokens.
+        """
         if not self.method.tokenwise:
             raise FoldError(
                 f"{what}, and {type(self.method).__name__} mixes tokens without keeping what it knew of them: pass the "
@@ -367,7 +378,12 @@ class Fold:
         return take_rows(hidden, last_kept(site.keep)), single_token(site)
 
     def _text_start(self, site: Site) -> int:
-        """Where a text's first token stands among those of a stack whose own output leaves out what it added."""
+        """Where a text's first token stands among a stack's tokens.
+
+        This is 0 unless the stack's own output leaves out the tokens that it added.
+
+        The stack's own output leaves out the tokens that it added.
+        """
         added = self.facts.stacks[site.stack].added
         return added.before if added is not None and added.cropped else 0
 

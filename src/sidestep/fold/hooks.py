@@ -45,7 +45,10 @@ class Driver(Protocol):
         """Which element of a block's output its hidden state is, where that is a tuple."""
 
     def begin(self, module: nn.Module, inputs: Mapping[str, Any], *, alone: bool = False) -> None:
-        """Start a pass at its outermost module, with the module's inputs by name; `alone`: only there."""
+        """Start a pass at its outermost module, with the module's inputs by name.
+
+        If `alone`, the inputs count only there: a pass that runs already does not get them.
+        """
 
     def end(self, module: nn.Module) -> None:
         """A module that may have begun a pass has returned."""
@@ -54,22 +57,22 @@ class Driver(Protocol):
         """The trunk has given its last hidden state."""
 
     def encoded(self, module: nn.Module) -> Tensor | None:
-        """An encoder has returned that may have run alone: what goes along with its output."""
+        """An encoder that may have run alone has returned. The result goes along with its output."""
 
     def stage(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
         """What a stage's first block reads in the place of `given`."""
 
     def memory(self, site: Site, given: Tensor, call: Mapping[str, Any]) -> Tensor | None:
-        """What a decoder block reads in the place of the encoder's output; None: that."""
+        """What a decoder block reads in the place of the encoder's output, or None to read the encoder's output."""
 
     def block(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
         """What goes on in the place of a block's output."""
 
     def before_norm(self, site: Site, order: int, raw: Tensor) -> Tensor | None:
-        """What the final norm reads; None: what it is given."""
+        """What the final norm reads, or None to read what the norm is given."""
 
     def norm(self, site: Site, order: int, module: nn.Module, raw: Tensor, normed: Tensor) -> Tensor | None:
-        """What goes on in the place of the final norm's output; None: that."""
+        """What goes on in the place of the final norm's output, or None to go on with that output."""
 
 
 class Hooks:
@@ -148,7 +151,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 @dataclass(eq=False)
 class Hook:
-    """A standing hook; does nothing unless its driver is running."""
+    """A standing hook, which does nothing unless its driver is running."""
 
     driver: Driver
 
@@ -243,7 +246,10 @@ class AtMemory(Hook):
 
 @dataclass(eq=False)
 class AtBlock(Hook):
-    """After a block; after the last one of a stack without a final norm, the stack's end too."""
+    """After a block.
+
+    After the last block of a stack without a final norm it is the stack's end too.
+    """
 
     site: Site
     order: int

@@ -1,4 +1,4 @@
-"""Several texts in one row, which position ids alone tell apart: who would read them as one text is refused.
+"""Several texts in one row, told apart by position ids alone. Who would read such a row as one text is refused.
 
 Trainers pack texts to waste nothing on padding (TRL's `packing` and `padding_free`). Transformers' masks keep the texts
 of a row apart where their positions start again, without an attention mask and without a cache. Not every model uses
@@ -20,14 +20,16 @@ A_ROW_EACH = "give each text a row of its own (in TRL's SFTConfig: packing=False
 
 
 def is_packed(inputs: Mapping[str, Any], refusal: Callable[[], str | None]) -> bool:
-    """Whether the position ids of a pass do not count on within a row; a compiled pass may be packed if it has any.
+    """Whether the position ids of a pass do not count on within a row.
+
+    A compiled pass may be packed if it has any position ids.
 
     Args:
         inputs: of the pass, by name.
-        refusal: why such a row would be read as one text, and what to do; None if it would not.
+        refusal: why such a row would be read as one text, and what to do, or None if it would not.
 
     Raises:
-        ValueError: if there is a reason; in a compiled pass it is PyTorch's own `RuntimeError` with this message.
+        ValueError: if there is a reason. In a compiled pass it is PyTorch's own `RuntimeError` with this message.
     """
     apart = _apart(inputs)
     compiling = torch.compiler.is_compiling()
@@ -50,13 +52,13 @@ def refusal(
     causal: bool,
     pools: bool,
 ) -> str | None:
-    """Why a row of several texts would be read as one, and what to do; None if it would not.
+    """Why a row of several texts would be read as one, and what to do, or None if it would not.
 
     Args:
         inputs: of the pass, by name.
         method: what is attached.
         model: the backbone's name.
-        packs: tells whether the backbone keeps the texts of a row apart; None: that is not known.
+        packs: tells whether the backbone keeps the texts of a row apart. None: that is not known.
         causal: whether it is a decoder alone.
         pools: whether a Sidestep head reads the tokens.
     """
@@ -80,13 +82,15 @@ def refusal(
 
 
 def mask_of(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The padding mask (batch, tokens), if there is one; masks of other forms are the caller's own affair."""
+    """The padding mask (batch, tokens), if there is one. The caller answers for masks of other forms."""
     mask = inputs.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _apart(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Whether positions (batch, tokens) do not count on within a row, as one bool; None where none are given."""
+    """Whether positions (batch, tokens) do not count on within a row, as one bool, or None where no positions are
+    given.
+    """
     positions, mask = inputs.get("position_ids"), mask_of(inputs)
     if not isinstance(positions, Tensor) or isinstance(positions, FakeTensor) or positions.is_meta:
         return None

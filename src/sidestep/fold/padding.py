@@ -14,15 +14,15 @@ from sidestep.backbone.facts import Added
 def kept_tokens(
     mask: Any, states: Tensor, tokens: int, text: int | None, added: Added | None, past: int | Tensor | None
 ) -> Tensor | None:
-    """(batch, tokens) bool, False on padding; None when nothing is padded.
+    """(batch, tokens) bool, False on padding, or None when nothing is padded.
 
     Args:
-        mask: (batch, tokens of the text) of the model's inputs; with a cache also of the tokens in it.
+        mask: (batch, tokens of the text) of the model's inputs. With a cache it has the tokens in the cache too.
         states: (batch, any, any) of the pass.
         tokens: of the stack.
-        text: of its text; None: as many as the mask has.
-        added: where the text stands among the stack's tokens; None: masks do not apply.
-        past: tokens in the cache; None: there is no cache, so that the mask may not have more columns than tokens.
+        text: of its text. None: as many as the mask has.
+        added: where the text stands among the stack's tokens. None: masks do not apply.
+        past: tokens in the cache. None: there is no cache, so that the mask may not have more columns than tokens.
 
     Raises:
         ValueError: if the mask has more columns than there are tokens.
@@ -52,8 +52,8 @@ def own_tokens(tokens: int, text: int | None, added: Added | None) -> slice:
     """Which of a stack's tokens are in its own output: those of the text, unless what it adds is kept.
 
     Args:
-        tokens: of the stack; one where a fold is narrowed to what the head reads.
-        text: of its text; None: it reads none.
+        tokens: of the stack. It is one where a fold is narrowed to what the head reads.
+        text: of its text. None: the stack reads no text.
         added: where the text stands among them.
     """
     if added is None or text is None or added.kept or tokens <= text:

@@ -16,7 +16,7 @@ KEY_VALUES = "past_key_values"
 
 
 class FoldError(RuntimeError):
-    """The backbone's loop did not do what a fold needs; the message says where and what to do."""
+    """The backbone's loop did not do what a fold needs, and the message says where and what to do."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Reading:
     """What a head reads after a pass.
 
     Attributes:
-        hidden: (batch, tokens, width) output of the stack that the head reads; one token if the fold is narrowed.
+        hidden: (batch, tokens, width) output of the stack that the head reads. It has one token if the fold is
+            narrowed.
         site: the end of that stack, with the pass's padding and grid.
         pooled: (batch, width) read-out of the method's own, or None.
         correct: the method's correction of the vector that the head makes of all this, or None.
@@ -47,13 +48,13 @@ class Pass:
     Attributes:
         inputs: of the backbone by name, and what its trunk is given where the model reshapes them first.
         began: the outermost module of the run.
-        stack: that is running; None before the first.
+        stack: that is running, or None before the first.
         visited: how many of its sites have been seen.
-        grid: rows and columns of the tokens there; None for text.
+        grid: rows and columns of the tokens there, or None for text.
         cache: the stack's key-value cache, if it counts tokens.
         past: how many tokens that held before this run.
         cached: whether the model remembers earlier tokens in any way.
-        output: what the last site let go.
+        output: what went on after the last site.
     """
 
     inputs: Mapping[str, Any]
@@ -67,7 +68,7 @@ class Pass:
     output: Tensor | None = None
 
     def visit(self, site: Site, order: int) -> bool:
-        """Count a site; whether it is the first of its stack.
+        """Count a site, and return whether it is the first of its stack.
 
         Raises:
             FoldError: if sites come twice or out of order.
@@ -84,11 +85,14 @@ class Pass:
         return starts
 
     def is_turn(self, site: Site, order: int) -> bool:
-        """Whether a norm is called as the end of its stack: a model may use the same one before its blocks too."""
+        """Whether a norm is called as the end of its stack.
+
+        A model may use the same norm before its blocks too.
+        """
         return (self.stack, self.visited) == (site.stack, order)
 
     def open_cache(self, site: Site, call: Mapping[str, Any], *, last: bool, names: tuple[str, ...]) -> None:
-        """Note at a stack's start what its key-value cache holds: the blocks add this run's tokens on the way.
+        """Note at a stack's start what its key-value cache holds, to which the blocks add this run's tokens on the way.
 
         Args:
             site: the stack's first.
@@ -104,7 +108,7 @@ class Pass:
         self.cached |= self.cache is not None
 
     def text_tokens(self, *, decoding: bool) -> int | None:
-        """How many tokens a stack's text has; None where it reads no text."""
+        """How many tokens a stack's text has, or None where the stack reads no text."""
         names = ("decoder_input_ids", "decoder_inputs_embeds") if decoding else ("input_ids", "inputs_embeds", "inputs")
         given = (self.inputs.get(name) for name in names)
         text = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim > 1), None)

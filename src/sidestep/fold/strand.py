@@ -68,19 +68,19 @@ class Strand:
         return written
 
     def memory(self, site: Site) -> Tensor | None:
-        """What a decoder block reads in the place of the encoder's output; None for the encoder's."""
+        """What a decoder block reads in the place of the encoder's output, or None for the encoder's."""
         memory = self.method.memory(self.state, site)
         self.written |= memory is not None
         return memory
 
     def finish(self, raw: Tensor, normed: Tensor, site: Site, own: Callable[[Tensor], slice]) -> Tensor:
-        """End a stack; what the head or the decoder reads is noted.
+        """End a stack, and note what the head or the decoder reads.
 
         Args:
             raw: what went into the final norm, (batch, tokens, width).
             normed: what came out.
             site: the end of the stack.
-            own: which of a tensor's tokens are in the stack's own output; a norm may stand behind what is cropped.
+            own: which of a tensor's tokens are in the stack's own output. A norm may stand behind what is cropped.
         """
         method, state = self.method, self.state
         output = method.finish(state, raw, normed, site)

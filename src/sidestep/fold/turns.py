@@ -1,4 +1,4 @@
-"""One call at a time: who comes second is refused and does not wait, in whichever thread."""
+"""One call at a time. A second call, in whichever thread, is refused and does not wait."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ class Turn:
 
 
 def _here() -> int:
-    """This thread; the compiler, which knows none, traces one call alone."""
+    """This thread, or one constant for the compiler, which knows no threads and traces one call alone."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()

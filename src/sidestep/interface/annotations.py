@@ -1,4 +1,4 @@
-"""Whether a value is what an annotation says, and an annotation in words; of configs and of JSON files."""
+"""Checks whether a value is what an annotation says, and puts annotations in words, for configs and JSON files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Rule:
 def check_fields(config: Any) -> None:
     """Raise unless each field of a frozen dataclass is what its annotation says.
 
-    A list becomes a tuple and a whole decimal number an int where the field is one, so that a config read from JSON or
-    TOML equals the one that was written.
+    Where the field is a tuple, a list becomes one. Where the field is an int, a whole decimal number becomes one. So a
+    config read from JSON or TOML equals the one that was written.
 
     Raises:
         ValueError: with the field, what it was given and what it may be.
@@ -73,7 +73,7 @@ def _as_declared(value: Any, kind: Any) -> Any:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value out of JSON is what an annotation says; a list may stand for a tuple.
+    """Whether a value out of JSON is what an annotation says, where a list may stand for a tuple.
 
     True is no number here, and neither infinity nor NaN is a float. An annotation that is not known fits everything.
     """
@@ -110,7 +110,7 @@ def _is_plain(value: Any, kind: Any) -> bool:
 
 
 def worded(kind: Any, null: str = "null") -> str:
-    """An annotation in words; `null` is what None is called."""
+    """An annotation in words, with `null` for None."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return next((rule.words for rule in args[1:] if isinstance(rule, Rule)), worded(args[0], null))

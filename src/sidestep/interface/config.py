@@ -11,14 +11,14 @@ from sidestep.interface.annotations import check_fields, from_fields
 
 
 class UnsupportedBackbone(ValueError):
-    """A method cannot work on this backbone; the message names both and says why."""
+    """A method cannot work on this backbone, and the message names both and says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Base of every method's config: plain data, checked in `__post_init__`.
 
-    Fields have to be what their annotations say (see `annotations.check_fields`); ranges are the subclass's to check.
+    Fields have to be what their annotations say (see `annotations.check_fields`). A subclass checks the ranges.
 
     Class attributes:
         rates: three learning rates worth trying with AdamW, from low to high.

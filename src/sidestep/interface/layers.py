@@ -26,7 +26,10 @@ def recompute(function: Callable[..., Any], *args: Any, random: bool = False) ->
 
 
 def masked_mean(tokens: Tensor, keep: Tensor | None) -> Tensor:
-    """(batch, width): mean of the kept tokens of (batch, tokens, width); `keep` is (batch, tokens) bool, None: all."""
+    """(batch, width): mean of the kept tokens of (batch, tokens, width).
+
+    `keep` is (batch, tokens) bool. None keeps all tokens.
+    """
     if keep is None:
         return tokens.mean(1)
     weights = keep.to(tokens.dtype)
@@ -56,6 +59,6 @@ def regrid(
     new: tuple[int, int],
     pool: Callable[[Tensor, tuple[int, int]], Tensor] = F.adaptive_avg_pool2d,
 ) -> Tensor:
-    """Pool tokens (batch, rows x columns, width) from one grid to a coarser one; by their average, as patch merging."""
+    """Pool tokens (batch, rows x columns, width) from one grid to a coarser one, by their average, as patch merging."""
     grid = rearrange(tokens, "b (h w) c -> b c h w", h=old[0])
     return rearrange(pool(grid, new), "b c h w -> b (h w) c")

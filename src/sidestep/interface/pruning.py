@@ -1,7 +1,7 @@
 """Structured pruning of a Transformer's blocks: which channels stay when every width is divided by a number.
 
-Channels of the residual stream are chosen once for all blocks of all stacks, because each block adds to them; those of
-a head and of an MLP are each block's own. Heads keep their number.
+Channels of the residual stream are chosen once for all blocks of all stacks, because each block adds to them. Channels
+of a head and of an MLP are chosen in each block. The number of heads stays.
 
 Source: Sung, Cho, Bansal, "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", NeurIPS 2022,
 and its release ("fisher-v2"), for what is kept: one channel in `reduction`, the same ones in all blocks.
@@ -21,7 +21,7 @@ from sidestep.interface.sites import AttentionWeights, BlockWeights
 
 @dataclass(frozen=True)
 class Scores:
-    """How much a weight's rows and columns matter: (outputs,) and (inputs,); the same twice for a vector."""
+    """How much a weight's rows and columns matter: (outputs,) and (inputs,), and the same twice for a vector."""
 
     rows: Tensor
     columns: Tensor

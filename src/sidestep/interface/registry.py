@@ -55,7 +55,10 @@ def register(name: str, config: type[MethodConfig]) -> Callable[[Implementation]
 
 
 def methods() -> dict[str, Method]:
-    """Every registered method by name; modules under the entry point group "sidestep.methods" are imported first."""
+    """Every registered method by name.
+
+    Modules under the entry point group "sidestep.methods" are imported first.
+    """
     for point in entry_points(group="sidestep.methods"):
         point.load()
     return dict(sorted(_REGISTRY.items()))
@@ -65,7 +68,7 @@ def method_named(name: str) -> Method:
     """The method of this name.
 
     Raises:
-        ValueError: if there is none (the message lists the known).
+        ValueError: if no method has this name (the message lists the known).
     """
     known = methods()
     if name not in known:

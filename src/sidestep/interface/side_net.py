@@ -15,10 +15,10 @@ from sidestep.interface.sites import Site
 class SideNet(nn.Module, ABC):
     """A fold over depth: it reads the hidden states of a frozen backbone and may write at the end or in late blocks.
 
-    A pass calls, for every stack: `start`; `advance` and `write` at the input of each stage and the output of each
-    block; before each decoder block `memory`; `finish` at the stack's end; and after an encoder `carry`. What the
-    method remembers between calls is `state`, any value it likes, which travels through the calls and is never kept on
-    the module.
+    For every stack a pass calls `start` first and `finish` at the stack's end. It calls `advance` and `write` at the
+    input of each stage and at the output of each block. Before each decoder block it calls `memory`, and after an
+    encoder `carry`. What the method remembers between calls is `state`, any value it likes. The state travels through
+    the calls and is never kept on the module.
 
     `advance` is `step` of what was `read`. Before the first write all that touches a tensor as wide as the backbone is
     in `read`, which knows no state. So a pass can store a site's codes, or compute them again, without the method
@@ -34,10 +34,11 @@ class SideNet(nn.Module, ABC):
     Attributes:
         tokenwise: a block's codes, step and write treat every token alone, so key-value caches and single-token heads
             are exact.
-        pooled_width: channels of what `pooled` returns, set by a method with a read-out of its own; None: the head
+        pooled_width: channels of what `pooled` returns, set by a method with a read-out of its own. With None the head
             reads the last hidden state.
         corrects: whether it changes the vector that the head makes of what it reads (`correct`).
-        from_data: its start hangs on training rows: `ss.initialise` calls `initialise` with scores taken on them.
+        from_data: whether starting weights depend on training rows: `ss.initialise` calls `initialise` with scores
+            taken on the rows.
         least_rows: the fewest rows of a batch that it can be trained on (2 where it has batch norms).
     """
 
@@ -56,9 +57,9 @@ class SideNet(nn.Module, ABC):
 
     @classmethod
     def first_write(cls, config: Any, sites: Sequence[Site]) -> Site | None:
-        """The first site at which the method returns another hidden state; None if it never does.
+        """The first site at which the method returns another hidden state, or None if it never does.
 
-        Another `memory` changes the block that reads it: its first write is the site in front of that block.
+        Another `memory` changes the block that reads it. Then the first write is the site in front of that block.
         """
         return None
 
@@ -69,14 +70,14 @@ class SideNet(nn.Module, ABC):
 
     @classmethod
     def kept_per_row(cls, config: Any, site: Site) -> int:
-        """What it keeps at a site besides, per row of the batch, however many tokens that has."""
+        """Values that the method also keeps at a site per row of the batch, however many tokens the row has."""
         return 0
 
     def initialise(self, sites: Sequence[Site], score: Score) -> None:
-        """Start from the backbone's own weights (`Site.weights`), by what `score` says that they are worth."""
+        """Start from the backbone's own weights (`Site.weights`), of which `score` says how much each matters."""
 
     def start(self, site: Site, carried: Tensor | None) -> Any:
-        """State before a stack's first site; in a decoder, `carried` is what the encoder's `carry` returned."""
+        """State before a stack's first site, where a decoder's `carried` is what the encoder's `carry` returned."""
         return None
 
     def read(self, hidden: Tensor, site: Site) -> Any:
@@ -95,7 +96,9 @@ class SideNet(nn.Module, ABC):
         return self.step(state, self.read(hidden, site), site)
 
     def write(self, state: Any, hidden: Tensor, site: Site) -> tuple[Any, Tensor]:
-        """State and hidden state to go on with, after `advance`: others from the first write on.
+        """State and hidden state to go on with, after `advance`.
+
+        From the first write on the hidden state is another one.
 
         A method that reads what it wrote does that here.
         """
@@ -106,7 +109,10 @@ class SideNet(nn.Module, ABC):
         return None
 
     def finish(self, state: Any, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
-        """The stack's output, from what went into its final norm and what came out (the same where it has none)."""
+        """The stack's output, from what went into its final norm and what came out.
+
+        The two are the same if the stack has no norm.
+        """
         return normed
 
     def carry(self, state: Any) -> Tensor | None:
@@ -120,6 +126,6 @@ class SideNet(nn.Module, ABC):
     def correct(self, state: Any, site: Site, vector: Tensor) -> Tensor:
         """The head's vector (batch, `site.features`) as the method would have it, when it `corrects`.
 
-        It is what the head reads, or with `Retrieve` its projection.
+        `vector` is what the head reads, or with `Retrieve` its projection.
         """
         return vector

@@ -1,7 +1,7 @@
 """Sites: what a method sees of the place in the backbone at which it is called. Plain data, no hooks.
 
 A frozen backbone is one or two *stacks* ("encoder", "decoder"). A stack is a sequence of *stages* (one, except on
-hierarchical models such as Swin), a stage a sequence of *blocks*; most stacks end in a final norm. Each of these
+hierarchical models such as Swin). A stage is a sequence of *blocks*. Most stacks end in a final norm. Each of these
 places is a `Site`.
 """
 
@@ -22,7 +22,7 @@ Kind = Literal["stage", "block", "norm"]
 class Projection:
     """A linear map of an attention: a module of its own, or one of the equal parts of a fused one.
 
-    Weight and bias are looked up at each use, so they are where the backbone is, also after it was moved.
+    Weight and bias are looked up at each use. So they are where the backbone is, also after it was moved.
     """
 
     module: nn.Linear
@@ -140,27 +140,29 @@ class Site:
         kind: "stage" (the input of a stage), "block" (the output of a block) or "norm" (the end of a stack).
         stack: "encoder" or "decoder".
         stage: number of the stage within the stack.
-        index: number of the block within the stack, counted over all stages; for a stage, that of its first block.
+        index: number of the block within the stack, counted over all stages. A stage has the number of its first block.
         depth: number of blocks in the stack.
         width: channels of the hidden state here.
         prefix: leading tokens that belong to no grid (class and register tokens).
         causal: whether a token sees only earlier ones.
         final_norm: whether the stack ends in a norm of its own.
         head: whether the head reads this stack's output.
-        features: channels of the vector that a Sidestep head makes of that, which a method may correct.
+        features: channels of the vector that a Sidestep head makes of the stack's output. A method may correct that
+            vector.
         spatial: whether the tokens stand in a grid (images).
-        convolutional: whether the blocks are convolutions: tokens are positions, and a stage's first block may change
-            their grid and width on the way, so that the stage's input has those of the stage before.
+        convolutional: whether the blocks are convolutions. Then tokens are positions. A stage's first block may change
+            the grid and width on the way, so the stage's input has those of the stage before.
         next_block: frozen parts of the block that this hidden state goes into, where there is one and the family table
             knows them.
         weights: those of the block whose output this is, where the family table knows them.
         norm: the stack's final norm, at a site of kind "norm".
-        keep: (batch, tokens) bool, False on padding; None when nothing is padded.
+        keep: (batch, tokens) bool, False on padding, or None when nothing is padded.
         key_keep: (batch, past + tokens) bool, the same with the tokens in the key-value cache before them.
         memory_keep: the same for the encoder's tokens, seen from a decoder.
         grid: rows and columns of the token grid, None for text.
         past: tokens that were in the key-value cache before this pass.
-        cache: for a method that declares `caches`, in a pass with a key-value cache, its part of that; else None.
+        cache: the method's part of the key-value cache, if the method declares `caches` and the pass has such a cache.
+            Else None.
     """
 
     kind: Kind
@@ -230,7 +232,7 @@ def stacks(sites: Sequence[Site]) -> list[str]:
 
 
 def not_plain(sites: Sequence[Site], *, causal: bool = False) -> str | None:
-    """Why these are not the sites of one stack of one stage, said of the backbone; None if they are.
+    """Why these are not the sites of one stack of one stage, said of the backbone, or None if they are.
 
     Args:
         sites: all of a backbone.

@@ -37,7 +37,7 @@ class SparseDelta(WeightDelta):
     """A weight delta that ends as a sparse diff: zero but at a share `config.density` of the weights' entries.
 
     Attributes:
-        samples: training rows that `ss.initialise` looks at for `choose`; 0: positions are chosen without.
+        samples: training rows that `ss.initialise` looks at for `choose`. With 0, positions are chosen without any.
     """
 
     samples: int = 0
@@ -86,16 +86,17 @@ class SparseDelta(WeightDelta):
         max_norm: float,
         seed: int,
     ) -> Any:
-        """The optimizer of the first stage; all weights that the diff may change are its own from here on.
+        """The optimizer of the first stage, which owns all weights that the diff may change from here on.
 
-        Its `restore` gives the weights their pretrained values back; a checkpoint of it holds all that it needs.
+        Its `restore` gives the weights their pretrained values back. A checkpoint of the optimizer holds all that it
+        needs.
 
         Args:
             diff: without positions.
             dense: what is trained besides: the head.
-            rate: learning rate; at 0 nothing moves.
+            rate: learning rate. At 0 nothing moves.
             weight_decay: of the weights and of the head.
-            max_norm: where gradients are cut; 0 leaves them.
+            max_norm: where gradients are cut. At 0 they are not cut.
             seed: of what is random in it.
 
         Raises:
@@ -104,7 +105,7 @@ class SparseDelta(WeightDelta):
         raise NotImplementedError(f"{type(self).__name__} has one stage")
 
     def project(self, optimizer: Any, diff: SparseDiff) -> dict[str, Any]:
-        """Place the diff by what the first stage learned; what came of it, for the results.
+        """Place the diff by what the first stage learned, and return what came of it, for the results.
 
         Raises:
             NotImplementedError: as `relax`.
@@ -118,7 +119,7 @@ class SparseDelta(WeightDelta):
         """Called in training before the batches of optimizer step `step` (from 1) of `steps`."""
 
     def after_step(self, diff: SparseDiff, optimizer: Any) -> None:
-        """Called after the same step, when gradients are gone; the optimizer holds its state of `diff.values`."""
+        """Called after the same step, when gradients are gone and the optimizer holds its state of `diff.values`."""
 
     def check_told(self, diff: SparseDiff) -> None:
         """Called in every training pass: a method that needs `before_step` raises if nobody called it."""

@@ -14,9 +14,9 @@ Form = Literal["none", "rms", "relu"]
 class Tap(nn.Module):
     """A trainable linear map from a site's width to a rank, behind an optional fixed form.
 
-    For backward it keeps its input (the block's own output, shared with whoever else keeps it) and, with "rms", one
-    scalar per token: the norm's trainable scale is folded into the map, so no normalised copy exists. The input's
-    gradient is returned where the input requires one.
+    For backward the tap keeps its input: the block's own output, shared with whoever else keeps it. With "rms" it also
+    keeps one scalar per token. The norm's trainable scale is folded into the map, so no normalised copy exists. The
+    input's gradient is returned where the input requires one.
 
     Args:
         width: channels of the site.

@@ -14,7 +14,7 @@ from sidestep.sparse.diff import SparseDiff
 class WeightDelta(ABC):
     """A method that changes the backbone's own weights (full tuning, BitFit, diff pruning, LoRA).
 
-    The backbone trains with its own noise; `detach` puts every weight back bit for bit. A method that works by modules
+    The backbone trains with its own noise. `detach` puts every weight back bit for bit. A method that works by modules
     of its own inside the backbone puts them there in `insert`.
 
     Class attributes:
@@ -31,13 +31,13 @@ class WeightDelta(ABC):
         """Whether the method trains the backbone parameter of this name (relative to the base model)."""
 
     def insert(self, trunk: nn.Module) -> None:  # noqa: B027 - most methods insert nothing
-        """Put modules of the method's own into the backbone's trunk; raise `ValueError` if they do not fit."""
+        """Put modules of the method's own into the backbone's trunk, and raise `ValueError` if they do not fit."""
 
     def remove(self, trunk: nn.Module) -> None:  # noqa: B027 - as for insert
         """Undo `insert`: the trunk has its own modules under their own names again."""
 
     def plain_name(self, name: str) -> str | None:
-        """What a tensor of this name is called in the untouched trunk; None for the method's own."""
+        """What a tensor of this name is called in the untouched trunk, or None for the method's own."""
         return name
 
     def check(self, moved: Sequence[str]) -> None:  # noqa: B027 - most methods have nothing to refuse

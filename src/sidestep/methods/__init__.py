@@ -1,4 +1,4 @@
-"""The methods, one file each; importing this folder registers them."""
+"""The methods, one file each, which importing this folder registers."""
 
 from sidestep.interface.config import MethodConfig, UnsupportedBackbone
 from sidestep.interface.registry import Method, method_named, method_of, methods, register

@@ -1,7 +1,9 @@
 """The rivals that a comparison needs: LoRA, DoRA and IA3, as the PEFT library computes them.
 
-PEFT's own modules are put into the backbone and taken out again by `detach`; nothing is reimplemented. They need the
-extra "compare". Sources: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022; Liu et al., "DoRA:
+PEFT's own modules are put into the backbone and taken out again by `detach`. Nothing is written again. They need the
+extra "compare".
+
+Sources: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022; Liu et al., "DoRA:
 Weight-Decomposed Low-Rank Adaptation", ICML 2024; Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and
 Cheaper than In-Context Learning", NeurIPS 2022 (IA3).
 """
@@ -36,7 +38,7 @@ class LoraConfig(MethodConfig):
         rank: of the change.
         alpha: the change is scaled by alpha / rank.
         dropout: on the change's input, in training.
-        targets: ends of the names of the linear maps; None: PEFT's choice for the model, which is query and value.
+        targets: ends of the names of the linear maps. None is PEFT's choice for the model, which is query and value.
     """
 
     rates = (5e-4, 2e-3, 5e-3)
@@ -55,7 +57,7 @@ class LoraConfig(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DoraConfig(LoraConfig):
-    """DoRA: LoRA on the direction of the weights, and a learned length; fields as LoRA's."""
+    """DoRA: LoRA on the direction of the weights, and a learned length. The fields are LoRA's."""
 
     rates = (5e-4, 2e-3, 5e-3)
 
@@ -65,8 +67,8 @@ class IA3Config(MethodConfig):
     """IA3: a learned scale on keys, values and the MLP.
 
     Attributes:
-        targets: ends of the names of the linear maps that are scaled; None: PEFT's choice for the model.
-        feedforward: those of them whose input is scaled, not the output; None: PEFT's choice.
+        targets: ends of the names of the linear maps that are scaled. None is PEFT's choice for the model.
+        feedforward: those of them whose input is scaled, not the output. None is PEFT's choice.
     """
 
     rates = (1e-3, 5e-3, 2e-2)
@@ -107,7 +109,7 @@ class Adapter(WeightDelta):
 
     @abstractmethod
     def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
-        """PEFT's tuner of the trunk; `model_type` is what its tables go by."""
+        """PEFT's tuner of the trunk, where `model_type` is the key of PEFT's tables."""
 
     def remove(self, trunk: nn.Module) -> None:
         """Take PEFT's modules out."""
@@ -130,7 +132,7 @@ class Lora(Adapter):
     """LoRA, through PEFT: trains a low-rank change of the query and value maps."""
 
     def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
-        """PEFT's LoRA tuner; of DoRA where the config is DoRA's."""
+        """PEFT's LoRA tuner, or its DoRA tuner where the config is DoRA's."""
         table = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         targets = self.config.targets or table.get(model_type) or present(trunk, QUERY_VALUE)
         config = peft.LoraConfig(
@@ -175,7 +177,7 @@ def present(trunk: nn.Module, ends: tuple[str, ...]) -> tuple[str, ...]:
     """Those ends that linear maps' names have.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no linear map's name has one of these ends.
     """
     linear = [f".{name}" for name, module in trunk.named_modules() if isinstance(module, nn.Linear)]
     found = tuple(end for end in ends if any(name.endswith(f".{end}") for name in linear))

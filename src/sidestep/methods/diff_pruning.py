@@ -2,12 +2,13 @@
 
 In a first stage the weights are p0 + z w with a random gate z for each entry, and an L0 penalty for open gates. Then
 the diff is projected: the entries largest in magnitude over all weights are kept, exactly as many as the density
-allows. These are trained on, as a sparse diff with fixed positions. Source: Guo, Rush, Kim,
-"Parameter-Efficient Transfer Learning with Diff Pruning", ACL 2021; dguo98/DiffPruning.
+allows. These are trained on, as a sparse diff with fixed positions.
 
-Differs: the density is that of the backbone's weights, without the head; the diff goes on from where its gates left it
-(the release takes w without its gates); masks are drawn once in a step, so that accumulated gradients are exact; memory
-(see `diff_optimizer`).
+Source: Guo, Rush, Kim, "Parameter-Efficient Transfer Learning with Diff Pruning", ACL 2021; dguo98/DiffPruning.
+
+Differs: the density is that of the backbone's weights, without the head. The diff goes on from where its gates left it
+(the release takes w without its gates). Masks are drawn once in a step, so that accumulated gradients are exact. For
+memory see `diff_optimizer`.
 """
 
 from __future__ import annotations
@@ -31,19 +32,20 @@ Handover = Literal["continuous", "official"]
 
 @dataclass(frozen=True, kw_only=True)
 class DiffPruningConfig(SparseDeltaConfig):
-    """Diff pruning; the first stage's epochs and learning rate are those of training.
+    """Diff pruning, whose first stage has the epochs and the learning rate of training.
 
     Attributes:
         structured: whether each weight matrix and bias vector has one gate for all of it besides those of its entries.
-        penalty: what an open gate costs where there are both: "sum" of the probabilities, in which the tensor's gate
-            counts as one entry (the release); "product", the expected number of nonzeros (the paper), which closes the
-            gates of large tensors before their weights have moved, unless lambda_l0 is far lower.
-        lambda_l0: weight of the penalty, for each expected nonzero. AdamW's epsilon of 1e-8 and it belong together.
+        penalty: what an open gate costs where a tensor and its entries have gates. "sum" is the sum of the
+            probabilities, in which the tensor's gate counts as one entry (the release). "product" is the expected
+            number of nonzeros (the paper). It closes the gates of large tensors before their weights have moved, unless
+            lambda_l0 is far lower.
+        lambda_l0: weight of the penalty, for each expected nonzero. It belongs together with AdamW's epsilon of 1e-8.
         stretch: ends of the gate before it is cut to 0 and 1.
-        alpha_init: of the gates; 5 leaves 99.3 % of them open.
+        alpha_init: of the gates. With 5, 99.3 % of them are open.
         alpha_rate: learning rate of the gates, which stays the same.
-        handover: which values the second stage begins with: "continuous", the diff as its gates left it; "official",
-            w without its gates.
+        handover: which values the second stage begins with. "continuous" is the diff as its gates left it. "official"
+            is w without its gates.
         finetune_epochs: of the second stage.
         finetune_rate: learning rate of the second stage.
         state_bits: of each of the first stage's averages of gradients: 32, or 8 with the package bitsandbytes.
@@ -95,12 +97,12 @@ class DiffPruning(SparseDelta):
         max_norm: float,
         seed: int,
     ) -> DiffPruningOptimizer:
-        """The optimizer of the first stage; all weights that the diff may change are its own from here on.
+        """The optimizer of the first stage, which owns all weights that the diff may change from here on.
 
         Args:
             diff: without positions.
             dense: what is trained besides: the head.
-            rate: learning rate of w and of the head; 0 lets the gates rest too.
+            rate: learning rate of w and of the head. At 0 the gates rest too.
             weight_decay: of w and of the head.
             max_norm: where gradients are cut.
             seed: of the gates' noise.
@@ -135,7 +137,7 @@ class DiffPruning(SparseDelta):
         )
 
     def project(self, optimizer: DiffPruningOptimizer, diff: SparseDiff) -> dict[str, Any]:
-        """Place the diff where it is largest; the weights are the pretrained ones plus it.
+        """Place the diff where it is largest, so that the weights are the pretrained ones plus the diff.
 
         Returns:
             What came of it: the share of open gates ("open"), entries kept ("nonzeros") and tensors among them

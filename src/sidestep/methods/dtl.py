@@ -2,9 +2,9 @@
 
 Source: Fu, Zhu, Wu, "DTL: Disentangled Transfer Learning for Visual Recognition", AAAI 2024, arXiv 2312.07856, and its
 official code (heekhero/DTL), whose outputs and gradients the tests reproduce.
-Differs: the side state is rebuilt in backward from the rank-r codes of the reads, so that a write keeps no tensor of
-the backbone's width (the release keeps two, with DTL+ three); reads and convolutions that never get a gradient are not
-created; on text, and on an encoder-decoder's decoder, DTL works token by token (not in the paper).
+Differs: the side state is rebuilt in backward from the rank-r codes of the reads. So a write keeps no tensor of the
+backbone's width (the release keeps two, with DTL+ three). Reads and convolutions that never get a gradient are not
+created. On text, and on an encoder-decoder's decoder, DTL works token by token (not in the paper).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class DTLConfig(MethodConfig):
 
     Attributes:
         rank: r of each read.
-        late_blocks: how many blocks, the last one included, are written after; None: half of all.
-        first_read: the first block whose input is read; all later ones are.
+        late_blocks: how many blocks, the last one included, are written after. None is half of all.
+        first_read: the first block whose input is read. The inputs of all later blocks are read too.
         beta: steepness of the state's gate h * sigmoid(beta * h).
-        kernel: 0 for DTL; side of DTL+'s depthwise convolution over the token grid (the release: 3, 4 or 5). An even
-            one pads one more row and column after the grid than before it.
+        kernel: 0 for DTL. For DTL+ the side of its depthwise convolution over the token grid (the release: 3, 4 or 5).
+            An even one pads one more row and column after the grid than before it.
     """
 
     rates = (1e-3, 3e-3, 8e-3)
@@ -92,7 +92,7 @@ class DTL(SideNet):
         self.stages = [site.stage for site in blocks]
         written = {site.stage: site.width for site in blocks[self.first_late :]}
         for site in blocks[config.first_read :]:
-            # the state starts anew in every stage: a read of a stage without a write would never be used
+            # the state starts again in every stage: a read of a stage without a write would never be used
             if site.stage in written:
                 self.reads[str(site.index)] = _read(site.width, config.rank)
                 self.writes[str(site.index)] = _write(config.rank, site.width)
@@ -131,7 +131,7 @@ class DTL(SideNet):
 
     @classmethod
     def kept_per_token(cls, config: DTLConfig, site: Site) -> int:
-        """The input of the next block's read and its code, however often it is written; the final norm's input."""
+        """The input of the next block's read and its code, however often it is written, and the final norm's input."""
         return site.width + (2 if site.kind == "norm" else config.rank) if site.head else 0
 
     def start(self, site: Site, carried: Tensor | None) -> DTLState:
@@ -139,11 +139,14 @@ class DTL(SideNet):
         return DTLState()
 
     def read(self, hidden: Tensor, site: Site) -> Tensor | None:
-        """The code of what goes into the next block of the same stage; after a late block that is yet to be written."""
+        """The code of what goes into the next block of the same stage.
+
+        None after a late block, because the hidden state there is yet to be written.
+        """
         return None if self._is_late(site) else self._code(hidden, site)
 
     def step(self, state: DTLState, codes: Tensor | None, site: Site) -> DTLState:
-        """Add the code of one more block; a stage begins anew."""
+        """Add the code of one more block, and start from nothing where a stage begins."""
         if site.kind == "stage" and site.head:
             state = DTLState()
             if site.index == 0:
@@ -167,7 +170,7 @@ class DTL(SideNet):
         return str(site.index if site.kind == "stage" else site.index + 1)
 
     def _code(self, hidden: Tensor, site: Site) -> Tensor | None:
-        """(batch, tokens, rank); None where no block of the stage follows that is read."""
+        """(batch, tokens, rank), or None where no block of the stage follows that is read."""
         block = self._next(site)
         if not site.head or block not in self.reads or self.stages[int(block)] != site.stage:
             return None

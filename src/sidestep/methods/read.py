@@ -4,8 +4,8 @@ Source: Wang et al., "READ: Recurrent Adaptation of Large Transformers", arXiv 2
 released, so what the paper leaves open is fixed here: the cell is a GRU or an Elman RNN on the RMS-normed block
 outputs, its output map starts at zero, and an encoder's recurrent state reaches the decoder's recurrence through a
 rank-r cross-attention (the Joiner).
-Differs: gates are recomputed in backward, so each block output is kept once and nothing else that wide; on hierarchical
-backbones (not in the paper) every stage has its own input map and the state is average-pooled at each patch merging.
+Differs: gates are recomputed in backward, so each block output is kept once and nothing else that wide. On hierarchical
+backbones (not in the paper) every stage has its own input map. There the state is average-pooled at each patch merging.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ GATES = {"gru": 3, "rnn": 1}
 class ReadConfig(MethodConfig):
     """Settings of READ.
 
-    The defaults are measured, one factor at a time from gru / last / pre_norm (`benchmarks/read_defaults.py`, dev
-    accuracy, 3 seeds, 2026-11-22). Text (RTE, MRPC, CR; all-MiniLM-L6-v2, 1,500 rows): gru/last 0.492, 0.640, 0.863;
-    rnn/last 0.507, 0.645, 0.852; gru/mean 0.486, 0.693, 0.866 (RTE is at chance, with deviations up to 0.03).
-    Images (digits, MNIST, Caltech-101; vit-small-32): pre_norm 0.909, 0.604, 0.356; post_norm 0.905, 0.618, 0.334.
+    The defaults are measured with `benchmarks/read_defaults.py` (dev accuracy, 3 seeds, 2026-11-22). One factor at a
+    time was changed from gru / last / pre_norm. Text is RTE, MRPC and CR with all-MiniLM-L6-v2 and 1,500 rows. gru/last
+    has 0.492, 0.640, 0.863. rnn/last has 0.507, 0.645, 0.852. gru/mean has 0.486, 0.693, 0.866. RTE is at chance, with
+    deviations up to 0.03. Images are digits, MNIST and Caltech-101 with vit-small-32. pre_norm has 0.909, 0.604, 0.356.
+    post_norm has 0.905, 0.618, 0.334.
 
     Attributes:
         rank: width r of the recurrent state.
         cell: "gru" or "rnn" (tanh).
         aggregate: what the correction is read from: the "last" state over depth or the "mean" of all.
-        correction: where it is added: before the backbone's final norm ("pre_norm") or after it ("post_norm"); the
-            same on backbones without a final norm (BERT).
-        scale: what the correction is multiplied with. Adam's steps are as long whatever the gradient, so the output
-            map learns that many times faster than the recurrence. The small T5 on which it was measured learns with 30,
-            "post_norm" and a rate of 3e-4, and hardly without (docs/methods/read.md).
+        correction: where it is added: before the backbone's final norm ("pre_norm") or after it ("post_norm"). On
+            backbones without a final norm (BERT) they are the same.
+        scale: what the correction is multiplied with. The length of Adam's steps does not depend on the gradient's. So
+            the output map learns that many times faster than the recurrence. The small T5 on which this was measured
+            learns with 30, "post_norm" and a rate of 3e-4, and hardly without (docs/methods/read.md).
     """
 
     rates = (5e-4, 2e-3, 6e-3)
@@ -129,9 +130,9 @@ class ReadState:
 class Read(SideNet):
     """READ: a recurrent network over depth corrects the last hidden state.
 
-    Parameters per stack of width d (one stage): GRU 3(dr + r^2 + 2r) + rd + 2d, RNN dr + r^2 + 2r + rd + 2d, whatever
-    the depth; an encoder that feeds a decoder has no output map (rd + d less); the decoder's Joiner adds
-    rd + 2r^2 + (3 or 1) r^2.
+    Parameters per stack of width d (one stage), whatever the depth: GRU 3(dr + r^2 + 2r) + rd + 2d, RNN dr + r^2 + 2r +
+    rd + 2d. An encoder that feeds a decoder has no output map (rd + d less). The decoder's Joiner adds rd + 2r^2 + (3
+    or 1) r^2.
     """
 
     tokenwise = True
@@ -158,7 +159,7 @@ class Read(SideNet):
 
     @classmethod
     def kept_per_token(cls, config: ReadConfig, site: Site) -> int:
-        """Each block output once and the state; the backbone's final norm keeps the corrected hidden state."""
+        """Each block output once, the state, and the corrected hidden state, which the final norm keeps."""
         if site.kind == "stage":
             return 0
         if site.kind == "norm":
@@ -166,7 +167,7 @@ class Read(SideNet):
         return site.width + config.rank
 
     def start(self, site: Site, carried: Tensor | None) -> ReadState:
-        """No state yet; a decoder has the encoder's recurrent states."""
+        """No state yet, except that a decoder has the encoder's recurrent states."""
         return ReadState(source=carried)
 
     def read(self, hidden: Tensor, site: Site) -> Tensor | None:
@@ -177,7 +178,7 @@ class Read(SideNet):
         return codes
 
     def step(self, state: ReadState, codes: Tensor | None, site: Site) -> ReadState:
-        """Advance the recurrence at a block; where the grid has become coarser, fit the state to it."""
+        """Advance the recurrence at a block, and fit the state to the grid where the grid has become coarser."""
         state = self._regrid(state, site)
         if codes is None:
             return state

@@ -1,12 +1,12 @@
 """A sparse diff of the backbone's weights on a support that is chosen before training, or moved while it runs.
 
-Its trained state is as large as the diff: forward and backward use the dense weights, into which the diff is written.
+The trained state is as large as the diff. Forward and backward use the dense weights, into which the diff is written.
 Sources: "fisher" is the FISH mask, Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", NeurIPS
 2021; "magnitude" is LT-SFT, Ansell et al., "Composable Sparse Fine-Tuning for Cross-Lingual Transfer", ACL 2022; "grow"
 follows SpIEL, Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 2024.
 
-Differs: "grow" looks for new entries in the gradients of one optimizer step, all weights at once (SpIEL sums several
-steps, and has a fixed number of entries for each matrix).
+Differs: "grow" looks for new entries in the gradients of one optimizer step, all weights at once. SpIEL sums several
+steps, and has a fixed number of entries for each matrix.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class SparseConfig(SparseDeltaConfig):
     """A sparse diff with memory for its nonzeros alone.
 
     Attributes:
-        select: how the support is chosen: "fisher", where the squared gradient of the loss is largest, the mean over
-            training rows before training; "magnitude", where all weights, trained at first, changed most; "random";
-            "grow", at random first, and then moved: entries that changed least are given up for those with the largest
-            gradient.
+        select: how the support is chosen. "fisher": where the squared gradient of the loss is largest, the mean over
+            training rows before training. "magnitude": where all weights, trained at first, changed most. "random": at
+            random. "grow": at random first, and then moved. A move gives up the entries that changed least for those
+            with the largest gradient.
         seed: of a random support.
         samples: "fisher": the most training rows that are looked at.
-        full_epochs: "magnitude": of the first stage, which trains all weights; epochs and rate of training are the
-            second's, which trains the diff.
+        full_epochs: "magnitude": of the first stage, which trains all weights. Epochs and rate of training are those of
+            the second stage, which trains the diff.
         full_rate: "magnitude": learning rate of the first stage.
-        rewind: "magnitude": whether the second stage begins where the first did, head included (LT-SFT); otherwise it
+        rewind: "magnitude": whether the second stage begins where the first did, head included (LT-SFT). Otherwise it
             goes on from the changes that were kept (non-adaptive diff pruning).
         grow_every: "grow": optimizer steps from one move to the next.
-        grow_share: "grow": share of the entries that the first move gives up; it falls linearly to 0 at the last step.
+        grow_share: "grow": share of the entries that the first move gives up. It falls linearly to 0 at the last step.
     """
 
     select: Select = "fisher"
@@ -110,7 +110,10 @@ class Sparse(SparseDelta):
         return FreeWeights(diff.tensors, list(dense), rate, weight_decay, max_norm)
 
     def project(self, optimizer: FreeWeights, diff: SparseDiff) -> dict[str, Any]:
-        """Place the diff where the weights changed most, with those changes or, rewound, without."""
+        """Place the diff where the weights changed most.
+
+        The diff has those changes, or zeros if the config says `rewind`.
+        """
         found = {name: kept for name, kept in largest(optimizer.diffs, len(diff.values)).items() if len(kept[0])}
         optimizer.restore(head=self.config.rewind)
         diff.place({name: kept[0] if self.config.rewind else kept for name, kept in found.items()})
@@ -130,7 +133,10 @@ class Sparse(SparseDelta):
             diff.watch(self._candidates.see)
 
     def after_step(self, diff: SparseDiff, optimizer: Any) -> None:
-        """Give up the entries that changed least for those that were found; averages of the others move with them."""
+        """Give up the entries that changed least for those that were found.
+
+        The averages of all other entries move with them.
+        """
         found, self._candidates, self._told = self._candidates, None, False
         if found is None:
             return
@@ -150,7 +156,7 @@ class Sparse(SparseDelta):
         diff.place_flat(positions, moved(diff.values.detach()))
 
     def check_told(self, diff: SparseDiff) -> None:
-        """Raise where "grow" has learned already, and is not told of this step.
+        """Raise if "grow" has learned already but nobody has told it of this step.
 
         Raises:
             ValueError: saying how it is told.
@@ -171,7 +177,10 @@ class Sparse(SparseDelta):
 
 
 class FreeWeights(torch.optim.AdamW):
-    """AdamW on whole weights, which can put them back; its checkpoints hold them, because a sparse task's do not."""
+    """AdamW on whole weights, which can put them back.
+
+    Its checkpoints hold the pretrained weights, because a sparse task's do not.
+    """
 
     state: Any  # under "before" also the weights' first values
 
@@ -196,7 +205,7 @@ class FreeWeights(torch.optim.AdamW):
 
     @torch.no_grad()
     def restore(self, *, head: bool = False) -> None:
-        """Give the weights, and the head too if asked, the values back that they had at first."""
+        """Give the weights the values back that they had at first, and the head too if asked."""
         for parameter in (*self._weights.values(), *(self._head if head else ())):
             parameter.copy_(self._before[parameter])
 
@@ -229,7 +238,7 @@ class FreeWeights(torch.optim.AdamW):
 class Candidates:
     """Entries without a diff where the gradients of an optimizer step are largest.
 
-    The first batch of the step proposes twice as many as are wanted, over all tensors; on these the gradients of the
+    The first batch of the step proposes twice as many as are wanted, over all tensors. On these the gradients of the
     step's other batches are added. So no more than a tensor's gradient is held at a time.
     """
 

@@ -2,14 +2,15 @@
 
 Source: Zhang et al., "Parameter-Efficient and Memory-Efficient Tuning for Vision Transformer: A Disentangled Approach",
 ECCV 2024, arXiv 2407.06964; taolinzhang/SynQT.
-Before every block, queries are synthesized from learned ones and from what the block before gave; then they run
-through the frozen block, where they attend to its input, which never sees them. A weighted mean of what came out of
-all blocks is what the head reads.
-Differs: a block's keys and values are never formed: the key map is folded into the query, and the value map is applied
+
+Before every block, queries are synthesized from learned ones and from what the block before gave. Then the queries run
+through the frozen block. There they attend to the block's input, which never sees them. The head reads a weighted mean
+of what came out of all blocks.
+Differs: a block's keys and values are never formed. The key map is folded into the query, and the value map is applied
 to the attention's mean of the tokens. What runs through the frozen block is computed again in backward, so of each
-block only its (normed) input is kept. Parameters of the release that get no gradient are left out: twelve norms and
-the head's unused weights; with one query also the query and key adapters, as a softmax over one key is 1. Post-norm
-blocks (BERT) are not in the paper: there queries are normed where the block's own tokens are.
+block only its (normed) input is kept. Parameters of the release that get no gradient are left out: twelve norms and the
+head's unused weights. With one query the query and key adapters are left out too, as a softmax over one key is 1.
+Post-norm blocks (BERT) are not in the paper. There queries are normed where the block's own tokens are.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Synthesizer(nn.Module):
 
     Args:
         width: channels d.
-        config: of the method; with one query there is nothing to weigh, so no query and key adapters.
+        config: of the method. With one query there is nothing to weigh, so there are no query and key adapters.
     """
 
     def __init__(self, width: int, config: SynQTConfig) -> None:
@@ -127,14 +128,14 @@ class Synthesizer(nn.Module):
 def attend(block: FrozenBlock, queries: Tensor, source: Tensor, keep: Tensor | None) -> Tensor:
     """The block's attention of queries to its own input, without its keys and values.
 
-    With u a row of `source` and W_k, W_v a head's parts of the maps, q (W_k u + b_k) is (q W_k) u up to a constant that
-    softmax does not see, and the mean of W_v u + b_v is W_v (mean of u) + b_v.
+    Let u be a row of `source` and W_k, W_v a head's parts of the maps. Then q (W_k u + b_k) is (q W_k) u up to a
+    constant that softmax does not see. The mean of W_v u + b_v is W_v (mean of u) + b_v.
 
     Args:
         block: the frozen block.
         queries: (batch, queries, width).
         source: (batch, tokens, width), normed where the block is pre-norm.
-        keep: (batch, tokens) bool, False on padding; None when nothing is padded.
+        keep: (batch, tokens) bool, False on padding, or None when nothing is padded.
 
     Returns:
         (batch, queries, width), in the queries' precision.
@@ -167,7 +168,7 @@ def normalize(block: FrozenBlock, norm: Any, queries: Tensor) -> Tensor:
 def through(block: FrozenBlock, queries: Tensor, source: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """What the frozen block makes of queries: the queries behind it, and what its attention and MLP added.
 
-    Arguments as `attend`'s; all that is kept for backward is `source` and, a few times, the queries.
+    Arguments as `attend`'s. All that is kept for backward is `source` and, a few times, the queries.
     """
     # LayerScale and drop path stand outside of what is recomputed.
     attended = block.scale_attention(recompute(attend, block, queries, source, keep))
@@ -198,9 +199,11 @@ class SynQTState:
 class SynQT(SideNet):
     """SynQT: trains query tokens that read the frozen blocks through their own attention and MLP.
 
-    Parameters for N blocks of width d, T queries, adapters of widths h and a (an adapter of width h has 2dh + h + d):
-    N(2(2dh + h + d) + 4(2da + a + d) + 8d + 2 + Td) + (2dh + h + d) + 3N(d + 1) + 4d + 1; with one query
-    N(2(2da + a + d) + 2d) less.
+    Parameters, for N blocks of width d and T queries, with adapters of widths h and a:
+
+        N(2(2dh + h + d) + 4(2da + a + d) + 8d + 2 + Td) + (2dh + h + d) + 3N(d + 1) + 4d + 1
+
+    An adapter of width h has 2dh + h + d. With one query there are N(2(2da + a + d) + 2d) less.
     """
 
     replays = True
@@ -251,7 +254,9 @@ class SynQT(SideNet):
         return SynQTState()
 
     def read(self, hidden: Tensor, site: Site) -> Tensor | None:
-        """What the next block's attention reads, (batch, tokens, width): as wide as the backbone, since queries do too.
+        """What the next block's attention reads: (batch, tokens, width).
+
+        It is as wide as the backbone, because the queries are too.
 
         None where no block follows.
         """
@@ -290,7 +295,7 @@ class SynQT(SideNet):
 
 
 def _copy_norm(source: nn.Module | None, target: nn.LayerNorm) -> None:
-    """Start a norm from the backbone's final one where that is a LayerNorm; its eps stays."""
+    """Start a norm from the backbone's final one where that is a LayerNorm, without a change of the norm's eps."""
     if not isinstance(source, nn.LayerNorm) or source.weight is None or source.bias is None or source.weight.is_meta:
         return
     with torch.no_grad():

@@ -3,8 +3,8 @@
 Source: Diao et al., "UniPT: Universal Parallel Tuning for Transfer Learning with Efficient Parameter and Memory", CVPR
 2024, arXiv 2308.14316, and its official code (Paranioar/UniPT), whose outputs and gradients the tests reproduce.
 Differs: the result takes the last hidden state's place at its own width (with VSE the release reads a text embedding
-out of it); weights are formed anew in backward, so that of each level its hidden state and its projection are kept; the
-confidence's bias is left out, which a softmax over the levels does not see.
+out of it). Weights are formed again in backward, so that of each level its hidden state and its projection are kept.
+The confidence's bias is left out, which a softmax over the levels does not see.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class UniPTConfig(MethodConfig):
 
     Attributes:
         reduction: the levels are compared at the backbone's width over this.
-        hidden: that width itself (512 in the release's image-text retrieval); None: by `reduction`.
-        variant: what the release does with one kind of model. "vse" and "vil" give an output for every token: levels
-            are projected and normed, and what the anchor gathers is mapped once ("vse"), or twice with a ReLU between
-            ("vil"). "clip4clip" corrects one vector, what the head reads or (`Retrieve`) projects of that: a ReLU comes
-            before the projections, and the last level is gathered from as well.
+        hidden: that width itself (512 in the release's image-text retrieval). None takes it from `reduction`.
+        variant: what the release does with one kind of model. "vse" and "vil" give an output for every token. Their
+            levels are projected and normed. What the anchor gathers is mapped once ("vse"), or twice with a ReLU
+            between ("vil"). "clip4clip" corrects one vector, what the head reads or (`Retrieve`) projects of that.
+            There a ReLU comes before the projections, and the last level is gathered from as well.
     """
 
     rates = (2e-4, 5e-4, 2e-3)
@@ -102,8 +102,9 @@ class Interaction(nn.Module):
         """The result for every token ("vse", "vil").
 
         Args:
-            levels: projections (batch, tokens, hidden) of all levels; the last is the anchor, the others are gathered.
-            keep: (batch, tokens) bool, False on padding; None when nothing is padded.
+            levels: projections (batch, tokens, hidden) of all levels. The last is the anchor, and the others are
+                gathered.
+            keep: (batch, tokens) bool, False on padding, or None when nothing is padded.
 
         Returns:
             (batch, tokens, out).
@@ -135,7 +136,7 @@ class Interaction(nn.Module):
         return vector + correction
 
     def _weights(self, anchor: Tensor, anchor_keep: Tensor | None, keep: Tensor | None, *targets: Tensor) -> Tensor:
-        """(batch, targets): how far each target is trusted; a row's sum is one."""
+        """(batch, targets): how far each target is trusted, with a sum of one in each row."""
         means = torch.stack([masked_mean(target, keep) for target in targets], dim=1)
         scores: Tensor = self.confidence(masked_mean(anchor, anchor_keep)[:, None] * means)
         return scores.squeeze(-1).to(anchor.dtype).softmax(-1)
@@ -168,7 +169,7 @@ def _gather_at(anchor: Tensor, target: Tensor, weight: Tensor, position: Tensor,
 def _agreement(anchor: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
     """(batch, anchor's tokens, target's): products where they are positive, and zero on padding, in full precision.
 
-    In half precision the small numbers by which sums of them are kept from 0 would be 0.
+    Small numbers keep the sums of the products from 0. In half precision these numbers would be 0.
     """
     scores = (anchor @ target.transpose(1, 2)).to(torch.promote_types(anchor.dtype, torch.float32)).relu()
     return scores if keep is None else scores * keep[:, None]
@@ -186,9 +187,8 @@ class UniPTState:
 class UniPT(SideNet):
     """UniPT: the last hidden state gathers from all levels below it, and the result takes its place.
 
-    Parameters for L levels (the embeddings and all blocks) of width d that are compared at h: "vse"
-    L(dh + 3h) + h^2 + 4h + hd + d; "vil" 2dh + d - h^2 more; "clip4clip" for a vector of e channels
-    L(dh + h) + 2(eh + h) + e.
+    Parameters for L levels (the embeddings and all blocks) of width d that are compared at h: "vse" L(dh + 3h) + h^2 +
+    4h + hd + d. "vil" has 2dh + d - h^2 more. "clip4clip" for a vector of e channels has L(dh + h) + 2(eh + h) + e.
     """
 
     def __init__(self, config: UniPTConfig, sites: Sequence[Site]) -> None:
@@ -201,7 +201,10 @@ class UniPT(SideNet):
 
     @classmethod
     def check(cls, config: UniPTConfig, sites: Sequence[Site]) -> None:
-        """Raise on all but one stack of one width, for tokens a bidirectional one, or if the reduction does not fit."""
+        """Raise on all but one stack of one width, or if the reduction does not fit.
+
+        For tokens the stack has to be bidirectional.
+        """
         vector = config.variant == "clip4clip"
         if reason := not_plain(sites, causal=vector):
             what, stack = ("a vector", "stack") if vector else ("each token", "bidirectional stack")
@@ -216,7 +219,7 @@ class UniPT(SideNet):
 
     @classmethod
     def first_write(cls, config: UniPTConfig, sites: Sequence[Site]) -> Site | None:
-        """The end of the stack; none if the result is the head's own vector."""
+        """The end of the stack, or None if the result is the head's own vector."""
         return None if config.variant == "clip4clip" else sites[-1]
 
     @classmethod
@@ -229,7 +232,7 @@ class UniPT(SideNet):
 
     @classmethod
     def kept_per_row(cls, config: UniPTConfig, site: Site) -> int:
-        """The levels' weights; with "clip4clip" the vector, its projection and what it gathered."""
+        """The levels' weights, and with "clip4clip" the vector, its projection and what it gathered."""
         vectors = 2 * site.features if site.last and config.variant == "clip4clip" else 0
         return 0 if site.kind == "norm" else site.depth + 2 + vectors
 

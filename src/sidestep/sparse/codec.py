@@ -1,8 +1,8 @@
 """Sparse diffs as two tensors for a safetensors file: positions near their entropy, values as they are.
 
 All tensors are laid end to end, so that a diff is one sorted list of positions. Each gap between neighbours becomes a
-one-byte token and, for wide gaps, the bytes that tell which of the token's gaps it is; zlib's Huffman codes take the
-tokens to their entropy, in dense and in empty regions. docs/sparse_format.md gives the format byte for byte.
+one-byte token. A token for wide gaps stands for several, and extra bytes tell which of them it is. zlib's Huffman codes
+take the tokens to their entropy, in dense and in empty regions. docs/sparse_format.md gives the format byte for byte.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SMALLEST = np.concatenate(([0], np.cumsum(np.repeat(_WIDTHS, _COUNTS))[:-1]))
 
 
 class DamagedDiff(ValueError):
-    """Stored diffs are truncated, altered or of another format; nothing of them was returned."""
+    """Stored diffs are truncated, altered or of another format, and nothing of them was returned."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,16 +88,16 @@ def encode(tensors: Mapping[str, SparseTensor], value_dtype: torch.dtype) -> dic
     """Two tensors on the CPU from which `decode` restores `tensors`.
 
     Args:
-        tensors: by name; on any device.
-        value_dtype: bfloat16, float16 or float32; values are rounded to it.
+        tensors: by name, on any device.
+        value_dtype: bfloat16, float16 or float32. Values are rounded to it.
 
     Returns:
-        `POSITIONS`, uint8, with names, shapes, positions and a checksum over everything; `VALUES` in `value_dtype`.
+        `POSITIONS`, uint8, with names, shapes, positions and a checksum over everything. `VALUES` in `value_dtype`.
         The first one's length is all that the positions take.
 
     Raises:
-        ValueError: if `value_dtype` is another one, a value lies out of its range, positions are not increasing or do
-            not fit their shape, or the tensors have 2^63 entries or more.
+        ValueError: if `value_dtype` is another one, or a value lies out of its range. Also if positions are not
+            increasing or do not fit their shape, or the tensors have 2^63 entries or more.
     """
     if value_dtype not in DTYPES:
         raise ValueError(f"value_dtype={value_dtype}: choose one of {', '.join(map(str, DTYPES))}")
@@ -123,7 +123,7 @@ def decode(stored: Mapping[str, Tensor]) -> dict[str, SparseTensor]:
     Positions and values are views of one tensor each.
 
     Args:
-        stored: `POSITIONS` and `VALUES`; other tensors beside them are not looked at.
+        stored: `POSITIONS` and `VALUES`. Other tensors beside them are not looked at.
 
     Raises:
         DamagedDiff: if either is missing, truncated, altered or of another format.

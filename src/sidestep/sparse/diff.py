@@ -1,7 +1,7 @@
 """A sparse diff of a model's weights, trained with memory for its nonzeros alone.
 
-Forward and backward use the model's own dense weights, into which the diff is written; the dense gradient of a tensor
-is cut down to the diff's entries as soon as it is there, and freed. So one tensor's dense gradient is alive at a time,
+Forward and backward use the model's own dense weights, into which the diff is written. As soon as a tensor's dense
+gradient is there, it is cut down to the diff's entries and freed. So one tensor's dense gradient is alive at a time,
 and gradients and optimizer state have as many entries as the diff. After SIFT (Song et al., arXiv 2312.11875), whose
 hooks take the slice of the gradient.
 """
@@ -29,7 +29,10 @@ GradientSight = Callable[[str, Tensor], None]
 
 
 class Part(NamedTuple):
-    """The nonzeros of one tensor: entries `low` to `high` of the diff; the tensor begins at `start` of all entries."""
+    """The nonzeros of one tensor.
+
+    They are the diff's entries `low` to `high`. The tensor begins at `start` of all entries.
+    """
 
     name: str
     start: int
@@ -38,16 +41,16 @@ class Part(NamedTuple):
 
 
 class SparseDiff(nn.Module):
-    """What is added to tensors at some of their entries; one list of positions over all tensors, laid end to end.
+    """What is added to tensors at some of their entries, with one list of positions over all tensors, laid end to end.
 
     The tensors hold the sum of their own values and the diff's, in their own precision. Own values are kept, never
     computed by subtraction, so `revert` is exact in every precision.
 
     Attributes:
         values: (nonzeros,) float32, trained.
-        positions: (nonzeros,) int64, ascending; all `UNPLACED` until `place` is called.
+        positions: (nonzeros,) int64, ascending. All are `UNPLACED` until `place` is called.
         base: (nonzeros,) the tensors' own values there.
-        value_dtype: to which values are rounded before they are added; gradients pass through the rounding.
+        value_dtype: to which values are rounded before they are added. Gradients pass through the rounding.
     """
 
     values: nn.Parameter
@@ -129,7 +132,9 @@ class SparseDiff(nn.Module):
     # --- where it is -----------------------------------------------------------------------------------------------
 
     def place(self, entries: Mapping[str, tuple[Tensor, Tensor] | Tensor]) -> None:
-        """Choose the positions, and with them the values; the tensors are their own again in between.
+        """Choose the positions, and with them the values.
+
+        While the positions change, the tensors hold their own values again.
 
         Args:
             entries: for each tensor with nonzeros its ascending positions in the flat tensor, with or without the
@@ -222,13 +227,13 @@ class SparseDiff(nn.Module):
     # --- gradients -------------------------------------------------------------------------------------------------
 
     def watch(self, sight: GradientSight | None) -> None:
-        """Show somebody the dense gradients of all tensors before they are freed; None ends it."""
+        """Show somebody the dense gradients of all tensors before they are freed, where None ends it."""
         self._sight = sight
 
     def hook(self) -> None:
         """Have the tensors' gradients gathered and freed.
 
-        All of them require one, also where there are no nonzeros, because an optimizer's list of parameters has to be
+        All tensors require a gradient, also where there are no nonzeros. An optimizer's list of parameters has to be
         the same wherever the diff is.
         """
         self.unhook()
@@ -237,7 +242,7 @@ class SparseDiff(nn.Module):
             self._handles.append(hook)
 
     def unhook(self) -> None:
-        """Leave the tensors' gradients to others; their flags stay."""
+        """Leave the tensors' gradients to others, without a change of the tensors' flags."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

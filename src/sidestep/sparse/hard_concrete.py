@@ -1,9 +1,10 @@
 """The stretched hard-concrete gate of diff pruning, its L0 penalty, and noise that is made again and not stored.
 
-A gate z is exactly 0 or 1 with a positive probability and has a gradient in between, so that the number of entries that
-differ from the pretrained model can be trained. Sources: Louizos, Welling, Kingma, "Learning Sparse Neural Networks
-through L0 Regularization", ICLR 2018; Guo, Rush, Kim, "Parameter-Efficient Transfer Learning with Diff Pruning", ACL
-2021.
+A gate z is exactly 0 or 1 with a positive probability and has a gradient in between. So the number of entries that
+differ from the pretrained model can be trained.
+
+Sources: Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization", ICLR 2018; Guo, Rush,
+Kim, "Parameter-Efficient Transfer Learning with Diff Pruning", ACL 2021.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class HardConcrete:
     """z = clamp(sigmoid(logit(u) + alpha) (high - low) + low, 0, 1) for noise u from 0 to 1.
 
     Attributes:
-        low: below 0, so that z is 0 with a positive probability; at 0 it never is.
+        low: below 0, so that z is 0 with a positive probability. At 0, z is never 0.
         high: above 1, so that z is 1 with a positive probability.
     """
 
@@ -64,13 +65,13 @@ class HardConcrete:
 class Penalty:
     """The L0 penalty of one tensor: what the expected number of its nonzeros costs.
 
-    With one gate for all of the tensor besides those of its entries (`group`, the probability that it is not 0), an
-    entry differs if both gates are open. The paper charges for the product of the probabilities; the release for their
-    sum, in which closing the tensor saves as much as closing one entry.
+    A tensor may have one gate for all of it (`group`, the probability that it is not 0) besides those of its entries.
+    Then an entry differs if both gates are open. The paper charges for the product of the probabilities. The release
+    charges for their sum, in which closing the tensor saves as much as closing one entry.
 
     Attributes:
-        weight: lambda, for each expected nonzero; summed over entries, never averaged.
-        kind: "sum" or "product"; without a gate for the tensor they are the same.
+        weight: lambda, for each expected nonzero. It is summed over entries, never averaged.
+        kind: "sum" or "product". Without a gate for the tensor they are the same.
     """
 
     weight: float
@@ -100,7 +101,7 @@ def sigmoid_slope(p: Tensor) -> Tensor:
 class Noise:
     """Uniform noise as a function of where it is used, so that it is made again instead of being stored.
 
-    A generator is seeded anew for every chunk. The same numbers come again on the same kind of device, not on another.
+    A generator is seeded again for every chunk. The same numbers come again on the same kind of device, not on another.
     """
 
     seed: int

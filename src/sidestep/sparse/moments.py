@@ -28,11 +28,11 @@ class Float32:
         return state[name][span]
 
     def write(self, values: Tensor, state: Mapping[str, Tensor], name: str, span: slice, *, signed: bool) -> None:
-        """Keep a part; what `read` gave is what is kept."""
+        """Keep a part, with nothing to do, because `read` gave the kept tensor itself."""
 
 
 class EightBit(Float32):
-    """Averages as codes of 8 bits; parts begin where a block does.
+    """Averages as codes of 8 bits, where parts begin at the start of a block.
 
     Raises:
         ModuleNotFoundError: without bitsandbytes.
@@ -51,7 +51,7 @@ class EightBit(Float32):
         self._maps = {signed: torch.tensor(values) for signed, values in maps.items()}
 
     def zeros(self, name: str, like: Tensor, *, signed: bool) -> dict[str, Tensor]:
-        """Codes (uint8, one for each entry) and scales (float32, one for each block); scales of 0 make them zeros."""
+        """Codes (uint8, one for each entry) and scales (float32, one for each block), where scales of 0 make zeros."""
         codes = torch.zeros_like(like, dtype=torch.uint8)
         return {name: codes, _scale(name): like.new_zeros(-(-len(like) // BLOCK))}
 

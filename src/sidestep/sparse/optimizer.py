@@ -2,8 +2,8 @@
 
 A backbone's weights are theta = p0 + z w with random gates z (`hard_concrete`). The release keeps copies of the model,
 z w and the masks, and gradients of w and alpha beside that of theta. Here the parameter itself is theta, both gradients
-come from its gradient where they are used, and the noise is made again. A step goes twice over the entries, in chunks:
-the first sweep finds the norms by which the two kinds of gradients are cut, the second updates, draws the next mask and
+come from its gradient where they are used, and the noise is made again. A step goes twice over the entries, in chunks.
+The first sweep finds the norms by which the two kinds of gradients are cut. The second updates, draws the next mask and
 writes theta. A mask holds from one step to the next, so gradients of several batches may be summed exactly.
 """
 
@@ -40,12 +40,12 @@ class DrawNoise(Protocol):
 class DiffPruningOptimizer(Optimizer):
     """AdamW on w, on the gates' alpha, and on dense parameters (a head).
 
-    Gradients of w and of the dense parameters are cut to one global norm, those of all alphas to another, after the
-    penalty's gradient was added. The learning rate is w's and the dense parameters'; alpha's stays as it is. Epsilon
-    matters: the penalty's gradient is of the order of 1e-8.
+    First the penalty's gradient is added. Then gradients of w and of the dense parameters are cut to one global norm,
+    and those of all alphas to another. The learning rate is that of w and of the dense parameters. Alpha's rate stays
+    as it is. Epsilon matters: the penalty's gradient is of the order of 1e-8.
 
     Args:
-        masked: the parameters with gates, by name, at their pretrained values; each holds theta from now on, until
+        masked: the parameters with gates, by name, at their pretrained values. From now on each holds theta, until
             `restore` is called.
         dense: the parameters without gates.
         lr: of w and of the dense parameters.
@@ -55,12 +55,12 @@ class DiffPruningOptimizer(Optimizer):
         alpha_init: alpha at first.
         alpha_rate: the learning rate of alpha.
         weight_decay: of w and of the dense parameters.
-        max_norm: where the two global norms are cut; 0 leaves them.
+        max_norm: where the two global norms are cut. At 0 they are not cut.
         betas: of all averages.
         eps: of all updates.
         state_bits: 32, or 8 for averages of the masked parameters' gradients as `averages.EightBit` keeps them.
         noise: the masks' noise: (draw, parameter, chunk, a tensor of the shape) -> uniform numbers.
-        chunk: entries that are worked on at a time; with another one the noise is another.
+        chunk: entries that are worked on at a time. The noise depends on this number.
 
     Attributes:
         relaxed: the parameters with gates.
@@ -255,8 +255,8 @@ class RelaxedWeight:
     Args:
         name: the parameter's.
         parameter: holds theta.
-        state: "base", which is p0, and `ENTRIES`, all flat; with a gate for all of it "group": that gate's alpha and
-            its two averages.
+        state: "base", which is p0, and `ENTRIES`, all flat. With a gate for all of it also "group": that gate's alpha
+            and its two averages.
         gate: the gates' shape.
         penalty: the L0 penalty.
         noise: (draw, chunk=..., like=...) -> uniform numbers.
@@ -298,8 +298,8 @@ class RelaxedWeight:
     def sweep(self, draw: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Gradients of w and alpha, the penalty's included, and shares of the two sums for `group_gradient`.
 
-        The sums are those of dL/dtheta w z and of the entries' probabilities. Alpha and w may be changed in a chunk
-        that was given; the whole parameter's gate only afterwards.
+        The sums are those of dL/dtheta w z and of the entries' probabilities. Once a chunk
+        was given, its alpha and w may be changed. The whole parameter's gate may be changed only after all chunks.
         """
         group = self.group_mask(draw)
         factor = self.penalty.entry_factor(self._group_nonzero())
@@ -312,7 +312,7 @@ class RelaxedWeight:
                 of_w.mul_(group)
                 of_alpha.mul_(group)
             p = self.gate.nonzero(alpha)
-            # exact enough within a chunk; only the sum of all chunks needs more digits
+            # exact enough within a chunk: only the sum of all chunks needs more digits
             sums = torch.stack([through_group, p.sum()]).double()
             yield span, of_w, of_alpha.add_(sigmoid_slope(p).mul_(factor)), sums
 

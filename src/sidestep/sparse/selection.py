@@ -32,12 +32,13 @@ def sweep_over(tensors: Mapping[str, Tensor], chunk: int = CHUNK) -> Sweep:
 def largest(sweep: Sweep, count: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Where the `count` entries largest in magnitude over all tensors are, and their values.
 
-    Of equal ones at the border, those that come first are taken. Zeros never are: where there are fewer nonzeros than
-    `count`, all of them are. Magnitudes are compared in float32, whose bits are ordered as whole numbers: the first
-    sweep counts the upper half of these bits, the second the lower half where the border lies, the third collects.
+    Of equal ones at the border, those that come first are taken. Zeros are never taken. If there are fewer nonzeros
+    than `count`, all nonzeros are taken. Magnitudes are compared in float32, whose bits are ordered as whole numbers.
+    The first sweep counts the upper half of these bits. The second sweep counts the lower half where the border lies.
+    The third sweep collects.
 
     Args:
-        sweep: see `Sweep`; called three times.
+        sweep: see `Sweep`. It is called three times.
         count: how many, at least 0.
 
     Returns:

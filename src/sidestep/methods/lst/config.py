@@ -29,23 +29,25 @@ class Sizes:
 class LSTConfig(MethodConfig):
     """Settings of LST.
 
-    What is None of `heads`, `head_width` and `inner_width` is the backbone's on T5 with ReLU. On others, whose blocks a
-    method does not see, it follows from the width d as on T5-base: set the three where the backbone differs.
+    A method sees the blocks of T5 with ReLU alone. There a None of `heads`, `head_width` or `inner_width` is the
+    backbone's own value. On others it follows from the width d as on T5-base: set the three where the backbone differs.
 
     Attributes:
-        reduction: the side's widths are the backbone's over this; it has as many heads.
-        layers: blocks with a rung, ascending, the same in both stacks of an encoder-decoder; None: the release's on
-            T5-base and T5-large (by their width and depth), all elsewhere. T5-3B: 23 alone.
-        heads: of the backbone; None elsewhere: d / 64, at least one.
-        head_width: channels of a head of the backbone; None elsewhere: d / heads.
-        inner_width: of the backbone's MLP; None elsewhere: 4 d.
-        positions: "relative" (T5's bias, one table for each stack) or "rotary"; None: "relative" on encoder-decoders,
+        reduction: the side's widths are the backbone's over this. The side has as many heads as the backbone.
+        layers: blocks with a rung, ascending, the same in both stacks of an encoder-decoder. None is the release's on
+            T5-base and T5-large (by their width and depth), and all elsewhere. T5-3B: 23 alone.
+        heads: of the backbone. None is the backbone's own on T5 with ReLU, and elsewhere d / 64, at least one.
+        head_width: channels of a head of the backbone. None is the backbone's own on T5 with ReLU, and elsewhere d /
+            heads.
+        inner_width: of the backbone's MLP. None is the backbone's own on T5 with ReLU, and elsewhere 4 d.
+        positions: "relative" (T5's bias, one table for each stack) or "rotary". None is "relative" on encoder-decoders,
             "rotary" elsewhere.
         buckets: rows of the table of relative positions.
         dropout: T5's, in the side network, in training.
-        init: what side blocks start from: "random"; "magnitude", the backbone's blocks without the channels whose
-            weights are smallest (T5 only); "fisher", the release's, without those whose weights the loss on training
-            rows hangs on least. Until `ss.initialise` has seen such rows, "fisher" is "magnitude".
+        init: what side blocks start from. "random": random weights. "magnitude": the backbone's blocks without the
+            channels whose weights are smallest (T5 only). "fisher", the release's: without the channels whose weights
+            the loss on training rows depends on least. Until `ss.initialise` has seen such rows, "fisher" is
+            "magnitude".
     """
 
     rates = (1e-3, 3e-3, 6e-3)

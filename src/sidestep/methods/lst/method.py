@@ -3,10 +3,10 @@
 Source: Sung, Cho, Bansal, "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", NeurIPS 2022,
 arXiv 2206.06522, and its official code (ylsung/Ladder-Side-Tuning), whose outputs and gradients on T5 the tests
 reproduce.
-Differs: what a rung makes is computed again in backward, so that of each block its hidden state and the narrow state
-beside it are kept; side blocks start at random as T5's do at their width unless `init` asks for the release's start, a
-pruned copy of T5's own; on backbones with one stack (not in the release) rotary positions take the relative bias's
-place.
+Differs: what a rung makes is computed again in backward. So of each block its hidden state and the narrow state beside
+it are kept. Side blocks start at random as T5's do at their width. If `init` asks for it, they start as the release's
+do, from a pruned copy of T5's own. On backbones with one stack (not in the release) rotary positions take the relative
+bias's place.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Ladder(nn.Module):
         sizes: of its blocks.
         config: of the method.
         layers: the blocks with a rung.
-        relative: whether positions are a bias of the ladder's own; else they are rotary.
+        relative: whether positions are a bias of the ladder's own. Else they are rotary.
         crosses: whether rungs read an encoder's ladder.
     """
 
@@ -60,7 +60,7 @@ class Ladder(nn.Module):
         self.bias = nn.Parameter(torch.randn(config.buckets, sizes.heads) * sizes.width**-0.5) if relative else None
 
     def read(self, hidden: Tensor, site: Site) -> Tensor | None:
-        """(batch, tokens, side width) of the embeddings, or of the output of a block with a rung; else None."""
+        """(batch, tokens, side width) of the embeddings, or of the output of a block with a rung, else None."""
         if site.kind == "stage":
             first: Tensor = self.first(self.dropout(hidden))
             return first
@@ -83,7 +83,7 @@ class Ladder(nn.Module):
         return self._kept_small(self._read_rung, hidden, state, memory, site)
 
     def _kept_small(self, rung: Callable[..., Tensor], *args: Any) -> Tensor:
-        """What a rung gives, with its arguments alone kept for backward; the last one is the site."""
+        """What a rung gives, with only its arguments kept for backward, of which the last is the site."""
         if args[-1].cache is not None:  # computed again, it would be added to the cache again
             return rung(*args)
         # random, because dropout is in every part of a block
@@ -123,9 +123,10 @@ class LSTState:
 class LST(SideNet):
     """LST: a small Transformer beside the frozen one reads its blocks and gives the last hidden state.
 
-    Parameters for a stack of N blocks of width d, of which n have a rung, with side width s, H heads of side width k,
-    inner side width f: (n + 1)(ds + s) + n(4sHk + 2sf + 2s) + N + s, in a decoder that crosses n(4sHk + s) more, with
-    relative positions H for each bucket more; and sd + d once.
+    A stack has N blocks of width d, of which n have a rung. The side network has width s, H heads of side width k and
+    inner side width f. Parameters of the stack: (n + 1)(ds + s) + n(4sHk + 2sf + 2s) + N + s. A decoder that crosses
+    has n(4sHk + s) more. Relative positions have H for each bucket more. The map back to
+    the backbone's width has sd + d, once.
     """
 
     caches = True
@@ -177,7 +178,7 @@ class LST(SideNet):
 
     @classmethod
     def kept_per_token(cls, config: LSTConfig, site: Site) -> int:
-        """The embeddings and the blocks with a rung, each with the state beside it; at the end that twice more."""
+        """The embeddings and the blocks with a rung, each with the state beside it, and at the end that twice more."""
         if site.kind == "norm":
             return 0
         side = site.width // config.reduction
@@ -199,7 +200,7 @@ class LST(SideNet):
             ladder.norm.weight.copy_(norm.weight[residual])
 
     def start(self, site: Site, carried: Tensor | None) -> LSTState:
-        """Nothing yet; a decoder has the encoder's side states."""
+        """Nothing yet, except that a decoder has the encoder's side states."""
         return LSTState(memory=carried)
 
     def read(self, hidden: Tensor, site: Site) -> Tensor | None:
@@ -208,7 +209,7 @@ class LST(SideNet):
         return codes
 
     def step(self, state: LSTState, codes: Tensor | None, site: Site) -> LSTState:
-        """Begin at the embeddings; climb at a block that has a rung."""
+        """Begin at the embeddings, and climb at a block that has a rung."""
         if codes is None:
             return state
         if site.kind == "stage":
@@ -223,7 +224,10 @@ class LST(SideNet):
         return replace(state, side=ladder.climb(hidden, state.side, state.memory, site))
 
     def finish(self, state: LSTState, raw: Tensor, normed: Tensor, site: Site) -> Tensor:
-        """What the ladder ends with, in place of the stack's last hidden state; an encoder's stays the backbone's."""
+        """What the ladder ends with, in place of the stack's last hidden state.
+
+        An encoder's last hidden state stays the backbone's.
+        """
         if not site.head:
             return normed
         ladder = self._ladder(site.stack)

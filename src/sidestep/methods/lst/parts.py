@@ -25,7 +25,7 @@ def relative_buckets(distance: Tensor, buckets: int, *, causal: bool) -> Tensor:
 
     Args:
         distance: whole numbers, the key's position less the query's.
-        buckets: how many there are; half of them for each direction unless `causal`.
+        buckets: how many there are. Unless `causal`, each direction has half of them.
         causal: whether keys behind the query are never seen.
 
     Returns:
@@ -87,7 +87,7 @@ class Attention(nn.Module):
             x: what asks.
             source: keys and values of what is read.
             bias: (1, heads, tokens, source tokens), added to the scores.
-            seen: bool, to (batch, heads, tokens, source tokens): which may be read; None: all.
+            seen: bool, to (batch, heads, tokens, source tokens): which may be read. None means all.
             positions: (tokens,) for queries that are turned by them.
         """
         query = self._split(self.query(x), positions)
@@ -142,7 +142,10 @@ class SideBlock(nn.Module):
         memory_seen: Tensor | None,
         cache: SideCache | None,
     ) -> Tensor:
-        """(batch, tokens, width) -> the same; arguments as `Attention`'s, then those of the encoder's side states."""
+        """(batch, tokens, width) -> the same.
+
+        Arguments are `Attention`'s, then those of the encoder's side states.
+        """
         normed = self.norm_attention(x)
         source = self.attention.source(normed, positions)
         if cache:
@@ -162,7 +165,10 @@ def is_relative(config: LSTConfig, sites: Sequence[Site]) -> bool:
 
 
 def _mask(bias: Tensor | None, seen: Tensor | None, precision: torch.dtype) -> Tensor | None:
-    """What is added to attention scores; a row that sees nothing (padding before the first token) sees all alike."""
+    """What is added to attention scores.
+
+    A row that sees nothing (padding before the first token) sees all alike.
+    """
     if seen is None:
         return None if bias is None else bias.to(precision)
     base = torch.zeros((), dtype=precision, device=seen.device) if bias is None else bias.to(precision)

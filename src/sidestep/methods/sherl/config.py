@@ -19,33 +19,34 @@ PUBLISHED_LAYERS = {12: (1, 2, 3, 5, 6, 7, 9, 10, 11), 24: (*range(1, 23, 2), 22
 class SherlConfig(MethodConfig):
     """Settings of SHERL. What is None is chosen by the kind of backbone.
 
-    The release's: T5 and CLIP-ViL have the gated projection, eps 1e-6 and no norm behind the output map; BERT
-    (retrieval) has `projection="linear_norm"`, `norm_out=True`, eps 1e-8; the ResNet beside it has
-    `projection="conv_norm"`, eps 1e-8; MDETR has `projection="linear_norm"`, `norm_out=True`, `norm_out_eps=1e-5`,
-    `merge_mlp=True`, `eps=1e-6`; CLIP4Clip has `pool_tokens=True`, `hidden=512`, and on MSR-VTT `level_gates=True`.
+    The release's settings. T5 and CLIP-ViL have the gated projection, eps 1e-6 and no norm behind the output map. BERT
+    (retrieval) has `projection="linear_norm"`, `norm_out=True`, eps 1e-8. The ResNet beside it has
+    `projection="conv_norm"`, eps 1e-8. MDETR has `projection="linear_norm"`, `norm_out=True`, `norm_out_eps=1e-5`,
+    `merge_mlp=True`, `eps=1e-6`. CLIP4Clip has `pool_tokens=True`, `hidden=512`, and on MSR-VTT `level_gates=True`.
 
     Attributes:
         reduction: the backbone's width over the side network's.
-        hidden: the side network's width itself; None: by `reduction`.
-        layers: blocks that are read besides the embeddings, from 0 and ascending; the last of them is the guide. Where
+        hidden: the side network's width itself. None takes it from `reduction`.
+        layers: blocks that are read besides the embeddings, from 0 and ascending. The last of them is the guide. Where
             a stack's last block is the late one, its own output is left out. What the gate lets through to it is the
-            output of the block before it, listed or not. None:
-            of an encoder-decoder with 12 or 24 blocks a stack the release's (T5-base, T5-large), of a convolutional
-            network, whose embeddings are not read, the last of each stage and the guide, else all. T5-3B has (22, 23).
-        projection: how a level is brought to the side network's width: "gated" (W1, ReLU, then two maps of which one
-            is the sigmoid gate), "linear_norm" (linear map and LayerNorm), "relu_linear" (ReLU before the map) or
-            "conv_norm" (1x1 convolution and batch norm; on convolutional networks, and nothing else there). None:
-            "linear_norm" on bidirectional encoders, with `pool_tokens` "relu_linear", else "gated".
-        norm_out: whether a LayerNorm follows the output map; None: with "linear_norm".
+            output of the block before it, listed or not. None depends on the kind of backbone. On an encoder-decoder
+            with 12 or 24 blocks a stack it is the release's (T5-base, T5-large). On a convolutional network, whose
+            embeddings are not read, it is the last of each stage and the guide. Elsewhere it is all. T5-3B has (22,
+            23).
+        projection: how a level is brought to the side network's width. "gated": W1, ReLU, then two maps of which one is
+            the sigmoid gate. "linear_norm": linear map and LayerNorm. "relu_linear": ReLU before the map. "conv_norm":
+            1x1 convolution and batch norm, on convolutional networks, and nothing else there. None: "linear_norm" on
+            bidirectional encoders, with `pool_tokens` "relu_linear", else "gated".
+        norm_out: whether a LayerNorm follows the output map. None: with "linear_norm".
         norm_out_eps: its epsilon.
         merge_mlp: whether what is merged goes through an MLP before the guide is added (MDETR).
-        eps: added to the norms that are divided by; None: 1e-8 with "linear_norm" and "conv_norm", else 1e-6.
+        eps: added to the norms that are divided by. None: 1e-8 with "linear_norm" and "conv_norm", else 1e-6.
         init_std: deviation of the linear maps at the start, with biases of zero. None: 0.01 with "gated" (CLIP-ViL:
             0.02), else PyTorch's own start, and with `merge_mlp` Xavier's for the weights.
         dropout: in training, of what `norm_out` gives and of what an encoder hands to its decoder.
-        pool_tokens: CLIP4Clip's form: each level's tokens are pooled by how well they fit the guide, which is made of
-            the vector that the head reads or (`Retrieve`) projects, and that vector is corrected. All blocks are read
-            by default, the last one too, and none is written into.
+        pool_tokens: CLIP4Clip's form, in which each level's tokens are pooled by how well they fit the guide. The guide
+            is made of the vector that the head reads or (`Retrieve`) projects, and that vector is corrected. All blocks
+            are read by default, the last one too, and none is written into.
         level_gates: whether a level's own token (end of text, class token) has a trained gate there.
     """
 

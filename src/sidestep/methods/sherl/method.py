@@ -4,10 +4,10 @@ Source: Diao et al., "SHERL: Synthesizing High Accuracy and Efficient Memory for
 ECCV 2024, arXiv 2407.07523, and its official code (Paranioar/SHERL), whose outputs and gradients the tests reproduce.
 The early blocks are read only; gradients flow through the frozen last block alone (the "late route"). On an
 encoder-decoder the encoder's merged features are what the decoder's last block attends to.
-Differs: a level's projection and the merge are computed again in backward, so that of each level only its input and
-its code are kept (of a convolutional network's only the pooled features); a level of zeros gets no weight (in the
-release its score is 0/0). Decoder-only models and vision Transformers are not in the paper: the former are treated as
-T5's decoder, the latter as BERT. CLIP4Clip's form writes nothing: it corrects the vector that the head makes.
+Differs: a level's projection and the merge are computed again in backward. So of each level only its input and its code
+are kept (of a convolutional network's only the pooled features). A level of zeros gets no weight (in the release its
+score is 0/0). Decoder-only models and vision Transformers are not in the paper. The former are treated as T5's decoder,
+the latter as BERT. CLIP4Clip's form writes nothing: it corrects the vector that the head makes.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class SherlState:
 class Sherl(SideNet):
     """SHERL: merges the features of all blocks into the input of the last one.
 
-    Parameters of a stack of width d and side width h: each level has dh + h, with "gated" 2(h^2 + h) and with
-    "linear_norm" 2h more; the merge h + 1, with `merge_mlp` 2dh + d + 3h more; the way out hd + d + 1, with `norm_out`
-    2d more. A norm of the stack's own has d: where the backbone has one, causal stacks have theirs in its place, and so
-    has an encoder that feeds a decoder. On a convolutional network a level of width d_l has d_l h + 3h, the way out
-    hd + 3d + 1. With `pool_tokens`, for a vector of e channels, a level has h + 1 more, and one with `level_gates`; the
-    guide has eh + h, the way out he + e.
+    Parameters of a stack of width d and side width h are these. Each level has dh + h, with "gated" 2(h^2 + h) and with
+    "linear_norm" 2h more. The merge has h + 1, with `merge_mlp` 2dh + d + 3h more. The way out has hd + d + 1, with
+    `norm_out` 2d more. Some stacks have a norm of SHERL's own, with d, in place of the backbone's final norm. These are
+    causal stacks and an encoder that feeds a decoder, where the backbone has such a norm. On a convolutional network a
+    level of width d_l has d_l h + 3h, and the way out hd + 3d + 1. With `pool_tokens`, for a vector of e channels, a
+    level has h + 1 more, and one more with `level_gates`. Then the guide has eh + h, and the way out he + e.
     """
 
     def __init__(self, config: SherlConfig, sites: Sequence[Site]) -> None:
@@ -131,17 +131,20 @@ class Sherl(SideNet):
 
     @classmethod
     def first_write(cls, config: SherlConfig, sites: Sequence[Site]) -> Site | None:
-        """The output of the last block but one, of the stack that the head reads; none where a vector is corrected."""
+        """The output of the last block but one, in the stack that the head reads.
+
+        None where a vector is corrected.
+        """
         if config.pool_tokens:
             return None
         return next(site for site in sites if _writes_here(config, site))
 
     @classmethod
     def kept_per_token(cls, config: SherlConfig, site: Site) -> int:
-        """Each level's input and its code, if all blocks are read; the final norm's input, and the head's.
+        """Each level's input and its code, if all blocks are read, and the final norm's input, and the head's.
 
-        On a convolutional network, at the guide, as many features as there are stages up to it: all are pooled to its
-        grid, and none is wider.
+        On a convolutional network it is, at the guide, as many features as there are stages up to it. All are pooled to
+        the guide's grid, and none is wider.
         """
         if site.kind == "norm":
             return 2 * site.width + 2 if site.head and not config.pool_tokens else 0
@@ -164,7 +167,7 @@ class Sherl(SideNet):
         return 2 * hidden + (2 * site.features + hidden if site.last else 0)
 
     def start(self, site: Site, carried: Tensor | None) -> SherlState:
-        """No level yet; a decoder has the encoder's merged features."""
+        """No level yet, except that a decoder has the encoder's merged features."""
         return SherlState(memory=carried)
 
     def read(self, hidden: Tensor, site: Site) -> Tensor | tuple[Tensor, Tensor] | None:
@@ -182,7 +185,10 @@ class Sherl(SideNet):
         return (code, aggregation.let_through(hidden)) if self._remembers_here(site) else code
 
     def step(self, state: SherlState, codes: Any, site: Site) -> SherlState:
-        """A level more; after an encoder's guide they are merged into what its decoder remembers."""
+        """A level more.
+
+        After an encoder's guide the levels are merged into what its decoder remembers.
+        """
         if site.convolutional:
             maps = (state.maps or Maps()).at(site.grid)
             return replace(state, maps=maps if codes is None else maps.adding(codes))

@@ -64,12 +64,14 @@ PROJECTIONS: dict[Projecting, type[nn.Module]] = {
 
 
 class Merge(nn.Module):
-    """Levels weighted by how well they fit the guide, the less the more they repeat each other; plus the guide.
+    """A weighted sum of the levels plus the guide.
+
+    A level weighs more if it agrees with the guide, and less if other levels say the same.
 
     Args:
         hidden: width of levels and guide.
         eps: added to the norms that are divided by.
-        mlp: inner width of the MLP that the weighted sum goes through; None: none.
+        mlp: inner width of the MLP that the weighted sum goes through. With None there is no MLP.
     """
 
     def __init__(self, hidden: int, eps: float, mlp: int | None = None) -> None:
@@ -81,7 +83,7 @@ class Merge(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(hidden, mlp), nn.ReLU(), nn.Linear(mlp, hidden), nn.LayerNorm(hidden))
 
     def forward(self, guide: Tensor, *levels: Tensor) -> Tensor:
-        """Levels and guide (..., hidden) -> (..., hidden) in the weights' precision; within in float32 at least."""
+        """Levels and guide (..., hidden) -> (..., hidden) in the weights' precision, computed in float32 at least."""
         with torch.autocast(guide.device.type, enabled=False):
             guide = _at_least_float32(guide)
             stacked = torch.stack([_at_least_float32(level) for level in levels], dim=-2)
@@ -170,7 +172,7 @@ class PooledAggregation(nn.Module):
             vector: what the guide is made of.
             codes: the levels' projections (batch, tokens, hidden).
             position: (batch,) the token of which each level's own value is added.
-            keep: (batch, tokens) bool, False on padding; None when nothing is padded.
+            keep: (batch, tokens) bool, False on padding, or None when nothing is padded.
         """
         guide = recompute(self.guide, vector)
         pooled = [recompute(self._pool, level, guide, code, position, keep) for level, code in enumerate(codes)]
@@ -228,7 +230,7 @@ class BatchNorm(nn.BatchNorm1d):
         return out.view(tokens.shape), moved
 
     def follow(self, statistics: Tensor | None) -> None:
-        """Move the running statistics by a batch's variance and mean, (2, channels); None: they stay."""
+        """Move the running statistics by a batch's variance and mean, (2, channels), or leave them if that is None."""
         if statistics is None:
             return
         assert self.momentum is not None
