@@ -5,7 +5,7 @@
 
 The trainings are of 16 rows: sizes and times do not depend on how good a task is. The backbone is all-MiniLM-L6-v2.
 Times are medians of processor time on one thread with files in the page cache, so that other work on the machine does
-not count; a reload is `load_backbone` alone and a look at each weight (they are mapped, not read, by loading), and a
+not count. A reload is `load_backbone` alone and a look at each weight (they are mapped, not read, by loading), and a
 load is `ss.load`, with the digest that it compares. A kill is `kill -9` of a process that adds tasks, at a random
 moment.
 """

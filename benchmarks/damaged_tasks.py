@@ -281,7 +281,7 @@ def damaged(task: Path, damage: Damage) -> Iterator[Path]:
 
 
 def study(task: Path, kind: str, damages: int, number: int) -> list[tuple[Damage, str, str]]:
-    """Damage, outcome and error of as many damages of a kind; the same number of a study gives the same again."""
+    """Damage, outcome and error of as many damages of a kind. The same number of a study gives the same again."""
     right, found = said(task), []
 
     @seed(number)

@@ -1,6 +1,6 @@
 """Diff pruning killed at random moments of any stage and resumed: the task has to be that of an undisturbed run.
 
-    python benchmarks/kill_study.py         # runs, and writes results/kill_study.jsonl; continues where it was stopped
+    python benchmarks/kill_study.py         # runs, and writes results/kill_study.jsonl. Continues where it was stopped
     python benchmarks/kill_study.py table   # the table alone
 
 A small BERT (random weights, MiniLM's vocabulary) on disk learns 64 rows of SST-2 by `sidestep train --method
@@ -45,7 +45,7 @@ IMPORTED = (torch.utils.tensorboard, train)  # by a run when it needs them
 
 
 def prepare(folder: Path) -> list[str]:
-    """Write a backbone and rows; the arguments of the run, without its output."""
+    """Write a backbone and rows. The arguments of the run, without its output."""
     torch.manual_seed(0)
     tokenizer = encoder()[1]
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -6,7 +6,7 @@
 Cell and aggregation: RTE, MRPC and CR with all-MiniLM-L6-v2, 1,500 training rows, 5 epochs. Place of the correction:
 all-MiniLM is a post-norm encoder, on which both places coincide, so that factor is measured on `vit-small-32` with
 scikit-learn's digits, MNIST and the unseen half of Caltech-101 (1,000 training images, 10 epochs, class token). The
-rate of each variant (1e-3 or 3e-3) is chosen on a fifth of the training rows; the dev score is the mean over seeds 0
+rate of each variant (1e-3 or 3e-3) is chosen on a fifth of the training rows. The dev score is the mean over seeds 0
 to 2.
 """
 

@@ -30,7 +30,7 @@ EXAMPLE = 80
 
 
 def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, piped: int = 140) -> None:
-    """Print a table; numbers to the right. It is as wide as the terminal at most, or as `piped` where there is none."""
+    """Print a table. Numbers to the right. It is as wide as the terminal at most, or as `piped` where there is none."""
     names, lines = list(columns), [list(row) for row in rows]
     table = Table(show_header=any(names))
     for place, name in enumerate(names):
@@ -45,7 +45,7 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[objec
 
 
 def show_facts(title: str, facts: Mapping[str, object], *, piped: int = 140) -> None:
-    """Print a table of names and values; `piped` as of `show_table`."""
+    """Print a table of names and values. `piped` as of `show_table`."""
     show_table(title, ("", ""), ((name, cell(value)) for name, value in facts.items()), piped=piped)
 
 

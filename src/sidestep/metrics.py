@@ -58,21 +58,21 @@ def scores(
     """The scores of a kind, by name.
 
     Args:
-        kind: "single", one class a row: accuracy; with two classes f1, of the second one (in the order of the
-            label names: "1" of "0" and "1"); f1_macro over the classes that occur in predictions or targets;
-            f1_micro; matthews.
+        kind: "single", one class a row: accuracy. With two classes f1, of the second one (in the order of the
+            label names: "1" of "0" and "1"). F1_macro over the classes that occur in predictions or targets.
+            F1_micro. Matthews.
             "multi", any number of classes a row, each predicted where its logit is above 0 (probability above
             0.5): accuracy (the share of rows with exactly the right classes), f1_macro over all classes,
             f1_micro.
             "regress": pearson, spearman, mse. The two correlations are not defined for one row or for values
-            that are all the same; they count as 0.0 then, with a warning.
+            that are all the same. They count as 0.0 then, with a warning.
             "retrieval": recalls at 1, 5 and 10 in percent: i2t_r1 is the share of images whose most similar text is
             one of their own (any of several counts), t2i_r1 the share of texts whose most similar image is their
-            own; rsum, the sum of the six. Of equal similarities, the wrong one counts as the larger.
-        predictions: logits (rows, classes); numbers (rows,) or (rows, 1); similarities (texts, images).
-        targets: class numbers (rows,); 0 or 1 (rows, classes); numbers (rows,) or (rows, 1); the number of each
+            own. Rsum, the sum of the six. Of equal similarities, the wrong one counts as the larger.
+        predictions: logits (rows, classes). Numbers (rows,) or (rows, 1). Similarities (texts, images).
+        targets: class numbers (rows,). 0 or 1 (rows, classes). Numbers (rows,) or (rows, 1). The number of each
             text's image (texts,).
-        names: the classes; checked against the width of the predictions.
+        names: the classes. Checked against the width of the predictions.
 
     Returns:
         Finite numbers only.
@@ -120,7 +120,7 @@ def text_scores(written: Sequence[str], targets: Sequence[str]) -> dict[str, flo
 
     Returns:
         exact_match: the share of rows with exactly the target's text (letter case counts, the amount of white space
-            does not); where targets are names of classes, this is accuracy.
+            does not). Where targets are names of classes, this is accuracy.
         token_f1: the mean over rows of the F1 of the two texts' words, as SQuAD's evaluation counts them: in lower
             case, without punctuation and articles. A row whose target has no such word counts as 1 if nothing but
             punctuation and articles was written either, else as 0.

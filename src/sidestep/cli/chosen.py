@@ -48,7 +48,7 @@ class Chosen:
         return set(self.values) - set(self.typed)
 
     def method_settings(self, method: str) -> dict[str, Any]:
-        """What the recipe sets of its method; nothing of another one."""
+        """What the recipe sets of its method. Nothing of another one."""
         return dict(self.recipe.method_settings) if self.recipe and self.recipe.method == method else {}
 
     def head(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Chosen:
         return dict(self.recipe.head) if self.recipe else {}
 
     def record(self) -> dict[str, Any] | None:
-        """The recipe's name, and what was typed in the place of its values; None without a recipe."""
+        """The recipe's name, and what was typed in the place of its values. None without a recipe."""
         if self.recipe is None:
             return None
         names = {*self.values, "set_", "warmup", "image_size", "normalize"}

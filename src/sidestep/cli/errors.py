@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 @contextmanager
 def reporting(debug: bool) -> Iterator[None]:
-    """Run a command's body; what a user can mend is printed to stderr, with exit code 2 and no traceback.
+    """Run a command's body. What a user can mend is printed to stderr, with exit code 2 and no traceback.
 
     Args:
         debug: whether to let the traceback through, and what other packages remark.

@@ -107,7 +107,7 @@ def _attached_with(one: Contender, head: Classify | None) -> Settings:
 
 
 def _planned(model: SideModel, batch: Mapping[str, Tensor], precision: str) -> int | None:
-    """What the planner predicts; None where it cannot, as for weights of another precision than it knows."""
+    """What the planner predicts. None where it cannot, as for weights of another precision than it knows."""
     try:
         return plan_for(model, batch, precision=precision).peak_bytes  # type: ignore[arg-type]
     except ValueError:

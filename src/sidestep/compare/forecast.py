@@ -51,14 +51,14 @@ class Forecast:
         return self._left.total()
 
     def done(self, run: Run, seconds: float | None = None) -> None:
-        """Take a run off the list; `seconds` is what it took, if it was run now and came through."""
+        """Take a run off the list. `seconds` is what it took, if it was run now and came through."""
         self._left[run] -= 1
         if seconds is not None:
             self._took[run.contender].append(seconds / run.work)
 
     @property
     def seconds(self) -> float | None:
-        """Of all runs that are left; None if nothing was measured yet."""
+        """Of all runs that are left. None if nothing was measured yet."""
         paces = {name: statistics.median(found) for name, found in self._took.items()}
         if not paces and self._steps_tell:
             paces = self._steps
@@ -76,7 +76,7 @@ class Forecast:
 
 
 def step_pace(cost: Record) -> float | None:
-    """Seconds for one unit of work, by a cost line; None where no step was timed."""
+    """Seconds for one unit of work, by a cost line. None where no step was timed."""
     times = (cost.measured or {}).get("step_seconds")
     if times is None:
         return None

@@ -31,14 +31,14 @@ class Record:
     """One result, with everything that is needed to get it again.
 
     Attributes:
-        format: of the line; `FORMAT`.
+        format: of the line. `FORMAT`.
         kind: "cost" (memory, time, energy of a step), "trial" (a learning rate on held-out training rows) or
             "score" (a run on all training rows, scored once on dev).
-        key: `key_of(kind, settings)`; what is cached and resumed goes by it.
+        key: `key_of(kind, settings)`. What is cached and resumed goes by it.
         status: "refused" if the method does not work on the backbone or is not installed, "failed" if the run broke.
         reason: why, where the status is not "ok".
         settings: what was asked for, as JSON-ready values.
-        measured: what came out; None where the status is not "ok".
+        measured: what came out. None where the status is not "ok".
         versions: of Python and the packages that a result depends on.
         machine: see `machine`.
         date: in UTC, ISO 8601.
@@ -70,7 +70,7 @@ class Record:
         threads: int | None = None,
         gpu: str | None = None,
     ) -> Record:
-        """A result of this machine, now; `threads` and `gpu` as `machine` takes them."""
+        """A result of this machine, now. `threads` and `gpu` as `machine` takes them."""
         return cls(
             kind=kind,
             key=key_of(kind, settings),
@@ -92,7 +92,7 @@ def key_of(kind: Kind, settings: Mapping[str, Any]) -> str:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a line that has reached the disk when this returns; if it cannot be, the file is as before.
+    """Add a line that has reached the disk when this returns. If it cannot be, the file is as before.
 
     A broken last line, left by a killed writer, is ended first. Numbers that are not finite become null.
 
@@ -145,10 +145,10 @@ def latest(records: Iterable[Record]) -> dict[str, Record]:
 
 
 def machine(*, threads: int | None = None, gpu: str | None = None) -> dict[str, Any]:
-    """What the results were made on; no host name, which is nobody's business.
+    """What the results were made on. No host name, which is nobody's business.
 
     Args:
-        threads: that torch computes with; None: as many as there are cores.
+        threads: that torch computes with. None: as many as there are cores.
         gpu: name of the GPU, where one was used.
     """
     cpu, cores = _cpu(), os.cpu_count()
@@ -163,7 +163,7 @@ def machine(*, threads: int | None = None, gpu: str | None = None) -> dict[str, 
 
 
 def _parsed(line: str) -> Record | None:
-    """The record of a line; None if it is broken."""
+    """The record of a line. None if it is broken."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):

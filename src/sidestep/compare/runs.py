@@ -80,12 +80,12 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
 
     Args:
         comparison: what is compared.
-        output: the results file (JSON lines); one process at a time writes to it.
+        output: the results file (JSON lines). One process at a time writes to it.
         tell: takes a line of progress.
 
     Raises:
         OutputError: if the results cannot go there, or another process writes them.
-        ValueError: if data cannot be read or prepared for a backbone, and nothing has been run then; if a backbone
+        ValueError: if data cannot be read or prepared for a backbone, and nothing has been run then. If a backbone
             cannot be loaded.
     """
     check_results(comparison, output)
@@ -147,7 +147,7 @@ class _Session:
                     self.ledger.without("score", self._settings(task, one, "dev", None, None), "refused", reason)
 
     def _rates(self, task: Prepared) -> dict[str, float | None]:
-        """The best rate of each contender on held-out training rows; None if it failed at every rate."""
+        """The best rate of each contender on held-out training rows. None if it failed at every rate."""
         if not _trials(self.comparison):
             return {one.name: one.rates[0] for one in self.running}
         seed = self.comparison.seeds[0]
@@ -224,7 +224,7 @@ class _Session:
     def _settings(
         self, task: Prepared, one: Contender, part: str, rate: float | None, seed: int | None
     ) -> dict[str, Any]:
-        """What a result says; everything by which it is found again."""
+        """What a result says. Everything by which it is found again."""
         asked, trial = self.comparison, part == "holdout"
         data = task.trial if trial else task.data[asked.seeds[0] if seed is None else seed]
         settings = {
@@ -252,7 +252,7 @@ class _Session:
 
 
 def _trials(comparison: Comparison) -> int:
-    """Trials of each contender; a single rate needs none."""
+    """Trials of each contender. A single rate needs none."""
     count = len(comparison.contenders[0].rates)
     return count if count > 1 else 0
 
@@ -281,7 +281,7 @@ def _best(trials: Mapping[float, Record]) -> float | None:
 
 
 def _measured(results: Results, model: SideModel) -> dict[str, Any]:
-    """What is kept of a training run; of a sparse diff also its nonzeros, and of a first stage what came of it."""
+    """What is kept of a training run. Of a sparse diff also its nonzeros, and of a first stage what came of it."""
     metric, first = results.metric, results.first_stage
     history = [
         {

@@ -1,4 +1,4 @@
-"""The corpus of `make demo`: docstrings of installed scientific packages; the class is the package.
+"""The corpus of `make demo`: docstrings of installed scientific packages. The class is the package.
 
 Real text that needs no download. The packages are not imported: their source files are parsed. The same
 installed versions give the same corpus, row by row.
@@ -53,7 +53,7 @@ MARKUP = re.compile(r"`+__?(?=[\s.,)]|$)|`+[~.!]?|\*\*|\$+|\[[\w*#-]+\]_|<?https
 
 
 class Row(TypedDict):
-    """One text and its class; a list of rows is what `datasets.Dataset.from_list` takes."""
+    """One text and its class. A list of rows is what `datasets.Dataset.from_list` takes."""
 
     text: str
     package: str
@@ -62,11 +62,11 @@ class Row(TypedDict):
 def docstrings(packages: Sequence[str] = DEFAULT, seed: int = 0, per_package: int = PER_PACKAGE) -> list[Row]:
     """The opening prose of docstrings, at most `per_package` of each package.
 
-    Texts are 80 to 400 characters of plain prose, no two of them alike; the names of all the packages are
+    Texts are 80 to 400 characters of plain prose, no two of them alike. The names of all the packages are
     removed from them.
 
     Args:
-        packages: import names; the classes.
+        packages: import names. The classes.
         seed: of the choice where a package has more than `per_package` texts.
         per_package: most texts of one class.
 
@@ -124,7 +124,7 @@ def split(rows: Sequence[Row], dev_share: float = 0.2, seed: int = 0) -> tuple[l
 
 
 def _candidates(package: str, names: re.Pattern[str], seed: int, enough: int) -> dict[str, str]:
-    """Distinct texts of a package, by what they begin with; reading ends when there are enough."""
+    """Distinct texts of a package, by what they begin with. Reading ends when there are enough."""
     files = _sources(package)
     random.Random(f"{seed} {package}").shuffle(files)
     texts: dict[str, str] = {}

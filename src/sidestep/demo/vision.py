@@ -1,6 +1,6 @@
 """`sidestep demo --vision`: DTL+, SynQT and a linear probe on a real vision Transformer, with real images.
 
-The backbone, vit-small-32, comes with Sidestep; the task is to tell scikit-learn's handwritten digits apart. Nothing is
+The backbone, vit-small-32, comes with Sidestep. The task is to tell scikit-learn's handwritten digits apart. Nothing is
 downloaded.
 """
 
@@ -53,7 +53,7 @@ def run(output: Path) -> None:
     """Train all three, show what they reach and cost, and use DTL+'s saved task in a new process.
 
     Args:
-        output: a folder for the tasks; what an earlier demo left there is replaced.
+        output: a folder for the tasks. What an earlier demo left there is replaced.
 
     Raises:
         DemoError: if the new process fails.

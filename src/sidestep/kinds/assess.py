@@ -21,7 +21,7 @@ class OfClass:
 
     Attributes:
         rows: that are of it.
-        recall: the share of them that was predicted so; None where there are none.
+        recall: the share of them that was predicted so. None where there are none.
     """
 
     rows: int
@@ -36,7 +36,7 @@ class Assessment:
         scores: see `metrics.scores` and `metrics.text_scores`.
         constant: by score, what the best single answer for all rows reaches: of accuracy the share of the largest
             class, of a regression that of the mean. Empty for retrieval, where each row has an answer of its own.
-        classes: by name; empty where there are none, or more than `FEW` different texts.
+        classes: by name. Empty where there are none, or more than `FEW` different texts.
     """
 
     scores: dict[str, float]
@@ -45,7 +45,7 @@ class Assessment:
 
 
 def assess_texts(written: Sequence[str], targets: Sequence[str]) -> Assessment:
-    """The assessment of texts; arguments and errors as of `metrics.text_scores`."""
+    """The assessment of texts. Arguments and errors as of `metrics.text_scores`."""
     found = text_scores(written, targets)
     # as exact_match compares them: without regard to the amount of white space
     said, asked = (list(map(_spaced, texts)) for texts in (written, targets))

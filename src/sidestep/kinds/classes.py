@@ -77,7 +77,7 @@ class Classes(TaskKind):
         return found.argmax(axis=1)[:, None] == np.arange(found.shape[1])
 
     def own(self, shares: torch.Tensor, texts: Iterator[list[str]], chosen: NDArray[np.bool_]) -> list[Any]:
-        """The probability of what is predicted; of several classes their probabilities as a text."""
+        """The probability of what is predicted. Of several classes their probabilities as a text."""
         if self.name == "single":
             return shares.amax(-1).tolist()
         return [_joined(row, yes) for row, yes in zip(texts, chosen, strict=True)]
@@ -121,7 +121,7 @@ class Single(Classes):
     smooths = True
 
     def usual(self, classes: int, targets: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """The largest class; of two classes both."""
+        """The largest class. Of two classes both."""
         largest = np.bincount(targets, minlength=classes).argmax()
         for each in (0, 1) if classes == 2 else (largest,):
             yield np.eye(classes)[each]
@@ -137,7 +137,7 @@ class Multi(Classes):
     problem_type = "multi_label_classification"
 
     def usual(self, classes: int, targets: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """The most frequent set; all labels; the best of the frequent."""
+        """The most frequent set. All labels. The best of the frequent."""
         true = targets.astype(int)
         sets, times = np.unique(true, axis=0, return_counts=True)
         yield sets[times.argmax()] - 0.5

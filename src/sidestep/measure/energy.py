@@ -20,7 +20,7 @@ READING_SECONDS = 5.0
 
 
 class MeterError(RuntimeError):
-    """A meter that was asked for cannot measure here; the message says why and what to do."""
+    """A meter that was asked for cannot measure here. The message says why and what to do."""
 
 
 class EnergyCounter(Protocol):

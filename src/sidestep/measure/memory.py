@@ -43,11 +43,11 @@ def format_bytes(size: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """One tensor that autograd keeps for backward; a tensor saved several times is one row.
+    """One tensor that autograd keeps for backward. A tensor saved several times is one row.
 
     Attributes:
         module: dotted name, within the model, of the innermost module that was running when the tensor was
-            first saved; "" is the model itself or code outside it.
+            first saved. "" is the model itself or code outside it.
         shape: of the tensor.
         dtype: of the tensor.
         bytes: of the tensor's elements, as if it were contiguous.
@@ -117,7 +117,7 @@ class _Storage:
 
 
 class SavedBytes:
-    """The bytes that autograd keeps for backward while a `with` block runs; made by `saved_bytes`.
+    """The bytes that autograd keeps for backward while a `with` block runs. Made by `saved_bytes`.
 
     Storages are told apart by identity, not by address: a freed one whose address is used again is another
     one. The record holds no storage alive.
@@ -183,7 +183,7 @@ class SavedBytes:
 
     @property
     def total(self) -> int:
-        """Bytes kept: every distinct storage once, whole; the model's parameters and buffers left out."""
+        """Bytes kept: every distinct storage once, whole. The model's parameters and buffers left out."""
         return sum(storage.nbytes for storage in self._storages)
 
     @property
@@ -200,12 +200,12 @@ class SavedBytes:
         return [_pinned_text(row) for row in pinned] + list(dict.fromkeys(self._unseen))
 
     def by_module(self, depth: int | None = None) -> dict[str, int]:
-        """Bytes kept by each module, largest first; they sum to `total`.
+        """Bytes kept by each module, largest first. They sum to `total`.
 
         A storage counts for the module that saved it first.
 
         Args:
-            depth: how many parts of the dotted name to keep; None keeps the whole name, 0 gives one sum.
+            depth: how many parts of the dotted name to keep. None keeps the whole name, 0 gives one sum.
 
         Raises:
             ValueError: if depth is negative.
@@ -232,7 +232,7 @@ class SavedBytes:
 
 
 def by_kind_of_module(sums: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by module with the numbers of blocks as "*", so that one row stands for all blocks; largest first."""
+    """Bytes by module with the numbers of blocks as "*", so that one row stands for all blocks. Largest first."""
     kinds: dict[str, int] = {}
     for name, size in sums.items():
         kind = ".".join("*" if part.isdigit() else part for part in name.split(".")) or "(model)"
@@ -251,15 +251,15 @@ def saved_bytes(model: nn.Module) -> SavedBytes:
     ```
     Put the forward pass into the block and the backward pass after it. Everything saved in the block counts,
     also what is freed before the block ends: two forward passes count twice. A block under gradient
-    checkpointing counts with its inputs only; what it recomputes in backward is not kept.
+    checkpointing counts with its inputs only. What it recomputes in backward is not kept.
 
     Not seen: tensors that a custom `autograd.Function` hangs on its `ctx` instead of giving them to
-    `save_for_backward`; what other threads save; what is saved inside other saved-tensor hooks, such as
+    `save_for_backward`. What other threads save. What is saved inside other saved-tensor hooks, such as
     `save_on_cpu`. Within the block autograd does not check that saved tensors stay unchanged in place.
     Hooks sit on every module meanwhile, so measure the model before it is compiled.
 
     Args:
-        model: names the modules; its parameters and buffers are not counted.
+        model: names the modules. Its parameters and buffers are not counted.
 
     Returns:
         A record to be entered once, readable within the block and after it.
@@ -294,7 +294,7 @@ class Peak:
 
     Attributes:
         allocated: what PyTorch's allocator handed out, at its highest.
-        resident: rise of the process's resident set, at its highest; None on CUDA.
+        resident: rise of the process's resident set, at its highest. None on CUDA.
         device: the device that was measured.
     """
 
@@ -319,7 +319,7 @@ def peak_memory(step: Callable[[], object], device: torch.device | str = "cpu") 
     these, but is sampled every 5 ms, and is lower where the step fills memory that the process already held.
 
     Args:
-        step: called once; what it returns is dropped.
+        step: called once. What it returns is dropped.
         device: "cpu" or a CUDA device.
 
     Raises:
@@ -395,7 +395,7 @@ def _allocations(events: list[Any]) -> Iterator[Any]:
 
 
 class _Resident:
-    """Samples the process's resident set in a thread; `rise` is its highest above the start, in bytes."""
+    """Samples the process's resident set in a thread. `rise` is its highest above the start, in bytes."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()

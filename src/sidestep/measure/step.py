@@ -36,8 +36,8 @@ class StepCount:
 
     Attributes:
         kept_bytes: what autograd keeps for backward.
-        kept_by_module: the same by module, the blocks of a stack together ("encoder.layer.*.output"), largest first;
-            at most 40 rows, the last of which is then "(other)".
+        kept_by_module: the same by module, the blocks of a stack together ("encoder.layer.*.output"), largest first.
+            At most 40 rows, the last of which is then "(other)".
         gradient_bytes: of all gradients, when backward ends.
         optimizer_bytes: of the optimizer's state.
         flops: of forward and backward, recomputation with it: matrix products, convolutions and attention, as PyTorch's
@@ -57,8 +57,8 @@ class StepCost(StepCount):
 
     Attributes:
         rows: of the batch.
-        tokens: its padded length; None for images.
-        peak_bytes: how far allocated memory rises over weights and optimizer state, beginning without gradients; None
+        tokens: its padded length. None for images.
+        peak_bytes: how far allocated memory rises over weights and optimizer state, beginning without gradients. None
             where it cannot be measured.
         resident_bytes: how far the process's resident memory rises (CPU only).
     """
@@ -70,11 +70,11 @@ class StepCost(StepCount):
 
 
 def measure_step(model: Attached, batch: Batch, *, bf16: bool = False) -> StepCost:
-    """Memory of a training step on a batch with labels; mode, weights and random generators stay as they are.
+    """Memory of a training step on a batch with labels. Mode, weights and random generators stay as they are.
 
     Args:
         model: real, or made inside a `FakeTensorMode` that is active: then there are counts and no peaks.
-        batch: with labels; real or fake as the model.
+        batch: with labels. Real or fake as the model.
         bf16: run forward under autocast to bfloat16.
     """
     inputs = accepted(model, batch)
@@ -94,7 +94,7 @@ def measure_step(model: Attached, batch: Batch, *, bf16: bool = False) -> StepCo
 
 
 def step_peak(model: Attached, batch: Batch, *, bf16: bool = False) -> Peak | None:
-    """How far memory rises in a training step over weights and optimizer state; None where it cannot be measured.
+    """How far memory rises in a training step over weights and optimizer state. None where it cannot be measured.
 
     Mode, weights and random generators stay as they are.
     """
@@ -107,7 +107,7 @@ def step_peak(model: Attached, batch: Batch, *, bf16: bool = False) -> Peak | No
 
 
 def inference_peak(model: Attached, batch: Batch, *, bf16: bool = False) -> int | None:
-    """How far allocated memory rises in an inference, in bytes; None where it cannot be measured."""
+    """How far allocated memory rises in an inference, in bytes. None where it cannot be measured."""
     if not _is_real(model):
         return None
     inputs = accepted(model, batch)
@@ -157,7 +157,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def train_step(model: Attached, batch: Batch, optimizer: torch.optim.Optimizer, bf16: bool) -> None:
-    """Forward, backward and an optimizer step; no gradients are left."""
+    """Forward, backward and an optimizer step. No gradients are left."""
     _loss(model, batch, bf16).backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -22,8 +22,8 @@ class AttachedModel(nn.Module, ABC):
         settings: what was attached.
         record: the method as it is registered.
         extras: what is stored with the task besides (tokenizer or processor, preprocessing, scores).
-        sparse: the sparse diff that is trained in the place of weights, or None; a pair has one in each tower.
-        attached_shapes: of the tables of embeddings at `attach`, by their names; of a pair in each tower.
+        sparse: the sparse diff that is trained in the place of weights, or None. A pair has one in each tower.
+        attached_shapes: of the tables of embeddings at `attach`, by their names. Of a pair in each tower.
     """
 
     backbone: Any
@@ -41,12 +41,12 @@ class AttachedModel(nn.Module, ABC):
     @property
     @abstractmethod
     def towers(self) -> Mapping[str, AttachedModel]:
-        """The attached backbones by name; the one of a `SideModel` has the name ""."""
+        """The attached backbones by name. The one of a `SideModel` has the name ""."""
 
     @property
     @abstractmethod
     def head_config(self) -> dict[str, Any] | None:
-        """The head's config as JSON-ready values, with its read-out as it was resolved; None for the backbone's own."""
+        """The head's config as JSON-ready values, with its read-out as it was resolved. None for the backbone's own."""
 
     @property
     @abstractmethod

@@ -63,7 +63,7 @@ class Attachment:
         return self.delta is None or type(self.delta).remove is WeightDelta.remove
 
     def rest(self) -> Rest:
-        """Take all off; `resume` takes what this returns."""
+        """Take all off. `resume` takes what this returns."""
         with self.fold.turn:
             rest = Rest(self.trained.values(), Before.of(self.backbone))
             self.leave()

@@ -63,7 +63,7 @@ class Before:
 
 
 def _configs(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The fields of a model's config, of the configs inside of it, and of how it generates; by name."""
+    """The fields of a model's config, of the configs inside of it, and of how it generates. By name."""
     if not isinstance(model, PreTrainedModel):
         return {}
     found = {"config": model.config, "generation": vars(model).get("generation_config"), **vars(model.config)}

@@ -37,9 +37,9 @@ class DenseStage(AttachedModel):
         """The optimizer of that stage (see `SparseDelta.relax`), until its `project` or `unrelax`.
 
         Args:
-            rate: learning rate; at 0 nothing moves.
+            rate: learning rate. At 0 nothing moves.
             weight_decay: of the weights and of the head.
-            max_norm: where gradients are cut; 0 leaves them.
+            max_norm: where gradients are cut. 0 leaves them.
             seed: of what is random in it.
         """
         assert isinstance(self.delta, SparseDelta)

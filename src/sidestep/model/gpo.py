@@ -27,7 +27,7 @@ class GPO(nn.Module):
         self.linear = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(batch, width) of tokens (batch, tokens, width); `keep` is (batch, tokens) bool, None: all."""
+        """(batch, width) of tokens (batch, tokens, width). `keep` is (batch, tokens) bool, None: all."""
         if keep is None:
             keep = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         lengths, which = keep.sum(1).unique(return_inverse=True)

@@ -1,4 +1,4 @@
-"""Heads: what is learned on top of the last hidden state. A head is a config; `attach` builds its module."""
+"""Heads: what is learned on top of the last hidden state. A head is a config. `attach` builds its module."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Classify(HeadConfig):
 
     Attributes:
         num_labels: number of classes.
-        labels: their names, in order; they come back in predictions.
+        labels: their names, in order. They come back in predictions.
         problem: "single" (one class per example, softmax) or "multi" (any number, one sigmoid each).
     """
 
@@ -115,7 +115,7 @@ class Regress(HeadConfig):
 
     Attributes:
         targets: number of values per example.
-        center: mean of the training targets; the head's bias starts there.
+        center: mean of the training targets. The head's bias starts there.
     """
 
     targets: int = 1
@@ -150,16 +150,16 @@ class Retrieve(HeadConfig):
             it (CLIP: the class token through its norm, the end-of-text token), and "gpo", learned weights of the
             projected tokens sorted by channel. None: what the model projects itself if its checkpoint has the
             projections, else the families' defaults.
-        text_pool: of the text tower, where it is another; None: as `pool`.
-        dim: channels of the embeddings; None: as the model's own projections. These are where the maps start, if the
-            checkpoint has them and they fit; else they start at random.
+        text_pool: of the text tower, where it is another. None: as `pool`.
+        dim: channels of the embeddings. None: as the model's own projections. These are where the maps start, if the
+            checkpoint has them and they fit. Else they start at random.
         loss: "contrastive", symmetric cross-entropy over the batch with a trained temperature, or "triplet", hinges on
             the cosine as VSE has them.
         margin: of the triplets.
         hardest: whether a triplet's negative is the hardest of the batch, or the mean is taken over all that violate
             the margin.
         mean_epochs: epochs in which that mean comes before the hardest, whose loss then rises from zero within an epoch
-            (VSE: 1). Of `sidestep.training.train`; in a loop of your own, set `PairModel.epoch`.
+            (VSE: 1). Of `sidestep.training.train`. In a loop of your own, set `PairModel.epoch`.
     """
 
     pools: ClassVar[tuple[Pool, ...]] = (*HeadConfig.pools, "own", "gpo")
@@ -217,7 +217,7 @@ def head_from_dict(values: dict[str, Any]) -> HeadConfig:
 
 
 def named(classes: Sequence[str]) -> dict[str, Any]:
-    """The fields of a transformers config that name the classes; none if there are none."""
+    """The fields of a transformers config that name the classes. None if there are none."""
     if not classes:
         return {}
     return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}

@@ -69,7 +69,7 @@ class TrainerFace(DenseStage):
         self._bind_forward()
 
     def _described(self) -> Any:
-        """The backbone's config; with a Sidestep head a copy that tells of that head, as pipelines ask."""
+        """The backbone's config. With a Sidestep head a copy that tells of that head, as pipelines ask."""
         if self.settings.head is None:
             return self.backbone.config
         config = copy.deepcopy(self.backbone.config)
@@ -177,7 +177,7 @@ class TrainerFace(DenseStage):
         """Raise where a training step has no gradient (`learns`), instead of autograd's own error in backward.
 
         Raises:
-            ValueError: also where the method is not ready for a step yet; it says what to do.
+            ValueError: also where the method is not ready for a step yet. It says what to do.
         """
         if not learns:
             raise ValueError(self._nothing_trained())
@@ -193,7 +193,7 @@ class TrainerFace(DenseStage):
 
     @property
     def untrained(self) -> str | None:
-        """Why nothing is trained; None if something is."""
+        """Why nothing is trained. None if something is."""
         return None if any(True for _ in self.trained_parameters()) else self._nothing_trained()
 
     def _nothing_trained(self) -> str:

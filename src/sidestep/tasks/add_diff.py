@@ -26,15 +26,15 @@ class DifferentBackbones(TaskError):
 
 
 def add_diff(model: SideModel, folder: str | Path, scale: float = 1.0, *, allow_mismatch: bool = False) -> None:
-    """Add the sparse diff of a task to that of a model; head and labels stay the model's.
+    """Add the sparse diff of a task to that of a model. Head and labels stay the model's.
 
-    Where both change an entry, the changes are summed; the model's stored scores are dropped. The model is then as any
+    Where both change an entry, the changes are summed. The model's stored scores are dropped. The model is then as any
     other: it can be saved, trained on with a new optimizer, and detached.
 
     Args:
         model: with a sparse diff that has been trained or loaded.
         folder: a task with a sparse diff of the same backbone.
-        scale: what its changes are multiplied by; -1 takes a diff away that was added (up to rounding).
+        scale: what its changes are multiplied by. -1 takes a diff away that was added (up to rounding).
         allow_mismatch: whether a diff of the same backbone in another precision is a warning rather than an error.
 
     Raises:

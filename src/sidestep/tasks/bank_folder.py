@@ -33,7 +33,7 @@ TASK_FILES = (task_folder.CONFIG, task_folder.WEIGHTS)
 
 
 class BankError(TaskError):
-    """A bank cannot do what was asked for; the message says why and what to do."""
+    """A bank cannot do what was asked for. The message says why and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Entry:
     Attributes:
         name: in the bank.
         method: its name.
-        outputs: of its head; None: the head is the backbone's own.
+        outputs: of its head. None: the head is the backbone's own.
         labels: names of classes, where it has them.
         values: how many are stored.
         bytes: of all its files.
@@ -63,7 +63,7 @@ class BankFolder:
     """The tasks of a bank on the disk, without their backbone."""
 
     def __init__(self, path: str | Path) -> None:
-        """Arg is the folder, which is made when the first task is added; what an interrupted change left is removed.
+        """Arg is the folder, which is made when the first task is added. What an interrupted change left is removed.
 
         Raises:
             BankError: if the path is a file.
@@ -77,7 +77,7 @@ class BankFolder:
 
     @property
     def names(self) -> list[str]:
-        """The tasks that are there now, whoever added them; damaged ones included."""
+        """The tasks that are there now, whoever added them. Damaged ones included."""
         return sorted({file.parent.name for part in TASK_FILES for file in self.path.glob(f"[!.]*/{part}")})
 
     def folder(self, name: str) -> Path:
@@ -91,7 +91,7 @@ class BankFolder:
         return self.path / name
 
     def entry(self, name: str) -> Entry:
-        """What a task's own files say of it; its weights are not read.
+        """What a task's own files say of it. Its weights are not read.
 
         Raises:
             TaskError: if there is none, or its files are damaged.
@@ -141,14 +141,14 @@ class BankFolder:
             return task_folder.read(self.folder(name))
 
     def digest(self) -> Digest | None:
-        """Of the backbone of all tasks, by the first that can be read; None: there is no such task."""
+        """Of the backbone of all tasks, by the first that can be read. None: there is no such task."""
         for name in self.names:
             with suppress(TaskError):
                 return digest_in(self.config(name))
         return None
 
     def add(self, name: str, task: str | Path | Attached, check: Callable[[Task], None] | None = None) -> None:
-        """Copy a task into the folder; it is there whole, or the folder is as before.
+        """Copy a task into the folder. It is there whole, or the folder is as before.
 
         Args:
             name: letters, digits, "_", "-" and ".", at most 255 bytes.
@@ -201,7 +201,7 @@ class BankFolder:
 
     @contextmanager
     def _writing(self) -> Iterator[Path]:
-        """Nobody else writes meanwhile; a new folder beside the tasks, which is removed with all that is left in it."""
+        """Nobody else writes meanwhile. A new folder beside the tasks, which is removed with all that is left in it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with only_writer(self.path / LOCK, self.path, BankError):
             for left in self.path.glob(f"{STAGING}*"):

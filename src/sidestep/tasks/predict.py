@@ -31,7 +31,7 @@ def evaluate(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, float]:
-    """The scores of a task on rows with labels; where it writes texts, of these.
+    """The scores of a task on rows with labels. Where it writes texts, of these.
 
     Args:
         model: with `extras["processor"]` and `extras["preprocessing"]`, as `load` and `train` leave it.
@@ -99,16 +99,16 @@ def predict(
 
     Of retrieval, what is closest to each image and each caption (see `retrieval.neighbours`).
 
-    Several labels of a row are joined by "|"; an image stays as its path; a text is as the model writes it.
+    Several labels of a row are joined by "|". An image stays as its path. A text is as the model writes it.
 
     Args:
         model: as for `evaluate`.
-        rows: see `Rows`; labels are not needed.
+        rows: see `Rows`. Labels are not needed.
         fields: None: the columns that the task was trained on.
         batch_size: rows of one pass.
         progress: whether a bar is shown.
         probabilities: "one": instead of those columns a single one, "probability", of what is predicted (of several
-            labels joined as they are); "none": no such column.
+            labels joined as they are). "none": no such column.
 
     Raises:
         DataError: for missing columns, or a column that has the name of one of these.
@@ -147,7 +147,7 @@ def share_columns(found: Dataset, rows: Dataset) -> list[str]:
 
 
 def first_answers(model: Attached, data: TaskData, count: int = 3) -> list[tuple[int, str, str]]:
-    """The first dev rows of a task that writes texts: their number, what was expected, what is written; else none."""
+    """The first dev rows of a task that writes texts: their number, what was expected, what is written. Else none."""
     if data.generation is None:
         return []
     assert isinstance(model, SideModel)

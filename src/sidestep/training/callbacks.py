@@ -47,7 +47,7 @@ class ExactResume(TrainerCallback):
         self._seed_epoch(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint within an epoch; the one at its end waits for the evaluation."""
+        """Ask for a checkpoint within an epoch. The one at its end waits for the evaluation."""
         step = state.global_step
         if self.save_steps and step % self.save_steps == 0 and step % self.steps_per_epoch:
             control.should_save = control.should_log = True

@@ -60,7 +60,7 @@ def begin(settings: TrainSettings, run: Mapping[str, Any]) -> Path | None:
 
     Args:
         settings: with `output`, `resume` and `overwrite`.
-        run: what identifies the run; a resumed one must have the same.
+        run: what identifies the run. A resumed one must have the same.
 
     Returns:
         The checkpoint to continue from, if there is one.
@@ -82,7 +82,7 @@ def begin(settings: TrainSettings, run: Mapping[str, Any]) -> Path | None:
 
 
 def as_begun(settings: TrainSettings) -> TrainSettings:
-    """The settings; of a run to resume that is not told when to stop early, with what it began with."""
+    """The settings. Of a run to resume that is not told when to stop early, with what it began with."""
     if not settings.resume or settings.patience is not None or settings.keep == "last":
         return settings
     try:
@@ -93,7 +93,7 @@ def as_begun(settings: TrainSettings) -> TrainSettings:
 
 
 def epochs_left(epochs: int, start: Path | None) -> float:
-    """How many of so many epochs there are to train from a checkpoint on; 0 where training had ended."""
+    """How many of so many epochs there are to train from a checkpoint on. 0 where training had ended."""
     if start is None:
         return epochs
     return 0 if is_finished(start) else epochs - read_state(start)["epoch"]
@@ -125,7 +125,7 @@ def is_finished(checkpoint: Path) -> bool:
 
 
 def best_of(checkpoint: Path) -> Path:
-    """The checkpoint with the best dev score at the time of this one; this one if there was none yet."""
+    """The checkpoint with the best dev score at the time of this one. This one if there was none yet."""
     step = read_state(checkpoint).get("best_global_step")
     best = checkpoint.with_name(f"checkpoint-{step}")
     return best if step and best.is_dir() else checkpoint

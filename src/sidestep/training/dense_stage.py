@@ -1,4 +1,4 @@
-"""A first stage in which all weights are free, then projected; the rest is the training of a sparse diff.
+"""A first stage in which all weights are free, then projected. The rest is the training of a sparse diff.
 
 It has a Trainer and checkpoints of its own, in a folder among those of the run, and ends when the projected diff is
 written there. So a run can be resumed in it, after it, and between the two.
@@ -69,7 +69,7 @@ class FirstStage:
     cost: StepCost | None
 
     def told(self, history: list[dict[str, float]]) -> dict[str, Any]:
-        """What the results say of it; `history` is read from the log."""
+        """What the results say of it. `history` is read from the log."""
         return {
             **self.found,
             "seconds": round(self.seconds, 3),
@@ -92,9 +92,9 @@ def projected(
         model: with a diff pruning method, not trained yet.
         settings: of the run.
         identity: what the run is, which a resumed one has to share.
-        start: the checkpoint of the second stage to continue from; with one, nothing is left to do here.
+        start: the checkpoint of the second stage to continue from. With one, nothing is left to do here.
         make_trainer: see `MakeTrainer`.
-        batch: on which a step's memory is measured; None: it is not.
+        batch: on which a step's memory is measured. None: it is not.
     """
     folder = settings.output / checkpoints.FOLDER / FOLDER
     done = folder / PROJECTED

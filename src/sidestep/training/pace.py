@@ -32,7 +32,7 @@ class Pace:
 
     @classmethod
     def measured(cls, model: Attached, data: TaskData, settings: TrainSettings) -> Pace:
-        """The pace of a model on a run's rows; mode, weights and random generators stay as they are.
+        """The pace of a model on a run's rows. Mode, weights and random generators stay as they are.
 
         What is left out of it: the clipping of gradients, logs and checkpoints.
         """

@@ -15,7 +15,7 @@ def rate_factor(settings: TrainSettings, rate: float, steps_per_epoch: int) -> C
     in a line ("linear") or half a cosine ("cosine") that begin where the warm-up ends and are evaluated at every step.
     "step" divides it by 10 after each of the epochs in `milestones`.
     "cosine_epochs" sets it once per epoch and counts the cosine from the run's first epoch, not from the warm-up's
-    end; it lasts as many epochs as follow the warm-up, and the run's last epochs, as many as the warm-up has, are at
+    end. It lasts as many epochs as follow the warm-up, and the run's last epochs, as many as the warm-up has, are at
     `end_rate`. That is timm's `CosineLRScheduler` as its training script steps it.
 
     Args:

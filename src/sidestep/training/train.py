@@ -48,7 +48,7 @@ __all__ = ["TrainError", "TrainSettings", "head_for", "largest_batch", "train"]
 
 
 class TrainError(RuntimeError):
-    """Training could not go on; the message says what to change and where the last good checkpoint is."""
+    """Training could not go on. The message says what to change and where the last good checkpoint is."""
 
 
 def train(
@@ -74,11 +74,11 @@ def train(
         tell: takes a line that says before training how long it will take, if steps are measured.
 
     Returns:
-        What results.json holds; the model is left with the kept weights, in eval mode.
+        What results.json holds. The model is left with the kept weights, in eval mode.
 
     Raises:
         OutputError: if the output folder is taken, or the run to resume was another one.
-        TrainError: if training diverges or memory runs out; checkpoints stay.
+        TrainError: if training diverges or memory runs out. Checkpoints stay.
         ValueError: if a setting does not fit the problem, or texts the backbone's positions.
 
     Warns:
@@ -169,7 +169,7 @@ def _describe(model: Attached, data: TaskData) -> None:
 
 
 def _choose_padding_side(model: Attached, data: TaskData) -> None:
-    """Have texts padded where the backbone does not mistake padding for text; a task stores its tokenizer.
+    """Have texts padded where the backbone does not mistake padding for text. A task stores its tokenizer.
 
     Warns:
         DataWarning: if that is another side than the tokenizer's.
@@ -228,7 +228,7 @@ def _initialise(model: Attached, data: TaskData, settings: TrainSettings) -> Non
 def _estimate(
     model: Attached, data: TaskData, settings: TrainSettings, epochs: float, tell: Callable[[str], object] | None
 ) -> float:
-    """Seconds that so many epochs and the final evaluation will take; told, if somebody listens.
+    """Seconds that so many epochs and the final evaluation will take. Told, if somebody listens.
 
     The settings are those of the last stage, which may stop early.
     """
@@ -240,7 +240,7 @@ def _estimate(
 
 
 def _run(trainer: Trainer, start: Path | None) -> float:
-    """Train, or take up the best weights of a run that had ended; the seconds that it took."""
+    """Train, or take up the best weights of a run that had ended. The seconds that it took."""
     begin = time.perf_counter()
     if start is not None and checkpoints.is_finished(start):
         best = checkpoints.best_of(start) if trainer.args.load_best_model_at_end else start

@@ -97,7 +97,7 @@ def make_trainer(
 class TaskTrainer(Trainer):
     """The Trainer with the settings' schedule, weight decay and whole batches.
 
-    `judge_texts` scores problems that are not scored by logits; without it `compute_metrics` does. What the last
+    `judge_texts` scores problems that are not scored by logits. Without it `compute_metrics` does. What the last
     evaluation gave is remembered, for `judged`.
     `make_optimizer` makes another optimizer than AdamW, when a checkpoint's weights have been loaded.
     """
@@ -138,7 +138,7 @@ class TaskTrainer(Trainer):
         return found
 
     def judged(self, history: list[dict[str, float]]) -> Assessment | None:
-        """What the last evaluation came to, with the scores that the history ends with; None: there was none here."""
+        """What the last evaluation came to, with the scores that the history ends with. None: there was none here."""
         return None if self._last is None else replace(self._last(), scores=last_scores(history))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:

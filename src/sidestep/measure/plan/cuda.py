@@ -27,7 +27,7 @@ class CudaKernels(TorchFunctionMode):
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002 - F's name
-    """`F.dropout` with a mask of one byte a value; the CPU's is as wide as the input."""
+    """`F.dropout` with a mask of one byte a value. The CPU's is as wide as the input."""
     if not training or p == 0:
         return input
     return torch.native_dropout(input, p, training)[0]
