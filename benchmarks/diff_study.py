@@ -8,14 +8,14 @@
     python benchmarks/diff_study.py table    # the tables, and results/diff_density.svg
     python benchmarks/diff_study.py smoke    # one task, one seed, few rows, into a folder of its own
 
-All runs go through `sidestep.compare`: 320 training rows of SST-2 and STS-B, 640 of MRPC, 160 of RTE (the first of a
-permutation), batch 8, AdamW, 6 % warm-up, linear decay, at most 128 tokens, scored on 200 dev rows after the last
-epoch, seeds 0 to 2 (the densities: seed 0). One rate for every method, none of them tuned but in `tuned`. Methods
-of two stages train 3 epochs in each, the others 6, so that all see every row six times. The costs are those of a step
-of 8 texts of 64 tokens. Of two stages, of the first.
+All runs go through `sidestep.compare`. Training rows: 320 of SST-2 and STS-B, 640 of MRPC, 160 of RTE (the first of a
+permutation). Settings: batch 8, AdamW, 6 % warm-up, linear decay, at most 128 tokens. Runs are scored on 200 dev rows
+after the last epoch, with seeds 0 to 2 (the densities: seed 0). All methods have one rate, tuned only in `tuned`.
+Methods of two stages train 3 epochs in each, the others 6, so that all see every row six times. The costs are those of
+a step of 8 texts of 64 tokens. For methods of two stages it is a step of the first.
 
 The published first stage has 1,376 steps (MRPC, batch 8, 3 epochs) with rate 1e-5 and gates that move by 0.1 a step at
-most. Here it has 60 to 240. Both rates are multiplied by how many times shorter that is, so that weights and gates come
+most. Here it has 60 to 240. Both rates are multiplied by how many times shorter that is, so that weights and gates move
 as far. Lambda is the published one, because it is weighed against the loss's gradient, which is as large as it was.
 `first_stage.open` in the results is the share of open gates at the stage's end.
 

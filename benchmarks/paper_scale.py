@@ -1,4 +1,4 @@
-"""Memory, time and energy of every method at the papers' scale, with random weights: the cost depends on none of them.
+"""Memory, time and energy of every method at the papers' scale. Weights are random, as no cost depends on them.
 
     python benchmarks/paper_scale.py                        # all. About an hour on 2 CPU cores, in 14 GiB
     python benchmarks/paper_scale.py --only bert-base,vit-b
@@ -11,8 +11,8 @@ first). Methods that change weights train with the backbone's own noise. What wa
 backbone of which a contender is missing is measured whole, because ratios of times are of one run.
 
 On a CPU, bytes and FLOPs are counted at the full batch on fake tensors, which take no memory. Times and the memory of
-inference are measured at a smaller batch ("timed_batch"). The peak of a step at the full batch comes last, and of the
-backbones with `peak` only. THREADS sets the number of threads (2).
+inference are measured at a smaller batch ("timed_batch"). The peak of a step at the full batch comes last, and only for
+backbones with `peak`. THREADS sets the number of threads (2).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python benchmarks/sparse_codec.py table               # the table alone
 
 Sizes include names, shapes and checksum. Decoding is all of `decode`, checksum and checks included, in the fastest of
-five runs by processor time. Beside it the time in which numpy copies as many int64 positions.
+five runs by processor time. Beside it is the time in which numpy copies as many int64 positions.
 """
 
 from __future__ import annotations

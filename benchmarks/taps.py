@@ -1,4 +1,4 @@
-"""Encode each text once: the frozen pass is the same in every epoch, so a study may keep what the side network reads.
+"""Encode each text once. The frozen pass is the same in every epoch, so a study may keep what the side network reads.
 
 `record` runs the library's own fold with a method that only collects. `replay` runs a method over what was collected.
 `tests/test_benchmark_taps.py` shows that one training step from recorded taps equals the live model's.

@@ -4,7 +4,7 @@
     python benchmarks/vision_cost.py time      # batch 8: a training step over full tuning's and over a bare forward
     python benchmarks/vision_cost.py           # the tables alone, as Markdown
 
-Weights are random: neither depends on their values. The official figures are those of the methods' own code with
+Weights are random, as neither depends on their values. The official figures are those of the methods' own code with
 explicit softmax attention, measured the same way. Times are medians of interleaved rounds in one run.
 """
 

@@ -25,7 +25,7 @@ def measure_costs(
 ) -> None:
     """Measure every contender on a backbone, unless each has its line already.
 
-    They are measured together or not at all: times taken in turns can be compared, times of another day cannot.
+    All are measured together or none is. Times taken in turns can be compared, but not with times of another day.
 
     Args:
         comparison: what is compared.

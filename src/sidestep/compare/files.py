@@ -39,8 +39,8 @@ def comparison_file(path: Path, results: Path | None = None) -> tuple[Comparison
     """The comparison that a TOML file describes, and where its results go.
 
     Args:
-        path: of the file, to which paths in it are relative. `${NAME}` is an environment variable.
-        results: None: its `output`, or a .jsonl of the same name.
+        path: of the file. Paths in the file are relative to it, and `${NAME}` is an environment variable.
+        results: where results go. None: the file's `output`, or a .jsonl of the same name.
 
     Raises:
         ValueError: if the file cannot be read, or a field, method or value in it is unknown. The message says which.
@@ -128,7 +128,7 @@ class _Table:
         self.known: list[str] = []
 
     def get(self, name: str, kind: type, default: Any = None, *, empty: bool = False) -> Any:
-        """A value of a kind, `default` where there is none. `empty`: a text may have no letter."""
+        """A value of a kind, `default` if the field is missing. `empty`: a text may have no letter."""
         self.known.append(name)
         value = self.values.get(name)
         return default if value is None else self._checked(name, value, kind, empty=empty)
@@ -306,7 +306,7 @@ def _name_of(path: str, base: Path) -> str:
 
 
 def _resolved(source: str, base: Path) -> str:
-    """A source of rows: relative to `base` if it is there or is written as a path. A hub id otherwise."""
+    """A source of rows. It is relative to `base` if it is there or is written as a path, and a hub id otherwise."""
     path = base / Path(source).expanduser()
     written_as_path = source.startswith((".", "~")) or Path(source).suffix or source.count("/") > 1
     return str(path) if path.exists() or written_as_path else source

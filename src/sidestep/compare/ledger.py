@@ -21,13 +21,13 @@ Tell = Callable[[str], None]
 
 
 def places(results: Path) -> tuple[Path, Path, Path]:
-    """What a comparison writes: the results file, the folder of the present run, and the lock. Both beside the file."""
+    """What a comparison writes: the results file, the present run's folder, and the lock. Both lie beside the file."""
     beside = Path(os.path.realpath(results))  # another spelling of the path has the same lock
     return results, beside.with_name(f".{beside.name}.run"), beside.with_name(f".{beside.name}.lock")
 
 
 class Ledger:
-    """The results file: what is there already, and where new results go. One process at a time has one.
+    """The results file: what is there already, and where new results go. Only one process at a time has it.
 
     Attributes:
         touched: by key, the results that were asked for.

@@ -67,12 +67,12 @@ class Task:
         train: file, folder of images or hub id.
         dev: None: a fifth of the training rows, stratified.
         fields: the columns.
-        problem: None: several labels a row where the column holds lists, else one. "text2text" or "lm": the label is a
-            text to write.
+        problem: None: several labels a row where the column holds lists, else one. With "text2text" or "lm" the label
+            is a text to write.
         options: how the files are written.
         train_split, dev_split: of sources that have splits.
         rows: most training rows. None: the comparison's.
-        shots: training rows of each class, drawn anew with every seed, in the place of `rows`. None: not so.
+        shots: training rows of each class, drawn again with every seed. They replace `rows`. None: no such draw.
         separator: between texts that are put behind each other, as in `prepare`.
     """
 
@@ -119,8 +119,8 @@ class Contender:
         config: of the method.
         rates: learning rates to choose from, on held-out training rows.
         checkpoint: whether the blocks after the method's first write are recomputed in backward.
-        noise: of the backbone in training. None: the method's own way (none for a side network, the backbone's own
-            for a method that changes weights).
+        noise: of the backbone in training. None: the method's own way. That is none for a side network, and the
+            backbone's own for a method that changes weights.
         pool: what the head reads. None: the backbone's.
     """
 
@@ -146,7 +146,7 @@ class Contender:
 
     @classmethod
     def named(cls, name: str) -> Contender:
-        """The method of this name with its default config. "NAME+checkpoint" with its blocks recomputed.
+        """The method of this name with its default config. "NAME+checkpoint" recomputes its blocks.
 
         Raises:
             ValueError: if there is no such method.
@@ -182,11 +182,11 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Every contender on every task and every backbone that reads it, with every seed. The same settings for all.
+    """Every contender on every task and every backbone that reads it, with every seed. All have the same settings.
 
     Attributes:
         backbones, tasks, contenders: what is compared.
-        seeds: of weights, order and noise. The first one is also that of the trials.
+        seeds: of weights, order and noise. The first seed is also that of the trials.
         rows: most training rows of a task (the first of a fixed permutation). None: all.
         dev_rows: the same for dev rows.
         epochs, batch_size, weight_decay, warmup, schedule, bf16: as in `TrainSettings`.
@@ -269,7 +269,7 @@ class Comparison:
             )
 
     def score_of(self, contender: Contender) -> str | None:
-        """Whose score is this contender's too: recomputing blocks changes costs, not gradients.
+        """The contender whose score is this one's too. Recomputing blocks changes costs, not gradients.
 
         None for a contender that has a score of its own.
         """

@@ -1,6 +1,6 @@
 """The corpus of `make demo`: docstrings of installed scientific packages. The class is the package.
 
-Real text that needs no download. The packages are not imported: their source files are parsed. The same
+Real text that needs no download. The packages are not imported. Their source files are parsed. The same
 installed versions give the same corpus, row by row.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["DEFAULT", "Row", "docstrings", "split"]
 # All of them come with sidestep's own dependencies.
 DEFAULT = ("networkx", "numpy", "pandas", "scipy", "sklearn", "sympy", "torch", "transformers")
 
-# Other names that give a package away; its import name is removed anyway.
+# Other names that give a package away. Its import name is removed anyway.
 ALIASES = {
     "networkx": ["nx"],
     "numpy": ["np"],
@@ -66,7 +66,7 @@ def docstrings(packages: Sequence[str] = DEFAULT, seed: int = 0, per_package: in
     removed from them.
 
     Args:
-        packages: import names. The classes.
+        packages: import names, which are the classes.
         seed: of the choice where a package has more than `per_package` texts.
         per_package: most texts of one class.
 
@@ -94,7 +94,7 @@ def docstrings(packages: Sequence[str] = DEFAULT, seed: int = 0, per_package: in
 
 
 def split(rows: Sequence[Row], dev_share: float = 0.2, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Rows for training and for development: the same share of every class, both shuffled.
+    """Rows for training and for development, both shuffled. Each has the same share of every class.
 
     Args:
         rows: as `docstrings` returns them.
@@ -174,7 +174,7 @@ def _docstrings_of(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.Async
 def _names_of(packages: Sequence[str]) -> re.Pattern[str]:
     """Matches every word that holds a package's name, and the short aliases as whole words.
 
-    What hangs on the word goes too: the dot of a dotted name, a genitive.
+    What is joined to the word goes too: the dot of a dotted name, a genitive.
     """
     names = sorted({name for package in packages for name in [package, *ALIASES.get(package, [])]})
     long = "|".join(re.escape(name) for name in names if len(name) > 2)

@@ -55,7 +55,7 @@ def train_contestant(
         backbone: detached again at the end.
         data: what it is trained on.
         settings: of the training. The task goes to a folder in `output`, and what lies there is replaced.
-        test: rows that the scores returned are of. None: the dev rows, as in the results.json that is written.
+        test: rows that the returned scores are of. None: the dev rows, as in the results.json that is written.
     """
     remark(f"\n{contestant.name}: {settings.epochs} epochs at a learning rate of {contestant.rate:g}")
     settings = replace(

@@ -80,10 +80,10 @@ def run(output: Path) -> None:
 
 
 def encoder_folder() -> Path:
-    """The folder of the installed encoder, whose weights are the ones that they should be.
+    """The folder of the installed encoder, after a check of its weights.
 
     Raises:
-        DemoError: if they are not, or the package is missing or of another version.
+        DemoError: if the weights are not the expected ones, or the package is missing or of another version.
     """
     try:
         installed, spec = version(DISTRIBUTION), find_spec(PACKAGE)

@@ -54,13 +54,13 @@ class TaskKind(ABC):
 
     Class attributes:
         name: in options, files and stored tasks.
-        answer: what is learned of a row, in words. May hold "{names}" of the classes.
+        answer: what is learned of a row, in words. It may hold "{names}" of the classes.
         metrics: the names of its scores.
         best: which of them chooses the best epoch.
         writes: what of a language model head it needs, where its answers are texts.
         dual: whether it needs a dual encoder of images and texts.
         smooths: whether the Trainer's label smoothing works with it.
-        problem_type: of the config of a backbone whose own head is trained. None: as transformers takes it to be.
+        problem_type: of the config of a backbone whose own head is trained. None: transformers decides.
     """
 
     name: ClassVar[str]
@@ -193,7 +193,7 @@ class TaskKind(ABC):
 
     @abstractmethod
     def head(self, data: TaskData, pool: Any = None) -> HeadConfig | None:
-        """The Sidestep head for the data. None: the backbone's own writes.
+        """The Sidestep head for the data. None: the backbone's own head writes.
 
         Raises:
             ValueError: for a pool where there is nothing to choose.
@@ -218,13 +218,13 @@ class TaskKind(ABC):
 
     @property
     def compute_metrics(self) -> Callable[[Sequence[str] | None], Callable[[Any], dict[str, float]] | None]:
-        """By the names of classes, what a Trainer scores its evaluation with. None where texts have to be written."""
+        """What a Trainer scores its evaluation with, by the names of classes. None if texts have to be written."""
         return lambda names: None if self.writes else ComputeMetrics(self.name, tuple(names) if names else None)
 
     def assess(
         self, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None = None
     ) -> Assessment:
-        """The scores of logits, numbers or similarities, and what they are to be seen against."""
+        """The scores of logits, numbers or similarities, and what they are to be compared with."""
         return Assessment(scores=scores(self.name, predictions, targets, names))
 
     def assess_evaluation(self, evaluation: Any, names: Sequence[str] | None = None) -> Assessment:
@@ -262,7 +262,7 @@ class TaskKind(ABC):
         probabilities: Probabilities,
         **how: Any,
     ) -> Dataset | dict[str, list[Any]]:
-        """Columns for the rows. Or a table of its own, where answers are no cells of a row."""
+        """Columns for the rows. If answers are no cells of a row, a table of its own."""
 
 
 Kind = TypeVar("Kind", bound=type[TaskKind])

@@ -87,7 +87,7 @@ def neighbours(model: Attached, rows: Dataset, fields: Fields, *, top: int = TOP
         model: as of `cosines`, as are further arguments.
         rows: images and captions.
         fields: their columns.
-        top: how many are named of each.
+        top: how many are named for each.
 
     Returns:
         Rows with "query" ("image" or "text"), "image", "text", "rank" (from 1) and "score" (the cosine).
@@ -129,7 +129,7 @@ class Retrieval(TaskKind):
     def prepare(
         self, train: Dataset, dev: Dataset | None, fields: Fields, processor: PairProcessor, asked: Asked
     ) -> TaskData:
-        """The rows of images and captions. What is held out is whole images."""
+        """The rows of images and captions. Whole images are held out."""
         separators_of(asked.separator, processor, kind=self.name, pair=False)
         if asked.shots is not None:
             raise DataError(f"shots={asked.shots}: retrieval has no classes; leave --shots out")

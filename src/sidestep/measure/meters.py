@@ -1,7 +1,7 @@
 """Meters: what training and using a method takes, for several methods side by side on one backbone.
 
-`measure` runs all of them: what a step keeps, fills and computes is counted, peaks and energy are measured, and times
-are taken in turns, so that a drift of the machine meets every method alike.
+`measure` runs all of them. What a step keeps, fills and computes is counted. Peaks and energy are measured. Times are
+taken in turns, so that a drift of the machine affects every method alike.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(StepCount):
-    """All that the meters say of a method on a backbone. None is what was not measured, never a guess.
+    """All that the meters say of a method on a backbone. What was not measured is None, never a guess.
 
     Attributes:
         parameters: values that are trained, the head's among them.
@@ -128,7 +128,7 @@ class Cost(StepCount):
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """The part of a `Cost` that takes repeated steps. Fields as there."""
+    """The part of a `Cost` that takes repeated steps. Its fields are as there."""
 
     step_seconds: Spread
     forward_seconds: Spread
@@ -196,8 +196,8 @@ def measure_memory(
 ) -> Cost:
     """The cost of one contender without times and energy. Arguments as for `measure`.
 
-    With a backbone and a batch made inside a `FakeTensorMode` that is active, there are counts and no peaks: so they
-    are counted at sizes that would not fit.
+    If the backbone and the batch were made inside a `FakeTensorMode` that is active, there are counts and no peaks. So
+    sizes can be counted that would not fit.
 
     Raises:
         UnsupportedBackbone: if the method does not work on the backbone.
@@ -234,7 +234,7 @@ def time_steps(
     """Times of every contender, taken in turns, and its energy. Arguments as for `measure`.
 
     In each round every contender is attached, one step and one inference of it are timed, and it is detached. So is the
-    bare backbone with the first contender's head. Each round begins with another one.
+    bare backbone with the first contender's head. Each round begins with another contender.
 
     Raises:
         UnsupportedBackbone: if a method does not work on the backbone.

@@ -56,12 +56,12 @@ def attach(
     backbone_noise: Noise | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> SideModel | PairModel:
-    """A model that tunes `method` (and a head) on a backbone, frozen and in eval mode from here on.
+    """A model that tunes `method` (and a head) on a backbone. The backbone is frozen and in eval mode from here on.
 
     Args:
         backbone: a Hugging Face model, with or without a task head, or a timm model. With `Retrieve` a dual encoder, as
             `CLIPModel` or `VisionTextDualEncoderModel`.
-        method: for example `ReadConfig(rank=128)`. Of a dual encoder each tower gets its own.
+        method: for example `ReadConfig(rank=128)`. In a dual encoder each tower gets its own.
         head: `Classify`, `Regress`, `Retrieve`, or None for the backbone's own head.
         train_head: with head=None, whether the backbone's own head is trained. None: if it is new or the class is a
             For...Classification class. A pooler is trained if it is new.
@@ -83,7 +83,7 @@ def attach(
 
 
 def detach(model: Attached) -> nn.Module:
-    """The untouched backbone: hooks removed, weights, gradient flags and mode as they were before `attach`."""
+    """The untouched backbone. Hooks are removed, and weights, gradient flags and mode are as before `attach`."""
     return model.detach_backbone()
 
 

@@ -34,7 +34,7 @@ class Attachment:
         trained: the backbone's tensors that are the task's own.
         delta: the method, if it changes weights.
         fold: runs the method along a pass.
-        hooks: bring it the passes.
+        hooks: bring the passes to the fold.
         recomputed: the blocks that are recomputed in backward.
     """
 

@@ -51,7 +51,7 @@ def check_rows(logits: Tensor, given: Any, backbone: nn.Module) -> None:
 
 
 def refuse_timm_options(kwargs: dict[str, Any], backbone: nn.Module) -> None:
-    """Refuse what a timm model's forward does not give. Take out what is not asked for."""
+    """Refuse options that a timm model's forward does not know. Take out those that are off."""
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.pop(name, None):
             raise ValueError(

@@ -1,7 +1,7 @@
 """PairModel: a dual encoder of images and texts with a method on each tower.
 
-Both towers are ordinary `SideModel`s whose head gives an embedding, so sites, folds, checkpoints, digests and `detach`
-are those of one backbone. What is here is what belongs to both: the temperature and the losses.
+Both towers are ordinary `SideModel`s whose head gives an embedding. So sites, folds, checkpoints, digests and `detach`
+are those of one backbone. This module has what belongs to both towers: the temperature and the losses.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PairModel(AttachedModel):
     Attributes:
         image, text: the towers, attached.
         logit_scale: logarithm of what cosines are multiplied by. None with the triplet loss.
-        epoch: how far training is, in epochs, for a loss that goes by it (`Retrieve.mean_epochs`). Else past all.
+        epoch: how far training is, in epochs, for a loss that depends on it (`Retrieve.mean_epochs`). Else past all.
         backbone: the dual encoder as given (no submodule: the towers hold what is used of it).
         settings, record, extras: as of a `SideModel`.
     """
@@ -143,7 +143,7 @@ class PairModel(AttachedModel):
             pixel_values: (images, channels, rows, columns).
             input_ids, attention_mask, token_type_ids, position_ids: (texts, tokens), as the text tower takes them.
             image_index: (texts,) the number of each text's image in `pixel_values`. None: they stand in pairs.
-            labels: (texts,) which image it is: texts of the same one are no negatives of each other.
+            labels: (texts,) which image it is. Texts of the same image are no negatives of each other.
 
         Raises:
             ValueError: if there are labels without images and texts in pairs.
@@ -180,7 +180,7 @@ class PairModel(AttachedModel):
             return contrastive_loss(cosines * self.logit_scale.exp(), same)
 
     def _triplet_loss(self, cosines: Tensor, same: Tensor) -> Tensor:
-        """In training the loss of the present epoch: over all violations first, then rising, of the hardest."""
+        """In training the loss of the present epoch. It is over all violations first, then rising, of the hardest."""
         head, epoch = self.head, self.epoch if self.training else math.inf
         if epoch < head.mean_epochs:
             return triplet_loss(cosines, same, head.margin, hardest=False)
@@ -228,7 +228,7 @@ class PairModel(AttachedModel):
 
     @property
     def precisions(self) -> str:
-        """Those of the towers' weights, joined by "+"."""
+        """The precisions of the towers' weights, joined by "+"."""
         return "+".join(sorted({name for tower in self.parts for name in tower.precisions.split("+")}))
 
     @property
@@ -266,7 +266,7 @@ class PairModel(AttachedModel):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        """Load a task's tensors. Always strict, but over the task's names only.
+        """Load a task's tensors. It is always strict, but over the task's names only.
 
         Raises:
             ValueError: if names are missing or unexpected, or a shape differs.

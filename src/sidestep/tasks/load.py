@@ -109,8 +109,8 @@ def load(
         device: where the model goes.
 
     Raises:
-        TaskError: if the folder is no task, is damaged or too new, or belongs to another backbone. Or if it is a sparse
-            diff of the backbone in another precision.
+        TaskError: if the folder is no task, is damaged or too new, or belongs to another backbone. Also if it is a
+            sparse diff of the backbone in another precision.
         LoadError: if the backbone cannot be loaded.
         UnsupportedBackbone: if the method cannot work on the backbone.
 
@@ -135,7 +135,7 @@ def put(task: Task, backbone: nn.Module, *, digests: Sequence[Digest] = (), allo
     Args:
         task: as read.
         backbone: the model to put it on.
-        digests: of the backbone as `digests_of` gives them, where they are known. They take a while.
+        digests: of the backbone as `digests_of` gives them, if they are known. Computing them takes a while.
         allow_mismatch: as for `load`.
     """
     settings = settings_of(task)
@@ -157,7 +157,7 @@ def put(task: Task, backbone: nn.Module, *, digests: Sequence[Digest] = (), allo
 
 
 def check_fit(task: Task, blank: nn.Module) -> None:
-    """Raise what `load` would raise, but for digests, on a backbone `without_values`.
+    """Raise on a backbone `without_values` what `load` would raise, but for digests.
 
     Raises:
         TaskError: if the task's tensors or settings do not fit, or its diff is damaged.
@@ -235,7 +235,7 @@ def _attach(task: Task, backbone: nn.Module, settings: Settings) -> Attached:
 
 
 def dtype_mismatch(folder: Path, wanted: Digest, own: Digest, *, is_diff: bool, allow_mismatch: bool) -> DtypeMismatch:
-    """The warning that a task was made on these weights in another precision. A diff has to be allowed to be.
+    """The warning that a task was made on these weights in another precision. For a diff this has to be allowed.
 
     A side network only reads other states then. A diff is written into the weights and rounded with them, and in a
     narrower precision much of it can vanish.
@@ -253,7 +253,7 @@ def dtype_mismatch(folder: Path, wanted: Digest, own: Digest, *, is_diff: bool, 
 
 
 def _check_weights(task: Task, backbone: nn.Module, digests: Sequence[Digest]) -> None:
-    """Refuse a backbone whose trunk is another than the task's."""
+    """Refuse a backbone whose trunk is not the task's."""
     own, wanted = digests[0] if len(digests) == 1 else joined(digests), Digest(**task.config["backbone"]["digest"])
     if own.matches(wanted) == "different":
         raise _other_backbone(task, backbone, wanted, own)

@@ -87,7 +87,7 @@ def plan(
         optimizer: one of `OPTIMIZERS`.
         device: "cpu" or "cuda". The latter needs no GPU.
         revision: branch, tag or commit of a hub id.
-        measure: run two real steps on this machine instead, with random weights, and take the allocator's count. For
+        measure: run two real steps on this machine instead, with random weights, and take the allocator's count. With
             "cuda" there has to be a GPU then.
 
     Raises:

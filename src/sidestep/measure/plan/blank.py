@@ -36,12 +36,12 @@ def build(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
 ) -> nn.Module:
-    """The backbone with random weights, on the default device: under `torch.device("meta")` without any.
+    """The backbone with random weights, on the default device. Under `torch.device("meta")` it has no weights.
 
     Args:
         backbone: a folder with a config.json, such a file, a hub id, "timm:NAME", "vit:FILE.npz",
             "gguf:FOLDER@FILE", a config, or what makes the model.
-        own_head: whether it comes with a classification head of its own.
+        own_head: whether the backbone comes with a classification head of its own.
         num_labels: classes of that head. None: the config's.
         dtype: of the weights.
         revision: branch, tag or commit of a hub id.
@@ -104,7 +104,7 @@ def _timm(name: str, classes: int | None) -> nn.Module:
 
 
 def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int | None) -> dict[str, Tensor]:
-    """A batch without content, with labels and, for texts, with padding. On the default device.
+    """A batch without content, on the default device. It has labels and, for texts, padding.
 
     Args:
         model: says whether it reads texts or images, and what its labels are.

@@ -22,7 +22,7 @@ class Block:
 
     Attributes:
         bytes: as the device's allocator counts them.
-        phase, op: in which it was made.
+        phase, op: the phase and the operation in which it was made.
         born, died: ticks of the ledger's clock. `died` is None while it lives.
         gradient: whether it became a parameter's gradient.
     """

@@ -51,7 +51,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The memory of one training step (forward, backward, optimizer; gradients are freed at its end), in bytes.
+    """The memory of one training step (forward, backward, optimizer), in bytes. Gradients are freed at its end.
 
     Attributes:
         peak_bytes: how far the step rises above model, optimizer state and batch: what `memory.peak_memory` measures.
@@ -131,7 +131,7 @@ def plan_for(
     """
     device = device or ("cuda" if model.device.type == "cuda" else "cpu")
     check_choices(precision, optimizer, device)
-    # forking leaves the caller's random numbers as they were; it stays outside, where its tensors are real
+    # forking leaves the caller's random numbers as they were. It stays outside, where its tensors are real
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), _kernels(device):
         fake = fake_copy(model).train()
         step = Step(fake, fake_batch(model, batch), precision, optimizer, device)
