@@ -3,11 +3,10 @@
     python benchmarks/bank_study.py          # trains, measures, writes results/bank_study.json, prints the tables
     python benchmarks/bank_study.py table    # the tables alone
 
-The trainings are of 16 rows: sizes and times do not depend on how good a task is. The backbone is all-MiniLM-L6-v2.
+Each training has 16 rows, as sizes and times do not depend on how good a task is. The backbone is all-MiniLM-L6-v2.
 Times are medians of processor time on one thread with files in the page cache, so that other work on the machine does
-not count; a reload is `load_backbone` alone and a look at each weight (they are mapped, not read, by loading), and a
-load is `ss.load`, with the digest that it compares. A kill is `kill -9` of a process that adds tasks, at a random
-moment.
+not count. A reload is `load_backbone` alone and a look at each weight (they are mapped, not read, by loading). A load is
+`ss.load`, with the digest that it compares. A kill is `kill -9` of a process that adds tasks, at a random moment.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Damaged task folders: each has to be refused with a `TaskError`, or to say the same as before.
+"""Damaged task folders. Each has to be refused with a `TaskError`, or to say the same as before.
 
     python benchmarks/damaged_tasks.py --damages 2000 --seed 0
 
 A small BERT with a READ side network, a classifying head, label names and a tokenizer is saved once. Hypothesis (extra
-"test") makes the damages, each of one file in a copy of that task: bytes of every file, files as a whole, and values of
-sidestep.json, of the processor's files and of the weights' header. The copy is then inspected and loaded by the name of
-its backbone. The table counts what came of it. `--before` takes the checksums of sidestep.json and the processor out
-first, as in tasks of earlier versions: their damages have to be refused by name as far as they are refused, and some
-cannot be told from another task.
+"test") makes the damages, each of one file in a copy of that task. It damages bytes of every file, files as a whole, and
+values of sidestep.json, of the processor's files and of the weights' header. The copy is then inspected and loaded by
+the name of its backbone. The table counts the outcomes. `--before` takes the checksums of sidestep.json and the
+processor out first, as in tasks of earlier versions. Such damages have to be refused by name if they are refused. Some
+of them cannot be told from another task.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def damaged(task: Path, damage: Damage) -> Iterator[Path]:
 
 
 def study(task: Path, kind: str, damages: int, number: int) -> list[tuple[Damage, str, str]]:
-    """Damage, outcome and error of as many damages of a kind; the same number of a study gives the same again."""
+    """Damage, outcome and error of as many damages of a kind. The same number of a study gives the same again."""
     right, found = said(task), []
 
     @seed(number)

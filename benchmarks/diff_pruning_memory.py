@@ -3,9 +3,9 @@
     python benchmarks/diff_pruning_memory.py [cpu|cuda]  # measures, and writes them into results
     python benchmarks/diff_pruning_memory.py table       # the table alone
 
-Counted are the tensors that are kept from step to step. Measured is how far a step's allocations rise above them, which
-includes the gradient: once for the optimizer's step alone, gradients given, and with a forward and backward pass over
-one row of 8 tokens, which adds what these keep. The release's words are counted in its source.
+The tensors that are kept from step to step are counted. How far a step's allocations rise above them, which includes
+the gradient, is measured twice. Once it is the optimizer's step alone, with gradients given. Once it is with a forward
+and backward pass over one row of 8 tokens, which adds what these keep. The release's words are counted in its source.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sparse diffs on four real text tasks with all-MiniLM-L6-v2 (22.7 M parameters), and one task at five densities.
 
-    python benchmarks/diff_study.py          # runs what is missing; continues where it was stopped
+    python benchmarks/diff_study.py          # runs what is missing. Continues where it was stopped
     python benchmarks/diff_study.py sst-2    # of one task or several alone
     python benchmarks/diff_study.py faster   # diff pruning with the others' rate in its first stage, on STS-B
     python benchmarks/diff_study.py tuned    # all methods on STS-B, the rate of each chosen among three
@@ -8,15 +8,15 @@
     python benchmarks/diff_study.py table    # the tables, and results/diff_density.svg
     python benchmarks/diff_study.py smoke    # one task, one seed, few rows, into a folder of its own
 
-All runs go through `sidestep.compare`: 320 training rows of SST-2 and STS-B, 640 of MRPC, 160 of RTE (the first of a
-permutation), batch 8, AdamW, 6 % warm-up, linear decay, at most 128 tokens, scored on 200 dev rows after the last
-epoch, seeds 0 to 2 (the densities: seed 0). One rate for every method, none of them tuned but in `tuned`. Methods
-of two stages train 3 epochs in each, the others 6, so that all see every row six times. The costs are those of a step
-of 8 texts of 64 tokens; of two stages, of the first.
+All runs go through `sidestep.compare`. Training rows: 320 of SST-2 and STS-B, 640 of MRPC, 160 of RTE (the first of a
+permutation). Settings: batch 8, AdamW, 6 % warm-up, linear decay, at most 128 tokens. Runs are scored on 200 dev rows
+after the last epoch, with seeds 0 to 2 (the densities: seed 0). All methods have one rate, tuned only in `tuned`.
+Methods of two stages train 3 epochs in each, the others 6, so that all see every row six times. The costs are those of
+a step of 8 texts of 64 tokens. For methods of two stages it is a step of the first.
 
 The published first stage has 1,376 steps (MRPC, batch 8, 3 epochs) with rate 1e-5 and gates that move by 0.1 a step at
-most; here it has 60 to 240. Both rates are multiplied by how many times shorter that is, so that weights and gates come
-as far; lambda is the published one, because it is weighed against the loss's gradient, which is as large as it was.
+most. Here it has 60 to 240. Both rates are multiplied by how many times shorter that is, so that weights and gates move
+as far. Lambda is the published one, because it is weighed against the loss's gradient, which is as large as it was.
 `first_stage.open` in the results is the share of open gates at the stage's end.
 
 THREADS sets the number of threads (2), SEEDS that of seeds (3).
@@ -113,7 +113,7 @@ def common(task: str) -> Comparison:
 
 
 def parts(task: str) -> Iterator[Comparison]:
-    """The task at one density; if it is the task for that, then at the others."""
+    """The task at one density. If it is the task for that, then at the others."""
     asked = common(task)
     twice = 2 * asked.epochs
     yield replace(asked, contenders=one_stage(), epochs=twice)

@@ -1,13 +1,13 @@
-"""Diff pruning killed at random moments of any stage and resumed: the task has to be that of an undisturbed run.
+"""Diff pruning killed at random moments of any stage and resumed. The task has to be that of an undisturbed run.
 
-    python benchmarks/kill_study.py         # runs, and writes results/kill_study.jsonl; continues where it was stopped
+    python benchmarks/kill_study.py         # runs, and writes results/kill_study.jsonl. Continues where it was stopped
     python benchmarks/kill_study.py table   # the table alone
 
 A small BERT (random weights, MiniLM's vocabulary) on disk learns 64 rows of SST-2 by `sidestep train --method
-diff_pruning`: 8 steps in the first stage and 32 in the third, with a checkpoint every 2. In each round a run is killed
-(SIGKILL) after a random share of the time that the undisturbed one took, resumed, and compared with it: the task's
-config and all bytes of its tensors. A kill that comes after the end of a run does not count. Runs are forked from one
-process, which has imported what they need.
+diff_pruning`. It takes 8 steps in the first stage and 32 in the third, with a checkpoint every 2. In each round a run is
+killed (SIGKILL) after a random share of the time that the undisturbed one took. It is resumed, and compared with the
+undisturbed run by the task's config and all bytes of its tensors. A kill that comes after the end of a run does not
+count. Runs are forked from one process, which has imported what they need.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ IMPORTED = (torch.utils.tensorboard, train)  # by a run when it needs them
 
 
 def prepare(folder: Path) -> list[str]:
-    """Write a backbone and rows; the arguments of the run, without its output."""
+    """Write a backbone and rows. The arguments of the run, without its output."""
     torch.manual_seed(0)
     tokenizer = encoder()[1]
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

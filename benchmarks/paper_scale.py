@@ -1,18 +1,18 @@
-"""Memory, time and energy of every method at the papers' scale, with random weights: the cost depends on none of them.
+"""Memory, time and energy of every method at the papers' scale. Weights are random, as no cost depends on them.
 
-    python benchmarks/paper_scale.py                        # all; about an hour on 2 CPU cores, in 14 GiB
+    python benchmarks/paper_scale.py                        # all. About an hour on 2 CPU cores, in 14 GiB
     python benchmarks/paper_scale.py --only bert-base,vit-b
     python benchmarks/paper_scale.py --again                # measure what is there once more, on a quieter machine
-    python benchmarks/paper_scale.py --device cuda          # full sizes, energy too; a results file of the GPU's name
+    python benchmarks/paper_scale.py --device cuda          # full sizes, energy too. A results file of the GPU's name
     python benchmarks/paper_scale.py --table                # the tables alone, as Markdown
 
 Contenders are all registered methods in float32, with a two-class head on the mean of the tokens (T5: on the decoder's
-first). Methods that change weights train with the backbone's own noise. What was measured is not measured again; a
+first). Methods that change weights train with the backbone's own noise. What was measured is not measured again. A
 backbone of which a contender is missing is measured whole, because ratios of times are of one run.
 
-On a CPU, bytes and FLOPs are counted at the full batch on fake tensors, which take no memory; times and the memory of
-inference are measured at a smaller batch ("timed_batch"). The peak of a step at the full batch comes last, and of the
-backbones with `peak` only. THREADS sets the number of threads (2).
+On a CPU, bytes and FLOPs are counted at the full batch on fake tensors, which take no memory. Times and the memory of
+inference are measured at a smaller batch ("timed_batch"). The peak of a step at the full batch comes last, and only for
+backbones with `peak`. THREADS sets the number of threads (2).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Scale:
         inputs: a batch of so many rows.
         batch: rows of the papers.
         length, image_size: of a row.
-        timed_batch: rows that are timed on a CPU; 0: none.
+        timed_batch: rows that are timed on a CPU. 0: none.
         repeats: rounds that are timed on a CPU.
         peak: whether the peak of a step at the full batch is measured on a CPU too.
     """
@@ -317,7 +317,7 @@ def fits(cost: Cost) -> bool:
 
 
 def tables(records: Sequence[Record]) -> str:
-    """A table for each backbone: every contender's cost and its ratios over the rivals'; "p" marks a planned peak."""
+    """A table for each backbone: every contender's cost and its ratios over the rivals'. "p" marks a planned peak."""
     backbones = dict.fromkeys(record.settings["backbone"] for record in records)
     return "\n\n".join(
         table(name, [record for record in records if record.settings["backbone"] == name]) for name in backbones
@@ -362,14 +362,14 @@ def row(record: Record, others: Mapping[str, Record]) -> str:
 
 
 def number(value: float | None, unit: float = 1) -> str:
-    """In units of `unit`, three digits or all before the point; "-" if not measured."""
+    """In units of `unit`, three digits or all before the point. "-" if not measured."""
     if value is None:
         return "-"
     return f"{value / unit:.0f}" if value >= 100 * unit else f"{value / unit:.3g}"
 
 
 def verdicts(ratio: Callable[[Any, Any], float | None], found: Any, rivals: Sequence[Any], ours: bool) -> str:
-    """The ratios over the rivals, marked where a method of ours does not win; "-" where one was not measured."""
+    """The ratios over the rivals, marked where a method of ours does not win. "-" where one was not measured."""
     ratios = [None if rival is None else ratio(found, rival) for rival in rivals]
     return ", ".join("-" if one is None else f"{one:.2f}" + (" (no)" if ours and one >= 1 else "") for one in ratios)
 

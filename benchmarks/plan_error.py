@@ -1,9 +1,9 @@
 """How far a plan is from a measured step, for every method on six backbones: `python benchmarks/plan_error.py`.
 
-Random weights (memory does not depend on them), a batch with padding, one training step with the optimizer's state
-in place. Compared is the rise above model and optimizer state: the plan's `peak_bytes` against what PyTorch's allocator
-handed out (`ss.peak_memory`); the rise of the resident set stands beside it. On a machine with a GPU, `--device cuda`
-compares with `max_memory_allocated`. Pairs that are in results/plan_error.jsonl are not run again.
+The backbones have random weights (memory does not depend on them). A batch with padding takes one training step with
+the optimizer's state in place. The rise above model and optimizer state is compared: the plan's `peak_bytes` against
+what PyTorch's allocator handed out (`ss.peak_memory`). The rise of the resident set stands beside it. On a machine with
+a GPU, `--device cuda` compares with `max_memory_allocated`. Pairs that are in results/plan_error.jsonl are not run again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BACKBONES: dict[str, PreTrainedConfig] = {
 
 
 def contenders() -> list[tuple[str, Any, str | None]]:
-    """Every registered method with its defaults; those with blocks in the graph also with recomputation."""
+    """Every registered method with its defaults. Those with blocks in the graph also with recomputation."""
     found: list[tuple[str, Any, str | None]] = []
     for name, method in methods().items():
         if name == "collect":  # records taps for other studies

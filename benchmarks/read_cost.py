@@ -4,7 +4,7 @@
     python benchmarks/read_cost.py time      # BERT-base, batch 16, length 128: a training step over a bare forward pass
     python benchmarks/read_cost.py table     # the tables alone
 
-Neither depends on the weights' values. Step and forward pass are interleaved in one run; the ratio is of medians.
+Neither depends on the weights' values. Step and forward pass are interleaved in one run. The ratio is of medians.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     python benchmarks/retrieval_study.py                       # continues where it was stopped
     METHODS=lora,full python benchmarks/retrieval_study.py     # adds these, which take several times as long
 
-The dual encoder is vit-small-32 (images of 32 pixels, read by the class token) and MiniLM (the mean of its tokens),
-with new projections to 128 channels. 900 images train with two captions each, 100 test with all five, by a permutation
-with seed 0. Contrastive loss, 4 epochs, batch 32, AdamW, 6 % warm-up, linear decay. Two rates for every method, tried
-on a fifth of the training images with seed 0; then all of them with the better rate and seeds 0 to 2, scored on the
-test images after the last epoch. THREADS sets the number of threads (1), IMAGES and EPOCHS cut a run short for a test,
-into a results file of its own.
+The dual encoder is vit-small-32 (images of 32 pixels, read by the class token) and MiniLM (the mean of its tokens). Both
+have new projections to 128 channels. 900 images train with two captions each, 100 test with all five, by a permutation
+with seed 0. Settings: contrastive loss, 4 epochs, batch 32, AdamW, 6 % warm-up, linear decay. For every method two rates
+are tried on a fifth of the training images with seed 0. Then all of these images train with the better rate and seeds 0
+to 2. They are scored on the test images after the last epoch. THREADS sets the number of threads (1). IMAGES and EPOCHS
+cut a run short for a test, into a results file of its own.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ METHODS: dict[str, tuple[MethodConfig, tuple[float, float]]] = {
 
 
 def pairs(folder: Path) -> tuple[Dataset, Dataset]:
-    """Training and test images with their captions; the images are unpacked into a folder, at the backbone's size."""
+    """Training and test images with their captions. The images are unpacked into a folder, at the backbone's size."""
     source = SHARED / "flickr8k_1k"
     with zipfile.ZipFile(source / "images.zip") as archive:
         for name in archive.namelist():

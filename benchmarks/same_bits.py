@@ -1,4 +1,4 @@
-"""Every method on every tiny family: outputs, gradients and kept bytes, to be compared to the bit with another state's.
+"""Every method on every tiny family. Outputs, gradients and kept bytes are compared to the bit with another state's.
 
     python benchmarks/same_bits.py before.json                     # write what this state computes
     python benchmarks/same_bits.py after.json --compare before.json

@@ -1,14 +1,15 @@
 """Every method on five real text tasks with all-MiniLM-L6-v2 (22.7 M parameters), with equal tuning effort.
 
-    python benchmarks/score_study.py            # scores, then costs; continues where it was stopped
+    python benchmarks/score_study.py            # scores, then costs. Continues where it was stopped
     python benchmarks/score_study.py longer     # LST and the probe on STS-B, 16 epochs in place of 4, one seed
     sidestep report benchmarks/results/score_study.jsonl --output score_study.html
 
-READ, SHERL, LST, UniPT, the probe, BitFit, full tuning, LoRA, DoRA and IA3, all through `sidestep.compare`: 256
-training rows a task (RTE 128, whose pairs are the longest; SST-2 512, whose texts are the shortest), 4 epochs, batch 8,
-at most 128 tokens, AdamW, 6 % warm-up, linear decay. Two rates for every method, tried on a stratified fifth of the
-training rows; then all training rows with the better rate and seeds 0 to 2, scored after the last epoch on 250 dev
-rows. That is 100 trials and 150 runs, which took 4.3 hours with one thread (THREADS=1, the default) beside other
+READ, SHERL, LST, UniPT, the probe, BitFit, full tuning, LoRA, DoRA and IA3, all through `sidestep.compare`. A task has
+256 training rows. RTE, whose pairs are the longest, has 128. SST-2, whose texts are the shortest, has 512. Settings: 4
+epochs, batch 8, at most 128 tokens, AdamW, 6 % warm-up, linear decay. For every method two rates are tried on a
+stratified fifth of the training rows. Then all training rows train with the better rate and seeds 0 to 2. They are
+scored after the last epoch on 250 dev rows.
+That is 100 trials and 150 runs, which took 4.3 hours with one thread (THREADS=1, the default) beside other
 work. The costs are those of a step of 32 texts of 128 tokens.
 """
 

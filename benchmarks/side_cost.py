@@ -1,10 +1,10 @@
 """What SHERL and LST keep for backward on T5-base, UniPT on BERT-base, and how long their steps take.
 
-    python benchmarks/side_cost.py bytes     # float32, 128 tokens (T5: 4 target tokens), batch 4, no dropout; counted
+    python benchmarks/side_cost.py bytes     # float32, 128 tokens (T5: 4 target tokens), batch 4, no dropout. Counted
     python benchmarks/side_cost.py time      # the same, batch 8: a training step over full tuning's and a bare forward
     python benchmarks/side_cost.py           # the tables alone, as Markdown
 
-Weights are random: neither depends on their values. The official figures are those of the methods' own code, measured
+Weights are random, as neither depends on their values. The official figures are those of the methods' own code, measured
 the same way with dropout on. Times are medians of interleaved rounds in one run. THREADS sets how many threads (1).
 """
 
@@ -113,7 +113,7 @@ def kept(backbone: nn.Module, config: ss.MethodConfig, head: Any, batch: dict[st
 
 
 def step_time(rows: int = 8, repeats: int = 3) -> None:
-    """A training step of each method and of full tuning, and a bare forward pass, in turns; with dropout."""
+    """A training step of each method and of full tuning, and a bare forward pass, in turns. With dropout."""
     for name, case in CASES.items():
         contenders = {
             method: Settings(config(0.1), case.head)

@@ -2,9 +2,9 @@
 
     python benchmarks/small_t5.py              # continues where it was stopped
 
-4 + 4 blocks of width 384; the vocabulary and the word vectors are those of all-MiniLM-L6-v2 and stay as they are,
-because the shared texts (1 M tokens) are too few to learn what words mean. Each step reads 16 pieces of 64 tokens, of
-which 15 % in spans of 3 are left out and have to be written, as in T5's own pretraining. The texts are those of SST-2,
+It has 4 + 4 blocks of width 384. The vocabulary and the word vectors are those of all-MiniLM-L6-v2 and stay as they are.
+The shared texts (1 M tokens) are too few to learn what words mean. Each step reads 16 pieces of 64 tokens. 15 % of the
+tokens, in spans of 3, are left out and have to be written, as in T5's own pretraining. The texts are those of SST-2,
 MR, CR, SNLI, RTE, MRPC and STS-B, less the sentences of SST-2's dev set. The folder is $SIDESTEP_SMALL_T5, or
 `.small_t5` beside the results.
 """
@@ -162,7 +162,7 @@ def pretrained(folder: Path = FOLDER, steps: int = STEPS) -> Path:
 def _batches(
     stream: list[int], words: PreTrainedTokenizerFast, start: int, end: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of the steps from `start`; those of one step are the same in every run."""
+    """Batches of the steps from `start`. Those of one step are the same in every run."""
     first = words.convert_tokens_to_ids(SENTINELS[0])
     collate = DataCollatorForSeq2Seq(words)
     for step in range(start, end):

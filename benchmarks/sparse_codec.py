@@ -5,7 +5,7 @@
     python benchmarks/sparse_codec.py table               # the table alone
 
 Sizes include names, shapes and checksum. Decoding is all of `decode`, checksum and checks included, in the fastest of
-five runs by processor time; beside it the time in which numpy copies as many int64 positions.
+five runs by processor time. Beside it is the time in which numpy copies as many int64 positions.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ SUPPORTS: dict[str, Callable[[np.random.Generator, int, float], Positions]] = {
 
 
 def model(support: str, density: float, entries: int, tensors: int) -> dict[str, SparseTensor]:
-    """Matrices of one size, and a bias for each; no dense tensor is made."""
+    """Matrices of one size, and a bias for each. No dense tensor is made."""
     random = np.random.default_rng(0)
     height = max(1, entries // tensors // WIDTH)
     made: dict[str, SparseTensor] = {}

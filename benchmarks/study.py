@@ -39,7 +39,7 @@ class Examples:
 
 
 def examples(backbone: nn.Module, encoded: Encoded, part: str) -> Examples:
-    """The taps of "train" or "dev" rows, in order; encoded sorted by length, so that little is padding."""
+    """The taps of "train" or "dev" rows, in order. Encoded sorted by length, so that little is padding."""
     rows = getattr(encoded, part)
     order = np.argsort(rows["length"][:], kind="stable")
     taps: list[Tensor | None] = [None] * len(rows)
@@ -131,7 +131,7 @@ def primary(kind: Kind, found: dict[str, float]) -> float:
 
 
 class Results:
-    """A resumable study: one JSON line a run; a run whose key is there is not repeated."""
+    """A resumable study: one JSON line a run. A run whose key is there is not repeated."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

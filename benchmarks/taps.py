@@ -1,6 +1,6 @@
-"""Encode each text once: the frozen pass is the same in every epoch, so a study may keep what the side network reads.
+"""Encode each text once. The frozen pass is the same in every epoch, so a study may keep what the side network reads.
 
-`record` runs the library's own fold with a method that only collects; `replay` runs a method over what was collected.
+`record` runs the library's own fold with a method that only collects. `replay` runs a method over what was collected.
 `tests/measure/test_benchmark_taps.py` shows that one training step from recorded taps equals the live model's.
 """
 
@@ -21,7 +21,7 @@ from sidestep.methods import MethodConfig, SideNet, register
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig(MethodConfig):
-    """Collects the block outputs; trains nothing."""
+    """Collects the block outputs. Trains nothing."""
 
 
 @register("collect", CollectConfig)
@@ -44,7 +44,7 @@ class Collect(SideNet):
 
 
 def record(backbone: nn.Module, batches: Iterator[dict[str, Tensor]], pool: Pool = "mean") -> list[Tensor]:
-    """Per example (blocks, tokens, width), unpadded; with `pool="cls"` the first token only."""
+    """Per example (blocks, tokens, width), unpadded. With `pool="cls"` the first token only."""
     model = ss.attach(backbone, CollectConfig(), head=ss.Classify(num_labels=2, pool=pool)).eval()
     taps: list[Tensor] = []
     with torch.no_grad():

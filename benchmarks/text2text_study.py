@@ -1,13 +1,14 @@
 """SST-2 as text to text on a small T5 that was pretrained here: the whole path on real text.
 
-    python benchmarks/text2text_study.py         # pretrains, then scores, then costs; continues where it was stopped
+    python benchmarks/text2text_study.py         # pretrains, then scores, then costs. Continues where it was stopped
     python benchmarks/text2text_study.py longer  # READ alone, 10 epochs in place of 3, with and without a scale
     sidestep report benchmarks/results/text2text_study.jsonl --output text2text_study.html
 
-The backbone is that of `small_t5.py`. It reads a sentence and writes "positive" or "negative"; the score is the share
-of the 872 dev rows at which it wrote exactly that. SHERL, LST, READ and full tuning: 8,000 training rows, 3 epochs,
-batch 16, AdamW, 6 % warm-up, linear decay, one rate for each that was not tuned, SEEDS seeds (default 1). The probe
-stands in the comparison as refused: it trains nothing where the frozen language model head answers. What can be read
+The backbone is that of `small_t5.py`. It reads a sentence and writes "positive" or "negative". The score is the share
+of the 872 dev rows at which it wrote exactly that. Methods: SHERL, LST, READ and full tuning. Settings: 8,000 training
+rows, 3 epochs, batch 16, AdamW, 6 % warm-up, linear decay. Each has one rate, which was not tuned. There are SEEDS seeds
+(default 1). The probe
+stands in the comparison as refused. It trains nothing where the frozen language model head answers. What can be read
 off the frozen model is shown by a second comparison, in which a probe classifies the same rows. READ stands there
 three times: before T5's final norm, behind it, and with a scaled correction. The costs are those of a step of 32 texts
 of 32 tokens with 4 tokens to write. The results are in docs/text_generation.md.

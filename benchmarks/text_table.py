@@ -5,10 +5,10 @@
     python benchmarks/text_table.py --costs        # parameters, bytes kept and step time (a minute)
     python benchmarks/text_table.py --table        # the table alone
 
-READ and probe: 5 epochs; the rate is the best of four on a fifth of at most 1,500 training rows (primary score), then
-all training rows (SST-2: 8,000) with seeds 0 to 2, scored once on dev after the last epoch. BitFit and full tuning: at
-most 2,000 training rows, 2 epochs at 2e-3 and 5e-5, one seed. Batch 32, at most 128 tokens, AdamW, 6 % warm-up, linear
-decay.
+READ and probe: 5 epochs. The rate is the best of four on a fifth of at most 1,500 training rows (primary score). Then
+all training rows (SST-2: 8,000) train with seeds 0 to 2, scored once on dev after the last epoch. BitFit and full
+tuning: at most 2,000 training rows, 2 epochs at 2e-3 and 5e-5, one seed. All: batch 32, at most 128 tokens, AdamW, 6 %
+warm-up, linear decay.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def side_networks(name: str, backbone: nn.Module, tokenizer: Any) -> None:
 
 
 def chosen(task: str, method: str) -> float | None:
-    """The rate with the best score on the holdout; None until all were tried."""
+    """The rate with the best score on the holdout. None until all were tried."""
     lines = {rate: RESULTS.find(task=task, method=method, part="holdout", rate=rate) for rate in RATES[method]}
     return None if None in lines.values() else max(lines, key=lambda rate: lines[rate]["score"])
 
@@ -117,7 +117,7 @@ def live(config: MethodConfig, task: Encoded, backbone: nn.Module, rate: float, 
 
 
 def costs(backbone: nn.Module, repeats: int = 7) -> None:
-    """Parameters, bytes kept and step time at batch 32, 128 tokens; methods interleaved, medians."""
+    """Parameters, bytes kept and step time at batch 32, 128 tokens. Methods interleaved, medians."""
     batch = {
         "input_ids": torch.randint(1000, 30000, (BATCH, 128)),
         "attention_mask": torch.ones(BATCH, 128, dtype=torch.long),

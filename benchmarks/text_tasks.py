@@ -46,7 +46,7 @@ class Task:
 
 
 class CustomerReviews(Task):
-    """CR: one file a class; a fixed stratified 80/20 split, seed 0."""
+    """CR: one file a class. A fixed stratified 80/20 split, seed 0."""
 
     def rows(self) -> tuple[Dataset, Dataset]:
         import gzip

@@ -2,8 +2,8 @@
 
     python benchmarks/trace_cost.py [--repeats 5] [--models bert,vit,timm,llama]
 
-Random weights of real sizes, float32, batch 8: texts of 128 tokens, images of 224 px. Trace and pass take turns; the
-medians are compared. Results go to benchmarks/results/trace_cost.json; the table is printed.
+Random weights of real sizes, float32, batch 8: texts of 128 tokens, images of 224 px. Trace and pass take turns. The
+medians are compared. Results go to benchmarks/results/trace_cost.json. The table is printed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What DTL, DTL+ and SynQT keep for backward on ViT-B/16 at 224 px, and how long their steps take.
 
-    python benchmarks/vision_cost.py bytes     # float32, MiB per image; counted, the same on every machine
+    python benchmarks/vision_cost.py bytes     # float32, MiB per image. Counted, the same on every machine
     python benchmarks/vision_cost.py time      # batch 8: a training step over full tuning's and over a bare forward
     python benchmarks/vision_cost.py           # the tables alone, as Markdown
 
-Weights are random: neither depends on their values. The official figures are those of the methods' own code with
+Weights are random, as neither depends on their values. The official figures are those of the methods' own code with
 explicit softmax attention, measured the same way. Times are medians of interleaved rounds in one run.
 """
 
@@ -63,7 +63,7 @@ def bytes_kept(rows: int = 2) -> None:
 
 
 def kept(backbone: ViTModel, config: ss.MethodConfig, checkpoint: Any, batch: dict[str, Tensor]) -> dict[str, int]:
-    """Bytes that one step keeps, of all its images; with recomputing also of the largest block run again."""
+    """Bytes that one step keeps, of all its images. With recomputing also of the largest block run again."""
     model = ss.attach(backbone, config, head=PUBLISHED, checkpoint=checkpoint).train()
     with ss.saved_bytes(model) as found:
         model(**batch)

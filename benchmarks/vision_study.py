@@ -1,14 +1,14 @@
 """DTL, DTL+, SynQT and others on three real image tasks with vit-small-32, with equal tuning effort.
 
-    python benchmarks/vision_study.py           # scores, then costs; continues where it was stopped
+    python benchmarks/vision_study.py           # scores, then costs. Continues where it was stopped
     sidestep report benchmarks/results/vision_study.jsonl --output vision_study.html
 
-Tasks: the half of Caltech-101 that the backbone never saw (50 categories, 10 training and up to 8 other images of
-each), 1,000 training and 400 other images of MNIST, 400 and 400 of scikit-learn's digits. 4 epochs, batch 8, no
-augmentation, AdamW, 6 % warm-up, linear decay. Two rates for every method, tried on a stratified fifth of the training
-images; then all of them with the better rate and seeds 0 to 2, scored after the last epoch. DTL reads the mean before
-the final norm, as published, and DTL+ a second time the class token, which this backbone was trained to be read by;
-SynQT has a read-out of its own; all others read the class token.
+Tasks: the half of Caltech-101 that the backbone never saw, MNIST, and scikit-learn's digits. Caltech-101 has 50
+categories, 10 training and up to 8 other images of each. MNIST has 1,000 training and 400 other images, the digits 400
+and 400. Settings: 4 epochs, batch 8, no augmentation, AdamW, 6 % warm-up, linear decay. For every method two rates are
+tried on a stratified fifth of the training images. Then all of these train with the better rate and seeds 0 to 2, scored
+after the last epoch. DTL reads the mean before the final norm, as published. DTL+ reads a second time the class token,
+which this backbone was trained to be read by. SynQT has a read-out of its own. All others read the class token.
 THREADS sets the number of threads (1).
 """
 

@@ -135,7 +135,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 
 class _Package(ModuleType):
-    """This package: a public name is imported when it is first used, so that the command's help needs no torch."""
+    """This package. A public name is imported when it is first used, so that the command's help needs no torch."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _HOME:

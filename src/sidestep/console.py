@@ -30,7 +30,7 @@ EXAMPLE = 80
 
 
 def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, piped: int = 140) -> None:
-    """Print a table; numbers to the right. It is as wide as the terminal at most, or as `piped` where there is none."""
+    """Print a table, numbers to the right. It is at most as wide as the terminal, or `piped` if there is no terminal."""
     names, lines = list(columns), [list(row) for row in rows]
     table = Table(show_header=any(names))
     for place, name in enumerate(names):
@@ -38,14 +38,14 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[objec
         table.add_column(name, justify="right" if numbers and lines else "left", overflow="fold")
     for line in lines:
         table.add_row(*(cell(value) for value in line))
-    # a pipe has no width: let it have the lines whole
+    # a pipe has no width. It gets whole lines
     console = Console(width=None if sys.stdout.isatty() else piped, highlight=False, markup=False)
     console.print(title, style="bold")
     console.print(table)
 
 
 def show_facts(title: str, facts: Mapping[str, object], *, piped: int = 140) -> None:
-    """Print a table of names and values; `piped` as of `show_table`."""
+    """Print a table of names and values. `piped` as of `show_table`."""
     show_table(title, ("", ""), ((name, cell(value)) for name, value in facts.items()), piped=piped)
 
 
@@ -70,7 +70,7 @@ def remark(text: str) -> None:
 
 
 def hush() -> None:
-    """Turn off the progress bars of `datasets`: most are gone at once, and they name steps of its own."""
+    """Turn off the progress bars of `datasets`. Most are gone at once, and they name steps of its own."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -196,7 +196,7 @@ def _kept(results: Results) -> str:
 
 
 def show_results(results: Results, folder: Path) -> None:
-    """Print what a run came to."""
+    """Print the outcome of a run."""
     from sidestep.measure.memory import format_bytes
     from sidestep.training.results import FILE
 

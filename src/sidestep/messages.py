@@ -15,7 +15,7 @@ def about(seconds: float) -> str:
 
 
 def some(names: Iterable[str], most: int = 4) -> str:
-    """The first `most` names and how many more there are; "nothing" if there is none."""
+    """The first `most` names and how many more there are. "nothing" if there are no names."""
     every = list(names)
     shown = ", ".join(every[:most]) or "nothing"
     return shown if len(every) <= most else f"{shown} and {len(every) - most} more"

@@ -58,22 +58,20 @@ def scores(
     """The scores of a kind, by name.
 
     Args:
-        kind: "single", one class a row: accuracy; with two classes f1, of the second one (in the order of the
-            label names: "1" of "0" and "1"); f1_macro over the classes that occur in predictions or targets;
-            f1_micro; matthews.
-            "multi", any number of classes a row, each predicted where its logit is above 0 (probability above
-            0.5): accuracy (the share of rows with exactly the right classes), f1_macro over all classes,
-            f1_micro.
+        kind: "single", one class a row: accuracy, f1_macro, f1_micro, matthews. f1_macro is over the classes that occur
+            in predictions or targets. With two classes also f1, of the second one (in the order of the label names: "1"
+            of "0" and "1").
+            "multi", any number of classes a row: accuracy (the share of rows with exactly the right classes), f1_macro
+            over all classes, f1_micro. A class is predicted if its logit is above 0 (probability above 0.5).
             "regress": pearson, spearman, mse. The two correlations are not defined for one row or for values
-            that are all the same; they count as 0.0 then, with a warning.
-            "retrieval": recalls at 1, 5 and 10 in percent: i2t_r1 is the share of images whose most similar text is
-            one of their own (any of several counts), t2i_r1 the share of texts whose most similar image is their
-            own; rsum, the sum of the six. Of equal similarities, the wrong one counts as the larger.
-        predictions: logits (rows, classes); numbers (rows,) or (rows, 1); similarities (texts, images).
-        targets: class numbers (rows,); 0 or 1 (rows, classes); numbers (rows,) or (rows, 1); the number of each
-            text's image (texts,).
-        names: the classes; checked against the width of the predictions.
-
+            that are all the same. They count as 0.0 then, with a warning.
+            "retrieval": recalls at 1, 5 and 10 in percent, and rsum, the sum of the six. i2t_r1 is the share of images
+            whose most similar text is one of their own (any of several counts). t2i_r1 is the share of texts whose most
+            similar image is their own. Of equal similarities, the wrong one counts as the larger.
+        predictions: by kind: logits (rows, classes), numbers (rows,) or (rows, 1), or similarities (texts, images).
+        targets: by kind: class numbers (rows,), 0 or 1 (rows, classes), numbers (rows,) or (rows, 1), or the number of
+            each text's image (texts,).
+        names: the classes. They are checked against the width of the predictions.
     Returns:
         Finite numbers only.
 
@@ -120,7 +118,7 @@ def text_scores(written: Sequence[str], targets: Sequence[str]) -> dict[str, flo
 
     Returns:
         exact_match: the share of rows with exactly the target's text (letter case counts, the amount of white space
-            does not); where targets are names of classes, this is accuracy.
+            does not). Where targets are names of classes, this is accuracy.
         token_f1: the mean over rows of the F1 of the two texts' words, as SQuAD's evaluation counts them: in lower
             case, without punctuation and articles. A row whose target has no such word counts as 1 if nothing but
             punctuation and articles was written either, else as 0.
@@ -203,7 +201,7 @@ def _multi(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]
 def _retrieval(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
     own = np.zeros(predictions.shape, bool)
     own[np.arange(len(targets)), targets] = True
-    # per text, its image's similarity and the number of other images before it; per image, those of its best text
+    # per text, its image's similarity and the number of other images before it. Per image, those of its best text
     right = predictions[own]
     before = {
         "t2i": ((predictions >= right[:, None]) & ~own).sum(axis=1),

@@ -1,4 +1,4 @@
-"""Versions of what is installed; imports no torch."""
+"""Versions of what is installed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package; None if it is not installed."""
+    """The installed version of a package. None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,6 +1,6 @@
 """The command `sidestep`: train, eval, predict, inspect, bank, methods, recipes, demo, report, plan.
 
-Whatever imports torch is imported inside the commands, so that help and typing errors come at once.
+Whatever imports torch is imported inside the commands. So help and typing errors come at once.
 """
 
 from __future__ import annotations

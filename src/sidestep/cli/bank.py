@@ -27,7 +27,7 @@ bank = typer.Typer(name="bank", help="Keep many tasks on one backbone, and run t
 
 @bank.command()
 def add(folder: opt.Bank, name: opt.BankName, task: opt.Task, debug: opt.Debug = False) -> None:
-    """Copy a task into a bank; the bank is made with its first task."""
+    """Copy a task into a bank. The bank is made with its first task."""
     with reporting(debug):
         from sidestep.disk.atomic import check_folder
         from sidestep.measure.memory import format_bytes
@@ -87,7 +87,7 @@ def run(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Label rows of several tasks on one backbone: each by its own task, in the rows' order."""
+    """Label rows of several tasks on one backbone. Each row is labelled by its own task, in the rows' order."""
     with reporting(debug):
         from sidestep.data import Fields, read
         from sidestep.disk.atomic import refuse_inputs
@@ -163,7 +163,7 @@ def _names(rows: Dataset, column: str | None, task: str | None) -> list[str]:
 
 
 def _loaded(held: BankFolder, names: Iterable[str], moved_to: str | None) -> TaskBank:
-    """The bank on its backbone, on a GPU if there is one; with the backbone's own head if a task of these uses that."""
+    """The bank on its backbone, on a GPU if there is one. The backbone has its own head if one of these tasks uses it."""
     import torch
 
     from sidestep.tasks.bank import TaskBank

@@ -1,4 +1,4 @@
-"""What a run's options come to: what was typed, else what a recipe says, else their defaults."""
+"""The values of a run's options: what was typed, else what a recipe says, else their defaults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Chosen:
     """A recipe's values of a command's options, and what was typed.
 
     Attributes:
-        recipe: None: there is none.
+        recipe: None without a recipe.
         values: of the recipe, by the names of the command's parameters.
         typed: values of the parameters that were given on the command line.
     """
@@ -48,7 +48,7 @@ class Chosen:
         return set(self.values) - set(self.typed)
 
     def method_settings(self, method: str) -> dict[str, Any]:
-        """What the recipe sets of its method; nothing of another one."""
+        """What the recipe sets of its method. Nothing for another method."""
         return dict(self.recipe.method_settings) if self.recipe and self.recipe.method == method else {}
 
     def head(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Chosen:
         return dict(self.recipe.head) if self.recipe else {}
 
     def record(self) -> dict[str, Any] | None:
-        """The recipe's name, and what was typed in the place of its values; None without a recipe."""
+        """The recipe's name, and what was typed in the place of its values. None without a recipe."""
         if self.recipe is None:
             return None
         names = {*self.values, "set_", "warmup", "image_size", "normalize"}
@@ -65,7 +65,7 @@ class Chosen:
 
 
 def _values(recipe: Recipe, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's values by the names of the command's parameters, as far as they go with what was typed."""
+    """A recipe's values by the names of the command's parameters, as far as they fit what was typed."""
     values = {
         **recipe.training,
         "method": recipe.method,

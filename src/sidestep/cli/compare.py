@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sidestep.compare.spec import Comparison
 
 
-#: The options that a comparison file goes with; all others describe a comparison, as the file does.
+#: The options that go with a comparison file. All others describe a comparison, as the file does.
 WITH_A_FILE = ("file", "only", "quick", "dry_run", "output", "debug")
 
 

@@ -1,4 +1,4 @@
-"""How the commands report: a user's mistake as one message, warnings as one line each, other packages' remarks not."""
+"""How the commands report: a user's mistake as one message, warnings as one line each. Other remarks are silenced."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ INTERRUPTED = 130
 
 @contextmanager
 def reporting(debug: bool) -> Iterator[None]:
-    """Run a command's body; what a user can mend is printed to stderr, with exit code 2 and no traceback.
+    """Run a command's body. What a user can mend is printed to stderr, with exit code 2 and no traceback.
 
     Args:
-        debug: whether to let the traceback through, and what other packages remark.
+        debug: whether to let through the traceback and the remarks of other packages.
     """
     with warnings.catch_warnings(), nullcontext() if debug else _without_remarks():
         warnings.showwarning = _show_warning
@@ -43,7 +43,7 @@ def reporting(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def _without_remarks() -> Iterator[None]:
-    """Without what other packages log at their import and later, errors excepted."""
+    """Silence what other packages log at their import and later, errors excepted."""
     for variable in VERBOSITY:
         os.environ.setdefault(variable, "error")
     # the handler of all packages that set up none of their own
@@ -56,7 +56,7 @@ def _without_remarks() -> Iterator[None]:
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether an error tells of something that the user can mend."""
+    """Whether the user can mend an error's cause."""
     if isinstance(error, ValueError | OSError | ModuleNotFoundError):
         return True
     from sidestep.fold import FoldError

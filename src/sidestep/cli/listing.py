@@ -122,7 +122,7 @@ def _setting(field: Any) -> str:
 
 
 def _final_norm(backbone: dict[str, Any]) -> bool | None:
-    """Whether the backbone's last stack ends in a norm; None if its config cannot be had here."""
+    """Whether the backbone's last stack ends in a norm. None if its config cannot be had here."""
     import torch
     from transformers import AutoConfig, AutoModel
 

@@ -15,7 +15,7 @@ _running = partial(typer.Option, rich_help_panel="Output and running")
 
 
 def path(text: str | Path) -> Path:
-    """A place to write to; an empty text, as a script's unset variable gives it, would be the current folder."""
+    """A place to write to. An empty text would be the current folder. A script's unset variable gives an empty text."""
     if not str(text).strip():
         raise typer.BadParameter("it is empty: name a file or folder")
     return Path(text)

@@ -14,7 +14,7 @@ FLAG = "--plugin"
 
 
 class WithPlugins(TyperGroup):
-    """The commands, with `--plugin FILE` taken in any place, so that each command does not have to name it."""
+    """The commands, with `--plugin FILE` taken in any place. So no command has to name the option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """The arguments with every `--plugin` brought to the front, where this group reads it."""

@@ -72,7 +72,7 @@ def predict(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Label rows: writes them with a prediction and the probability of each class."""
+    """Label rows. The output is the rows with a prediction and the probability of each class."""
     with reporting(debug):
         from sidestep.disk.table_files import check_table, write_table
         from sidestep.disk.task_folder import read_config

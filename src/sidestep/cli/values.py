@@ -17,7 +17,7 @@ BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "
 
 
 def config_from(kind: type[Config], pairs: Sequence[str], start: Mapping[str, Any] | None = None) -> Config:
-    """The config with the fields that "name=value" texts set, each read as the field's own type; `start` has others.
+    """The config with the fields that "name=value" texts set, each read as the field's own type. Others are `start`'s.
 
     Raises:
         ValueError: for an unknown field (the message lists those there are), a value of another type, or one
@@ -55,7 +55,7 @@ def backbone_named(backbone: Name, gguf: str | None) -> Name:
 
 
 def value_of(hint: Any, text: str, where: str) -> Any:
-    """A text as a value of an annotated type; `where` begins the message if it is none.
+    """A text as a value of an annotated type. `where` begins the message if the text is no such value.
 
     Raises:
         ValueError: if the text is no such value.
@@ -88,7 +88,7 @@ def _plain(hint: Any, text: str, where: str) -> Any:
 
 
 def unescaped(text: str | None) -> str | None:
-    """A text in which a newline and a tab may be written as in Python, because shells do not read them so."""
+    """A text in which a newline and a tab may be written as in Python. Shells do not read them so."""
     return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
 
 

@@ -43,7 +43,7 @@ class Bench:
         digest: of its weights.
         precision: "bf16 autocast", or the dtype of the weights.
         attention: implementation.
-        writes: the kind of its tasks if those are texts to write; it has its language model head then.
+        writes: the kind of its tasks if those are texts to write. The backbone has its language model head then.
     """
 
     spec: Backbone
@@ -95,7 +95,7 @@ class Bench:
         return next(self.model.parameters()).device
 
     def attach(self, contender: Contender, head: HeadConfig | None, seed: int) -> SideModel:
-        """The contender on the backbone, with weights of this seed; `detach` brings the backbone back."""
+        """The contender on the backbone, with weights of this seed. `detach` brings the backbone back."""
         torch.manual_seed(seed)
         return attach(
             self.model,
@@ -106,7 +106,7 @@ class Bench:
         )
 
     def pool(self, contender: Contender) -> Pool | None:
-        """What the contender's head reads; None: the default of the backbone's family."""
+        """What the contender's head reads. None: the default of the backbone's family."""
         return contender.pool or self.spec.pool
 
     def refusal(self, contender: Contender) -> str | None:
@@ -121,7 +121,7 @@ class Bench:
             detach(model)
 
     def blank_head(self, contender: Contender, pool: Pool | None = None) -> Classify | None:
-        """A head for two classes that reads what the contender's reads (else `pool`); None where texts are written."""
+        """A head for two classes that reads what the contender's reads (else `pool`). None if texts are written."""
         return None if self.writes else Classify(num_labels=2, pool=self.pool(contender) or pool)
 
     def settings(self, contender: Contender) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class Bench:
         }
 
     def _model(self) -> str:
-        """The model's id; of a folder, its class and the folder's name (not where it lies)."""
+        """The model's id. A folder is given by its class and its name, not by where it lies."""
         folder = Path(self.spec.model)
         if is_gguf(self.spec.model):
             return f"{type(self.model).__name__} of {gguf_parts(self.spec.model)[1]}"
@@ -169,10 +169,10 @@ class Rows:
 
     @classmethod
     def of(cls, task: Task, comparison: Comparison) -> Rows:
-        """At most the comparison's number of rows, the first of a permutation with seed 0; of shots, all to draw from.
+        """At most the comparison's number of rows: the first of a permutation with seed 0. With shots all rows stay.
 
         Raises:
-            DataError: if the rows cannot be read; it names the task.
+            DataError: if the rows cannot be read. The message names the task.
         """
         try:
             train, dev = task.read()
@@ -188,8 +188,8 @@ class Prepared:
 
     Attributes:
         task: what was asked for.
-        data: the training rows and dev, by the seed of a run; with shots every seed has rows of its own.
-        trial: the training rows in two parts, for the choice of a rate; dev is not in it.
+        data: the training rows and dev, by the seed of a run. With shots every seed has rows of its own.
+        trial: the training rows in two parts, for the choice of a rate. Dev rows are in neither.
         fingerprint: of training and dev rows.
         trial_fingerprint: of the training rows.
     """
@@ -205,7 +205,7 @@ class Prepared:
         """The rows as token ids or pixels.
 
         Raises:
-            DataError: if columns or labels are unusable; it names the task.
+            DataError: if columns or labels are unusable. The message names the task.
         """
         fields, seed = rows.task.fields, comparison.seeds[0]
         shots = rows.task.shots
@@ -264,7 +264,7 @@ def written_by(tasks: Sequence[Task]) -> Written | None:
     """The kind of a backbone's tasks if these are texts to write.
 
     Raises:
-        ValueError: if only some are, or they are of two kinds: a backbone has one head for all.
+        ValueError: if only some are texts to write, or they are of two kinds. A backbone has one head for all.
     """
     kinds = {task.name: None if task.problem is None else kind_named(task.problem).writes for task in tasks}
     if len(set(kinds.values())) > 1:
@@ -274,7 +274,7 @@ def written_by(tasks: Sequence[Task]) -> Written | None:
 
 
 def fingerprint(rows: Dataset, fields: Fields) -> str:
-    """12 hexadecimal digits of the cells that are read, in order; of images, the files' bytes."""
+    """12 hexadecimal digits of the cells that are read, in order. Of images, the files' bytes count."""
     digest = sha256()
     for name in (fields.text, fields.text2, fields.label):
         if name is not None:

@@ -25,7 +25,7 @@ def measure_costs(
 ) -> None:
     """Measure every contender on a backbone, unless each has its line already.
 
-    They are measured together or not at all: times taken in turns can be compared, times of another day cannot.
+    All are measured together or none is. Times taken in turns can be compared, but not with times of another day.
 
     Args:
         comparison: what is compared.
@@ -107,7 +107,7 @@ def _attached_with(one: Contender, head: Classify | None) -> Settings:
 
 
 def _planned(model: SideModel, batch: Mapping[str, Tensor], precision: str) -> int | None:
-    """What the planner predicts; None where it cannot, as for weights of another precision than it knows."""
+    """What the planner predicts. None where it cannot, as for weights of another precision than it knows."""
     try:
         return plan_for(model, batch, precision=precision).peak_bytes  # type: ignore[arg-type]
     except ValueError:

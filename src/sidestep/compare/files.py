@@ -39,11 +39,11 @@ def comparison_file(path: Path, results: Path | None = None) -> tuple[Comparison
     """The comparison that a TOML file describes, and where its results go.
 
     Args:
-        path: of the file, to which paths in it are relative; `${NAME}` is an environment variable.
-        results: None: its `output`, or a .jsonl of the same name.
+        path: of the file. Paths in the file are relative to it, and `${NAME}` is an environment variable.
+        results: where results go. None: the file's `output`, or a .jsonl of the same name.
 
     Raises:
-        ValueError: if the file cannot be read, or a field, method or value in it is unknown; the message says which.
+        ValueError: if the file cannot be read, or a field, method or value in it is unknown. The message says which.
         OutputError: if the results cannot go there, or would go into the file itself or into what is compared.
     """
     try:
@@ -86,7 +86,7 @@ def comparison_from(values: Mapping[str, Any], base: Path, where: str) -> Compar
     """The comparison that these values describe.
 
     Args:
-        values: as a TOML file holds them; see docs/compare.md.
+        values: as a TOML file holds them. See docs/compare.md.
         base: the folder that relative paths start at.
         where: what the values are from, for messages.
 
@@ -128,7 +128,7 @@ class _Table:
         self.known: list[str] = []
 
     def get(self, name: str, kind: type, default: Any = None, *, empty: bool = False) -> Any:
-        """A value of a kind, `default` where there is none; `empty`: a text may have no letter."""
+        """A value of a kind, `default` if the field is missing. `empty`: a text may have no letter."""
         self.known.append(name)
         value = self.values.get(name)
         return default if value is None else self._checked(name, value, kind, empty=empty)
@@ -270,7 +270,7 @@ def _contender(table: _Table) -> Contender:
 
 
 def _costs(table: _Table, given: Mapping[str, Any]) -> Costs | None:
-    """The [costs] table; `costs = false` for none. The batch and the length are those of training by default."""
+    """The [costs] table. `costs = false` for none. The batch and the length are those of training by default."""
     values = table.values.get("costs", {})
     table.known.append("costs")
     if values is False:
@@ -306,7 +306,7 @@ def _name_of(path: str, base: Path) -> str:
 
 
 def _resolved(source: str, base: Path) -> str:
-    """A source of rows: relative to `base` if it is there or is written as a path; a hub id otherwise."""
+    """A source of rows. It is relative to `base` if it is there or is written as a path, and a hub id otherwise."""
     path = base / Path(source).expanduser()
     written_as_path = source.startswith((".", "~")) or Path(source).suffix or source.count("/") > 1
     return str(path) if path.exists() or written_as_path else source

@@ -1,6 +1,6 @@
 """How long the runs of a comparison that are left will take, by those that are done or by the steps that were measured.
 
-The time of a run is taken to grow with its rows, their lengths and its epochs, by a pace of the contender's own.
+A run's time is taken to grow with its rows, their lengths and its epochs. Each contender has a pace of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRAINED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that is to come: its contender, and its work in tokens (of images, in images) of dev rows."""
+    """A run that is to come: its contender, and its work in tokens (or images) of dev rows."""
 
     contender: str
     work: float
@@ -51,14 +51,14 @@ class Forecast:
         return self._left.total()
 
     def done(self, run: Run, seconds: float | None = None) -> None:
-        """Take a run off the list; `seconds` is what it took, if it was run now and came through."""
+        """Take a run off the list. `seconds` is what it took, if it was run now and came through."""
         self._left[run] -= 1
         if seconds is not None:
             self._took[run.contender].append(seconds / run.work)
 
     @property
     def seconds(self) -> float | None:
-        """Of all runs that are left; None if nothing was measured yet."""
+        """Seconds of all runs that are left. None if nothing was measured yet."""
         paces = {name: statistics.median(found) for name, found in self._took.items()}
         if not paces and self._steps_tell:
             paces = self._steps
@@ -71,12 +71,12 @@ class Forecast:
         )
 
     def _relative(self, contender: str) -> float:
-        """A contender's measured step, by which its runs are expected to differ from those of others."""
+        """A contender's measured step. Its runs are expected to differ from those of others as the steps do."""
         return self._steps.get(contender) or statistics.median(self._steps.values() or [1.0])
 
 
 def step_pace(cost: Record) -> float | None:
-    """Seconds for one unit of work, by a cost line; None where no step was timed."""
+    """Seconds for one unit of work, by a cost line. None where no step was timed."""
     times = (cost.measured or {}).get("step_seconds")
     if times is None:
         return None

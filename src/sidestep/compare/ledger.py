@@ -21,13 +21,13 @@ Tell = Callable[[str], None]
 
 
 def places(results: Path) -> tuple[Path, Path, Path]:
-    """What a comparison writes: the results file, the folder of the present run, and the lock; both beside the file."""
+    """What a comparison writes: the results file, the present run's folder, and the lock. Both lie beside the file."""
     beside = Path(os.path.realpath(results))  # another spelling of the path has the same lock
     return results, beside.with_name(f".{beside.name}.run"), beside.with_name(f".{beside.name}.lock")
 
 
 class Ledger:
-    """The results file: what is there already, and where new results go; one process at a time has one.
+    """The results file: what is there already, and where new results go. Only one process at a time has it.
 
     Attributes:
         touched: by key, the results that were asked for.
@@ -60,7 +60,7 @@ class Ledger:
     def once(self, kind: Kind, settings: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> Record:
         """The result of these settings: the one in the file, or else what `work` measures now.
 
-        A result that failed is tried again; if it fails once more, that is written down and the comparison goes on.
+        A result that failed is tried again. If it fails once more, that is written down and the comparison goes on.
         """
         return self.find(kind, settings) or self._attempt(kind, settings, work)
 

@@ -1,6 +1,6 @@
 """What a line of a results file may hold: whatever reads a record can count on it.
 
-A table says of every value that something is computed from what it may be. All others are shown as they are.
+A table says what each value that is computed with may be. All other values are shown as they are.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ def maybe(check: Check) -> Check:
 
 
 def table(**fields: Check) -> Check:
-    """Of a table: each named field passes, one that is not there as None."""
+    """The check of a table: each named field passes. A missing field counts as None."""
     return lambda value: isinstance(value, dict) and all(check(value.get(name)) for name, check in fields.items())
 
 
 def rows(check: Check) -> Check:
-    """Of a list: each item passes."""
+    """The check of a list: each item passes."""
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
 def named(check: Check) -> Check:
-    """Of a table: each value passes."""
+    """The check of a table: each value passes."""
     return lambda value: isinstance(value, dict) and all(map(check, value.values()))
 
 

@@ -31,14 +31,14 @@ class Record:
     """One result, with everything that is needed to get it again.
 
     Attributes:
-        format: of the line; `FORMAT`.
-        kind: "cost" (memory, time, energy of a step), "trial" (a learning rate on held-out training rows) or
-            "score" (a run on all training rows, scored once on dev).
-        key: `key_of(kind, settings)`; what is cached and resumed goes by it.
+        format: of the line. It is `FORMAT`.
+        kind: "cost" is the memory, time and energy of a step. "trial" is a learning rate on held-out training rows.
+            "score" is a run on all training rows, scored once on dev.
+        key: `key_of(kind, settings)`. Results are found again by it.
         status: "refused" if the method does not work on the backbone or is not installed, "failed" if the run broke.
         reason: why, where the status is not "ok".
         settings: what was asked for, as JSON-ready values.
-        measured: what came out; None where the status is not "ok".
+        measured: what came out. None where the status is not "ok".
         versions: of Python and the packages that a result depends on.
         machine: see `machine`.
         date: in UTC, ISO 8601.
@@ -70,7 +70,7 @@ class Record:
         threads: int | None = None,
         gpu: str | None = None,
     ) -> Record:
-        """A result of this machine, now; `threads` and `gpu` as `machine` takes them."""
+        """A result of this machine, now. `threads` and `gpu` as `machine` takes them."""
         return cls(
             kind=kind,
             key=key_of(kind, settings),
@@ -92,7 +92,7 @@ def key_of(kind: Kind, settings: Mapping[str, Any]) -> str:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a line that has reached the disk when this returns; if it cannot be, the file is as before.
+    """Add a line that has reached the disk when this returns. If that fails, the file is as before.
 
     A broken last line, left by a killed writer, is ended first. Numbers that are not finite become null.
 
@@ -120,8 +120,8 @@ def append(path: Path, record: Record) -> None:
 def read(path: Path) -> tuple[list[Record], int]:
     """The results in a file, oldest first, and how many lines are broken.
 
-    A line is broken if it is no JSON, lacks a field, has a value of another type in one, or is of another format. A run
-    without a finite score is one that failed. A file that does not exist holds none.
+    A line is broken if it is no JSON, lacks a field, has a value of a wrong type, or is of another format. A run
+    without a finite score counts as failed. A file that does not exist has no results.
 
     Raises:
         OSError: if the file is there and cannot be read.
@@ -140,15 +140,15 @@ def lines_of(path: Path) -> list[str]:
 
 
 def latest(records: Iterable[Record]) -> dict[str, Record]:
-    """The last result of each key: one that failed and was tried again counts as it came out at last."""
+    """The last result of each key. A result that failed and was tried again counts as it came out at last."""
     return {record.key: record for record in records}
 
 
 def machine(*, threads: int | None = None, gpu: str | None = None) -> dict[str, Any]:
-    """What the results were made on; no host name, which is nobody's business.
+    """What the results were made on. It has no host name, which is nobody's business.
 
     Args:
-        threads: that torch computes with; None: as many as there are cores.
+        threads: that torch computes with. None: as many as there are cores.
         gpu: name of the GPU, where one was used.
     """
     cpu, cores = _cpu(), os.cpu_count()
@@ -163,7 +163,7 @@ def machine(*, threads: int | None = None, gpu: str | None = None) -> dict[str, 
 
 
 def _parsed(line: str) -> Record | None:
-    """The record of a line; None if it is broken."""
+    """The record of a line. None if the line is broken."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -180,7 +180,7 @@ def _parsed(line: str) -> Record | None:
 
 
 def _with_failure(values: dict[str, Any]) -> dict[str, Any]:
-    """A run whose score was no finite number, which stands there as null, counts as one that failed."""
+    """A run whose score was no finite number counts as one that failed. That score stands in the file as null."""
     measured = values["measured"]
     if values["kind"] == "cost" or values["status"] != "ok" or not isinstance(measured, dict):
         return values

@@ -75,17 +75,17 @@ def planned(comparison: Comparison) -> list[Planned]:
 def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
     """Run what is not in the results file yet.
 
-    The order is such that a comparison that is stopped has about as much of every contender: task by task the trials
-    and the first seed of all contenders, then the other seeds.
+    A comparison that is stopped has about as much of every contender. So the runs go task by task: first the trials and
+    the first seed of all contenders, then the other seeds.
 
     Args:
         comparison: what is compared.
-        output: the results file (JSON lines); one process at a time writes to it.
+        output: the results file (JSON lines). One process at a time writes to it.
         tell: takes a line of progress.
 
     Raises:
         OutputError: if the results cannot go there, or another process writes them.
-        ValueError: if data cannot be read or prepared for a backbone, and nothing has been run then; if a backbone
+        ValueError: if data cannot be read or prepared for a backbone, and nothing has been run then. Also if a backbone
             cannot be loaded.
     """
     check_results(comparison, output)
@@ -100,7 +100,7 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
 
 
 def _prepared(comparison: Comparison, tasks: Mapping[str, Sequence[Task]], tell: Tell) -> dict[str, list[Prepared]]:
-    """The rows as each backbone reads them, all before the first run: an error would else come hours later."""
+    """The rows as each backbone reads them, all before the first run. An error would else come hours later."""
     rows = {task.name: Rows.of(task, comparison) for task in comparison.tasks}
     found = {}
     for spec in comparison.backbones:
@@ -147,7 +147,7 @@ class _Session:
                     self.ledger.without("score", self._settings(task, one, "dev", None, None), "refused", reason)
 
     def _rates(self, task: Prepared) -> dict[str, float | None]:
-        """The best rate of each contender on held-out training rows; None if it failed at every rate."""
+        """The best rate of each contender on held-out training rows. None if it failed at every rate."""
         if not _trials(self.comparison):
             return {one.name: one.rates[0] for one in self.running}
         seed = self.comparison.seeds[0]
@@ -184,7 +184,7 @@ class _Session:
         return record
 
     def _forecast(self, prepared: list[Prepared]) -> Forecast:
-        """Of all runs on this backbone, with the steps that were measured."""
+        """The forecast of all runs on this backbone, with the steps that were measured."""
         runs: Counter[Run] = Counter()
         for task in prepared:
             for one in self.running:
@@ -224,7 +224,7 @@ class _Session:
     def _settings(
         self, task: Prepared, one: Contender, part: str, rate: float | None, seed: int | None
     ) -> dict[str, Any]:
-        """What a result says; everything by which it is found again."""
+        """What a result says. It is found again by all of this."""
         asked, trial = self.comparison, part == "holdout"
         data = task.trial if trial else task.data[asked.seeds[0] if seed is None else seed]
         settings = {
@@ -252,7 +252,7 @@ class _Session:
 
 
 def _trials(comparison: Comparison) -> int:
-    """Trials of each contender; a single rate needs none."""
+    """Trials of each contender. A single rate needs none."""
     count = len(comparison.contenders[0].rates)
     return count if count > 1 else 0
 
@@ -264,12 +264,12 @@ def _about(task: Task) -> dict[str, Any]:
 
 
 def _joined(data: TaskData) -> dict[str, Any]:
-    """What stands between texts, if anything: results of before, when nothing did, are not those of such rows."""
+    """What stands between texts, if anything. Earlier results, when nothing did, are not those of such rows."""
     return {} if data.separators == NOTHING else {"separators": asdict(data.separators)}
 
 
 def _best(trials: Mapping[float, Record]) -> float | None:
-    """The rate with the best score, of equal ones that with the smaller loss."""
+    """The rate with the best score. Of equal ones the one with the smaller loss."""
 
     def value(measured: Mapping[str, Any]) -> tuple[float, float]:
         sign = 1 if GREATER_IS_BETTER.get(measured["metric"], True) else -1
@@ -281,7 +281,7 @@ def _best(trials: Mapping[float, Record]) -> float | None:
 
 
 def _measured(results: Results, model: SideModel) -> dict[str, Any]:
-    """What is kept of a training run; of a sparse diff also its nonzeros, and of a first stage what came of it."""
+    """What is kept of a training run. For a sparse diff also its nonzeros, and for a first stage its outcome."""
     metric, first = results.metric, results.first_stage
     history = [
         {

@@ -42,9 +42,9 @@ class Backbone:
     Attributes:
         name: in the results.
         model: hub id, folder, timm:NAME or timm:NAME@FILE.
-        dtype: precision of the weights; None: the checkpoint's.
+        dtype: precision of the weights. None: the checkpoint's.
         revision: branch, tag or commit of a hub id.
-        pool: what the heads read; None: the family's default.
+        pool: what the heads read. None: the family's default.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Task:
         train: file, folder of images or hub id.
         dev: None: a fifth of the training rows, stratified.
         fields: the columns.
-        problem: None: several labels a row where the column holds lists, else one; "text2text" or "lm": the label is a
-            text to write.
+        problem: None: several labels a row where the column holds lists, else one. With "text2text" or "lm" the label
+            is a text to write.
         options: how the files are written.
         train_split, dev_split: of sources that have splits.
-        rows: most training rows; None: the comparison's.
-        shots: training rows of each class, drawn anew with every seed, in the place of `rows`; None: not so.
+        rows: most training rows. None: the comparison's.
+        shots: training rows of each class, drawn again with every seed. They replace `rows`. None: no such draw.
         separator: between texts that are put behind each other, as in `prepare`.
     """
 
@@ -119,9 +119,9 @@ class Contender:
         config: of the method.
         rates: learning rates to choose from, on held-out training rows.
         checkpoint: whether the blocks after the method's first write are recomputed in backward.
-        noise: of the backbone in training; None: the method's own way (none for a side network, the backbone's own
-            for a method that changes weights).
-        pool: what the head reads; None: the backbone's.
+        noise: of the backbone in training. None: the method's own way. That is none for a side network, and the
+            backbone's own for a method that changes weights.
+        pool: what the head reads. None: the backbone's.
     """
 
     name: str
@@ -146,7 +146,7 @@ class Contender:
 
     @classmethod
     def named(cls, name: str) -> Contender:
-        """The method of this name with its default config; "NAME+checkpoint" with its blocks recomputed.
+        """The method of this name with its default config. "NAME+checkpoint" recomputes its blocks.
 
         Raises:
             ValueError: if there is no such method.
@@ -163,7 +163,7 @@ class Costs:
 
     Attributes:
         batch: rows of a step.
-        length: tokens of a text; None: 128, or what the backbone takes at most.
+        length: tokens of a text. None: 128, or what the backbone takes at most.
         repeats: timed steps of each contender, interleaved.
         warmup: steps of each before.
     """
@@ -182,17 +182,17 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Every contender on every task and every backbone that reads it, with every seed; the same settings for all.
+    """Every contender on every task and every backbone that reads it, with every seed. All have the same settings.
 
     Attributes:
         backbones, tasks, contenders: what is compared.
-        seeds: of weights, order and noise; the first one is also that of the trials.
-        rows: most training rows of a task (the first of a fixed permutation); None: all.
+        seeds: of weights, order and noise. The first seed is also that of the trials.
+        rows: most training rows of a task (the first of a fixed permutation). None: all.
         dev_rows: the same for dev rows.
         epochs, batch_size, weight_decay, warmup, schedule, bf16: as in `TrainSettings`.
-        max_length: tokens kept of a text; None: the tokenizer's limit.
+        max_length: tokens kept of a text. None: the tokenizer's limit.
         holdout: share of the training rows on which rates are chosen.
-        attention: implementation; None: the backbone's default.
+        attention: implementation. None: the backbone's default.
         costs: None: no steps are measured.
 
     Raises:
@@ -269,7 +269,7 @@ class Comparison:
             )
 
     def score_of(self, contender: Contender) -> str | None:
-        """Whose score is this contender's too: recomputing blocks changes costs, not gradients.
+        """The contender whose score is this one's too. Recomputing blocks changes costs, not gradients.
 
         None for a contender that has a score of its own.
         """

@@ -54,7 +54,7 @@ def _line(backbone: str, contender: str, tasks: Sequence[str], lines: Sequence[R
 
 
 def _score(lines: Sequence[Record]) -> str | None:
-    """Mean ± standard deviation over seeds, in percent where the score is a part of one; or why there is none."""
+    """Mean ± standard deviation over seeds, in percent if the score is a share. Else why there is no score."""
     measured = [line.measured for line in lines if line.measured is not None]
     if not measured:
         return lines[-1].status if lines else None

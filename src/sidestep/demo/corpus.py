@@ -1,6 +1,6 @@
-"""The corpus of `make demo`: docstrings of installed scientific packages; the class is the package.
+"""The corpus of `make demo`: docstrings of installed scientific packages. The class is the package.
 
-Real text that needs no download. The packages are not imported: their source files are parsed. The same
+Real text that needs no download. The packages are not imported. Their source files are parsed. The same
 installed versions give the same corpus, row by row.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["DEFAULT", "Row", "docstrings", "split"]
 # All of them come with sidestep's own dependencies.
 DEFAULT = ("networkx", "numpy", "pandas", "scipy", "sklearn", "sympy", "torch", "transformers")
 
-# Other names that give a package away; its import name is removed anyway.
+# Other names that give a package away. Its import name is removed anyway.
 ALIASES = {
     "networkx": ["nx"],
     "numpy": ["np"],
@@ -53,7 +53,7 @@ MARKUP = re.compile(r"`+__?(?=[\s.,)]|$)|`+[~.!]?|\*\*|\$+|\[[\w*#-]+\]_|<?https
 
 
 class Row(TypedDict):
-    """One text and its class; a list of rows is what `datasets.Dataset.from_list` takes."""
+    """One text and its class. A list of rows is what `datasets.Dataset.from_list` takes."""
 
     text: str
     package: str
@@ -62,11 +62,11 @@ class Row(TypedDict):
 def docstrings(packages: Sequence[str] = DEFAULT, seed: int = 0, per_package: int = PER_PACKAGE) -> list[Row]:
     """The opening prose of docstrings, at most `per_package` of each package.
 
-    Texts are 80 to 400 characters of plain prose, no two of them alike; the names of all the packages are
+    Texts are 80 to 400 characters of plain prose, no two of them alike. The names of all the packages are
     removed from them.
 
     Args:
-        packages: import names; the classes.
+        packages: import names, which are the classes.
         seed: of the choice where a package has more than `per_package` texts.
         per_package: most texts of one class.
 
@@ -94,7 +94,7 @@ def docstrings(packages: Sequence[str] = DEFAULT, seed: int = 0, per_package: in
 
 
 def split(rows: Sequence[Row], dev_share: float = 0.2, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Rows for training and for development: the same share of every class, both shuffled.
+    """Rows for training and for development, both shuffled. Each has the same share of every class.
 
     Args:
         rows: as `docstrings` returns them.
@@ -124,7 +124,7 @@ def split(rows: Sequence[Row], dev_share: float = 0.2, seed: int = 0) -> tuple[l
 
 
 def _candidates(package: str, names: re.Pattern[str], seed: int, enough: int) -> dict[str, str]:
-    """Distinct texts of a package, by what they begin with; reading ends when there are enough."""
+    """Distinct texts of a package, by what they begin with. Reading ends when there are enough."""
     files = _sources(package)
     random.Random(f"{seed} {package}").shuffle(files)
     texts: dict[str, str] = {}
@@ -174,7 +174,7 @@ def _docstrings_of(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.Async
 def _names_of(packages: Sequence[str]) -> re.Pattern[str]:
     """Matches every word that holds a package's name, and the short aliases as whole words.
 
-    What hangs on the word goes too: the dot of a dotted name, a genitive.
+    What is joined to the word goes too: the dot of a dotted name, a genitive.
     """
     names = sorted({name for package in packages for name in [package, *ALIASES.get(package, [])]})
     long = "|".join(re.escape(name) for name in names if len(name) > 2)

@@ -32,7 +32,7 @@ class DemoError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """A method and how it is trained; the rates were chosen on a fifth of the training rows."""
+    """A method and how it is trained. The rates were chosen on a fifth of the training rows."""
 
     name: str
     config: MethodConfig
@@ -54,8 +54,8 @@ def train_contestant(
         contestant: its rate and its folder replace those of the settings.
         backbone: detached again at the end.
         data: what it is trained on.
-        settings: of the training; the task goes to a folder in `output`, and what lies there is replaced.
-        test: rows that the scores returned are of; None: the dev rows, as in the results.json that is written.
+        settings: of the training. The task goes to a folder in `output`, and what lies there is replaced.
+        test: rows that the returned scores are of. None: the dev rows, as in the results.json that is written.
     """
     remark(f"\n{contestant.name}: {settings.epochs} epochs at a learning rate of {contestant.rate:g}")
     settings = replace(

@@ -1,6 +1,6 @@
 """`sidestep demo`: READ and a linear probe on a real encoder, with real text, without a download.
 
-The encoder is the one that the extra "demo" installs; the task is to tell from a docstring which package it is of.
+The encoder is the one that the extra "demo" installs. The task is to tell from a docstring which package it is of.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run(output: Path) -> None:
     """Train both, show what they reach and cost, and use READ's saved task in a new process.
 
     Args:
-        output: a folder for the tasks; what an earlier demo left there is replaced.
+        output: a folder for the tasks. What an earlier demo left there is replaced.
 
     Raises:
         DemoError: if the encoder is not installed, is another one, or the new process fails.
@@ -80,10 +80,10 @@ def run(output: Path) -> None:
 
 
 def encoder_folder() -> Path:
-    """The folder of the installed encoder, whose weights are the ones that they should be.
+    """The folder of the installed encoder, after a check of its weights.
 
     Raises:
-        DemoError: if they are not, or the package is missing or of another version.
+        DemoError: if the weights are not the expected ones, or the package is missing or of another version.
     """
     try:
         installed, spec = version(DISTRIBUTION), find_spec(PACKAGE)

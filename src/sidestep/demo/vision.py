@@ -1,6 +1,6 @@
 """`sidestep demo --vision`: DTL+, SynQT and a linear probe on a real vision Transformer, with real images.
 
-The backbone, vit-small-32, comes with Sidestep; the task is to tell scikit-learn's handwritten digits apart. Nothing is
+The backbone, vit-small-32, comes with Sidestep. The task is to tell scikit-learn's handwritten digits apart. Nothing is
 downloaded.
 """
 
@@ -39,7 +39,7 @@ SHOWN = 5
 FIELDS = Fields(image="image", label="label")
 COLUMNS = Features({"image": Image(), "label": Value("string")})
 
-# Read-outs and rates come from short searches on a fifth of the training images (80), 2026-11-23; the epochs from
+# Read-outs and rates come from short searches on a fifth of the training images (80), 2026-11-23. The epochs come from
 # what a demo may take.
 CONTESTANTS = (
     Contestant(name="linear probe", config=ProbeConfig(), rate=0.1, pool="cls"),
@@ -53,7 +53,7 @@ def run(output: Path) -> None:
     """Train all three, show what they reach and cost, and use DTL+'s saved task in a new process.
 
     Args:
-        output: a folder for the tasks; what an earlier demo left there is replaced.
+        output: a folder for the tasks. What an earlier demo left there is replaced.
 
     Raises:
         DemoError: if the new process fails.
@@ -74,12 +74,12 @@ def run(output: Path) -> None:
 
 
 def training(output: Path) -> TrainSettings:
-    """How a contestant is trained: the last epoch is kept, so that nothing is chosen on images that are held out."""
+    """How a contestant is trained. The last epoch is kept, so that nothing is chosen on images that are held out."""
     return TrainSettings(output=output, epochs=EPOCHS, batch_size=BATCH, keep="last", checkpoints=False)
 
 
 def digits() -> tuple[Dataset, Dataset]:
-    """Images and the names of their classes, to train on and held out: always the same ones, as many of each class."""
+    """Images and the names of their classes, to train on and held out. They are always the same, equally many a class."""
     raw = load_digits()
     grey = (raw.images * (255 / raw.images.max())).round().astype(np.uint8)
     images, labels = [PIL.Image.fromarray(image) for image in grey], raw.target.astype(str).tolist()

@@ -1,4 +1,4 @@
-"""Kinds of task, one file each; importing this folder registers them."""
+"""Kinds of task, one file each. Importing this folder registers them."""
 
 from sidestep.kinds.base import TaskKind, kind_named, kinds, register
 from sidestep.kinds.classes import Multi, Single

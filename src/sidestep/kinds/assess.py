@@ -1,4 +1,4 @@
-"""What scores are to be seen against: those of one answer for all rows, and how much of each class was found.
+"""What scores are to be compared with: the scores of one answer for all rows, and the recall of each class.
 
 An accuracy of 0.9 is little where nine rows of ten are of one class.
 """
@@ -20,8 +20,8 @@ class OfClass:
     """What was found of a class.
 
     Attributes:
-        rows: that are of it.
-        recall: the share of them that was predicted so; None where there are none.
+        rows: how many are of the class.
+        recall: the share of these rows that was predicted so. None if there are no such rows.
     """
 
     rows: int
@@ -30,13 +30,14 @@ class OfClass:
 
 @dataclass(frozen=True, kw_only=True)
 class Assessment:
-    """The scores of a task on rows, and what they are to be seen against.
+    """The scores of a task on rows, and what they are to be compared with.
 
     Attributes:
         scores: see `metrics.scores` and `metrics.text_scores`.
-        constant: by score, what the best single answer for all rows reaches: of accuracy the share of the largest
-            class, of a regression that of the mean. Empty for retrieval, where each row has an answer of its own.
-        classes: by name; empty where there are none, or more than `FEW` different texts.
+        constant: by score, what the best single answer for all rows reaches. For accuracy that is the share of the
+            largest class, for a regression the score of the mean. Empty for retrieval, where each row has an answer of
+            its own.
+        classes: by name. Empty if there are no classes, or more than `FEW` different texts.
     """
 
     scores: dict[str, float]
@@ -45,7 +46,7 @@ class Assessment:
 
 
 def assess_texts(written: Sequence[str], targets: Sequence[str]) -> Assessment:
-    """The assessment of texts; arguments and errors as of `metrics.text_scores`."""
+    """The assessment of texts. Arguments and errors as of `metrics.text_scores`."""
     found = text_scores(written, targets)
     # as exact_match compares them: without regard to the amount of white space
     said, asked = (list(map(_spaced, texts)) for texts in (written, targets))

@@ -54,13 +54,13 @@ class TaskKind(ABC):
 
     Class attributes:
         name: in options, files and stored tasks.
-        answer: what is learned of a row, in words; may hold "{names}" of the classes.
+        answer: what is learned of a row, in words. It may hold "{names}" of the classes.
         metrics: the names of its scores.
         best: which of them chooses the best epoch.
         writes: what of a language model head it needs, where its answers are texts.
         dual: whether it needs a dual encoder of images and texts.
         smooths: whether the Trainer's label smoothing works with it.
-        problem_type: of the config of a backbone whose own head is trained; None: as transformers takes it to be.
+        problem_type: of the config of a backbone whose own head is trained. None: transformers decides.
     """
 
     name: ClassVar[str]
@@ -95,7 +95,7 @@ class TaskKind(ABC):
         return LabelSpace(self.name, tuple(names))
 
     def strata(self, fields: Fields) -> str | None:
-        """The column by whose classes held-out rows are drawn; None for a random draw."""
+        """The column by whose classes held-out rows are drawn. None for a random draw."""
         return fields.label
 
     def generation(
@@ -146,7 +146,7 @@ class TaskKind(ABC):
         return Collate(processor if fields.text is not None else None)
 
     def prepare(self, train: Dataset, dev: Dataset | None, fields: Fields, processor: Any, asked: Asked) -> TaskData:
-        """The rows as a task of this kind reads them; arguments and errors as of `prepare.prepare`."""
+        """The rows as a task of this kind reads them. Arguments and errors as of `prepare.prepare`."""
         if fields.label is None:
             raise DataError("no label column: training needs one (--label)")
         check_modality(processor, fields)
@@ -197,7 +197,7 @@ class TaskKind(ABC):
 
     @abstractmethod
     def head(self, data: TaskData, pool: Any = None) -> HeadConfig | None:
-        """The Sidestep head for the data; None: the backbone's own writes.
+        """The Sidestep head for the data. None: the backbone's own head writes.
 
         Raises:
             ValueError: for a pool where there is nothing to choose.
@@ -225,13 +225,13 @@ class TaskKind(ABC):
         return GREATER_IS_BETTER.get(metric, True)
 
     def compute_metrics(self, names: Sequence[str] = ()) -> Callable[[Any], dict[str, float]] | None:
-        """What a Trainer scores its evaluation with, by the names of classes; None where texts have to be written."""
+        """What a Trainer scores its evaluation with, by the names of classes. None where texts have to be written."""
         return None if self.writes else ComputeMetrics(self.name, tuple(names) or None)
 
     def assess(
         self, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None = None
     ) -> Assessment:
-        """The scores of logits, numbers or similarities, and what they are to be seen against."""
+        """The scores of logits, numbers or similarities, and what they are to be compared with."""
         return Assessment(scores=scores(self.name, predictions, targets, names))
 
     def assess_evaluation(self, evaluation: Any, names: Sequence[str] | None = None) -> Assessment:
@@ -269,7 +269,7 @@ class TaskKind(ABC):
         probabilities: Probabilities,
         **how: Any,
     ) -> Dataset | dict[str, list[Any]]:
-        """Columns for the rows; or a table of its own, where answers are no cells of a row."""
+        """Columns for the rows. If answers are no cells of a row, a table of its own."""
 
 
 Kind = TypeVar("Kind", bound=type[TaskKind])
@@ -290,7 +290,7 @@ def register(kind: Kind) -> Kind:
 
 
 def kinds() -> Mapping[str, TaskKind]:
-    """Every registered kind by name; modules under the entry point group "sidestep.kinds" are imported first."""
+    """Every registered kind by name. Modules under the entry point group "sidestep.kinds" are imported first."""
     for point in entry_points(group="sidestep.kinds"):
         point.load()
     return dict(_REGISTRY)

@@ -71,13 +71,13 @@ class Classes(TaskKind):
         return values.softmax(-1) if self.name == "single" else values.sigmoid()
 
     def chosen(self, found: NDArray[Any]) -> NDArray[np.bool_]:
-        """(rows, classes): which are predicted."""
+        """(rows, classes): which classes are predicted."""
         if self.name == "multi":
             return found > 0
         return found.argmax(axis=1)[:, None] == np.arange(found.shape[1])
 
     def own(self, shares: torch.Tensor, texts: Iterator[list[str]], chosen: NDArray[np.bool_]) -> list[Any]:
-        """The probability of what is predicted; of several classes their probabilities as a text."""
+        """The probability of what is predicted. For several classes, their probabilities as a text."""
         if self.name == "single":
             return shares.amax(-1).tolist()
         return [_joined(row, yes) for row, yes in zip(texts, chosen, strict=True)]
@@ -85,7 +85,7 @@ class Classes(TaskKind):
     def assess(
         self, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None = None
     ) -> Assessment:
-        """With the best single answer for all rows, and the recall of each class."""
+        """The scores with the best single answer for all rows, and the recall of each class."""
         predictions, targets = np.asarray(predictions), np.asarray(targets)
         classes = np.arange(predictions.shape[1])
         found = scores(self.name, predictions, targets, names)
@@ -107,7 +107,7 @@ class Classes(TaskKind):
         )
 
     def usual(self, classes: int, targets: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """Logits of answers for all rows, among which the best one is for every score."""
+        """Logits of answers for all rows. For every score the best answer is among them."""
         raise NotImplementedError
 
 
@@ -121,7 +121,7 @@ class Single(Classes):
     smooths = True
 
     def usual(self, classes: int, targets: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """The largest class; of two classes both."""
+        """The largest class. Of two classes, both."""
         largest = np.bincount(targets, minlength=classes).argmax()
         for each in (0, 1) if classes == 2 else (largest,):
             yield np.eye(classes)[each]
@@ -137,7 +137,7 @@ class Multi(Classes):
     problem_type = "multi_label_classification"
 
     def usual(self, classes: int, targets: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """The most frequent set; all labels; the best of the frequent."""
+        """The most frequent set, all labels, and the best of the frequent."""
         true = targets.astype(int)
         sets, times = np.unique(true, axis=0, return_counts=True)
         yield sets[times.argmax()] - 0.5

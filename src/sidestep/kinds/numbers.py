@@ -56,7 +56,7 @@ class Regression(TaskKind):
     def assess(
         self, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None = None
     ) -> Assessment:
-        """With the mean as the single answer for all rows."""
+        """The scores with the mean as the single answer for all rows."""
         targets = np.asarray(targets)
         with warnings.catch_warnings():
             # that a correlation with the mean is not defined is plain here

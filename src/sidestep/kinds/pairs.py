@@ -51,7 +51,7 @@ def cosines(
     Args:
         model: with a `PairProcessor` as `extras["processor"]`.
         encoded: as `encode_pairs` gives them.
-        batch_size: pairs of one pass; an image stands in it once.
+        batch_size: pairs of one pass. An image stands in it once.
         workers: processes that load data.
         progress: whether a bar is shown.
 
@@ -76,7 +76,7 @@ def cosines(
 
 
 def recalls(model: Attached, encoded: Dataset, **how: Any) -> dict[str, float]:
-    """Recalls in both directions, and their sum (see `metrics.scores`); arguments as of `cosines`."""
+    """Recalls in both directions, and their sum (see `metrics.scores`). Arguments as of `cosines`."""
     return scores("retrieval", *cosines(model, encoded, **how))
 
 
@@ -87,7 +87,7 @@ def neighbours(model: Attached, rows: Dataset, fields: Fields, *, top: int = TOP
         model: as of `cosines`, as are further arguments.
         rows: images and captions.
         fields: their columns.
-        top: how many are named of each.
+        top: how many are named for each.
 
     Returns:
         Rows with "query" ("image" or "text"), "image", "text", "rank" (from 1) and "score" (the cosine).
@@ -129,7 +129,7 @@ class Retrieval(TaskKind):
     def prepare(
         self, train: Dataset, dev: Dataset | None, fields: Fields, processor: PairProcessor, asked: Asked
     ) -> TaskData:
-        """The rows of images and captions; what is held out is whole images."""
+        """The rows of images and captions. Whole images are held out."""
         separators_of(asked.separator, processor, kind=self.name, pair=False)
         if asked.shots is not None:
             raise DataError(f"shots={asked.shots}: retrieval has no classes; leave --shots out")

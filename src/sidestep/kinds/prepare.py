@@ -51,26 +51,26 @@ def prepare(
         train: as `data.read` gives them.
         dev: None: a share of the training rows is held out.
         fields: text (and text2) or image, and label (of a text to write, the text).
-        processor: tokenizer or image processor of the backbone, or an `ImageTransform`; a `PairProcessor` for
+        processor: tokenizer or image processor of the backbone, or an `ImageTransform`. A `PairProcessor` for
             retrieval, whose rows are images and captions.
-        kind: None: several labels a row where the column holds lists, else one; a number or a text to write has to be
+        kind: None: several labels a row if the column holds lists, else one. A number or a text to write has to be
             asked for.
-        max_length: tokens kept of a text; of a decoder's prompt and completion together.
+        max_length: tokens kept of a text. For a decoder it counts prompt and completion together.
         dev_fraction: share of the training rows that is held out where there is no dev set.
         seed: of that choice, and of the views of images.
-        shots: training rows of each class, drawn from those that are not held out; None: all.
-        shots_seed: of the draw; None: `seed`.
-        augment: random views of the training images, see `Augmentation`; "none" for none.
-        skip_bad_images: whether images that cannot be read are left out; each is decoded once to know.
-        max_new_tokens: that are written at most; None: as many as the longest target of the training rows has.
+        shots: training rows of each class, drawn from those that are not held out. None: all.
+        shots_seed: of that draw. None: `seed`.
+        augment: random views of the training images, see `Augmentation`. With "none" there are no such views.
+        skip_bad_images: whether images that cannot be read are left out. Each is decoded once to know.
+        max_new_tokens: tokens that are written at most. None: as many as the longest target of the training rows has.
         num_beams: of beam search, where texts are written.
-        separator: put between the two texts of a pair, and between a decoder's prompt and its answer. None: between
-            the texts of a pair a newline where the tokenizer puts nothing there; "": nothing anywhere.
+        separator: put between the two texts of a pair, and between a decoder's prompt and its answer. None: a newline
+            between the texts of a pair, if the tokenizer puts nothing there. "": nothing anywhere.
 
     Raises:
-        DataError: for unusable columns or labels, dev labels that training never had, a backbone for images
-            with a column of text, or the reverse; a class with fewer rows than shots; completions that do not fit; a
-            separator where there is nothing to separate.
+        DataError: for unusable columns or labels, or dev labels that training never had. For a backbone for images with
+            a column of text, or the reverse. For a class with fewer rows than shots, or completions that do not fit.
+            For a separator where there is nothing to separate.
         ValueError: for a processor whose images cannot be augmented.
 
     Warns:
@@ -102,7 +102,7 @@ def guess_kind(rows: Dataset, label_column: str) -> str:
     """ "multi" for lists of labels, else "single".
 
     Raises:
-        DataError: if the labels are numbers that are not all whole: they may well be a regression's targets.
+        DataError: if the labels are numbers that are not all whole. They may well be a regression's targets.
     """
     if isinstance(rows.features[label_column], List | LargeList):
         return "multi"
@@ -118,7 +118,7 @@ def guess_kind(rows: Dataset, label_column: str) -> str:
 
 
 def read_rows(source: str, fields: Fields, options: TableOptions, kind: str | None, *, split: str) -> Dataset:
-    """The rows of a file, folder or hub id; of retrieval one row an image, with all its captions.
+    """The rows of a file, folder or hub id. For retrieval a row is an image, with all its captions.
 
     Raises:
         DataError: as `data.read` and `data.pairs.captioned`.
@@ -138,7 +138,7 @@ def check_kind(kind: str | None) -> str | None:
 
 
 def strata(kind: str | None, fields: Fields) -> str | None:
-    """The column by whose classes held-out rows are drawn; None for a random draw."""
+    """The column by whose classes held-out rows are drawn. None for a random draw."""
     return fields.label if kind is None else kind_named(kind).strata(fields)
 
 
@@ -148,9 +148,9 @@ def collator(fields: Fields, processor: Any, kind: str) -> Collate:
 
 
 def head_for(data: TaskData, pool: Any = None) -> HeadConfig | None:
-    """The Sidestep head for what the data's labels are; a regression starts at the mean of its targets.
+    """The Sidestep head for what the data's labels are. A regression starts at the mean of its targets.
 
-    None where texts are written: the backbone's own language model head does that.
+    None if texts are written. The backbone's own language model head writes them.
 
     Raises:
         ValueError: for a pool where texts are written.
@@ -181,12 +181,12 @@ def chosen_fields(preprocessing: Mapping[str, Any], given: Fields) -> Fields:
 
 
 def stored_generation(preprocessing: Mapping[str, Any]) -> Generation:
-    """How a saved task's texts are written; the defaults where the task does not say."""
+    """How a saved task's texts are written. The defaults, if the task does not say."""
     return Generation(**preprocessing.get("generation", {}))
 
 
 def stored_separators(preprocessing: Mapping[str, Any]) -> Separators:
-    """What stands between a saved task's texts; nothing where it does not say, as tasks of earlier versions do not."""
+    """What stands between a saved task's texts. Nothing if it does not say, as with tasks of earlier versions."""
     return Separators(**preprocessing.get("separators", {}))
 
 

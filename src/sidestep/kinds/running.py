@@ -31,7 +31,7 @@ def logits(
     workers: int = 0,
     progress: bool = False,
 ) -> NDArray[Any]:
-    """(rows, outputs) in the order of the rows; they are run sorted by length, so that little is padding.
+    """(rows, outputs) in the order of the rows. They are run sorted by length, so that little is padding.
 
     Raises:
         DataError: for tokens that the backbone has no embeddings for.
@@ -66,7 +66,7 @@ def written(
         model: with a language model head, and the tokenizer as `extras["processor"]`.
         encoded: prompts as `encode_prompts` gives them, with targets or without.
         generation: how they are written.
-        batch_size: rows of one pass; they are run sorted by length.
+        batch_size: rows of one pass. They are run sorted by length.
         workers: processes that load data.
         progress: whether a bar is shown.
 

@@ -40,7 +40,7 @@ def without_bad_images(train: Dataset, dev: Dataset | None, fields: Fields) -> t
 
 
 def views_of(augment: str, processor: Any, fields: Fields, seed: int) -> Augmentation | None:
-    """The random views of training images that a user named; None for none.
+    """The random views of training images that a user named. None for none.
 
     Raises:
         DataError: if no images are read.

@@ -22,14 +22,14 @@ class TaskData:
         labels: what is predicted.
         fields: the columns that were read.
         processor: tokenizer or image processor.
-        max_length: tokens kept of a text (of a prompt); None: the tokenizer's limit.
+        max_length: tokens kept of a text (of a prompt). None: the tokenizer's limit.
         truncated: texts that were cut, of train and dev together.
         dev_source: in words, where the dev rows come from.
-        collator: of the kind of task; see `collate`.
-        augment: of the training images; None: they are read as those of dev.
+        collator: of the kind of task. See `collate`.
+        augment: of the training images. None: they are read as those of dev.
         handling: what was asked for of the rows besides: shots, views of images, bad images left out, a transform in
-            the place of the backbone's processor; with seeds and counts, as JSON-ready values.
-        generation: how texts are written; None: the task is no such.
+            the place of the backbone's processor. With seeds and counts, as JSON-ready values.
+        generation: how texts are written. None: the task is no such.
         separators: what stands between texts that are put behind each other.
     """
 
@@ -71,7 +71,7 @@ class TaskData:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is asked for of rows besides their columns; the fields are arguments of `prepare.prepare`."""
+    """What is asked for of rows besides their columns. The fields are arguments of `prepare.prepare`."""
 
     max_length: int | None = None
     dev_fraction: float = 0.1

@@ -14,13 +14,13 @@ import torch
 Source = Literal["nvml", "rapl"]
 
 POWERCAP = Path("/sys/class/powercap")
-#: Seconds that a reading has to span. GPUs renew NVML's counter every 20 to 100 ms (RAPL's: 1 ms), so at both ends of
+#: Seconds that a reading has to span. GPUs renew NVML's counter every 20 to 100 ms (RAPL's: 1 ms). So at both ends of
 #: a reading of this length together no more than 2 % is lost or won.
 READING_SECONDS = 5.0
 
 
 class MeterError(RuntimeError):
-    """A meter that was asked for cannot measure here; the message says why and what to do."""
+    """A meter that was asked for cannot measure here. The message says why and what to do."""
 
 
 class EnergyCounter(Protocol):
@@ -67,9 +67,9 @@ def energy_counter(device: torch.device, source: Source | None = None) -> Energy
 
 
 def energy_per_step(step: Callable[[], object], counter: EnergyCounter, wait: Callable[[], None]) -> float:
-    """Joules of a step: the mean over as many as a reading of `READING_SECONDS` takes.
+    """Joules of a step. It is the mean over as many steps as a reading of `READING_SECONDS` takes.
 
-    All that the device uses in that time counts: its idle power, and what other processes do on it.
+    All that the device uses in that time counts, also its idle power and what other processes do on it.
 
     Args:
         step: called at least once.

@@ -1,7 +1,7 @@
 """What a step keeps for backward and by whom, and how far its memory rises.
 
-Two measurements. `saved_bytes` counts what autograd stores during a forward pass, exactly and on any device:
-it is the number that a side network is built to lower. `peak_memory` is what the step needs on the machine.
+There are two measurements. `saved_bytes` counts what autograd stores during a forward pass, exactly and on any device.
+A side network is built to lower this number. `peak_memory` is what the step needs on the machine.
 """
 
 import os
@@ -43,11 +43,11 @@ def format_bytes(size: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """One tensor that autograd keeps for backward; a tensor saved several times is one row.
+    """One tensor that autograd keeps for backward. A tensor saved several times is one row.
 
     Attributes:
         module: dotted name, within the model, of the innermost module that was running when the tensor was
-            first saved; "" is the model itself or code outside it.
+            first saved. "" is the model itself or code outside it.
         shape: of the tensor.
         dtype: of the tensor.
         bytes: of the tensor's elements, as if it were contiguous.
@@ -117,10 +117,10 @@ class _Storage:
 
 
 class SavedBytes:
-    """The bytes that autograd keeps for backward while a `with` block runs; made by `saved_bytes`.
+    """The bytes that autograd keeps for backward while a `with` block runs. Made by `saved_bytes`.
 
-    Storages are told apart by identity, not by address: a freed one whose address is used again is another
-    one. The record holds no storage alive.
+    Storages are told apart by identity, not by address. A freed storage whose address is used again is another one. The
+    record holds no storage alive.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -183,7 +183,7 @@ class SavedBytes:
 
     @property
     def total(self) -> int:
-        """Bytes kept: every distinct storage once, whole; the model's parameters and buffers left out."""
+        """Bytes kept. Every distinct storage counts once, whole. The model's parameters and buffers are left out."""
         return sum(storage.nbytes for storage in self._storages)
 
     @property
@@ -200,12 +200,12 @@ class SavedBytes:
         return [_pinned_text(row) for row in pinned] + list(dict.fromkeys(self._unseen))
 
     def by_module(self, depth: int | None = None) -> dict[str, int]:
-        """Bytes kept by each module, largest first; they sum to `total`.
+        """Bytes kept by each module, largest first. They sum to `total`.
 
         A storage counts for the module that saved it first.
 
         Args:
-            depth: how many parts of the dotted name to keep; None keeps the whole name, 0 gives one sum.
+            depth: how many parts of the dotted name to keep. None keeps the whole name, 0 gives one sum.
 
         Raises:
             ValueError: if depth is negative.
@@ -232,7 +232,7 @@ class SavedBytes:
 
 
 def by_kind_of_module(sums: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by module with the numbers of blocks as "*", so that one row stands for all blocks; largest first."""
+    """Bytes by module with the numbers of blocks as "*", so that one row stands for all blocks. Largest first."""
     kinds: dict[str, int] = {}
     for name, size in sums.items():
         kind = ".".join("*" if part.isdigit() else part for part in name.split(".")) or "(model)"
@@ -250,16 +250,16 @@ def saved_bytes(model: nn.Module) -> SavedBytes:
     print(kept)  # a table
     ```
     Put the forward pass into the block and the backward pass after it. Everything saved in the block counts,
-    also what is freed before the block ends: two forward passes count twice. A block under gradient
-    checkpointing counts with its inputs only; what it recomputes in backward is not kept.
+    also what is freed before the block ends. So two forward passes count twice. A block under gradient
+    checkpointing counts with its inputs only. What it recomputes in backward is not kept.
 
-    Not seen: tensors that a custom `autograd.Function` hangs on its `ctx` instead of giving them to
-    `save_for_backward`; what other threads save; what is saved inside other saved-tensor hooks, such as
-    `save_on_cpu`. Within the block autograd does not check that saved tensors stay unchanged in place.
+    Not seen: tensors that a custom `autograd.Function` sets on its `ctx` instead of giving them to
+    Some tensors are not seen: those that a custom `autograd.Function` sets on its `ctx` instead of giving them to
+    `save_for_backward`, and those that other threads save. Nor is what is saved inside other saved-tensor hooks, such as
     Hooks sit on every module meanwhile, so measure the model before it is compiled.
 
     Args:
-        model: names the modules; its parameters and buffers are not counted.
+        model: names the modules. Its parameters and buffers are not counted.
 
     Returns:
         A record to be entered once, readable within the block and after it.
@@ -294,7 +294,7 @@ class Peak:
 
     Attributes:
         allocated: what PyTorch's allocator handed out, at its highest.
-        resident: rise of the process's resident set, at its highest; None on CUDA.
+        resident: rise of the process's resident set, at its highest. None on CUDA.
         device: the device that was measured.
     """
 
@@ -307,19 +307,19 @@ def peak_memory(step: Callable[[], object], device: torch.device | str = "cpu") 
     """Bytes that a step needs above what was allocated when it began.
 
     Let the step begin as it ends, with gradients set to None and the optimizer's state in place (one step
-    before the measured one): then the peak is what the step needs beside the model and the optimizer.
+    before the measured one). Then the peak is what the step needs beside the model and the optimizer.
 
     On CUDA `allocated` is `max_memory_allocated` less what was allocated at the start, synchronised. What the
     caching allocator reserves beyond that, and what CUDA libraries allocate for themselves, is not in it.
 
-    On the CPU `allocated` is exact: the most that the step's own allocations took at one time, from the
+    On the CPU `allocated` is exact: the most that the step's own allocations took at one time. It comes from the
     profiler's record of every allocation and release (a BERT step takes a few per cent longer under it).
-    Freeing memory from before the step does not lower it. Not in it: what other threads allocate (data
+    Freeing memory from before the step does not lower `allocated`. It leaves out what other threads allocate (data
     loaders) and what libraries take from the system themselves (oneDNN, NumPy). `resident` sees all of
     these, but is sampled every 5 ms, and is lower where the step fills memory that the process already held.
 
     Args:
-        step: called once; what it returns is dropped.
+        step: called once. What it returns is dropped.
         device: "cpu" or a CUDA device.
 
     Raises:
@@ -358,7 +358,7 @@ def _peak_on_cpu(step: Callable[[], object]) -> Peak:
 
 @contextmanager
 def _quiet_profiler() -> Iterator[None]:
-    """Keep the profiler's log, which complains of a missing GPU among others, off the user's screen."""
+    """Keep the profiler's log off the user's screen. It complains of a missing GPU, among others."""
     name = "KINETO_LOG_LEVEL"
     before = os.environ.get(name)
     os.environ.setdefault(name, "99")
@@ -371,7 +371,7 @@ def _quiet_profiler() -> Iterator[None]:
 
 def _most_allocated(events: list[Any]) -> int:
     """The highest sum of the allocations that a tree of profiler events holds at one time, in bytes."""
-    # Releases are matched to allocations by address: the profiler's own running sum also subtracts blocks
+    # Releases are matched to allocations by address. The profiler's own running sum also subtracts blocks
     # from before the step, but only those that some earlier profile has seen.
     live: dict[int, int] = {}
     now = most = 0
@@ -395,7 +395,7 @@ def _allocations(events: list[Any]) -> Iterator[Any]:
 
 
 class _Resident:
-    """Samples the process's resident set in a thread; `rise` is its highest above the start, in bytes."""
+    """Samples the process's resident set in a thread. `rise` is its highest above the start, in bytes."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()

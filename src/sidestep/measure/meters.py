@@ -1,7 +1,7 @@
 """Meters: what training and using a method takes, for several methods side by side on one backbone.
 
-`measure` runs all of them: what a step keeps, fills and computes is counted, peaks and energy are measured, and times
-are taken in turns, so that a drift of the machine meets every method alike.
+`measure` runs all of them. What a step keeps, fills and computes is counted. Peaks and energy are measured. Times are
+taken in turns, so that a drift of the machine affects every method alike.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(StepCount):
-    """All that the meters say of a method on a backbone; None is what was not measured, never a guess.
+    """All that the meters say of a method on a backbone. What was not measured is None, never a guess.
 
     Attributes:
         parameters: values that are trained, the head's among them.
@@ -103,7 +103,7 @@ class Cost(StepCount):
         step_seconds: of forward, backward and AdamW.
         forward_seconds: of a forward pass of the bare frozen backbone and the head, in the same rounds.
         inference_seconds: of a forward pass with the task attached, in eval mode, without gradients.
-        energy_joules: of a step; see `sidestep.measure.energy`.
+        energy_joules: of a step. See `sidestep.measure.energy`.
         energy_source: what counted it.
     """
 
@@ -128,7 +128,7 @@ class Cost(StepCount):
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """The part of a `Cost` that takes repeated steps; fields as there."""
+    """The part of a `Cost` that takes repeated steps. Its fields are as there."""
 
     step_seconds: Spread
     forward_seconds: Spread
@@ -150,7 +150,7 @@ def measure(
 ) -> dict[str, Cost | Exception]:
     """What each contender costs on the same backbone and batch.
 
-    Each is attached, measured and detached again; the backbone and the random generators are afterwards as before.
+    Each is attached, measured and detached again. The backbone and the random generators are afterwards as before.
 
     Args:
         backbone: on the device that is to be measured, with nothing attached.
@@ -159,7 +159,7 @@ def measure(
         repeats: rounds that are timed.
         warmup: rounds before them that are not.
         bf16: run forward under autocast to bfloat16.
-        energy: "nvml" or "rapl" asks for this counter; None: the device's, if it has one that can be read.
+        energy: "nvml" or "rapl" asks for this counter. None: the device's, if it has one that can be read.
         planned: predicts `peak_bytes` for an attached model and the batch.
 
     Returns:
@@ -194,10 +194,10 @@ def measure_memory(
     bf16: bool = False,
     planned: Planned | None = None,
 ) -> Cost:
-    """The cost of one contender without times and energy; arguments as for `measure`.
+    """The cost of one contender without times and energy. Arguments as for `measure`.
 
-    With a backbone and a batch made inside a `FakeTensorMode` that is active, there are counts and no peaks: so they
-    are counted at sizes that would not fit.
+    If the backbone and the batch were made inside a `FakeTensorMode` that is active, there are counts and no peaks. So
+    sizes can be counted that would not fit.
 
     Raises:
         UnsupportedBackbone: if the method does not work on the backbone.
@@ -231,10 +231,10 @@ def time_steps(
     bf16: bool = False,
     energy: Source | None = None,
 ) -> dict[str, Times]:
-    """Times of every contender, taken in turns, and its energy; arguments as for `measure`.
+    """Times of every contender, taken in turns, and its energy. Arguments as for `measure`.
 
-    In each round every contender is attached, one step and one inference of it are timed, and it is detached; so is the
-    bare backbone with the first contender's head. Each round begins with another one.
+    In each round every contender is attached, one step and one inference of it are timed, and it is detached. So is the
+    bare backbone with the first contender's head. Each round begins with another contender.
 
     Raises:
         UnsupportedBackbone: if a method does not work on the backbone.
@@ -274,7 +274,7 @@ def time_steps(
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Size of a safetensors file of these tensors, without metadata; nothing is written or copied.
+    """Size of a safetensors file of these tensors, without metadata. Nothing is written or copied.
 
     Raises:
         ValueError: if there is a tensor of a dtype that task files do not hold.

@@ -36,8 +36,8 @@ class StepCount:
 
     Attributes:
         kept_bytes: what autograd keeps for backward.
-        kept_by_module: the same by module, the blocks of a stack together ("encoder.layer.*.output"), largest first;
-            at most 40 rows, the last of which is then "(other)".
+        kept_by_module: the same by module, the blocks of a stack together ("encoder.layer.*.output"), largest first.
+            At most 40 rows, the last of which is then "(other)".
         gradient_bytes: of all gradients, when backward ends.
         optimizer_bytes: of the optimizer's state.
         flops: of forward and backward, recomputation with it: matrix products, convolutions and attention, as PyTorch's
@@ -57,8 +57,8 @@ class StepCost(StepCount):
 
     Attributes:
         rows: of the batch.
-        tokens: its padded length; None for images.
-        peak_bytes: how far allocated memory rises over weights and optimizer state, beginning without gradients; None
+        tokens: the batch's padded length. None for images.
+        peak_bytes: how far allocated memory rises over weights and optimizer state, beginning without gradients. None
             where it cannot be measured.
         resident_bytes: how far the process's resident memory rises (CPU only).
     """
@@ -70,18 +70,18 @@ class StepCost(StepCount):
 
 
 def measure_step(model: Attached, batch: Batch, *, bf16: bool = False) -> StepCost:
-    """Memory of a training step on a batch with labels; mode, weights and random generators stay as they are.
+    """Memory of a training step on a batch with labels. Mode, weights and random generators stay as they are.
 
     Args:
-        model: real, or made inside a `FakeTensorMode` that is active: then there are counts and no peaks.
-        batch: with labels; real or fake as the model.
+        model: real, or made inside a `FakeTensorMode` that is active. Then there are counts and no peaks.
+        batch: with labels. It is real or fake, as the model is.
         bf16: run forward under autocast to bfloat16.
     """
     inputs = accepted(model, batch)
     with _undone(model), idle_optimizer(model) as optimizer:
         model.train()
         count = _count(model, inputs, bf16, optimizer)
-    # Not in one pass: what the counters hang on the graph makes recomputed blocks live longer.
+    # Not in one pass: what the counters attach to the graph makes recomputed blocks live longer.
     peak = step_peak(model, batch, bf16=bf16)
     ids = batch.get("input_ids")
     return StepCost(
@@ -94,7 +94,7 @@ def measure_step(model: Attached, batch: Batch, *, bf16: bool = False) -> StepCo
 
 
 def step_peak(model: Attached, batch: Batch, *, bf16: bool = False) -> Peak | None:
-    """How far memory rises in a training step over weights and optimizer state; None where it cannot be measured.
+    """How far memory rises in a training step over weights and optimizer state. None where it cannot be measured.
 
     Mode, weights and random generators stay as they are.
     """
@@ -107,7 +107,7 @@ def step_peak(model: Attached, batch: Batch, *, bf16: bool = False) -> Peak | No
 
 
 def inference_peak(model: Attached, batch: Batch, *, bf16: bool = False) -> int | None:
-    """How far allocated memory rises in an inference, in bytes; None where it cannot be measured."""
+    """How far allocated memory rises in an inference, in bytes. None where it cannot be measured."""
     if not _is_real(model):
         return None
     inputs = accepted(model, batch)
@@ -131,7 +131,7 @@ def step_seconds(model: Attached, batches: Iterable[Callable[[], Batch]], *, bf1
 
 
 def evaluation_seconds(model: Attached, batches: Iterable[Callable[[], Batch]], *, bf16: bool = False) -> list[float]:
-    """The same of a forward pass with labels, without gradients."""
+    """Seconds of a forward pass with labels, without gradients, on each of the batches."""
 
     def evaluate(make: Callable[[], Batch]) -> None:
         _loss(model, accepted(model, make()), bf16)
@@ -157,7 +157,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def train_step(model: Attached, batch: Batch, optimizer: torch.optim.Optimizer, bf16: bool) -> None:
-    """Forward, backward and an optimizer step; no gradients are left."""
+    """Forward, backward and an optimizer step. No gradients are left."""
     _loss(model, batch, bf16).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -174,7 +174,7 @@ def predict(model: Attached, batch: Batch, bf16: bool) -> None:
 def idle_optimizer(model: Attached) -> Iterator[torch.optim.Optimizer]:
     """The optimizer of a training step with its state in place, at a learning rate of 0.
 
-    The Trainer's AdamW, or that of a first stage in which all weights are free, which takes more memory than the next.
+    It is the Trainer's AdamW, or that of a first stage in which all weights are free. That one takes more memory.
     """
     first = model if isinstance(model, SideModel) and model.relaxes else None
     optimizer: Any
@@ -201,7 +201,7 @@ def sparse_deltas(models: Iterable[SideModel]) -> Iterator[tuple[SparseDelta, Sp
 
 @contextmanager
 def announced(model: Attached, optimizer: Any) -> Iterator[None]:
-    """For methods that are told of steps, what is run inside is the last one of training: nothing moves after it."""
+    """For methods that are told of steps, the step run inside is the last one of training. Nothing moves after it."""
     told = list(sparse_deltas(model.parts))
     for delta, diff in told:
         delta.before_step(diff, 1, 1)
@@ -211,7 +211,7 @@ def announced(model: Attached, optimizer: Any) -> Iterator[None]:
 
 
 def fill_state(optimizer: torch.optim.Optimizer) -> None:
-    """Take a step without gradients where the optimizer makes its state in the first one."""
+    """Take a step without gradients, if the optimizer makes its state in the first step."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
     if parameters:
         for parameter in parameters:
@@ -275,7 +275,7 @@ def _is_real(model: Attached) -> bool:
 
 @contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
-    """Afterwards: no gradients, and buffers, mode and random generators as before."""
+    """Afterwards there are no gradients, and buffers, mode and random generators are as before."""
     mode, buffers = model.training, [(buffer, buffer.clone()) for buffer in model.buffers()]
     with same_random_numbers(model):
         try:

@@ -56,16 +56,16 @@ def attach(
     backbone_noise: Noise | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> SideModel | PairModel:
-    """A model that tunes `method` (and a head) on a backbone, frozen and in eval mode from here on.
+    """A model that tunes `method` (and a head) on a backbone. The backbone is frozen and in eval mode from here on.
 
     Args:
-        backbone: a Hugging Face model, with or without a task head, or a timm model; with `Retrieve` a dual encoder, as
+        backbone: a Hugging Face model, with or without a task head, or a timm model. With `Retrieve` a dual encoder, as
             `CLIPModel` or `VisionTextDualEncoderModel`.
-        method: for example `ReadConfig(rank=128)`; of a dual encoder each tower gets its own.
+        method: for example `ReadConfig(rank=128)`. In a dual encoder each tower gets its own.
         head: `Classify`, `Regress`, `Retrieve`, or None for the backbone's own head.
-        train_head: with head=None, whether the backbone's own head is trained; None: if it is new or the class is a
+        train_head: with head=None, whether the backbone's own head is trained. None: if it is new or the class is a
             For...Classification class. A pooler is trained if it is new.
-        backbone_noise: "drop_path", "dropout" or "all" leave that noise on in training; None: eval mode. A method that
+        backbone_noise: "drop_path", "dropout" or "all" leave that noise on in training. None: eval mode. A method that
             changes the backbone's weights trains with the backbone's own noise in any case.
         checkpoint: "late" recomputes the blocks after the method's first write in backward.
 
@@ -83,7 +83,7 @@ def attach(
 
 
 def detach(model: Attached) -> nn.Module:
-    """The untouched backbone: hooks removed, weights, gradient flags and mode as they were before `attach`."""
+    """The untouched backbone. Hooks are removed, and weights, gradient flags and mode are as before `attach`."""
     return model.detach_backbone()
 
 

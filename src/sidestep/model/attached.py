@@ -22,8 +22,8 @@ class AttachedModel(nn.Module, ABC):
         settings: what was attached.
         record: the method as it is registered.
         extras: what is stored with the task besides (tokenizer or processor, preprocessing, scores).
-        sparse: the sparse diff that is trained in the place of weights, or None; a pair has one in each tower.
-        attached_shapes: of the tables of embeddings at `attach`, by their names; of a pair in each tower.
+        sparse: the sparse diff that is trained in the place of weights, or None. A pair has one in each tower.
+        attached_shapes: shapes of the embedding tables at `attach`, by their names. A pair has them in each tower.
     """
 
     backbone: Any
@@ -41,17 +41,17 @@ class AttachedModel(nn.Module, ABC):
     @property
     @abstractmethod
     def towers(self) -> Mapping[str, AttachedModel]:
-        """The attached backbones by name; the one of a `SideModel` has the name ""."""
+        """The attached backbones by name. The backbone of a `SideModel` has the name ""."""
 
     @property
     @abstractmethod
     def head_config(self) -> dict[str, Any] | None:
-        """The head's config as JSON-ready values, with its read-out as it was resolved; None for the backbone's own."""
+        """The head's config as JSON-ready values, with its read-out as it was resolved. None for the backbone's own."""
 
     @property
     @abstractmethod
     def precisions(self) -> str:
-        """Those of the backbone's weights but for the task, joined by "+"."""
+        """The precisions of the backbone's weights without the task's, joined by "+"."""
 
     @property
     @abstractmethod

@@ -34,7 +34,7 @@ class Attachment:
         trained: the backbone's tensors that are the task's own.
         delta: the method, if it changes weights.
         fold: runs the method along a pass.
-        hooks: bring it the passes.
+        hooks: bring the passes to the fold.
         recomputed: the blocks that are recomputed in backward.
     """
 
@@ -63,7 +63,7 @@ class Attachment:
         return self.delta is None or type(self.delta).remove is WeightDelta.remove
 
     def rest(self) -> Rest:
-        """Take all off; `resume` takes what this returns."""
+        """Take all off. `resume` takes what this returns."""
         with self.fold.turn:
             rest = Rest(self.trained.values(), Before.of(self.backbone))
             self.leave()

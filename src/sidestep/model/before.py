@@ -27,8 +27,8 @@ OF_TRAINING = (
 class Before:
     """What changes on a backbone under a task besides hooks: gradient flags, modes, and fields of its configs.
 
-    They belong to parameters and modules, not to names: a model may change its modules meanwhile (BigBird does). What
-    it has by then that it did not have before is frozen or not as the rest of it, and in the mode of the whole.
+    They belong to parameters and modules, not to names. A model may change its modules meanwhile (BigBird does).
+    Modules that are new by then are frozen if the rest is, and get the mode of the whole.
     """
 
     training: bool
@@ -38,7 +38,7 @@ class Before:
 
     @classmethod
     def of(cls, model: nn.Module) -> Before:
-        """Those of a model as it is now."""
+        """The flags, modes and config fields of a model as it is now."""
         return cls(
             model.training,
             {parameter: parameter.requires_grad for parameter in model.parameters()},
@@ -63,7 +63,7 @@ class Before:
 
 
 def _configs(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The fields of a model's config, of the configs inside of it, and of how it generates; by name."""
+    """The fields, by name, of a model's config, of the configs inside of it, and of how it generates."""
     if not isinstance(model, PreTrainedModel):
         return {}
     found = {"config": model.config, "generation": vars(model).get("generation_config"), **vars(model.config)}

@@ -80,7 +80,7 @@ def built_delta(record: Method, settings: Settings, backbone: nn.Module, trunk: 
 
 
 def built_side(record: Method, settings: Settings, backbone: nn.Module, sites: Sequence[Site]) -> SideNet:
-    """The side network; for a method that changes weights a probe, which does nothing.
+    """The side network. A method that changes weights gets a probe, which does nothing.
 
     Raises:
         UnsupportedBackbone: if the method does not work on this backbone.
@@ -109,7 +109,7 @@ def built_side(record: Method, settings: Settings, backbone: nn.Module, sites: S
 
 
 def first_write(settings: Settings, places: Sequence[Place], side: SideNet, delta: WeightDelta | None) -> Site | None:
-    """The first site at which the method changes what the backbone computes; None if it never does."""
+    """The first site at which the method changes what the backbone computes. None if it never does."""
     if delta is not None:
         return places[0].site
     return type(side).first_write(settings.method, [place.site for place in places])
@@ -144,7 +144,7 @@ def mean_first(record: Method, settings: Settings, side: SideNet, sites: Sequenc
 def single_token(
     backbone: nn.Module, side: SideNet, delta: WeightDelta | None, write: Site | None, sites: Sequence[Site], head: Pool
 ) -> Pool | None:
-    """Which single token the method may be given, where that is known to be all that is read; `head`: by what."""
+    """The single token that the method may be given, if it is known to be all that is read. `head`: by what."""
     staged = any(site.stage > 0 for site in sites)
     at_end = write is None or write.kind == "norm" or write.last
     if delta is not None or not side.tokenwise or staged or not at_end:

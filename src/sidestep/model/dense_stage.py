@@ -27,7 +27,7 @@ class DenseStage(AttachedModel):
         return isinstance(self.delta, SparseDelta) and self.delta.relaxes and not placed
 
     def place_anywhere(self) -> None:
-        """Give a sparse diff that has no positions random ones: memory and time do not depend on where they are."""
+        """Give random positions to a sparse diff that has none. Memory and time do not depend on where they are."""
         if self.sparse is not None and not self.sparse.is_placed:
             self.sparse.place_at_random(0)
 
@@ -37,10 +37,10 @@ class DenseStage(AttachedModel):
         """The optimizer of that stage (see `SparseDelta.relax`), until its `project` or `unrelax`.
 
         Args:
-            rate: learning rate; at 0 nothing moves.
+            rate: learning rate. At 0 nothing moves.
             weight_decay: of the weights and of the head.
-            max_norm: where gradients are cut; 0 leaves them.
-            seed: of what is random in it.
+            max_norm: the norm to which gradients are cut. 0: they are not cut.
+            seed: of whatever is random in the stage.
         """
         assert isinstance(self.delta, SparseDelta)
         assert self.sparse is not None

@@ -8,9 +8,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 
 class GPO(nn.Module):
-    """Generalised pooling: in each channel the tokens are sorted, and weighted by their place in that order.
+    """Generalised pooling. In each channel the tokens are sorted, and weighted by their place in that order.
 
-    The weights hang on the number of tokens alone: sinusoidal codes of the places go through a bidirectional GRU.
+    The weights depend only on the number of tokens. Sinusoidal codes of the places go through a bidirectional GRU.
 
     Source: Chen et al., "Learning the Best Pooling Strategy for Visual Semantic Embedding", CVPR 2021 (VSE-infinity).
 
@@ -27,7 +27,7 @@ class GPO(nn.Module):
         self.linear = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(batch, width) of tokens (batch, tokens, width); `keep` is (batch, tokens) bool, None: all."""
+        """(batch, width) of tokens (batch, tokens, width). `keep` is (batch, tokens) bool. None keeps all tokens."""
         if keep is None:
             keep = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         lengths, which = keep.sum(1).unique(return_inverse=True)

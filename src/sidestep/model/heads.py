@@ -1,4 +1,4 @@
-"""Heads: what is learned on top of the last hidden state. A head is a config; `attach` builds its module."""
+"""Heads: what is learned on top of the last hidden state. A head is a config. `attach` builds its module."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class HeadConfig:
     """Base of the heads' configs.
 
     Attributes:
-        pool: what is read: "cls" (the first token), "mean" (all kept tokens; on images the grid's), "mean_pre_norm"
-            (their mean before the backbone's final norm, which then norms it; without such a norm the same as "mean")
-            or "last" (the last kept token). None: the family's default.
+        pool: what is read. "cls" is the first token, "last" the last kept one. "mean" is the mean of all kept tokens
+            (on images, of the grid's). "mean_pre_norm" is their mean before the backbone's final norm, which then norms
+            the mean. Without such a norm it is the same as "mean". None: the family's default.
     """
 
     pools: ClassVar[tuple[Pool, ...]] = ("cls", "mean", "mean_pre_norm", "last")
@@ -76,7 +76,7 @@ class Classify(HeadConfig):
 
     Attributes:
         num_labels: number of classes.
-        labels: their names, in order; they come back in predictions.
+        labels: their names, in order. They come back in predictions.
         problem: "single" (one class per example, softmax) or "multi" (any number, one sigmoid each).
     """
 
@@ -115,7 +115,7 @@ class Regress(HeadConfig):
 
     Attributes:
         targets: number of values per example.
-        center: mean of the training targets; the head's bias starts there.
+        center: mean of the training targets. The head's bias starts there.
     """
 
     targets: int = 1
@@ -143,23 +143,23 @@ class Regress(HeadConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieve(HeadConfig):
-    """Images and texts as embeddings of one space: a linear map without bias of what is read, of length one.
+    """Images and texts as embeddings of one space. What is read goes through a linear map without bias, to length one.
 
     Attributes:
-        pool: as of other heads, for both towers, and two more: "own", the pooled output of the tower as the model makes
-            it (CLIP: the class token through its norm, the end-of-text token), and "gpo", learned weights of the
-            projected tokens sorted by channel. None: what the model projects itself if its checkpoint has the
-            projections, else the families' defaults.
-        text_pool: of the text tower, where it is another; None: as `pool`.
-        dim: channels of the embeddings; None: as the model's own projections. These are where the maps start, if the
-            checkpoint has them and they fit; else they start at random.
-        loss: "contrastive", symmetric cross-entropy over the batch with a trained temperature, or "triplet", hinges on
-            the cosine as VSE has them.
+        pool: for both towers. Besides the values of other heads there are "own" and "gpo". "own" is the pooled output
+            of the tower as the model makes it (CLIP: the class token through its norm, the end-of-text token). "gpo" is
+            learned weights of the projected tokens sorted by channel. None: what the model projects itself if its
+            checkpoint has the projections, else the families' defaults.
+        text_pool: of the text tower, if it differs. None: as `pool`.
+        dim: channels of the embeddings. None: as the model's own projections. The maps start as these projections if
+            the checkpoint has them and they fit. Else they start at random.
+        loss: "contrastive" is symmetric cross-entropy over the batch with a trained temperature. "triplet" is hinges
+            on the cosine as VSE has them.
         margin: of the triplets.
         hardest: whether a triplet's negative is the hardest of the batch, or the mean is taken over all that violate
             the margin.
         mean_epochs: epochs in which that mean comes before the hardest, whose loss then rises from zero within an epoch
-            (VSE: 1). Of `sidestep.training.train`; in a loop of your own, set `PairModel.epoch`.
+            (VSE: 1). `sidestep.training.train` counts them. In a loop of your own, set `PairModel.epoch`.
     """
 
     pools: ClassVar[tuple[Pool, ...]] = (*HeadConfig.pools, "own", "gpo")
@@ -193,7 +193,7 @@ class Retrieve(HeadConfig):
         return "retrieval"
 
     def features(self, width: int) -> int:
-        """Those of the embedding: it is corrected before it is brought to length one."""
+        """Channels of the embedding. It is corrected before it is brought to length one."""
         return self.outputs
 
     def build(self, width: int, pool: Pool) -> Head:
@@ -217,7 +217,7 @@ def head_from_dict(values: dict[str, Any]) -> HeadConfig:
 
 
 def named(classes: Sequence[str]) -> dict[str, Any]:
-    """The fields of a transformers config that name the classes; none if there are none."""
+    """The fields of a transformers config that name the classes. None if there are none."""
     if not classes:
         return {}
     return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
@@ -272,7 +272,7 @@ class Head(nn.Module):
 
 
 class EmbeddingHead(Head):
-    """The embedding of one tower of a dual encoder: read and projected ("gpo": the other way round), of length one."""
+    """The embedding of one tower of a dual encoder: read, projected ("gpo": projected first), brought to length one."""
 
     def __init__(self, config: Retrieve, width: int, pool: Pool) -> None:
         super().__init__(config, width, pool)

@@ -1,4 +1,4 @@
-"""Starts that hang on training rows: how much the backbone's own weights matter to its loss on them."""
+"""Starting weights that depend on training data, by how much each backbone weight matters to the loss."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ SAMPLES = 1024  # the release's
 def initialise(model: SideModel, batches: Iterable[Mapping[str, Tensor]], *, samples: int | None = None) -> int:
     """Start a method from its backbone by the Fisher information of each weight.
 
-    LSTConfig(init="fisher") takes from it which channels its side network begins with, SparseConfig(select="fisher")
-    which weights are trained. That is the squared gradient of the loss (LST: of the backbone's own), summed over
-    batches. With batches of one row it is the empirical Fisher information; larger ones are faster and average before
-    they square.
+    LSTConfig(init="fisher") takes from it which channels its side network begins with. SparseConfig(select="fisher")
+    takes which weights are trained. The information is the squared gradient of the loss (LST: of the backbone's own),
+    summed over batches. With batches of one row it is the empirical Fisher information. Larger batches are faster and
+    average before they square.
 
     Args:
         model: attached with such a method.
         batches: of what its forward takes, with labels.
-        samples: the most batches that are looked at; None: as many as the method's config says, or 1024.
+        samples: the most batches that are looked at. None: as many as the method's config says, or 1024.
 
     Returns:
-        How many were.
+        How many batches were looked at.
 
     Raises:
         ValueError: if the method's start takes no rows, there are none, or the model is a pair.
@@ -56,14 +56,14 @@ def initialise(model: SideModel, batches: Iterable[Mapping[str, Tensor]], *, sam
 
 
 def samples_of(model: SideModel) -> int:
-    """How many training rows the method's start looks at; 0: none."""
+    """How many training rows the method's start looks at. 0: it looks at none."""
     if isinstance(model.delta, SparseDelta):
         return model.delta.samples
     return SAMPLES if model.side.from_data else 0
 
 
 def _choose_support(model: SideModel, batches: Iterable[Mapping[str, Tensor]]) -> int:
-    """Place a sparse diff by the sums of squared gradients of all weights; returns the number of batches."""
+    """Place a sparse diff by the sums of squared gradients of all weights. Returns the number of batches."""
     diff, delta = model.sparse, model.delta
     assert diff is not None
     assert isinstance(delta, SparseDelta)

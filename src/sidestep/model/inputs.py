@@ -100,7 +100,7 @@ class Inputs:
         return config.pad_token_id
 
     def check_prompts(self, tokens: Tensor | None, kwargs: dict[str, Any]) -> None:
-        """Refuse prompts that are longer than the backbone's table of positions; masked padding is no part of them.
+        """Refuse prompts that are longer than the backbone's table of positions. Masked padding does not count.
 
         Raises:
             ValueError: saying how long they may be.
@@ -118,7 +118,7 @@ class Inputs:
 
 
 def check_labels(labels: Tensor) -> None:
-    """Raise `ValueError` if the loss would leave out all classes or tokens, as the mean over none is no number."""
+    """Raise `ValueError` if the loss would leave out all classes or tokens. The mean over none is no number."""
     # not on an accelerator, where to look would be to wait for it: there the collators have looked
     if labels.device.type != "cpu" or isinstance(labels, FakeTensor) or torch.compiler.is_compiling():
         return
@@ -130,7 +130,7 @@ def check_labels(labels: Tensor) -> None:
 
 
 def _pads_left(mask: Tensor) -> bool:
-    """Whether a text is padded on the left; a compiled pass counts as such, and a plan's batch does not."""
+    """Whether a text is padded on the left. A compiled pass counts as padded so, and a plan's batch does not."""
     if mask.is_meta or isinstance(mask, FakeTensor):
         return False
     return torch.compiler.is_compiling() or bool((mask[:, 0] == 0).any())

@@ -13,7 +13,7 @@ LARGEST_SCALE = math.log(100)
 
 
 def contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
-    """Symmetric cross-entropy of each pair against the batch's others; 0 where there are none.
+    """Symmetric cross-entropy of each pair against the batch's others. 0 if there are no others.
 
     Args:
         logits: (pairs, pairs), of image i and text j.
@@ -32,7 +32,7 @@ def triplet_loss(cosines: Tensor, same: Tensor, margin: float, *, hardest: bool)
         cosines: (pairs, pairs), of image i and text j.
         same: (pairs, pairs) bool: texts j of the image i, which are no negatives of it.
         margin: by which a pair should be ahead.
-        hardest: the mean over pairs of their hardest negative; else the mean over the negatives that violate it.
+        hardest: take the mean over pairs of their hardest negative. Else the mean over the negatives that violate it.
     """
     right = cosines.diagonal()
     texts = (margin + cosines - right[:, None]).relu().masked_fill(same, 0)

@@ -51,7 +51,7 @@ def check_rows(logits: Tensor, given: Any, backbone: nn.Module) -> None:
 
 
 def refuse_timm_options(kwargs: dict[str, Any], backbone: nn.Module) -> None:
-    """Refuse what a timm model's forward does not give; take out what is not asked for."""
+    """Refuse options that a timm model's forward does not know. Take out those that are off."""
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.pop(name, None):
             raise ValueError(
@@ -61,7 +61,7 @@ def refuse_timm_options(kwargs: dict[str, Any], backbone: nn.Module) -> None:
 
 
 def pop_return_dict(kwargs: dict[str, Any], config: Any) -> bool:
-    """Whether an output with names is asked for; the trunk's own always has them, as the head reads by name."""
+    """Whether an output with names is asked for. The trunk's own always has them, as the head reads by name."""
     asked, usual = kwargs.pop("return_dict", None), getattr(config, "return_dict", True)
     if not usual:
         kwargs["return_dict"] = True
@@ -69,12 +69,12 @@ def pop_return_dict(kwargs: dict[str, Any], config: Any) -> bool:
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """The loss in a model's output; a tuple does not say whether it begins with one."""
+    """The loss in a model's output. A tuple does not say whether it begins with one."""
     return output.get("loss") if isinstance(output, ModelOutput) else None
 
 
 def scaled(output: Any, factor: Tensor) -> Any:
-    """A model's output with its loss times a factor; a tuple begins with the loss."""
+    """A model's output with its loss times a factor. A tuple begins with the loss."""
     if isinstance(output, tuple):
         return (output[0] * factor, *output[1:])
     output.loss = output.loss * factor

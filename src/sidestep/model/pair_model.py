@@ -1,7 +1,7 @@
 """PairModel: a dual encoder of images and texts with a method on each tower.
 
-Both towers are ordinary `SideModel`s whose head gives an embedding, so sites, folds, checkpoints, digests and `detach`
-are those of one backbone. What is here is what belongs to both: the temperature and the losses.
+Both towers are ordinary `SideModel`s whose head gives an embedding. So sites, folds, checkpoints, digests and `detach`
+are those of one backbone. This module has what belongs to both towers: the temperature and the losses.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class RetrievalOutput(ModelOutput):
 
     Attributes:
         loss: of training, where labels were given.
-        image_embeds: (pairs, dim) of length one; None without images.
-        text_embeds: (pairs, dim) of length one; None without texts.
+        image_embeds: (pairs, dim) of length one. None without images.
+        text_embeds: (pairs, dim) of length one. None without texts.
     """
 
     loss: Tensor | None = None
@@ -55,15 +55,15 @@ class RetrievalOutput(ModelOutput):
 
 
 class PairModel(AttachedModel):
-    """A dual encoder with a method and an embedding head on each tower; make one with `attach` or `load`.
+    """A dual encoder with a method and an embedding head on each tower. Make one with `attach` or `load`.
 
     `state_dict()` is the task alone, as of a `SideModel`: its names begin with "image." and "text.", and "logit_scale"
     is the trained temperature.
 
     Attributes:
         image, text: the towers, attached.
-        logit_scale: logarithm of what cosines are multiplied by; None with the triplet loss.
-        epoch: how far training is, in epochs, for a loss that goes by it (`Retrieve.mean_epochs`); else past all.
+        logit_scale: logarithm of what cosines are multiplied by. None with the triplet loss.
+        epoch: how far training is, in epochs, for a loss that depends on it (`Retrieve.mean_epochs`). Else past all.
         backbone: the dual encoder as given (no submodule: the towers hold what is used of it).
         settings, record, extras: as of a `SideModel`.
     """
@@ -103,7 +103,7 @@ class PairModel(AttachedModel):
         self.train(self._before.training)
 
     def _tower(self, name: str, trunk: nn.Module, new: set[str]) -> SideModel:
-        """The method and the embedding head on one tower; the head starts as the model's own projection if it can."""
+        """The method and the embedding head on one tower. The head starts as the model's own projection if it can."""
         own: nn.Linear = getattr(self.backbone, PROJECTIONS[name])
         loaded = f"{PROJECTIONS[name]}.weight" not in new
         pool, width = self._pool(name, trunk, loaded), self.head.dim or own.out_features
@@ -142,8 +142,8 @@ class PairModel(AttachedModel):
         Args:
             pixel_values: (images, channels, rows, columns).
             input_ids, attention_mask, token_type_ids, position_ids: (texts, tokens), as the text tower takes them.
-            image_index: (texts,) the number of each text's image in `pixel_values`; None: they stand in pairs.
-            labels: (texts,) which image it is: texts of the same one are no negatives of each other.
+            image_index: (texts,) the number of each text's image in `pixel_values`. None: they stand in pairs.
+            labels: (texts,) which image it is. Texts of the same image are no negatives of each other.
 
         Raises:
             ValueError: if there are labels without images and texts in pairs.
@@ -180,7 +180,7 @@ class PairModel(AttachedModel):
             return contrastive_loss(cosines * self.logit_scale.exp(), same)
 
     def _triplet_loss(self, cosines: Tensor, same: Tensor) -> Tensor:
-        """In training the loss of the present epoch: over all violations first, then rising, of the hardest."""
+        """In training the loss of the present epoch. It is over all violations first, then rising, of the hardest."""
         head, epoch = self.head, self.epoch if self.training else math.inf
         if epoch < head.mean_epochs:
             return triplet_loss(cosines, same, head.margin, hardest=False)
@@ -228,7 +228,7 @@ class PairModel(AttachedModel):
 
     @property
     def precisions(self) -> str:
-        """Those of the towers' weights, joined by "+"."""
+        """The precisions of the towers' weights, joined by "+"."""
         return "+".join(sorted({name for tower in self.parts for name in tower.precisions.split("+")}))
 
     @property
@@ -266,7 +266,7 @@ class PairModel(AttachedModel):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        """Load a task's tensors; always strict, but over the task's names only.
+        """Load a task's tensors. It is always strict, but over the task's names only.
 
         Raises:
             ValueError: if names are missing or unexpected, or a shape differs.

@@ -57,17 +57,17 @@ def save(
 ) -> None:
     """Write the task of a model to a folder, which at every moment holds the old task or the new one.
 
-    Stored besides the weights are `model.extras["processor"]` (by its `save_pretrained`),
-    `model.extras["preprocessing"]` and `model.extras["scores"]`.
+    Besides the weights, `model.extras["processor"]` (by its `save_pretrained`), `model.extras["preprocessing"]` and
+    `model.extras["scores"]` are stored.
 
     Args:
         model: an attached model.
         folder: new, empty, or with other things in it.
         overwrite: whether a task that is there already is replaced.
-        scores: stored and shown on the model card; None: `model.extras["scores"]`.
+        scores: stored and shown on the model card. None: `model.extras["scores"]`.
 
     Raises:
-        TaskError: if the folder holds a task already, is a file, or something in `extras` is no plain data; or if the
+        TaskError: if the folder holds a task already, is a file, or something in `extras` is no plain data. Also if the
             backbone's embeddings were resized, so that no backbone would fit the task.
     """
     folder = Path(folder)
@@ -110,9 +110,9 @@ def _check_storable(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def portable_names(model: AttachedModel) -> dict[str, str]:
-    """Names in the file by names in the model: the same for every class of one backbone.
+    """Names in the file by names in the model. They are the same for every class of one backbone.
 
-    "side.", "head." and "sparse." stay; a backbone's tensor is named relative to its trunk ("trunk."), or by its full
+    "side.", "head." and "sparse." stay. A backbone's tensor is named relative to its trunk ("trunk."), or by its full
     name where it lies outside ("own.").
     """
     if "" not in model.towers:
@@ -165,7 +165,7 @@ def packed(model: AttachedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def check_sizes(model: AttachedModel) -> None:
-    """Refuse a model whose backbone has other sizes than what its name loads: `load` would refuse the task.
+    """Refuse a model whose backbone has other sizes than what its name loads. `load` would refuse the task.
 
     Raises:
         TaskError: saying which, and how to come to a backbone that has a name.
@@ -281,7 +281,7 @@ def _labels(model: AttachedModel) -> list[str] | None:
 
 
 def settings_of(task: Task) -> Settings:
-    """What a stored task was attached with; raises `TaskError` if this version cannot use it."""
+    """What a stored task was attached with. Raises `TaskError` if this version cannot use it."""
     return _check_settings(task.folder, task.config)
 
 
@@ -311,7 +311,7 @@ def _method(folder: Path, config: Mapping[str, Any]) -> MethodConfig:
 
 
 def head_of(folder: Path, config: Mapping[str, Any]) -> HeadConfig | None:
-    """The head of a task's config; None: the backbone's own.
+    """The head of a task's config. None: the backbone's own.
 
     Raises:
         TaskError: if this version does not know it, or cannot use its fields.
@@ -325,7 +325,7 @@ def head_of(folder: Path, config: Mapping[str, Any]) -> HeadConfig | None:
 
 @contextmanager
 def _as_unusable(folder: Path) -> Iterator[None]:
-    """Whatever a config class raises, as a `TaskError`: a method of another package may raise anything."""
+    """Turn whatever a config class raises into a `TaskError`. A method of another package may raise anything."""
     try:
         yield
     except Exception as error:

@@ -13,7 +13,7 @@ from sidestep.model.heads import HeadConfig
 
 @dataclass(frozen=True)
 class Settings:
-    """What `attach` was given besides the backbone; stored in the task."""
+    """What `attach` was given besides the backbone. Stored in the task."""
 
     method: MethodConfig
     head: HeadConfig | None = None

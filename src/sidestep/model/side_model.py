@@ -1,4 +1,4 @@
-"""SideModel: a frozen backbone, a method and a head; the one `nn.Module` that a user holds."""
+"""SideModel: a frozen backbone, a method and a head. The one `nn.Module` that a user holds."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from sidestep.model.trainer_face import TrainerFace
 
 
 class SideModel(TrainerFace):
-    """A backbone with a method and a head attached; make one with `attach` or `load`.
+    """A backbone with a method and a head attached. Make one with `attach` or `load`.
 
     It returns the backbone's own output type, or with a Sidestep head a `SequenceClassifierOutput` or
-    `ImageClassifierOutput`. `state_dict()` is the task alone: what is trained, side buffers, and what the backbone's
-    checkpoint did not have.
+    `ImageClassifierOutput`. `state_dict()` is the task alone. That is what is trained, side buffers, and what the
+    backbone's checkpoint did not have.
 
     Attributes:
         backbone: the backbone as given.
@@ -131,7 +131,7 @@ class SideModel(TrainerFace):
 
     @property
     def head_config(self) -> dict[str, Any] | None:
-        """The head's config as JSON-ready values, with its read-out as it was resolved; None for the backbone's own."""
+        """The head's config as JSON-ready values, with its read-out as it was resolved. None for the backbone's own."""
         return None if self.settings.head is None else {**self.settings.head.to_dict(), "pool": self.pool}
 
     @property
@@ -192,8 +192,8 @@ class SideModel(TrainerFace):
         """The backbone's `generate` with the task active.
 
         Raises:
-            ValueError: if the model has a Sidestep head, a prompt is longer than the backbone has positions for, or a
-                cache is asked for that the method cannot go on from.
+            ValueError: if the model has a Sidestep head, or a prompt is longer than the backbone has positions for.
+                Also if a cache is asked for that the method cannot go on from.
         """
         if self.head is not None:
             raise ValueError(f"a model with a {type(self.settings.head).__name__} head does not generate text")
@@ -210,7 +210,7 @@ class SideModel(TrainerFace):
         return self.fold.run(self.backbone.generate, *args, **kwargs)[0]
 
     def train(self, mode: bool = True) -> SideModel:
-        """Training mode for the method and the head; the backbone stays in eval mode unless noise was asked for."""
+        """Training mode for the method and the head. The backbone stays in eval mode unless noise was asked for."""
         super().train(mode)
         if self.delta is None:
             backbones.set_noise(self.trunk, self.settings.backbone_noise if mode else None)
@@ -225,7 +225,7 @@ class SideModel(TrainerFace):
 
     @property
     def precisions(self) -> str:
-        """Those of the backbone's weights but for the task, joined by "+"; an own head counts as it was given."""
+        """The precisions of the backbone's weights without the task's, joined by "+". An own head counts as given."""
         return precisions(self.backbone, self.trunk, self.delta, self.trained.wide)
 
     @property
@@ -253,7 +253,7 @@ class SideModel(TrainerFace):
 
     @contextmanager
     def _without_diff(self) -> Iterator[None]:
-        """The backbone's weights are the pretrained ones meanwhile, where a sparse diff is written into them."""
+        """Within it the backbone's weights are the pretrained ones, also if a sparse diff is written into them."""
         if not self.fold.attached:
             build.check_attachable(self.backbone)  # under another task they would not be
         if not self.fold.attached or self.sparse is None:
@@ -266,7 +266,7 @@ class SideModel(TrainerFace):
 
     @property
     def towers(self) -> dict[str, SideModel]:
-        """The attached backbones by name: of a `PairModel` two, here this one, without a name."""
+        """The attached backbones by name. A `PairModel` has two. Here it is this one, without a name."""
         return {"": self}
 
     @property
@@ -291,7 +291,7 @@ class SideModel(TrainerFace):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        """Load a task's tensors; always strict, but over the task's names only.
+        """Load a task's tensors. It is always strict, but over the task's names only.
 
         Raises:
             FoldError: if the model was detached.

@@ -1,4 +1,4 @@
-"""What of a backbone a task trains, and what it keeps as its own: unfrozen, listed, and put back."""
+"""What a task trains of a backbone, and what it keeps as its own. It is unfrozen, listed, and put back."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Trained:
     def _unfreeze(
         self, unread: set[int], own: set[int], new: set[str], moved: set[int], delta: WeightDelta | None
     ) -> dict[str, nn.Parameter]:
-        """Unfreeze what is trained and keep its values; the trained parameters of an own head."""
+        """Unfreeze what is trained and keep its values. Returns the trained parameters of an own head."""
         stored, heads = [], {}
         for name, parameter in self.backbone.named_parameters():
             if id(parameter) in unread:
@@ -142,7 +142,7 @@ class Trained:
 
 
 def own_head(backbone: nn.Module, trunk: nn.Module) -> set[int]:
-    """Identities of the parameters of the backbone's own head (a weight that is tied to the trunk's is none)."""
+    """Identities of the parameters of the backbone's own head. A weight that is tied to the trunk's does not count."""
     inside = {id(p) for p in trunk.parameters()}
     return ({id(p) for p in backbone.parameters()} - inside) | head_tensors(trunk)
 
@@ -155,14 +155,14 @@ def beyond_trunk(backbone: nn.Module, trunk: nn.Module) -> set[int]:
 def tensors_beyond_trunk(
     backbone: nn.Module, trunk: nn.Module, *, own: bool, but: Collection[str]
 ) -> list[tuple[str, Tensor]]:
-    """What lies behind the last hidden state, `own` heads included, but for some names; sorted by name."""
+    """Tensors behind the last hidden state, `own` heads included, but for some names. Sorted by name."""
     beyond = beyond_trunk(backbone, trunk) - (set() if own else own_head(backbone, trunk))
     named = sorted(backbone.named_parameters())
     return [(name, parameter.detach()) for name, parameter in named if id(parameter) in beyond and name not in but]
 
 
 def precisions(backbone: nn.Module, trunk: nn.Module, delta: WeightDelta | None, wide: Widened) -> str:
-    """Those of a backbone's weights but for the task, joined by "+"; an own head counts as it was given."""
+    """The precisions of a backbone's weights without the task's, joined by "+". An own head counts as it was given."""
     inserted: set[int] = set()
     if delta is not None:
         inserted = {id(p) for name, p in trunk.named_parameters() if delta.plain_name(name) is None}
@@ -171,7 +171,7 @@ def precisions(backbone: nn.Module, trunk: nn.Module, delta: WeightDelta | None,
 
 
 def check_state(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raise `ValueError` unless `given` has the names and shapes of a task's `own` tensors; a diff has any size."""
+    """Raise `ValueError` unless `given` has the names and shapes of a task's `own` tensors. A diff has any size."""
     missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     shapes = {
         name: (tuple(value.shape), tuple(own[name].shape))

@@ -36,7 +36,7 @@ class TrainerFace(DenseStage):
 
     Attributes:
         model_tags: what a Trainer's model card is to be found by.
-        loss_type: by it the Trainer counts the tokens that a loss is a mean of.
+        loss_type: tells the Trainer which tokens a loss is a mean of.
         accepts_loss_kwargs: whether the loss is scaled by the Trainer's `num_items_in_batch` here.
     """
 
@@ -58,10 +58,10 @@ class TrainerFace(DenseStage):
         if getattr(self.backbone, "generation_config", None) is not None:
             self.generation_config = self.backbone.generation_config
         # The Trainer hands `num_items_in_batch` to models that scale their loss by it and divides the others' loss
-        # itself. Sidestep's heads and causal language models do; other Hugging Face heads may take it and ignore it.
+        # itself. Sidestep's heads and causal language models do. Other Hugging Face heads may take it and ignore it.
         # The loss of encoder-decoders, a mean over the batch's tokens, is scaled by the model.
         self.scales_loss = self.head is None and self.is_text2text()
-        # that of a causal language model is of shifted tokens
+        # the loss of a causal language model is of shifted tokens
         self.loss_type = vars(self.backbone).get("loss_type") if self.head is None else None
         self.accepts_loss_kwargs = self.head is not None or self.is_causal_lm() or self.scales_loss
         if self.head is None and isinstance(self.backbone, PreTrainedModel):
@@ -69,7 +69,7 @@ class TrainerFace(DenseStage):
         self._bind_forward()
 
     def _described(self) -> Any:
-        """The backbone's config; with a Sidestep head a copy that tells of that head, as pipelines ask."""
+        """The backbone's config. With a Sidestep head it is a copy that tells of that head, as pipelines ask."""
         if self.settings.head is None:
             return self.backbone.config
         config = copy.deepcopy(self.backbone.config)
@@ -136,7 +136,7 @@ class TrainerFace(DenseStage):
     # --- forward's signature, and what it costs pickle ---------------------------------------------------------------
 
     def _bind_forward(self) -> None:
-        """Give this instance's `forward` the backbone's signature: by it the Trainer keeps or drops columns."""
+        """Give this instance's `forward` the backbone's signature. The Trainer keeps or drops columns by it."""
 
         def forward(self: TrainerFace, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
             return type(self).forward(self, *args, labels=labels, **kwargs)
@@ -177,7 +177,7 @@ class TrainerFace(DenseStage):
         """Raise where a training step has no gradient (`learns`), instead of autograd's own error in backward.
 
         Raises:
-            ValueError: also where the method is not ready for a step yet; it says what to do.
+            ValueError: also if the method is not ready for a step yet. The message says what to do.
         """
         if not learns:
             raise ValueError(self._nothing_trained())
@@ -193,7 +193,7 @@ class TrainerFace(DenseStage):
 
     @property
     def untrained(self) -> str | None:
-        """Why nothing is trained; None if something is."""
+        """Why nothing is trained. None if something is trained."""
         return None if any(True for _ in self.trained_parameters()) else self._nothing_trained()
 
     def _nothing_trained(self) -> str:
@@ -207,7 +207,7 @@ class TrainerFace(DenseStage):
 
     @property
     def base_model(self) -> Any:
-        """The backbone without its own head, with the task active: called with inputs, it gives the trunk's output.
+        """The backbone without its own head, with the task active. Called with inputs, it gives the trunk's output.
 
         Raises:
             ValueError: when called on a model with a Sidestep head, or on one of timm's.
@@ -257,7 +257,7 @@ class TrainerFace(DenseStage):
         """The backbone's table of tokens, where the method trains the backbone's weights.
 
         Raises:
-            ValueError: where it does not, as noise on the embeddings (NEFTune) is one of training mode.
+            ValueError: if the method does not train them. Noise on the embeddings (NEFTune) belongs to training mode.
         """
         if self.delta is None:
             raise ValueError(
@@ -267,7 +267,7 @@ class TrainerFace(DenseStage):
         return self.backbone.get_input_embeddings()
 
     def enable_input_require_grads(self) -> None:
-        """Refused: PEFT asks for it, whose adapters would be trained in the task's place.
+        """Refused, because PEFT asks for it, whose adapters would be trained in the task's place.
 
         Raises:
             ValueError: saying what to do instead.
@@ -279,7 +279,7 @@ class TrainerFace(DenseStage):
         )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: the task would fit no backbone.
+        """Refused, because the task would fit no backbone.
 
         Raises:
             ValueError: saying where to do it instead.
@@ -304,8 +304,8 @@ _LIKE: dict[tuple[type[TrainerFace], type[nn.Module]], type[TrainerFace]] = {}
 def _like(base: type[TrainerFace], kind: type[nn.Module]) -> type[TrainerFace]:
     """A model's class by the name and with the signature of a backbone's class.
 
-    The Trainer finds the names of labels by these two of a class (start_positions of one for question answering), and
-    pipelines find by the name whether a model is of their task.
+    The Trainer finds the names of labels (start_positions for question answering) by a class's name and signature.
+    Pipelines find by the name whether a model is of their task.
     """
     if (base, kind) in _LIKE:
         return _LIKE[base, kind]
@@ -313,7 +313,7 @@ def _like(base: type[TrainerFace], kind: type[nn.Module]) -> type[TrainerFace]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)
 
-    # which `inspect` reads; types know no such attribute of functions
+    # `inspect` reads this attribute. The types know no such attribute of functions
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     forward.__doc__ = base.forward.__doc__
     fields = {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__, "made_of": (base, kind)}

@@ -22,25 +22,25 @@ from sidestep.tasks.load import diff_of, dtype_mismatch
 
 
 class DifferentBackbones(TaskError):
-    """Diffs were learned on different pretrained weights: their sum means nothing."""
+    """Diffs were learned on different pretrained weights. Their sum means nothing."""
 
 
 def add_diff(model: SideModel, folder: str | Path, scale: float = 1.0, *, allow_mismatch: bool = False) -> None:
-    """Add the sparse diff of a task to that of a model; head and labels stay the model's.
+    """Add the sparse diff of a task to that of a model. Head and labels stay the model's.
 
-    Where both change an entry, the changes are summed; the model's stored scores are dropped. The model is then as any
-    other: it can be saved, trained on with a new optimizer, and detached.
+    If both change an entry, the changes are summed. The model's stored scores are dropped. Afterwards the model can be
+    saved, trained on with a new optimizer, and detached, like any other.
 
     Args:
         model: with a sparse diff that has been trained or loaded.
         folder: a task with a sparse diff of the same backbone.
-        scale: what its changes are multiplied by; -1 takes a diff away that was added (up to rounding).
+        scale: the factor of the task's changes. -1 takes a diff away that was added (up to rounding).
         allow_mismatch: whether a diff of the same backbone in another precision is a warning rather than an error.
 
     Raises:
         DifferentBackbones: if the diffs belong to different pretrained weights.
-        TaskError: if the folder is no task or is damaged, either has no sparse diff or is of a dual encoder, the diff
-            was learned in another precision, or sums do not fit the precision of the model's diff or weights.
+        TaskError: if the folder is no task or is damaged. If either has no sparse diff or is of a dual encoder. If the
+            diff was learned in another precision, or sums do not fit the precision of the model's diff or weights.
         ValueError: if `scale` is no finite number.
 
     Warns:

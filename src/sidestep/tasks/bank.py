@@ -1,8 +1,8 @@
-"""TaskBank: many tasks on one backbone, which is held once; switched in place, added while others are in use.
+"""TaskBank: many tasks on one backbone, which is held once. Switched in place, added while others are in use.
 
-A bank's folder holds one ordinary task folder for each task. What is being added lies in a hidden folder beside them,
-and a single rename makes it a task or ends one, so a process that is killed leaves the old state or the new one. Who
-writes holds a lock, which the system lets go of when a process ends; who reads needs none.
+A bank's folder holds one ordinary task folder for each task. A task that is being added lies in a hidden folder beside
+them. A single rename adds or removes a task, so a process that is killed leaves the old state or the new one. Writers
+hold a lock, which the system frees when a process ends. Readers need no lock.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ NONE = (None, "", None)
 class TaskBank(AbstractContextManager["TaskBank"]):
     """Tasks of every kind on one backbone, of which one at a time is active.
 
-    Switching writes a diff's entries into the backbone's weights and their own values back, and moves hooks; nothing is
-    computed by subtraction, so the backbone is the same bit for bit after any switches, and no task changes another.
+    A switch writes a diff's entries into the backbone's weights, or their own values back, and moves hooks. Nothing is
+    computed by subtraction. So the backbone is the same bit for bit after any switches, and no task changes another.
 
-    Any thread may use a bank, one at a time. A thread that comes while another one switches, adds, or calls the active
-    model gets an error, and nothing changes: a lock of the caller's own makes threads wait for each other.
+    Any thread may use a bank, one at a time. A thread gets an error if another one switches, adds, or calls the active
+    model meanwhile. Nothing changes then. A lock of the caller's own makes threads wait for each other.
 
     Attributes:
-        backbone: held once; between `deactivate` and `activate` it is bare, and other models may be attached.
+        backbone: held once. Between `deactivate` and `activate` it is bare, and other models may be attached.
         store: the tasks on the disk.
         seconds: how long the last switch to each task took.
     """
 
     def __init__(self, backbone: nn.Module, folder: str | Path | None = None, *, keep: int | None = None) -> None:
-        """Open a bank; its folder may hold tasks already.
+        """Open a bank. Its folder may hold tasks already.
 
         Args:
             backbone: a Hugging Face or timm model with nothing attached, where it will stay and in its final precision.
-            folder: the bank's; None: a temporary one, which `close` deletes.
-            keep: how many inactive tasks stay in memory, ready to be switched to without reading files (LoRA and its
-                like are always read); None: all that were used.
+            folder: the bank's. None: a temporary folder, which `close` deletes.
+            keep: how many inactive tasks stay in memory, ready for a switch without reading files. None: all that were
+                used. LoRA and its like are always read.
 
         Raises:
             BankError: if the tasks in the folder belong to another backbone.
@@ -94,7 +94,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
 
     @property
     def names(self) -> list[str]:
-        """The tasks that are there now, those that other processes added included."""
+        """The tasks that are there now, including those that other processes added."""
         return self.store.names
 
     @property
@@ -118,14 +118,14 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         return model
 
     def entries(self) -> list[Entry]:
-        """The tasks that are there now and can be read; of each of the others a warning says what is wrong."""
+        """The tasks that are there now and can be read. A warning says what is wrong with each of the others."""
         entries, unreadable = self.store.entries()
         for reason in unreadable.values():
             warnings.warn(reason, stacklevel=2)
         return entries
 
     def add(self, name: str, task: str | Path | Attached) -> None:
-        """Store a task in the bank, whatever is active; it is checked before anything changes.
+        """Store a task in the bank, whatever is active. It is checked before anything changes.
 
         Args:
             name: letters, digits, "_", "-" and ".", at most 255 bytes.
@@ -154,7 +154,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
     def activate(self, name: str) -> Attached:
         """Switch to a task: its model, in eval mode when it is first used, then as it was left.
 
-        The models of other tasks cannot be called meanwhile. `seconds[name]` says how long it took.
+        The models of other tasks cannot be called meanwhile. `seconds[name]` says how long the switch took.
 
         Raises:
             BankError: if there is none of this name, or another thread is using the bank or the active model.
@@ -165,7 +165,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             return model
 
     def deactivate(self) -> nn.Module:
-        """Leave the active task: the bare backbone, bit for bit as it was given.
+        """Leave the active task. The bare backbone is bit for bit as it was given.
 
         Raises:
             BankError: if another thread is using the bank or the active model.
@@ -176,13 +176,13 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         return self.backbone
 
     def run(self, name: str, batch: Mapping[str, Any]) -> Any:
-        """A task's output for a batch of the backbone's inputs, without gradients; errors as of `activate`."""
+        """A task's output for a batch of the backbone's inputs, without gradients. Errors as of `activate`."""
         with self._turn, torch.no_grad():
             model, self._asked.name = self._switch(name), name
             return model(**batch)
 
     def close(self) -> None:
-        """Leave the bare backbone; the tasks stay on the disk, unless the folder is temporary."""
+        """Leave the bare backbone. The tasks stay on the disk, unless the folder is temporary."""
         with self._turn:
             self._leave()
             self._resting.clear()
@@ -233,7 +233,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
     # --- small parts -----------------------------------------------------------------------------------------------
 
     def _check(self, task: Task) -> None:
-        """Raise unless this task can be put on the backbone; looked at once."""
+        """Raise unless this task can be put on the backbone. Each task is checked once."""
         identity = identity_of(task.config)
         if identity not in self._checked:
             self._check_fit(task)

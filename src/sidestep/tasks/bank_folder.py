@@ -33,7 +33,7 @@ TASK_FILES = (task_folder.CONFIG, task_folder.WEIGHTS)
 
 
 class BankError(TaskError):
-    """A bank cannot do what was asked for; the message says why and what to do."""
+    """A bank cannot do what was asked for. The message says why and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Entry:
     Attributes:
         name: in the bank.
         method: its name.
-        outputs: of its head; None: the head is the backbone's own.
+        outputs: of its head. None: the head is the backbone's own.
         labels: names of classes, where it has them.
         values: how many are stored.
         bytes: of all its files.
@@ -63,7 +63,7 @@ class BankFolder:
     """The tasks of a bank on the disk, without their backbone."""
 
     def __init__(self, path: str | Path) -> None:
-        """Arg is the folder, which is made when the first task is added; what an interrupted change left is removed.
+        """Arg is the folder, which is made when the first task is added. What an interrupted change left is removed.
 
         Raises:
             BankError: if the path is a file.
@@ -77,7 +77,7 @@ class BankFolder:
 
     @property
     def names(self) -> list[str]:
-        """The tasks that are there now, whoever added them; damaged ones included."""
+        """The tasks that are there now, whoever added them. Damaged ones are included."""
         return sorted({file.parent.name for part in TASK_FILES for file in self.path.glob(f"[!.]*/{part}")})
 
     def folder(self, name: str) -> Path:
@@ -91,7 +91,7 @@ class BankFolder:
         return self.path / name
 
     def entry(self, name: str) -> Entry:
-        """What a task's own files say of it; its weights are not read.
+        """What a task's own files say of it. Its weights are not read.
 
         Raises:
             TaskError: if there is none, or its files are damaged.
@@ -111,7 +111,7 @@ class BankFolder:
         )
 
     def entries(self) -> tuple[list[Entry], dict[str, str]]:
-        """What the tasks say of themselves, and of those that cannot be read, by their names, what is wrong."""
+        """What the tasks say of themselves. For those that cannot be read, by their names, what is wrong."""
         entries, unreadable = [], {}
         for name in self.names:
             try:
@@ -141,14 +141,14 @@ class BankFolder:
             return task_folder.read(self.folder(name))
 
     def digest(self) -> Digest | None:
-        """Of the backbone of all tasks, by the first that can be read; None: there is no such task."""
+        """The digest of all tasks' backbone, by the first task that can be read. None if there is no such task."""
         for name in self.names:
             with suppress(TaskError):
                 return digest_in(self.config(name))
         return None
 
     def add(self, name: str, task: str | Path | Attached, check: Callable[[Task], None] | None = None) -> None:
-        """Copy a task into the folder; it is there whole, or the folder is as before.
+        """Copy a task into the folder. Afterwards it is there whole, or the folder is as before.
 
         Args:
             name: letters, digits, "_", "-" and ".", at most 255 bytes.
@@ -156,7 +156,7 @@ class BankFolder:
             check: raises if the task may not be added.
 
         Raises:
-            BankError: if there is a task of this name, the name cannot be a folder's, the task belongs to another
+            BankError: if there is a task of this name, or the name cannot be a folder's. If the task belongs to another
                 backbone than those that are there, or another process is writing.
             OutputError: if the bank lies in the task.
             TaskError: if the task is damaged, or what `check` raises.
@@ -201,7 +201,7 @@ class BankFolder:
 
     @contextmanager
     def _writing(self) -> Iterator[Path]:
-        """Nobody else writes meanwhile; a new folder beside the tasks, which is removed with all that is left in it."""
+        """While nobody else writes, a new folder beside the tasks. It is removed with all that is left in it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with only_writer(self.path / LOCK, self.path, BankError):
             for left in self.path.glob(f"{STAGING}*"):
@@ -219,7 +219,7 @@ def _is_name(name: str) -> bool:
 
 
 def identity_of(config: Mapping[str, Any]) -> str:
-    """By which a task is known: all of its config, in which the checksum of its tensors is one entry."""
+    """What identifies a task: all of its config, in which the checksum of its tensors is one entry."""
     return hashlib.sha256(json.dumps(config).encode()).hexdigest()
 
 
@@ -233,7 +233,7 @@ def _what_to_do(name: str) -> Iterator[None]:
 
 
 def digest_in(config: Mapping[str, Any]) -> Digest:
-    """That of the backbone in a task's config."""
+    """The digest of the backbone in a task's config."""
     return Digest(**config["backbone"]["digest"])
 
 
@@ -243,6 +243,6 @@ def short(digest: Digest) -> str:
 
 
 def other_backbone(task: Task, its: Digest, here: Digest) -> str:
-    """That a task belongs to another backbone than the bank's."""
+    """The message that a task belongs to another backbone than the bank's."""
     made = task.config["backbone"]["class_name"]
     return f"{task.folder.name} was made on a {made} with digest {short(its)}, which is not the {short(here)}"

@@ -32,7 +32,7 @@ OWN_BACKBONE = "load the task's own backbone"
 
 
 class OtherBackbone(TaskError):
-    """A task was made on other weights; `reason` is the message without what to do."""
+    """A task was made on other weights. `reason` is the message without what to do."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"{reason}: {OWN_BACKBONE}, or pass allow_mismatch=True if you know that it fits")
@@ -102,15 +102,15 @@ def load(
 
     Args:
         folder: what `save_pretrained` wrote.
-        backbone: the model to put the task on; None: loaded by the name that is stored in the task.
+        backbone: the model to put the task on. None: loaded by the name that is stored in the task.
         allow_mismatch: whether another backbone, or for a sparse diff another precision, is a warning rather than an
             error.
-        dtype: precision in which the backbone is loaded; None: the precision that the task was saved with.
+        dtype: precision in which the backbone is loaded. None: the precision that the task was saved with.
         device: where the model goes.
 
     Raises:
-        TaskError: if the folder is no task, is damaged or too new, or belongs to another backbone; or if it is a sparse
-            diff of the backbone in another precision.
+        TaskError: if the folder is no task, is damaged or too new, or belongs to another backbone. Also if it is a
+            sparse diff of the backbone in another precision.
         LoadError: if the backbone cannot be loaded.
         UnsupportedBackbone: if the method cannot work on the backbone.
 
@@ -135,7 +135,7 @@ def put(task: Task, backbone: nn.Module, *, digests: Sequence[Digest] = (), allo
     Args:
         task: as read.
         backbone: the model to put it on.
-        digests: of the backbone as `digests_of` gives them, where they are known; they take a while.
+        digests: of the backbone as `digests_of` gives them, if they are known. Computing them takes a while.
         allow_mismatch: as for `load`.
     """
     settings = settings_of(task)
@@ -157,7 +157,7 @@ def put(task: Task, backbone: nn.Module, *, digests: Sequence[Digest] = (), allo
 
 
 def check_fit(task: Task, blank: nn.Module) -> None:
-    """Raise what `load` would raise, but for digests, on a backbone `without_values`.
+    """Raise on a backbone `without_values` what `load` would raise, but for digests.
 
     Raises:
         TaskError: if the task's tensors or settings do not fit, or its diff is damaged.
@@ -235,7 +235,7 @@ def _attach(task: Task, backbone: nn.Module, settings: Settings) -> Attached:
 
 
 def dtype_mismatch(folder: Path, wanted: Digest, own: Digest, *, is_diff: bool, allow_mismatch: bool) -> DtypeMismatch:
-    """The warning that a task was made on these weights in another precision; a diff has to be allowed to be.
+    """The warning that a task was made on these weights in another precision. For a diff this has to be allowed.
 
     A side network only reads other states then. A diff is written into the weights and rounded with them, and in a
     narrower precision much of it can vanish.
@@ -253,7 +253,7 @@ def dtype_mismatch(folder: Path, wanted: Digest, own: Digest, *, is_diff: bool, 
 
 
 def _check_weights(task: Task, backbone: nn.Module, digests: Sequence[Digest]) -> None:
-    """Refuse a backbone whose trunk is another than the task's."""
+    """Refuse a backbone whose trunk is not the task's."""
     own, wanted = digests[0] if len(digests) == 1 else joined(digests), Digest(**task.config["backbone"]["digest"])
     if own.matches(wanted) == "different":
         raise _other_backbone(task, backbone, wanted, own)
@@ -327,7 +327,7 @@ def _restore_extras(task: Task, model: Attached) -> None:
 
 
 def _own_fields(backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a backbone's config that a task stores; JSON has text keys only."""
+    """The fields of a backbone's config that a task stores. JSON has text keys only."""
     fields = dict(backbone["config"])
     if "id2label" in fields:
         fields["id2label"] = {int(index): label for index, label in fields["id2label"].items()}
@@ -335,7 +335,7 @@ def _own_fields(backbone: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _processor(task: Task, name: str) -> Any:
-    """A task's processor; where its bytes have no checksum, damage is the likeliest reason for any error.
+    """A task's processor. Where its bytes have no checksum, damage is the likeliest reason for any error.
 
     Raises:
         LoadError: if it is as it was written, and cannot be loaded here.

@@ -31,7 +31,7 @@ def evaluate(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, float]:
-    """The scores of a task on rows with labels; where it writes texts, of these.
+    """The scores of a task on rows with labels. If it writes texts, they are the scores of the texts.
 
     Args:
         model: with `extras["processor"]` and `extras["preprocessing"]`, as `load` and `train` leave it.
@@ -49,7 +49,7 @@ def evaluate(
 def judge(
     model: Attached, rows: Rows, *, fields: Fields | None = None, batch_size: int = 64, progress: bool = False
 ) -> Assessment:
-    """As `evaluate`, with what the scores are to be seen against."""
+    """As `evaluate`, with what the scores are to be compared with."""
     rows, (fields, labels) = as_dataset(rows), _reading(model, fields)
     if fields.label is None and not kind_named(labels.kind).dual:
         raise DataError("scores need a label column: name it (--label)")
@@ -99,16 +99,16 @@ def predict(
 
     Of retrieval, what is closest to each image and each caption (see `retrieval.neighbours`).
 
-    Several labels of a row are joined by "|"; an image stays as its path; a text is as the model writes it.
+    Several labels of a row are joined by "|". An image stays as its path. A text is as the model writes it.
 
     Args:
         model: as for `evaluate`.
-        rows: see `Rows`; labels are not needed.
+        rows: see `Rows`. Labels are not needed.
         fields: None: the columns that the task was trained on.
         batch_size: rows of one pass.
         progress: whether a bar is shown.
-        probabilities: "one": instead of those columns a single one, "probability", of what is predicted (of several
-            labels joined as they are); "none": no such column.
+        probabilities: "one" gives instead of those columns a single one, "probability", of what is predicted (of
+            several labels joined as they are). "none" gives no such column.
 
     Raises:
         DataError: for missing columns, or a column that has the name of one of these.
@@ -130,10 +130,10 @@ def predict(
 
 
 def check_probabilities(asked: str) -> Probabilities:
-    """A way to write probabilities that a user named.
+    """The way to write probabilities that a user named.
 
     Raises:
-        DataError: for one that there is not.
+        DataError: if it is unknown.
     """
     if asked not in get_args(Probabilities):
         raise DataError(f"probabilities={asked!r}: choose {', '.join(get_args(Probabilities))}")
@@ -147,7 +147,7 @@ def share_columns(found: Dataset, rows: Dataset) -> list[str]:
 
 
 def first_answers(model: Attached, data: TaskData, count: int = 3) -> list[tuple[int, str, str]]:
-    """The first dev rows of a task that writes texts: their number, what was expected, what is written; else none."""
+    """The first dev rows of a task that writes texts: number, expected text, written text. For other tasks empty."""
     if data.generation is None:
         return []
     assert isinstance(model, SideModel)

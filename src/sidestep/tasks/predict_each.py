@@ -30,18 +30,18 @@ def predict_each(
 ) -> Dataset:
     """As `predict`, each row by the task of a bank that is named for it, with one switch for each task.
 
-    The columns are those of all these tasks; a row has None in those that its task does not write. Predictions are
-    texts if those of one task are.
+    The columns are those of all these tasks. A row has None in columns that its task does not write. Predictions are
+    texts if one task's predictions are.
 
     Args:
         bank: of the tasks.
         rows: see `Rows`.
         names: of the task of each row.
-        columns: to read in the place of those that the tasks were trained on; `text2` by those that read a pair.
+        columns: to read in the place of those that the tasks were trained on. Tasks that read a pair take `text2`.
         batch_size: rows of one pass.
         progress: whether a bar is shown.
-        probabilities: as for `predict`; None: "all" if there is one task, and "one" if there are several, whose columns
-            would be empty in the rows of the others.
+        probabilities: as for `predict`. None: "all" if there is one task, else "one". Several tasks' columns would be
+            empty in the rows of the others.
 
     Raises:
         BankError: if the bank holds no task of such a name.

@@ -21,15 +21,15 @@ SPREAD = 1_000_003  # between the seeds of two runs: epoch 1 of seed 0 is not ep
 
 
 class Diverged(RuntimeError):
-    """A loss or gradient that is no number any more."""
+    """A loss or gradient is no longer a number."""
 
 
 class ExactResume(TrainerCallback):
     """Lets a run that continues from any checkpoint compute what the uninterrupted one does, bit for bit.
 
-    Every epoch begins from a seed of its own: the Trainer's length-grouped order comes from the global
-    generator, whose state at an epoch's begin is not in a checkpoint that was made in the epoch's middle. The
-    loss is logged at every checkpoint, because the mean since the last entry is not stored.
+    Every epoch begins from a seed of its own. The Trainer's length-grouped order comes from the global generator, and
+    a checkpoint from an epoch's middle lacks that generator's state at the epoch's begin.
+    The loss is logged at every checkpoint, because the mean since the last entry is not stored.
     """
 
     def __init__(self, seed: int, steps_per_epoch: int, save_steps: int | None) -> None:
@@ -47,7 +47,7 @@ class ExactResume(TrainerCallback):
         self._seed_epoch(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint within an epoch; the one at its end waits for the evaluation."""
+        """Ask for a checkpoint within an epoch. The one at its end waits for the evaluation."""
         step = state.global_step
         if self.save_steps and step % self.save_steps == 0 and step % self.steps_per_epoch:
             control.should_save = control.should_log = True
@@ -69,7 +69,7 @@ class SetEpoch(TrainerCallback):
 
 
 class TellEpoch(TrainerCallback):
-    """Tells a dual encoder before each step how far training is: VSE's loss goes by it."""
+    """Tells a dual encoder before each step how far training is. VSE's loss depends on it."""
 
     def __init__(self, model: PairModel, steps_per_epoch: int) -> None:
         self.model, self.steps_per_epoch = model, steps_per_epoch
@@ -79,12 +79,12 @@ class TellEpoch(TrainerCallback):
         self.model.epoch = state.global_step / self.steps_per_epoch
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """From here on the loss is what it ended as."""
+        """Keep the loss as it was at the end of training."""
         self.model.epoch = math.inf
 
 
 class MoveSupport(TrainerCallback):
-    """Tells methods with a sparse diff of each optimizer step, around which they may move it."""
+    """Tells methods with a sparse diff when an optimizer step begins and ends. They may move its positions then."""
 
     def __init__(self, models: Sequence[SideModel]) -> None:
         self.models = models

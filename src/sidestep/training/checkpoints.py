@@ -1,7 +1,7 @@
 """The Trainer's checkpoints of a run: which are complete, which is last, and whether a folder is free.
 
-A checkpoint is written in place, file by file, and trainer_state.json comes last. One that a killed process
-left half-written is therefore known by what it lacks.
+A checkpoint is written in place, file by file, and trainer_state.json comes last. So a checkpoint that a killed process
+left half-written lacks a file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def begin(settings: TrainSettings, run: Mapping[str, Any]) -> Path | None:
 
     Args:
         settings: with `output`, `resume` and `overwrite`.
-        run: what identifies the run; a resumed one must have the same.
+        run: what identifies the run. A resumed run must have the same.
 
     Returns:
         The checkpoint to continue from, if there is one.
@@ -82,7 +82,7 @@ def begin(settings: TrainSettings, run: Mapping[str, Any]) -> Path | None:
 
 
 def as_begun(settings: TrainSettings) -> TrainSettings:
-    """The settings; of a run to resume that is not told when to stop early, with what it began with."""
+    """The settings. A resumed run that is not told when to stop early gets the patience that it began with."""
     if not settings.resume or settings.patience is not None or settings.keep == "last":
         return settings
     try:
@@ -93,7 +93,7 @@ def as_begun(settings: TrainSettings) -> TrainSettings:
 
 
 def epochs_left(epochs: int, start: Path | None) -> float:
-    """How many of so many epochs there are to train from a checkpoint on; 0 where training had ended."""
+    """How many of so many epochs are left to train from a checkpoint. 0 if training had ended."""
     if start is None:
         return epochs
     return 0 if is_finished(start) else epochs - read_state(start)["epoch"]
@@ -125,7 +125,7 @@ def is_finished(checkpoint: Path) -> bool:
 
 
 def best_of(checkpoint: Path) -> Path:
-    """The checkpoint with the best dev score at the time of this one; this one if there was none yet."""
+    """The checkpoint with the best dev score at the time of this one. This one itself if no score was known yet."""
     step = read_state(checkpoint).get("best_global_step")
     best = checkpoint.with_name(f"checkpoint-{step}")
     return best if step and best.is_dir() else checkpoint
@@ -144,7 +144,7 @@ def step_of(checkpoint: Path) -> int:
 def relocate(checkpoint: Path) -> None:
     """Make a checkpoint point at the best one beside it, wherever the folder has been moved.
 
-    The Trainer stores that path as it was, and drops the best model without an error if it is not there.
+    The Trainer stores that path as it was. If nothing is there, the Trainer drops the best model without an error.
     """
     state, best = read_state(checkpoint), best_of(checkpoint)
     if state.get("best_model_checkpoint") not in (None, str(best)):
@@ -157,7 +157,7 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove half-written checkpoints: the Trainer's rotation would keep them in the place of good ones."""
+    """Remove half-written checkpoints. The Trainer's rotation would keep them in the place of good ones."""
     for path in _all(folder):
         if not is_complete(path):
             shutil.rmtree(path)

@@ -1,7 +1,7 @@
-"""A first stage in which all weights are free, then projected; the rest is the training of a sparse diff.
+"""A first stage in which all weights are free, then projected. After it a sparse diff is trained.
 
-It has a Trainer and checkpoints of its own, in a folder among those of the run, and ends when the projected diff is
-written there. So a run can be resumed in it, after it, and between the two.
+The stage has a Trainer and checkpoints of its own, in a folder among those of the run. It ends when the projected diff
+is written there. So a run can be resumed in the stage, after it, and between the two.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class FirstStage:
 
     Attributes:
         found: see `SparseDelta.project`.
-        log: the Trainer's.
-        seconds: of the session that ended it.
-        epoch_seconds: of its optimizer steps alone, for each epoch.
-        cost: of its step, where that was measured.
+        log: the Trainer's log.
+        seconds: of the session that ended the stage.
+        epoch_seconds: of the stage's optimizer steps alone, for each epoch.
+        cost: of the stage's step, where that was measured.
     """
 
     found: dict[str, Any]
@@ -69,7 +69,7 @@ class FirstStage:
     cost: StepCost | None
 
     def told(self, history: list[dict[str, float]]) -> dict[str, Any]:
-        """What the results say of it; `history` is read from the log."""
+        """What the results say of the stage. `history` is read from the log."""
         return {
             **self.found,
             "seconds": round(self.seconds, 3),
@@ -86,15 +86,15 @@ def projected(
     make_trainer: MakeTrainer,
     batch: Batch | None,
 ) -> FirstStage:
-    """Run the stage, or what is left of it: afterwards the model's diff has its positions.
+    """Run the stage, or what is left of it. Afterwards the model's diff has its positions.
 
     Args:
         model: with a diff pruning method, not trained yet.
         settings: of the run.
-        identity: what the run is, which a resumed one has to share.
-        start: the checkpoint of the second stage to continue from; with one, nothing is left to do here.
+        identity: what the run is. A resumed run has to share it.
+        start: the checkpoint of the second stage to continue from. With one, nothing is left to do here.
         make_trainer: see `MakeTrainer`.
-        batch: on which a step's memory is measured; None: it is not.
+        batch: on which a step's memory is measured. None: it is not measured.
     """
     folder = settings.output / checkpoints.FOLDER / FOLDER
     done = folder / PROJECTED
@@ -120,12 +120,12 @@ def check(model: SideModel, settings: TrainSettings) -> None:
 
 
 def epochs(model: SideModel, settings: TrainSettings) -> int:
-    """Of both stages."""
+    """Epochs of both stages."""
     return own(model, settings).epochs + last_stage(model, settings).epochs
 
 
 def last_stage(model: SideModel, settings: TrainSettings) -> TrainSettings:
-    """How the projected diff is trained on."""
+    """How the projected diff is trained in the second stage."""
     _, (epochs, rate) = _method(model).stages(settings.epochs, settings.rate(model.record.config))
     return replace(settings, epochs=epochs, learning_rate=rate)
 
@@ -142,7 +142,7 @@ def _relaxed(
     make_trainer: MakeTrainer,
     batch: Batch | None,
 ) -> FirstStage:
-    """The stage from its last checkpoint on, and what came of it."""
+    """The stage from its last checkpoint on, and its outcome."""
     method, diff, how = _method(model), model.sparse, own(model, settings)
     assert diff is not None
     made: list[Any] = []
@@ -179,7 +179,7 @@ def _relaxed(
 
 
 def own(model: SideModel, settings: TrainSettings) -> TrainSettings:
-    """The run's settings for this stage, which has a folder of its own and ends with its last epoch."""
+    """The run's settings for this stage. It has a folder of its own and ends with its last epoch."""
     output = settings.output / checkpoints.FOLDER / FOLDER
     (epochs, rate), _ = _method(model).stages(settings.epochs, settings.rate(model.record.config))
     return replace(

@@ -19,7 +19,7 @@ NO_NORM = "has no final norm, so correction=pre_norm and correction=post_norm ar
 
 
 def notes_of(model: Attached, *, writes: bool) -> Iterator[str]:
-    """What the settings of a run come to; `writes`: its answers are texts."""
+    """What the settings of a run lead to. `writes`: the task's answers are texts."""
     yield _noise(model)
     if writes and not model.caches:
         name = model.record.name

@@ -1,4 +1,4 @@
-"""What came of a run: its scores and costs, as results."""
+"""The outcome of a run: its scores and costs, as results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sidestep.versions import versions
 
 
 def ends_scored(settings: TrainSettings) -> bool:
-    """Whether the last epoch's evaluation is that of the kept weights (under autocast it is not `sidestep eval`'s)."""
+    """Whether the last epoch's evaluation scored the kept weights. Under autocast it is not `sidestep eval`'s."""
     return settings.keep == "last" and not settings.bf16
 
 
@@ -39,7 +39,7 @@ def last_scores(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def judge_run(model: Attached, data: TaskData, settings: TrainSettings) -> Assessment:
-    """What a model comes to on the dev rows."""
+    """The scores of a model on the dev rows."""
     how = data.generation or Generation()
     size, workers = settings.eval_batch_size, settings.workers
     return judge_encoded(model, data.dev, data.fields, data.labels, how, batch_size=size, workers=workers)

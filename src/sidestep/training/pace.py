@@ -32,9 +32,9 @@ class Pace:
 
     @classmethod
     def measured(cls, model: Attached, data: TaskData, settings: TrainSettings) -> Pace:
-        """The pace of a model on a run's rows; mode, weights and random generators stay as they are.
+        """The pace of a model on a run's rows. Mode, weights and random generators stay as they are.
 
-        What is left out of it: the clipping of gradients, logs and checkpoints.
+        The pace leaves out the clipping of gradients, logs and checkpoints.
         """
         size, bf16 = settings.batch_size, settings.bf16
         whole, rest = divmod(len(data.train), size)
@@ -49,12 +49,12 @@ class Pace:
         )
 
     def seconds(self, epochs: float, *, more_evaluations: int = 0) -> float:
-        """Of epochs with an evaluation after each, and of more evaluations."""
+        """Seconds of so many epochs with an evaluation after each, and of more evaluations."""
         return epochs * self.epoch + (epochs + more_evaluations) * self.evaluation
 
 
 def _batches(data: TaskData, rows: Dataset, size: int) -> list[Callable[[], Batch]]:
-    """What makes a few of the whole batches that the Trainer would make, of all lengths: their mean is that of all."""
+    """What makes a few of the Trainer's whole batches, of all lengths. Their mean is that of all batches."""
     return [partial(_batch, data, rows, index) for index in _spread(rows, size)]
 
 
@@ -63,7 +63,7 @@ def _batch(data: TaskData, rows: Dataset, index: list[int]) -> Batch:
 
 
 def _spread(rows: Dataset, size: int) -> list[list[int]]:
-    """The rows of at most `TIMED` such batches, whose lengths are spread evenly over those of all."""
+    """The rows of at most `TIMED` such batches. Their lengths are spread evenly over those of all batches."""
     order, lengths = list(range(len(rows))), [0] * len(rows)
     if "length" in rows.column_names:
         lengths = rows["length"][:]
@@ -77,7 +77,7 @@ def _spread(rows: Dataset, size: int) -> list[list[int]]:
 
 
 def _writing_seconds(model: Attached, data: TaskData, settings: TrainSettings) -> float:
-    """Of the texts of one batch, of the middle of the lengths: they are written from the shortest to the longest."""
+    """Seconds for writing the texts of one batch. Texts are written from the shortest on, and it is a middle one."""
     assert isinstance(model, SideModel)
     assert data.generation is not None
     size, generation = settings.eval_batch_size, data.generation

@@ -25,29 +25,29 @@ class Results:
 
     Attributes:
         scores: of the kept weights on the dev rows, as `sidestep eval` computes them.
-        metric: the score by which they were chosen (with keep="last" they were not).
-        constant: by score, what the best single answer for all dev rows would have; see `assess.Assessment`.
-        classes: by name, how many dev rows are of it, and the share of them that was found.
+        metric: the score by which the weights were chosen. With keep="last" none were chosen.
+        constant: by score, what the best single answer for all dev rows would have. See `assess.Assessment`.
+        classes: by name, how many dev rows are of the class, and the share of them that was found.
         best_epoch, epochs: when they were made, and how many epochs were trained.
-        planned_epochs: that were asked for; if there are fewer `epochs`, training stopped early.
-        method, head, backbone: what was trained on what; the backbone with its digest.
+        planned_epochs: the epochs that were asked for. With fewer `epochs`, training stopped early.
+        method, head, backbone: what was trained on what. The backbone has its digest.
         labels: names of the classes.
         data: rows, the source of the dev rows, texts that were truncated.
         trainable_parameters: values that were trained.
         task_bytes: size of the task's weight file.
-        step: memory of the largest training step (the longest texts); None where it was not to be measured.
-        seconds: of training, with its evaluations; of the last session if the run was resumed.
-        estimated_seconds: what was said of them before, for all `planned_epochs`; None where no step was measured.
+        step: memory of the largest training step (the longest texts). None if it was not to be measured.
+        seconds: of training, with its evaluations. Of a resumed run, those of the last session.
+        estimated_seconds: the estimate before training, for all `planned_epochs`. None if no step was measured.
         epoch_seconds: of the optimizer steps alone, for each epoch of the last session.
         resumed_from: step of the checkpoint that the last session continued from.
         device, versions: what it ran on.
         seed, learning_rate, settings: how it was trained.
-        recipe: the recipe that it followed, by name, and what was "overridden"; None: none.
+        recipe: the name of the recipe that was followed, and what was "overridden". None: no recipe.
         history: training loss and dev scores of each epoch.
         notes: what a reader should know besides.
-        first_stage: what came of a stage before the one that the rest is about (diff pruning's relaxed weights): its
-            "seconds", "epoch_seconds" (of optimizer steps alone) and "history", the share of gates that were "open" at
-            its end, the "nonzeros" that were kept, and in how many "tensors" of "all_tensors".
+        first_stage: the outcome of a stage before the one that the rest is about (diff pruning's relaxed weights). It
+            has "seconds", "epoch_seconds" (of optimizer steps alone) and "history". "open" is the share of gates open
+            at its end. "nonzeros" were kept, in so many "tensors" of "all_tensors".
     """
 
     scores: dict[str, float]
@@ -92,6 +92,6 @@ def device_name(device: torch.device) -> str:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step: a reader sees the old one or the new one."""
+    """Write a JSON file in one step. A reader sees the old file or the new one."""
     with whole(path) as beside:
         beside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

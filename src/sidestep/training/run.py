@@ -32,16 +32,16 @@ from sidestep.training.train import train as train_model
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """The rows of a task; what is not told here is told of the arguments of `kinds.prepare.prepare`.
+    """The rows of a task. For what is not told here, see the arguments of `kinds.prepare.prepare`.
 
     Attributes:
-        train, dev: file, folder or hub id, or a data set; no dev rows: a share of the training rows is held out.
+        train, dev: file, folder or hub id, or a data set. Without dev rows a share of the training rows is held out.
         text, text2, image, label: the columns that are read.
-        kind: of task (see `sidestep.kinds`); None: by the labels.
+        kind: of task (see `sidestep.kinds`). None: by the labels.
         table: how files are read.
         train_split, dev_split: of a hub id or a folder of images.
-        transform: in the place of the backbone's image processor.
-        image_size, normalize: what is changed of the image processor.
+        transform: used in the place of the backbone's image processor.
+        image_size, normalize: what is changed in the image processor.
     """
 
     train: str | Path | Dataset
@@ -90,10 +90,10 @@ class ModelSpec:
     """What is trained.
 
     Attributes:
-        backbone: hub id, folder or "timm:NAME" (see `load_backbone`); of a dual encoder the whole, or its images'.
+        backbone: hub id, folder or "timm:NAME" (see `load_backbone`). Of a dual encoder the whole, or its image tower.
         method: its config.
-        text_backbone: of two encoders that are not a pair yet, that of texts.
-        head: of a dual encoder; None: by the data.
+        text_backbone: the text encoder, where the two encoders are not a pair yet.
+        head: of a dual encoder. None: by the data.
         pool: what a Sidestep head reads.
         own_head: whether the backbone's own head is trained instead.
         backbone_noise, checkpoint: as of `attach`.
@@ -121,7 +121,7 @@ class RunSpec:
         data: the rows.
         model: what is trained on them.
         training: how, and where the task goes.
-        recipe: the name of the recipe that it follows and what differs from it, to be told in the results.
+        recipe: the name of the recipe that the run follows and what differs from it. The results tell it.
     """
 
     data: DataSpec
@@ -147,7 +147,7 @@ def train(spec: RunSpec, watch: Watch | None = None) -> tuple[Attached, TaskData
     """Train a task and save it in `spec.training.output`.
 
     Returns:
-        The model with the kept weights, in eval mode; the rows that it was trained on; and what results.json holds.
+        The model with the kept weights, in eval mode. The rows that it was trained on. The contents of results.json.
 
     Raises:
         OutputError: if the output is taken, or one of the inputs.
@@ -155,7 +155,7 @@ def train(spec: RunSpec, watch: Watch | None = None) -> tuple[Attached, TaskData
         DataError: if the rows cannot be used.
         UnsupportedBackbone: if the method cannot work on the backbone.
         ValueError: if settings do not go together.
-        TrainError: if training diverges or memory runs out; checkpoints stay.
+        TrainError: if training diverges or memory runs out. Checkpoints stay.
     """
     check_output(spec.training)
     named = [str(source) for source in (spec.data.train, spec.data.dev) if isinstance(source, str | Path)]
@@ -172,7 +172,7 @@ def train(spec: RunSpec, watch: Watch | None = None) -> tuple[Attached, TaskData
 
 
 def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
-    """The rows of a run as its backbone reads them; errors as of `train`."""
+    """The rows of a run as its backbone reads them. Errors as of `train`."""
     asked, model, kind = spec.data, spec.model, spec.data.task_kind
     if (kind is None or not kind.dual) and (model.text_backbone, model.head) != (None, None):
         raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --task retrieval")
@@ -208,7 +208,7 @@ def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
 
 
 def attached(spec: RunSpec, data: TaskData) -> Attached:
-    """The model of a run before training, from its seed; errors as of `train`."""
+    """The model of a run before training, from its seed. Errors as of `train`."""
     own, kind = spec.model, kind_named(data.labels.kind)
     where: dict[str, Any] = {
         "name": own.backbone,

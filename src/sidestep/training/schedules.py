@@ -11,12 +11,12 @@ from sidestep.training.settings import TrainSettings
 def rate_factor(settings: TrainSettings, rate: float, steps_per_epoch: int) -> Callable[[int], float]:
     """What the learning rate is multiplied with at each optimizer step.
 
-    The rate rises from `start_rate` to its value over the warm-up. Then it stays ("constant") or goes to `end_rate`:
-    in a line ("linear") or half a cosine ("cosine") that begin where the warm-up ends and are evaluated at every step.
-    "step" divides it by 10 after each of the epochs in `milestones`.
-    "cosine_epochs" sets it once per epoch and counts the cosine from the run's first epoch, not from the warm-up's
-    end; it lasts as many epochs as follow the warm-up, and the run's last epochs, as many as the warm-up has, are at
-    `end_rate`. That is timm's `CosineLRScheduler` as its training script steps it.
+    The rate rises from `start_rate` to its value over the warm-up. Then it stays ("constant") or goes to `end_rate`, in
+    a line ("linear") or half a cosine ("cosine"). Both begin where the warm-up ends and are evaluated at every step.
+    "step" divides the rate by 10 after each of the epochs in `milestones`.
+    "cosine_epochs" sets the rate once per epoch. It counts the cosine from the run's first epoch, not from the end of
+    the warm-up. The cosine lasts as many epochs as follow the warm-up. The run's last epochs, as many as the warm-up
+    has, are at `end_rate`. That is timm's `CosineLRScheduler` as its training script steps it.
 
     Args:
         settings: `schedule`, `epochs`, the warm-up in one of its three forms, `start_rate`, `end_rate`, `milestones`.

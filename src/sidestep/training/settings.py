@@ -23,38 +23,38 @@ FREE_TO_CHANGE = ("output", "resume", "overwrite", "progress", "workers", "eval_
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How a task is trained; checkpointing of late blocks and noise belong to `attach`.
+    """How a task is trained. Checkpointing of late blocks and noise belong to `attach`.
 
     Attributes:
-        output: the task folder; checkpoints, logs and results.json go there too.
+        output: the task folder. Checkpoints, logs and results.json go there too.
         epochs: passes over the training rows.
         batch_size: rows of one forward and backward pass.
         eval_batch_size: rows of one forward pass over the dev rows.
         learning_rate: None: the `rate` of the method's config.
         weight_decay: AdamW's.
-        decay: what it is applied to: "weights", all but biases and norms; "all", whatever is trained.
+        decay: which weights it acts on. "weights" are all but biases and norms, "all" is whatever is trained.
         warmup: share of the steps in which the rate rises to its value.
-        warmup_epochs: the same in epochs; it goes before `warmup`.
-        warmup_steps: the same in steps, which may be more than the run has; it goes before `warmup`.
+        warmup_epochs: the same in epochs. It takes precedence over `warmup`.
+        warmup_steps: the same in steps, which may be more than the run has. It takes precedence over `warmup`.
         schedule: what the rate does after that (see `schedules.rate_factor`).
         start_rate: the rate that the warm-up begins at.
         end_rate: the rate that a schedule other than "constant" and "step" ends at.
         milestones: epochs after which the schedule "step" divides the rate by 10, ascending.
-        drop_last: leave out what an epoch's whole batches leave over of the (shuffled) training rows.
+        drop_last: whether the (shuffled) training rows that fill no whole batch are left out of an epoch.
         accumulate: batches for one optimizer step.
-        max_grad_norm: where the gradient's norm is cut; 0 leaves it.
+        max_grad_norm: the gradient's norm is cut to this. 0: it is not cut.
         label_smoothing: for single-label classification.
         seed: of weights, order and noise.
-        bf16: autocast to bfloat16 in training; what is trained stays in fp32.
-        patience: stop after so many epochs without a better dev score; 0: never. None: `PATIENCE`, and with keep="last"
-            never; a run that is resumed goes on as it began. See `waits`.
-        metric: by which dev score the best epoch is chosen; None: the problem's first.
-        keep: "best", the epoch with the best dev score; "last", the last one, so that nothing is chosen on dev.
-        checkpoints: whether a run leaves checkpoints to continue from; without them only the last epoch can be kept.
+        bf16: autocast to bfloat16 in training. What is trained stays in fp32.
+        patience: stop after so many epochs without a better dev score. 0: never. None: `PATIENCE`, and with keep="last"
+            never. A run that is resumed keeps the patience that it began with. See `waits`.
+        metric: the dev score that chooses the best epoch. None: the problem's first.
+        keep: "best" keeps the epoch with the best dev score. "last" keeps the last one, so nothing is chosen on dev.
+        checkpoints: whether a run leaves checkpoints to continue from. Without them only the last epoch can be kept.
         measure: whether the memory of a step is measured before training.
-        save_steps: a checkpoint every so many steps besides that of each epoch; None: none.
+        save_steps: steps between two checkpoints, besides the one of each epoch. None: no further ones.
         log_steps: steps between two log entries.
-        workers: processes that load data; 0: none but this one.
+        workers: processes that load data. 0: this one alone.
         resume: continue from the last complete checkpoint in `output`.
         overwrite: replace what `output` holds.
         progress: whether progress bars are shown.
@@ -159,13 +159,13 @@ class TrainSettings:
         return self.learning_rate or method.rate
 
     def steps_per_epoch(self, rows: int) -> int:
-        """Optimizer steps of an epoch of so many rows; the last one may have fewer batches."""
+        """Optimizer steps of an epoch of so many rows. The last step may have fewer batches."""
         whole, rest = divmod(rows, self.batch_size)
         batches = whole + (rest > 0 and not self.drop_last)
         return -(-batches // self.accumulate)
 
     def rise(self, steps_per_epoch: int) -> int:
-        """Optimizer steps in which the rate rises; whole epochs where it is set once per epoch."""
+        """Optimizer steps in which the rate rises. They are whole epochs if the rate is set once per epoch."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         if self.warmup_epochs is not None:
@@ -176,13 +176,13 @@ class TrainSettings:
 
     @property
     def waits(self) -> int:
-        """Epochs without a better dev score after which training stops; 0: it does not stop early."""
+        """Epochs without a better dev score after which training stops. 0: it does not stop early."""
         if self.patience is None:
             return PATIENCE if self.keep == "best" else 0
         return self.patience
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values; a patience of null means that training does not stop early."""
+        """The fields as JSON-ready values. A patience of null means that training does not stop early."""
         plain = {"output": str(self.output), "milestones": list(self.milestones), "patience": self.waits or None}
         return {**asdict(self), **plain}
 

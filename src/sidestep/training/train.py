@@ -48,7 +48,7 @@ __all__ = ["TrainError", "TrainSettings", "head_for", "largest_batch", "train"]
 
 
 class TrainError(RuntimeError):
-    """Training could not go on; the message says what to change and where the last good checkpoint is."""
+    """Training could not go on. The message says what to change and where the last good checkpoint is."""
 
 
 def train(
@@ -61,7 +61,7 @@ def train(
 ) -> Results:
     """Train a model, choose its best epoch on the dev rows (or keep the last), and save it as a task with its results.
 
-    Training stops early where no epoch is better for a while, if the best one is kept (see `TrainSettings.waits`).
+    If the best epoch is kept, training stops early when no epoch is better for a while (see `TrainSettings.waits`).
 
     `settings.output` then holds the task, results.json, checkpoints/ (the best and the last, of the task
     alone) and logs/ (for TensorBoard).
@@ -70,15 +70,15 @@ def train(
         model: attached, with a head for `data.labels` (see `head_for` and `load_backbone(writes=...)`).
         data: see `prepare`.
         settings: how.
-        recipe: the name of the recipe that it follows and what differs from it, to be told in the results.
-        tell: takes a line that says before training how long it will take, if steps are measured.
+        recipe: the name of the recipe that is followed and what differs from it. The results tell it.
+        tell: called before training with a line that says how long training will take, if steps are measured.
 
     Returns:
-        What results.json holds; the model is left with the kept weights, in eval mode.
+        What results.json holds. The model is left with the kept weights, in eval mode.
 
     Raises:
         OutputError: if the output folder is taken, or the run to resume was another one.
-        TrainError: if training diverges or memory runs out; checkpoints stay.
+        TrainError: if training diverges or memory runs out. Checkpoints stay.
         ValueError: if a setting does not fit the problem, or texts the backbone's positions.
 
     Warns:
@@ -138,8 +138,8 @@ def train(
 def _readable(model: Attached, data: TaskData) -> TaskData:
     """The data without columns that the model's forward does not take.
 
-    Not left to the Trainer's column removal: that takes the lengths away before the sampler asks for them,
-    and the row numbers by which an unreadable image is named.
+    The Trainer's column removal is not used. It takes the lengths away before the sampler asks for them. It also takes
+    the row numbers by which an unreadable image is named.
     """
     names = {*inspect.signature(model.forward).parameters, "labels", "length", "row", "target"}
 
@@ -150,7 +150,7 @@ def _readable(model: Attached, data: TaskData) -> TaskData:
 
 
 def _describe(model: Attached, data: TaskData) -> None:
-    """Store in the model what reads further rows the same way."""
+    """Store in the model what is needed to read further rows the same way."""
     _choose_padding_side(model, data)
     model.extras["processor"] = data.processor
     model.extras["preprocessing"] = data.preprocessing()
@@ -169,7 +169,7 @@ def _describe(model: Attached, data: TaskData) -> None:
 
 
 def _choose_padding_side(model: Attached, data: TaskData) -> None:
-    """Have texts padded where the backbone does not mistake padding for text; a task stores its tokenizer.
+    """Have texts padded where the backbone does not mistake padding for text. A task stores its tokenizer.
 
     Warns:
         DataWarning: if that is another side than the tokenizer's.
@@ -189,7 +189,7 @@ def _choose_padding_side(model: Attached, data: TaskData) -> None:
 
 
 def _identity(model: Attached, data: TaskData, settings: TrainSettings) -> dict[str, Any]:
-    """What a run is: a resumed one has to be the same."""
+    """What a run is. A resumed run has to be the same."""
     return {
         **settings.fixed(),
         "method": {"name": model.record.name, **model.settings.method.to_dict()},
@@ -205,12 +205,12 @@ def _identity(model: Attached, data: TaskData, settings: TrainSettings) -> dict[
 
 
 def _fingerprint(rows: Dataset) -> str:
-    """Of all that the rows hold: texts of the same length and other pictures of the same labels are other rows."""
+    """A hash of all that the rows hold. Other texts of equal length, or other pictures of equal labels, change it."""
     return f"{len(rows)}, {content_hash(rows)[:12]}"
 
 
 def _initialise(model: Attached, data: TaskData, settings: TrainSettings) -> None:
-    """Let a method whose start hangs on training rows see some, drawn by the seed."""
+    """Show training rows, drawn by the seed, to a method whose starting weights depend on them."""
     if not isinstance(model, SideModel):
         if any(part.sparse is not None and part.sparse.is_idle for part in model.parts):
             raise ValueError(
@@ -228,7 +228,7 @@ def _initialise(model: Attached, data: TaskData, settings: TrainSettings) -> Non
 def _estimate(
     model: Attached, data: TaskData, settings: TrainSettings, epochs: float, tell: Callable[[str], object] | None
 ) -> float:
-    """Seconds that so many epochs and the final evaluation will take; told, if somebody listens.
+    """Seconds that so many epochs and the final evaluation will take. They are told, if somebody listens.
 
     The settings are those of the last stage, which may stop early.
     """
@@ -240,7 +240,7 @@ def _estimate(
 
 
 def _run(trainer: Trainer, start: Path | None) -> float:
-    """Train, or take up the best weights of a run that had ended; the seconds that it took."""
+    """Train, or take up the best weights of a run that had ended. Returns the seconds that this took."""
     begin = time.perf_counter()
     if start is not None and checkpoints.is_finished(start):
         best = checkpoints.best_of(start) if trainer.args.load_best_model_at_end else start

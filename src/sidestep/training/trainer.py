@@ -96,9 +96,9 @@ def make_trainer(
 class TaskTrainer(Trainer):
     """The Trainer with the settings' schedule, weight decay and whole batches.
 
-    `judge_texts` scores problems that are not scored by logits; without it `compute_metrics` does. What the last
-    evaluation gave is remembered, for `judged`.
-    `make_optimizer` makes another optimizer than AdamW, when a checkpoint's weights have been loaded.
+    `judge_texts` scores problems that are not scored by logits. Without it `compute_metrics` scores them. The result of
+    the last evaluation is remembered, for `judged`.
+    `make_optimizer` makes an optimizer other than AdamW, when a checkpoint's weights have been loaded.
     """
 
     lr_scheduler: Any
@@ -126,7 +126,7 @@ class TaskTrainer(Trainer):
         return super().create_optimizer(model)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The Trainer's, with the scores of written texts where the answers are texts."""
+        """The Trainer's loop, with the scores of written texts where the answers are texts."""
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._judge_texts is None:
             self._last = partial(kind_named(self._labels.kind).assess_evaluation, found, self._labels.names or None)
@@ -137,7 +137,7 @@ class TaskTrainer(Trainer):
         return found
 
     def judged(self, history: list[dict[str, float]]) -> Assessment | None:
-        """What the last evaluation came to, with the scores that the history ends with; None: there was none here."""
+        """The result of the last evaluation, with the scores that the history ends with. None: there was none here."""
         return None if self._last is None else replace(self._last(), scores=last_scores(history))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
@@ -153,7 +153,7 @@ class TaskTrainer(Trainer):
         return super().get_decay_parameter_names(model)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The training batches, without a last one that is not whole where the settings say so."""
+        """The training batches. Where the settings say so, a last one that is not whole is left out."""
         # set for this one only: with it the Trainer leaves out dev rows too
         self.args.dataloader_drop_last = self._settings.drop_last
         try:

@@ -78,16 +78,16 @@ def plan(
         backbone: a folder with a config.json, such a file, a hub id, "timm:NAME", a transformers config, or a function
             that makes the model.
         method: for example `ReadConfig(rank=128)`.
-        head: as in `attach`; None: a classification head of the backbone's own.
+        head: as in `attach`. None: a classification head of the backbone's own.
         batch: rows.
-        length: tokens of a text; None: 128, or what the model takes at most.
-        image_size: rows and columns of an image; None: what the model was made for.
+        length: tokens of a text. None: 128, or what the model takes at most.
+        image_size: rows and columns of an image. None: what the model was made for.
         checkpoint, backbone_noise: as in `attach`.
         precision: "float32", "bf16 autocast" (weights in float32), or "bfloat16" (the backbone's weights).
         optimizer: one of `OPTIMIZERS`.
-        device: "cpu" or "cuda"; the latter needs no GPU.
+        device: "cpu" or "cuda". The latter needs no GPU.
         revision: branch, tag or commit of a hub id.
-        measure: run two real steps on this machine instead, with random weights, and take the allocator's count; for
+        measure: run two real steps on this machine instead, with random weights, and take the allocator's count. With
             "cuda" there has to be a GPU then.
 
     Raises:

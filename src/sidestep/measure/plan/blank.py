@@ -36,13 +36,13 @@ def build(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
 ) -> nn.Module:
-    """The backbone with random weights, on the default device: under `torch.device("meta")` without any.
+    """The backbone with random weights, on the default device. Under `torch.device("meta")` it has no weights.
 
     Args:
         backbone: a folder with a config.json, such a file, a hub id, "timm:NAME", "vit:FILE.npz",
             "gguf:FOLDER@FILE", a config, or what makes the model.
-        own_head: whether it comes with a classification head of its own.
-        num_labels: classes of that head; None: the config's.
+        own_head: whether the backbone comes with a classification head of its own.
+        num_labels: classes of that head. None: the config's.
         dtype: of the weights.
         revision: branch, tag or commit of a hub id.
 
@@ -64,7 +64,7 @@ def build(
 
 
 def read_config(name: str | Path, revision: str | None = None) -> Any:
-    """The config of a folder, a file, a hub id, "vit:FILE.npz" or "gguf:FOLDER@FILE"; no weights are needed.
+    """The config of a folder, a file, a hub id, "vit:FILE.npz" or "gguf:FOLDER@FILE". No weights are needed.
 
     Raises:
         LoadError: if there is none.
@@ -104,13 +104,13 @@ def _timm(name: str, classes: int | None) -> nn.Module:
 
 
 def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int | None) -> dict[str, Tensor]:
-    """A batch without content, with labels and, for texts, with padding; on the default device.
+    """A batch without content, on the default device. It has labels and, for texts, padding.
 
     Args:
         model: says whether it reads texts or images, and what its labels are.
         rows: of the batch.
-        length: tokens of a text; None: `LENGTH`, or what the model takes at most.
-        image_size: rows and columns of an image; None: what the model was made for, or `IMAGE_SIZE`.
+        length: tokens of a text. None: `LENGTH`, or what the model takes at most.
+        image_size: rows and columns of an image. None: what the model was made for, or `IMAGE_SIZE`.
 
     Raises:
         ValueError: if a size does not fit the model.

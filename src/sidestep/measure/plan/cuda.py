@@ -1,7 +1,7 @@
 """What a GPU would run, for a plan that is traced with the CPU's kernels.
 
-Autograd needs a real GPU to run backward over fake CUDA tensors, so a GPU is planned on fake CPU tensors, and where
-CUDA has a kernel that keeps something else for backward, it is put in the CPU's place.
+Autograd needs a real GPU to run backward over fake CUDA tensors. So a GPU is planned on fake CPU tensors. Where CUDA
+has a kernel that keeps something else for backward, that kernel's stand-in takes the CPU kernel's place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CudaKernels(TorchFunctionMode):
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002 - F's name
-    """`F.dropout` with a mask of one byte a value; the CPU's is as wide as the input."""
+    """`F.dropout` with a mask of one byte a value. The CPU's mask is as wide as the input."""
     if not training or p == 0:
         return input
     return torch.native_dropout(input, p, training)[0]

@@ -16,7 +16,7 @@ from sidestep.model.attach import Attached
 def fake_copy(model: Attached) -> Attached:
     """A copy of an attached model (of real weights, or on the meta device) whose tensors are fake ones on the CPU.
 
-    To be called under a `FakeTensorMode`. Hooks, recomputed blocks and gradient flags come along; the model itself
+    Call it under a `FakeTensorMode`. Hooks, recomputed blocks and gradient flags come along. The model itself
     stays as it is.
     """
     # by its memo, deepcopy takes these for what they stand for: nothing large is copied

@@ -17,7 +17,7 @@ from sidestep.measure.plan.trace import Device, Plan, Precision, plan_for
 from sidestep.methods import MethodConfig, methods
 from sidestep.model.attach import Attached
 
-MOST = 2**20  # rows; a batch that still fits then is limited by something else
+MOST = 2**20  # rows. A batch that still fits then is limited by something else
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -26,7 +26,7 @@ class PlanWarning(UserWarning):
 
 
 def memory_of(text: str) -> int:
-    """Bytes of a size such as "16GB", "24 GiB" or "900M"; units are powers of 1024, as makers of cards count them.
+    """Bytes of a size such as "16GB", "24 GiB" or "900M". Units are powers of 1024, as makers of cards count them.
 
     Raises:
         ValueError: if the text is no size.
@@ -43,12 +43,12 @@ def best_device() -> Device:
 
 
 def largest_batch(total: Callable[[int], int], limit: int, *, start: int, fixed: int = 0) -> int:
-    """The largest batch whose `total` bytes stay within `limit`; 0 if not even one row does.
+    """The largest batch whose `total` bytes stay within `limit`. 0 if not even one row does.
 
     The found batch has been tried, and so has the next one. The line through two known batches says where to try.
 
     Args:
-        total: bytes for a batch; rises with it.
+        total: bytes for a batch. They rise with it.
         limit: bytes.
         start: the batch to try first.
         fixed: bytes that do not depend on the batch.
@@ -77,8 +77,8 @@ class Alternative:
 
     Attributes:
         label: the method's name, with "+checkpoint" if late blocks are recomputed.
-        plan: None if there is none.
-        reason: why not; None if there is a plan.
+        plan: None if there is no plan.
+        reason: why there is no plan. None if there is one.
     """
 
     label: str
@@ -98,7 +98,7 @@ def alternatives(make: Callable[..., Plan], asked: MethodConfig) -> list[Alterna
 
     Args:
         make: the plan of a method config, and of `checkpoint="late"`.
-        asked: the config to take for its own method; the others have their defaults.
+        asked: the config to take for its own method. The other methods have their defaults.
     """
     found = []
     for name, method in methods().items():
@@ -122,10 +122,10 @@ def check_fits(
     precision: Precision = "float32",
     optimizer: str = "AdamW",
 ) -> None:
-    """Warn if a training step on this batch will take more than the device has; says nothing if it cannot tell.
+    """Warn if a training step on this batch will take more than the device has. Says nothing if it cannot tell.
 
-    On a GPU everything is held against its memory; on the CPU what comes on top of the loaded model, against the memory
-    that is free now.
+    On a GPU everything is compared with its memory. On the CPU, what comes on top of the loaded model is compared with
+    the memory that is free now.
 
     Warns:
         PlanWarning: if it does not fit.

@@ -22,8 +22,8 @@ class Block:
 
     Attributes:
         bytes: as the device's allocator counts them.
-        phase, op: in which it was made.
-        born, died: ticks of the ledger's clock; `died` is None while it lives.
+        phase, op: the phase and the operation in which it was made.
+        born, died: ticks of the ledger's clock. `died` is None while it lives.
         gradient: whether it became a parameter's gradient.
     """
 
@@ -41,7 +41,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Highest:
-    """The moment at which most is alive; the three parts sum to `bytes`.
+    """The moment at which most is alive. The three parts sum to `bytes`.
 
     Attributes:
         bytes: alive, without what was there before the step.
@@ -117,7 +117,7 @@ class Ledger(TorchDispatchMode):
         self._phase, self._forward_end = "backward", self._clock
 
     def end_backward(self, parameters: Iterable[Tensor]) -> None:
-        """Note the gradients; what is made from here on belongs to the optimizer."""
+        """Note the gradients. What is made from here on belongs to the optimizer."""
         self._phase = "optimizer"
         for parameter in parameters:
             block = None if parameter.grad is None else self._known.get(parameter.grad.untyped_storage())

@@ -46,12 +46,12 @@ INSTEAD = "measure a step of random weights on this machine instead, with --meas
 
 
 class PlanError(ValueError):
-    """A model cannot be traced without memory; the message says which part."""
+    """A model cannot be traced without memory. The message says which part."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The memory of one training step (forward, backward, optimizer; gradients are freed at its end), in bytes.
+    """The memory of one training step (forward, backward, optimizer), in bytes. Gradients are freed at its end.
 
     Attributes:
         peak_bytes: how far the step rises above model, optimizer state and batch: what `memory.peak_memory` measures.
@@ -62,11 +62,11 @@ class Plan:
         batch_bytes: the inputs.
         peak_phase, peak_op: "forward", "backward" or "optimizer", and the operation at which the peak is reached.
         saved_bytes: what autograd keeps at the end of the forward pass, as `memory.saved_bytes` counts it.
-        saved_by_module: the same by module, largest first; block numbers are replaced by "*".
+        saved_by_module: the same by module, largest first. Block numbers are replaced by "*".
         attention: the attention kernels that ran.
         method, config, checkpoint, head: what was attached.
         parameters: how many values are trained.
-        batch, length, image_size: of the inputs; length is None for images, image_size for texts.
+        batch, length, image_size: of the inputs. Length is None for images, image_size for texts.
         precision, optimizer, device: of the step.
         source: "traced", or "measured" by a real step with random weights.
         notes: what a reader should know besides.
@@ -116,14 +116,14 @@ def plan_for(
     optimizer: str = "AdamW",
     device: Device | None = None,
 ) -> Plan:
-    """The memory that a training step of an attached model takes; nothing is allocated and the model stays as it is.
+    """The memory that a training step of an attached model takes. Nothing is allocated and the model stays as it is.
 
     Args:
-        model: attached; on any device, also on "meta" (without weights).
-        batch: the inputs with labels; only shapes and precisions are read. A mask counts as masking something.
+        model: attached. On any device, also on "meta" (without weights).
+        batch: the inputs with labels. Only shapes and precisions are read. A mask counts as masking something.
         precision: "bf16 autocast" runs the forward pass under autocast. The weights' precision is the model's own.
         optimizer: one of `OPTIMIZERS`.
-        device: whose memory is planned; None: the model's (the CPU's for "meta").
+        device: whose memory is planned. None: the model's (the CPU's for "meta").
 
     Raises:
         PlanError: if the model cannot be traced.
@@ -131,7 +131,7 @@ def plan_for(
     """
     device = device or ("cuda" if model.device.type == "cuda" else "cpu")
     check_choices(precision, optimizer, device)
-    # forking leaves the caller's random numbers as they were; it stays outside, where its tensors are real
+    # forking leaves the caller's random numbers as they were. It stays outside, where its tensors are real
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), _kernels(device):
         fake = fake_copy(model).train()
         step = Step(fake, fake_batch(model, batch), precision, optimizer, device)
@@ -211,7 +211,7 @@ class Step:
         self.ledger = Ledger(ALLOCATION if device == "cuda" else 1)
 
     def run(self) -> None:
-        """One step; afterwards gradients are freed."""
+        """One step. Afterwards gradients are freed."""
         self.backward(self.forward())
         self.update()
 
@@ -237,7 +237,7 @@ class Step:
 
 
 def facts(step: Step, saved: Mapping[str, int]) -> dict[str, Any]:
-    """What a plan says besides its peak, after at least one step; `saved` is by module."""
+    """What a plan says besides its peak, after at least one step. `saved` is by module."""
     model, batch, settings = step.model, step.batch, step.model.settings
     ids, images = batch.get("input_ids"), batch.get("pixel_values")
     state = [value for values in step.optimizer.state.values() for value in values.values()]

@@ -1,8 +1,8 @@
 """The recipes of the papers' own code, by names such as "dtl/vtab/svhn".
 
 Each file of this folder is one method on one benchmark: what its tasks share, and a table with a row for each task. A
-name is the method's folder, the file, and the task; in few-shot learning the task and its images per class, as in
-"dtl/fewshot/flowers102-4".
+name is the method's folder, the file, and the task. In few-shot learning it ends in the task and its images per class,
+as in "dtl/fewshot/flowers102-4".
 
     from sidestep.training import recipes
 
@@ -35,7 +35,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a paper's code trains one task; plain data until a method asks for more.
+    """How a paper's code trains one task. It is plain data until a method asks for more.
 
     Attributes:
         name: such as "dtl/vtab/svhn".
@@ -43,16 +43,16 @@ class Recipe:
         backbone: what it was made for, in words.
         method: name of the method.
         method_settings: its config's fields.
-        problem: what the task is, as `sidestep.kinds.prepare.prepare` names it; None: by the labels.
-        pool: what the head reads; None: the method has a read-out of its own, or the backbone's own head is there.
+        problem: what the task is, as `sidestep.kinds.prepare.prepare` names it. None: by the labels.
+        pool: what the head reads. None: the method has a read-out of its own, or the backbone's own head is there.
         head: further fields of the head (`Retrieve`'s).
         noise: what `attach` takes as `backbone_noise`.
         drop_path: rate of the backbone's drop path in training.
         training: fields of `TrainSettings`.
-        images: fields of `ImageTransform`, for all images but augmented ones; empty: the backbone's own processor.
-        max_length: tokens that are kept of a text; None: as the tokenizer says.
-        augment: random views of the training images; None: there are none.
-        shots: training images of each class; None: all.
+        images: fields of `ImageTransform`, for all images but augmented ones. Empty: the backbone's own processor.
+        max_length: tokens that are kept of a text. None: as the tokenizer says.
+        augment: random views of the training images. None: no such views.
+        shots: training images of each class. None: all.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Recipe:
         return method_named(self.method).config.from_dict(dict(self.method_settings))
 
     def settings(self, **others: Any) -> TrainSettings:
-        """The settings of training; `others` are those of `TrainSettings` that a recipe leaves open, or set otherwise.
+        """The settings of training. `others` are fields of `TrainSettings` that the recipe leaves open, or overrides.
 
         Raises:
             ValueError: if a value is out of range.
@@ -88,7 +88,7 @@ class Recipe:
         return TrainSettings(**{**self.training, **others})
 
     def transform(self) -> ImageTransform | None:
-        """What makes pixel values of an image; None: the backbone's own processor."""
+        """What makes pixel values of an image. None: the backbone's own processor."""
         from sidestep.backbone.pixels import ImageTransform
 
         return ImageTransform.from_dict(self.images) if self.images else None
@@ -113,7 +113,7 @@ def load(name: str) -> Recipe:
     """The recipe of a name.
 
     Raises:
-        ValueError: if there is none; the message has close names, or all that the name may begin with.
+        ValueError: if there is no such recipe. The message has close names, or all that the name may begin with.
     """
     known = {recipe: group for group in groups() for recipe in group.recipes}
     if name in known:
