@@ -5,8 +5,8 @@
 
 Each training has 16 rows, as sizes and times do not depend on how good a task is. The backbone is all-MiniLM-L6-v2.
 Times are medians of processor time on one thread with files in the page cache, so that other work on the machine does
-not count. A reload is `load_backbone` alone and a look at each weight (they are mapped, not read, by loading). A load is
-`ss.load`, with the digest that it compares. A kill is `kill -9` of a process that adds tasks, at a random moment.
+not count. A reload is `load_backbone` alone and a look at each weight (they are mapped, not read, by loading). A load
+is `ss.load`, with the digest that it compares. A kill is `kill -9` of a process that adds tasks, at a random moment.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python benchmarks/damaged_tasks.py --damages 2000 --seed 0
 
 A small BERT with a READ side network, a classifying head, label names and a tokenizer is saved once. Hypothesis (extra
-"test") makes the damages, each of one file in a copy of that task. It damages bytes of every file, files as a whole, and
-values of sidestep.json, of the processor's files and of the weights' header. The copy is then inspected and loaded by
-the name of its backbone. The table counts the outcomes. `--before` takes the checksums of sidestep.json and the
+"test") makes the damages, each of one file in a copy of that task. It damages bytes of every file, files as a whole,
+and values of sidestep.json, of the processor's files and of the weights' header. The copy is then inspected and loaded
+by the name of its backbone. The table counts the outcomes. `--before` takes the checksums of sidestep.json and the
 processor out first, as in tasks of earlier versions. Such damages have to be refused by name if they are refused. Some
 of them cannot be told from another task.
 """

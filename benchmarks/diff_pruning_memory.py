@@ -27,7 +27,7 @@ from sidestep.versions import versions
 
 FOLDER = Path(__file__).parent / "results"
 TIMED = 3
-#: Model, p0, w, alpha, a gradient of each but p0, and four averages; then what a step makes besides.
+#: Model, p0, w, alpha, a gradient of each but p0, and four averages. Then what a step makes besides.
 RELEASE, RELEASE_STEP = 11, 6
 
 

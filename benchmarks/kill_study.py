@@ -4,8 +4,8 @@
     python benchmarks/kill_study.py table   # the table alone
 
 A small BERT (random weights, MiniLM's vocabulary) on disk learns 64 rows of SST-2 by `sidestep train --method
-diff_pruning`. It takes 8 steps in the first stage and 32 in the third, with a checkpoint every 2. In each round a run is
-killed (SIGKILL) after a random share of the time that the undisturbed one took. It is resumed, and compared with the
+diff_pruning`. It takes 8 steps in the first stage and 32 in the third, with a checkpoint every 2. In each round a run
+is killed (SIGKILL) after a random share of the time that the undisturbed one took. It is resumed, and compared with the
 undisturbed run by the task's config and all bytes of its tensors. A kill that comes after the end of a run does not
 count. Runs are forked from one process, which has imported what they need.
 """

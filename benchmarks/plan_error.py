@@ -3,7 +3,8 @@
 The backbones have random weights (memory does not depend on them). A batch with padding takes one training step with
 the optimizer's state in place. The rise above model and optimizer state is compared: the plan's `peak_bytes` against
 what PyTorch's allocator handed out (`ss.peak_memory`). The rise of the resident set stands beside it. On a machine with
-a GPU, `--device cuda` compares with `max_memory_allocated`. Pairs that are in results/plan_error.jsonl are not run again.
+a GPU, `--device cuda` compares with `max_memory_allocated`. Pairs that are in results/plan_error.jsonl are not run
+again.
 """
 
 from __future__ import annotations

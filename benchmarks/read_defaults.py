@@ -5,9 +5,9 @@
 
 Cell and aggregation are measured on RTE, MRPC and CR with all-MiniLM-L6-v2, 1,500 training rows, 5 epochs. The place of
 the correction needs another backbone, as all-MiniLM is a post-norm encoder, on which both places coincide. So it is
-measured on `vit-small-32` with scikit-learn's digits, MNIST and the unseen half of Caltech-101. There are 1,000 training
-images and 10 epochs, and the class token is read. The rate of each variant (1e-3 or 3e-3) is chosen on a fifth of the
-training rows. The dev score is the mean over seeds 0 to 2.
+measured on `vit-small-32` with scikit-learn's digits, MNIST and the unseen half of Caltech-101. There are 1,000
+training images and 10 epochs, and the class token is read. The rate of each variant (1e-3 or 3e-3) is chosen on a fifth
+of the training rows. The dev score is the mean over seeds 0 to 2.
 """
 
 from __future__ import annotations

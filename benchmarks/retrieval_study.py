@@ -3,12 +3,12 @@
     python benchmarks/retrieval_study.py                       # continues where it was stopped
     METHODS=lora,full python benchmarks/retrieval_study.py     # adds these, which take several times as long
 
-The dual encoder is vit-small-32 (images of 32 pixels, read by the class token) and MiniLM (the mean of its tokens). Both
-have new projections to 128 channels. 900 images train with two captions each, 100 test with all five, by a permutation
-with seed 0. Settings: contrastive loss, 4 epochs, batch 32, AdamW, 6 % warm-up, linear decay. For every method two rates
-are tried on a fifth of the training images with seed 0. Then all of these images train with the better rate and seeds 0
-to 2. They are scored on the test images after the last epoch. THREADS sets the number of threads (1). IMAGES and EPOCHS
-cut a run short for a test, into a results file of its own.
+The dual encoder is vit-small-32 (images of 32 pixels, read by the class token) and MiniLM (the mean of its tokens).
+Both have new projections to 128 channels. 900 images train with two captions each, 100 test with all five, by a
+permutation with seed 0. Settings: contrastive loss, 4 epochs, batch 32, AdamW, 6 % warm-up, linear decay. For every
+method two rates are tried on a fifth of the training images with seed 0. Then it trains on all of these images with the
+better rate and seeds 0 to 2. It is scored on the test images after the last epoch. THREADS sets the number of threads
+(1). IMAGES and EPOCHS cut a run short for a test, into a results file of its own.
 """
 
 from __future__ import annotations

@@ -7,10 +7,9 @@
 READ, SHERL, LST, UniPT, the probe, BitFit, full tuning, LoRA, DoRA and IA3, all through `sidestep.compare`. A task has
 256 training rows. RTE, whose pairs are the longest, has 128. SST-2, whose texts are the shortest, has 512. Settings: 4
 epochs, batch 8, at most 128 tokens, AdamW, 6 % warm-up, linear decay. For every method two rates are tried on a
-stratified fifth of the training rows. Then all training rows train with the better rate and seeds 0 to 2. They are
-scored after the last epoch on 250 dev rows.
-That is 100 trials and 150 runs, which took 4.3 hours with one thread (THREADS=1, the default) beside other
-work. The costs are those of a step of 32 texts of 128 tokens.
+stratified fifth of the training rows. Then every method trains on all training rows with the better rate and seeds 0 to
+2. It is scored after the last epoch on 250 dev rows. That is 100 trials and 150 runs, which took 4.3 hours with one
+thread (THREADS=1, the default) beside other work. The costs are those of a step of 32 texts of 128 tokens.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     python benchmarks/side_cost.py time      # the same, batch 8: a training step over full tuning's and a bare forward
     python benchmarks/side_cost.py           # the tables alone, as Markdown
 
-Weights are random, as neither depends on their values. The official figures are those of the methods' own code, measured
-the same way with dropout on. Times are medians of interleaved rounds in one run. THREADS sets how many threads (1).
+Weights are random, as neither depends on their values. The official figures are those of the methods' own code,
+measured the same way with dropout on. Times are medians of interleaved rounds in one run. THREADS sets how many threads
+(1).
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/small_t5.py              # continues where it was stopped
 
-It has 4 + 4 blocks of width 384. The vocabulary and the word vectors are those of all-MiniLM-L6-v2 and stay as they are.
-The shared texts (1 M tokens) are too few to learn what words mean. Each step reads 16 pieces of 64 tokens. 15 % of the
-tokens, in spans of 3, are left out and have to be written, as in T5's own pretraining. The texts are those of SST-2,
-MR, CR, SNLI, RTE, MRPC and STS-B, less the sentences of SST-2's dev set. The folder is $SIDESTEP_SMALL_T5, or
+It has 4 + 4 blocks of width 384. The vocabulary and the word vectors are those of all-MiniLM-L6-v2 and stay as they
+are. The shared texts (1 M tokens) are too few to learn what words mean. Each step reads 16 pieces of 64 tokens. 15 % of
+the tokens, in spans of 3, are left out and have to be written, as in T5's own pretraining. The texts are those of
+SST-2, MR, CR, SNLI, RTE, MRPC and STS-B, less the sentences of SST-2's dev set. The folder is $SIDESTEP_SMALL_T5, or
 `.small_t5` beside the results.
 """
 
@@ -101,7 +101,7 @@ def model(words: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
     net = T5ForConditionalGeneration(config)
     shared = net.get_input_embeddings().weight.requires_grad_(False)
     sentinels = words.convert_tokens_to_ids(SENTINELS)
-    # T5 wants vectors of unit variance; unused pieces have never been trained, so that they keep their random ones
+    # T5 wants vectors of unit variance. Unused pieces have never been trained, so they keep their random ones
     vectors = (vectors - vectors.mean(0)) / vectors.std()
     vectors[sentinels] = shared[sentinels]
     shared.copy_(vectors)

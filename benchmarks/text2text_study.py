@@ -6,12 +6,11 @@
 
 The backbone is that of `small_t5.py`. It reads a sentence and writes "positive" or "negative". The score is the share
 of the 872 dev rows at which it wrote exactly that. Methods: SHERL, LST, READ and full tuning. Settings: 8,000 training
-rows, 3 epochs, batch 16, AdamW, 6 % warm-up, linear decay. Each has one rate, which was not tuned. There are SEEDS seeds
-(default 1). The probe
-stands in the comparison as refused. It trains nothing where the frozen language model head answers. What can be read
-off the frozen model is shown by a second comparison, in which a probe classifies the same rows. READ stands there
-three times: before T5's final norm, behind it, and with a scaled correction. The costs are those of a step of 32 texts
-of 32 tokens with 4 tokens to write. The results are in docs/text_generation.md.
+rows, 3 epochs, batch 16, AdamW, 6 % warm-up, linear decay. Each has one rate, which was not tuned. There are SEEDS
+seeds (default 1). The probe stands in the comparison as refused. It trains nothing where the frozen language model head
+answers. What can be read off the frozen model is shown by a second comparison, in which a probe classifies the same
+rows. READ stands there three times: before T5's final norm, behind it, and with a scaled correction. The costs are
+those of a step of 32 texts of 32 tokens with 4 tokens to write. The results are in docs/text_generation.md.
 """
 
 from __future__ import annotations

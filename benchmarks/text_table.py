@@ -6,9 +6,9 @@
     python benchmarks/text_table.py --table        # the table alone
 
 READ and probe: 5 epochs. The rate is the best of four on a fifth of at most 1,500 training rows (primary score). Then
-all training rows (SST-2: 8,000) train with seeds 0 to 2, scored once on dev after the last epoch. BitFit and full
-tuning: at most 2,000 training rows, 2 epochs at 2e-3 and 5e-5, one seed. All: batch 32, at most 128 tokens, AdamW, 6 %
-warm-up, linear decay.
+they train on all training rows (SST-2: 8,000) with seeds 0 to 2, scored once on dev after the last epoch. BitFit and
+full tuning: at most 2,000 training rows, 2 epochs at 2e-3 and 5e-5, one seed. All: batch 32, at most 128 tokens, AdamW,
+6 % warm-up, linear decay.
 """
 
 from __future__ import annotations

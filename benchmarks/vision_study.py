@@ -6,9 +6,10 @@
 Tasks: the half of Caltech-101 that the backbone never saw, MNIST, and scikit-learn's digits. Caltech-101 has 50
 categories, 10 training and up to 8 other images of each. MNIST has 1,000 training and 400 other images, the digits 400
 and 400. Settings: 4 epochs, batch 8, no augmentation, AdamW, 6 % warm-up, linear decay. For every method two rates are
-tried on a stratified fifth of the training images. Then all of these train with the better rate and seeds 0 to 2, scored
-after the last epoch. DTL reads the mean before the final norm, as published. DTL+ reads a second time the class token,
-which this backbone was trained to be read by. SynQT has a read-out of its own. All others read the class token.
+tried on a stratified fifth of the training images. Then it trains on all of these with the better rate and seeds 0 to
+2, and is scored after the last epoch. DTL reads the mean before the final norm, as published. DTL+ reads a second time
+the class token, which this backbone was trained to be read by. SynQT has a read-out of its own. All others read the
+class token.
 THREADS sets the number of threads (1).
 """
 

@@ -30,7 +30,7 @@ EXAMPLE = 80
 
 
 def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, piped: int = 140) -> None:
-    """Print a table, numbers to the right. It is at most as wide as the terminal, or `piped` if there is no terminal."""
+    """Print a table, numbers to the right. It is as wide as the terminal at most, or `piped` without a terminal."""
     names, lines = list(columns), [list(row) for row in rows]
     table = Table(show_header=any(names))
     for place, name in enumerate(names):

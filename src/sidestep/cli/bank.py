@@ -163,7 +163,7 @@ def _names(rows: Dataset, column: str | None, task: str | None) -> list[str]:
 
 
 def _loaded(held: BankFolder, names: Iterable[str], moved_to: str | None) -> TaskBank:
-    """The bank on its backbone, on a GPU if there is one. The backbone has its own head if one of these tasks uses it."""
+    """The bank on its backbone, on a GPU if there is one. It has its own head if one of these tasks uses that."""
     import torch
 
     from sidestep.tasks.bank import TaskBank

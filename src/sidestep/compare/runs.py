@@ -33,7 +33,7 @@ from sidestep.training.train import head_for, train
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a comparison came to.
+    """The outcome of a comparison.
 
     Attributes:
         records: of this comparison, those that were there already included.

@@ -79,7 +79,7 @@ def training(output: Path) -> TrainSettings:
 
 
 def digits() -> tuple[Dataset, Dataset]:
-    """Images and the names of their classes, to train on and held out. They are always the same, equally many a class."""
+    """Images and the names of their classes, to train on and held out: always the same, equally many a class."""
     raw = load_digits()
     grey = (raw.images * (255 / raw.images.max())).round().astype(np.uint8)
     images, labels = [PIL.Image.fromarray(image) for image in grey], raw.target.astype(str).tolist()

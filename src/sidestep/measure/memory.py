@@ -253,9 +253,9 @@ def saved_bytes(model: nn.Module) -> SavedBytes:
     also what is freed before the block ends. So two forward passes count twice. A block under gradient
     checkpointing counts with its inputs only. What it recomputes in backward is not kept.
 
-    Not seen: tensors that a custom `autograd.Function` sets on its `ctx` instead of giving them to
-    Some tensors are not seen: those that a custom `autograd.Function` sets on its `ctx` instead of giving them to
-    `save_for_backward`, and those that other threads save. Nor is what is saved inside other saved-tensor hooks, such as
+    Some tensors are not seen: those that a custom `autograd.Function` sets on its `ctx` without giving them to
+    `save_for_backward`, and those that other threads save. Nor is what is saved inside other saved-tensor hooks,
+    such as `save_on_cpu`. Within the block autograd does not check that saved tensors stay unchanged in place.
     Hooks sit on every module meanwhile, so measure the model before it is compiled.
 
     Args:

@@ -89,7 +89,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
 
     @property
     def digest(self) -> Digest:
-        """Of the backbone."""
+        """The digest of the backbone."""
         return self._digests[0] if len(self._digests) == 1 else joined(self._digests)
 
     @property

@@ -52,7 +52,7 @@ def relaxes(model: Attached) -> TypeGuard[SideModel]:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstStage:
-    """What came of the stage.
+    """The outcome of the stage.
 
     Attributes:
         found: see `SparseDelta.project`.
