@@ -171,7 +171,7 @@ def _patches(image: Tensor, size: int) -> Inputs:
 
 
 def _images(trunk: Any, rows: int = ROWS) -> Iterator[Tensor]:
-    """Images of a few patches, which not every model takes, and then of the size that the model was made for."""
+    """Images of a few patches, which not every model takes. Then images of the size that the model was made for."""
     own = _image_shape(trunk)
     channels = own[0] if own is not None else _channels(trunk)
     patch = _patch(trunk)

@@ -31,7 +31,7 @@ class Added:
 
     Attributes:
         before: how many stand in front.
-        kept: whether what stands behind is in the model's own output too: then it is no padding.
+        kept: whether the tokens behind the text are in the model's own output too. Then they are no padding.
         cropped: whether the model's own output is without both.
     """
 

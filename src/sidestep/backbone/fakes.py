@@ -45,8 +45,8 @@ def fakes_of(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
 def hollow(model: nn.Module) -> nn.Module:
     """A copy of fake tensors, of which only shapes can be asked, with plain maps in place of quantised ones.
 
-    To be called under a `FakeTensorMode`. What accelerate put around a module is left out, because a copy of that
-    would run the original.
+    To be called under a `FakeTensorMode`. What accelerate put around a module is left out, because its copy would run
+    the original.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():

@@ -1,8 +1,8 @@
 """The only per-architecture table: what cannot be read off a model's modules.
 
 A family is found by `config.model_type` (Hugging Face) or by the class name (timm). A model that is not listed gets
-`DEFAULT`: blocks and norms are found by structure, so most text models need no row. Add one when a model has prefix
-tokens, an unusual layout, or a head of its own that reads a single token.
+`DEFAULT`. Its blocks and norms are found by structure, so most text models need no row. Add a row when a model has
+prefix tokens, an unusual layout, or a head of its own that reads a single token.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ class Family:
             quantised and dispatched ones. It counts where their config and modules do not say so. None: as those say.
         prefix: tokens before the grid, a number or the model's attribute that holds it.
         blocks: pattern of the names of the stages' lists of blocks. None: found by structure.
-        grid: the token grid at a site, from the model, the pass's inputs, the block's arguments and its output. Of
-            hidden states that have rows and columns of their own, these are taken.
+        grid: the token grid at a site, from the model, the pass's inputs, the block's arguments and its output. If
+            hidden states have rows and columns of their own, those are the grid.
         first_token_heads: model classes whose own head (or read-out, of a tower) reads the first token only.
         frozen_block: the parts of a block, for methods that replay it.
         block_weights: the weights of a block, for methods that start from them.

@@ -108,7 +108,7 @@ def prove_replay(model: nn.Module, tokens: int = 5) -> None:
     On the meta device there is nothing to compare.
 
     Raises:
-        ValueError: if they differ: a method that runs queries through the parts would not run them through the block.
+        ValueError: if the two differ: a method would then run its queries through something else than the block.
     """
     places = find_places(model)
     for before, place in pairwise(places):
@@ -129,7 +129,7 @@ def prove_replay(model: nn.Module, tokens: int = 5) -> None:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode, each of its parts in its own mode again afterwards."""
+    """The module in eval mode. Afterwards each of its parts is in its own mode again."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

@@ -79,7 +79,10 @@ def check_gguf(name: str | Path) -> None:
 
 
 def gguf_file(name: str | Path) -> str:
-    """What transformers is given as `gguf_file`: absolute for a local file, as it tries the working folder first."""
+    """What transformers is given as `gguf_file`.
+
+    For a local file it is absolute, because transformers tries the working folder first.
+    """
     folder, file = gguf_parts(name)
     return str((Path(folder) / file).absolute()) if Path(folder).is_dir() else file
 

@@ -1,4 +1,4 @@
-"""Whether a model reads the texts of one row as if each were alone, where positions start again with each of them."""
+"""Whether a model reads the texts of one row as if each were alone, where positions start again with each text."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ def is_quantised(module: nn.Module) -> bool:
 def as_loaded(tensor: Tensor) -> Tensor:
     """A weight as it was loaded.
 
-    bitsandbytes packs 4-bit codes in another order when they are first used on a CPU. Its `state_dict` puts them back
-    in place, which changes the model's outputs. Here a copy is put back, so the digest does not depend on whether the
-    model has run, and the model stays as it is.
+    bitsandbytes packs 4-bit codes in another order when the codes are first used on a CPU. Its `state_dict` puts them
+    back in place, which changes the model's outputs. Here a copy is put back. So the digest does not depend on whether
+    the model has run, and the model stays as it is.
     """
     state = getattr(tensor, "quant_state", None)
     if not getattr(state, "packing_format_for_cpu", False):

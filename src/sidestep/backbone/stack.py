@@ -103,8 +103,8 @@ class StackPass:
     def ending(self, added: Added | None, tokens: int) -> tuple[str | None, bool]:
         """The final norm's name, if there is one, and whether the stack's own output is what came out of that place.
 
-        The norm is what the last block's output goes into, and what the stack's own output comes out of. A model may
-        mix that output with earlier ones before it is normed. Then it is the norm that its own output comes out of.
+        The norm takes the last block's output in, and gives the stack's own output. A model may mix its last block's
+        output with earlier ones before the norm. Then the norm is the one that gives the stack's own output.
         """
         states = _views(_element(self.calls[-1].output, self.element), self.layout, added, tokens)
         outputs = [] if self.output is None else _views(self.output, self.layout, None, tokens)

@@ -93,7 +93,7 @@ class TextPass:
         """Where a text stands among a stack's tokens: where another last token moves what the first block gets.
 
         Raises:
-            ValueError: if that is not one place: no mask could be brought to the tokens.
+            ValueError: if a text does not stand in one place, because then no mask could be brought to the tokens.
         """
         first, length = stack.first, len(self.text)
         moved = (first[0] != first[_changed(number)]).any(-1).nonzero().flatten().tolist()
@@ -204,7 +204,7 @@ class TextPass:
         return [self._move(padded, row, side, added) for row, side in enumerate(sides)]
 
     def _move(self, padded: Sequence[StackPass], row: int, side: Side, added: Sequence[Added]) -> float:
-        """How far the states of the text in this row of a padded batch are from those that it has alone."""
+        """How far the states of the text in this row of a padded batch are from the states that the text has alone."""
         length, shift = len(self.text), self.texts.long - self.texts.short if side == "left" else 0
         found = []
         for number, (alone, other, place) in enumerate(zip(self.stacks, padded, added, strict=True)):

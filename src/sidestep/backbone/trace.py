@@ -1,4 +1,4 @@
-"""A traced pass: the bare model is run on tiny inputs, and what a backbone is, is read off what it does."""
+"""A traced pass: the bare model is run on tiny inputs, and its behaviour tells what the backbone is."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _of_texts(passed: TextPass) -> Facts:
 
 
 def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
-    """Of a model of images or sounds: their parts are not tokens that could be changed one by one."""
+    """Facts of a model of images or sounds, whose parts are not tokens that could be changed one by one."""
     stacks = read_stacks(model, blocks, seen, dummies.ROWS)
     _check_sound_mask(model, blocks, seen, stacks)
     causal = [said(model, stack) for stack in stacks]

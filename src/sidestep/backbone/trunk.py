@@ -53,8 +53,8 @@ POSITION_TABLES = ("position_embeddings", "position_embedding", "positions_embed
 def positions(model: nn.Module) -> tuple[int | None, int | None]:
     """How many tokens a model of texts has positions for: of those that it reads, and of those that it writes.
 
-    None where it has no table of them: rotary and relative positions go on beyond the length of pretraining. A model of
-    one stack has one table for both.
+    None where the model has no such table: rotary and relative positions go on beyond the length of pretraining. A
+    model of one stack has one table for both.
     """
     trunk = trunk_of(model)
     if is_encoder_decoder(model):
@@ -69,7 +69,7 @@ def _positions(stack: nn.Module) -> int | None:
 
 
 def _token_rows(table: nn.Embedding) -> int:
-    """The rows of tokens alone: RoBERTa's come after that of padding, BART's after two that nothing uses."""
+    """The rows of tokens alone. RoBERTa's rows come after that of padding, and BART's after two that nothing uses."""
     first = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
     return table.num_embeddings - first
 
@@ -77,7 +77,8 @@ def _token_rows(table: nn.Embedding) -> int:
 def token_rows(model: nn.Module) -> tuple[int | None, int | None]:
     """How many tokens a model of texts has embeddings for: of those that it reads, and of those that it writes.
 
-    None where it has no table of them. A tokenizer's size does not tell: tables are often padded, and tokens added.
+    None where the model has no such table. A tokenizer's size does not tell, because tables are often padded, and
+    tokens added.
     """
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
         return None, None

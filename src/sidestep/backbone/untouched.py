@@ -19,7 +19,7 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a model inside of this, in eval mode and frozen: it is left as it was.
+    """Run a model inside of this, in eval mode and frozen, to leave the model as it was.
 
     Modules that replace each other while they run (BigBird's attention on short texts), modes, attributes, hooks,
     gradient flags and the config are as before. What `undisturbed` names is as before too.
@@ -41,7 +41,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Compute inside of this without autocast and under autograd, whatever the caller has set.
 
-    Random numbers go on after it as if nobody had drawn any. Autograd is on, because a part that makes a gradient of
+    Random numbers go on afterwards as if nobody had drawn any. Autograd is on, because a part that makes a gradient of
     its own has to show it.
     """
     with ExitStack() as stack:

@@ -96,7 +96,7 @@ def output_of(trunk: Any, inputs: Inputs) -> Any:
 def attempt(trunk: nn.Module, run: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result | None:
     """What a pass gives, or None where the model does not take its inputs.
 
-    The model is put back after each: Swin, for one, makes its windows smaller for small images, and for good.
+    The model is put back after each pass. Swin, for one, makes its windows smaller for small images, and for good.
     """
     with _quiet(), untouched(trunk):
         try:

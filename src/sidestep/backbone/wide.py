@@ -1,4 +1,4 @@
-"""The own head of a half-precision backbone while it is trained: held and computed in float32."""
+"""The own head of a half-precision backbone, which is held and computed in float32 while it is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rows hold, as a checksum: by it a resumed run knows that its rows are those that it began with."""
+"""What rows hold, as a checksum, by which a resumed run knows that its rows are those that it began with."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BATCH = 1000  # rows at a time: taken whole, the bytes of images would fill the 
 def content_hash(rows: Dataset) -> str:
     """SHA-256 over all that encoded rows hold: token ids, labels, lengths, and images as their files' bytes.
 
-    Where an image's file lies does not count, so a folder of images may move. Each file is read once, and none is
-    decoded. Of a file that is not here (in a store, or gone since) the name counts.
+    Where an image's file lies does not count, so a folder of images may move. Each file is read once, and no image is
+    decoded. Of a file that is not here (in a store, or deleted since) the name counts.
 
     Args:
         rows: as `encode_text`, `encode_images`, `encode_pairs` or `with_targets` gives them.

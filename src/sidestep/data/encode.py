@@ -339,7 +339,7 @@ def refuse_empty(encoded: Dataset, column: str) -> None:
 
 
 def refuse_ignored(labels: Sequence[Any]) -> None:
-    """Refuses a batch of classes or tokens that the loss would leave out altogether: their mean is no number.
+    """Refuses a batch of classes or tokens that the loss would leave out altogether, because their mean is no number.
 
     Raises:
         DataError: if all are -100.

@@ -94,7 +94,8 @@ def undecoded(rows: Dataset, column: str) -> Dataset:
 def _opened(cell: dict[str, Any]) -> PIL.Image.Image:
     """The picture as it is in its file.
 
-    `datasets` leaves files open that cannot be decoded, and a picture that it turns has lost what its file says of it.
+    `datasets` leaves files open that cannot be decoded. A picture that `datasets` turns has lost what its file says of
+    it.
     """
     content = cell["bytes"]
     if content is None:

@@ -36,7 +36,10 @@ class Separators:
 
     @property
     def answer_start(self) -> str:
-        """Those spaces. The model writes them: many tokenizers have one token for a word and the space before it."""
+        """The spaces that `answer` ends in, which the model writes.
+
+        Many tokenizers have one token for a word and the space before it.
+        """
         return self.answer[len(self.prompt_end) :]
 
     def without_start(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Images and their captions: one row an image with all its captions, and batches of pairs in which it stands once."""
+"""Images and their captions: a row is an image with all its captions, and a batch of pairs holds an image once."""
 
 from __future__ import annotations
 

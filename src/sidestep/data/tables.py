@@ -85,7 +85,8 @@ def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "
             images, one "path label" a line, or a folder of class folders of images. Both have the columns "image" and
             "label". Or a folder that `datasets` saved. Or a hub id, with a configuration after a colon where it has
             several ("nyu-mll/glue:rte").
-        options: how a table is written. Its cells all stay text. `columns` renames those of the others too.
+        options: how a table is written. Its cells all stay text. `columns` renames the columns of the other formats
+            too.
         split: which split of a hub id, of a saved folder, or of an image folder with folders of splits. "val", "dev"
             and "valid" mean "validation". What has no splits is read whole.
 

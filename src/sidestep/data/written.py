@@ -50,8 +50,8 @@ def encode_prompts(
 ) -> tuple[Dataset, int]:
     """The texts that a model reads before it writes, as `encode_text` gives them, and how many were cut.
 
-    A decoder's prompt is cut from the left, as its end stands next to what is to be written. It does not end in an
-    end-of-sequence token.
+    A decoder's prompt is cut from the left, as its end stands next to what is to be written. The prompt does not end in
+    an end-of-sequence token.
 
     Args:
         rows: with the columns that `fields` names.

@@ -7,7 +7,7 @@
 
 A folder is a task if and only if it holds a sidestep.json whose checksum is that of the weights it names. Two more
 checksums in the sidestep.json are of its own values and of the processor's files. Tasks that were written before have
-neither. Replacing that one file is therefore the moment at which a task changes. Whatever else lies in the folder (a
+neither. A task changes at the moment at which its sidestep.json is replaced. Whatever else lies in the folder (a
 Trainer's checkpoints, logs, results) is left alone. Nothing is pickled or unpickled.
 """
 

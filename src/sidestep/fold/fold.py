@@ -381,8 +381,6 @@ class Fold:
         """Where a text's first token stands among a stack's tokens.
 
         This is 0 unless the stack's own output leaves out the tokens that it added.
-
-        The stack's own output leaves out the tokens that it added.
         """
         added = self.facts.stacks[site.stack].added
         return added.before if added is not None and added.cropped else 0

@@ -88,8 +88,9 @@ def mask_of(inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _apart(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Whether positions (batch, tokens) do not count on within a row, as one bool, or None where no positions are
-    given.
+    """Whether positions (batch, tokens) do not count on within a row, as one bool.
+
+    None where no positions are given.
     """
     positions, mask = inputs.get("position_ids"), mask_of(inputs)
     if not isinstance(positions, Tensor) or isinstance(positions, FakeTensor) or positions.is_meta:

@@ -256,9 +256,7 @@ class SynQT(SideNet):
     def read(self, hidden: Tensor, site: Site) -> Tensor | None:
         """What the next block's attention reads: (batch, tokens, width).
 
-        It is as wide as the backbone, because the queries are too.
-
-        None where no block follows.
+        It is as wide as the backbone, because the queries are too. None where no block follows.
         """
         block = site.next_block
         if block is None:
