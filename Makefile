@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types test-lowest clean
+.PHONY: demo test lint types laws-all test-lowest clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sidestep needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -28,6 +28,10 @@ types: $(READY)
 # a worker for each core, because the tests use one thread each
 test: lint types
 	$(BIN)/python -m pytest --numprocesses logical
+
+# every method on every family, also where that is costly
+laws-all: $(READY)
+	$(BIN)/python -m pytest --numprocesses logical --all-laws tests/laws
 
 # The oldest versions that pyproject.toml allows; run by hand, the date of the last run is in CONTRIBUTING.md.
 test-lowest:

@@ -20,6 +20,18 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-laws", action="store_true", help="run the costly laws on every family (make laws-all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all-laws"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("all_laws")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # models of a test's size take a hundred times longer where threads wait for each other
     torch.set_num_threads(1)

@@ -92,7 +92,7 @@ def test_a_model_whose_modules_change_after_attach_is_given_back(config: Any) ->
 
 
 @pytest.mark.parametrize(
-    "where", ["Fold", "backbones.device_of", "family_of", "backbones.freeze", "backbones.new_parameters"]
+    "where", ["Fold", "backbones.device_of", "family_of", "backbones.freeze", "Trained", "Attachment"]
 )
 @pytest.mark.parametrize(
     "config",

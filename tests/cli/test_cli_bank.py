@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from test_cli import refusal, run, succeed, table
 
+from commands import refusal, run, succeed, table
 from sidestep.disk.task_folder import CONFIG, WEIGHTS
 from sidestep.tasks.bank_folder import LOCK
 from small_tasks import reviews, text_backbone, write

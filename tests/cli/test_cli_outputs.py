@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from test_cli import FAST, refusal, run, succeed
 
+from commands import FAST, refusal, run, succeed
 from sidestep.cli import app
 from small_tasks import image_backbone, image_folder, reviews, text_backbone, write
 

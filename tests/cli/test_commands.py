@@ -16,19 +16,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import sidestep as ss
+from commands import FAST, refusal, run, succeed, table
 from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import load_processor
-from sidestep.cli import app
 from sidestep.cli.values import config_from
 from sidestep.disk import task_folder
 from sidestep.tasks import load as loading
 from sidestep.training import train as training
 from small_tasks import image_backbone, image_folder, padless_backbone, reviews, text_backbone, write
-
-FAST = ["--set", "rank=8", "--epochs", "2", "--batch-size", "8", "--lr", "0.02", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -43,33 +41,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def succeed(*arguments: object) -> Result:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def train(place: Path, *arguments: object, rows: Path | None = None) -> Result:
     source = ["--backbone", place / "bert", "--train", rows or place / "train.tsv", "--text", "text"]
     return succeed("train", *source, *FAST, *arguments)
-
-
-def refusal(*arguments: object) -> str:
-    """The message that a command ends with: on stderr, without traceback."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    assert result.stderr.count("Error: ") == 1
-    return " ".join(result.stderr.split("Error: ")[1].split())
 
 
 def refused_training(place: Path, *arguments: object, rows: Path | None = None) -> str:

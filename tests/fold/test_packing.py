@@ -125,14 +125,14 @@ def test_a_backbone_that_was_not_run_at_attach_is_tried_when_rows_are_packed(
     # as a quantised one: nothing of it is run then
     monkeypatch.setattr("sidestep.backbone.trace.has_values", lambda model: False)
     model = attached((APART | TOGETHER)[backbone], ss.ReadConfig(rank=4))
-    assert model.facts.packs is None
+    assert model.inputs.packs is None
     for _ in range(2):
         if apart:
             model(**row(texts()))
         else:
             with pytest.raises(ValueError, match="reads a row as one text all the same"):
                 model(**row(texts()))
-        assert model.facts.packs is apart
+        assert model.inputs.packs is apart
 
 
 def test_a_mask_of_the_callers_own_may_keep_texts_apart() -> None:

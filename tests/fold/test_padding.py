@@ -140,7 +140,9 @@ def test_padding_on_the_right_leaves_positions_as_they_are() -> None:
     with torch.no_grad():
         before = model(**batch).last_hidden_state
         attached = ss.attach(model, ss.ProbeConfig(), head=ss.Classify(num_labels=2)).eval()
-        out, _ = attached.fold.run(attached.trunk, **attached._defaults(attached.trunk, (), dict(batch)))
+        out, _ = attached.fold.run(
+            attached.trunk, **attached.inputs.completed(attached.trunk, (), dict(batch), training=False)
+        )
     assert torch.equal(out.last_hidden_state, before)
 
 

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertModel,
-    CLIPConfig,
     CLIPModel,
     VisionTextDualEncoderModel,
     ViTConfig,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 import sidestep as ss
+from dual_encoders import END, IMAGE, TEXT, clip
 from sidestep.backbone.load import paired
 from sidestep.backbone.source import LoadError
 from sidestep.disk.task_folder import TaskError
@@ -27,23 +27,6 @@ from sidestep.model.gpo import GPO
 from sidestep.model.losses import contrastive_loss, triplet_loss
 from tiny import FAMILIES
 
-END = 39
-TEXT = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 32,
-}
-IMAGE = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 16,
-    "patch_size": 8,
-}
 WORKING: list[MethodConfig] = [
     ss.ReadConfig(rank=4),
     ss.ProbeConfig(),
@@ -51,12 +34,6 @@ WORKING: list[MethodConfig] = [
     ss.LoraConfig(),
     ss.FullConfig(),
 ]
-
-
-def clip(seed: int = 0) -> CLIPModel:
-    torch.manual_seed(seed)
-    ends = {"eos_token_id": END, "bos_token_id": 38, "pad_token_id": 0}
-    return CLIPModel(CLIPConfig(text_config={**TEXT, **ends}, vision_config=IMAGE, projection_dim=8)).eval()
 
 
 def two_encoders() -> VisionTextDualEncoderModel:

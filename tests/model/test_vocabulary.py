@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import transformers as t
 from datasets import Dataset
-from test_cli import FAST, refusal, succeed
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import sidestep as ss
 from architectures import PAIR, TEXT, VOCABULARY
+from commands import FAST, refusal, succeed
 from sidestep.backbone import token_rows
 from sidestep.data import DataError
 from sidestep.data.vocabulary import check_tokens

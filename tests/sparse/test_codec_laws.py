@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_sparse_codec import assert_same, bits
+from test_codec import assert_same, bits
 
 from sidestep.sparse.codec import DTYPES, POSITIONS, VALUES, DamagedDiff, SparseTensor, decode, encode
 

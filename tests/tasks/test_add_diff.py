@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pair import clip
 from torch import Tensor
 
 import sidestep as ss
+from dual_encoders import clip
 from sidestep.tasks.load import DtypeMismatch
 from tiny import FAMILIES, LABELS, logits
 
