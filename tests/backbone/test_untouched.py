@@ -92,7 +92,16 @@ def test_a_model_whose_modules_change_after_attach_is_given_back(config: Any) ->
 
 
 @pytest.mark.parametrize(
-    "where", ["Fold", "backbones.device_of", "family_of", "backbones.freeze", "Trained", "Attachment"]
+    "where",
+    [
+        "side_model.Fold",
+        "side_model.backbones.device_of",
+        "side_model.family_of",
+        "side_model.backbones.freeze",
+        "side_model.Attachment",
+        "trained.new_parameters",
+        "trained.Widened",
+    ],
 )
 @pytest.mark.parametrize(
     "config",
@@ -104,7 +113,7 @@ def test_an_attach_that_fails_leaves_nothing_behind_and_tells_why(config: Any, w
     facts_of(model)
     before = state(model)
     with (
-        mock.patch(f"sidestep.model.side_model.{where}", side_effect=MemoryError("no memory left")),
+        mock.patch(f"sidestep.model.{where}", side_effect=MemoryError("no memory left")),
         pytest.raises(MemoryError, match="no memory left"),
     ):
         ss.attach(model, config, head=ss.Classify(num_labels=2), checkpoint="late")

@@ -76,8 +76,8 @@ class SideModel(TrainerFace):
             backbones.freeze(backbone)
             self._assemble(backbone, side, before, mean_first)
         except BaseException:
-            if isinstance(trained := self.__dict__.get("trained"), Trained):
-                trained.release()
+            if "trained" in vars(self):
+                self.trained.release()
             snapshot.restore()
             before.restore(backbone)
             raise
