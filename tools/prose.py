@@ -41,8 +41,8 @@ LIMITS: dict[str, tuple[Limits, Limits | None]] = {
     "CONTRIBUTING": (PLAIN, None),
     "docs": (PLAIN, None),
     "docs/backbones": (PLAIN, None),
-    "docstrings": (PLAIN, Limits(long=3.3, semicolons=20.6, hangs=10)),
-    "messages and help": (PLAIN, Limits(long=6.6, semicolons=10.8, hangs=0)),
+    "docstrings": (PLAIN, None),
+    "messages and help": (PLAIN, None),
 }
 
 #: Full stops that end no sentence.

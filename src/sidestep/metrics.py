@@ -245,8 +245,8 @@ def _check(kind: str, predictions: NDArray[Any], targets: NDArray[Any]) -> None:
         bad = int((~np.isfinite(values)).reshape(len(values), -1).any(axis=1).sum())
         if bad:
             raise ValueError(
-                f"{name} are not finite in {bad} of {len(values)} rows: the model may have diverged; "
-                "train with a lower learning rate, or in fp32"
+                f"{name} are not finite in {bad} of {len(values)} rows: the model may have diverged. "
+                "Train with a lower learning rate, or in fp32"
             )
 
 

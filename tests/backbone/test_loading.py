@@ -184,7 +184,7 @@ def test_an_unreadable_config_is_named(bert, config, reason):
 
 def test_weights_of_another_architecture_are_refused(bert):
     save_file({"zork": torch.zeros(2)}, bert / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LoadError, match=r"no weight of .* matches BertModel \(it has zork; BertModel needs"):
+    with pytest.raises(LoadError, match=r"no weight of .* matches BertModel \(it has zork, and BertModel needs"):
         load_backbone(bert)
 
 

@@ -104,7 +104,7 @@ def test_white_may_be_zero() -> None:
 )
 def test_numbers_without_a_known_white_are_refused_in_words(array: np.ndarray, said: str) -> None:
     cell = stored(PIL.Image.fromarray(array), "TIFF")
-    with pytest.raises(DataError, match=f"image .* in row 3 cannot be read .*{said}.*save it with 8 or 16 bits"):
+    with pytest.raises(DataError, match=f"image .* in row 3 cannot be read .*{said}.*Save it with 8 or 16 bits"):
         decode({**cell, "path": "a.tif"}, 3)
     good = stored(PIL.Image.fromarray(GREY), "PNG")
     rows = Dataset.from_dict({"image": [cell, good]}, features=Features({"image": Image()}))

@@ -78,7 +78,7 @@ def test_flags_in_place_of_a_file(study: Path, tmp_path: Path) -> None:
         ([], "Error: give a comparison file (sidestep compare study.toml), or --backbone, --train and --text"),
         (["STUDY", "--backbone", "bert"], "Error: give a comparison file"),
         (["STUDY", "--epochs", "9", "--text", "x"], "Error: --text, --epochs with"),
-        (["STUDY", "--no-costs"], "the file says what is compared; set it there"),
+        (["STUDY", "--no-costs"], "the file says what is compared. Set it there"),
         (["none.toml"], "Error: none.toml does not exist: check the path of the comparison"),
         (["STUDY", "--only", "lorra"], "Error: unknown contender 'lorra' (did you mean 'lora'?): choose one of probe"),
         (["--backbone", "bert", "--train", "a.tsv"], "name one column, of texts (text) or of images (image)"),

@@ -181,7 +181,7 @@ def test_a_file_of_zero_bytes_is_named_before_anything_is_computed(tmp_path: Pat
     with pytest.raises(DataError, match=r"1 of 12 images of column 'image' are not there .*bright/1\.png"):
         prepare(rows, rows, FIELDS, SMALL)
     table = Dataset.from_dict({"image": ["gone.png", "gone too.png"], "label": ["a", "b"]})
-    with pytest.raises(DataError, match=r"2 of 2 images .* 'gone\.png', 'gone too\.png': replace or drop"):
+    with pytest.raises(DataError, match=r"2 of 2 images .* 'gone\.png', 'gone too\.png'\. Replace or drop"):
         prepare(table, table, FIELDS, SMALL)
 
 

@@ -135,7 +135,7 @@ def test_an_answer_of_white_space_alone_is_refused_behind_a_space_too() -> None:
 def test_glued_answers_are_counted_and_shown() -> None:
     tokenizer = character_tokenizer()
     prompts, answers = ["is it good?", "is it bad? ", "the film"], ["so", "so", " fine"]
-    with pytest.warns(DataWarning, match=r"in 1 of 3 training rows .* reads 'is it good\?so': put some there with"):
+    with pytest.warns(DataWarning, match=r"in 1 of 3 training rows .* reads 'is it good\?so'\. Put some there with"):
         warn_of_glued(prompts, answers, tokenizer)
     for start, end in (("\n", ""), ("", " "), ("", "\n")):
         warn_of_glued([f"is it{end}"], [f"{start}so"], tokenizer)  # a warning would be an error

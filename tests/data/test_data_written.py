@@ -38,7 +38,7 @@ def test_names_of_classes_are_targets() -> None:
 
 @pytest.mark.parametrize("answers", [(0, 1, 0), (0.5, 2.0, 1.0), ("0", "1", "1"), ("3.8", "0.2", "5")])
 def test_numbers_are_no_text(answers: Any) -> None:
-    with pytest.raises(DataError, match=r"'answer' holds labels that are no text \(.*\): write words in their place"):
+    with pytest.raises(DataError, match=r"'answer' holds labels that are no text \(.*\)\. Write words in their place"):
         target_texts(rows(*answers), "answer")
 
 

@@ -132,9 +132,9 @@ def test_columns_that_do_not_fit_are_refused(tmp_path):
     assert "has 2: name each of them" in message
     assert "a name of its own" in error_of(TableOptions, columns=("text", "text"))
     repeated = file(tmp_path, "b.csv", "text,text\na,b\n")
-    assert "'text', 'text'; every column needs a name of its own" in error_of(read, repeated)
+    assert "'text', 'text'. Every column needs a name of its own" in error_of(read, repeated)
     zero = file(tmp_path, "zero.csv", "te\0xt,label\na,1\n")
-    assert "a name cannot hold a zero byte: give the file's encoding" in error_of(read, zero)
+    assert "A name cannot hold a zero byte: give the file's encoding" in error_of(read, zero)
 
 
 def test_a_nameless_index_column_gets_a_name(tmp_path):

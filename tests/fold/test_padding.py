@@ -153,7 +153,7 @@ def test_padding_on_the_left_is_refused_where_positions_cannot_be_given(name: st
     attached = ss.attach(model, ss.ReadConfig(rank=4), head=ss.Classify(num_labels=2)).eval()
     ids = texts(tokens=9)
     attached(**padded(ids, 12))
-    with pytest.raises(ValueError, match=r"padded on the left, and \w+ counts its positions .* pad on the right"):
+    with pytest.raises(ValueError, match=r"padded on the left, and \w+ counts its positions .* Pad on the right"):
         attached(**padded(ids, 12, left=True))
 
 
@@ -173,7 +173,7 @@ def test_a_mask_of_pairs_of_tokens_is_refused_where_padding_matters(config: Any)
     model = FAMILIES["llama"].model()
     attached = ss.attach(model, config, head=ss.Classify(num_labels=2)).eval()
     mask = torch.zeros(2, 1, 9, 9)
-    with pytest.raises(ValueError, match=r"an attention_mask of shape \(2, 1, 9, 9\), but .* give a mask of \(batch"):
+    with pytest.raises(ValueError, match=r"an attention_mask of shape \(2, 1, 9, 9\), but .* Give a mask of \(batch"):
         attached(input_ids=texts(tokens=9), attention_mask=mask)
 
 

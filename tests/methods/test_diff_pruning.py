@@ -264,7 +264,9 @@ def test_weights_that_are_not_contiguous_are_refused_by_name() -> None:
     backbone = FAMILIES["timm_resnet"].model().to(memory_format=torch.channels_last)
     model = ss.attach(backbone, ss.DiffPruningConfig(density=0.1), head=ss.Classify(num_labels=LABELS))
     name = next(name for name, weight in model.sparse.tensors.items() if not weight.is_contiguous())
-    with pytest.raises(ss.UnsupportedBackbone, match=rf"not contiguous, and {name} is not: make it so by \.contiguous"):
+    with pytest.raises(
+        ss.UnsupportedBackbone, match=rf"not contiguous, and {name} is not\. Make it so by \.contiguous"
+    ):
         model.relax(rate=1e-3)
     assert model.sparse.is_idle  # the hooks are still there
     model.trunk.to(memory_format=torch.contiguous_format)

@@ -489,7 +489,7 @@ def test_a_cache_of_the_bare_backbone_is_refused() -> None:
 )
 def test_a_cache_that_cannot_grow_is_refused(how: dict[str, Any], kind: str) -> None:
     model = ss.attach(FAMILIES["llama"].model(), ss.LSTConfig(**QUIET)).eval()
-    with pytest.raises(ValueError, match=f"{kind}: leave out cache_implementation, .* or use_cache=False"):
+    with pytest.raises(ValueError, match=rf"{kind}\. Leave out cache_implementation, .* or use_cache=False"):
         model.generate(torch.randint(3, 40, (2, 4)), max_new_tokens=2, **how)
 
 

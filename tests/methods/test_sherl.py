@@ -634,7 +634,7 @@ def test_parameters_on_resnext101() -> None:
 
 def test_a_batch_of_one_is_refused_in_training(resnet: ss.SideModel) -> None:
     inputs = FAMILIES["timm_resnet"].inputs(rows=1)
-    said = r"1 row in a batch, but Sherl has batch norms on this backbone, which are trained on 2 or more: give larger"
+    said = r"1 row in a batch, but Sherl has batch norms on this backbone, which are trained on 2 or more\. Give larger"
     with pytest.raises(ValueError, match=said):
         resnet.train()(**inputs)
     assert all(norm.num_batches_tracked == 0 for norm in resnet.modules() if isinstance(norm, sherl.BatchNorm))

@@ -80,7 +80,7 @@ def test_what_cannot_be_initialised_is_refused() -> None:
     random = ss.attach(FAMILIES["t5"].model(), ss.LSTConfig(reduction=2, heads=2))
     with pytest.raises(ValueError, match="lst as configured starts without data: there is nothing to initialise"):
         ss.initialise(random, rows(1))
-    with pytest.raises(ValueError, match="on training rows, and a Classify head is none: let the backbone write"):
+    with pytest.raises(ValueError, match=r"on training rows, and a Classify head is none\. Let the backbone write"):
         ss.attach(FAMILIES["t5"].model(), FISHER, head=ss.Classify(num_labels=2))
     with pytest.raises(ValueError, match="there are no rows to initialise from"):
         ss.initialise(ss.attach(FAMILIES["t5"].model(), FISHER), [])

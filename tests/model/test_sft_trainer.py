@@ -375,7 +375,7 @@ def test_pefts_adapters_beside_a_task_are_refused(
 
     adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type=task_type)
     model = attached(APART["llama"], METHODS[method])
-    with pytest.raises(ValueError, match=r"a task attached already, .* leave peft_config out"):
+    with pytest.raises(ValueError, match=r"a task attached already, .* Leave peft_config out"):
         trainer(tmp_path, model, tokenizer, peft_config=adapter, gradient_checkpointing=checkpointing)
 
 

@@ -159,7 +159,7 @@ def test_only_refusals_are_no_group(tmp_path: Path) -> None:
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such file; `sidestep compare` writes one"):
+    with pytest.raises(FileNotFoundError, match=r"no such file\. `sidestep compare` writes one"):
         load([tmp_path / "none.jsonl"])
 
 

@@ -180,7 +180,7 @@ def test_values_of_another_diff_or_dtype_are_found(stored: dict[str, Tensor]) ->
 
 
 def test_the_errors_say_what_to_do(stored: dict[str, Tensor]) -> None:
-    with pytest.raises(DamagedDiff, match=r"truncated or altered; copy it again"):
+    with pytest.raises(DamagedDiff, match=r"truncated or altered\. Copy it again"):
         decode({**stored, POSITIONS: stored[POSITIONS][:-1]})
     with pytest.raises(DamagedDiff, match=r"does not begin with 'sparse01'.*load it with the version that wrote it"):
         decode({**stored, POSITIONS: stored[POSITIONS].flip(0)})

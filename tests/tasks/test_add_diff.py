@@ -128,7 +128,7 @@ def test_another_precision_is_refused_as_by_load_or_told(tmp_path: Path) -> None
     [
         (torch.float32, "float16", 1e9, r"values up to .*e\+0\d in .*, out of the range of torch.float16"),
         (torch.float16, "float32", 1e9, r"values up to .*e\+0\d in .*, out of the range of torch.float16"),
-        (torch.float32, "float32", 1e39, "out of the range of torch.float32: choose a smaller scale"),
+        (torch.float32, "float32", 1e39, "out of the range of torch.float32. Choose a smaller scale"),
         (torch.float32, "float32", float("nan"), "scale=nan, but it must be a finite number"),
         (torch.float32, "float32", float("-inf"), "scale=-inf"),
     ],

@@ -328,7 +328,7 @@ def test_tasks_of_another_precision_are_refused(bank: ss.TaskBank, tmp_path: Pat
     assert_refused(bank, half, r"\(bfloat16\), which is not the .* \(float32\)")
     fresh = ss.TaskBank(backbone(dtype=BF16), tmp_path / "fresh")
     with pytest.raises(
-        BankError, match=r"the same in another precision: load the backbone in float32, or put the task"
+        BankError, match=r"the same in another precision\. Load the backbone in float32, or put the task"
     ):
         fresh.add("new", tmp_path / "sparse")
 

@@ -116,7 +116,7 @@ def test_synqts_rates_rise_from_zero_and_end_at_the_floor():
             '=\'zigzag\', but it must be "linear", "cosine", "cosine_epochs", "step" or "constant"',
         ),
         ({"warmup_epochs": 10}, "warmup_epochs=10, but it must be at least 0 and below the 10 epochs"),
-        ({"warmup_epochs": 5, "schedule": "cosine_epochs"}, "warm up for less than half of the epochs"),
+        ({"warmup_epochs": 5, "schedule": "cosine_epochs"}, "Warm up for less than half of the epochs"),
         ({"warmup_steps": -1}, "warmup_steps=-1, but it must be at least 0, or not given"),
         ({"warmup_steps": 5, "warmup_epochs": 1}, "warmup_steps=5 with warmup_epochs=1 and schedule='linear': give"),
         ({"warmup_steps": 5, "schedule": "cosine_epochs"}, "epochs where the schedule is set once an epoch"),

@@ -94,5 +94,5 @@ def test_a_warm_up_that_leaves_no_cosine_by_epochs_is_refused_in_any_form(share:
         if 2 * rise < epochs:
             TrainSettings(output=Path("out"), schedule="cosine_epochs", epochs=epochs, **form)
         else:
-            with pytest.raises(ValueError, match="warm up for less than half of the epochs"):
+            with pytest.raises(ValueError, match="Warm up for less than half of the epochs"):
                 TrainSettings(output=Path("out"), schedule="cosine_epochs", epochs=epochs, **form)

@@ -64,7 +64,7 @@ def check_gguf(name: str | Path) -> None:
         raise GgufError(f"{file} is read with the package gguf: install the extra, pip install 'sidestep[gguf]'")
     if PART.search(file):
         raise GgufError(
-            f"{file} is one part of a split GGUF file, which transformers does not read: join the parts with "
+            f"{file} is one part of a split GGUF file, which transformers does not read. Join the parts with "
             "llama.cpp's llama-gguf-split --merge, or take a file in one part"
         )
     if not Path(folder).is_dir():

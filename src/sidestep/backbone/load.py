@@ -204,7 +204,7 @@ def paired(image: Any, text: Any) -> nn.Module:
         if not hasattr(encoder.config, "hidden_size"):
             raise LoadError(
                 f"{type(encoder).__name__} cannot be one of two towers: its config has no hidden_size, which "
-                "VisionTextDualEncoderModel projects from: give an encoder that has one, as ViT and BERT do"
+                "VisionTextDualEncoderModel projects from. Give an encoder that has one, as ViT and BERT do"
             )
     names = [encoder.config._name_or_path for encoder in (image, text)]
     model: Any = transformers.VisionTextDualEncoderModel(vision_model=image, text_model=text).eval()
@@ -300,7 +300,7 @@ def _check_report(name: str, model: PreTrainedModel, report: Mapping[str, Any]) 
     missing = [key for key in inside if key in report["missing_keys"]]
     if len(missing) == len(inside):
         raise LoadError(
-            f"no weight of {name} matches {kind} (it has {some(sorted(report['unexpected_keys']))}; {kind} needs "
+            f"no weight of {name} matches {kind} (it has {some(sorted(report['unexpected_keys']))}, and {kind} needs "
             f"{some(sorted(inside))}): the weights are of another architecture than {CONFIG} says"
         )
     if news := [key for key in missing if "pooler" not in key.split(".")]:

@@ -238,7 +238,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         kind = "whole" if image.mode == "I" else "decimal"
         raise ValueError(
             f"its mode {image.mode!r} holds {kind} numbers of 32 bits, and the file does not say which of them is "
-            "white: save it with 8 or 16 bits"
+            "white. Save it with 8 or 16 bits"
         )
     if image.mode == "La":
         image = image.convert("LA")
@@ -305,7 +305,7 @@ def import_transforms() -> ModuleType:
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise ModuleNotFoundError(
-            f"torchvision cannot be imported ({reason}): install the extra with pip install 'sidestep[vision]'; it has "
+            f"torchvision cannot be imported ({reason}): install the extra with pip install 'sidestep[vision]'. It has "
             f"to be built for torch {torch.__version__}"
         ) from error
     return v2

@@ -103,7 +103,7 @@ def gguf_as_load_error() -> Iterator[None]:
 def warn_of_no_drop_path(name: str, kind: str, rate: float) -> None:
     """Warn that a rate of drop path was asked for and the model has none."""
     warnings.warn(
-        f"drop_path={rate} is left out: {name} is loaded as {kind}, which has no drop path; timm's layout of a ViT has "
+        f"drop_path={rate} is left out: {name} is loaded as {kind}, which has no drop path. Timm's layout of a ViT has "
         "it (timm:NAME, or timm:NAME@FILE for weights from a file)",
         LoadWarning,
         stacklevel=4,

@@ -28,8 +28,8 @@ def import_timm() -> ModuleType:
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise LoadError(
-            f"timm cannot be imported ({reason}): install the extra with pip install 'sidestep[vision]'; "
-            f"its torchvision has to be built for torch {torch.__version__}"
+            f"timm cannot be imported ({reason}): install the extra with pip install 'sidestep[vision]'. "
+            f"Its torchvision has to be built for torch {torch.__version__}"
         ) from error
     return timm
 
@@ -57,7 +57,7 @@ def load_timm(name: str, dtype: torch.dtype | None, classes: int | None, drop_pa
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise LoadError(
-            f"{name!r} cannot be loaded ({reason}): see timm.list_pretrained() for the names; a hub "
+            f"{name!r} cannot be loaded ({reason}): see timm.list_pretrained() for the names. A hub "
             "that cannot be reached can be replaced by a file, timm:NAME@FILE.safetensors"
         ) from error
     if file is not None:

@@ -64,8 +64,8 @@ class Widened:
         if missed := [name for name, parameter in half.items() if id(parameter) not in covered]:
             dtype = str(half[missed[0]].dtype).removeprefix("torch.")
             raise ValueError(
-                f"{missed[0]} is trained, and it belongs to a module with frozen weights, so it cannot leave {dtype}: "
-                f"load the backbone in float32 (and train under {dtype} autocast), or pass train_head=False"
+                f"{missed[0]} is trained, and it belongs to a module with frozen weights, so it cannot leave {dtype}. "
+                f"Load the backbone in float32 (and train under {dtype} autocast), or pass train_head=False"
             )
         buffers = [b for module in self._whole for b in module.buffers() if b.dtype in HALF]
         self._tensors = [*half.values(), *{id(buffer): buffer for buffer in buffers}.values()]

@@ -110,7 +110,7 @@ def _refuse_flags(context: typer.Context, file: Path) -> None:
     typed = Chosen.of(context, None).typed.keys() - set(WITH_A_FILE)
     flags = [parameter.opts[0] for parameter in context.command.params if parameter.name in typed]
     if flags:
-        raise ValueError(f"{', '.join(flags)} with {file}: the file says what is compared; set it there")
+        raise ValueError(f"{', '.join(flags)} with {file}: the file says what is compared. Set it there")
 
 
 def _run(comparison: Comparison, output: Path) -> None:

@@ -31,24 +31,24 @@ OtherBackbone = Annotated[str | None, _model("--backbone", help="Where the backb
 TextBackbone = Annotated[str | None, _model(help="Encoder of captions beside that of images, for --task retrieval.")]
 Recipe = Annotated[str | None, _model(help="One of `sidestep recipes`: it sets what no option here does.")]
 Method = Annotated[str, _model(help="One of `sidestep methods`.")]
-Set = Annotated[list[str] | None, _model("--set", help="name=value, a setting of the method; repeatable.")]
+Set = Annotated[list[str] | None, _model("--set", help="name=value, a setting of the method. Repeatable.")]
 Pool = Annotated[
     str | None,
     _model(help="What the head reads: cls, mean, mean_pre_norm, last (of a dual encoder own, gpo too)."),
 ]
 TextPool = Annotated[str | None, _model(help="The same of the text tower, where it is another (--task retrieval).")]
-Dim = Annotated[int | None, _model(help="Channels of the embeddings (--task retrieval); default: the model's own.")]
+Dim = Annotated[int | None, _model(help="Channels of the embeddings (--task retrieval). Default: the model's own.")]
 Loss = Annotated[str, _model(help="contrastive or triplet (--task retrieval).")]
 OwnHead = Annotated[bool, _model("--own-head", help="Train the backbone's own classification head.")]
 Checkpoint = Annotated[str | None, _model(help="late: recompute the late blocks in backward.")]
 Noise = Annotated[str | None, _model(help="Noise of the frozen backbone: drop_path, dropout or all.")]
-DropPath = Annotated[float | None, _model(help="Rate of the backbone's drop path; turns that noise on in training.")]
-Dtype = Annotated[str | None, _model(help="Precision of the backbone; default: its checkpoint's.")]
+DropPath = Annotated[float | None, _model(help="Rate of the backbone's drop path. Turns that noise on in training.")]
+Dtype = Annotated[str | None, _model(help="Precision of the backbone. Default: its checkpoint's.")]
 Revision = Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")]
 
 SOURCE = "csv, tsv, json, jsonl or parquet file, folder or list (.txt) of images, or hub id"
 Train = Annotated[str, _data(help=f"Training rows: {SOURCE}.", show_default=False)]
-Dev = Annotated[str | None, _data(help="Dev rows; default: a share of the training rows is held out.")]
+Dev = Annotated[str | None, _data(help="Dev rows. Default: a share of the training rows is held out.")]
 Rows = Annotated[str, _data("--data", help=f"Rows: {SOURCE}.", show_default=False)]
 TrainSplit = Annotated[str, _data(help="Split of --train, where it has several.")]
 DevSplit = Annotated[str, _data(help="Split of --dev, where it has several.")]
@@ -73,17 +73,17 @@ Problem = Annotated[
         "--kind",
         "--task",
         "--problem",
-        help="single, multi, regress, text2text, lm or retrieval; default: multi for lists, else single.",
+        help="single, multi, regress, text2text, lm or retrieval. Default: multi for lists, else single.",
     ),
 ]
-Shots = Annotated[int | None, _data(help="Training rows of each class; default: all.")]
-ShotsSeed = Annotated[int | None, _data(help="Seed of their draw; default: --seed.")]
+Shots = Annotated[int | None, _data(help="Training rows of each class. Default: all.")]
+ShotsSeed = Annotated[int | None, _data(help="Seed of their draw. Default: --seed.")]
 SkipBadImages = Annotated[bool, _data("--skip-bad-images", help="Leave out images that cannot be read.")]
-Normalize = Annotated[str | None, _data(help="imagenet or half; default: the backbone's mean and deviation.")]
+Normalize = Annotated[str | None, _data(help="imagenet or half. Default: the backbone's mean and deviation.")]
 Augment = Annotated[str, _data(help="Views of training images: none, flip, crop or randaugment.")]
-MaxLength = Annotated[int | None, _data(help="Tokens kept of a text; default: the tokenizer's limit.")]
+MaxLength = Annotated[int | None, _data(help="Tokens kept of a text. Default: the tokenizer's limit.")]
 MaxNewTokens = Annotated[
-    int | None, _data(help="Tokens to write at most; default: those of the longest training target.")
+    int | None, _data(help="Tokens to write at most. Default: those of the longest training target.")
 ]
 NumBeams = Annotated[int, _data(help="Beams to search with, where texts are written.")]
 Columns = Annotated[str | None, _data(help="Names for a table's columns, in order: a,b,c.")]
@@ -95,7 +95,7 @@ Epochs = Annotated[int, _training(help="Passes over the training rows.")]
 BatchSize = Annotated[int, _training(help="Rows of one step.")]
 EvalBatchSize = Annotated[int, _training(help="Rows of one pass over the dev rows.")]
 Accumulate = Annotated[int, _training(help="Batches for one optimizer step.")]
-Rate = Annotated[float | None, _training("--lr", help="Learning rate; default: the method's.")]
+Rate = Annotated[float | None, _training("--lr", help="Learning rate. Default: the method's.")]
 Schedule = Annotated[str, _training(help="What the rate does: linear, cosine, cosine_epochs, step or constant.")]
 Warmup = Annotated[float, _training(help="Share of the steps in which the rate rises.")]
 WarmupEpochs = Annotated[int | None, _training(help="The same in epochs.")]
@@ -110,11 +110,11 @@ DropLast = Annotated[
 ]
 WeightDecay = Annotated[float, _training(help="AdamW's.")]
 Decay = Annotated[str, _training(help="What it is applied to: weights (no biases, no norms) or all.")]
-MaxGradNorm = Annotated[float, _training(help="Where the gradient's norm is cut; 0: never.")]
+MaxGradNorm = Annotated[float, _training(help="Where the gradient's norm is cut. 0: never.")]
 LabelSmoothing = Annotated[float, _training(help="For single-label classification.")]
 Patience = Annotated[
     int | None,
-    _training(help="Stop after so many epochs without a better dev score; 0: never. Default: 3 (--keep last: never)."),
+    _training(help="Stop after so many epochs without a better dev score. 0: never. Default: 3 (--keep last: never)."),
 ]
 Keep = Annotated[str, _training(help="The epoch to keep: best (by its dev score) or last.")]
 Metric = Annotated[str | None, _training(help="Dev score that chooses the best epoch.")]
@@ -144,7 +144,7 @@ BankProbabilities = Annotated[
     str | None,
     _running(
         "--probabilities",
-        help="As of `sidestep predict`; default: all for one task, one for several.",
+        help="As of `sidestep predict`. Default: all for one task, one for several.",
     ),
 ]
 AsJson = Annotated[bool, _running("--json", help="Print everything as JSON.")]
@@ -159,10 +159,10 @@ AsMarkdown = Annotated[bool, _running("--markdown", help="Print the tables as Ma
 
 ComparisonFile = Annotated[Path | None, typer.Argument(help="TOML file that describes a comparison.")]
 ComparedBackbone = Annotated[str | None, _model("--backbone", help="Instead of a file: hub id, folder or timm:NAME.")]
-Methods = Annotated[str | None, _model(help="Names, such as read,lora,lora+checkpoint; default: all.")]
+Methods = Annotated[str | None, _model(help="Names, such as read,lora,lora+checkpoint. Default: all.")]
 ComparedRows = Annotated[str | None, _data("--train", help=f"Training rows: {SOURCE}.")]
-ComparedDev = Annotated[str | None, _data("--dev", help="Dev rows; default: a fifth of the training rows.")]
-MostRows = Annotated[int | None, _data("--rows", help="Most training rows; default: all.")]
+ComparedDev = Annotated[str | None, _data("--dev", help="Dev rows. Default: a fifth of the training rows.")]
+MostRows = Annotated[int | None, _data("--rows", help="Most training rows. Default: all.")]
 Seeds = Annotated[int, _training(help="How many seeds, from 0.", min=1, max=1000)]
 NoCosts = Annotated[bool, _running("--no-costs", help="Measure no memory and time of steps.")]
 Only = Annotated[str | None, _running("--only", help="Contenders to run, of those compared: read,lora.")]
@@ -175,9 +175,9 @@ Planned = Annotated[
 ]
 Labels = Annotated[int, _model(help="Classes of the head.")]
 Batch = Annotated[int, _training("--batch", help="Rows of one step.")]
-Length = Annotated[int | None, _training(help="Tokens of a text; default: 128.")]
-ImageSize = Annotated[int | None, _data(help="Rows and columns of an image; default: the model's.")]
-Gpu = Annotated[str | None, _training(help="Memory of the card to plan for, such as 16GB; default: plan for the CPU.")]
+Length = Annotated[int | None, _training(help="Tokens of a text. Default: 128.")]
+ImageSize = Annotated[int | None, _data(help="Rows and columns of an image. Default: the model's.")]
+Gpu = Annotated[str | None, _training(help="Memory of the card to plan for, such as 16GB. Default: plan for the CPU.")]
 Precision = Annotated[str, _training(help="float32, 'bf16 autocast' or bfloat16 (the backbone's weights).")]
 Optimizer = Annotated[str, _training(help="AdamW, 'AdamW (fused)', SGD or Adafactor.")]
 Measure = Annotated[bool, _running("--measure", help="Run steps with random weights here instead of predicting.")]

@@ -291,5 +291,5 @@ def _first(rows: Dataset, count: int | None) -> Dataset:
 
 def _set_attention(model: nn.Module, attention: Attention, name: str) -> None:
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"attention={attention!r}: the attention of backbone {name!r} is timm's own; leave it out")
+        raise ValueError(f"attention={attention!r}: the attention of backbone {name!r} is timm's own. Leave it out")
     model.set_attn_implementation(attention)

@@ -347,7 +347,7 @@ def refuse_ignored(labels: Sequence[Any]) -> None:
     if len(labels) and all(isinstance(label, int) and label == IGNORED for label in labels):
         raise DataError(
             f"all {len(labels)} labels of a batch are {IGNORED}, which the loss leaves out, so that there is nothing "
-            "to learn from: drop the rows without a label, or make the batches larger"
+            "to learn from. Drop the rows without a label, or make the batches larger"
         )
 
 

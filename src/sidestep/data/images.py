@@ -81,8 +81,8 @@ def refuse_absent(rows: Dataset, column: str) -> None:
     bad = [path for path in _local_paths(rows, column) if not _holds_something(Path(path))]
     if bad:
         raise DataError(
-            f"{len(bad)} of {len(rows)} images of column {column!r} are not there or empty (0 bytes): {listed(bad)}: "
-            "replace or drop them, or leave out all such with --skip-bad-images"
+            f"{len(bad)} of {len(rows)} images of column {column!r} are not there or empty (0 bytes): {listed(bad)}. "
+            "Replace or drop them, or leave out all such with --skip-bad-images"
         )
 
 

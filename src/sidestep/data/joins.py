@@ -69,7 +69,7 @@ def separators_of(given: str | None, tokenizer: Any, *, kind: Kind, pair: bool) 
     if given is not None and not pair and kind != "lm":
         raise DataError(
             f"separator={given!r}, but no texts are put behind each other: it is for pairs (--text2) and for --task "
-            "lm; leave it out"
+            "lm. Leave it out"
         )
     bare = pair and puts_nothing_between(tokenizer)
     between = (NEWLINE if bare else "") if given is None else given
@@ -103,7 +103,7 @@ def warn_of_glued(prompts: Sequence[str], answers: Sequence[str], tokenizer: Any
     prompt, answer = glued[0]
     warnings.warn(
         f"in {len(glued)} of {len(rows)} training rows no white space stands between prompt and answer, so the model "
-        f"reads {prompt[-SHOWN:] + answer[:SHOWN]!r}: put some there with --separator ' ' or '\\n', or say "
+        f"reads {prompt[-SHOWN:] + answer[:SHOWN]!r}. Put some there with --separator ' ' or '\\n', or say "
         "--separator '' if it is meant so",
         DataWarning,
         stacklevel=2,

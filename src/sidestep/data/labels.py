@@ -111,7 +111,7 @@ def _warn_of_variants(names: Sequence[str], label_column: str) -> None:
     if alike:
         warnings.warn(
             f"column {label_column!r} holds labels that differ by spaces or upper and lower case only: "
-            f"{some((' and '.join(map(repr, group)) for group in alike), NAMED)}. They are classes of their own; write "
+            f"{some((' and '.join(map(repr, group)) for group in alike), NAMED)}. They are classes of their own. Write "
             "them alike if they mean the same",
             DataWarning,
             stacklevel=3,
@@ -151,13 +151,13 @@ def target_texts(rows: Dataset, column: str) -> list[str]:
     if empty:
         raise DataError(
             f"column {column!r} has an empty text in {len(empty)} of {len(cells)} rows, {named_rows(empty)}: there is "
-            "nothing to learn to write; fill or drop these rows"
+            "nothing to learn to write. Fill or drop these rows"
         )
     if not all(isinstance(cell, str) for cell in cells) or all(_finite(cell) is not None for cell in cells):
         raise DataError(
-            f"column {column!r} holds labels that are no text ({listed(dict.fromkeys(cells), limit=3)}): write words "
-            "in their place (such as negative and positive for 0 and 1), choose --problem single or regress, or, if "
-            "numbers are what the model should write, put a word before them"
+            f"column {column!r} holds labels that are no text ({listed(dict.fromkeys(cells), limit=3)}). Write words "
+            "in their place (such as negative and positive for 0 and 1), or choose --problem single or "
+            "regress. If numbers are what the model should write, put a word before them"
         )
     return cells
 

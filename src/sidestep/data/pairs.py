@@ -61,7 +61,7 @@ def captioned(rows: Dataset, fields: Fields, folder: Path | None = None) -> Data
         raise DataError(f"{len(lone)} of {len(rows)} rows have a caption and no image, {named_rows(lone)}: drop them")
     if bare := [name for name, texts in zip(names, captions, strict=True) if not texts or not all(texts)]:
         raise DataError(
-            f"{len(bare)} of {len(rows)} rows have an image and no caption: {listed(bare)}; give them one, or drop them"
+            f"{len(bare)} of {len(rows)} rows have an image and no caption: {listed(bare)}. Give them one, or drop them"
         )
     cells = [_located(cell, folder) for cell in cells]
     groups: dict[Hashable, list[str]] = {}

@@ -188,7 +188,7 @@ def _open(path: Path, encoding: str) -> Iterator[TextIO]:
             f"(--encoding {other})"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}): it may be cut short; make or fetch it again") from error
+        raise DataError(f"{path} cannot be read ({error}): it may be cut short. Make or fetch it again") from error
 
 
 def _encoding(path: Path, start: bytes, given: str) -> str:
@@ -275,9 +275,9 @@ def _names(path: Path, lines: list[tuple[int, list[str]]], header: bool) -> list
 def _refuse_repeats(names: Sequence[str], where: str) -> None:
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated or not all(names):
-        raise DataError(f"{where}: {listed(names)}; every column needs a name of its own")
+        raise DataError(f"{where}: {listed(names)}. Every column needs a name of its own")
     if any("\0" in name for name in names):
-        raise DataError(f"{where}: {listed(names)}; a name cannot hold a zero byte: give the file's encoding")
+        raise DataError(f"{where}: {listed(names)}. A name cannot hold a zero byte: give the file's encoding")
 
 
 def _square(path: Path, lines: list[tuple[int, list[str]]], width: int) -> list[list[str]]:
@@ -288,7 +288,7 @@ def _square(path: Path, lines: list[tuple[int, list[str]]], width: int) -> list[
     if len(more) + len(fewer) == len(lines):
         raise DataError(
             f"{path}: the header names {width} columns, but no row has {width} fields "
-            f"(line {lines[0][0]} has {len(lines[0][1])}): check the header and "
+            f"(line {lines[0][0]} has {len(lines[0][1])}). Check the header and "
             "the delimiter (.tsv for tabs, .csv for commas)"
         )
     parts = []
@@ -386,7 +386,7 @@ def _hub(source: str, split: str) -> Dataset:
             return _hub(source, chosen_split(names, split, source))
         raise DataError(
             f"{source!r} is no file or folder here, and looking it up on the Hugging Face hub failed "
-            f"({type(error).__name__}: {error}): check the path, or the hub id, its split {split!r} "
+            f"({type(error).__name__}: {error}). Check the path, or the hub id, its split {split!r} "
             "and the network"
         ) from error
 

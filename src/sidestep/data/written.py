@@ -114,7 +114,7 @@ def encode_targets(
     if unknown:
         warnings.warn(
             f"column {column!r}: the tokenizer has no token for a part of {len(unknown)} of {len(ids)} texts, "
-            f"{named_rows(unknown)}, so that they can never be written as they stand",
+            f"{named_rows(unknown)}. They can never be written as they stand",
             DataWarning,
             stacklevel=2,
         )
@@ -168,7 +168,7 @@ def prompt_limit(
     if long:
         raise DataError(
             f"prompt and completion may have {limit} tokens together, but the completions alone have up to "
-            f"{max(map(len, targets))}, in {named_rows(long)}: they are never cut; shorten or drop these rows, or give "
+            f"{max(map(len, targets))}, in {named_rows(long)}: they are never cut. Shorten or drop these rows, or give "
             "a larger max_length if the model can read more"
         )
     if new > limit - least:

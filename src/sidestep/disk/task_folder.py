@@ -302,7 +302,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise DamagedTask(f"{path}: {'; '.join(wrong)}")
     if "config_sha256" in config and task_fields.config_checksum(config) != config["config_sha256"]:
         raise DamagedTask(
-            f"{path} was altered (the checksum of its values differs; only {', '.join(task_fields.FREE)} may change)"
+            f"{path} was altered: the checksum of its values differs, and only {', '.join(task_fields.FREE)} may change"
         )
 
 

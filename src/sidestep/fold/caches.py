@@ -96,6 +96,6 @@ def _check_grows(cache: Cache) -> None:
     if type(cache) is not DynamicCache or cache.offloading:
         kind = f"an offloaded {type(cache).__name__}" if cache.offloading else f"a {type(cache).__name__}"
         raise ValueError(
-            f"this method keeps keys and values of its own in the model's cache, and {kind} takes no further layers: "
-            "leave out cache_implementation, pass a DynamicCache that is not offloaded, or use_cache=False"
+            f"this method keeps keys and values of its own in the model's cache, and {kind} takes no further layers. "
+            "Leave out cache_implementation, pass a DynamicCache that is not offloaded, or use_cache=False"
         )

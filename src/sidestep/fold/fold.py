@@ -149,7 +149,7 @@ class Fold:
         if passed.stack != self.last_stack or passed.visited != self.lengths[self.last_stack]:
             raise FoldError(
                 f"the backbone ended its pass after {passed.visited} of {self.lengths[self.last_stack]} sites of "
-                f"its {self.last_stack}: a model that skips blocks or its final norm cannot be folded over"
+                f"its {self.last_stack}. A model that skips blocks or its final norm cannot be folded over"
             )
         self.finished, self.current = self.current, None
 
@@ -321,7 +321,7 @@ class Fold:
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
         who = "the head reads" if self.method.tokenwise else f"{type(self.method).__name__} mixes"
         raise ValueError(
-            f"an attention_mask {what}, but {who} tokens and has to know which are padding: give a mask of (batch, "
+            f"an attention_mask {what}, but {who} tokens and has to know which are padding. Give a mask of (batch, "
             "tokens), 1 for tokens and 0 for padding"
         )
 

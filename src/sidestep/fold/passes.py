@@ -78,8 +78,8 @@ class Pass:
             self.stack, self.visited = site.stack, 0
         if self.stack != site.stack or self.visited != order:
             raise FoldError(
-                f"block {site.index} of the {site.stack} ran out of turn (site {order}, expected {self.visited}):"
-                " blocks that run twice (shared layers) or are skipped (layer drop) cannot be folded over"
+                f"block {site.index} of the {site.stack} ran out of turn (site {order}, expected {self.visited})."
+                " Blocks that run twice (shared layers) or are skipped (layer drop) cannot be folded over"
             )
         self.visited += 1
         return starts

@@ -54,12 +54,12 @@ class Strand:
         if self.method.training and hidden.shape[0] < self.method.least_rows:
             raise ValueError(
                 f"{hidden.shape[0]} row in a batch, but {type(self.method).__name__} has batch norms on this backbone, "
-                f"which are trained on {self.method.least_rows} or more: give larger batches, or call model.eval()"
+                f"which are trained on {self.method.least_rows} or more. Give larger batches, or call model.eval()"
             )
         if self.frozen and not self.written and hidden.requires_grad and torch.is_grad_enabled():
             raise FoldError(
                 f"the hidden state at {site.kind} {site.index} of the {site.stack} requires a gradient before the "
-                "method's first write, so the whole backbone would be kept for backward: do not call "
+                "method's first write. So the whole backbone would be kept for backward. Do not call "
                 "enable_input_require_grads, and keep the embeddings frozen"
             )
         self.state = self.method.advance(self.state, hidden, site)

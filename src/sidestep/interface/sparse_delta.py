@@ -52,7 +52,7 @@ class SparseDelta(WeightDelta):
         if codes or getattr(getattr(trunk, "config", None), "quantization_config", None) is not None:
             raise ValueError(
                 f"its weights are quantised ({', '.join(sorted(codes)) or 'by its config'}), and a diff is added to "
-                "plain ones: load it unquantised, or train a side network (read, dtl, sherl, ...), which leaves "
+                "plain ones. Load it unquantised, or train a side network (read, dtl, sherl, ...), which leaves "
                 "weights alone"
             )
 

@@ -309,7 +309,7 @@ def kind_named(name: str) -> TaskKind:
     if name in known:
         return known[name]
     if name in REFUSED:
-        raise DataError(f"problem={name!r}: token classification is not supported yet; choose {', '.join(known)}")
+        raise DataError(f"problem={name!r}: token classification is not supported yet. Choose {', '.join(known)}")
     raise DataError(f"problem={name!r}: choose {', '.join(known)}")
 
 

@@ -132,7 +132,7 @@ class Retrieval(TaskKind):
         """The rows of images and captions. Whole images are held out."""
         separators_of(asked.separator, processor, kind=self.name, pair=False)
         if asked.shots is not None:
-            raise DataError(f"shots={asked.shots}: retrieval has no classes; leave --shots out")
+            raise DataError(f"shots={asked.shots}: retrieval has no classes. Leave --shots out")
         train, dev = captioned(train, fields), None if dev is None else captioned(dev, fields)
         handling: dict[str, Any] = {}
         if asked.skip_bad_images:

@@ -99,7 +99,7 @@ class Texts(TaskKind):
         """None: the backbone's own head writes."""
         if pool is not None:
             raise ValueError(
-                f"pool={pool!r} with problem {self.name!r}: a language model head reads all tokens; leave it out"
+                f"pool={pool!r} with problem {self.name!r}: a language model head reads all tokens. Leave it out"
             )
 
     def check(self, model: Attached, batch_size: int) -> None:

@@ -52,7 +52,7 @@ def energy_counter(device: torch.device, source: Source | None = None) -> Energy
         raise ValueError(f"energy={source!r}: choose None or one of {', '.join(get_args(Source))}")
     if source == "nvml" and device.type != "cuda":
         raise MeterError(
-            f"energy='nvml', but the model is on {str(device)!r}: NVML measures NVIDIA GPUs; move it to one"
+            f"energy='nvml', but the model is on {str(device)!r}: NVML measures NVIDIA GPUs. Move it to one"
         )
     if source == "rapl" and device.type != "cpu":
         raise MeterError(f"energy='rapl', but the model is on {str(device)!r}: RAPL measures the processor")

@@ -114,7 +114,7 @@ class DiffPruning(SparseDelta):
         for name, tensor in diff.tensors.items():
             if not tensor.is_contiguous():
                 raise UnsupportedBackbone(
-                    f"diff_pruning does not work on weights that are not contiguous, and {name} is not: make it so by "
+                    f"diff_pruning does not work on weights that are not contiguous, and {name} is not. Make it so by "
                     ".contiguous(), a model in channels_last by .to(memory_format=torch.contiguous_format), or choose "
                     "sparse"
                 )
@@ -150,7 +150,7 @@ class DiffPruning(SparseDelta):
         kept = {name: entries for name, entries in chosen.items() if len(entries[0])}
         if not kept:
             raise ValueError(
-                "all gates are closed, so there is no diff to keep: train for fewer epochs, or choose a lower "
+                "all gates are closed, so there is no diff to keep. Train for fewer epochs, or choose a lower "
                 f"lambda_l0 ({self.config.lambda_l0:g} now) or a higher alpha_init ({self.config.alpha_init:g} now)"
                 + (', or penalty="sum"' if self.config.structured and self.config.penalty == "product" else "")
             )

@@ -106,7 +106,7 @@ class DTL(SideNet):
         blocks = _blocks(sites)
         if blocks[0].convolutional:
             raise ValueError(
-                "what it adds behind a block is read in front of it, and the first block of a convolutional network's "
+                "what it adds behind a block is read in front of it. The first block of a convolutional network's "
                 "stage changes width and grid in between"
             )
         depth = len(blocks)

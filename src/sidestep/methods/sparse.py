@@ -165,8 +165,8 @@ class Sparse(SparseDelta):
             return
         raise ValueError(
             'select="grow" moves its entries between the steps of training, and nothing tells it of them, so they '
-            "would stay: give the Trainer callbacks=[sidestep.training.callbacks.MoveSupport([model])], or train with "
-            '`sidestep train`; for entries that are to stay, choose select="random"'
+            "would stay. Give the Trainer callbacks=[sidestep.training.callbacks.MoveSupport([model])], or train with "
+            '`sidestep train`. For entries that are to stay, choose select="random"'
         )
 
     def _moved(self, diff: SparseDiff, step: int, steps: int) -> int:

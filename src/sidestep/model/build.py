@@ -52,8 +52,8 @@ def check_head(backbone: nn.Module, facts: Facts, head: HeadConfig | None) -> No
     if head is not None and not facts.head.ends:
         raise UnsupportedBackbone(
             f"a {type(head).__name__} head does not work on {type(backbone).__name__}: it reads what the last "
-            "block or a final norm gives, and here something else follows, so that this is not the model's last "
-            "hidden state: train the model's own head (head=None, on a For...Classification class)"
+            "block or a final norm gives, and here something else follows. So this is not the model's last "
+            "hidden state. Train the model's own head (head=None, on a For...Classification class)"
         )
 
 
@@ -97,7 +97,7 @@ def built_side(record: Method, settings: Settings, backbone: nn.Module, sites: S
     if side.from_data and settings.head is not None:
         raise ValueError(
             f"{record.name} as configured starts by the loss of the backbone's own head on training rows, and "
-            f"a {type(settings.head).__name__} head is none: let the backbone write the labels as words, or "
+            f"a {type(settings.head).__name__} head is none. Let the backbone write the labels as words, or "
             "choose a start without data"
         )
     if settings.head is None and (side.pooled_width is not None or side.corrects):

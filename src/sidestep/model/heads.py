@@ -86,7 +86,7 @@ class Classify(HeadConfig):
 
     def __post_init__(self) -> None:
         if self.problem == "token":
-            raise ValueError('problem="token": token classification is not supported yet; choose "single" or "multi"')
+            raise ValueError('problem="token": token classification is not supported yet. Choose "single" or "multi"')
         super().__post_init__()
         if self.num_labels < (2 if self.problem == "single" else 1):
             raise ValueError(f"num_labels={self.num_labels}: a {self.problem}-label head needs more")
@@ -177,7 +177,7 @@ class Retrieve(HeadConfig):
         if self.dim is not None and self.dim < 1:
             raise ValueError(f"dim={self.dim}: at least 1, or None for the model's own")
         if not 0 < self.margin <= 2:
-            raise ValueError(f"margin={self.margin}: cosines lie 2 apart at most; choose a number above 0 and up to 2")
+            raise ValueError(f"margin={self.margin}: cosines lie 2 apart at most. Choose a number above 0 and up to 2")
         if self.mean_epochs < 0 or (self.mean_epochs and not self.hardest):
             raise ValueError(f"mean_epochs={self.mean_epochs}: choose 0 or more, and 0 with hardest=False")
 

@@ -82,7 +82,7 @@ class Inputs:
         if self.facts.left == "moved" and self.facts.padding and not torch.compiler.is_compiling():
             raise ValueError(
                 f"a text is padded on the left, and {type(self.backbone).__name__} counts its positions from there, "
-                "so that a text would be read otherwise in other batches: pad on the right "
+                "so that a text would be read otherwise in other batches. Pad on the right "
                 '(tokenizer.padding_side="right")'
             )
         if self.facts.left == "moved" or ids is None or given.get("position_ids") is not None:
@@ -125,7 +125,7 @@ def check_labels(labels: Tensor) -> None:
     if labels.numel() and not labels.is_floating_point() and bool((labels == IGNORED).all()):
         raise ValueError(
             f"all {labels.numel()} labels of a batch are {IGNORED}, which the loss leaves out, so there is nothing to "
-            "learn from: leave the batch out, or give no labels"
+            "learn from. Leave the batch out, or give no labels"
         )
 
 

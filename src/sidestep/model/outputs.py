@@ -44,9 +44,9 @@ def check_rows(logits: Tensor, given: Any, backbone: nn.Module) -> None:
     """Raise `FoldError` unless the head gave one row for each row of the batch, which `given` is an input of."""
     if isinstance(given, Tensor) and logits.shape[0] != given.shape[0]:
         raise FoldError(
-            f"the head gave {logits.shape[0]} rows for a batch of {given.shape[0]}: the hidden states of "
+            f"the head gave {logits.shape[0]} rows for a batch of {given.shape[0]}. The hidden states of "
             f"{type(backbone).__name__} do not have the batch as their first axis in this pass, or it puts "
-            "rows together; give it one example a row"
+            "rows together. Give it one example a row"
         )
 
 

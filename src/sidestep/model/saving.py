@@ -303,7 +303,7 @@ def _method(folder: Path, config: Mapping[str, Any]) -> MethodConfig:
         kind = method_named(name).config
     except ValueError as error:
         raise TaskError(
-            f"{folder}: {error}; a method of another package has to be installed with it (entry point "
+            f"{folder}: {error}. A method of another package has to be installed with it (entry point "
             'group "sidestep.methods"), and one of a file named (--plugin FILE)'
         ) from error
     with _as_unusable(folder):

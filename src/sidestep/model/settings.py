@@ -28,5 +28,5 @@ class Settings:
         if self.head is not None and self.train_head is not None:
             raise ValueError(
                 f"train_head={self.train_head} with a {type(self.head).__name__} head: a Sidestep head is always "
-                "trained, and train_head is about the backbone's own; leave one of them out"
+                "trained, and train_head is about the backbone's own. Leave one of them out"
             )

@@ -218,7 +218,7 @@ class TrainerFace(DenseStage):
         if self.head is not None or not isinstance(self.backbone, PreTrainedModel):
             raise ValueError(
                 "the loss is to be computed by the backbone's own language model head, which this model does not "
-                "have: attach to a ...ForCausalLM model and leave head= out, or train with transformers' Trainer"
+                "have. Attach to a ...ForCausalLM model and leave head= out, or train with transformers' Trainer"
             )
         output = self.fold.run(
             self.trunk, *args, **self.inputs.completed(self.trunk, args, kwargs, training=self.training)
@@ -262,7 +262,7 @@ class TrainerFace(DenseStage):
         if self.delta is None:
             raise ValueError(
                 "noise on the embeddings (neftune_noise_alpha) would do nothing, as this backbone is frozen and stays "
-                "in eval mode: leave it out; for the table itself take model.backbone.get_input_embeddings()"
+                "in eval mode: leave it out. For the table itself take model.backbone.get_input_embeddings()"
             )
         return self.backbone.get_input_embeddings()
 
@@ -273,8 +273,8 @@ class TrainerFace(DenseStage):
             ValueError: saying what to do instead.
         """
         raise ValueError(
-            "this model has a task attached already, and the adapters of a peft_config would be trained in its place: "
-            "leave peft_config out (PEFT's adapters are ss.LoraConfig, ss.DoraConfig and ss.IA3Config), or give PEFT "
+            "this model has a task attached already, and the adapters of a peft_config would be trained in its place. "
+            "Leave peft_config out (PEFT's adapters are ss.LoraConfig, ss.DoraConfig and ss.IA3Config), or give PEFT "
             "the bare backbone"
         )
 
@@ -285,15 +285,15 @@ class TrainerFace(DenseStage):
             ValueError: saying where to do it instead.
         """
         raise ValueError(
-            "the embeddings of an attached model keep their size: bring backbone and tokenizer to one size before "
-            "ss.attach (after trl.clone_chat_template, save the backbone and load it from there), or set a chat "
+            "the embeddings of an attached model keep their size. Bring backbone and tokenizer to one size before "
+            "ss.attach (after trl.clone_chat_template, save the backbone and load it from there). Or set a chat "
             "template alone (tokenizer.chat_template, or chat_template_path with a .jinja file)"
         )
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(
             "nn.DataParallel copies modules but not their hooks, so a side network would read another device's hidden "
-            "states: start one process per GPU with torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+            "states. Start one process per GPU with torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
 
 

@@ -24,7 +24,7 @@ MEMORY: dict[str, tuple[str, Callable[[Row], float | None]]] = {
 def memory_of(group: Group) -> str:
     """Which memory a group's contenders are compared by: the peak, the planned one, or what is kept.
 
-    It is the first that at least half of those with any memory figure have, so that one measured peak among many
+    It is the first that at least half of those with any memory figure have. So one measured peak among many
     contenders does not leave the others out.
     """
     counts = {name: sum(value(row) is not None for row in group.rows) for name, (_, value) in MEMORY.items()}

@@ -15,8 +15,8 @@ def figures(group: Group, *, by_task: bool = False) -> list[Figure]:
 
     Args:
         group: of rows.
-        by_task: a chart of its own for the scores of every task, as files need it; else one chart for all tasks,
-            whose parameter `task` says which is shown.
+        by_task: a chart of its own for the scores of every task, as files need it. Else there is one chart for
+            all tasks, whose parameter `task` says which is shown.
     """
     names = [AVERAGE, *(task.name for task in group.tasks)]
     found = [

@@ -1,6 +1,6 @@
 """Results files as rows: one row per backbone, setup and contender.
 
-A *setup* is what a step's cost hangs on besides the method: the machine, batch, length, precision. Costs of two
+A *setup* is what a step's cost depends on besides the method: the machine, batch, length, precision. Costs of two
 setups are never set against each other, so each setup is a group of its own. Scores belong to a backbone and are
 joined to all its groups.
 """
@@ -50,7 +50,7 @@ def load(paths: Sequence[Path]) -> Results:
 
 def _read(path: Path) -> tuple[list[Record], int]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; `sidestep compare` writes one")
+        raise FileNotFoundError(f"{path}: there is no such file. `sidestep compare` writes one")
     newer = _newer_format(path)
     if newer:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 On the page a colour is a CSS variable, so that light, dark and print are the style sheet's and no chart is drawn
 twice. The colours are told apart with the common kinds of colour blindness: Okabe and Ito's, then Paul Tol's muted
-ones; baselines and methods also differ in the shape of their marks.
+ones. Baselines and methods also differ in the shape of their marks.
 """
 
 from __future__ import annotations

@@ -314,7 +314,7 @@ _AVERAGE = Column(
     name="average",
     title="average",
     unit="score × 100",
-    help="Mean over the tasks; the interval is that of the seeds' averages. Empty if a task is missing.",
+    help="Mean over the tasks. The interval is that of the seeds' averages. Empty if a task is missing.",
 )
 _SEEDS = Column(
     name="seeds", title="seeds", unit="a task", help="Runs with different seeds that a score is the mean of."

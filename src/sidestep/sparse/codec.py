@@ -135,7 +135,7 @@ def decode(stored: Mapping[str, Tensor]) -> dict[str, SparseTensor]:
     except (zlib.error, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DamagedDiff(
             f"the diff's checksum is right, but it cannot be read ({error}): what wrote it does not keep to the "
-            "format; write it again with sidestep.sparse.codec.encode"
+            "format. Write it again with sidestep.sparse.codec.encode"
         ) from error
 
 
@@ -280,12 +280,12 @@ def _checked(stored: Mapping[str, Tensor]) -> tuple[memoryview, Tensor]:
     if len(data) < _PREFIX.size or data[: len(_MAGIC)] != _MAGIC:
         raise DamagedDiff(
             f"{POSITIONS} does not begin with {_MAGIC.decode()!r}: it is damaged or was written by another version of "
-            "Sidestep; copy the file again, or load it with the version that wrote it"
+            "Sidestep. Copy the file again, or load it with the version that wrote it"
         )
     if data[len(_MAGIC) : _HASHED_FROM] != _digest(data[_HASHED_FROM:], values):
         raise DamagedDiff(
             f"the checksum of the diff ({len(data)} bytes of positions, {len(values)} values) is wrong: the file is "
-            "truncated or altered; copy it again from where it was made, or save the task again"
+            "truncated or altered. Copy it again from where it was made, or save the task again"
         )
     return data, values
 

@@ -62,7 +62,7 @@ def add_diff(model: SideModel, folder: str | Path, scale: float = 1.0, *, allow_
     if match == "different":
         raise DifferentBackbones(
             f"{folder} was learned on weights with digest {wanted.exact[:16]}, and the model's diff on "
-            f"{model.digest.exact[:16]}: diffs add up on one backbone only; train both on the same"
+            f"{model.digest.exact[:16]}: diffs add up on one backbone only. Train both on the same"
         )
     if match == "dtype":
         found = dtype_mismatch(task.folder, wanted, model.digest, is_diff=True, allow_mismatch=allow_mismatch)
@@ -83,5 +83,5 @@ def _check_fits(values: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> N
         if not values.to(dtype).isfinite().all():
             raise TaskError(
                 f"the sum of the diffs has values up to {float(values.abs().max()):.4g} in {name}, out of the range of "
-                f"{dtype}: choose a smaller scale, or a wider precision of the diff and the weights"
+                f"{dtype}. Choose a smaller scale, or a wider precision of the diff and the weights"
             )

@@ -249,7 +249,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         what = f"{other_backbone(task, its, self.digest)} of this {type(self.backbone).__name__}"
         if match == "dtype":
             raise BankError(
-                f"{what}, the same in another precision: load the backbone in {its.dtype}, or put the task on this one "
+                f"{what}, the same in another precision. Load the backbone in {its.dtype}, or put the task on this one "
                 "with ss.load(..., allow_mismatch=True), look at its scores, and add that model"
             )
         raise BankError(f"{what}: load the task's own backbone, with its embeddings not resized")

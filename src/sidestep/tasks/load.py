@@ -84,7 +84,7 @@ def diff_of(task: Task, diff: SparseDiff, prefix: str = "") -> dict[str, tuple[T
         there = [f"{name} {shapes[name]}" for name in unfit if name in shapes]
         raise TaskError(
             f"{task.folder} changes tensors that the backbone does not have in that shape: "
-            f"{some([f'{name} {shape}' for name, shape in unfit.items()])}; it has {some(there)}. Load the task's own "
+            f"{some([f'{name} {shape}' for name, shape in unfit.items()])}. It has {some(there)}. Load the task's own "
             "backbone, with its embeddings not resized"
         )
     return {name: (part.positions, part.values) for name, part in entries.items()}
@@ -209,7 +209,7 @@ def stored_backbone(
     except LoadError as error:
         if moved_to is not None or Path(source.id).exists():
             raise
-        raise LoadError(f"{error}; if the backbone has moved, say where it is now (--backbone)") from error
+        raise LoadError(f"{error}. If the backbone has moved, say where it is now (--backbone)") from error
 
 
 def _source(stored: Mapping[str, Any]) -> Source:

@@ -30,12 +30,12 @@ def check_run(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     if smoothing and not kind.smooths:
         raise ValueError(
             f"label_smoothing={smoothing} with problem {data.labels.kind!r}: it is for single-label "
-            "classification; leave it at 0"
+            "classification. Leave it at 0"
         )
     if smoothing and not hasattr(model, "config"):
         raise ValueError(
             f"label_smoothing={smoothing}: the Trainer smooths labels of transformers models only, and "
-            f"{type(model.backbone).__name__} is timm's; leave it at 0"
+            f"{type(model.backbone).__name__} is timm's. Leave it at 0"
         )
     kind.check(model, settings.batch_size)
     check_sizes(model)  # before a long run, at whose end nothing could be saved
@@ -48,7 +48,7 @@ def check_run(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     if settings.drop_last and len(data.train) < settings.batch_size:
         raise ValueError(
             f"drop_last with {len(data.train)} training rows and batch_size={settings.batch_size}: no batch would be "
-            "left; lower the batch size, or train on the last batch too"
+            "left. Lower the batch size, or train on the last batch too"
         )
     _check_rows(model, data, settings)
     if torch.cuda.is_available() and torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
@@ -65,8 +65,8 @@ def _check_rows(model: Attached, data: TaskData, settings: TrainSettings) -> Non
     if (rest or settings.batch_size) < least:
         raise ValueError(
             f"batch_size={settings.batch_size} with {len(data.train)} training rows makes a batch of "
-            f"{rest or settings.batch_size}, but {model.record.name} has batch norms on this backbone, which are "
-            f"trained on {least} rows or more: choose another batch size"
+            f"{rest or settings.batch_size}, but {model.record.name} has batch norms here, which are "
+            f"trained on {least} rows or more. Choose another batch size"
             + (", or leave the last batch out (--drop-last)" if rest and rest != len(data.train) else "")
         )
 
@@ -91,7 +91,7 @@ def _check_positions(backbone: nn.Module, data: TaskData) -> None:
         if long := [row for row, length in enumerate(lengths) if length > writes]:
             raise DataError(
                 f"the decoder of {name} has {writes} positions, but targets have up to {max(lengths)} tokens, in "
-                f"{named_rows(long)} of the {split} rows: they are never cut; shorten or drop these rows"
+                f"{named_rows(long)} of the {split} rows: they are never cut. Shorten or drop these rows"
             )
     if new > writes:
         raise ValueError(

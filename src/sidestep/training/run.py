@@ -224,7 +224,7 @@ def attached(spec: RunSpec, data: TaskData) -> Attached:
         raise ValueError(f"--pool {own.pool} with --own-head: the backbone's own head reads what it reads")
     if own.own_head and (kind.dual or kind.writes is not None):
         why = "the embeddings are Sidestep's" if kind.dual else "it is for classification"
-        raise ValueError(f"--own-head with --task {kind.name}: {why}; leave it out")
+        raise ValueError(f"--own-head with --task {kind.name}: {why}. Leave it out")
     head = None if own.own_head else own.head or head_for(data, own.pool)
     torch.manual_seed(spec.training.seed)
     if kind.dual:

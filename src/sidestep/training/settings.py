@@ -112,11 +112,11 @@ class TrainSettings:
         self._check_milestones()
         if self.keep == "last" and self.patience:
             raise ValueError(
-                f"patience={self.patience} with keep='last': stopping early chooses an epoch on dev; leave patience out"
+                f"patience={self.patience} with keep='last': stopping early chooses an epoch on dev. Leave patience out"
             )
         if not self.checkpoints and (self.keep == "best" or self.resume or self.save_steps):
             raise ValueError(
-                "checkpoints=False: there is no best epoch to go back to and nothing to resume; set keep='last', "
+                "checkpoints=False: there is no best epoch to go back to and nothing to resume. Set keep='last', "
                 "without resume and save_steps"
             )
         if self.resume and self.overwrite:
@@ -147,7 +147,7 @@ class TrainSettings:
         if self.schedule == "cosine_epochs" and 2 * rise >= self.epochs:
             raise ValueError(
                 f"a warm-up of {rise} of {self.epochs} epochs with schedule='cosine_epochs': its cosine counts from "
-                "the first epoch and would be at its end after the warm-up; warm up for less than half of the epochs"
+                "the first epoch and would be at its end after the warm-up. Warm up for less than half of the epochs"
             )
 
     def _require(self, name: str, allowed: bool, what: str) -> None:

@@ -271,7 +271,7 @@ def _failures(settings: TrainSettings) -> Iterator[None]:
             raise
         raise TrainError(
             f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}): lower "
-            f"--batch-size ({settings.batch_size} now; --accumulate makes up for it) or --max-length, "
+            f"--batch-size ({settings.batch_size} now, and --accumulate makes up for it) or --max-length, "
             f"recompute late blocks with --checkpoint late, or try --bf16. {_left(settings)}"
         ) from error
 

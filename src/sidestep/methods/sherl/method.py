@@ -125,7 +125,7 @@ class Sherl(SideNet):
             )
         if late and site.convolutional and depth - 2 not in config.layers:
             raise ValueError(
-                f"layers={config.layers} lack the guide, block {depth - 2}: maps are pooled to its grid, on which the "
+                f"layers={config.layers} lack the guide, block {depth - 2}. Maps are pooled to its grid, on which the "
                 "last block reads them, so it has to be among them"
             )
 

@@ -124,7 +124,7 @@ def load(name: str) -> Recipe:
         raise ValueError(f"there is no recipe {name!r}{_meant(name, within.recipes)}: {within.name} has {tasks}")
     raise ValueError(
         f"there is no recipe {name!r}{_meant(name, known)}: names begin with "
-        f"{', '.join(group.name for group in groups())}; `sidestep recipes PREFIX` lists them"
+        f"{', '.join(group.name for group in groups())}. `sidestep recipes PREFIX` lists them"
     )
 
 
