@@ -256,7 +256,7 @@ class Head(nn.Module):
         if self.pool == "last" and site.keep is not None:
             return take_rows(hidden, last_kept(site.keep))[:, 0]
         # Copied: a view of one row would keep the storage of all tokens for backward.
-        return hidden[:, 0 if self.pool == "cls" else -1].clone()
+        return hidden[:, {"cls": 0, "last": -1}[self.pool]].clone()
 
     def loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Mean loss over the examples, or their sum over `num_items_in_batch` (the Trainer's, under accumulation)."""
