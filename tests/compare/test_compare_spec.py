@@ -238,7 +238,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *(({"task": [{"train": "a.csv", "text": "t", "rows": value}]}, "rows=") for value in (1, 0, -3)),
     ({"task": [{"train": "a.csv", "text": "t", "problem": "retrieval"}]}, "problem='retrieval'"),
     *(({"task": [{"train": "a.csv", "text": "t", "encoding": value}]}, "encoding=") for value in ("x", "hex", "rot13")),
-    ({"task": [{"train": "a.csv", "text": "t", "columns": ["a", "a"]}]}, "every column needs a name of its own"),
+    ({"task": [{"train": "a.csv", "text": "t", "columns": ["a", "a"]}]}, "Every column needs a name of its own"),
     *(({name: []}, f"{name}=[] is empty") for name in ("methods", "seeds", "backbone", "task", "contender")),
     ({"task": [{"train": "a.csv", "text": "t", "columns": []}]}, "columns=[] is empty"),
     *(({"task": [{"train": "a.csv", "text": "t", name: ""}]}, f"{name} is empty") for name in ("train", "dev", "name")),

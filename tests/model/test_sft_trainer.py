@@ -388,7 +388,7 @@ def test_noise_on_frozen_embeddings_is_refused(tmp_path: Path, tokenizer: Any) -
 def test_new_tokens_are_refused_and_a_template_alone_is_not(tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(tmp_path / "other")
     model = attached(APART["llama"], METHODS["read"])
-    with pytest.raises(ValueError, match=r"keep their size: .* before ss.attach .* with a .jinja file"):
+    with pytest.raises(ValueError, match=r"keep their size\. .* before ss.attach .* with a .jinja file"):
         trainer(tmp_path, model, tokenizer, chat_template_path=str(tmp_path / "other"))
     (tmp_path / "template.jinja").write_text(TEMPLATE.replace("</s>", "w1"), encoding="utf-8")
     trainer(tmp_path, model, tokenizer, chat_template_path=str(tmp_path / "template.jinja")).train()
