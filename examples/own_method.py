@@ -1,9 +1,6 @@
-"""A method of your own: a config, a class, a decorator.
+"""A method of your own, which corrects the last hidden state with a low-rank sum over the blocks.
 
-The command line finds it with `--plugin own_method.py --method sum`, and in a package by the entry point
-"sidestep.methods".
-
-It reads every block through a map of low rank and corrects the last hidden state with the sum of what it read.
+`--plugin own_method.py --method sum` finds it, and in a package the entry point "sidestep.methods".
 """
 
 from collections.abc import Sequence
@@ -32,8 +29,7 @@ class SumConfig(ss.MethodConfig):
 class Sum(SideNet):
     """Sum: a low-rank sum over the block outputs corrects the last one."""
 
-    tokenwise = True  # it looks at one token at a time
-    starts_as_identity = True  # the output map starts at zero
+    tokenwise = starts_as_identity = True  # it looks at one token at a time, and the output map starts at zero
 
     def __init__(self, config: SumConfig, sites: Sequence[Site]) -> None:
         super().__init__()
@@ -57,9 +53,7 @@ class Sum(SideNet):
 
 
 if __name__ == "__main__":
-    backbone = BertModel(
-        BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2), add_pooling_layer=False
-    )
+    backbone = BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2))
     model = ss.attach(backbone, SumConfig(rank=4), head=ss.Classify(num_labels=2))
-    (loss := model(input_ids=torch.randint(0, 100, (4, 10)), labels=torch.tensor([0, 1, 0, 1])).loss).backward()
+    loss = model(input_ids=torch.randint(0, 100, (4, 10)), labels=torch.tensor([0, 1, 0, 1])).loss
     print(f"loss {loss.item():.3f}, {sum(p.numel() for _, p in model.trained_parameters())} parameters are trained")

@@ -197,7 +197,7 @@ def test_sherl_trains_beside_a_timm_resnet(place: Path, tmp_path: Path) -> None:
     result = run("train", *how, *rows, "--output", tmp_path / "task", *FAST, "--batch-size", "15")
     assert result.exit_code == 2, result.output
     said = " ".join(result.stderr.split())
-    assert "batch_size=15 with 16 training rows makes a batch of 1, but sherl has batch norms on this backbone" in said
+    assert "batch_size=15 with 16 training rows makes a batch of 1, but sherl has batch norms here" in said
     assert "or leave the last batch out (--drop-last)" in said
     assert not (tmp_path / "task").exists()
     result = run("train", *how, *rows, "--output", tmp_path / "task", *FAST, "--batch-size", "15", "--drop-last")

@@ -242,7 +242,7 @@ def test_retrievals_numbers_are_those_of_the_releases(method: str) -> None:
         ("dtl/fewshot/pets-3", r"dtl/fewshot has aircraft-1, .*cars-16$"),
         (
             "dtl/vtab",
-            r"names begin with dtl/fewshot, dtl/vtab, dtl/vtab-swin, dtlplus/fewshot.*synqt/vtab, unipt/vse; `sidestep",
+            r"names begin with dtl/fewshot, dtl/vtab, dtl/vtab-swin, dtlplus.*synqt/vtab, unipt/vse\. `sidestep",
         ),
         ("", r"there is no recipe ''"),
     ],
@@ -346,7 +346,7 @@ def test_drop_path_is_the_recipes_in_training(place: Path, tmp_path: Path, monke
         seen.append((drop_path_rate(model.trunk), model.settings.backbone_noise, on))
         raise ValueError("far enough")
 
-    monkeypatch.setattr("sidestep.training.train.train", instead)
+    monkeypatch.setattr("sidestep.training.run.train_model", instead)
     sized = ("--image-size", 160, "--set", "late_blocks=1")
     for options in ((), ("--drop-path", 0.4), ("--drop-path", 0), ("--backbone-noise", "all")):
         result = train(place, tmp_path / "task", *sized, *options, backbone=name)
