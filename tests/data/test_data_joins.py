@@ -15,7 +15,8 @@ from sidestep.data import DataError, DataWarning, Fields, Separators
 from sidestep.data.encode import encode_text
 from sidestep.data.joins import puts_nothing_between, separators_of, warn_of_glued
 from sidestep.data.written import as_text, encode_prompts, encode_targets
-from sidestep.kinds.prepare import prepare, stored_separators
+from sidestep.kinds.prepare import prepare
+from sidestep.kinds.task_data import stored_separators
 from small_backbone import PAIRS, character_tokenizer
 from small_tasks import tokenizer as bert_tokenizer
 from written_tasks import tokenizer as word_tokenizer

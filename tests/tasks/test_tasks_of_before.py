@@ -13,8 +13,8 @@ from datasets import Dataset
 
 import sidestep as ss
 from sidestep.disk import task_folder
-from sidestep.kinds.prepare import stored_fields
 from sidestep.kinds.running import logits
+from sidestep.kinds.task_data import stored_fields
 from sidestep.tasks import predict
 from small_backbone import PAIRS, TEXTS, backbone, decoder
 

@@ -33,7 +33,7 @@ def spec(place: Path, output: Path, **data: object) -> ss.RunSpec:
     rows = {"train": place / "train.csv", "dev": place / "dev.csv", "text": "text", **data}
     return ss.RunSpec(
         data=ss.DataSpec(**rows),
-        model=ss.ModelSpec(backbone=str(place / "bert"), method=ss.ReadConfig(rank=4)),
+        model=ss.ModelSpec(backbone=place / "bert", method=ss.ReadConfig(rank=4)),
         training=ss.TrainSettings(output=output, **HOW),
     )
 

@@ -52,7 +52,7 @@ def load_plugins(files: list[Path] | None) -> None:
         sys.path.insert(0, str(file.resolve().parent))  # for its own imports
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except Exception as error:  # a file of the user's own may raise anything
             raise typer.BadParameter(f"{file} failed: {type(error).__name__}: {error}") from error
         finally:
             sys.path.remove(str(file.resolve().parent))

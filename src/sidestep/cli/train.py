@@ -151,11 +151,9 @@ def train(
         hush()
         pairs = asked["problem"] is not None and kind_named(asked["problem"]).dual
         head = None
-        if pairs:
+        if pairs or (text_pool, dim, loss) != (None, None, "contrastive"):  # which the run refuses for other kinds
             given = {"pool": asked["pool"], "text_pool": text_pool, "dim": asked["dim"], "loss": asked["loss"]}
             head = Retrieve(**{**chosen.head(), **given})
-        elif (text_backbone, text_pool, dim, loss) != (None, None, None, "contrastive"):
-            raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --task retrieval")
         data = DataSpec(
             train=train,
             dev=dev,

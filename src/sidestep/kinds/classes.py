@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 
-from sidestep.data import Fields, Generation, LabelSpace
+from sidestep.data import LabelSpace
 from sidestep.data.labels import SEPARATOR
 from sidestep.disk.table_files import DIGITS
 from sidestep.kinds.assess import Assessment, OfClass
-from sidestep.kinds.base import OWN, PREDICTION, PROBABILITY, Probabilities, TaskKind, register, targets_of
-from sidestep.kinds.running import logits
+from sidestep.kinds.base import OWN, PREDICTION, PROBABILITY, Probabilities, register
+from sidestep.kinds.from_logits import FromLogits
 from sidestep.kinds.task_data import TaskData
 from sidestep.metrics import GREATER_IS_BETTER, METRICS, scores
-from sidestep.model.attach import Attached
 from sidestep.model.heads import Classify
-from sidestep.model.side_model import SideModel
 
 
-class Classes(TaskKind):
+class Classes(FromLogits):
     """What both kinds have in common: a logit for each class."""
 
     problem: ClassVar[Literal["single", "multi"]]
@@ -32,55 +30,41 @@ class Classes(TaskKind):
         """One output for each class."""
         return Classify(num_labels=data.labels.outputs, labels=data.labels.names, problem=self.problem, pool=pool)
 
-    def judge(
-        self, model: Attached, encoded: Dataset, fields: Fields, labels: LabelSpace, generation: Generation, **how: Any
-    ) -> Assessment:
-        """Scores of logits."""
-        assert isinstance(model, SideModel)
-        return self.assess(logits(model, encoded, fields, **how), targets_of(encoded), labels.names or None)
-
-    def predict(
-        self,
-        model: Attached,
-        rows: Dataset,
-        fields: Fields,
-        labels: LabelSpace,
-        probabilities: Probabilities,
-        **how: Any,
-    ) -> dict[str, list[Any]]:
-        """The class of each row, and probabilities."""
-        assert isinstance(model, SideModel)
-        return self.columns(labels, logits(model, rows, fields, **how), probabilities)
-
     def columns(
         self, labels: LabelSpace, found: NDArray[Any], probabilities: Probabilities = "all"
     ) -> dict[str, list[Any]]:
         """Predictions and probabilities by column name, from logits (rows, classes)."""
         shares = self.shares(torch.from_numpy(found).double())
-        chosen = self.chosen(found)
-        texts = ([f"{share:.{DIGITS}f}" for share in row] for row in shares.tolist())
         columns: dict[str, dict[str, list[Any]]] = {
             "all": {f"{PROBABILITY}{name}": each for name, each in zip(labels.names, shares.T.tolist(), strict=True)},
-            "one": {OWN: self.own(shares, texts, chosen)},
+            "one": {OWN: self.own(found, shares)},
             "none": {},
         }
-        return {PREDICTION: [_joined(labels.names, row) for row in chosen], **columns[probabilities]}
+        return {PREDICTION: self.answers(labels.names, found), **columns[probabilities]}
 
+    @abstractmethod
     def shares(self, values: torch.Tensor) -> torch.Tensor:
         """Probabilities of classes."""
-        return values.softmax(-1) if self.name == "single" else values.sigmoid()
 
+    @abstractmethod
+    def answers(self, names: Sequence[str], found: NDArray[Any]) -> list[str]:
+        """What is predicted, as a text."""
+
+    @abstractmethod
+    def own(self, found: NDArray[Any], shares: torch.Tensor) -> list[Any]:
+        """The probability of what is predicted. For several classes, their probabilities as a text."""
+
+    @abstractmethod
     def chosen(self, found: NDArray[Any]) -> NDArray[np.bool_]:
         """(rows, classes): which classes are predicted."""
-        if self.name == "multi":
-            return found > 0
-        return found.argmax(axis=1)[:, None] == np.arange(found.shape[1])
 
-    def own(self, shares: torch.Tensor, texts: Iterator[list[str]], chosen: NDArray[np.bool_]) -> list[Any]:
-        """The probability of what is predicted. For several classes, their probabilities as a text."""
-        if self.name == "single":
-            return shares.amax(-1).tolist()
-        return [_joined(row, yes) for row, yes in zip(texts, chosen, strict=True)]
+    @abstractmethod
+    def true(self, targets: NDArray[Any], classes: int) -> NDArray[np.bool_]:
+        """(rows, classes): which classes a row is of."""
+
+    @abstractmethod
+    def usual(self, classes: int, targets: NDArray[Any]) -> Iterator[NDArray[Any]]:
+        """Logits of answers for all rows. For every score the best answer is among them."""
 
     def assess(
         self, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None = None
@@ -93,7 +77,7 @@ class Classes(TaskKind):
             scores(self.name, np.tile(answer, (len(targets), 1)), targets)
             for answer in self.usual(predictions.shape[1], targets)
         ]
-        true = targets[:, None] == classes if self.name == "single" else targets > 0
+        true = self.true(targets, len(classes))
         rows, hits = true.sum(axis=0), (true & self.chosen(predictions)).sum(axis=0)
         return Assessment(
             scores=found,
@@ -106,10 +90,6 @@ class Classes(TaskKind):
             },
         )
 
-    def usual(self, classes: int, targets: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """Logits of answers for all rows. For every score the best answer is among them."""
-        raise NotImplementedError
-
 
 @register
 class Single(Classes):
@@ -119,6 +99,26 @@ class Single(Classes):
     answer = "one label of {names}"
     metrics, best = METRICS["single"], "accuracy"
     smooths = True
+
+    def shares(self, values: torch.Tensor) -> torch.Tensor:
+        """They sum to one."""
+        return values.softmax(-1)
+
+    def answers(self, names: Sequence[str], found: NDArray[Any]) -> list[str]:
+        """The class of the largest output."""
+        return [names[index] for index in found.argmax(axis=1)]
+
+    def own(self, found: NDArray[Any], shares: torch.Tensor) -> list[float]:
+        """The largest one."""
+        return shares.amax(-1).tolist()
+
+    def chosen(self, found: NDArray[Any]) -> NDArray[np.bool_]:
+        """One of each row."""
+        return self.true(found.argmax(axis=1), found.shape[1])
+
+    def true(self, targets: NDArray[Any], classes: int) -> NDArray[np.bool_]:
+        """One of each row."""
+        return targets[:, None] == np.arange(classes)
 
     def usual(self, classes: int, targets: NDArray[Any]) -> Iterator[NDArray[Any]]:
         """The largest class. Of two classes, both."""
@@ -135,6 +135,27 @@ class Multi(Classes):
     answer = "any number of the labels {names}"
     metrics, best = METRICS["multi"], "f1_micro"
     problem_type = "multi_label_classification"
+
+    def shares(self, values: torch.Tensor) -> torch.Tensor:
+        """Each for itself."""
+        return values.sigmoid()
+
+    def answers(self, names: Sequence[str], found: NDArray[Any]) -> list[str]:
+        """All classes above 0."""
+        return [_joined(names, row) for row in self.chosen(found)]
+
+    def own(self, found: NDArray[Any], shares: torch.Tensor) -> list[str]:
+        """Those of the predicted classes."""
+        texts = ([f"{share:.{DIGITS}f}" for share in row] for row in shares.tolist())
+        return [_joined(row, yes) for row, yes in zip(texts, self.chosen(found), strict=True)]
+
+    def chosen(self, found: NDArray[Any]) -> NDArray[np.bool_]:
+        """Those above 0."""
+        return found > 0
+
+    def true(self, targets: NDArray[Any], classes: int) -> NDArray[np.bool_]:
+        """As the targets say."""
+        return targets > 0
 
     def usual(self, classes: int, targets: NDArray[Any]) -> Iterator[NDArray[Any]]:
         """The most frequent set, all labels, and the best of the frequent."""

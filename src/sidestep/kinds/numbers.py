@@ -7,22 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from numpy.typing import NDArray
 
-from sidestep.data import Fields, Generation, LabelSpace
+from sidestep.data import LabelSpace
 from sidestep.kinds.assess import Assessment
-from sidestep.kinds.base import PREDICTION, Probabilities, TaskKind, register, targets_of
-from sidestep.kinds.running import logits
+from sidestep.kinds.base import PREDICTION, Probabilities, register
+from sidestep.kinds.from_logits import FromLogits
 from sidestep.kinds.task_data import TaskData
 from sidestep.metrics import METRICS, ScoreWarning, scores
-from sidestep.model.attach import Attached
 from sidestep.model.heads import Regress
-from sidestep.model.side_model import SideModel
 
 
 @register
-class Regression(TaskKind):
+class Regression(FromLogits):
     """A number."""
 
     name = "regress"
@@ -33,25 +30,11 @@ class Regression(TaskKind):
         """One output, which starts at the mean of the targets."""
         return Regress(pool=pool, center=float(np.mean(data.train.with_format(None)["labels"][:])))
 
-    def judge(
-        self, model: Attached, encoded: Dataset, fields: Fields, labels: LabelSpace, generation: Generation, **how: Any
-    ) -> Assessment:
-        """Scores of numbers."""
-        assert isinstance(model, SideModel)
-        return self.assess(logits(model, encoded, fields, **how), targets_of(encoded))
-
-    def predict(
-        self,
-        model: Attached,
-        rows: Dataset,
-        fields: Fields,
-        labels: LabelSpace,
-        probabilities: Probabilities,
-        **how: Any,
+    def columns(
+        self, labels: LabelSpace, found: NDArray[Any], probabilities: Probabilities = "all"
     ) -> dict[str, list[Any]]:
         """The number of each row."""
-        assert isinstance(model, SideModel)
-        return {PREDICTION: logits(model, rows, fields, **how)[:, 0].astype(float).tolist()}
+        return {PREDICTION: found[:, 0].astype(float).tolist()}
 
     def assess(
         self, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None = None

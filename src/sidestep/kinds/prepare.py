@@ -13,9 +13,7 @@ from sidestep.data import (
     Collate,
     DataError,
     Fields,
-    Generation,
     LabelSpace,
-    Separators,
     TableOptions,
     check_fields,
     read,
@@ -23,7 +21,7 @@ from sidestep.data import (
 from sidestep.data.augment import NONE
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.steps import check_modality
-from sidestep.kinds.task_data import Asked, TaskData
+from sidestep.kinds.task_data import Asked, TaskData, stored_fields
 from sidestep.model.heads import HeadConfig
 
 
@@ -158,17 +156,6 @@ def head_for(data: TaskData, pool: Any = None) -> HeadConfig | None:
     return kind_named(data.labels.kind).head(data, pool)
 
 
-def stored_fields(preprocessing: Mapping[str, Any]) -> Fields:
-    """The columns that a saved task was trained on.
-
-    Raises:
-        DataError: if the task does not say.
-    """
-    if "fields" not in preprocessing:
-        raise DataError("this task does not say which columns it reads: name them (--text or --image)")
-    return Fields(**preprocessing["fields"])
-
-
 def chosen_fields(preprocessing: Mapping[str, Any], given: Fields) -> Fields:
     """The columns that a saved task was trained on, with those that a user names in their place.
 
@@ -178,16 +165,6 @@ def chosen_fields(preprocessing: Mapping[str, Any], given: Fields) -> Fields:
     named = {name: column for name, column in asdict(given).items() if column is not None}
     known = "fields" in preprocessing or (given.text is None and given.image is None)
     return replace(stored_fields(preprocessing) if known else Fields(), **named)
-
-
-def stored_generation(preprocessing: Mapping[str, Any]) -> Generation:
-    """How a saved task's texts are written. The defaults, if the task does not say."""
-    return Generation(**preprocessing.get("generation", {}))
-
-
-def stored_separators(preprocessing: Mapping[str, Any]) -> Separators:
-    """What stands between a saved task's texts. Nothing if it does not say, as with tasks of earlier versions."""
-    return Separators(**preprocessing.get("separators", {}))
 
 
 def stored_labels(preprocessing: Mapping[str, Any]) -> LabelSpace:

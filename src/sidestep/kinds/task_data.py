@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from sidestep.data import Augmentation, Collate, Fields, Generation, LabelSpace, Separators
+from sidestep.data import Augmentation, Collate, DataError, Fields, Generation, LabelSpace, Separators
 from sidestep.data.augment import NONE
 from sidestep.data.joins import NOTHING
 
@@ -83,3 +83,24 @@ class Asked:
     max_new_tokens: int | None = None
     num_beams: int = 1
     separator: str | None = None
+
+
+def stored_fields(preprocessing: Mapping[str, Any]) -> Fields:
+    """The columns that a saved task was trained on.
+
+    Raises:
+        DataError: if the task does not say.
+    """
+    if "fields" not in preprocessing:
+        raise DataError("this task does not say which columns it reads: name them (--text or --image)")
+    return Fields(**preprocessing["fields"])
+
+
+def stored_generation(preprocessing: Mapping[str, Any]) -> Generation:
+    """How a saved task's texts are written. The defaults, if the task does not say."""
+    return Generation(**preprocessing.get("generation", {}))
+
+
+def stored_separators(preprocessing: Mapping[str, Any]) -> Separators:
+    """What stands between a saved task's texts. Nothing if it does not say, as with tasks of earlier versions."""
+    return Separators(**preprocessing.get("separators", {}))

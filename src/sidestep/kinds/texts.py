@@ -24,7 +24,7 @@ from sidestep.data.joins import NOTHING, warn_of_glued
 from sidestep.kinds.assess import Assessment, assess_texts
 from sidestep.kinds.base import PREDICTION, Probabilities, TaskKind, register
 from sidestep.kinds.running import written
-from sidestep.kinds.task_data import Asked, TaskData
+from sidestep.kinds.task_data import Asked, TaskData, stored_generation, stored_separators
 from sidestep.metrics import METRICS, Written
 from sidestep.model.attach import Attached
 from sidestep.model.side_model import SideModel
@@ -51,7 +51,8 @@ class Texts(TaskKind):
         asked: Asked,
     ) -> tuple[Generation, int | None]:
         """As many tokens as the longest target of the training rows has, if nobody says."""
-        parts = [self.targets(part, fields, processor, labels, separators) for part in (train, dev)]
+        texts = [labels.encode(part, fields.label or "") for part in (train, dev)]
+        parts = [self.targets(part, fields, processor, separators) for part in texts]
         longest = max(map(len, parts[0])) if asked.max_new_tokens is None else asked.max_new_tokens
         found = Generation(max_new_tokens=longest, num_beams=asked.num_beams)
         return found, self.limit(processor, asked, parts, found, pair=fields.text2 is not None)
@@ -62,13 +63,10 @@ class Texts(TaskKind):
         """Tokens kept of what is read."""
         return asked.max_length
 
-    def targets(
-        self, rows: Dataset, fields: Fields, processor: Any, labels: LabelSpace, separators: Separators
-    ) -> list[list[int]]:
+    def targets(self, texts: list[str], fields: Fields, processor: Any, separators: Separators) -> list[list[int]]:
         """The texts to write as tokens."""
-        column = fields.label or ""
         start = separators.answer_start
-        return encode_targets(labels.encode(rows, column), processor, self.writes, column, start=start)
+        return encode_targets(texts, processor, self.writes, fields.label or "", start=start)
 
     def encode(
         self,
@@ -89,7 +87,7 @@ class Texts(TaskKind):
         if labels is None:
             return prompts, cut
         texts = labels.encode(rows, fields.label or "")
-        return with_targets(prompts, texts, self.targets(rows, fields, processor, labels, separators), processor), cut
+        return with_targets(prompts, texts, self.targets(texts, fields, processor, separators), processor), cut
 
     def collate(self, fields: Fields, processor: Any) -> CollateWritten:
         """Prompts and targets, a decoder's one behind the other."""
@@ -132,9 +130,8 @@ class Texts(TaskKind):
         """What is written for each row."""
         assert isinstance(model, SideModel)
         stored = model.extras.get("preprocessing") or {}
-        separators = Separators(**stored.get("separators", {}))
-        texts = written(model, rows, Generation(**stored.get("generation", {})), **how)
-        return {PREDICTION: [separators.without_start(text) for text in texts]}
+        texts = written(model, rows, stored_generation(stored), **how)
+        return {PREDICTION: [stored_separators(stored).without_start(text) for text in texts]}
 
 
 @register

@@ -183,7 +183,7 @@ class TrainerFace(DenseStage):
             raise ValueError(self._nothing_trained())
         if self.sparse is not None and self.sparse.is_idle:
             how = (
-                "as configured it trains all of them first, which needs `sidestep train` or training.train.train"
+                "as configured it trains all of them first, which needs `sidestep train` or ss.train"
                 if self.relaxes
                 else "`sidestep train` does that, and for a loop of your own ss.initialise(model, batches)"
             )

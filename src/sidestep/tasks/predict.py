@@ -11,9 +11,9 @@ from datasets import ClassLabel, Dataset, Image
 from sidestep.data import DataError, Fields, Generation, Kind, LabelSpace
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import OWN, PROBABILITY, Probabilities, kind_named
-from sidestep.kinds.prepare import stored_fields, stored_generation, stored_labels, stored_separators
+from sidestep.kinds.prepare import stored_labels
 from sidestep.kinds.running import written
-from sidestep.kinds.task_data import TaskData
+from sidestep.kinds.task_data import TaskData, stored_fields, stored_generation, stored_separators
 from sidestep.model.attach import Attached
 from sidestep.model.heads import Classify
 from sidestep.model.pair_model import PairModel

@@ -100,9 +100,9 @@ class ModelSpec:
         drop_path, dtype, revision: as of `load_backbone`.
     """
 
-    backbone: str
+    backbone: str | Path
     method: MethodConfig
-    text_backbone: str | None = None
+    text_backbone: str | Path | None = None
     head: Retrieve | None = None
     pool: Any = None
     own_head: bool = False
@@ -111,6 +111,16 @@ class ModelSpec:
     drop_path: float | None = None
     dtype: str | None = None
     revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The backbone's."""
+        return str(self.backbone)
+
+    @property
+    def text_name(self) -> str | None:
+        """The text encoder's."""
+        return None if self.text_backbone is None else str(self.text_backbone)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +169,7 @@ def train(spec: RunSpec, watch: Watch | None = None) -> tuple[Attached, TaskData
     """
     check_output(spec.training)
     named = [str(source) for source in (spec.data.train, spec.data.dev) if isinstance(source, str | Path)]
-    places = [*rows_at(*named), *backbones_at(spec.model.backbone, spec.model.text_backbone)]
+    places = [*rows_at(*named), *backbones_at(spec.model.name, spec.model.text_name)]
     refuse_inputs(parts_of(spec.training.output), places)
     settings = as_begun(spec.training)
     data = task_data(spec, watch)
@@ -177,13 +187,13 @@ def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
     if (kind is None or not kind.dual) and (model.text_backbone, model.head) != (None, None):
         raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --task retrieval")
     if kind is not None and kind.writes is not None:
-        check_writes(model.backbone, kind.writes, revision=model.revision)
+        check_writes(model.name, kind.writes, revision=model.revision)
     processor: Any
     if kind is not None and kind.dual:
-        both = load_pair_processor(model.backbone, model.text_backbone, revision=model.revision)
+        both = load_pair_processor(model.name, model.text_name, revision=model.revision)
         processor = replace(both, image=adjusted(both.image, size=asked.image_size, normalize=asked.normalize))
     else:
-        found = asked.transform or load_processor(model.backbone, revision=model.revision)
+        found = asked.transform or load_processor(model.name, revision=model.revision)
         processor = adjusted(found, size=asked.image_size, normalize=asked.normalize)
     rows = asked.rows(asked.train, asked.train_split)
     if watch is not None:
@@ -211,7 +221,7 @@ def attached(spec: RunSpec, data: TaskData) -> Attached:
     """The model of a run before training, from its seed. Errors as of `train`."""
     own, kind = spec.model, kind_named(data.labels.kind)
     where: dict[str, Any] = {
-        "name": own.backbone,
+        "name": own.name,
         "dtype": own.dtype,
         "revision": own.revision,
         "drop_path": own.drop_path,
@@ -228,7 +238,7 @@ def attached(spec: RunSpec, data: TaskData) -> Attached:
     head = None if own.own_head else own.head or head_for(data, own.pool)
     torch.manual_seed(spec.training.seed)
     if kind.dual:
-        return attach(load_pair(**where, text_name=own.text_backbone), own.method, head=head, **how)
+        return attach(load_pair(**where, text_name=own.text_name), own.method, head=head, **how)
     outputs = data.labels.outputs if own.own_head else None
     backbone = load_backbone(**where, head=own.own_head, num_labels=outputs, writes=kind.writes)
     return attach(backbone, own.method, head=head, **how)
