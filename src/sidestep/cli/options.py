@@ -41,6 +41,14 @@ Dim = Annotated[int | None, _model(help="Channels of the embeddings (--task retr
 Loss = Annotated[str, _model(help="contrastive or triplet (--task retrieval).")]
 OwnHead = Annotated[bool, _model("--own-head", help="Train the backbone's own classification head.")]
 Checkpoint = Annotated[str | None, _model(help="late: recompute the late blocks in backward.")]
+Keep = Annotated[
+    str,
+    _model(
+        "--keep",
+        help="How the inputs of taps are kept for backward: full, bf16, int8, offload, replay or auto (what fits). "
+        "replay keeps none and runs the frozen blocks twice.",
+    ),
+]
 Noise = Annotated[str | None, _model(help="Noise of the frozen backbone: drop_path, dropout or all.")]
 DropPath = Annotated[float | None, _model(help="Rate of the backbone's drop path. Turns that noise on in training.")]
 Dtype = Annotated[str | None, _model(help="Precision of the backbone. Default: its checkpoint's.")]
@@ -114,9 +122,11 @@ MaxGradNorm = Annotated[float, _training(help="Where the gradient's norm is cut.
 LabelSmoothing = Annotated[float, _training(help="For single-label classification.")]
 Patience = Annotated[
     int | None,
-    _training(help="Stop after so many epochs without a better dev score. 0: never. Default: 3 (--keep last: never)."),
+    _training(
+        help="Stop after so many epochs without a better dev score. 0: never. Default: 3 (--keep-epoch last: never)."
+    ),
 ]
-Keep = Annotated[str, _training(help="The epoch to keep: best (by its dev score) or last.")]
+KeepEpoch = Annotated[str, _training("--keep-epoch", help="The epoch to keep: best (by its dev score) or last.")]
 Metric = Annotated[str | None, _training(help="Dev score that chooses the best epoch.")]
 Seed = Annotated[int, _training(help="Of weights, order, noise, held-out rows, shots and views.")]
 Bf16 = Annotated[bool, _training("--bf16", help="Autocast to bfloat16.")]
@@ -178,6 +188,16 @@ Batch = Annotated[int, _training("--batch", help="Rows of one step.")]
 Length = Annotated[int | None, _training(help="Tokens of a text. Default: 128.")]
 ImageSize = Annotated[int | None, _data(help="Rows and columns of an image. Default: the model's.")]
 Gpu = Annotated[str | None, _training(help="Memory of the card to plan for, such as 16GB. Default: plan for the CPU.")]
-Precision = Annotated[str, _training(help="float32, 'bf16 autocast' or bfloat16 (the backbone's weights).")]
+Precision = Annotated[
+    str | None,
+    _training(help="float32, 'bf16 autocast' or bfloat16 (the backbone's weights). As --bf16 and --dtype say it."),
+]
+PlannedDtype = Annotated[
+    str | None, _model("--dtype", help="Precision of the backbone: float32 or bfloat16. Default: float32.")
+]
+PlannedKind = Annotated[
+    str | None,
+    _data("--kind", help="single, multi, regress, text2text or lm (all tokens have a label). Default: single."),
+]
 Optimizer = Annotated[str, _training(help="AdamW, 'AdamW (fused)', SGD or Adafactor.")]
 Measure = Annotated[bool, _running("--measure", help="Run steps with random weights here instead of predicting.")]

@@ -14,8 +14,13 @@ from sidestep.console import remark, show_facts, show_table
 
 if TYPE_CHECKING:
     from sidestep.measure.plan import Alternative, Plan
+    from sidestep.model.heads import HeadConfig
 
 GROUPS = 8
+RULE = (
+    "rule: what fits in full is fastest. If a step does not fit, --keep replay needs the least memory and about a "
+    "second pass of the frozen blocks (--keep auto decides so)"
+)
 
 
 def plan(
@@ -27,13 +32,17 @@ def plan(
     pool: opt.Pool = None,
     own_head: opt.OwnHead = False,
     checkpoint: opt.Checkpoint = None,
+    taps: opt.Keep = "full",
     backbone_noise: opt.Noise = None,
     revision: opt.Revision = None,
     batch: opt.Batch = 32,
     length: opt.Length = None,
     image_size: opt.ImageSize = None,
     gpu: opt.Gpu = None,
-    precision: opt.Precision = "float32",
+    kind: opt.PlannedKind = None,
+    precision: opt.Precision = None,
+    bf16: opt.Bf16 = False,
+    dtype: opt.PlannedDtype = None,
     optimizer: opt.Optimizer = "AdamW",
     measure: opt.Measure = False,
     as_json: opt.AsJson = False,
@@ -41,22 +50,35 @@ def plan(
 ) -> None:
     """Predict the memory of training, and what fits, from a config alone."""
     with reporting(debug):
-        from sidestep.measure.plan import alternatives, best_device, largest_batch, memory_of
+        from sidestep.interface.keep import check_keep
+        from sidestep.kinds.base import kind_named
+        from sidestep.measure.plan import alternatives, best_device, fastest, largest_batch, memory_of, ways_of_keeping
         from sidestep.measure.plan import plan as planned
         from sidestep.methods import method_named
-        from sidestep.model.heads import Classify
+        from sidestep.model.heads import Classify, Regress
 
         limit = None if gpu is None else memory_of(gpu)
         if own_head and pool is not None:
             raise ValueError(f"--pool {pool} with --own-head: the backbone's own head reads what it reads")
         config = config_from(method_named(method).config, set_ or [])
+        check_keep(taps)
+        of = kind_named(kind or "single")
+        if of.dual:
+            raise ValueError("--kind retrieval has two towers, and a plan is of one backbone: plan each tower alone")
+        if of.writes and (own_head or pool is not None):
+            raise ValueError(f"--kind {of.name} is written by the backbone's own head: leave --own-head and --pool out")
+        reads: Any = {"pool": pool}  # a head refuses a pool that it does not know
+        if of.name == "regress":
+            head: HeadConfig = Regress(**reads)
+        else:
+            head = Classify(num_labels=labels, problem="multi" if of.name == "multi" else "single", **reads)
         settings: dict[str, Any] = {
-            # Classify refuses a pool that it does not know
-            "head": None if own_head else Classify(num_labels=labels, pool=pool),  # type: ignore[arg-type]
+            "head": None if own_head or of.writes else head,
+            "writes": of.writes,
             "length": length,
             "image_size": image_size,
             "backbone_noise": backbone_noise,
-            "precision": precision,
+            "precision": _precision(precision, bf16, dtype),
             "optimizer": optimizer,
             # a measured step runs on what there is
             "device": best_device() if measure else "cpu" if limit is None else "cuda",
@@ -64,18 +86,50 @@ def plan(
             "measure": measure,
         }
         make: Any = partial(planned, backbone_named(backbone, gguf), **settings)
-        found = make(config, batch=batch, checkpoint=checkpoint)
+        why = None
+        if taps == "auto":
+            if limit is None:
+                raise ValueError("--keep auto takes what fits: say in how much memory, with --gpu such as --gpu 16GB")
+            ways = _by_way(partial(make, config, batch=batch, checkpoint=checkpoint), ways_of_keeping("cuda"), limit)
+            taps, why = fastest(ways, limit)
+        found = make(config, batch=batch, checkpoint=checkpoint, keep=taps)
         if limit is None or measure:
             _print(found, as_json, limit)
             return
         largest = largest_batch(
-            lambda rows: make(config, batch=rows, checkpoint=checkpoint).total_bytes,
+            lambda rows: make(config, batch=rows, checkpoint=checkpoint, keep=taps).total_bytes,
             limit,
             start=batch,
             fixed=found.weights_bytes + found.optimizer_bytes,
         )
         others = alternatives(partial(make, batch=batch), config)
-        _print(found, as_json, limit, largest, others)
+        _print(found, as_json, limit, largest, others, why)
+
+
+def _precision(precision: str | None, bf16: bool, dtype: str | None) -> str:
+    """The precision of a step, as a plan calls it, from what the options of `train` say."""
+    if precision is not None and (bf16 or dtype is not None):
+        raise ValueError("--precision with --bf16 or --dtype: they say the same, so leave one out")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"--dtype {dtype}: a plan knows float32 and bfloat16")
+    if bf16 and dtype == "bfloat16":
+        raise ValueError("--bf16 with --dtype bfloat16: the weights are in that precision already. Leave --bf16 out")
+    return precision or ("bf16 autocast" if bf16 else dtype or "float32")
+
+
+def _by_way(make: Any, ways: Sequence[Any], limit: int) -> dict[Any, int]:
+    """Bytes by way of keeping, up to the first that fits. A method without a choice has one way."""
+    found: dict[Any, int] = {}
+    for way in ways:
+        try:
+            found[way] = make(keep=way).total_bytes
+        except ValueError:
+            if way == "full":
+                raise
+            continue
+        if found[way] <= limit:
+            break
+    return found
 
 
 def _print(
@@ -84,6 +138,7 @@ def _print(
     limit: int | None = None,
     largest: int | None = None,
     others: Sequence[Alternative] = (),
+    why: str | None = None,
 ) -> None:
     if as_json:
         about = {
@@ -92,12 +147,17 @@ def _print(
             "fits": None if limit is None else plan.total_bytes <= limit,
             "largest_batch": largest,
             "alternatives": [other.to_dict() for other in others],
+            "keep_because": why,
         }
         print(json.dumps(about, indent=2, ensure_ascii=False))
         return
     _show_plan(plan, limit, largest)
     if others:
         _show_alternatives(others, limit or 0)
+    if why is not None:
+        remark(f"keep: {plan.keep}, because {why}")
+    elif others:
+        remark(RULE)
     for note in plan.notes:
         remark(f"note: {note}")
 
@@ -124,6 +184,7 @@ def _show_plan(plan: Plan, limit: int | None, largest: int | None) -> None:
         facts[f"on {format_bytes(limit)}"] = fits if largest is None else f"{fits}; largest batch {largest}"
     what = f"{plan.length} tokens" if plan.length is not None else f"{plan.image_size} px"
     late = " with late blocks recomputed" if plan.checkpoint else ""
+    late += f", keep={plan.keep}" if plan.keep != "full" else ""
     how = "predicted" if plan.source == "traced" else plan.source
     title = f"{plan.method}{late}, {plan.batch} x {what}, {plan.precision}, {plan.optimizer}, {plan.device}, {how}"
     show_facts(title, facts)

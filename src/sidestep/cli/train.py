@@ -15,6 +15,7 @@ from sidestep.console import Shown, hush, show_answers, show_results
 
 if TYPE_CHECKING:
     from sidestep.backbone.recompute import Checkpoint
+    from sidestep.interface.keep import Keep
 
 
 def train(
@@ -33,6 +34,7 @@ def train(
     loss: opt.Loss = "contrastive",
     own_head: opt.OwnHead = False,
     checkpoint: opt.Checkpoint = None,
+    taps: opt.Keep = "full",
     backbone_noise: opt.Noise = None,
     drop_path: opt.DropPath = None,
     dtype: opt.Dtype = None,
@@ -77,7 +79,7 @@ def train(
     decay: opt.Decay = "weights",
     max_grad_norm: opt.MaxGradNorm = 1.0,
     label_smoothing: opt.LabelSmoothing = 0.0,
-    keep: opt.Keep = "best",
+    keep: opt.KeepEpoch = "best",
     patience: opt.Patience = None,
     metric: opt.Metric = None,
     seed: opt.Seed = 0,
@@ -99,6 +101,11 @@ def train(
         from sidestep.training.run import train as run
         from sidestep.training.settings import TrainSettings
 
+        if taps in ("best", "last"):  # what --keep was about before
+            keep, taps = taps, "full"
+            context.params["keep"] = keep
+            if (source := context.get_parameter_source("taps")) is not None:
+                context.set_parameter_source("keep", source)
         chosen = Chosen.of(context, recipe)
         training = {
             "epochs": epochs,
@@ -187,6 +194,7 @@ def train(
             pool=None if pairs else asked["pool"],
             own_head=own_head,
             checkpoint=cast("Checkpoint | None", checkpoint),
+            keep=cast("Keep", taps),
             backbone_noise=asked["backbone_noise"],
             drop_path=asked["drop_path"],
             dtype=dtype,

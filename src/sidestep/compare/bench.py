@@ -103,6 +103,7 @@ class Bench:
             head=head,
             backbone_noise=contender.noise,
             checkpoint="late" if contender.checkpoint else None,
+            keep=contender.keep,
         )
 
     def pool(self, contender: Contender) -> Pool | None:
@@ -136,6 +137,7 @@ class Bench:
             "method": contender.method,
             "config": contender.config.to_dict(),
             "checkpoint": contender.checkpoint,
+            "keep": contender.keep,
             "noise": contender.noise or ("own" if changes_weights else "eval"),
             "precision": self.precision,
             "attention": self.attention,

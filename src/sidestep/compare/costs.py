@@ -103,6 +103,7 @@ def _attached_with(one: Contender, head: Classify | None) -> Settings:
         head,
         backbone_noise=one.noise,
         checkpoint="late" if one.checkpoint else None,
+        keep=one.keep,
     )
 
 

@@ -256,12 +256,15 @@ def _contender(table: _Table) -> Contender:
         made = table.made(method_named(method).config.from_dict, values=config)
     except TypeError as error:
         raise ValueError(f"{table.where}: {error}") from error
+    keep = table.get("keep", str, "full")
+    ways = f"{CHECKPOINT if checkpoint else ''}{f'+{keep}' if keep != 'full' else ''}"
     found = table.made(
         Contender,
-        name=table.get("name", str) or (f"{method}{CHECKPOINT}" if checkpoint else method),
+        name=table.get("name", str) or f"{method}{ways}",
         config=made,
         rates=method_named(method).config.rates if (rates := table.several("rates", float)) is None else rates,
         checkpoint=checkpoint,
+        keep=keep,
         noise=table.get("noise", str),
         pool=table.get("pool", str),
     )

@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from datasets import Dataset
 
 from sidestep.backbone import Noise, check_noise
 from sidestep.backbone.families import Pool
 from sidestep.data import Fields, Kind, TableOptions, holdout, read
+from sidestep.interface.keep import ROUNDED, Keep, check_keep
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.prepare import strata
 from sidestep.methods import MethodConfig, method_named, method_of, methods
@@ -119,6 +120,7 @@ class Contender:
         config: of the method.
         rates: learning rates to choose from, on held-out training rows.
         checkpoint: whether the blocks after the method's first write are recomputed in backward.
+        keep: how the inputs of taps are kept for backward (see `attach`).
         noise: of the backbone in training. None: the method's own way. That is none for a side network, and the
             backbone's own for a method that changes weights.
         pool: what the head reads. None: the backbone's.
@@ -128,11 +130,13 @@ class Contender:
     config: MethodConfig
     rates: tuple[float, ...]
     checkpoint: bool = False
+    keep: Keep = "full"
     noise: Noise | None = None
     pool: Pool | None = None
 
     def __post_init__(self) -> None:
         check_noise(self.noise)
+        check_keep(self.keep)
         _check_pool(self.pool, f"contender {self.name!r}")
         if not self.rates or not all(math.isfinite(rate) and rate > 0 for rate in self.rates):
             raise ValueError(f"rates={list(self.rates)} of {self.name!r}: give numbers above 0")
@@ -146,15 +150,22 @@ class Contender:
 
     @classmethod
     def named(cls, name: str) -> Contender:
-        """The method of this name with its default config. "NAME+checkpoint" recomputes its blocks.
+        """The method of this name with its default config.
+
+        "NAME+checkpoint" recomputes its blocks, "NAME+replay" (or another way of `Keep`) keeps its taps' inputs so.
 
         Raises:
             ValueError: if there is no such method.
         """
-        method = name.removesuffix(CHECKPOINT)
-        require_known("method", method, methods())
+        method, *ways = name.split("+")
+        checkpoint = "checkpoint" in ways
+        keeps = [way for way in ways if way != "checkpoint"]
+        require_known("method", method if len(keeps) < 2 else name, methods())
+        for way in keeps:
+            check_keep(way)
         config = method_named(method).config()
-        return cls(name=name, config=config, rates=method_named(method).config.rates, checkpoint=name != method)
+        keep = cast("Keep", keeps[0]) if keeps else "full"
+        return cls(name=name, config=config, rates=type(config).rates, checkpoint=checkpoint, keep=keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,14 +280,15 @@ class Comparison:
             )
 
     def score_of(self, contender: Contender) -> str | None:
-        """The contender whose score is this one's too. Recomputing blocks changes costs, not gradients.
+        """The contender whose score is this one's too. To recompute, to read again and to move give the same gradients.
 
         None for a contender that has a score of its own.
         """
-        if not contender.checkpoint:
+        gradients = contender.keep if contender.keep in ROUNDED else "full"
+        if not contender.checkpoint and contender.keep == gradients:
             return None
         for other in self.contenders:
-            if other.checkpoint:
+            if other.checkpoint or other.keep != gradients:
                 continue
             if (other.config, other.noise, other.pool) == (contender.config, contender.noise, contender.pool):
                 return other.name

@@ -17,6 +17,7 @@ from sidestep.backbone import Noise
 from sidestep.backbone.recompute import Checkpoint
 from sidestep.backbone.source import Library
 from sidestep.interface.annotations import Rule, fits, worded
+from sidestep.interface.keep import Keep
 from sidestep.metrics import Kind
 
 DEEPEST = 100
@@ -105,7 +106,12 @@ OPTIONAL: Mapping[str, Any] = {
 }
 #: Parts that have no other entries than these.
 CLOSED: Mapping[str, Mapping[str, Any]] = {
-    "attach": {"train_head": bool | None, "backbone_noise": Noise | None, "checkpoint": Checkpoint | None},
+    "attach": {
+        "train_head": bool | None,
+        "backbone_noise": Noise | None,
+        "checkpoint": Checkpoint | None,
+        "keep": Keep,
+    },
     "backbone.config": {
         "problem_type": Literal["regression", "single_label_classification", "multi_label_classification"],
         "pad_token_id": int,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sidestep.backbone import Facts, StackFacts, as_given, as_tokens
 from sidestep.backbone.families import Pool, TokenGrid
 from sidestep.fold.caches import SideCache, claim
+from sidestep.fold.deferred import Ended, SecondStrand
 from sidestep.fold.hooks import CARRIED
+from sidestep.fold.keeping import Keeping
 from sidestep.fold.padding import kept_tokens, own_tokens
 from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token, take_rows
+from sidestep.fold.reads import Reads
 from sidestep.fold.strand import Strand
 from sidestep.fold.turns import Turn
+from sidestep.interface.keep import Keep
 from sidestep.interface.layers import last_kept
 from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import Place, Site
@@ -48,6 +53,8 @@ class Fold:
         frozen: whether nothing before the method's first write may require a gradient.
         late: whether blocks come after that write. Then the keys and values of these blocks in a cache are of this task
             alone.
+        border: the site of that write, or None.
+        keep: how what the method reads before that write is kept for backward.
         pools: whether a Sidestep head reads the tokens. Such a head has to know the padding.
         diff: a sparse diff, which is written into the weights before each call. None: there is no diff.
     """
@@ -65,6 +72,8 @@ class Fold:
         through: bool,
         frozen: bool,
         late: bool,
+        border: Site | None,
+        keep: Keep,
         pools: bool,
         diff: SparseDiff | None = None,
     ) -> None:
@@ -72,6 +81,9 @@ class Fold:
         self.narrow, self.through, self.frozen = narrow, through, frozen
         # a string, which copies of this fold and of a cache share
         self.late, self.name = late, uuid.uuid4().hex
+        self.keeping = Keeping(method, border, keep, frozen=frozen)
+        self.call: Callable[[], Any] = partial(_no_call)
+        self.again: Reads | None = None
         self.turn, self.diff, self.attached, self.checked = Turn(FoldError(BUSY)), diff, False, False
         self.current: tuple[Pass, Strand] | None = None
         self.finished: tuple[Pass, Strand] | None = None
@@ -90,11 +102,28 @@ class Fold:
             self.require_attached()
             if self.diff is not None:
                 self.diff.write()
+            self.call = partial(call, *args, **kwargs)
             try:
-                output = call(*args, **kwargs)
+                output = self.call()
                 return output, None if self.finished is None else self.finished[1].reading
             finally:
-                self.current, self.finished = None, None
+                self.current, self.finished, self.call = None, None, partial(_no_call)
+
+    def second_pass(self, call: Callable[[], Any], reads: Reads) -> None:
+        """Run a pass again in backward, which brings what was read to `reads` and ends there.
+
+        Raises:
+            FoldError: if another call is running, or the hooks were taken off.
+        """
+        with self.turn, torch.no_grad(), reads.autocast():
+            self.require_attached()
+            self.again = reads
+            try:
+                call()
+            except Ended:
+                pass
+            finally:
+                self.current, self.finished, self.again = None, None, None
 
     @property
     def running(self) -> bool:
@@ -126,7 +155,12 @@ class Fold:
             passed, _ = self.current
             passed.inputs = passed.inputs if alone else {**passed.inputs, **inputs}
             return
-        self.current = Pass(inputs, module), Strand(self.method, self.frozen, self._carried(inputs))
+        self.current = Pass(inputs, module), self._strand(self._carried(inputs))
+
+    def _strand(self, carried: Tensor | None) -> Strand:
+        if self.again is not None:
+            return SecondStrand(self.method, self.frozen, carried, reads=self.again)
+        return self.keeping.strand(carried, self.call, self.second_pass)
 
     def _carried(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """What an encoder that ran before gave along, if the method needs that."""
@@ -152,6 +186,7 @@ class Fold:
                 f"its {self.last_stack}. A model that skips blocks or its final norm cannot be folded over"
             )
         self.finished, self.current = self.current, None
+        self.keeping.ended(self.finished[1])
 
     def encoded(self, module: nn.Module) -> Tensor | None:
         """End a pass of an encoder alone: what its decoder will need of it."""
@@ -336,6 +371,7 @@ class Fold:
         if other:
             self._refuse_past(f"{other[0]} holds what the model knows of earlier tokens")
         passed.open_cache(site, call, last=site.stack == self.last_stack, names=tuple(self.facts.caches))
+        strand.check(passed)
         strand.cache = None
         if passed.cache is None:
             return
@@ -389,6 +425,10 @@ class Fold:
         """Tells which of a tensor's tokens are in the stack's own output."""
         text, added = passed.text_tokens(decoding=self._is_decoding(site)), self.facts.stacks[site.stack].added
         return lambda tokens: own_tokens(tokens.shape[1], text, added)
+
+
+def _no_call() -> None:
+    """Stands where no call is running."""
 
 
 def _wrong_norm(stack: str, why: str) -> str:

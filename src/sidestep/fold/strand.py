@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sidestep.fold.caches import SideCache
-from sidestep.fold.passes import FoldError, Reading
+from sidestep.fold.passes import FoldError, Pass, Reading
 from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import Site
 
@@ -40,6 +40,9 @@ class Strand:
     row: Tensor | None = None
     reading: Reading | None = None
 
+    def check(self, passed: Pass) -> None:
+        """Raise if the method cannot follow a pass, at a stack's start."""
+
     def start(self, site: Site) -> None:
         """Begin a stack at its first site."""
         self.state = self.method.start(site, self.carried)
@@ -62,6 +65,10 @@ class Strand:
                 "method's first write. So the whole backbone would be kept for backward. Do not call "
                 "enable_input_require_grads, and keep the embeddings frozen"
             )
+        return self.advance(hidden, site)
+
+    def advance(self, hidden: Tensor, site: Site) -> Tensor:
+        """What goes on in the place of a hidden state."""
         self.state = self.method.advance(self.state, hidden, site)
         self.state, written = self.method.write(self.state, hidden, site)
         self.written |= written is not hidden

@@ -51,6 +51,11 @@ class SideNet(nn.Module, ABC):
     from_data: bool = False
     least_rows: int = 1
 
+    @property
+    def splits(self) -> bool:
+        """Whether `read` gives codes that are narrower than the hidden state, so that this state need not be kept."""
+        return type(self).read is not SideNet.read
+
     @classmethod
     def check(cls, config: Any, sites: Sequence[Site]) -> None:
         """Raise `ValueError` with the reason if the method cannot work on these sites."""

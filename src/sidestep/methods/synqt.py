@@ -249,6 +249,11 @@ class SynQT(SideNet):
         tokens = 1 + 3 * site.depth
         return tokens * (4 * d + 3 * h + 7) + 2 * d + 2 if site.last else 0
 
+    @property
+    def splits(self) -> bool:
+        """Its queries need each block's input in backward, from the last block to the first."""
+        return False
+
     def start(self, site: Site, carried: Tensor | None) -> SynQTState:
         """Nothing was read yet."""
         return SynQTState()

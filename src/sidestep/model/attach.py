@@ -14,6 +14,7 @@ from sidestep.backbone import (
 )
 from sidestep.backbone.families import dual_family_of
 from sidestep.backbone.recompute import Checkpoint
+from sidestep.interface.keep import Keep
 from sidestep.methods import MethodConfig
 from sidestep.model.build import check_attachable
 from sidestep.model.heads import HeadConfig, Retrieve
@@ -32,6 +33,7 @@ def attach(  # type: ignore[overload-overlap]
     train_head: bool | None = None,
     backbone_noise: Noise | None = None,
     checkpoint: Checkpoint | None = None,
+    keep: Keep = "full",
 ) -> PairModel: ...
 
 
@@ -44,6 +46,7 @@ def attach(
     train_head: bool | None = None,
     backbone_noise: Noise | None = None,
     checkpoint: Checkpoint | None = None,
+    keep: Keep = "full",
 ) -> SideModel: ...
 
 
@@ -55,6 +58,7 @@ def attach(
     train_head: bool | None = None,
     backbone_noise: Noise | None = None,
     checkpoint: Checkpoint | None = None,
+    keep: Keep = "full",
 ) -> SideModel | PairModel:
     """A model that tunes `method` (and a head) on a backbone. The backbone is frozen and in eval mode from here on.
 
@@ -68,6 +72,9 @@ def attach(
         backbone_noise: "drop_path", "dropout" or "all" leave that noise on in training. None: eval mode. A method that
             changes the backbone's weights trains with the backbone's own noise in any case.
         checkpoint: "late" recomputes the blocks after the method's first write in backward.
+        keep: how the inputs of the method's taps are kept for backward (`Keep`). "full": as they are. "replay": not at
+            all, the frozen blocks run a second time. "bf16", "int8": rounded. "offload": in the host's memory. "auto":
+            what fits, exactly.
 
     Raises:
         UnsupportedBackbone: if the method cannot work on this backbone, or on one of its towers.
@@ -75,7 +82,7 @@ def attach(
             out of range.
         TypeError: if the backbone is no torch module.
     """
-    settings = Settings(method, head, train_head, backbone_noise, checkpoint)
+    settings = Settings(method, head, train_head, backbone_noise, checkpoint, keep)
     if isinstance(backbone, PairModel):
         raise ValueError("this is an attached model already: call ss.detach(model) first, then attach again")
     check_attachable(backbone)

@@ -11,6 +11,8 @@ from torch import nn
 from sidestep.backbone import Facts, prove_replay
 from sidestep.backbone.families import Pool, family_of
 from sidestep.fold import is_hooked
+from sidestep.fold.deferred import same_place
+from sidestep.interface.keep import Keep
 from sidestep.interface.registry import Method
 from sidestep.interface.sites import Place, Site
 from sidestep.methods import ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta
@@ -108,6 +110,24 @@ def built_side(record: Method, settings: Settings, backbone: nn.Module, sites: S
     return side
 
 
+def checked_keep(record: Method, settings: Settings, side: SideNet, delta: WeightDelta | None) -> Keep:
+    """How taps' inputs are kept, if the method has taps whose inputs can be kept in other ways than in full.
+
+    Raises:
+        ValueError: if it has none. "auto" is "full" then.
+    """
+    if settings.keep == "full" or (delta is None and side.splits):
+        return settings.keep
+    if settings.keep == "auto":
+        return "full"
+    why = "what it needs of a hidden state in backward is not narrower than that state"
+    if delta is not None:
+        why = "it changes the backbone's weights, so gradients go through all blocks, and there are no taps"
+    elif not any(True for _ in side.parameters()):
+        why = "it reads no block, and keeps nothing of them"
+    raise ValueError(f"{record.name} does not go with keep={settings.keep!r}: {why}. Leave keep out")
+
+
 def first_write(settings: Settings, places: Sequence[Place], side: SideNet, delta: WeightDelta | None) -> Site | None:
     """The first site at which the method changes what the backbone computes. None if it never does."""
     if delta is not None:
@@ -119,7 +139,7 @@ def blocks_after(write: Site | None, places: Sequence[Place]) -> list[nn.Module]
     """The blocks after a site: those through which a gradient flows."""
     if write is None:
         return []
-    order = next(n for n, place in enumerate(places) if _same_place(place.site, write))
+    order = next(n for n, place in enumerate(places) if same_place(place.site, write))
     return [place.module for place in places[order + 1 :] if place.site.kind == "block"]
 
 
@@ -167,7 +187,3 @@ def naming(record: Method, backbone: nn.Module) -> Iterator[None]:
         yield
     except ValueError as error:
         raise UnsupportedBackbone(f"{record.name} does not work on {type(backbone).__name__}: {error}") from error
-
-
-def _same_place(a: Site, b: Site) -> bool:
-    return (a.kind, a.stack, a.index) == (b.kind, b.stack, b.index)

@@ -222,6 +222,7 @@ def _config(model: AttachedModel, tensors: Mapping[str, Tensor], scores: Mapping
             "train_head": settings.train_head,
             "backbone_noise": settings.backbone_noise,
             "checkpoint": settings.checkpoint,
+            "keep": settings.keep,
         },
         "backbone": {
             **asdict(source_of(model.backbone)),

@@ -109,6 +109,8 @@ class SideModel(TrainerFace):
             through=through,
             frozen=self.delta is None,
             late=bool(self.late_blocks()),
+            border=self._first_write(),
+            keep=build.checked_keep(self.record, settings, side, self.delta),
             pools=self.head is not None,
             diff=self.sparse,
         )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sidestep.report.rows import BASELINES, CHECKPOINT
+from sidestep.report.rows import BASELINES, WAYS
 
 #: name -> (light, dark)
 INKS = {
@@ -68,7 +68,7 @@ class Look:
     """How charts are drawn.
 
     Attributes:
-        inks, series, parts: colours by name; series by contender without "+checkpoint".
+        inks, series, parts: colours by name; series by contender without how it recomputes and keeps.
         font: of all text.
         width: of the plot in pixels, or "container".
         legend: whether a chart explains its own colours; the page has one key for all.
@@ -107,8 +107,10 @@ class Look:
 
 
 def plain(contender: str) -> str:
-    """A contender's label without "+checkpoint"."""
-    return contender.removesuffix(CHECKPOINT)
+    """A contender's label without how it recomputes and keeps."""
+    for way in WAYS:
+        contender = contender.removesuffix(way)
+    return contender
 
 
 def colours(contenders: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -11,7 +11,10 @@ from sidestep.compare.records import Record
 
 #: Settings that say what a line is about, or that a method brings along. Two lines may differ in them.
 OWN = frozenset(
-    {"backbone", "contender", "method", "config", "checkpoint", "score_of", "noise", "task", "seed", "rate", "trials"}
+    (
+        *("backbone", "contender", "method", "config", "checkpoint", "keep"),
+        *("score_of", "noise", "task", "seed", "rate", "trials"),
+    )
 )
 #: Settings that belong to a task's rows: compared within a task only.
 OF_A_TASK = frozenset(

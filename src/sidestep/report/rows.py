@@ -13,7 +13,8 @@ from sidestep.report.estimates import Estimate
 
 #: What Sidestep's methods are compared with, in the order of the tables.
 BASELINES = ("probe", "bitfit", "ia3", "lora", "dora", "full")
-CHECKPOINT = "+checkpoint"
+WAYS = ("+bf16", "+int8", "+offload", "+replay", "+auto", "+checkpoint")
+"""What a contender's label ends with, by how it keeps what backward needs. This room knows no torch."""
 LESS_IS_BETTER = frozenset({"mse"})
 
 

@@ -225,6 +225,7 @@ def _attach(task: Task, backbone: nn.Module, settings: Settings) -> Attached:
             train_head=settings.train_head,
             backbone_noise=settings.backbone_noise,
             checkpoint=settings.checkpoint,
+            keep=settings.keep,
         )
     except UnsupportedBackbone as error:
         raise UnsupportedBackbone(

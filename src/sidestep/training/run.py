@@ -18,6 +18,7 @@ from sidestep.data import Fields, TableOptions
 from sidestep.data.augment import NONE
 from sidestep.disk.atomic import refuse_inputs
 from sidestep.disk.sources import backbones_at, rows_at
+from sidestep.interface.keep import Keep
 from sidestep.kinds.base import TaskKind, kind_named
 from sidestep.kinds.prepare import head_for, prepare, read_rows
 from sidestep.kinds.task_data import TaskData
@@ -96,7 +97,7 @@ class ModelSpec:
         head: of a dual encoder. None: by the data.
         pool: what a Sidestep head reads.
         own_head: whether the backbone's own head is trained instead.
-        backbone_noise, checkpoint: as of `attach`.
+        backbone_noise, checkpoint, keep: as of `attach`.
         drop_path, dtype, revision: as of `load_backbone`.
     """
 
@@ -108,6 +109,7 @@ class ModelSpec:
     own_head: bool = False
     backbone_noise: Noise | None = None
     checkpoint: Checkpoint | None = None
+    keep: Keep = "full"
     drop_path: float | None = None
     dtype: str | None = None
     revision: str | None = None
@@ -229,6 +231,7 @@ def attached(spec: RunSpec, data: TaskData) -> Attached:
     how: dict[str, Any] = {
         "backbone_noise": own.backbone_noise or ("drop_path" if own.drop_path else None),
         "checkpoint": own.checkpoint,
+        "keep": own.keep,
     }
     if own.own_head and own.pool is not None:
         raise ValueError(f"--pool {own.pool} with --own-head: the backbone's own head reads what it reads")

@@ -24,7 +24,7 @@ from sidestep.data.contents import content_hash
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.prepare import head_for
 from sidestep.kinds.task_data import TaskData
-from sidestep.measure.plan import check_fits
+from sidestep.measure.plan import check_fits, settle_keep
 from sidestep.measure.step import measure_step
 from sidestep.messages import about
 from sidestep.model.attach import Attached
@@ -117,9 +117,10 @@ def train(
         if settings.measure and first is None:
             batch = largest_batch(data, settings.batch_size)
             # the Trainer's optimizer is the fused one
-            check_fits(
-                model, batch, precision="bf16 autocast" if settings.bf16 else "float32", optimizer="AdamW (fused)"
-            )
+            how: Any = {"precision": "bf16 autocast" if settings.bf16 else "float32", "optimizer": "AdamW (fused)"}
+            if (chosen := settle_keep(model, batch, **how)) and tell is not None:
+                tell(chosen)
+            check_fits(model, batch, **how)
             cost = measure_step(model, batch, bf16=settings.bf16)
             left = checkpoints.epochs_left(settings.epochs, start)
             estimate = _estimate(model, data, settings, left, tell) if left else None

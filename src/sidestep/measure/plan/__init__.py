@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sidestep.backbone import Noise
 from sidestep.backbone.recompute import Checkpoint
+from sidestep.interface.keep import Keep
 from sidestep.measure.memory import peak_memory, saved_bytes
 from sidestep.measure.plan.blank import Backbone, blank_batch, build
 from sidestep.measure.plan.fit import (
@@ -18,8 +19,11 @@ from sidestep.measure.plan.fit import (
     alternatives,
     best_device,
     check_fits,
+    fastest,
     largest_batch,
     memory_of,
+    settle_keep,
+    ways_of_keeping,
 )
 from sidestep.measure.plan.trace import (
     INSTEAD,
@@ -34,6 +38,7 @@ from sidestep.measure.plan.trace import (
     plan_for,
 )
 from sidestep.methods import MethodConfig
+from sidestep.metrics import Written
 from sidestep.model.attach import attach
 from sidestep.model.heads import Classify, HeadConfig
 from sidestep.model.side_model import SideModel
@@ -47,10 +52,13 @@ __all__ = [
     "alternatives",
     "best_device",
     "check_fits",
+    "fastest",
     "largest_batch",
     "memory_of",
     "plan",
     "plan_for",
+    "settle_keep",
+    "ways_of_keeping",
 ]
 
 TWO_CLASSES = Classify(num_labels=2)
@@ -66,6 +74,8 @@ def plan(
     image_size: int | None = None,
     checkpoint: Checkpoint | None = None,
     backbone_noise: Noise | None = None,
+    keep: Keep = "full",
+    writes: Written | None = None,
     precision: Precision = "float32",
     optimizer: str = "AdamW",
     device: Device = "cpu",
@@ -82,7 +92,9 @@ def plan(
         batch: rows.
         length: tokens of a text. None: 128, or what the model takes at most.
         image_size: rows and columns of an image. None: what the model was made for.
-        checkpoint, backbone_noise: as in `attach`.
+        checkpoint, backbone_noise, keep: as in `attach`.
+        writes: with head=None, "lm" or "text2text" for the backbone's own head that writes text. It is frozen, and all
+            tokens of a decoder's texts have a label.
         precision: "float32", "bf16 autocast" (weights in float32), or "bfloat16" (the backbone's weights).
         optimizer: one of `OPTIMIZERS`.
         device: "cpu" or "cuda". The latter needs no GPU.
@@ -101,7 +113,8 @@ def plan(
         raise ValueError("device='cuda' cannot be measured, because CUDA is not available: measure on 'cpu', or plan")
     place = device if measure else "meta"
     with torch.random.fork_rng(None if place == "cuda" else []), torch.device(place):
-        model = _attached(backbone, method, head, checkpoint, backbone_noise, precision, revision)
+        how = {"checkpoint": checkpoint, "backbone_noise": backbone_noise, "keep": keep}
+        model = _attached(backbone, method, None if writes else head, writes, how, precision, revision)
         inputs = blank_batch(model, batch, length, image_size)
         if measure:
             return _measured(model, inputs, precision, optimizer, device)
@@ -135,17 +148,16 @@ def _attached(
     backbone: Backbone,
     method: MethodConfig,
     head: HeadConfig | None,
-    checkpoint: Checkpoint | None,
-    noise: Noise | None,
+    writes: Written | None,
+    how: dict[str, Any],
     precision: Precision,
     revision: str | None,
 ) -> SideModel:
     """The attached model on the default device."""
-    how: dict[str, Any] = {"head": head, "checkpoint": checkpoint, "backbone_noise": noise}
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    made = build(backbone, own_head=head is None, dtype=dtype, revision=revision)
+    made = build(backbone, own_head=head is None and writes is None, writes=writes, dtype=dtype, revision=revision)
     try:
-        return attach(made, method, **how)
+        return attach(made, method, head=head, **how)
     except RuntimeError as error:  # what torch raises for an operation that needs values
         raise PlanError(
             f"{type(made).__name__} with {type(method).__name__} cannot be put together without weights "

@@ -17,10 +17,15 @@ from sidestep.backbone.gguf import is_gguf
 from sidestep.backbone.pixels import image_shape
 from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
+from sidestep.metrics import Written
 from sidestep.model.side_model import SideModel
 
 Backbone: TypeAlias = str | Path | PreTrainedConfig | Callable[[], nn.Module]
 
+WRITING: dict[Written, tuple[Any, Any]] = {
+    "lm": (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
+    "text2text": (transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, transformers.AutoModelForSeq2SeqLM),
+}
 IMAGE_SIZE = 224
 """Rows and columns where a model takes images of any size."""
 LENGTH = 128
@@ -32,6 +37,7 @@ def build(
     backbone: Backbone,
     *,
     own_head: bool = False,
+    writes: Written | None = None,
     num_labels: int | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
@@ -42,7 +48,8 @@ def build(
         backbone: a folder with a config.json, such a file, a hub id, "timm:NAME", "vit:FILE.npz",
             "gguf:FOLDER@FILE", a config, or what makes the model.
         own_head: whether the backbone comes with a classification head of its own.
-        num_labels: classes of that head. None: the config's.
+        writes: the head of its own that writes text with which it comes.
+        num_labels: classes of the head for classification. None: the config's.
         dtype: of the weights.
         revision: branch, tag or commit of a hub id.
 
@@ -50,13 +57,17 @@ def build(
         LoadError: if there is no such config, or transformers or timm has no model for it.
     """
     if isinstance(backbone, str | Path) and str(backbone).startswith(TIMM):
+        if writes is not None:
+            raise LoadError(f"{backbone} reads images and writes no text: leave --kind {writes} out")
         return _timm(str(backbone), num_labels if own_head else 0).to(dtype)
     if callable(backbone) and not isinstance(backbone, PreTrainedConfig):
         return backbone().to(dtype)
     config = backbone if isinstance(backbone, PreTrainedConfig) else read_config(backbone, revision)
     if own_head and num_labels is not None:
         config.num_labels = num_labels
-    kind = _with_head(config) if own_head else AutoModel
+    kind = _with_head(config) if own_head else _writing(config, writes) if writes else AutoModel
+    if own_head and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0  # by which a decoder's head finds the last token of a row
     try:
         return kind.from_config(config, dtype=dtype)
     except ValueError as error:
@@ -93,6 +104,13 @@ def _with_head(config: Any) -> Any:
         if type(config) in mapping:
             return kind
     raise LoadError(f"transformers has no classification model for {config.model_type!r}: plan it without its own head")
+
+
+def _writing(config: Any, writes: Written) -> Any:
+    mapping, kind = WRITING[writes]
+    if type(config) in mapping:
+        return kind
+    raise LoadError(f"transformers has no model for {config.model_type!r} that writes text as --kind {writes} does")
 
 
 def _timm(name: str, classes: int | None) -> nn.Module:

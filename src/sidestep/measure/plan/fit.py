@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from sidestep.interface.keep import Keep
 from sidestep.measure.memory import format_bytes
 from sidestep.measure.plan.trace import Device, Plan, Precision, plan_for
 from sidestep.methods import MethodConfig, methods
@@ -76,7 +77,7 @@ class Alternative:
     """A method that could be used instead, and its plan.
 
     Attributes:
-        label: the method's name, with "+checkpoint" if late blocks are recomputed.
+        label: the method's name, with "+checkpoint" if late blocks are recomputed, "+replay" if taps read again.
         plan: None if there is no plan.
         reason: why there is no plan. None if there is one.
     """
@@ -94,10 +95,12 @@ class Alternative:
 
 
 def alternatives(make: Callable[..., Plan], asked: MethodConfig) -> list[Alternative]:
-    """Every registered method, with and without recomputing late blocks where it has any, the smallest first.
+    """Every registered method, the smallest first. Where it makes a difference, also with what it can leave out.
+
+    That is with late blocks recomputed, and with `keep="replay"`.
 
     Args:
-        make: the plan of a method config, and of `checkpoint="late"`.
+        make: the plan of a method config, and of `checkpoint="late"` or `keep="replay"`.
         asked: the config to take for its own method. The other methods have their defaults.
     """
     found = []
@@ -112,7 +115,82 @@ def alternatives(make: Callable[..., Plan], asked: MethodConfig) -> list[Alterna
         found.append(Alternative(label=name, plan=plain, reason=None))
         if late.saved_bytes != plain.saved_bytes:
             found.append(Alternative(label=f"{name}+checkpoint", plan=late, reason=None))
+        if replayed := _replayed(make, config):
+            found.append(Alternative(label=f"{name}+replay", plan=replayed, reason=None))
     return sorted(found, key=lambda other: (other.plan is None, other.plan.total_bytes if other.plan else 0))
+
+
+def _replayed(make: Callable[..., Plan], config: MethodConfig) -> Plan | None:
+    """The plan of a method that reads again, or None if it does not go with that."""
+    try:
+        return make(config, keep="replay")
+    except ValueError:
+        return None
+
+
+def ways_of_keeping(device: Device) -> tuple[Keep, ...]:
+    """The ways in which taps' inputs are kept with the same gradients, the fastest first."""
+    return ("full", "offload", "replay") if device == "cuda" else ("full", "replay")
+
+
+def fastest(sizes: Mapping[Keep, int], limit: int) -> tuple[Keep, str]:
+    """The first way of keeping taps' inputs that fits, and the reason in words. If none fits, the last.
+
+    Args:
+        sizes: bytes that a step needs, by way, the fastest first.
+        limit: bytes that there are.
+    """
+    best = next((way for way, size in sizes.items() if size <= limit), list(sizes)[-1])
+    before = list(sizes)[: list(sizes).index(best)]
+    said = [f"{way} needs {format_bytes(sizes[way])}" for way in before]
+    if sizes[best] > limit:
+        needs = f"{best} needs {format_bytes(sizes[best])}"
+        return best, f"none fits in {format_bytes(limit)}: {', '.join([*said, needs])}. Take a smaller batch"
+    end = f"{best} fits with {format_bytes(sizes[best])}"
+    return best, f"{', '.join([*said, end])} of {format_bytes(limit)}"
+
+
+def settle_keep(
+    model: Attached, batch: Mapping[str, Tensor], *, precision: Precision = "float32", optimizer: str = "AdamW"
+) -> str | None:
+    """Choose for `keep="auto"` by plans on this batch. Where there is no plan, the first step will choose.
+
+    Returns:
+        what was chosen and why, in words. None if there was nothing to choose, or there is no plan.
+    """
+    undecided = [part.fold.keeping for part in model.parts if part.fold.keeping.way == "auto"]
+    if not undecided:
+        return None
+    device: Device = "cuda" if model.device.type == "cuda" else "cpu"
+    plans: dict[Keep, Plan] = {}
+    try:
+        for way in ways_of_keeping(device):
+            for keeping in undecided:
+                keeping.way = way
+            with warnings.catch_warnings(action="ignore"):
+                plans[way] = plan_for(model, batch, precision=precision, optimizer=optimizer)
+            if _needs(plans[way]) <= _memory(model):
+                break
+    except Exception:  # whatever goes wrong here is no reason to keep anyone from training
+        for keeping in undecided:
+            keeping.way = "auto"
+        return None
+    best, why = fastest({way: _needs(plan) for way, plan in plans.items()}, _memory(model))
+    for keeping in undecided:
+        keeping.way = best
+    return f"keep: {best}, because {why}"
+
+
+def _needs(plan: Plan) -> int:
+    """Bytes that have to be there for a model that is loaded: on a GPU all of its memory is compared."""
+    return plan.total_bytes if plan.device == "cuda" else plan.peak_bytes + plan.optimizer_bytes
+
+
+def _memory(model: Attached) -> int:
+    """The memory of the GPU that a model is on, or what the machine has free."""
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_properties(model.device).total_memory
+    return psutil.virtual_memory().available
 
 
 def check_fits(
@@ -133,10 +211,7 @@ def check_fits(
     try:
         with warnings.catch_warnings(action="ignore"):
             plan = plan_for(model, batch, precision=precision, optimizer=optimizer)
-        if model.device.type == "cuda":
-            needed, has = plan.total_bytes, torch.cuda.get_device_properties(model.device).total_memory
-        else:
-            needed, has = plan.peak_bytes + plan.optimizer_bytes, psutil.virtual_memory().available
+        needed, has = _needs(plan), _memory(model)
     # whatever goes wrong here is no reason to keep anyone from training
     except Exception:
         return

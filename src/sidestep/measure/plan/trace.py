@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 
+from sidestep.interface.keep import Keep
 from sidestep.measure.memory import by_kind_of_module, saved_bytes
 from sidestep.measure.plan.cuda import ALLOCATION, CudaKernels
 from sidestep.measure.plan.fakes import bytes_of, fake_batch, fake_copy
@@ -64,7 +65,7 @@ class Plan:
         saved_bytes: what autograd keeps at the end of the forward pass, as `memory.saved_bytes` counts it.
         saved_by_module: the same by module, largest first. Block numbers are replaced by "*".
         attention: the attention kernels that ran.
-        method, config, checkpoint, head: what was attached.
+        method, config, checkpoint, keep, head: what was attached.
         parameters: how many values are trained.
         batch, length, image_size: of the inputs. Length is None for images, image_size for texts.
         precision, optimizer, device: of the step.
@@ -87,6 +88,7 @@ class Plan:
     method: str
     config: dict[str, Any]
     checkpoint: bool
+    keep: Keep
     head: dict[str, Any] | None
     parameters: int
     batch: int
@@ -196,6 +198,8 @@ class Step:
         self, model: Attached, batch: Mapping[str, Tensor], precision: Precision, optimizer: str, device: Device
     ) -> None:
         self.model, self.batch, self.precision, self.device = model, batch, precision, device
+        for part in model.parts:
+            part.fold.keeping.on_gpu = device == "cuda" and part.device.type != "cuda"
         first = model if isinstance(model, SideModel) and model.relaxes else None
         self.is_first_stage = first is not None
         if first is not None:
@@ -250,6 +254,7 @@ def facts(step: Step, saved: Mapping[str, int]) -> dict[str, Any]:
         "method": model.record.name,
         "config": settings.method.to_dict(),
         "checkpoint": settings.checkpoint is not None,
+        "keep": settings.keep,
         "head": model.head_config,
         "parameters": sum(parameter.numel() for _, parameter in model.trained_parameters()),
         "batch": len(batch["labels"]),

@@ -240,6 +240,11 @@ class Sherl(SideNet):
         return corrected
 
     @property
+    def splits(self) -> bool:
+        """Not on a convolutional network, whose maps are read before they are pooled."""
+        return self.least_rows == 1
+
+    @property
     def _noisy(self) -> bool:
         return self.training and self.config.dropout > 0
 
