@@ -49,6 +49,13 @@ Keep = Annotated[
         "replay keeps none and runs the frozen blocks twice.",
     ),
 ]
+LmLoss = Annotated[
+    str,
+    _model(
+        "--lm-loss",
+        help="Loss of a language model's own head in training: chunked (without keeping logits) or own (the model's).",
+    ),
+]
 Noise = Annotated[str | None, _model(help="Noise of the frozen backbone: drop_path, dropout or all.")]
 DropPath = Annotated[float | None, _model(help="Rate of the backbone's drop path. Turns that noise on in training.")]
 Dtype = Annotated[str | None, _model(help="Precision of the backbone. Default: its checkpoint's.")]

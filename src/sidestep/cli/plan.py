@@ -33,6 +33,7 @@ def plan(
     own_head: opt.OwnHead = False,
     checkpoint: opt.Checkpoint = None,
     taps: opt.Keep = "full",
+    lm_loss: opt.LmLoss = "chunked",
     backbone_noise: opt.Noise = None,
     revision: opt.Revision = None,
     batch: opt.Batch = 32,
@@ -75,6 +76,7 @@ def plan(
         settings: dict[str, Any] = {
             "head": None if own_head or of.writes else head,
             "writes": of.writes,
+            "lm_loss": lm_loss if of.writes else "own",
             "length": length,
             "image_size": image_size,
             "backbone_noise": backbone_noise,

@@ -16,6 +16,7 @@ from sidestep.console import Shown, hush, show_answers, show_results
 if TYPE_CHECKING:
     from sidestep.backbone.recompute import Checkpoint
     from sidestep.interface.keep import Keep
+    from sidestep.model.token_loss import LmLoss
 
 
 def train(
@@ -35,6 +36,7 @@ def train(
     own_head: opt.OwnHead = False,
     checkpoint: opt.Checkpoint = None,
     taps: opt.Keep = "full",
+    lm_loss: opt.LmLoss = "chunked",
     backbone_noise: opt.Noise = None,
     drop_path: opt.DropPath = None,
     dtype: opt.Dtype = None,
@@ -195,6 +197,7 @@ def train(
             own_head=own_head,
             checkpoint=cast("Checkpoint | None", checkpoint),
             keep=cast("Keep", taps),
+            lm_loss=cast("LmLoss", lm_loss),
             backbone_noise=asked["backbone_noise"],
             drop_path=asked["drop_path"],
             dtype=dtype,

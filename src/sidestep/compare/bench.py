@@ -104,6 +104,7 @@ class Bench:
             backbone_noise=contender.noise,
             checkpoint="late" if contender.checkpoint else None,
             keep=contender.keep,
+            lm_loss="chunked" if self.writes else "own",
         )
 
     def pool(self, contender: Contender) -> Pool | None:

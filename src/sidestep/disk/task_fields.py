@@ -111,6 +111,7 @@ CLOSED: Mapping[str, Mapping[str, Any]] = {
         "backbone_noise": Noise | None,
         "checkpoint": Checkpoint | None,
         "keep": Keep,
+        "lm_loss": Literal["own", "chunked"],
     },
     "backbone.config": {
         "problem_type": Literal["regression", "single_label_classification", "multi_label_classification"],

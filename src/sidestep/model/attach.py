@@ -21,6 +21,7 @@ from sidestep.model.heads import HeadConfig, Retrieve
 from sidestep.model.pair_model import PairModel
 from sidestep.model.settings import Settings
 from sidestep.model.side_model import SideModel
+from sidestep.model.token_loss import LmLoss
 
 
 # Retrieve is a HeadConfig too: mypy calls that an overlap, and takes the first that fits, which is what is meant.
@@ -34,6 +35,7 @@ def attach(  # type: ignore[overload-overlap]
     backbone_noise: Noise | None = None,
     checkpoint: Checkpoint | None = None,
     keep: Keep = "full",
+    lm_loss: LmLoss = "own",
 ) -> PairModel: ...
 
 
@@ -47,6 +49,7 @@ def attach(
     backbone_noise: Noise | None = None,
     checkpoint: Checkpoint | None = None,
     keep: Keep = "full",
+    lm_loss: LmLoss = "own",
 ) -> SideModel: ...
 
 
@@ -59,6 +62,7 @@ def attach(
     backbone_noise: Noise | None = None,
     checkpoint: Checkpoint | None = None,
     keep: Keep = "full",
+    lm_loss: LmLoss = "own",
 ) -> SideModel | PairModel:
     """A model that tunes `method` (and a head) on a backbone. The backbone is frozen and in eval mode from here on.
 
@@ -75,6 +79,8 @@ def attach(
         keep: how the inputs of the method's taps are kept for backward (`Keep`). "full": as they are. "replay": not at
             all, the frozen blocks run a second time. "bf16", "int8": rounded. "offload": in the host's memory. "auto":
             what fits, exactly.
+        lm_loss: with the own head of a language model. "chunked" computes the loss of training steps without logits:
+            the head is frozen, so the gradient is known in the forward pass. Outputs then hold no logits in training.
 
     Raises:
         UnsupportedBackbone: if the method cannot work on this backbone, or on one of its towers.
@@ -82,7 +88,7 @@ def attach(
             out of range.
         TypeError: if the backbone is no torch module.
     """
-    settings = Settings(method, head, train_head, backbone_noise, checkpoint, keep)
+    settings = Settings(method, head, train_head, backbone_noise, checkpoint, keep, lm_loss)
     if isinstance(backbone, PairModel):
         raise ValueError("this is an attached model already: call ss.detach(model) first, then attach again")
     check_attachable(backbone)

@@ -223,6 +223,7 @@ def _config(model: AttachedModel, tensors: Mapping[str, Tensor], scores: Mapping
             "backbone_noise": settings.backbone_noise,
             "checkpoint": settings.checkpoint,
             "keep": settings.keep,
+            "lm_loss": settings.lm_loss,
         },
         "backbone": {
             **asdict(source_of(model.backbone)),

@@ -10,6 +10,7 @@ from sidestep.backbone.recompute import Checkpoint
 from sidestep.interface.keep import Keep, check_keep
 from sidestep.methods import MethodConfig
 from sidestep.model.heads import HeadConfig
+from sidestep.model.token_loss import LmLoss, check_lm_loss
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Settings:
     backbone_noise: Noise | None = None
     checkpoint: Checkpoint | None = None
     keep: Keep = "full"
+    lm_loss: LmLoss = "own"
 
     def __post_init__(self) -> None:
         backbones.check_noise(self.backbone_noise)
         if self.checkpoint not in (None, "late"):
             raise ValueError(f'checkpoint={self.checkpoint!r}: choose None or "late"')
         check_keep(self.keep)
+        check_lm_loss(self.lm_loss)
         if self.keep in ("replay", "auto") and self.backbone_noise is not None:
             raise ValueError(
                 f"keep={self.keep!r} with backbone_noise={self.backbone_noise!r}: a second pass of the backbone would "

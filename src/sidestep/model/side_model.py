@@ -29,6 +29,7 @@ from sidestep.model.attachment import Attachment
 from sidestep.model.before import Before
 from sidestep.model.inputs import Inputs, check_labels
 from sidestep.model.settings import Settings
+from sidestep.model.token_loss import TokenLoss
 from sidestep.model.trained import Trained, check_state, precisions, tensors_beyond_trunk
 from sidestep.model.trainer_face import TrainerFace
 
@@ -51,6 +52,7 @@ class SideModel(TrainerFace):
         facts: what the backbone is, as a traced pass of it showed.
         places: the backbone's sites and the modules they sit on.
         fold: runs the method along a pass.
+        token_loss: the loss of the backbone's own language model head without its logits, where that was asked for.
         attachment: what is on the backbone, and can be taken off.
         extras: what `save_pretrained` stores besides (tokenizer or processor, preprocessing, scores).
     """
@@ -123,6 +125,8 @@ class SideModel(TrainerFace):
         own = [f"{part}.{name}" for part, module in parts.items() if module is not None for name in module.state_dict()]
         self._task_names = (*own, *(f"backbone.{name}" for name in self.trained.originals))
         self.show_face()
+        chunked = settings.lm_loss == "chunked" and self.writes is not None
+        self.token_loss = TokenLoss(backbone, shifted=self.writes == "lm") if chunked else None
         self.train(before.training)
 
     @property
@@ -163,6 +167,10 @@ class SideModel(TrainerFace):
 
     def _run(self, args: tuple[Any, ...], labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
         if self.head is None and isinstance(self.backbone, PreTrainedModel):
+            if self.token_loss is not None and self.training and labels is not None and not args:
+                output = self.token_loss.run(lambda **own: self.fold.run(self.backbone, **own)[0], labels, kwargs)
+                if output is not None:
+                    return output
             given = {} if labels is None else {"labels": labels}
             items = kwargs.pop("num_items_in_batch", None) if self.scales_loss else None
             output = self.fold.run(self.backbone, *args, **given, **kwargs)[0]

@@ -226,6 +226,7 @@ def _attach(task: Task, backbone: nn.Module, settings: Settings) -> Attached:
             backbone_noise=settings.backbone_noise,
             checkpoint=settings.checkpoint,
             keep=settings.keep,
+            lm_loss=settings.lm_loss,
         )
     except UnsupportedBackbone as error:
         raise UnsupportedBackbone(

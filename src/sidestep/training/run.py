@@ -25,6 +25,7 @@ from sidestep.kinds.task_data import TaskData
 from sidestep.methods import MethodConfig
 from sidestep.model.attach import Attached, attach
 from sidestep.model.heads import Retrieve
+from sidestep.model.token_loss import LmLoss
 from sidestep.training.checkpoints import as_begun, check_output, parts_of
 from sidestep.training.results import Results
 from sidestep.training.settings import TrainSettings
@@ -97,7 +98,7 @@ class ModelSpec:
         head: of a dual encoder. None: by the data.
         pool: what a Sidestep head reads.
         own_head: whether the backbone's own head is trained instead.
-        backbone_noise, checkpoint, keep: as of `attach`.
+        backbone_noise, checkpoint, keep, lm_loss: as of `attach`.
         drop_path, dtype, revision: as of `load_backbone`.
     """
 
@@ -110,6 +111,7 @@ class ModelSpec:
     backbone_noise: Noise | None = None
     checkpoint: Checkpoint | None = None
     keep: Keep = "full"
+    lm_loss: LmLoss = "chunked"
     drop_path: float | None = None
     dtype: str | None = None
     revision: str | None = None
@@ -232,6 +234,7 @@ def attached(spec: RunSpec, data: TaskData) -> Attached:
         "backbone_noise": own.backbone_noise or ("drop_path" if own.drop_path else None),
         "checkpoint": own.checkpoint,
         "keep": own.keep,
+        "lm_loss": own.lm_loss,
     }
     if own.own_head and own.pool is not None:
         raise ValueError(f"--pool {own.pool} with --own-head: the backbone's own head reads what it reads")

@@ -42,6 +42,7 @@ from sidestep.metrics import Written
 from sidestep.model.attach import attach
 from sidestep.model.heads import Classify, HeadConfig
 from sidestep.model.side_model import SideModel
+from sidestep.model.token_loss import LmLoss
 
 __all__ = [
     "OPTIMIZERS",
@@ -76,6 +77,7 @@ def plan(
     backbone_noise: Noise | None = None,
     keep: Keep = "full",
     writes: Written | None = None,
+    lm_loss: LmLoss = "own",
     precision: Precision = "float32",
     optimizer: str = "AdamW",
     device: Device = "cpu",
@@ -92,7 +94,7 @@ def plan(
         batch: rows.
         length: tokens of a text. None: 128, or what the model takes at most.
         image_size: rows and columns of an image. None: what the model was made for.
-        checkpoint, backbone_noise, keep: as in `attach`.
+        checkpoint, backbone_noise, keep, lm_loss: as in `attach`.
         writes: with head=None, "lm" or "text2text" for the backbone's own head that writes text. It is frozen, and all
             tokens of a decoder's texts have a label.
         precision: "float32", "bf16 autocast" (weights in float32), or "bfloat16" (the backbone's weights).
@@ -113,7 +115,7 @@ def plan(
         raise ValueError("device='cuda' cannot be measured, because CUDA is not available: measure on 'cpu', or plan")
     place = device if measure else "meta"
     with torch.random.fork_rng(None if place == "cuda" else []), torch.device(place):
-        how = {"checkpoint": checkpoint, "backbone_noise": backbone_noise, "keep": keep}
+        how = {"checkpoint": checkpoint, "backbone_noise": backbone_noise, "keep": keep, "lm_loss": lm_loss}
         model = _attached(backbone, method, None if writes else head, writes, how, precision, revision)
         inputs = blank_batch(model, batch, length, image_size)
         if measure:
