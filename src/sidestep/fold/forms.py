@@ -45,10 +45,11 @@ class Form:
 
 def _to_int8(hidden: Tensor) -> tuple[Tensor, ...]:
     width = hidden.shape[-1]
-    groups = F.pad(hidden, (0, -width % GROUP)).unflatten(-1, (-1, GROUP))
+    # in float32: in less, 127 may be rounded to 128, which int8 does not hold
+    groups = F.pad(hidden.float(), (0, -width % GROUP)).unflatten(-1, (-1, GROUP))
     # at least the smallest normal number: a group of zeros stays zeros
-    scale = (groups.abs().amax(-1).float() / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = (groups / scale[..., None].to(groups.dtype)).round_().to(torch.int8).flatten(-2)[..., :width]
+    scale = (groups.abs().amax(-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (groups / scale[..., None]).round_().to(torch.int8).flatten(-2)[..., :width]
     return codes.contiguous(), scale
 
 

@@ -53,18 +53,22 @@ class Keeping:
             carried: what an encoder that ran before gave along.
             call: runs the same pass again.
             second_pass: runs a call as a second pass for some reads.
-
-        Raises:
-            ValueError: under a compiler, which follows no second pass.
         """
         if self.way == "full" or not torch.is_grad_enabled() or not self.frozen:
             return Strand(self.method, self.frozen, carried)
-        if torch.compiler.is_compiling():
-            raise ValueError(_COMPILED.format(self.way))
         form = ELSEWHERE if self.way == "offload" and self.on_gpu else FORMS.get(self.way)
         again = partial(self._again, call, second_pass, _versions(call))
         reads = Reads(self.method, form, again, compares=form is None and not self.proved)
         return DeferredStrand(self.method, self.frozen, carried, reads=reads, border=self.border)
+
+    def check_compiler(self) -> None:
+        """Refuse a compiled model, which would run as if it were not compiled.
+
+        Raises:
+            ValueError: saying what to do.
+        """
+        if torch.compiler.is_compiling() and self.way != "full" and torch.is_grad_enabled():
+            _refuse_compiler(self.way)
 
     def _again(
         self,
@@ -100,10 +104,13 @@ class Keeping:
             _log.info("keep='auto': %s, for %.1f MiB that are read in a step", self.way, strand.wide / 2**20)
 
 
-_COMPILED = (
-    "keep={!r} in a compiled model: a compiler does not follow what backward reads again. Attach with keep='full', or "
-    "leave torch.compile out"
-)
+@torch.compiler.disable
+def _refuse_compiler(way: str) -> None:
+    # outside of what is compiled: an error inside would have the compiler run all of it uncompiled
+    raise ValueError(
+        f"keep={way!r} in a compiled model: a compiler does not follow what backward reads again. Attach with "
+        "keep='full', or leave torch.compile out"
+    )
 
 
 def _versions(call: Any) -> list[tuple[Tensor, int]]:

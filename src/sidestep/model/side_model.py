@@ -157,6 +157,7 @@ class SideModel(TrainerFace):
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """The backbone's inputs (and `labels`) -> its output type, or with a Sidestep head a classifier output."""
         self.fold.require_attached()
+        self.fold.keeping.check_compiler()
         if labels is not None and (self.head is None or self.head.config.kind == "single"):
             check_labels(labels)
         entry = self.trunk if self.head is not None else self.backbone

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
@@ -185,7 +186,8 @@ class _Chunked(torch.autograd.Function):
         step = max(1, CHUNK // weight.shape[0])
         for start in range(0, len(index), step):
             part = slice(start, start + step)
-            with torch.enable_grad():
+            # these tensors are gone at the chunk's end, so no hook of the caller's counts or moves them
+            with torch.enable_grad(), saved_tensors_hooks(torch.Tensor.detach, _as_it_is):
                 chunk = rows[index[part]].requires_grad_()
                 wide = torch.promote_types(chunk.dtype, torch.float32)
                 loss = F.cross_entropy(head(chunk).to(wide), targets[part], reduction="sum")
@@ -203,6 +205,10 @@ class _Chunked(torch.autograd.Function):
         factor = (gradients[0] / ctx.count).to(gradient.dtype)
         whole.flatten(0, -2)[index] = gradient * factor
         return whole, None, None, None, None
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:
