@@ -103,8 +103,10 @@ class TokenLoss:
             hidden = seen[0]
             index, targets = self._labelled(labels, hidden)
             loss = _Chunked.apply(hidden, seen.head, index, targets, len(targets) if items is None else items)
+            if own is not None and items is not None and not self.shifted:
+                own = own * len(targets) / items  # an encoder-decoder's is a mean over the batch
             if own is not None and (off := _distance(loss, own)) > TOLERANCE.get(hidden.dtype, 1e-4):
-                found = f"on the first batch it is {float(own):.6g}, and that of the head {float(loss):.6g} ({off:.0e})"
+                found = f"on the first batch it is {float(own):.6g}, and that of the head {float(loss.detach()):.6g} ({off:.0e})"
         if found is not None:
             self.proved = False
             warnings.warn(
