@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, LlamaConfig
 from typer.testing import CliRunner, Result
 
 from sidestep.cli import app
@@ -67,6 +67,32 @@ def test_a_plan_for_a_card(bert: Path) -> None:
     assert "note: a GPU needs more than a plan counts" in shown
 
 
+def test_auto_takes_what_fits_on_a_card_and_says_why(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 100, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
+    BertConfig(**sizes, num_hidden_layers=12).save_pretrained(tmp_path)
+    settings = ("--backbone", tmp_path, "--pool", "mean", "--batch", 64, "--length", 64, "--set", "rank=2", "--keep")
+    full, least = (as_json(*settings, keep, "--gpu", "1GB")["plan"]["total_bytes"] for keep in ("full", "replay"))
+    assert least < full
+    chosen = as_json(*settings, "auto", "--gpu", f"{(full + least) / 2 / 2**20}MB")
+    assert chosen["plan"]["keep"] in ("offload", "replay")
+    assert chosen["keep_because"].startswith("full needs")
+    assert as_json(*settings, "auto", "--gpu", "1GB")["plan"]["keep"] == "full"
+    assert "rule: what fits in full is fastest" in run("plan", *settings, "replay", "--gpu", "1GB").output
+
+
+def test_plan_speaks_the_language_of_train(bert: Path, tmp_path: Path) -> None:
+    assert as_json("--backbone", bert, "--bf16")["plan"]["precision"] == "bf16 autocast"
+    assert as_json("--backbone", bert, "--dtype", "bfloat16")["plan"]["precision"] == "bfloat16"
+    assert as_json("--backbone", bert, "--kind", "regress")["plan"]["head"]["targets"] == 1
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=64).save_pretrained(tmp_path)
+    decoder = ("--backbone", tmp_path, "--batch", 4, "--length", 16)
+    written = as_json(*decoder, "--kind", "lm")["plan"]
+    assert written["head"] is None
+    assert written["saved_bytes"] < as_json(*decoder, "--kind", "lm", "--lm-loss", "own")["plan"]["saved_bytes"]
+    assert as_json(*decoder, "--own-head")["plan"]["saved_bytes"] > 0  # though its config names no padding
+
+
 def test_a_measured_step(bert: Path) -> None:
     planned = as_json("--backbone", bert, "--measure", "--batch", 4)["plan"]
     assert planned["source"] == "measured"
@@ -87,6 +113,13 @@ def test_a_measured_step(bert: Path) -> None:
         (("--precision", "half"), "precision='half'"),
         (("--image-size", "32"), "BertModel reads texts"),
         (("--own-head", "--pool", "mean"), "--pool mean with --own-head"),
+        (("--keep", "fuzzy"), "keep='fuzzy': choose one of full, bf16, int8, offload, replay, auto"),
+        (("--keep", "auto"), "--keep auto takes what fits: say in how much memory"),
+        (("--keep", "replay", "--method", "lora"), "lora does not go with keep='replay'"),
+        (("--precision", "float32", "--bf16"), "--precision with --bf16"),
+        (("--dtype", "int4"), "--dtype int4"),
+        (("--kind", "retrieval"), "plan each tower alone"),
+        (("--kind", "lm", "--own-head"), "leave --own-head and --pool out"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(bert: Path, arguments: tuple[str, ...], message: str) -> None:

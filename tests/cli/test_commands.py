@@ -156,8 +156,20 @@ def test_a_run_says_when_it_stops_and_that_it_did(place: Path, tmp_path: Path) -
     assert "stopped" not in whole.stdout
     last = train(place, *more[:4], "--keep", "last", "--output", tmp_path / "last")
     assert "│ 9, the last: none was chosen on these rows" in last.stdout
-    resumed = train(place, *more[:4], "--keep", "last", "--output", tmp_path / "last", "--resume")
+    resumed = train(place, *more[:4], "--keep-epoch", "last", "--output", tmp_path / "last", "--resume")
     assert resumed.stdout.splitlines()[:8] == last.stdout.splitlines()[:8]
+
+
+def test_how_taps_inputs_are_kept_changes_no_score(place: Path, tmp_path: Path) -> None:
+    found = {}
+    for keep in ("full", "replay", "auto"):
+        shown = train(place, "--epochs", "2", "--pool", "mean", "--keep", keep, "--output", tmp_path / keep)
+        found[keep] = json.loads((tmp_path / keep / "results.json").read_text())
+        assert ("\nkeep: full, because full fits" in shown.stderr) == (keep == "auto")
+    assert found["replay"]["scores"] == found["full"]["scores"]
+    assert [found[keep]["keep"] for keep in found] == ["full", "replay", "full"]
+    kept = {keep: found[keep]["step"]["kept_bytes"] for keep in found}
+    assert kept["replay"] < kept["full"] == kept["auto"]
 
 
 @pytest.mark.parametrize("classes", [3, 10, 11])

@@ -112,6 +112,17 @@ def test_rates_are_different_numbers_above_zero(rates: tuple[float, ...]) -> Non
         replace(Contender.named("read"), rates=rates)
 
 
+def test_a_way_of_keeping_is_part_of_a_contenders_name() -> None:
+    replayed, rounded, both = (Contender.named(name) for name in ("read+replay", "read+int8", "dtl+checkpoint+replay"))
+    assert (replayed.method, replayed.keep, rounded.keep) == ("read", "replay", "int8")
+    assert (both.keep, both.checkpoint) == ("replay", True)
+    plain = comparison(contenders=(Contender.named("read"), replayed, rounded))
+    assert plain.score_of(replayed) == "read"
+    assert plain.score_of(rounded) is None  # its gradients are others
+    with pytest.raises(ValueError, match="keep='fuzzy': choose one of full, bf16"):
+        Contender.named("read+fuzzy")
+
+
 def test_recomputing_blocks_has_the_score_of_the_plain_contender() -> None:
     plain, recomputed, own = (Contender.named(name) for name in ("lora", "lora+checkpoint", "full+checkpoint"))
     both = comparison(contenders=(plain, recomputed, own))

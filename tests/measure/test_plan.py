@@ -20,10 +20,12 @@ from sidestep.measure.plan import (
     PlanWarning,
     alternatives,
     check_fits,
+    fastest,
     largest_batch,
     memory_of,
     plan,
     plan_for,
+    settle_keep,
 )
 from sidestep.measure.step import announced, measure_step
 from sidestep.methods import MethodConfig
@@ -95,6 +97,78 @@ def test_a_plan_says_that_it_does_not_see_what_convolutions_work_in(family: Tiny
     assert not frozen.notes
     assert len(tuned.notes) == 1
     assert "convolutions" in tuned.notes[0]
+
+
+@pytest.mark.parametrize("keep", ["replay", "int8", "bf16"])
+@pytest.mark.parametrize("family", TRANSFORMERS, ids=lambda family: family.name)
+def test_every_way_of_keeping_is_planned(family: TinyFamily, keep: Any) -> None:
+    model = ss.attach(family.model(), ss.ReadConfig(rank=16), head=HEAD, keep=keep).train()
+    inputs = {**family.inputs(rows=16, tokens=24), "labels": family.labels(16)}
+    planned = plan_for(model, inputs)
+    assert planned.keep == keep
+    assert planned.peak_bytes == pytest.approx(measured(model, inputs), rel=0.1)
+    with ss.saved_bytes(model) as kept:
+        model(**inputs)
+    assert planned.saved_bytes == kept.total
+
+
+def test_what_waits_in_the_hosts_memory_is_not_on_a_planned_gpu() -> None:
+    plans = {
+        keep: plan(
+            BERT,
+            ss.ReadConfig(rank=16),
+            head=ss.Classify(num_labels=3, pool="mean"),
+            batch=4,
+            length=32,
+            keep=keep,
+            device="cuda",
+        )
+        for keep in ("full", "offload", "replay")
+    }
+    assert plans["offload"].saved_bytes < plans["full"].saved_bytes
+    assert plans["replay"].saved_bytes == plans["offload"].saved_bytes
+
+
+def test_a_language_model_is_planned_with_all_tokens_labelled() -> None:
+    config = t.LlamaConfig(
+        vocab_size=500,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    how: dict[str, Any] = {"writes": "lm", "batch": 4, "length": 16}
+    own, chunked = (plan(config, ss.ReadConfig(rank=4), **how, lm_loss=loss) for loss in ("own", "chunked"))
+    logits = 4 * 16 * 500 * 4
+    assert own.saved_bytes - chunked.saved_bytes > logits / 2
+    assert chunked.saved_bytes < logits
+    with pytest.raises(LoadError, match="writes text as --kind text2text"):
+        plan(config, ss.ReadConfig(rank=4), writes="text2text")
+
+
+@pytest.mark.parametrize(
+    ("limit", "way", "said"),
+    [
+        (10, "full", "full fits with 9 B of 10 B"),
+        (8, "replay", "full needs 9 B, replay fits with 3 B of 8 B"),
+        (2, "replay", "none fits in 2 B: full needs 9 B, replay needs 3 B. Take a smaller batch"),
+    ],
+)
+def test_the_fastest_way_that_fits_is_taken_and_the_reason_said(limit: int, way: str, said: str) -> None:
+    assert fastest({"full": 9, "replay": 3}, limit) == (way, said)
+
+
+@pytest.mark.parametrize(("size", "way"), [(2**40, "full"), (1000, "replay")])
+def test_auto_is_settled_by_plans(size: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attached(ss.ReadConfig(rank=16), keep="auto")
+    free(monkeypatch, size)
+    said = settle_keep(model, batch())
+    assert said is not None
+    assert said.startswith(f"keep: {way}, because ")
+    assert model.fold.keeping.way == way
+    assert settle_keep(model, batch()) is None
 
 
 @pytest.mark.parametrize("name", ["probe", "full+checkpoint", "lora"])
@@ -366,13 +440,14 @@ def test_sizes_of_memory() -> None:
 
 
 def test_alternatives_say_what_each_method_takes_or_why_it_is_refused() -> None:
-    def make(method: MethodConfig, checkpoint: Any = None) -> ss.Plan:
-        return plan(FAMILIES["llama"].build, method, batch=2, length=8, checkpoint=checkpoint)
+    def make(method: MethodConfig, **how: Any) -> ss.Plan:
+        return plan(FAMILIES["llama"].build, method, batch=2, length=8, **how)
 
     asked = ss.ReadConfig(rank=3)
     found = {other.label: other for other in alternatives(make, asked)}
     assert {"read", "probe", "full", "full+checkpoint", "lora+checkpoint", "bitfit"} <= set(found)
-    assert "probe+checkpoint" not in found
+    assert not {"probe+checkpoint", "probe+replay", "lora+replay"} & set(found)
+    assert {"read+replay", "dtl+replay", "lst+replay"} <= set(found)
     assert found["bitfit"].plan is None
     assert "no bias vectors" in str(found["bitfit"].reason)
     assert found["read"].plan is not None

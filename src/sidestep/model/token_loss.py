@@ -106,7 +106,8 @@ class TokenLoss:
             if own is not None and items is not None and not self.shifted:
                 own = own * len(targets) / items  # an encoder-decoder's is a mean over the batch
             if own is not None and (off := _distance(loss, own)) > TOLERANCE.get(hidden.dtype, 1e-4):
-                found = f"on the first batch it is {float(own):.6g}, and that of the head {float(loss.detach()):.6g} ({off:.0e})"
+                ours = float(loss.detach())
+                found = f"on the first batch it is {float(own):.6g}, and that of the head {ours:.6g} ({off:.0e})"
         if found is not None:
             self.proved = False
             warnings.warn(

@@ -72,6 +72,7 @@ def results_of(
         method={"name": model.record.name, **model.settings.method.to_dict()},
         head=model.head_config,
         backbone={**asdict(source_of(model.backbone)), "dtype": model.precisions, "digest": model.digest.exact},
+        keep="/".join(dict.fromkeys(part.fold.keeping.way for part in model.parts)),
         labels=list(data.labels.names),
         data={
             "train_rows": len(data.train),

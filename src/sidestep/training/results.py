@@ -31,6 +31,7 @@ class Results:
         best_epoch, epochs: when they were made, and how many epochs were trained.
         planned_epochs: the epochs that were asked for. With fewer `epochs`, training stopped early.
         method, head, backbone: what was trained on what. The backbone has its digest.
+        keep: how the inputs of taps were kept for backward. What "auto" has chosen, in its place.
         labels: names of the classes.
         data: rows, the source of the dev rows, texts that were truncated.
         trainable_parameters: values that were trained.
@@ -60,6 +61,7 @@ class Results:
     method: dict[str, Any]
     head: dict[str, Any] | None
     backbone: dict[str, Any]
+    keep: str
     labels: list[str]
     data: dict[str, Any]
     trainable_parameters: int
