@@ -1,3 +1,4 @@
+import gc
 import warnings
 
 import datasets
@@ -30,6 +31,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("all_laws")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_collection_finish() -> None:
+    # The Trainer collects garbage several times a run. Libraries and tests are none, and to look through them takes
+    # seconds each time.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries tidy up at the end
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -86,8 +86,8 @@ class Keeping:
         if not reads.complete:
             raise FoldError(
                 f"keep='replay' runs the frozen blocks twice, and the second pass came by {reads.again} of "
-                f"{len(reads.reads)} places that were read: the model does not run the same blocks each time. Choose "
-                "another keep, such as 'int8'"
+                f"{len(reads.reads)} places. The model does not run the same blocks each time. Choose another keep, "
+                "such as 'int8'"
             )
         self.proved = True
 

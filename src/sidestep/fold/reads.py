@@ -145,8 +145,8 @@ class Reads:
         """The gradients of the method's parameters by all reads."""
         if self.method.training != self.trains:
             raise FoldError(
-                "the model was switched between training and eval mode before backward, so what is read again would be "
-                "another thing: call model.train() or model.eval() after it"
+                "the model was switched between training and eval mode before backward. What is read again would be "
+                "another thing: call model.train() or model.eval() after backward"
             )
         self.sums, self.again = [None] * len(self.parameters), 0
         try:
