@@ -5,6 +5,7 @@
     python benchmarks/keep_cost.py peak       # how far memory rises in a step, over a bare pass, at batch 32
     python benchmarks/keep_cost.py time       # a step over a bare pass, interleaved, at batch 8
     python benchmarks/keep_cost.py llama      # a Llama of 1B as a language model: plans, and 4 of its layers measured
+    python benchmarks/keep_cost.py scores     # the same training with "full" and "replay", on a text and an image task
     python benchmarks/keep_cost.py            # all of these
     python benchmarks/keep_cost.py table      # the tables alone
 
@@ -295,6 +296,75 @@ def language_model(config: Any, layers: int, rows: int, how: dict[str, Any]) -> 
     return result
 
 
+# --- scores ------------------------------------------------------------------------------------------------------
+
+SCORED_ROWS, SCORED_EPOCHS, SCORED_BATCH = 500, 3, 25
+
+
+def scores() -> None:
+    """READ (rank 32) in three epochs on 500 rows: customer reviews on all-MiniLM-L6-v2, digits on the shared ViT."""
+    for task in ("cr", "digits"):
+        for seed in (0, 1):
+            for keep in ("full", "replay", "int8"):
+                key = {"part": "scores", "task": task, "seed": seed, "keep": keep}
+                RESULTS.once(lambda t=task, s=seed, k=keep: trained(t, s, k), **key)
+
+
+def trained(task: str, seed: int, keep: Any) -> dict[str, Any]:
+    """The loss of every step, and the accuracy on the dev rows."""
+    backbone, batches, classes = text_batches() if task == "cr" else image_batches()
+    torch.manual_seed(seed)
+    head = ss.Classify(num_labels=classes, pool="mean")
+    model = ss.attach(backbone, ss.ReadConfig(rank=32), head=head, keep=keep).train()
+    optimizer = torch.optim.AdamW([p for _, p in model.trained_parameters()], lr=ss.ReadConfig.rate)
+    losses = []
+    for _ in range(SCORED_EPOCHS):
+        for start in torch.randperm(SCORED_ROWS // SCORED_BATCH).tolist():
+            loss = model(**batches(start * SCORED_BATCH, SCORED_BATCH)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    model.eval()
+    right = []
+    for start in range(SCORED_ROWS, SCORED_ROWS + 300, SCORED_BATCH):
+        batch = batches(start, SCORED_BATCH)
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            right.append(model(**batch).logits.argmax(-1) == labels)
+    return {"losses": losses, "accuracy": float(torch.cat(right).float().mean())}
+
+
+def text_batches() -> tuple[nn.Module, Callable[[int, int], dict[str, Tensor]], int]:
+    from text_tasks import encoded, encoder
+
+    backbone, tokenizer = encoder()
+    found = encoded("cr", tokenizer)
+    order = torch.randperm(len(found.train), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = found.train.select(order)
+
+    def batch(start: int, size: int) -> dict[str, Tensor]:
+        made = found.collate([rows[place] for place in range(start, start + size)])
+        return {name: value for name, value in made.items() if name != "length"}
+
+    return backbone, batch, len(found.labels.names)
+
+
+def image_batches() -> tuple[nn.Module, Callable[[int, int], dict[str, Tensor]], int]:
+    from image_tasks import SIDE, digits, vision_backbone
+
+    images, labels = digits()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], labels[order]
+
+    def batch(start: int, size: int) -> dict[str, Tensor]:
+        part = images[start : start + size, None].expand(-1, 3, -1, -1)
+        pixels = nn.functional.interpolate(part, size=(SIDE, SIDE), mode="bilinear") * 2 - 1
+        return {"pixel_values": pixels, "labels": labels[start : start + size]}
+
+    return vision_backbone().eval(), batch, 10
+
+
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +400,14 @@ def tables() -> Iterator[str]:
             over = f"{seconds[label] / seconds['bare pass']:.2f}" if label in seconds else "–"
             yield f"| {label} | {'–' if peak is None else f'{mib(peak):.0f}'} | {over} |"
         yield ""
+    runs = {(line["task"], line["seed"], line["keep"]): line for line in lines if line["part"] == "scores"}
+    if runs:
+        yield "| task | seed | keep | accuracy | largest distance of a step's loss from full |\n|---|---|---|---:|---:|"
+        for (task, seed, keep), line in runs.items():
+            full = runs[task, seed, "full"]["losses"]
+            off = max(abs(one - other) for one, other in zip(line["losses"], full, strict=True))
+            yield f"| {task} | {seed} | {keep} | {line['accuracy']:.3f} | {off:.1e} |"
+        yield ""
     models = [line for line in lines if line["part"] == "llama"]
     if models:
         columns = "kept a token, KiB | peak, MiB | measured: kept a token, KiB | peak, MiB"
@@ -353,6 +431,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "peak": peaks,
     "time": times,
     "llama": llama,
+    "scores": scores,
 }
 
 
