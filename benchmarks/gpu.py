@@ -8,7 +8,7 @@
 It runs from a checkout with torch, transformers, timm and peft, and needs neither an installation nor a network. What
 matters most comes first. Each part has a share of the time, and what a part leaves goes to the next. The results file
 is written after every row. A row says why it has no numbers: refused, out of memory, or left out for lack of time. To
-add a contender, add a line to `CONTENDERS`.
+add a contender, add a line to `CONTENDERS` in `gpu_cases.py`.
 
 Weights are random, as no cost depends on them. Steps are forward, backward and AdamW at a learning rate of 0. A
 replay and a chunked loss are compared with the plain way in their first step, which is therefore never measured.
@@ -20,40 +20,40 @@ import time
 
 START = time.monotonic()
 
-import argparse  # noqa: E402
-import copy  # noqa: E402
-import gc  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import re  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import warnings  # noqa: E402
-from collections.abc import Callable, Iterator, Mapping  # noqa: E402
-from contextlib import AbstractContextManager, contextmanager, nullcontext  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
-from datetime import UTC, datetime  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, Literal  # noqa: E402
+import argparse
+import copy
+import gc
+import json
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-import torch  # noqa: E402
-import transformers as t  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.autograd.graph import save_on_cpu  # noqa: E402
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
-import sidestep as ss  # noqa: E402
-from sidestep.backbone import trunk_of  # noqa: E402
-from sidestep.disk.atomic import whole  # noqa: E402
-from sidestep.fold.forms import KeepWarning  # noqa: E402
-from sidestep.interface.keep import ROUNDED, Keep  # noqa: E402
-from sidestep.measure.energy import EnergyCounter, energy_counter, energy_per_step  # noqa: E402
-from sidestep.measure.memory import mib, peak_memory  # noqa: E402
-from sidestep.measure.meters import Spread, attached  # noqa: E402
-from sidestep.measure.plan import plan_for  # noqa: E402
-from sidestep.measure.step import (  # noqa: E402
+import sidestep as ss
+from gpu_cases import CONTENDERS, FAMILIES, METHODS, SCALES, SMALL, WAYS, Batch, Contender, Scale
+from sidestep.backbone import trunk_of
+from sidestep.disk.atomic import whole
+from sidestep.fold.forms import KeepWarning
+from sidestep.interface.keep import ROUNDED
+from sidestep.measure.energy import EnergyCounter, energy_counter, energy_per_step
+from sidestep.measure.memory import mib, peak_memory
+from sidestep.measure.meters import Spread, attached
+from sidestep.measure.plan import plan_for
+from sidestep.measure.step import (
     accepted,
     idle_optimizer,
     measure_step,
@@ -63,8 +63,8 @@ from sidestep.measure.step import (  # noqa: E402
     synchronize,
     train_step,
 )
-from sidestep.model.settings import Settings  # noqa: E402
-from sidestep.versions import versions  # noqa: E402
+from sidestep.model.settings import Settings
+from sidestep.versions import versions
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("sidestep", "torch", "transformers", "timm", "peft", "bitsandbytes")
@@ -76,173 +76,10 @@ MEMORY, TIMES = 0.6, 0.85
 """Shares of a part by whose end memory and times are measured. Energy has the rest."""
 
 Row = dict[str, Any]
-Batch = dict[str, Tensor]
-
-
-# --- contenders and backbones, as data ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One way of tuning.
-
-    Attributes:
-        method, keep, checkpoint: as in `attach`.
-        on: the kind of backbone that it is for. None: any.
-        to_host: what autograd keeps waits in the host's memory.
-        quantised: the backbone's linear maps are in 4 bit.
-        bare: a pass of the backbone without gradients, and no step.
-    """
-
-    method: ss.MethodConfig
-    keep: Keep = "full"
-    checkpoint: Literal["late"] | None = None
-    on: Literal["images", "texts"] | None = None
-    to_host: bool = False
-    quantised: bool = False
-    bare: bool = False
-
-
-LORA = ss.LoraConfig()
-CONTENDERS = {
-    "no_grad": Contender(method=ss.ProbeConfig(), bare=True),
-    "read-128": Contender(method=ss.ReadConfig(rank=128)),
-    "read-128 replay": Contender(method=ss.ReadConfig(rank=128), keep="replay"),
-    "lora": Contender(method=LORA),
-    "lora+checkpoint": Contender(method=LORA, checkpoint="late"),
-    "read-8": Contender(method=ss.ReadConfig(rank=8)),
-    "read-8 replay": Contender(method=ss.ReadConfig(rank=8), keep="replay"),
-    "full": Contender(method=ss.FullConfig()),
-    "lora+checkpoint+host": Contender(method=LORA, checkpoint="late", to_host=True),
-    "read-128 offload": Contender(method=ss.ReadConfig(rank=128), keep="offload"),
-    "read-128 int8": Contender(method=ss.ReadConfig(rank=128), keep="int8"),
-    "read-8 offload": Contender(method=ss.ReadConfig(rank=8), keep="offload"),
-    "read-8 int8": Contender(method=ss.ReadConfig(rank=8), keep="int8"),
-    "dtl+": Contender(method=ss.DTLConfig(kernel=5), on="images"),
-    "dtl": Contender(method=ss.DTLConfig(), on="texts"),
-    "sherl": Contender(method=ss.SherlConfig()),
-    "lst": Contender(method=ss.LSTConfig()),
-    "synqt": Contender(method=ss.SynQTConfig()),
-    "qlora+checkpoint": Contender(method=LORA, checkpoint="late", quantised=True),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """A backbone and its batch.
-
-    Attributes:
-        build: the backbone with random weights.
-        small: the same kind on a tiny scale.
-        reads: what a row is.
-        rows: of the batch, and of the tiny one.
-        size: tokens of a text, or rows and columns of an image, and the tiny ones.
-        writes: whether it is a language model with its own head, which is frozen.
-        dtype: of the weights.
-    """
-
-    build: Callable[[], nn.Module]
-    small: Callable[[], nn.Module]
-    reads: Literal["images", "texts"]
-    rows: tuple[int, int] = (32, 2)
-    size: tuple[int, int]
-    writes: bool = False
-    dtype: torch.dtype = torch.float32
-
-    def settings(self, one: Contender) -> Settings:
-        """What is attached. A bare pass makes no logits."""
-        if not self.writes or one.bare:
-            return Settings(
-                one.method, ss.Classify(num_labels=2, pool="mean"), checkpoint=one.checkpoint, keep=one.keep
-            )
-        return Settings(one.method, checkpoint=one.checkpoint, keep=one.keep, lm_loss="chunked")
-
-    def backbone(self, *, small: bool) -> nn.Module:
-        """In eval mode, on the default device."""
-        return (self.small if small else self.build)().to(self.dtype).eval()
-
-    def batch(self, *, small: bool) -> Batch:
-        """With labels, on the default device."""
-        rows, size = self.rows[small], self.size[small]
-        if self.reads == "images":
-            return {
-                "pixel_values": torch.randn(rows, 3, size, size, dtype=self.dtype),
-                "labels": torch.arange(rows) % 2,
-            }
-        ids = torch.randint(3, 30 if small else 30000, (rows, size))
-        return {"input_ids": ids, "labels": ids.clone() if self.writes else torch.arange(rows) % 2}
-
-
-def vit(**sizes: Any) -> nn.Module:
-    return t.ViTModel(t.ViTConfig(**sizes), add_pooling_layer=False)
-
-
-def bert(**sizes: Any) -> nn.Module:
-    return t.BertModel(t.BertConfig(**sizes), add_pooling_layer=False)
-
-
-def llama(**sizes: Any) -> nn.Module:
-    """By default the shapes of Llama 3.2 1B."""
-    large = {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-    }
-    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return t.LlamaForCausalLM(t.LlamaConfig(**large | ends | sizes))
-
-
-def t5(**sizes: Any) -> nn.Module:
-    large = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
-    return t.T5Model(t.T5Config(**large | sizes, decoder_start_token_id=0))
-
-
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
-TINY_VIT = partial(vit, **TINY, image_size=32, patch_size=8)
-TINY_BERT = partial(bert, **TINY, vocab_size=32)
-TINY_LLAMA = partial(llama, **TINY, vocab_size=32, num_key_value_heads=1)
-TINY_T5 = partial(t5, d_model=64, d_ff=128, d_kv=32, num_layers=3, num_heads=2, vocab_size=32)
-SCALES = {
-    "vit-b": Scale(build=vit, small=TINY_VIT, reads="images", size=(224, 32)),
-    "bert-base": Scale(build=bert, small=TINY_BERT, reads="texts", size=(128, 8)),
-    "llama-1b": Scale(
-        build=llama,
-        small=TINY_LLAMA,
-        reads="texts",
-        rows=(4, 2),
-        size=(2048, 8),
-        writes=True,
-        dtype=torch.bfloat16,
-    ),
-    "t5-base": Scale(build=t5, small=TINY_T5, reads="texts", size=(128, 8)),
-}
 
 
 # --- the laws ----------------------------------------------------------------------------------------------------
 
-METHODS: dict[str, ss.MethodConfig] = {
-    "read": ss.ReadConfig(rank=4),
-    "dtl": ss.DTLConfig(rank=4, late_blocks=2),
-    "lst": ss.LSTConfig(reduction=2, heads=2),
-    "sherl": ss.SherlConfig(reduction=4),
-}
-FAMILIES = {
-    "bert": Scale(build=TINY_BERT, small=TINY_BERT, reads="texts", rows=(4, 4), size=(16, 8)),
-    "vit": Scale(build=TINY_VIT, small=TINY_VIT, reads="images", rows=(4, 4), size=(32, 32)),
-    "llama": Scale(build=TINY_LLAMA, small=TINY_LLAMA, reads="texts", rows=(4, 4), size=(16, 8), writes=True),
-}
-WAYS: tuple[tuple[Keep, Literal["own", "chunked"]], ...] = (
-    ("replay", "own"),
-    ("offload", "own"),
-    ("int8", "own"),
-    ("bf16", "own"),
-    ("full", "chunked"),
-)
 SAME = {"float32": 1e-5, "bf16 autocast": 1e-2}
 """How far gradients and outputs that should be the same may be apart, relative to their norm."""
 ALIKE = 0.999
@@ -258,8 +95,9 @@ def laws(run: Run, rows: list[Row]) -> None:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             batch["attention_mask"][-1, -2:] = 0
         before = {name: value.clone() for name, value in backbone.state_dict().items()}
-        for name, method in METHODS.items():
-            wanted = {}
+        chosen = METHODS if not run.small or family == "bert" else {"read": METHODS["read"]}
+        for name, method in chosen.items():
+            wanted: dict[str, Any] = {}
             for keep, loss in (("full", "own"), *WAYS):
                 if loss == "chunked" and not kind.writes:
                     continue
@@ -267,8 +105,8 @@ def laws(run: Run, rows: list[Row]) -> None:
                 settings = own if kind.writes else Settings(method, ss.Classify(num_labels=2, pool="mean"), keep=keep)
                 for precision in SAME:
                     row = {"family": family, "method": name, "precision": precision, "keep": keep, "loss": loss}
-                    run.guarded(row, partial(_law, backbone, batch, settings, row, wanted))
                     rows.append(row)
+                    run.guarded(row, partial(_law, backbone, batch, settings, row, wanted))
                 run.check()
             run.save()
         after = backbone.state_dict()
@@ -337,8 +175,8 @@ class Stage:
             yield model.train(not one.bare)
 
     @contextmanager
-    def step(self, one: Contender) -> Iterator[tuple[Any, Callable[[], None]]]:
-        """The contender's model and a step of it, after a first one."""
+    def step(self, one: Contender) -> Iterator[Callable[[], None]]:
+        """A step of the contender, after a first one."""
         with self.attached(one) as model:
             inputs = accepted(model, self.batch)
             with nullcontext() if one.bare else idle_optimizer(model) as optimizer:
@@ -346,14 +184,13 @@ class Stage:
                 if optimizer is not None:
                     step = partial(train_step, model, inputs, optimizer, False)
                 step()
-                yield model, step
+                yield step
 
     def memory(self, one: Contender) -> Row:
         """What a step keeps, and how far memory rises in it."""
-        with self.step(one) as (model, step):
-            if one.bare:
-                peak = peak_memory(step, self.run.device).allocated
-                return {"peak_bytes": peak, "kept_bytes": 0, "model_bytes": _size(model)}
+        if one.bare:
+            with self.step(one) as step:
+                return {"peak_bytes": peak_memory(step, self.run.device).allocated, "kept_bytes": 0}
         with self.attached(one) as model:
             with idle_optimizer(model) as optimizer:
                 train_step(model, accepted(model, self.batch), optimizer, False)
@@ -365,48 +202,45 @@ class Stage:
                 "host_bytes": cost.kept_bytes if one.to_host else None,
                 "gradient_bytes": cost.gradient_bytes,
                 "optimizer_bytes": cost.optimizer_bytes,
-                "model_bytes": _size(model),
+                "model_bytes": nbytes([*model.parameters(), *model.buffers()]),
                 "parameters": sum(parameter.numel() for _, parameter in model.trained_parameters()),
                 "flops": cost.flops,
                 "loss": "chunked" if chunked else "own",
             }
 
-    def seconds(self, one: Contender) -> list[float]:
-        """Of some steps in a row."""
-        with self.step(one) as (_, step):
-            return [seconds_of(step, self.run.device) for _ in range(1 if self.run.small else 3)]
+    def seconds(self, one: Contender, before: list[float]) -> Row:
+        """Of some steps in a row, with those of earlier rounds."""
+        with self.step(one) as step:
+            values = [seconds_of(step, self.run.device) for _ in range(1 if self.run.small else 3)]
+        return {"step_seconds": vars(Spread.of([*before, *values]))}
 
     def joules(self, one: Contender, counter: EnergyCounter) -> Row:
         """Of a step."""
-        wait, seconds = partial(synchronize, self.run.device), 0.05 if self.run.small else 1.5
-        with self.step(one) as (_, step):
+        wait, seconds = partial(synchronize, self.run.device), 0.05 if self.run.small else 1.0
+        with self.step(one) as step:
             return {"joules": energy_per_step(step, counter, wait, seconds=seconds), "joules_of": counter.source}
 
 
 def costs(name: str, run: Run, rows: list[Row]) -> None:
     """Memory of every contender, then their times in turns, then their energy."""
-    scale = SCALES[name]
-    rows += [{"backbone": name, "contender": label, "status": LEFT_OUT} for label in CONTENDERS]
-    stage, began = Stage(run, scale), time.monotonic()
-    length = max(0.0, run.ends - began)
+    labels = SMALL if run.small else tuple(CONTENDERS)
+    rows += [{"backbone": name, "contender": label, "status": LEFT_OUT} for label in labels]
+    stage, began, counter = Stage(run, SCALES[name]), time.monotonic(), energy_counter(run.device)
+    memory, times = (began + share * (run.ends - began) for share in (MEMORY, TIMES))
     for row in rows:
-        run.check(began + MEMORY * length)
-        run.guarded(row, partial(stage.memory, CONTENDERS[row["contender"]]))
-        run.save()
-    able, values = [row for row in rows if row["status"] == "ok"], {}
-    for turn in range(1 if run.small else 4):
+        if run.has_until(memory):
+            run.guarded(row, partial(stage.memory, CONTENDERS[row["contender"]]))
+            run.save()
+    able = [row for row in rows if row["status"] == "ok"]
+    for turn in range(1 if run.small else 3):
         first = turn % max(1, len(able))
         for row in [*able[first:], *able[:first]]:
-            if row["status"] == "ok" and time.monotonic() < began + TIMES * length:
-                label, timed = row["contender"], {}
-                run.guarded(row, lambda: timed.update(values=stage.seconds(CONTENDERS[label])) or {})  # noqa: B023
-                values.setdefault(label, []).extend(timed.get("values", []))
-                row["step_seconds"] = vars(Spread.of(values[label])) if values[label] else None
+            if row["status"] == "ok" and run.has_until(times):
+                before = row.get("step_seconds", {"values": []})["values"]
+                run.guarded(row, partial(stage.seconds, CONTENDERS[row["contender"]], before))
         run.save()
-    counter = energy_counter(run.device)
     for row in able if counter is not None else []:
-        if row["status"] == "ok":
-            run.check()
+        if row["status"] == "ok" and run.has_until(run.ends):
             run.guarded(row, partial(stage.joules, CONTENDERS[row["contender"]], counter))
 
 
@@ -434,10 +268,6 @@ def in_four_bits(backbone: nn.Module, device: torch.device) -> nn.Module:
 
 def _to_host(device: torch.device) -> AbstractContextManager[Any]:
     return save_on_cpu(pin_memory=device.type == "cuda")
-
-
-def _size(model: nn.Module) -> int:
-    return nbytes([*model.parameters(), *model.buffers()])
 
 
 # --- plans -------------------------------------------------------------------------------------------------------
@@ -522,10 +352,8 @@ class Run:
 
     def guarded(self, row: Row, work: Callable[[], Row]) -> None:
         """Add to a row what was found, or why nothing was."""
-        row.update(status="failed", reason="it did not end")
         try:
             row.update(work(), status="ok")
-            del row["reason"]
         except Late:
             row.update(status=LEFT_OUT, reason="it took too long")
             raise
@@ -540,9 +368,13 @@ class Run:
         if self.device.type == "cuda":
             self.free()
 
-    def check(self, ends: float | None = None) -> None:
-        """Raise `Late` if the time is over: the part's, or a nearer end."""
-        if time.monotonic() > (self.ends if ends is None else ends):
+    def has_until(self, ends: float) -> bool:
+        """Whether there is time left until a moment of the monotonic clock."""
+        return time.monotonic() < ends
+
+    def check(self) -> None:
+        """Raise `Late` if the part's time is over."""
+        if not self.has_until(self.ends):
             raise Late
 
     def free(self) -> None:
