@@ -112,6 +112,7 @@ def laws(run: Run, rows: list[Row]) -> None:
         after = backbone.state_dict()
         same = all(torch.equal(after[name], value) for name, value in before.items())
         clean = not any(module._forward_hooks for module in backbone.modules())
+        clean &= all(parameter.grad is None for parameter in backbone.parameters())
         rows.append({"family": family, "law": "the backbone is untouched", "status": "ok", "holds": same and clean})
 
 
@@ -475,18 +476,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="tiny sizes: whether it runs at all")
     parser.add_argument("--output", type=Path, help="the results file. By default it has the card's name")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the results file as Markdown")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the results files as Markdown")
     given = parser.parse_args()
     chosen = given.only.split(",")
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: choose of {','.join(PARTS)}")
-    if given.device == "cuda" and not torch.cuda.is_available() and not (given.table and given.output):
+    if given.table:
+        files = [given.output] if given.output else sorted(FOLDER.glob("gpu_*.json"))
+        print("\n\n".join(tables(json.loads(path.read_text())) for path in files))
+        return
+    if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("CUDA is not available: add --device cpu --small to see whether the script runs")
     device = torch.device(given.device)
     path = given.output or results_file(device, small=given.small)
-    if given.table:
-        print(tables(json.loads(path.read_text())))
-        return
     if device.type == "cpu":
         torch.set_num_threads(1 if given.small else int(os.environ.get("THREADS", "2")))
     warnings.simplefilter("ignore", KeepWarning)  # offload on a CPU saves nothing, and is tried all the same
