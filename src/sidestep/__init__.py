@@ -17,6 +17,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from sidestep.versions import VERSION
+
 if TYPE_CHECKING:
     from sidestep.disk.task_folder import TaskError
     from sidestep.measure.memory import peak_memory, saved_bytes
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     from sidestep.training.run import DataSpec, ModelSpec, RunSpec, train
     from sidestep.training.settings import TrainSettings
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "BankError",

@@ -1,4 +1,7 @@
-"""Scores of predictions, from scikit-learn and scipy."""
+"""Scores of predictions, from scikit-learn and scipy.
+
+Both are imported where a score is computed. So a model can be attached, trained and measured without them.
+"""
 
 import string
 import warnings
@@ -9,8 +12,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 Kind: TypeAlias = str
 """The name of a kind of task (see `sidestep.kinds`); those scored here have their names in `METRICS`."""
@@ -176,6 +177,8 @@ def _token_f1(words: list[str], target: list[str]) -> float:
 
 
 def _single(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
     chosen = predictions.argmax(axis=1)
     found = {
         "accuracy": accuracy_score(targets, chosen),
@@ -190,6 +193,8 @@ def _single(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float
 
 
 def _multi(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
+    from sklearn.metrics import f1_score
+
     chosen, true = (predictions > 0).astype(int), targets.astype(int)
     return {
         "accuracy": float((chosen == true).all(axis=1).mean()),
@@ -212,6 +217,8 @@ def _retrieval(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, fl
 
 
 def _regress(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
+    from scipy import stats
+
     predictions, targets = predictions.astype(np.float64), targets.astype(np.float64)
     mse = float(np.square(predictions - targets).mean())
     constant = [name for name, values in (("predictions", predictions), ("targets", targets)) if np.ptp(values) == 0]

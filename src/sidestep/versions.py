@@ -6,13 +6,16 @@ import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
+VERSION = "0.1.0"
+"""Of this package, which also runs from its sources without being installed."""
+
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package. None if it is not installed."""
+    """The installed version of a package. None if it is not installed, which this one need not be."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return None
+        return VERSION if package == "sidestep" else None
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

@@ -66,8 +66,10 @@ def energy_counter(device: torch.device, source: Source | None = None) -> Energy
         return None
 
 
-def energy_per_step(step: Callable[[], object], counter: EnergyCounter, wait: Callable[[], None]) -> float:
-    """Joules of a step. It is the mean over as many steps as a reading of `READING_SECONDS` takes.
+def energy_per_step(
+    step: Callable[[], object], counter: EnergyCounter, wait: Callable[[], None], *, seconds: float = READING_SECONDS
+) -> float:
+    """Joules of a step. It is the mean over as many steps as a reading takes.
 
     All that the device uses in that time counts, also its idle power and what other processes do on it.
 
@@ -75,10 +77,11 @@ def energy_per_step(step: Callable[[], object], counter: EnergyCounter, wait: Ca
         step: called at least once.
         counter: see `energy_counter`.
         wait: returns when the device has done all its work.
+        seconds: that the reading spans. A shorter one is less exact.
     """
     wait()
     steps, begin, start = 0, time.perf_counter(), counter.read()
-    while steps == 0 or time.perf_counter() - begin < READING_SECONDS:
+    while steps == 0 or time.perf_counter() - begin < seconds:
         step()
         wait()
         steps += 1

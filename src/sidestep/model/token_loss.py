@@ -193,7 +193,9 @@ class _Chunked(torch.autograd.Function):
             with torch.enable_grad(), saved_tensors_hooks(torch.Tensor.detach, _as_it_is):
                 chunk = rows[index[part]].requires_grad_()
                 wide = torch.promote_types(chunk.dtype, torch.float32)
-                loss = F.cross_entropy(head(chunk).to(wide), targets[part], reduction="sum")
+                # the head sees no leaf: hooks of counters on its input ask for more than `grad` runs
+                logits = head(chunk.view_as(chunk)).to(wide)
+                loss = F.cross_entropy(logits, targets[part], reduction="sum")
             gradient[part] = torch.autograd.grad(loss, chunk)[0]
             total += loss.detach()
         ctx.save_for_backward(index, gradient)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.metadata import version
 from string import ascii_lowercase
 from typing import Any
 
@@ -25,6 +24,7 @@ from sidestep.report.ratios import in_short, not_won, plan_table, ratio_table
 from sidestep.report.rows import Group, Results, Row
 from sidestep.report.tables import Table, main_table, score_text, unmeasured, without
 from sidestep.report.verdict import BY_TASK, RULE, Verdict, by_task, verdicts
+from sidestep.versions import version_of
 
 #: Settings that are said elsewhere in a row.
 _SAID = frozenset({"backbone", "contender", "method", "config", "task", "seed", "rate", "score_of"})
@@ -136,7 +136,7 @@ def render(results: Results, *, command: str) -> str:
         by_task_heads=BY_TASK,
         results=results,
         command=command,
-        version=version("sidestep"),
+        version=version_of("sidestep"),
         marks=marks,
         in_short=in_short(results),
         unmeasured=unmeasured(results),
