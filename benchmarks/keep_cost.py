@@ -35,7 +35,7 @@ from sidestep.backbone.load import load_backbone
 from sidestep.measure.memory import mib, peak_memory
 from sidestep.measure.meters import attached, measure_memory
 from sidestep.measure.plan import plan
-from sidestep.measure.step import idle_optimizer, step_peak, train_step
+from sidestep.measure.step import idle_optimizer, settle, step_peak, train_step
 from sidestep.model.settings import Settings
 from study import Results
 
@@ -228,6 +228,7 @@ def step(backbone: nn.Module, contender: Settings, batch: dict[str, Tensor]) -> 
     with attached(backbone, contender) as model:
         model.train()
         with idle_optimizer(model) as optimizer:
+            settle(model, batch, optimizer, bf16=False)
             start = time.perf_counter()
             train_step(model, batch, optimizer, bf16=False)
             return time.perf_counter() - start

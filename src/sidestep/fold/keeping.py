@@ -61,6 +61,11 @@ class Keeping:
         reads = Reads(self.method, form, again, compares=form is None and not self.proved)
         return DeferredStrand(self.method, self.frozen, carried, reads=reads, border=self.border)
 
+    @property
+    def is_proved(self) -> bool:
+        """Whether no step has a pass to compare any more."""
+        return self.proved or self.way not in ("replay", "auto")
+
     def check_compiler(self) -> None:
         """Refuse a compiled model, which would run as if it were not compiled.
 

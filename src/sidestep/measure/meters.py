@@ -29,6 +29,7 @@ from sidestep.measure.step import (
     predict,
     same_random_numbers,
     seconds_of,
+    settle,
     synchronize,
     train_step,
 )
@@ -302,6 +303,7 @@ def _step_seconds(model: SideModel, batch: Batch, bf16: bool) -> float:
     model.train()
     inputs = accepted(model, batch)
     with idle_optimizer(model) as optimizer:
+        settle(model, inputs, optimizer, bf16)
         return seconds_of(lambda: train_step(model, inputs, optimizer, bf16), model.device)
 
 

@@ -80,6 +80,7 @@ def measure_step(model: Attached, batch: Batch, *, bf16: bool = False) -> StepCo
     inputs = accepted(model, batch)
     with _undone(model), idle_optimizer(model) as optimizer:
         model.train()
+        settle(model, inputs, optimizer, bf16)
         count = _count(model, inputs, bf16, optimizer)
     # Not in one pass: what the counters attach to the graph makes recomputed blocks live longer.
     peak = step_peak(model, batch, bf16=bf16)
@@ -125,8 +126,11 @@ def step_seconds(model: Attached, batches: Iterable[Callable[[], Batch]], *, bf1
     def step(make: Callable[[], Batch]) -> None:
         train_step(model, accepted(model, make()), optimizer, bf16)
 
+    batches = list(batches)
     with _undone(model), idle_optimizer(model) as optimizer:
         model.train()
+        if batches:
+            settle(model, accepted(model, batches[0]()), optimizer, bf16)
         return [seconds_of(partial(step, make), model.device) for make in batches]
 
 
@@ -161,6 +165,16 @@ def train_step(model: Attached, batch: Batch, optimizer: torch.optim.Optimizer, 
     _loss(model, batch, bf16).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def settle(model: Attached, batch: Batch, optimizer: torch.optim.Optimizer, bf16: bool) -> None:
+    """A step that is not measured, where the first one also compares: a second pass with the first, or two losses."""
+    compares = any(
+        not part.fold.keeping.is_proved or (part.token_loss is not None and part.token_loss.proved is None)
+        for part in model.parts
+    )
+    if compares and _is_real(model):
+        train_step(model, batch, optimizer, bf16)
 
 
 def predict(model: Attached, batch: Batch, bf16: bool) -> None:
