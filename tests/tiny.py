@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import timm
@@ -23,6 +25,8 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+
+from sidestep.backbone import facts_of
 
 VOCABULARY = 40
 LABELS = 3
@@ -132,17 +136,13 @@ class TinyFamily:
     encoder_decoder: bool = False
 
     def model(self, seed: int = 0) -> nn.Module:
-        """A random model, in eval mode, whose biases and norms are random too (zeros hide errors)."""
+        """A random model, in eval mode, whose biases and norms are random too (zeros hide errors).
+
+        It comes with its facts, as a copy of a model does: to trace each anew would be half of the laws' time.
+        """
+        made = copy.deepcopy(_traced(self, seed))
         torch.manual_seed(seed)
-        model = self.build().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-            for name, buffer in model.named_buffers():
-                if "running_" in name:
-                    buffer.add_(0.1 * torch.rand_like(buffer))
-        return model
+        return made
 
     def inputs(self, rows: int = 4, tokens: int = 7, seed: int = 1) -> dict[str, Tensor]:
         """Inputs without labels; the last row of a text batch is padded by two tokens."""
@@ -160,6 +160,21 @@ class TinyFamily:
     def labels(self, rows: int = 4) -> Tensor:
         """Class numbers."""
         return torch.arange(rows) % LABELS
+
+
+@cache
+def _traced(family: TinyFamily, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = family.build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if "running_" in name:
+                buffer.add_(0.1 * torch.rand_like(buffer))
+    facts_of(model)
+    return model
 
 
 FAMILIES = {

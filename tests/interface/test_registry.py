@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import sidestep as ss
-from sidestep.interface import registry
+from sidestep.interface import registry, third_parties
 from sidestep.methods import MethodConfig, SideNet, method_named, method_of, methods, register
 from tiny import FAMILIES
 
@@ -107,7 +107,8 @@ def test_an_entry_point_registers_a_third_partys_method(monkeypatch: pytest.Monk
         asked.append(group)
         return [EntryPoint()]
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr(third_parties, "entry_points", entry_points)
+    third_parties.import_third_parties.cache_clear()
     assert method_named("own").summary == "A third party's method."
     assert set(asked) == {"sidestep.methods"}
     model = ss.attach(FAMILIES["vit"].model(), OwnConfig(size=3))

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 import sidestep as ss
 from sidestep.data import DataError, LabelSpace
+from sidestep.interface import third_parties
 from sidestep.kinds import base, kind_named, kinds, register
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import PREDICTION
@@ -53,7 +54,8 @@ def test_kinds_of_other_packages_are_found(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append(group)
         return []
 
-    monkeypatch.setattr(base, "entry_points", entry_points)
+    monkeypatch.setattr(third_parties, "entry_points", entry_points)
+    third_parties.import_third_parties.cache_clear()
     kinds()
     assert asked == ["sidestep.kinds"]
 

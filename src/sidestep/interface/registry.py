@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import TypeVar
 
 from sidestep.interface.config import MethodConfig
 from sidestep.interface.side_net import SideNet
+from sidestep.interface.third_parties import import_third_parties
 from sidestep.interface.weight_delta import WeightDelta
 
 
@@ -59,8 +59,7 @@ def methods() -> dict[str, Method]:
 
     Modules under the entry point group "sidestep.methods" are imported first.
     """
-    for point in entry_points(group="sidestep.methods"):
-        point.load()
+    import_third_parties("sidestep.methods")
     return dict(sorted(_REGISTRY.items()))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -34,6 +33,7 @@ from sidestep.data import (
     read,
 )
 from sidestep.data.joins import NOTHING, separators_of
+from sidestep.interface.third_parties import import_third_parties
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.steps import check_modality, views_of, without_bad_images
 from sidestep.kinds.task_data import Asked, TaskData
@@ -291,8 +291,7 @@ def register(kind: Kind) -> Kind:
 
 def kinds() -> Mapping[str, TaskKind]:
     """Every registered kind by name. Modules under the entry point group "sidestep.kinds" are imported first."""
-    for point in entry_points(group="sidestep.kinds"):
-        point.load()
+    import_third_parties("sidestep.kinds")
     return dict(_REGISTRY)
 
 
