@@ -194,7 +194,7 @@ TIMED = (
 )
 
 
-def times(rows: int = 8, rounds: int = 7) -> None:
+def times(rows: int = 8, rounds: int = 5) -> None:
     """Medians of interleaved steps over the median of the bare pass, the first round left out."""
     for name in ("vit-b", "bert-base"):
         key = {"part": "time", "backbone": name, "batch": rows, "rounds": rounds}
@@ -212,9 +212,11 @@ def timed(name: str, rows: int, rounds: int) -> dict[str, Any]:
             seconds[label].append(
                 bare_seconds(backbone, inputs) if label == "bare pass" else step(backbone, chosen[label], batch)
             )
-    medians = {label: statistics.median(values[1:]) for label, values in seconds.items()}
-    spread = {label: [min(values[1:]), max(values[1:])] for label, values in seconds.items()}
-    return {"seconds": medians, "ranges": spread}
+    rounds_of = {label: [round(value, 3) for value in values[1:]] for label, values in seconds.items()}
+    return {
+        "rounds_of": rounds_of,
+        "medians": {label: statistics.median(values) for label, values in rounds_of.items()},
+    }
 
 
 def bare_seconds(backbone: nn.Module, inputs: dict[str, Tensor]) -> float:
@@ -397,8 +399,8 @@ def tables() -> Iterator[str]:
         yield f"| {name} | peak of a step, MiB (batch 32) | step over bare passes (batch 8) |\n|---|---:|---:|"
         for label in ("bare pass", *TIMED):
             peak = rises.get((name, label))
-            seconds = took.get(name, {}).get("seconds", {})
-            over = f"{seconds[label] / seconds['bare pass']:.2f}" if label in seconds else "–"
+            medians = took.get(name, {}).get("medians", {})
+            over = f"{medians[label] / medians['bare pass']:.2f}" if label in medians else "–"
             yield f"| {label} | {'–' if peak is None else f'{mib(peak):.0f}'} | {over} |"
         yield ""
     runs = {(line["task"], line["seed"], line["keep"]): line for line in lines if line["part"] == "scores"}
