@@ -17,11 +17,12 @@ from sidestep.interface.keep import KEEPS, ROUNDED
 from sidestep.methods import SideNet
 from tiny import FAMILIES, randomize
 
-#: Methods whose codes are as wide as what they read: nothing would be saved.
-WIDE = {("probe", family) for family in FAMILIES} | {("synqt", family) for family in FAMILIES}
-WIDE |= {("sherl", "resnet"), ("sherl", "timm_resnet"), ("late_writer", "*")}
+#: Methods that read, and whose codes are as wide as what they read: nothing would be saved.
+AS_WIDE = {*(("synqt", family) for family in FAMILIES), ("sherl", "resnet"), ("sherl", "timm_resnet")}
+SUPPORTED = [(m, f) for m in SIDE for f in FAMILIES if (m, f) not in REFUSED]
+WIDE = {pair for pair in SUPPORTED if pair in AS_WIDE or METHODS[pair[0]].implementation.read is SideNet.read}
 REFUSING = [*sorted((m, f) for m, f in WIDE if f == "bert"), *((m, "bert") for m in DELTA)]
-PAIRS = [(m, f) for m in SIDE for f in FAMILIES if (m, f) not in REFUSED | WIDE and (m, "*") not in WIDE]
+PAIRS = [pair for pair in SUPPORTED if pair not in WIDE]
 WAYS = [keep for keep in KEEPS if keep != "full"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:keep='offload' on the CPU")

@@ -104,6 +104,7 @@ def step_peak(model: Attached, batch: Batch, *, bf16: bool = False) -> Peak | No
     inputs = accepted(model, batch)
     with _undone(model), idle_optimizer(model) as optimizer:
         model.train()
+        settle(model, inputs, optimizer, bf16)
         return peak_memory(lambda: train_step(model, inputs, optimizer, bf16), model.device)
 
 
