@@ -14,7 +14,8 @@ from transformers import BertConfig, LlamaConfig
 from typer.testing import CliRunner, Result
 
 from sidestep.cli import app
-from sidestep.measure.plan import best_device
+from sidestep.measure.plan import best_device, fit
+from sidestep.methods import methods
 from small_tasks import reviews, text_backbone, write
 
 
@@ -26,6 +27,13 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def few_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To plan every method at every batch takes minutes, and is tested elsewhere."""
+    chosen = {name: method for name, method in methods().items() if name in ("read", "probe", "bitfit", "lora", "full")}
+    monkeypatch.setattr(fit, "methods", lambda: chosen)
 
 
 def run(*arguments: object) -> Result:
@@ -50,6 +58,7 @@ def test_a_plan_for_the_cpu(bert: Path) -> None:
         assert text in shown
 
 
+@pytest.mark.usefixtures("few_methods")
 def test_a_plan_for_a_card(bert: Path) -> None:
     settings = ("--backbone", bert, "--method", "full", "--batch", 8, "--length", 32, "--gpu", "4MB")
     about = as_json(*settings)
@@ -67,9 +76,11 @@ def test_a_plan_for_a_card(bert: Path) -> None:
     assert "note: a GPU needs more than a plan counts" in shown
 
 
-def test_auto_takes_what_fits_on_a_card_and_says_why(tmp_path: Path) -> None:
+def test_auto_takes_what_fits_on_a_card_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidestep.measure.plan.largest_batch", lambda *args, **how: 1)
+    monkeypatch.setattr(fit, "methods", lambda: {"read": methods()["read"]})
     sizes = {"vocab_size": 100, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
-    BertConfig(**sizes, num_hidden_layers=12).save_pretrained(tmp_path)
+    BertConfig(**sizes, num_hidden_layers=6).save_pretrained(tmp_path)
     settings = ("--backbone", tmp_path, "--pool", "mean", "--batch", 64, "--length", 64, "--set", "rank=2", "--keep")
     full, least = (as_json(*settings, keep, "--gpu", "1GB")["plan"]["total_bytes"] for keep in ("full", "replay"))
     assert least < full

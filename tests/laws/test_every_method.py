@@ -735,7 +735,7 @@ def smooth(side: nn.Module) -> None:
 # --- 16, 17 -----------------------------------------------------------------------------------------------------
 
 
-@every
+@costly_pairs(list(METHODS))
 def test_a_training_step_stays_on_the_device_of_the_weights(
     method: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
