@@ -27,7 +27,7 @@ types: $(READY)
 
 # a worker for each core, because the tests use one thread each
 test: lint types
-	$(BIN)/python -m pytest --numprocesses logical
+	$(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 # every method on every family, also where that is costly
 laws-all: $(READY)
