@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 import sidestep as ss
 from dual_encoders import END, clip
@@ -273,11 +273,26 @@ def test_a_detached_model_is_refused_in_backward() -> None:
 
 
 def test_a_cache_in_a_pass_with_gradients_is_refused() -> None:
+    rows = FAMILIES["llama"].inputs()
     model = ss.attach(FAMILIES["llama"].model(), READ, keep="replay")
     with pytest.raises(ValueError, match="use_cache=False"):
-        model(**FAMILIES["llama"].inputs(), use_cache=True)
+        model(**rows, past_key_values=DynamicCache())
     with torch.no_grad():
-        model(**FAMILIES["llama"].inputs(), use_cache=True)
+        model(**rows, past_key_values=DynamicCache())
+    ladder = ss.attach(FAMILIES["llama"].model(), ss.LSTConfig(reduction=2, heads=2), keep="replay")
+    with pytest.raises(ValueError, match="use_cache=False"):
+        ladder(**rows, use_cache=True)
+
+
+def test_a_cache_that_the_model_makes_for_itself_is_made_in_each_pass() -> None:
+    """Some models make one in training too, and take no `use_cache`."""
+    found = []
+    for keep in ("full", "replay"):
+        model = ss.attach(FAMILIES["llama"].model(), READ, keep=keep)
+        randomize(model)
+        model(**FAMILIES["llama"].inputs(), use_cache=True).logits.sum().backward()
+        found.append(gradients(model))
+    assert close(found[1], found[0])
 
 
 @pytest.mark.filterwarnings("ignore")

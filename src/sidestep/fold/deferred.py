@@ -34,6 +34,7 @@ class DeferredStrand(Strand):
     Attributes:
         reads: of this pass.
         border: the method's first write, or None if it never writes.
+        cached: whether a key-value cache was given.
         sites: those of the stack so far, the first at its start, and the codes of the others.
         root: see `Reads.root`.
         settled: whether the states up to here have been computed.
@@ -42,6 +43,7 @@ class DeferredStrand(Strand):
 
     reads: Reads = field(kw_only=True)
     border: Site | None = field(kw_only=True)
+    cached: bool = field(kw_only=True)
     sites: list[tuple[Site, Any]] = field(default_factory=list)
     first: int = 0
     root: Tensor | None = None
@@ -50,12 +52,14 @@ class DeferredStrand(Strand):
     wide: int = 0
 
     def check(self, passed: Pass) -> None:
-        """Refuse a pass that goes on from earlier tokens: the second pass would add its own to them.
+        """Refuse a cache that was given, or that the method writes to: both passes would add their tokens to it.
+
+        A cache that the model makes for itself is made in each pass.
 
         Raises:
             ValueError: saying what to do.
         """
-        if passed.cached:
+        if self.cached or (self.method.caches and passed.cache is not None):
             raise ValueError(
                 "a key-value cache in a pass with gradients, which is not kept in full (keep=): pass use_cache=False"
             )

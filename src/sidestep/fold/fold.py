@@ -82,7 +82,7 @@ class Fold:
         # a string, which copies of this fold and of a cache share
         self.late, self.name = late, uuid.uuid4().hex
         self.keeping = Keeping(method, border, keep, frozen=frozen)
-        self.call: Callable[[], Any] = partial(_no_call)
+        self.call: partial[Any] = partial(_no_call)
         self.again: Reads | None = None
         self.turn, self.diff, self.attached, self.checked = Turn(FoldError(BUSY)), diff, False, False
         self.current: tuple[Pass, Strand] | None = None
@@ -160,7 +160,8 @@ class Fold:
     def _strand(self, carried: Tensor | None) -> Strand:
         if self.again is not None:
             return SecondStrand(self.method, self.frozen, carried, reads=self.again)
-        return self.keeping.strand(carried, self.call, self.second_pass)
+        cached = any(self.call.keywords.get(name) is not None for name in self.facts.caches)
+        return self.keeping.strand(carried, self.call, self.second_pass, cached=cached)
 
     def _carried(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """What an encoder that ran before gave along, if the method needs that."""

@@ -45,7 +45,12 @@ class Keeping:
         self._warned = False
 
     def strand(
-        self, carried: Tensor | None, call: Callable[[], Any], second_pass: Callable[[Callable[[], Any], Reads], None]
+        self,
+        carried: Tensor | None,
+        call: Callable[[], Any],
+        second_pass: Callable[[Callable[[], Any], Reads], None],
+        *,
+        cached: bool,
     ) -> Strand:
         """The method along a pass.
 
@@ -53,13 +58,14 @@ class Keeping:
             carried: what an encoder that ran before gave along.
             call: runs the same pass again.
             second_pass: runs a call as a second pass for some reads.
+            cached: whether the call was given a key-value cache.
         """
         if self.way == "full" or not torch.is_grad_enabled() or not self.frozen:
             return Strand(self.method, self.frozen, carried)
         form = ELSEWHERE if self.way == "offload" and self.on_gpu else FORMS.get(self.way)
         again = partial(self._again, call, second_pass, _versions(call))
         reads = Reads(self.method, form, again, compares=form is None and not self.proved)
-        return DeferredStrand(self.method, self.frozen, carried, reads=reads, border=self.border)
+        return DeferredStrand(self.method, self.frozen, carried, reads=reads, border=self.border, cached=cached)
 
     @property
     def is_proved(self) -> bool:
