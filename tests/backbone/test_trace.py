@@ -141,7 +141,7 @@ def test_a_dispatched_model_takes_its_shapes_and_the_tables_word() -> None:
 
 
 def test_a_side_network_is_where_an_offloaded_backbone_is_computed() -> None:
-    model = FAMILIES["llama"].model()
+    model = FAMILIES["llama"].build().eval()
     expected = hidden(model.model, texts())
     offloaded = cpu_offload(model, execution_device="cpu")
     attached = ss.attach(offloaded, ss.ReadConfig(rank=2), head=ss.Classify(num_labels=2, pool="mean"))
@@ -330,7 +330,7 @@ def test_facts_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     run = watch.output_of
     monkeypatch.setattr(watch, "output_of", lambda trunk, inputs: passes.append(trunk) or run(trunk, inputs))
-    backbone = FAMILIES["bert"].model()
+    backbone = FAMILIES["bert"].build().eval()
     ss.detach(ss.attach(backbone, ss.ReadConfig(rank=2)))
     first = len(passes)
     assert first > 0

@@ -163,7 +163,8 @@ def test_a_run_says_when_it_stops_and_that_it_did(place: Path, tmp_path: Path) -
 def test_how_taps_inputs_are_kept_changes_no_score(place: Path, tmp_path: Path) -> None:
     found = {}
     for keep in ("full", "replay", "auto"):
-        shown = train(place, "--epochs", "2", "--pool", "mean", "--keep", keep, "--output", tmp_path / keep)
+        more = ["--epochs", "2", "--pool", "mean", "--set", "rank=2", "--keep", keep, "--output", tmp_path / keep]
+        shown = train(place, *more)
         found[keep] = json.loads((tmp_path / keep / "results.json").read_text())
         assert ("\nkeep: full, because full fits" in shown.stderr) == (keep == "auto")
     assert found["replay"]["scores"] == found["full"]["scores"]

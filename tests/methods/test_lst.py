@@ -440,7 +440,7 @@ def test_with_a_cache_each_token_is_read_once(monkeypatch: pytest.MonkeyPatch) -
 def test_a_sequence_in_parts_is_the_sequence(family: str, given: bool) -> None:
     """Also through a cache that knows no config, whose layers are made as they come."""
     kind = FAMILIES[family]
-    model = ss.attach(kind.model(), ss.LSTConfig(**QUIET)).eval()
+    model = ss.attach(kind.model(), ss.LSTConfig(**QUIET)).double().eval()
     randomize(model, scale=1.0)
     ids = torch.randint(3, 40, (2, 9))
     encoder = kind.encoder_decoder
@@ -454,7 +454,7 @@ def test_a_sequence_in_parts_is_the_sequence(family: str, given: bool) -> None:
         out = model(**text, **{name: part}, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         parts.append(out.logits)
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
     assert cache.get_seq_length() == 9
 
 
