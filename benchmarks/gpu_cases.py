@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import sidestep as ss
 from sidestep.interface.keep import Keep
 from sidestep.model.settings import Settings
+from sidestep.model.token_loss import LmLoss
 
 Batch = dict[str, Tensor]
 
@@ -174,7 +175,8 @@ FAMILIES = {
     "vit": Scale(build=TINY_VIT, small=TINY_VIT, reads="images", rows=(4, 4), size=(32, 32)),
     "llama": Scale(build=TINY_LLAMA, small=TINY_LLAMA, reads="texts", rows=(4, 4), size=(16, 8), writes=True),
 }
-WAYS: tuple[tuple[Keep, Literal["own", "chunked"]], ...] = (
+WAYS: tuple[tuple[Keep, LmLoss], ...] = (
+    ("full", "own"),
     ("replay", "own"),
     ("offload", "own"),
     ("int8", "own"),

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import sidestep as ss
 from paper_scale import SCALES, fakes
 from sidestep.backbone.load import load_backbone
+from sidestep.interface.keep import Keep
 from sidestep.measure.memory import mib, peak_memory
 from sidestep.measure.meters import attached, measure_memory
 from sidestep.measure.plan import plan
@@ -42,10 +43,10 @@ from study import Results
 RESULTS = Results(Path(__file__).parent / "results" / "keep_cost.jsonl")
 HEAD = ss.Classify(num_labels=2, pool="mean")
 SCALE = {scale.name: scale for scale in SCALES}
-WAYS = ("full", "replay", "int8", "bf16")
+WAYS: tuple[Keep, ...] = ("full", "replay", "int8", "bf16")
 
 
-def read(rank: int, keep: Any = "full") -> Settings:
+def read(rank: int, keep: Keep = "full") -> Settings:
     return Settings(ss.ReadConfig(rank=rank), HEAD, keep=keep)
 
 
@@ -135,9 +136,9 @@ def compared(backbone: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
     found: dict[str, Tensor] = {}
     for way in WAYS:
         torch.manual_seed(0)
-        model = ss.attach(backbone, ss.ReadConfig(rank=8), head=HEAD, keep=way).train()  # type: ignore[arg-type]
-        with torch.no_grad():  # from zero, where this map starts, taps would get no gradient
-            model.side.out.weight.normal_(std=0.02)  # type: ignore[operator,union-attr]
+        model = ss.attach(backbone, ss.ReadConfig(rank=8), head=HEAD, keep=way).train()
+        side: Any = model.side
+        nn.init.normal_(side.out.weight, std=0.02)  # from zero, where this map starts, taps would get no gradient
         model(**batch).loss.backward()
         found[way] = torch.cat([p.grad.flatten() for name, p in model.trained_parameters() if "taps" in name])
         ss.detach(model)

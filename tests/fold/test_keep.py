@@ -162,6 +162,16 @@ def test_a_copy_of_a_model_replays_on_its_own() -> None:
     assert torch.equal(gradients(twin), gradients(model))
 
 
+@pytest.mark.parametrize("keep", ["replay", "int8"])
+def test_a_side_network_that_is_frozen_itself_is_not_read_again(keep: str) -> None:
+    model = attached(keep)
+    model.side.requires_grad_(False)
+    model(**batch()).loss.backward()
+    assert all(parameter.grad is None for parameter in model.side.parameters())
+    assert model.head is not None
+    assert all(parameter.grad is not None for parameter in model.head.parameters())
+
+
 # --- auto ---------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +289,8 @@ def test_a_cache_in_a_pass_with_gradients_is_refused() -> None:
         model(**rows, past_key_values=DynamicCache())
     with torch.no_grad():
         model(**rows, past_key_values=DynamicCache())
+    rounded = ss.attach(FAMILIES["llama"].model(), READ, keep="int8")
+    rounded(**rows, past_key_values=DynamicCache())  # no second pass is given it again
     ladder = ss.attach(FAMILIES["llama"].model(), ss.LSTConfig(reduction=2, heads=2), keep="replay")
     with pytest.raises(ValueError, match="use_cache=False"):
         ladder(**rows, use_cache=True)

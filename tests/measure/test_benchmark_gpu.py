@@ -87,7 +87,7 @@ def test_a_part_that_fails_or_is_late_is_noted_and_the_next_one_runs(tmp_path: P
         raise RuntimeError("no such kernel\nand a long text")
 
     def sleeps(run: gpu.Run, rows: list[Any]) -> None:
-        time.sleep(60)
+        time.sleep(60)  # stands for a row that is stuck: the timer ends it after a second
 
     one, now = run(tmp_path), time.monotonic()
     before = signal.signal(signal.SIGALRM, gpu._late)

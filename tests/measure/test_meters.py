@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
@@ -17,6 +17,7 @@ import sidestep as ss
 from sidestep.measure import meters
 from sidestep.measure.meters import Cost, MeterError, Spread, file_bytes, measure, measure_memory, time_steps
 from sidestep.model.settings import Settings
+from sidestep.model.token_loss import LmLoss
 from tiny import FAMILIES, TinyFamily, call, logits
 
 HEAD = ss.Classify(num_labels=3, pool="mean")
@@ -293,7 +294,7 @@ def test_a_chunked_loss_is_measured_and_keeps_no_logits() -> None:
     """The counters' hooks on the head's input ask for more of autograd than runs inside of that loss."""
     family, kept = FAMILIES["llama"], {}
     batch = family.inputs()
-    for loss in ("own", "chunked"):
-        contender = Settings(ss.ReadConfig(rank=4), lm_loss=loss)  # type: ignore[arg-type]
+    for loss in get_args(LmLoss):
+        contender = Settings(ss.ReadConfig(rank=4), lm_loss=loss)
         kept[loss] = measure_memory(family.model(), contender, {**batch, "labels": batch["input_ids"]}).kept_bytes
     assert kept["chunked"] < kept["own"]

@@ -160,15 +160,26 @@ def test_the_fastest_way_that_fits_is_taken_and_the_reason_said(limit: int, way:
     assert fastest({"full": 9, "replay": 3}, limit) == (way, said)
 
 
-@pytest.mark.parametrize(("size", "way"), [(2**40, "full"), (1000, "replay")])
-def test_auto_is_settled_by_plans(size: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = attached(ss.ReadConfig(rank=16), keep="auto")
-    free(monkeypatch, size)
-    said = settle_keep(model, batch())
+def test_where_nothing_fits_the_smallest_is_taken() -> None:
+    assert fastest({"full": 3, "replay": 4}, 2)[0] == "full"  # codes as wide as the backbone
+
+
+@pytest.mark.parametrize("way", ["full", "replay"])
+def test_auto_is_settled_by_plans(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, inputs, needs = ss.Classify(num_labels=3, pool="mean"), batch(rows=32, tokens=64), {}
+    for keep in ("full", "replay", "auto"):
+        torch.manual_seed(0)
+        model = ss.attach(t.BertModel(BERT), ss.ReadConfig(rank=2), head=head, keep=keep)
+        if keep != "auto":
+            planned = plan_for(model, inputs)
+            needs[keep] = planned.peak_bytes + planned.optimizer_bytes
+    assert needs["replay"] < needs["full"]
+    free(monkeypatch, needs[way])
+    said = settle_keep(model, inputs)
     assert said is not None
     assert said.startswith(f"keep: {way}, because ")
     assert model.fold.keeping.way == way
-    assert settle_keep(model, batch()) is None
+    assert settle_keep(model, inputs) is None
 
 
 @pytest.mark.parametrize("name", ["probe", "full+checkpoint", "lora"])

@@ -85,6 +85,35 @@ def test_loss_and_gradients_are_the_models_own(name: str, items: int | None, mon
     assert found[1][2] is None
 
 
+@pytest.mark.parametrize(
+    ("dtype", "items", "scale"), [(torch.bfloat16, 11, 1.0), (torch.float16, 1, 2.0**16)], ids=["bfloat16", "float16"]
+)
+def test_a_gradient_in_half_precision_is_not_scaled_by_a_rounded_factor(
+    dtype: torch.dtype, items: int, scale: float
+) -> None:
+    """A mean over 11 tokens is no number of bfloat16, and a scaler's factor none of float16."""
+    model = attached(PLAIN["llama"])
+    given = {**batch(model, 1), "num_items_in_batch": torch.tensor(items)}
+    model = model.to(dtype)
+    hidden: list[Tensor] = []
+    model.trunk.norm.register_forward_hook(lambda module, args, output: hidden.append(output))
+    (model(**given).loss * scale).backward(inputs=[hidden_of(hidden)])
+    chunked = hidden_of(hidden).grad
+    model.token_loss = None
+    (model(**given).loss * scale).backward(inputs=[hidden_of(hidden)])
+    own = hidden_of(hidden).grad
+    assert chunked is not None
+    assert own is not None
+    assert chunked.isfinite().all()
+    torch.testing.assert_close(chunked.norm(dtype=torch.float64), own.norm(dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+def hidden_of(seen: list[Tensor]) -> Tensor:
+    """What the head read last, whose gradient is noted."""
+    seen[-1].retain_grad()
+    return seen[-1]
+
+
 def test_no_logits_are_kept_and_one_gradient_for_each_labelled_token() -> None:
     kept = {}
     for labelled in (2, 5):

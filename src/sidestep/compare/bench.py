@@ -30,6 +30,7 @@ from sidestep.metrics import Written
 from sidestep.model.attach import attach, detach
 from sidestep.model.heads import Classify, HeadConfig
 from sidestep.model.side_model import SideModel
+from sidestep.model.token_loss import LmLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,13 @@ class Bench:
             backbone_noise=contender.noise,
             checkpoint="late" if contender.checkpoint else None,
             keep=contender.keep,
-            lm_loss="chunked" if self.writes else "own",
+            lm_loss=self.lm_loss,
         )
+
+    @property
+    def lm_loss(self) -> LmLoss:
+        """How the loss of written texts is computed: as `sidestep train` does it."""
+        return "chunked" if self.writes else "own"
 
     def pool(self, contender: Contender) -> Pool | None:
         """What the contender's head reads. None: the default of the backbone's family."""
@@ -138,7 +144,8 @@ class Bench:
             "method": contender.method,
             "config": contender.config.to_dict(),
             "checkpoint": contender.checkpoint,
-            "keep": contender.keep,
+            # what is new is told only where it is not as ever, so that results of before are found again
+            **({} if contender.keep == "full" else {"keep": contender.keep}),
             "noise": contender.noise or ("own" if changes_weights else "eval"),
             "precision": self.precision,
             "attention": self.attention,

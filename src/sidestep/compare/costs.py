@@ -53,7 +53,7 @@ def measure_costs(
     ledger.tell(f"{bench.spec.name}: measuring memory and time of {', '.join(settings)}")
     begin = time.perf_counter()
     able = [one for one in comparison.contenders if one.name in settings]
-    contenders = {one.name: _attached_with(one, heads[one.name]) for one in able}
+    contenders = {one.name: _attached_with(bench, one, heads[one.name]) for one in able}
     found: Mapping[str, Cost | Exception]
     try:
         found = measure(
@@ -97,13 +97,14 @@ def _settings(
     }
 
 
-def _attached_with(one: Contender, head: Classify | None) -> Settings:
+def _attached_with(bench: Bench, one: Contender, head: Classify | None) -> Settings:
     return Settings(
         one.config,
         head,
         backbone_noise=one.noise,
         checkpoint="late" if one.checkpoint else None,
         keep=one.keep,
+        lm_loss=bench.lm_loss,
     )
 
 

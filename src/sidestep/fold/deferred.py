@@ -34,11 +34,12 @@ class DeferredStrand(Strand):
     Attributes:
         reads: of this pass.
         border: the method's first write, or None if it never writes.
-        cached: whether a key-value cache was given.
+        cached: whether a key-value cache was given that a second pass would be given again.
         sites: those of the stack so far, the first at its start, and the codes of the others.
         root: see `Reads.root`.
+        first: the number of the stack's first read.
         settled: whether the states up to here have been computed.
-        wide: bytes of all that was read.
+        crossed: whether the border is behind.
     """
 
     reads: Reads = field(kw_only=True)
@@ -49,7 +50,6 @@ class DeferredStrand(Strand):
     root: Tensor | None = None
     settled: bool = False
     crossed: bool = False
-    wide: int = 0
 
     def check(self, passed: Pass) -> None:
         """Refuse a cache that was given, or that the method writes to: both passes would add their tokens to it.
@@ -76,7 +76,6 @@ class DeferredStrand(Strand):
         if self.crossed:
             return super().advance(hidden, site)
         self.sites.append((site, self.reads.read(hidden, site)))
-        self.wide += hidden.numel() * hidden.element_size()
         if self.border is None or not same_place(site, self.border):
             return hidden
         self._settle()

@@ -82,7 +82,7 @@ class Fold:
         # a string, which copies of this fold and of a cache share
         self.late, self.name = late, uuid.uuid4().hex
         self.keeping = Keeping(method, border, keep, frozen=frozen)
-        self.call: partial[Any] = partial(_no_call)
+        self.call: partial[Any] | None = None
         self.again: Reads | None = None
         self.turn, self.diff, self.attached, self.checked = Turn(FoldError(BUSY)), diff, False, False
         self.current: tuple[Pass, Strand] | None = None
@@ -104,10 +104,10 @@ class Fold:
                 self.diff.write()
             self.call = partial(call, *args, **kwargs)
             try:
-                output = self.call()
+                output = call(*args, **kwargs)
                 return output, None if self.finished is None else self.finished[1].reading
             finally:
-                self.current, self.finished, self.call = None, None, partial(_no_call)
+                self.current, self.finished, self.call = None, None, None
 
     def second_pass(self, call: Callable[[], Any], reads: Reads) -> None:
         """Run a pass again in backward, which brings what was read to `reads` and ends there.
@@ -160,6 +160,7 @@ class Fold:
     def _strand(self, carried: Tensor | None) -> Strand:
         if self.again is not None:
             return SecondStrand(self.method, self.frozen, carried, reads=self.again)
+        assert self.call is not None
         cached = any(self.call.keywords.get(name) is not None for name in self.facts.caches)
         return self.keeping.strand(carried, self.call, self.second_pass, cached=cached)
 
@@ -426,10 +427,6 @@ class Fold:
         """Tells which of a tensor's tokens are in the stack's own output."""
         text, added = passed.text_tokens(decoding=self._is_decoding(site)), self.facts.stacks[site.stack].added
         return lambda tokens: own_tokens(tokens.shape[1], text, added)
-
-
-def _no_call() -> None:
-    """Stands where no call is running."""
 
 
 def _wrong_norm(stack: str, why: str) -> str:

@@ -60,11 +60,14 @@ class Keeping:
             second_pass: runs a call as a second pass for some reads.
             cached: whether the call was given a key-value cache.
         """
-        if self.way == "full" or not torch.is_grad_enabled() or not self.frozen:
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.method.parameters())
+        if self.way == "full" or not self.frozen or not learns:
             return Strand(self.method, self.frozen, carried)
         form = ELSEWHERE if self.way == "offload" and self.on_gpu else FORMS.get(self.way)
-        again = partial(self._again, call, second_pass, _versions(call))
-        reads = Reads(self.method, form, again, compares=form is None and not self.proved)
+        twice = form is None
+        again = partial(self._again, call, second_pass, _versions(call) if twice else [])
+        reads = Reads(self.method, form, again, compares=twice and not self.proved)
+        cached &= twice
         return DeferredStrand(self.method, self.frozen, carried, reads=reads, border=self.border, cached=cached)
 
     @property
@@ -111,8 +114,8 @@ class Keeping:
             self._warned = True
             warn_if_idle(self.way, device)
         if self.way == "auto" and device.type in ("cpu", "cuda"):
-            self.way = fitting(strand.wide, device)
-            _log.info("keep='auto': %s, for %.1f MiB that are read in a step", self.way, strand.wide / 2**20)
+            self.way = fitting(strand.reads.wide, device)
+            _log.info("keep='auto': %s, for %.1f MiB that are read in a step", self.way, strand.reads.wide / 2**20)
 
 
 @torch.compiler.disable

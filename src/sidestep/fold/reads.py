@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from sidestep.fold.forms import Form
 from sidestep.fold.passes import FoldError
+from sidestep.interface.layers import matmul_precision
 from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import Site
 
@@ -37,11 +38,12 @@ class Read:
     Attributes:
         site: with what belongs to the pass.
         shape, dtype, device: of the hidden state.
-        shapes: of the codes.
+        precision: in which it was read.
+        outputs: how many tensors its codes are.
         codes: of the first pass, where they are to be compared.
         draws: state of the random numbers before it, if it drew any.
-        count: how many tensors of the hidden state wait, as autograd holds them.
-        waiting: the tensors that wait outside of autograd.
+        waiting: what waits of the hidden state. From the strand's settling to backward autograd holds it.
+        held: how many tensors autograd holds.
         gradients: of the codes, in backward.
     """
 
@@ -49,11 +51,12 @@ class Read:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    shapes: list[torch.Size]
+    precision: torch.dtype
+    outputs: int
     codes: tuple[Tensor, ...] | None = None
     draws: Tensor | None = None
-    count: int = 0
     waiting: tuple[Tensor, ...] = ()
+    held: int = 0
     gradients: Sequence[Tensor | None] = ()
 
 
@@ -66,6 +69,9 @@ class Reads:
         form: in which hidden states wait. None: a second pass brings them.
         second_pass: runs the frozen blocks again and gives each hidden state to `weigh`.
         compares: whether the second pass's codes are compared with the first's.
+
+    Attributes:
+        imagined: whether the pass has no values (a plan's).
     """
 
     method: SideNet
@@ -73,38 +79,37 @@ class Reads:
     second_pass: Callable[[Reads], None]
     compares: bool
     reads: list[Read] = field(default_factory=list)
-    packed: list[tuple[Tensor, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.parameters = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
         self.trains = self.method.training
         self.sums: list[Tensor | None] = []
         self.again = 0
+        self.imagined = False
         self._cast: dict[str, Any] = {}
-        self._fake = False
 
     # --- forward -------------------------------------------------------------------------------------------------
 
     def read(self, hidden: Tensor, site: Site) -> Any:
         """The codes of a hidden state, without a graph."""
         if not self.reads:
-            self._cast, self._fake = _autocast_of(hidden.device.type), isinstance(hidden, FakeTensor)
-        before = _random_state(hidden) if self.trains else None
+            self._cast = _autocast_of(hidden)
+            self.imagined = isinstance(hidden, FakeTensor) or hidden.is_meta
+        draws = self.trains and not self.imagined
+        before = _random_state(hidden) if draws else None
         with torch.no_grad(), self.autocast():
             codes = self.method.read(hidden, site)
         tensors = tensors_of(codes)
         if not tensors:
             return codes
-        one = Read(site, hidden.shape, hidden.dtype, hidden.device, [code.shape for code in tensors])
-        if self.compares and not self._fake and not hidden.is_meta:
+        precision = matmul_precision(hidden)
+        one = Read(site, hidden.shape, hidden.dtype, hidden.device, precision, len(tensors))
+        if self.compares and not self.imagined:
             one.codes = tensors
-        if before is not None and not torch.equal(before, _random_state(hidden)):  # type: ignore[arg-type]
+        if before is not None and not torch.equal(before, _random_state(hidden)):
             one.draws = before
-        packed = () if self.form is None else self.form.pack(hidden.detach())
-        if self.form is not None and not self.form.watched:
-            one.waiting, packed = packed, ()
-        one.count = len(packed)
-        self.packed.append(packed)
+        if self.form is not None:
+            one.waiting = self.form.pack(hidden.detach())
         self.reads.append(one)
         return codes
 
@@ -124,8 +129,11 @@ class Reads:
         flat = [tensor for one in codes for tensor in tensors_of(one)]
         if not flat:
             return ()
-        packed = [tensor for one in self.packed[first:] for tensor in one]
-        self.packed[first:] = [()] * len(self.packed[first:])  # autograd holds them from here on
+        packed: list[Tensor] = []
+        if self.form is not None and self.form.watched:
+            for one in self.reads[first:]:
+                packed += one.waiting
+                one.held, one.waiting = len(one.waiting), ()
         leaves: tuple[Tensor, ...] = _Codes.apply(self, first, root, len(packed), *packed, *flat)
         return leaves
 
@@ -137,9 +145,9 @@ class Reads:
         for one in self.reads[first:]:
             if not gradients:
                 return
-            one.gradients, gradients = gradients[: len(one.shapes)], gradients[len(one.shapes) :]
-            if one.count:
-                one.waiting, packed = tuple(packed[: one.count]), packed[one.count :]
+            one.gradients, gradients = gradients[: one.outputs], gradients[one.outputs :]
+            if one.held:
+                one.waiting, packed = tuple(packed[: one.held]), packed[one.held :]
 
     def weights(self) -> list[Tensor | None]:
         """The gradients of the method's parameters by all reads."""
@@ -160,14 +168,14 @@ class Reads:
         finally:
             for one in self.reads:
                 one.gradients = ()
-                one.waiting = () if one.count else one.waiting
+                one.waiting = () if one.held else one.waiting
         sums, self.sums = self.sums, []
         return sums
 
     @property
-    def imagined(self) -> bool:
-        """Whether the pass has no values (a plan's)."""
-        return self._fake
+    def wide(self) -> int:
+        """Bytes of all hidden states that were read."""
+        return sum(one.shape.numel() * one.dtype.itemsize for one in self.reads)
 
     @property
     def complete(self) -> bool:
@@ -206,14 +214,13 @@ class Reads:
     def _compare(self, one: Read, codes: Sequence[Tensor]) -> None:
         assert one.codes is not None
         first, one.codes = one.codes, None
-        dtype = self._cast.get("dtype", one.dtype) if self._cast.get("enabled") else one.dtype
         for ours, theirs in zip(codes, first, strict=True):
             if ours.shape != theirs.shape:
                 raise FoldError(_differs(one.site, f"shape {tuple(ours.shape)} after {tuple(theirs.shape)}"))
             wide = torch.promote_types(theirs.dtype, torch.float32)
             off = torch.linalg.vector_norm((ours.detach() - theirs).to(wide))
             size = torch.linalg.vector_norm(theirs.to(wide))
-            if not bool(off <= TOLERANCE.get(dtype, 1e-4) * size):
+            if not bool(off <= TOLERANCE[one.precision] * size):
                 raise FoldError(_differs(one.site, f"by {float(off / size):.1e} of their norm"))
 
     @contextmanager
@@ -222,7 +229,7 @@ class Reads:
 
         Without its cache, in which a weight that was cast without a graph would stay so.
         """
-        with torch.autocast(**self._cast, cache_enabled=False) if self._cast.get("enabled") else nullcontext():
+        with torch.autocast(**self._cast, cache_enabled=False) if self._cast else nullcontext():
             yield
 
 
@@ -275,15 +282,14 @@ def formed(form: int | None, tensors: Iterator[Tensor]) -> Any:
     return None if form is None else next(tensors) if form == 0 else tuple(next(tensors) for _ in range(form))
 
 
-def _autocast_of(kind: str) -> dict[str, Any]:
-    """The autocast that runs on a kind of device."""
+def _autocast_of(x: Tensor) -> dict[str, Any]:
+    """The autocast that runs on a tensor's device. Nothing if none does."""
+    kind = x.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return {"device_type": kind, "enabled": True, "dtype": torch.get_autocast_dtype(kind)} if on else {}
+    return {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)} if on else {}
 
 
-def _random_state(hidden: Tensor) -> Tensor | None:
-    if isinstance(hidden, FakeTensor) or hidden.is_meta:
-        return None
+def _random_state(hidden: Tensor) -> Tensor:
     return torch.cuda.get_rng_state(hidden.device) if hidden.device.type == "cuda" else torch.get_rng_state()
 
 

@@ -25,6 +25,13 @@ def recompute(function: Callable[..., Any], *args: Any, random: bool = False) ->
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
 
 
+def matmul_precision(x: Tensor) -> torch.dtype:
+    """In which matrix products take `x`: under autocast its precision, else its own."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else x.dtype
+
+
 def masked_mean(tokens: Tensor, keep: Tensor | None) -> Tensor:
     """(batch, width): mean of the kept tokens of (batch, tokens, width).
 

@@ -130,8 +130,8 @@ def step_seconds(model: Attached, batches: Iterable[Callable[[], Batch]], *, bf1
     batches = list(batches)
     with _undone(model), idle_optimizer(model) as optimizer:
         model.train()
-        if batches:
-            settle(model, accepted(model, batches[0]()), optimizer, bf16)
+        if batches and first_step_compares(model):
+            step(batches[0])
         return [seconds_of(partial(step, make), model.device) for make in batches]
 
 
@@ -169,13 +169,17 @@ def train_step(model: Attached, batch: Batch, optimizer: torch.optim.Optimizer, 
 
 
 def settle(model: Attached, batch: Batch, optimizer: torch.optim.Optimizer, bf16: bool) -> None:
-    """A step that is not measured, where the first one also compares: a second pass with the first, or two losses."""
-    compares = any(
+    """A step that is not measured, where a model's first step does more than others."""
+    if first_step_compares(model) and _is_real(model):
+        train_step(model, batch, optimizer, bf16)
+
+
+def first_step_compares(model: Attached) -> bool:
+    """Whether the next step also compares: a second pass with the first, or a loss with the model's own."""
+    return any(
         not part.fold.keeping.is_proved or (part.token_loss is not None and part.token_loss.proved is None)
         for part in model.parts
     )
-    if compares and _is_real(model):
-        train_step(model, batch, optimizer, bf16)
 
 
 def predict(model: Attached, batch: Batch, bf16: bool) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.interface.config import MethodConfig
-from sidestep.interface.layers import recompute
+from sidestep.interface.layers import matmul_precision, recompute
 from sidestep.interface.registry import register
 from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import FrozenBlock, Site, not_plain
@@ -267,7 +267,7 @@ class SynQT(SideNet):
         if block is None:
             return None
         source = block.norm_attention(hidden) if block.pre_norm else hidden
-        return source.to(_matmul_precision(source))
+        return source.to(matmul_precision(source))
 
     def step(self, state: SynQTState, codes: Tensor | None, site: Site) -> SynQTState:
         """Synthesize queries for the block that follows, and run them through it."""
@@ -304,9 +304,3 @@ def _copy_norm(source: nn.Module | None, target: nn.LayerNorm) -> None:
     with torch.no_grad():
         target.weight.copy_(source.weight)
         target.bias.copy_(source.bias)
-
-
-def _matmul_precision(x: Tensor) -> torch.dtype:
-    """In which matrix products take `x`: under autocast its precision, so that no wider copy is kept."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -105,7 +105,7 @@ class TokenLoss:
             loss = _Chunked.apply(hidden, seen.head, index, targets, len(targets) if items is None else items)
             if own is not None and items is not None and not self.shifted:
                 own = own * len(targets) / items  # an encoder-decoder's is a mean over the batch
-            if own is not None and (off := _distance(loss, own)) > TOLERANCE.get(hidden.dtype, 1e-4):
+            if own is not None and (off := _distance(loss, own)) > TOLERANCE[hidden.dtype]:
                 ours = float(loss.detach())
                 found = f"on the first batch it is {float(own):.6g}, and that of the head {ours:.6g} ({off:.0e})"
         if found is not None:
@@ -184,7 +184,8 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: nn.Module, index: Tensor, targets: Tensor, count: Any) -> Tensor:
         rows = hidden.detach().flatten(0, -2)
         gradient = rows.new_empty(len(index), rows.shape[-1])
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=rows.device)
         weight: Any = head.weight
         step = max(1, CHUNK // weight.shape[0])
         for start in range(0, len(index), step):
@@ -192,7 +193,6 @@ class _Chunked(torch.autograd.Function):
             # these tensors are gone at the chunk's end, so no hook of the caller's counts or moves them
             with torch.enable_grad(), saved_tensors_hooks(torch.Tensor.detach, _as_it_is):
                 chunk = rows[index[part]].requires_grad_()
-                wide = torch.promote_types(chunk.dtype, torch.float32)
                 # the head sees no leaf: hooks of counters on its input ask for more than `grad` runs
                 logits = head(chunk.view_as(chunk)).to(wide)
                 loss = F.cross_entropy(logits, targets[part], reduction="sum")
@@ -207,8 +207,9 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         index, gradient = ctx.saved_tensors
         whole = gradient.new_zeros(ctx.shape)
-        factor = (gradients[0] / ctx.count).to(gradient.dtype)
-        whole.flatten(0, -2)[index] = gradient * factor
+        # in the loss's precision: a factor rounded to less would scale all of it, and a scaler's may not even fit
+        scaled = gradient.to(gradients[0].dtype) * (gradients[0] / ctx.count)
+        whole.flatten(0, -2)[index] = scaled.to(gradient.dtype)
         return whole, None, None, None, None
 
 

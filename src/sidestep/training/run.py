@@ -234,7 +234,7 @@ def attached(spec: RunSpec, data: TaskData) -> Attached:
         "backbone_noise": own.backbone_noise or ("drop_path" if own.drop_path else None),
         "checkpoint": own.checkpoint,
         "keep": own.keep,
-        "lm_loss": own.lm_loss,
+        "lm_loss": own.lm_loss if kind.writes else "own",
     }
     if own.own_head and own.pool is not None:
         raise ValueError(f"--pool {own.pool} with --own-head: the backbone's own head reads what it reads")

@@ -134,20 +134,19 @@ def ways_of_keeping(device: Device) -> tuple[Keep, ...]:
 
 
 def fastest(sizes: Mapping[Keep, int], limit: int) -> tuple[Keep, str]:
-    """The first way of keeping taps' inputs that fits, and the reason in words. If none fits, the last.
+    """The first way of keeping taps' inputs that fits, and the reason in words. If none fits, the smallest.
 
     Args:
         sizes: bytes that a step needs, by way, the fastest first.
         limit: bytes that there are.
     """
-    best = next((way for way, size in sizes.items() if size <= limit), list(sizes)[-1])
-    before = list(sizes)[: list(sizes).index(best)]
-    said = [f"{way} needs {format_bytes(sizes[way])}" for way in before]
-    if sizes[best] > limit:
-        needs = f"{best} needs {format_bytes(sizes[best])}"
-        return best, f"none fits in {format_bytes(limit)}: {', '.join([*said, needs])}. Take a smaller batch"
-    end = f"{best} fits with {format_bytes(sizes[best])}"
-    return best, f"{', '.join([*said, end])} of {format_bytes(limit)}"
+    said: list[str] = []
+    for way, size in sizes.items():
+        if size <= limit:
+            return way, ", ".join([*said, f"{way} fits with {format_bytes(size)} of {format_bytes(limit)}"])
+        said.append(f"{way} needs {format_bytes(size)}")
+    smallest = min(sizes, key=lambda way: sizes[way])
+    return smallest, f"none fits in {format_bytes(limit)}: {', '.join(said)}. Take a smaller batch"
 
 
 def settle_keep(
