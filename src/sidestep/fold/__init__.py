@@ -7,6 +7,7 @@ A `Pass` is one run of the backbone, a `Strand` what one method owns along it. `
 from sidestep.fold.fold import Fold
 from sidestep.fold.hooks import Driver, Hooks, is_hooked
 from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token, take_rows
+from sidestep.fold.stored import Look, Recorder, Route, States, place_name
 from sidestep.fold.strand import Strand
 
 __all__ = [
@@ -15,11 +16,16 @@ __all__ = [
     "Fold",
     "FoldError",
     "Hooks",
+    "Look",
     "Pass",
     "Reading",
+    "Recorder",
+    "Route",
+    "States",
     "Strand",
     "is_hooked",
     "mean_tokens",
+    "place_name",
     "single_token",
     "take_rows",
 ]

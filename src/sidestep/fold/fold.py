@@ -23,6 +23,7 @@ from sidestep.fold.keeping import Keeping
 from sidestep.fold.padding import kept_tokens, own_tokens
 from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token, take_rows
 from sidestep.fold.reads import Reads
+from sidestep.fold.stored import RecordedStrand, Recorder, States, passing_over
 from sidestep.fold.strand import Strand
 from sidestep.fold.turns import Turn
 from sidestep.interface.keep import Keep
@@ -77,13 +78,16 @@ class Fold:
         pools: bool,
         diff: SparseDiff | None = None,
     ) -> None:
-        self.trunk, self.method, self.facts, self.grid, self.pools = trunk, method, facts, grid, pools
+        self.trunk, self.places, self.method, self.facts = trunk, places, method, facts
+        self.grid, self.pools = grid, pools
         self.narrow, self.through, self.frozen = narrow, through, frozen
         # a string, which copies of this fold and of a cache share
         self.late, self.name = late, uuid.uuid4().hex
         self.keeping = Keeping(method, border, keep, frozen=frozen)
         self.call: partial[Any] | None = None
         self.again: Reads | None = None
+        self.stored: States | None = None
+        self.recorder: Recorder | None = None
         self.turn, self.diff, self.attached, self.checked = Turn(FoldError(BUSY)), diff, False, False
         self.current: tuple[Pass, Strand] | None = None
         self.finished: tuple[Pass, Strand] | None = None
@@ -125,6 +129,33 @@ class Fold:
             finally:
                 self.current, self.finished, self.again = None, None, None
 
+    def fed(self, states: States, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A call for `run`, whose frozen blocks do not run: what they gave comes from a store."""
+
+        def fed(*args: Any, **kwargs: Any) -> Any:
+            self.stored = states
+            try:
+                with passing_over(self.places, states.route):
+                    return call(*args, **kwargs)
+            finally:
+                self.stored = None
+
+        return fed
+
+    def recorded(self, recorder: Recorder, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A call for `run`, along which no method runs: its hidden states are taken, and it ends with the last."""
+
+        def recorded(*args: Any, **kwargs: Any) -> None:
+            self.recorder = recorder
+            try:
+                call(*args, **kwargs)
+            except Ended:
+                pass
+            finally:
+                self.recorder = None
+
+        return recorded
+
     @property
     def running(self) -> bool:
         """Whether a call is running in this thread.
@@ -158,8 +189,12 @@ class Fold:
         self.current = Pass(inputs, module), self._strand(self._carried(inputs))
 
     def _strand(self, carried: Tensor | None) -> Strand:
+        if self.recorder is not None:
+            return RecordedStrand(self.method, self.frozen, carried, recorder=self.recorder)
         if self.again is not None:
             return SecondStrand(self.method, self.frozen, carried, reads=self.again)
+        if self.stored is not None:  # the states of the batch are there, however they are kept
+            return Strand(self.method, self.frozen, carried)
         assert self.call is not None
         cached = any(self.call.keywords.get(name) is not None for name in self.facts.caches)
         return self.keeping.strand(carried, self.call, self.second_pass, cached=cached)
@@ -224,6 +259,7 @@ class Fold:
     def stage(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
         """What a stage's first block reads in the place of `given`."""
         _, strand = self._visit(site, order)
+        given = self._known(site, given)
         here = self._seen(site, given, call)
         read, narrow = self._narrowed(self._as_tokens(given, site), here)
         written = strand.step(read, narrow)
@@ -238,6 +274,7 @@ class Fold:
     def block(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
         """What goes on in the place of a block's output."""
         passed, strand = self._visit(site, order)
+        given = self._known(site, given)
         here = self._seen(site, given, call)
         read, narrow = self._narrowed(self._as_tokens(given, site), here)
         written = strand.step(read, narrow)
@@ -251,6 +288,10 @@ class Fold:
         else:
             passed.output = given if written is read else self._as_given(written, given, site)
         return passed.output
+
+    def _known(self, site: Site, given: Tensor) -> Tensor:
+        """What a store holds of a site, or else what came by there."""
+        return given if self.stored is None else self.stored.at(site, given, self.facts.stacks[site.stack].layout)
 
     def before_norm(self, site: Site, order: int, raw: Tensor) -> Tensor | None:
         """Where the head reads the mean of what goes into the norm, the tokens pass without their gradient."""

@@ -50,6 +50,10 @@ class Probe(SideNet):
     def __init__(self, config: ProbeConfig, sites: Sequence[Site]) -> None:
         super().__init__()
 
+    def read(self, hidden: Tensor, site: Site) -> None:
+        """Nothing."""
+        return
+
 
 @register("bitfit", BitFitConfig)
 class BitFit(WeightDelta):

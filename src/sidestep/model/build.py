@@ -116,14 +116,15 @@ def checked_keep(record: Method, settings: Settings, side: SideNet, delta: Weigh
     Raises:
         ValueError: if it has none. "auto" is "full" then.
     """
-    if settings.keep == "full" or (delta is None and side.splits):
+    learns = any(True for _ in side.parameters())
+    if settings.keep == "full" or (delta is None and side.splits and learns):
         return settings.keep
     if settings.keep == "auto":
         return "full"
     why = "what it needs of a hidden state in backward is not narrower than that state"
     if delta is not None:
         why = "it changes the backbone's weights, so gradients go through all blocks, and there are no taps"
-    elif not any(True for _ in side.parameters()):
+    elif not learns:
         why = "it reads no block, and keeps nothing of them"
     raise ValueError(f"{record.name} does not go with keep={settings.keep!r}: {why}. Leave keep out")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from sidestep import backbone as backbones
 from sidestep.backbone import Digest
 from sidestep.backbone.families import Pool, family_of
-from sidestep.fold import KEY_VALUES, Fold, Hooks
+from sidestep.fold import KEY_VALUES, Fold, Hooks, Reading, Recorder, States
 from sidestep.fold.packing import is_packed
 from sidestep.interface.registry import Method
 from sidestep.interface.sites import Site
@@ -154,27 +154,39 @@ class SideModel(TrainerFace):
 
     # --- running ---------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        """The backbone's inputs (and `labels`) -> its output type, or with a Sidestep head a classifier output."""
+    def forward(
+        self, *args: Any, labels: Tensor | None = None, features: States | None = None, **kwargs: Any
+    ) -> Any:
+        """The backbone's inputs (and `labels`) -> its output type, or with a Sidestep head a classifier output.
+
+        With `features` the frozen blocks do not run: these are what they gave for the batch (see `ss.features`).
+        """
         self.fold.require_attached()
         self.fold.keeping.check_compiler()
         if labels is not None and (self.head is None or self.head.config.kind == "single"):
             check_labels(labels)
         entry = self.trunk if self.head is not None else self.backbone
-        output = self._run(args, labels, self.inputs.completed(entry, args, kwargs, training=self.training))
+        if features is not None and features.vector is None:
+            kwargs.update(features.inputs(self.device))
+        if features is None or features.vector is None:
+            kwargs = self.inputs.completed(entry, args, kwargs, training=self.training)
+        output = self._run(args, labels, kwargs, features)
         if self.training and torch.is_grad_enabled() and (loss := outputs.loss_of(output)) is not None:
             self.check_trains(learns=loss.requires_grad)
         return output
 
-    def _run(self, args: tuple[Any, ...], labels: Tensor | None, kwargs: dict[str, Any]) -> Any:
+    def _run(
+        self, args: tuple[Any, ...], labels: Tensor | None, kwargs: dict[str, Any], features: States | None
+    ) -> Any:
         if self.head is None and isinstance(self.backbone, PreTrainedModel):
+            backbone = self._entry(self.backbone, features)
             if self.token_loss is not None and self.training and labels is not None and not args:
-                output = self.token_loss.run(lambda **own: self.fold.run(self.backbone, **own)[0], labels, kwargs)
+                output = self.token_loss.run(lambda **own: self.fold.run(backbone, **own)[0], labels, kwargs)
                 if output is not None:
                     return output
             given = {} if labels is None else {"labels": labels}
             items = kwargs.pop("num_items_in_batch", None) if self.scales_loss else None
-            output = self.fold.run(self.backbone, *args, **given, **kwargs)[0]
+            output = self.fold.run(backbone, *args, **given, **kwargs)[0]
             if items is None or labels is None:
                 return output
             return outputs.scaled(output, (labels >= 0).sum() / items)
@@ -182,22 +194,59 @@ class SideModel(TrainerFace):
             kwargs.pop("num_items_in_batch", None),
             outputs.pop_return_dict(kwargs, getattr(self, "config", None)),
         )
-        if not isinstance(self.backbone, PreTrainedModel):
-            outputs.refuse_timm_options(kwargs, self.backbone)
-            args, kwargs = (*args, *kwargs.values()), {}
-        output, reading = self.fold.run(self.trunk, *args, **kwargs)
+        if features is not None and features.vector is not None:
+            assert self.head is not None
+            return self._answer(self.head.map(features.vector), None, labels, items, as_dict=as_dict)
+        output, reading = self._read(args, kwargs, features)
         if self.head is None:
             loss = None if labels is None else nn.functional.cross_entropy(output, labels)
             found: ModelOutput = ImageClassifierOutput(loss=loss, logits=output)
             return found if as_dict else found.to_tuple()
         assert reading is not None
-        if self._reads_own and reading.pooled is None:
-            reading = replace(reading, pooled=output.pooler_output)
         logits, name = self.head(reading), self.main_input_name
         outputs.check_rows(logits, args[0] if args else kwargs.get(name, kwargs.get("inputs_embeds")), self.backbone)
-        loss = None if labels is None else self.head.loss(logits, labels, items)
-        found = outputs.classified(loss, logits, output, self.backbone, reads_images=name == "pixel_values")
+        return self._answer(logits, output, labels, items, as_dict=as_dict)
+
+    def _read(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], features: States | None
+    ) -> tuple[Any, Reading | None]:
+        """What the trunk gives, and what a Sidestep head reads of it."""
+        if not isinstance(self.backbone, PreTrainedModel):
+            outputs.refuse_timm_options(kwargs, self.backbone)
+            args, kwargs = (*args, *kwargs.values()), {}
+        output, reading = self.fold.run(self._entry(self.trunk, features), *args, **kwargs)
+        if self.head is not None and self._reads_own and reading is not None and reading.pooled is None:
+            reading = replace(reading, pooled=output.pooler_output)
+        return output, reading
+
+    def _answer(self, logits: Tensor, output: Any, labels: Tensor | None, items: Any, *, as_dict: bool) -> Any:
+        """The output of a model with a Sidestep head."""
+        assert self.head is not None
+        loss, images = None if labels is None else self.head.loss(logits, labels, items), self.main_input_name
+        found = outputs.classified(loss, logits, output, self.backbone, reads_images=images == "pixel_values")
         return found if as_dict else found.to_tuple()
+
+    def _entry(self, module: nn.Module, features: States | None) -> Callable[..., Any]:
+        """The module whose call is a pass. With features it passes over the frozen blocks."""
+        return module if features is None else self.fold.fed(features, module)
+
+    # --- what a store holds of a batch -------------------------------------------------------------------------------
+
+    def take(self, recorder: Recorder, inputs: dict[str, Any]) -> None:
+        """A pass without the method and without gradients, whose hidden states `recorder` takes."""
+        entry = self.trunk if self.head is not None else self.backbone
+        inputs = self.inputs.completed(entry, (), inputs, training=False)
+        args, inputs = ((), inputs) if isinstance(self.backbone, PreTrainedModel) else (tuple(inputs.values()), {})
+        with torch.no_grad():
+            self.fold.run(self.fold.recorded(recorder, entry), *args, **inputs)
+
+    def vector(self, inputs: dict[str, Any]) -> Tensor:
+        """(batch, width): what the Sidestep head reads of a batch, without gradients."""
+        assert self.head is not None
+        with torch.no_grad():
+            reading = self._read((), self.inputs.completed(self.trunk, (), inputs, training=False), None)[1]
+            assert reading is not None
+            return self.head.features(reading)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's `generate` with the task active.

@@ -153,7 +153,7 @@ class TrainerFace(DenseStage):
             parameters = inspect.signature(type(entry).forward).parameters.values()
             variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
             names = [p.name for p in parameters if p.kind not in variable][1:]
-        names += [] if "labels" in names else ["labels"]
+        names += [name for name in ("labels", "features") if name not in names]
         self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         return inspect.Signature([self_parameter, *(inspect.Parameter(name, keyword, default=None) for name in names)])
 

@@ -1,0 +1,115 @@
+"""What a store is to hold of a batch for a model, and how it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sidestep.fold import Look, Recorder, Route
+from sidestep.model.pair_model import PairModel
+
+if TYPE_CHECKING:
+    from sidestep.model.attach import Attached
+    from sidestep.model.side_model import SideModel
+
+VECTOR = "head"
+"""The place of the vector that a head reads."""
+
+
+class FeaturesRefused(ValueError):
+    """The frozen part of a model cannot be stored, and the message says why."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was computed of a batch.
+
+    Attributes:
+        states: by place the hidden state (batch, tokens, width), with which of its tokens are real (None: all).
+    """
+
+    states: Mapping[str, tuple[Tensor, Tensor | None]]
+
+    def rows(self, place: str) -> list[Tensor]:
+        """(tokens, width) of each row, without padding.
+
+        Raises:
+            FeaturesRefused: if padding stands between tokens.
+        """
+        hidden, keep = self.states[place]
+        if keep is None:
+            return list(hidden.unbind())
+        edges = torch.diff(keep.int(), dim=1, prepend=keep.new_zeros(keep.shape[0], 1).int()) == 1
+        if bool((edges.sum(1) > 1).any()):
+            raise FeaturesRefused("its texts have padding between tokens")
+        return [row[kept] for row, kept in zip(hidden, keep, strict=True)]
+
+
+def check_storable(model: Attached) -> SideModel:
+    """The model, if what its method reads can be stored.
+
+    Raises:
+        FeaturesRefused: saying why not.
+    """
+    if isinstance(model, PairModel):
+        raise FeaturesRefused("retrieval trains on two backbones at once, whose states are not stored yet")
+    if model.delta is not None or model.sparse is not None:
+        raise FeaturesRefused(f"{model.record.name} changes the backbone's weights, so its states change with each step")
+    if model.settings.backbone_noise is not None:
+        raise FeaturesRefused(
+            f"backbone_noise={model.settings.backbone_noise!r}: the states are other ones in each epoch"
+        )
+    return model
+
+
+def find_route(model: SideModel, batch: Mapping[str, Any]) -> tuple[Route, Recorded]:
+    """The route of a model and the states of a batch, by one live pass that is looked at."""
+    fold, elements = model.fold, {name: stack.element for name, stack in model.facts.stacks.items()}
+    look, recorder = Look(fold.places, fold.keeping.border, elements), Recorder()
+    with look.watching():
+        _run(model, recorder, batch)
+    if not recorder.read and fold.keeping.border is None and _reads_vector(model):
+        with _evaluating(model):
+            vector = model.vector(dict(batch))
+        return Route(places=(VECTOR,), over={}, dtypes={VECTOR: vector.dtype}, single=True), _of_vector(vector)
+    route = look.route(recorder, single=fold.narrow is not None, images=model.main_input_name == "pixel_values")
+    return route, Recorded({name: recorder.taken[name] for name in route.places})
+
+
+def record(model: SideModel, route: Route, batch: Mapping[str, Any]) -> Recorded:
+    """The states of a batch. The pass ends with the last of them."""
+    if route.places == (VECTOR,):
+        with _evaluating(model):
+            return _of_vector(model.vector(dict(batch)))
+    recorder = Recorder(route)
+    _run(model, recorder, batch)
+    return Recorded({name: recorder.taken[name] for name in route.places})
+
+
+def _reads_vector(model: SideModel) -> bool:
+    """Whether all that the task reads is the vector that a Sidestep head maps."""
+    return model.head is not None and model.side.pooled_width is None and not model.side.corrects
+
+
+def _of_vector(vector: Tensor) -> Recorded:
+    return Recorded({VECTOR: (vector[:, None], None)})
+
+
+def _run(model: SideModel, recorder: Recorder, batch: Mapping[str, Any]) -> None:
+    with _evaluating(model):
+        model.take(recorder, dict(batch))
+
+
+@contextmanager
+def _evaluating(model: SideModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,60 @@
+"""The laws of stored features: a pass that reads what frozen blocks gave before is the live pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_every_method import REFUSED, SIDE, attach, gradients, logits
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+import sidestep as ss
+from sidestep.fold import States
+from sidestep.model.features import VECTOR, find_route, record
+from tiny import FAMILIES, randomize
+
+PAIRS = [(m, f) for m in SIDE for f in FAMILIES if (m, f) not in REFUSED]
+
+
+def stored(model: ss.SideModel, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """The batch as it is fed: the states of its rows as they are stored, padded again. Images are left out."""
+    route = find_route(model, batch)[0]
+    recorded = record(model, route, batch)
+    shapes = {name: tuple(batch[name].shape[1:]) for name in ("pixel_values",) if name in batch}
+    if route.places == (VECTOR,):
+        return {"features": States(route, vector=torch.stack(recorded.rows(VECTOR))[:, 0])}
+    hidden = {name: pad_sequence(recorded.rows(name), batch_first=True) for name in route.places}
+    kept = {name: value for name, value in batch.items() if name not in shapes}
+    return {**kept, "features": States(route, hidden, shapes=shapes)}
+
+
+def kept_loss(model: ss.SideModel, batch: dict[str, Any]) -> Tensor:
+    """Random weights on the logits, without those of padding."""
+    out, mask = logits(model(**batch)), batch.get("attention_mask")
+    if out.ndim == 3 and mask is not None and out.shape[:2] == mask.shape:
+        out = out[mask.bool()]
+    return (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(4))).sum()
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["own", "sidestep"])
+@pytest.mark.parametrize(("method", "family"), [pytest.param(m, f, id=f"{m}-{f}") for m, f in PAIRS])
+def test_a_pass_from_features_has_the_outputs_and_gradients_of_a_live_one(
+    method: str, family: str, head: bool
+) -> None:
+    model = attach(method, FAMILIES[family], head=head)
+    randomize(model)
+    fed = stored(model, FAMILIES[family].inputs())
+    torch.manual_seed(5)
+    live = kept_loss(model.train(), FAMILIES[family].inputs())
+    if not live.requires_grad:
+        pytest.skip("nothing is trained")
+    wanted = gradients(model, live)
+    torch.manual_seed(5)
+    found = kept_loss(model, fed)
+    torch.testing.assert_close(found, live, rtol=1e-6, atol=1e-6)
+    grads = gradients(model, found)
+    assert grads.keys() == wanted.keys()
+    ours, theirs = (torch.cat([each[name].flatten() for name in wanted]) for each in (grads, wanted))
+    assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
