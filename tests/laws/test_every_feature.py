@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import sidestep as ss
 from sidestep.fold import States
+from sidestep.kinds.features import stand_ins
 from sidestep.model.features import VECTOR, find_route, record
 from tiny import FAMILIES, randomize
 
@@ -20,14 +21,13 @@ PAIRS = [(m, f) for m in SIDE for f in FAMILIES if (m, f) not in REFUSED]
 
 def stored(model: ss.SideModel, batch: dict[str, Tensor]) -> dict[str, Any]:
     """The batch as it is fed: the states of its rows as they are stored, padded again. Images are left out."""
-    route = find_route(model, batch)[0]
+    route = find_route(model, batch)
     recorded = record(model, route, batch)
-    shapes = {name: tuple(batch[name].shape[1:]) for name in ("pixel_values",) if name in batch}
+    absent = stand_ins(model, route, batch)
     if route.places == (VECTOR,):
         return {"features": States(route, vector=torch.stack(recorded.rows(VECTOR))[:, 0])}
     hidden = {name: pad_sequence(recorded.rows(name), batch_first=True) for name in route.places}
-    kept = {name: value for name, value in batch.items() if name not in shapes}
-    return {**kept, "features": States(route, hidden, shapes=shapes)}
+    return {**({} if absent else batch), "features": States(route, hidden, absent=absent)}
 
 
 def kept_loss(model: ss.SideModel, batch: dict[str, Any]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,22 @@ def content_hash(rows: Dataset) -> str:
     for part in _parts(rows):
         running.update(part)
     return running.hexdigest()
+
+
+def row_ids(rows: Dataset, leaving: Collection[str]) -> list[bytes]:
+    """16 bytes for each row, by what it holds but for some columns. Equal rows have equal ones, wherever they stand."""
+    names = sorted(name for name in rows.column_names if name not in leaving)
+    found = []
+    for table in rows.with_format("arrow").select_columns(names).iter(batch_size=BATCH):
+        for row in table.to_pylist():
+            running = hashlib.blake2b(digest_size=16)
+            for name in names:
+                cell = row[name]
+                is_image = isinstance(cell, dict) and cell.keys() == {"bytes", "path"}
+                running.update(f"{name} ".encode())
+                running.update(_of_image(cell) if is_image else f"{cell!r} ".encode(errors="surrogatepass"))
+            found.append(running.digest())
+    return found
 
 
 def _parts(rows: Dataset) -> Iterator[bytes]:

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -161,11 +161,13 @@ class Collate:
         tokenizer: None for images.
         pad_to_multiple_of: rounds the padded length up.
         padding_side: of texts. None: the tokenizer's.
+        features: gives what a store holds of the rows. None: rows hold all that a backbone reads.
     """
 
     tokenizer: Any = None
     pad_to_multiple_of: int | None = None
     padding_side: Literal["left", "right"] | None = None
+    features: Callable[[Sequence[Mapping[str, Any]]], Any] | None = None
 
     def __post_init__(self) -> None:
         # not under the name `tokenizer`: the Trainer would store the copy in its checkpoints
@@ -174,22 +176,24 @@ class Collate:
             self._padding = copy.deepcopy(self.tokenizer)
             self._padding.pad_token = self._padding.convert_ids_to_tokens(0)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Tensors with the rows along their first axis.
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Tensors with the rows along their first axis. With features, also their `States` as "features".
 
         Raises:
             DataError: for token ids without a tokenizer, for rows with neither text nor image, and if the loss would
                 leave out all rows.
         """
-        batch = {}
+        batch: dict[str, Any] = {}
         if "input_ids" in rows[0]:
             batch.update(self._pad(rows))
         if "pixel_values" in rows[0]:
             batch["pixel_values"] = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
-        if not batch:
+        if not batch and self.features is None:
             raise DataError(f"rows hold {listed(rows[0])}: a batch needs input_ids or pixel_values")
         if "labels" in rows[0]:
             batch["labels"] = _stack_labels([row["labels"] for row in rows])
+        if self.features is not None:
+            batch["features"] = self.features(rows)
         return batch
 
     def _pad(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

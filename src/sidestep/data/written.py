@@ -203,8 +203,8 @@ class CollateWritten(Collate):
 
     kind: Written = "text2text"
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """{"input_ids", "attention_mask", "labels"} with the rows along the first axis.
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """{"input_ids", "attention_mask", "labels"} with the rows along the first axis, and "features" if there are.
 
         Raises:
             DataError: for rows without prompt or target, and if the loss would leave out all tokens.
@@ -212,10 +212,12 @@ class CollateWritten(Collate):
         if not {"input_ids", "labels"} <= rows[0].keys():
             raise DataError(f"rows hold {listed(rows[0])}: a batch needs input_ids and labels")
         refuse_ignored([label for row in rows for label in row["labels"]])
+        texts = rows
         if self.kind == "lm":
-            rows = [_joined(row["input_ids"], row["labels"]) for row in rows]
-        labels = pad_sequence([torch.tensor(row["labels"]) for row in rows], batch_first=True, padding_value=IGNORED)
-        return {**self._pad(rows), "labels": labels}
+            texts = [_joined(row["input_ids"], row["labels"]) for row in rows]
+        labels = pad_sequence([torch.tensor(row["labels"]) for row in texts], batch_first=True, padding_value=IGNORED)
+        batch: dict[str, Any] = {**self._pad(texts), "labels": labels}
+        return batch if self.features is None else {**batch, "features": self.features(rows)}
 
 
 def _joined(prompt: Sequence[int], target: Sequence[int]) -> dict[str, Any]:

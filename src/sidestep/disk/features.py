@@ -46,8 +46,12 @@ class FeatureError(OutputError):
     """A store cannot be used, and the message says why and what to do."""
 
 
-class StoreFull(FeatureError):
-    """There is no room for a shard, by the store's limit or on the disk."""
+class OverLimit(FeatureError):
+    """There is no room for a shard by the store's limit."""
+
+
+class DiskFull(FeatureError):
+    """There is no room for a shard on the disk."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,8 @@ class Entry:
         """Store the states (tokens, width) of rows.
 
         Raises:
-            StoreFull: if there is no room for them.
+            OverLimit: if the limit does not allow it.
+            DiskFull: if there is no room on the disk.
         """
         counts = {place: [len(state) for state in rows] for place, rows in states.items()}
         joined = {place: torch.cat(list(rows)).contiguous().cpu() for place, rows in states.items()}
@@ -158,7 +163,7 @@ class Entry:
                 save_file(tensors, new, metadata=about)
         except (OSError, SafetensorError) as error:
             if _is_full(error):
-                raise StoreFull(f"the disk of {self.store.folder} is full") from error
+                raise DiskFull(f"the disk of {self.store.folder} is full") from error
             raise FeatureError(f"features cannot be written to {self.folder} ({error})") from error
         self.refresh()
 
@@ -250,10 +255,10 @@ class FeatureStore:
         """Take memory for a shard.
 
         Raises:
-            StoreFull: if the limit does not allow it.
+            OverLimit: if the limit does not allow it.
         """
         if self._in_memory + size > self.limit:
-            raise StoreFull(f"features in memory would take more than the limit of {_told(self.limit)}")
+            raise OverLimit(f"features in memory would take more than the limit of {_told(self.limit)}")
         self._in_memory += size
 
     def make_room(self, size: int, *, but: str) -> None:
@@ -264,7 +269,7 @@ class FeatureStore:
             but: the entry that stays.
 
         Raises:
-            StoreFull: if there is no room without that entry.
+            OverLimit: if there is no room without that entry.
         """
         assert self.folder is not None
         stored = sorted(self.stored(), key=lambda entry: entry.used)
@@ -277,7 +282,7 @@ class FeatureStore:
                 shutil.rmtree(self.folder / entry.name, ignore_errors=True)
                 total -= entry.size
         if total + size > self.limit:
-            raise StoreFull(
+            raise OverLimit(
                 f"features would take more than the limit of {_told(self.limit)}: allow more (--features-limit), or "
                 "clear others (sidestep features clear)"
             )
@@ -305,12 +310,6 @@ class FeatureStore:
                 return sum(entry.size for entry in entries)
         except Timeout as error:
             raise FeatureError(f"another process is clearing the features in {self.folder}") from error
-
-
-def default_folder() -> Path:
-    """Where features are stored unless it is said otherwise: `SIDESTEP_FEATURES`, or the user's folder of caches."""
-    said = os.environ.get("SIDESTEP_FEATURES")
-    return Path(said) if said else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sidestep" / "features"
 
 
 def name_of(key: Mapping[str, Any]) -> str:

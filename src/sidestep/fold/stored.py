@@ -70,13 +70,13 @@ class States:
         hidden: (batch, tokens, width) by the name of the place. One token if the route is of one.
         vector: (batch, width) that the head reads, where the method reads nothing else. Then no part of the backbone
             runs.
-        shapes: of the inputs that are left out, without the batch.
+        absent: (1, ...) stand-ins for inputs that are left out. What the model makes of them is not used.
     """
 
     route: Route
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
     vector: Tensor | None = None
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    absent: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: Any, non_blocking: bool = False) -> States:
         """The states on a device."""
@@ -85,9 +85,9 @@ class States:
         return replace(self, hidden=hidden, vector=vector)
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Zeros in the place of inputs that are left out. What the model makes of them is not used."""
+        """The stand-ins as inputs of this batch."""
         rows = next(iter(self.hidden.values())).shape[0]
-        return {name: torch.zeros((), device=device).expand(rows, *shape) for name, shape in self.shapes.items()}
+        return {name: one.to(device).expand(rows, *one.shape[1:]) for name, one in self.absent.items()}
 
     def at(self, site: Site, given: Tensor, layout: Layout) -> Tensor:
         """The hidden state at a site, as the backbone would give it. `given`, if none is stored of this site.

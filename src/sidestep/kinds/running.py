@@ -30,15 +30,19 @@ def logits(
     batch_size: int = 64,
     workers: int = 0,
     progress: bool = False,
+    collate: Collate | None = None,
 ) -> NDArray[Any]:
     """(rows, outputs) in the order of the rows. They are run sorted by length, so that little is padding.
+
+    With `collate` batches are made by it: of rows whose frozen part is stored.
 
     Raises:
         DataError: for tokens that the backbone has no embeddings for.
     """
-    if fields.text is not None:
+    if fields.text is not None and collate is None:
         check_tokens(model.backbone, encoded, model.extras["processor"])
-    order, collate = _by_length(encoded), Collate(model.extras.get("processor") if fields.text else None)
+    order = _by_length(encoded)
+    collate = collate or Collate(model.extras.get("processor") if fields.text else None)
     batches = _batches(model, encoded, order, collate, batch_size=batch_size, workers=workers, progress=progress)
     model.eval()
     with torch.inference_mode():

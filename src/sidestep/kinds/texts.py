@@ -114,7 +114,8 @@ class Texts(TaskKind):
     def judge(
         self, model: Attached, encoded: Dataset, fields: Fields, labels: LabelSpace, generation: Generation, **how: Any
     ) -> Assessment:
-        """Scores of what is written."""
+        """Scores of what is written. To write, the whole backbone runs."""
+        how.pop("collate", None)
         assert isinstance(model, SideModel)
         return assess_texts(written(model, encoded, generation, **how), encoded["target"][:])
 

@@ -67,8 +67,8 @@ def check_storable(model: Attached) -> SideModel:
     return model
 
 
-def find_route(model: SideModel, batch: Mapping[str, Any]) -> tuple[Route, Recorded]:
-    """The route of a model and the states of a batch, by one live pass that is looked at."""
+def find_route(model: SideModel, batch: Mapping[str, Any]) -> Route:
+    """The route of a model, by one live pass that is looked at."""
     fold, elements = model.fold, {name: stack.element for name, stack in model.facts.stacks.items()}
     look, recorder = Look(fold.places, fold.keeping.border, elements), Recorder()
     with look.watching():
@@ -76,9 +76,8 @@ def find_route(model: SideModel, batch: Mapping[str, Any]) -> tuple[Route, Recor
     if not recorder.read and fold.keeping.border is None and _reads_vector(model):
         with _evaluating(model):
             vector = model.vector(dict(batch))
-        return Route(places=(VECTOR,), over={}, dtypes={VECTOR: vector.dtype}, single=True), _of_vector(vector)
-    route = look.route(recorder, single=fold.narrow is not None, images=model.main_input_name == "pixel_values")
-    return route, Recorded({name: recorder.taken[name] for name in route.places})
+        return Route(places=(VECTOR,), over={}, dtypes={VECTOR: vector.dtype}, single=True)
+    return look.route(recorder, single=fold.narrow is not None, images=model.main_input_name == "pixel_values")
 
 
 def record(model: SideModel, route: Route, batch: Mapping[str, Any]) -> Recorded:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, cast, get_args
 
 from datasets import ClassLabel, Dataset, Image
 
-from sidestep.data import DataError, Fields, Generation, Kind, LabelSpace
+from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import OWN, PROBABILITY, Probabilities, kind_named
 from sidestep.kinds.prepare import stored_labels
@@ -69,6 +69,7 @@ def judge_encoded(
     batch_size: int,
     workers: int,
     progress: bool = False,
+    collate: Collate | None = None,
 ) -> Assessment:
     """As `judge`, of encoded rows with labels.
 
@@ -81,8 +82,11 @@ def judge_encoded(
         batch_size: rows of one pass.
         workers: processes that load data.
         progress: whether a bar is shown.
+        collate: makes batches of rows whose frozen part is stored. None: they hold all that the backbone reads.
     """
-    how = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    if collate is not None and collate.features is not None:
+        how["collate"] = collate
     return kind_named(labels.kind).judge(model, encoded, fields, labels, generation, **how)
 
 

@@ -42,7 +42,9 @@ def judge_run(model: Attached, data: TaskData, settings: TrainSettings) -> Asses
     """The scores of a model on the dev rows."""
     how = data.generation or Generation()
     size, workers = settings.eval_batch_size, settings.workers
-    return judge_encoded(model, data.dev, data.fields, data.labels, how, batch_size=size, workers=workers)
+    return judge_encoded(
+        model, data.dev, data.fields, data.labels, how, batch_size=size, workers=workers, collate=data.collate
+    )
 
 
 def results_of(

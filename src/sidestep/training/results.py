@@ -49,6 +49,8 @@ class Results:
         first_stage: the outcome of a stage before the one that the rest is about (diff pruning's relaxed weights). It
             has "seconds", "epoch_seconds" (of optimizer steps alone) and "history". "open" is the share of gates open
             at its end. "nonzeros" were kept, in so many "tensors" of "all_tensors".
+        features: where the frozen part was kept and what it took. None: it ran in each epoch. Its "spent_seconds" are
+            not among `seconds`.
     """
 
     scores: dict[str, float]
@@ -80,6 +82,7 @@ class Results:
     history: list[dict[str, float]]
     notes: list[str]
     first_stage: dict[str, Any] | None = None
+    features: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write results.json to a folder, in one step."""

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from sidestep.disk.feature_options import LIMIT, FeatureOptions, Precision, Where
 from sidestep.interface.annotations import check_fields
 from sidestep.interface.config import MethodConfig
 
@@ -17,7 +18,10 @@ Decay = Literal["weights", "all"]
 PATIENCE = 3
 """Epochs without a better dev score after which training stops, unless it is told otherwise."""
 
-FREE_TO_CHANGE = ("output", "resume", "overwrite", "progress", "workers", "eval_batch_size", "measure")
+FREE_TO_CHANGE = (
+    *("output", "resume", "overwrite", "progress", "workers", "eval_batch_size", "measure"),
+    *("features", "features_folder", "features_limit"),
+)
 """What a resumed run may set otherwise: none of it changes what is computed."""
 
 
@@ -58,6 +62,9 @@ class TrainSettings:
         resume: continue from the last complete checkpoint in `output`.
         overwrite: replace what `output` holds.
         progress: whether progress bars are shown.
+        features: where the frozen part is kept, which then runs once and not in each epoch: "ram", "disk", "off", or
+            "auto" where it pays. See `tasks.features`.
+        features_folder, features_limit, features_precision: as of `FeatureOptions`.
 
     Raises:
         ValueError: if a value is out of range.
@@ -94,6 +101,10 @@ class TrainSettings:
     resume: bool = False
     overwrite: bool = False
     progress: bool = True
+    features: Where = "off"
+    features_folder: Path | None = None
+    features_limit: int = LIMIT
+    features_precision: Precision = "same"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -110,6 +121,7 @@ class TrainSettings:
         self._require("learning_rate", self.learning_rate is None or self.learning_rate > 0, "a number above 0")
         self._check_warmup()
         self._check_milestones()
+        _ = self.feature_options
         if self.keep == "last" and self.patience:
             raise ValueError(
                 f"patience={self.patience} with keep='last': stopping early chooses an epoch on dev. Leave patience out"
@@ -154,6 +166,16 @@ class TrainSettings:
         if not allowed:
             raise ValueError(f"{name}={getattr(self, name)!r}, but it must be {what}")
 
+    @property
+    def feature_options(self) -> FeatureOptions:
+        """Where and how the frozen part is kept."""
+        return FeatureOptions(
+            where=self.features,
+            folder=self.features_folder,
+            limit=self.features_limit,
+            precision=self.features_precision,
+        )
+
     def rate(self, method: type[MethodConfig]) -> float:
         """The learning rate that is used with the method of this config."""
         return self.learning_rate or method.rate
@@ -184,6 +206,7 @@ class TrainSettings:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values. A patience of null means that training does not stop early."""
         plain = {"output": str(self.output), "milestones": list(self.milestones), "patience": self.waits or None}
+        plain["features_folder"] = None if self.features_folder is None else str(self.features_folder)
         return {**asdict(self), **plain}
 
     def fixed(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from transformers import Trainer
 from sidestep.backbone import drop_path_rate
 from sidestep.data import DataWarning
 from sidestep.data.contents import content_hash
+from sidestep.disk.features import FeatureStore
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.prepare import head_for
 from sidestep.kinds.task_data import TaskData
@@ -31,6 +32,7 @@ from sidestep.model.attach import Attached
 from sidestep.model.heads import named
 from sidestep.model.initialise import initialise, samples_of
 from sidestep.model.side_model import SideModel
+from sidestep.tasks.features import Kept, kept_features
 from sidestep.training import checkpoints
 from sidestep.training import dense_stage as relax
 from sidestep.training.callbacks import (
@@ -58,6 +60,7 @@ def train(
     *,
     recipe: Mapping[str, Any] | None = None,
     tell: Callable[[str], object] | None = None,
+    store: FeatureStore | None = None,
 ) -> Results:
     """Train a model, choose its best epoch on the dev rows (or keep the last), and save it as a task with its results.
 
@@ -71,7 +74,9 @@ def train(
         data: see `prepare`.
         settings: how.
         recipe: the name of the recipe that is followed and what differs from it. The results tell it.
-        tell: called before training with a line that says how long training will take, if steps are measured.
+        tell: called before training with lines that say what is stored, and how long training will take, if steps are
+            measured.
+        store: where features are kept for several runs of this process. None: as the settings say.
 
     Returns:
         What results.json holds. The model is left with the kept weights, in eval mode.
@@ -109,18 +114,21 @@ def train(
                 return make_trainer(model, data, own, metric, at, clock, optimizer)
 
             first = relax.projected(model, settings, identity, start, trainer_of, batch)
-    trainer = make_trainer(model, data, last, metric, start, clock)
     with _failures(settings):
         if start is None:
             _initialise(model, data, settings)
+        live, kept = data, _kept(model, data, last, start, store, tell)
+        data = live if kept is None else kept.data
+        trainer = make_trainer(model, data, last, metric, start, clock)
         cost = None if first is None else first.cost
         if settings.measure and first is None:
             batch = largest_batch(data, settings.batch_size)
             # the Trainer's optimizer is the fused one
             how: Any = {"precision": "bf16 autocast" if settings.bf16 else "float32", "optimizer": "AdamW (fused)"}
-            if (chosen := settle_keep(model, batch, **how)) and tell is not None:
+            largest = largest_batch(live, settings.batch_size)
+            if (chosen := settle_keep(model, largest, **how)) and tell is not None:
                 tell(chosen)
-            check_fits(model, batch, **how)
+            check_fits(model, largest, **how)
             cost = measure_step(model, batch, bf16=settings.bf16)
             left = checkpoints.epochs_left(settings.epochs, start)
             estimate = _estimate(model, data, settings, left, tell) if left else None
@@ -129,11 +137,36 @@ def train(
         judged = (trainer.judged(history) if ends_scored(settings) else None) or judge_run(model, data, settings)
     model.eval()
     model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=judged.scores)
-    results = results_of(trainer, data, settings, recipe, judged, cost, seconds, estimate, start, history, clock)
+    results = results_of(trainer, live, settings, recipe, judged, cost, seconds, estimate, start, history, clock)
+    if kept is not None:
+        results = replace(results, features=kept.told)
     if first is not None:
         results = replace(results, first_stage=first.told(history_of(first.log)))
     results.write(settings.output)
     return results
+
+
+def _kept(
+    model: Attached,
+    data: TaskData,
+    settings: TrainSettings,
+    start: Path | None,
+    store: FeatureStore | None,
+    tell: Callable[[str], object] | None,
+) -> Kept | None:
+    """The rows with their frozen part stored, where the settings ask for that and it can be."""
+    left = checkpoints.epochs_left(settings.epochs, start)
+    return kept_features(
+        model,
+        data,
+        settings.feature_options,
+        passes=left + (not ends_scored(settings)) * len(data.dev) / (len(data.train) + len(data.dev)),
+        batch_size=settings.eval_batch_size,
+        autocast=settings.bf16,
+        store=store,
+        tell=tell,
+        progress=settings.progress,
+    )
 
 
 def _readable(model: Attached, data: TaskData) -> TaskData:

@@ -1,0 +1,388 @@
+"""Rows of a task whose frozen part is stored: what is computed of them once, and how batches get it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sidestep.data import Augmentation, Collate
+from sidestep.data.contents import row_ids
+from sidestep.disk.features import Entry, FeatureStore
+from sidestep.fold import Route, States
+from sidestep.kinds.task_data import TaskData
+from sidestep.measure.step import accepted, synchronize
+from sidestep.model.features import VECTOR, FeaturesRefused, Recorded, find_route, record
+from sidestep.model.side_model import SideModel
+from sidestep.versions import version_of
+
+STORED = "stored"
+"""Column with the number of a row among those that are stored."""
+LABELS = ("labels", "length", "row", "target", STORED)
+"""Columns that a classifier's backbone does not read."""
+SHARD = 64 * 2**20
+"""Bytes of a shard, about. What is computed when a run is killed is lost up to so much."""
+LOOKED_AT = 4
+"""Rows of the pass that is looked at, to see what is to be stored."""
+OF_TASKS = ("id2label", "label2id", "problem_type", "pad_token_id", "_name_or_path", "architectures", "dtype", "use_cache")
+"""Fields of a config that do not change what frozen blocks compute of a row."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+"""How far a state may be from what is stored of it, relative to its norm, by its precision."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Gives a collator the states of rows. See `data.Collate`.
+
+    Attributes:
+        entry: where they are stored.
+        route: which they are.
+        ids: of the rows, by their number.
+        left: whether texts are padded on the left.
+        absent: stand-ins for inputs that rows do not hold any more.
+    """
+
+    entry: Entry
+    route: Route
+    ids: Sequence[bytes]
+    left: bool
+    absent: Mapping[str, Tensor]
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> States:
+        """The states of a batch."""
+        return self.states([self.ids[row[STORED]] for row in rows])
+
+    def states(self, ids: Sequence[bytes]) -> States:
+        """The states of the rows with these ids."""
+        found = {name: self._padded([self.entry.state(row, name) for row in ids]) for name in self.route.places}
+        if self.route.places == (VECTOR,):
+            return States(self.route, vector=found[VECTOR][:, 0].to(self.route.dtypes[VECTOR]))
+        return States(self.route, found, absent=self.absent)
+
+    def _padded(self, rows: list[Tensor]) -> Tensor:
+        longest = max(len(row) for row in rows)
+        if all(len(row) == longest for row in rows):
+            return torch.stack(rows)
+        padded = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])
+        for place, row in zip(padded, rows, strict=True):
+            place[longest - len(row) if self.left else 0 :][: len(row)] = row
+        return padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What it will take to store what is lacking.
+
+    Attributes:
+        rows: that are lacking.
+        size: bytes of their states.
+        seconds: to compute them.
+        fetching: seconds to read them back in batches.
+    """
+
+    rows: int
+    size: int
+    seconds: float
+    fetching: float
+
+
+@dataclass
+class Features:
+    """The stored part of a task's rows.
+
+    Attributes:
+        model: whose frozen part it is.
+        data: the rows as they are, with all that the backbone reads.
+        entry: where the states are stored.
+        route: which they are.
+        ids: of the training rows, then of the dev rows.
+        lengths: the same of their tokens. Of images 1.
+        rounded: whether they are stored in bfloat16.
+        batch_size: rows of one frozen pass.
+        autocast: whether that pass runs under autocast to bfloat16.
+        absent: stand-ins for inputs that need not be read any more.
+    """
+
+    model: SideModel
+    data: TaskData
+    entry: Entry
+    route: Route
+    ids: Sequence[bytes]
+    lengths: Sequence[int]
+    rounded: bool
+    batch_size: int
+    autocast: bool
+    absent: Mapping[str, Tensor]
+
+    @classmethod
+    def of(
+        cls, model: SideModel, data: TaskData, store: FeatureStore, *, rounded: bool, batch_size: int, autocast: bool
+    ) -> Features:
+        """The features of a task. One batch is run, to see what is to be stored.
+
+        Raises:
+            FeaturesRefused: if they cannot be stored, saying why.
+        """
+        if data.augment is not None:
+            raise FeaturesRefused("its images are other views in each epoch (--augment)")
+        leaving = tuple(name for name in LABELS if not (data.generation is not None and name == "labels"))
+        ids = [*row_ids(data.train, leaving), *row_ids(data.dev, leaving)]
+        lengths = [*_lengths(data.train), *_lengths(data.dev)]
+        batch = data.collate([data.train[number] for number in range(min(LOOKED_AT, len(data.train)))])
+        with _autocast(model, autocast):
+            route = find_route(model, _inputs(model, batch, writes=data.generation is not None))
+        key = key_of(model, data, route, rounded=rounded, autocast=autocast)
+        absent = stand_ins(model, route, batch)
+        return cls(model, data, store.entry(key), route, ids, lengths, rounded, batch_size, autocast, absent)
+
+    # --- how much there is ------------------------------------------------------------------------------------------
+
+    @property
+    def lacking(self) -> list[int]:
+        """The numbers of the rows that are not stored yet, the shortest first."""
+        return sorted(self.entry.lacking(self.ids, self.route.places), key=self.lengths.__getitem__)
+
+    def forecast(self) -> Forecast:
+        """What it will take to compute what is lacking, by a batch of middle length, which is computed and stored.
+
+        Raises:
+            FeatureError: if there is no room for it.
+        """
+        order = self.lacking
+        if not order:
+            return Forecast(rows=0, size=0, seconds=0.0, fetching=0.0)
+        first = max(len(order) - self.batch_size, 0) // 2
+        numbers = order[first : first + self.batch_size]
+        begin = time.perf_counter()
+        states = self.record(numbers)
+        synchronize(self.model.device)
+        seconds = time.perf_counter() - begin
+        self.entry.add([self.ids[number] for number in numbers], states, seconds)
+        begin = time.perf_counter()
+        self.feed.states([self.ids[number] for number in numbers]).to(self.model.device)
+        synchronize(self.model.device)
+        fetching = time.perf_counter() - begin
+        share = sum(self.lengths[number] for number in order) / sum(self.lengths[number] for number in numbers)
+        size = share * sum(state.numel() * state.element_size() for each in states.values() for state in each)
+        return Forecast(rows=len(order), size=round(size), seconds=share * seconds, fetching=share * fetching)
+
+    # --- computing --------------------------------------------------------------------------------------------------
+
+    def fill(self, *, progress: bool) -> None:
+        """Compute and store what is lacking, the shortest rows first.
+
+        Raises:
+            FeatureError: if there is no room for it.
+        """
+        order = self.lacking
+        taken: dict[str, list[Tensor]] = {name: [] for name in self.route.places}
+        rows: list[bytes] = []
+        size, begin = 0, time.perf_counter()
+        with _bar(progress) as told:
+            bar = told.add_task("features", total=len(order))
+            for start in range(0, len(order), self.batch_size):
+                numbers = order[start : start + self.batch_size]
+                for name, states in self.record(numbers).items():
+                    taken[name] += states
+                    size += sum(state.numel() * state.element_size() for state in states)
+                rows += [self.ids[number] for number in numbers]
+                told.advance(bar, len(numbers))
+                if size >= SHARD or start + self.batch_size >= len(order):
+                    self.entry.add(rows, taken, time.perf_counter() - begin)
+                    taken, rows = {name: [] for name in self.route.places}, []
+                    size, begin = 0, time.perf_counter()
+
+    def record(self, numbers: Sequence[int]) -> dict[str, list[Tensor]]:
+        """The states of rows by place, computed now."""
+        with _autocast(self.model, self.autocast):
+            inputs = _inputs(self.model, self._batch(numbers), writes=self.data.generation is not None)
+            return self._rows(record(self.model, self.route, inputs))
+
+    def _batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Rows as the model takes them, with labels."""
+        count = len(self.data.train)
+        rows = [self.data.train[n] if n < count else self.data.dev[n - count] for n in numbers]
+        return accepted(self.model, self.data.collate(rows))
+
+    def _rows(self, recorded: Recorded) -> dict[str, list[Tensor]]:
+        found = {}
+        for name in self.route.places:
+            rows = [row.to("cpu", torch.bfloat16) if self.rounded else row.cpu() for row in recorded.rows(name)]
+            found[name] = rows
+        return found
+
+    # --- proof ------------------------------------------------------------------------------------------------------
+
+    def prove(self) -> None:
+        """Compare what is stored of the shortest and the longest row with what the backbone gives for both together.
+
+        Raises:
+            FeaturesRefused: if the two are not the same, or give another loss.
+        """
+        order = sorted(range(len(self.ids)), key=self.lengths.__getitem__)
+        numbers = [order[0], order[-1]]
+        for name, states in self.record(numbers).items():
+            precision = torch.bfloat16 if self.rounded or self.autocast else self.route.dtypes[name]
+            for number, live in zip(numbers, states, strict=True):
+                kept = self.entry.state(self.ids[number], name)
+                if not _close(kept, live, TOLERANCE[precision]):
+                    raise FeaturesRefused(
+                        f"the state of a row at {name} is not the one that was stored. Either the model has changed, or "
+                        "its states of a row depend on the other rows of a batch"
+                    )
+        live, fed = (self._loss(self._batch(numbers), states) for states in (None, numbers))
+        precision = torch.bfloat16 if self.rounded or self.autocast else max(self.route.dtypes.values(), key=_coarse)
+        if not _close(fed, live, 10 * TOLERANCE[precision]):
+            raise FeaturesRefused(
+                f"a pass from stored states has a loss of {float(fed):.6g}, and a live one {float(live):.6g}: the model "
+                "reads more of its blocks than what they hand on"
+            )
+
+    def _loss(self, batch: dict[str, Any], numbers: Sequence[int] | None) -> Tensor:
+        """Of some rows, live or (with their numbers) from their states."""
+        if numbers is not None:
+            if self.absent or self._is_vector:
+                batch = {"labels": batch["labels"]}
+            batch["features"] = self.feed.states([self.ids[number] for number in numbers]).to(self.model.device)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), _autocast(self.model, self.autocast):
+                loss: Tensor = self.model(**batch).loss
+                return loss
+        finally:
+            self.model.train(training)
+
+    # --- feeding ----------------------------------------------------------------------------------------------------
+
+    @property
+    def feed(self) -> Feed:
+        """What gives batches their states."""
+        collate = self.data.collate
+        side = collate.padding_side or getattr(collate.tokenizer, "padding_side", "right")
+        return Feed(self.entry, self.route, self.ids, side == "left", self.absent)
+
+    def fed(self) -> TaskData:
+        """The rows without what need not be read any more, and with their states in each batch."""
+        feed, count = self.feed, len(self.data.train)
+
+        def collator(fields: Any, processor: Any) -> Collate:
+            return replace(self.data.collator(fields, processor), features=feed)
+
+        return replace(
+            self.data,
+            train=self._numbered(self.data.train, 0),
+            dev=self._numbered(self.data.dev, count),
+            collator=collator,
+        )
+
+    @property
+    def _is_vector(self) -> bool:
+        return self.route.places == (VECTOR,)
+
+    def _numbered(self, rows: Dataset, first: int) -> Dataset:
+        rows = rows.with_format(None)
+        if self.absent or self._is_vector:
+            rows = rows.remove_columns([name for name in rows.column_names if name not in LABELS])
+        return rows.add_column(STORED, list(range(first, first + len(rows))))
+
+
+def key_of(model: SideModel, data: TaskData, route: Route, *, rounded: bool, autocast: bool) -> dict[str, Any]:
+    """All that the states of a row depend on besides the row and the place."""
+    single = model.fold.narrow if route.single else None
+    backbone = model.backbone
+    return {
+        "backbone": model.digest.exact,
+        "structure": _structure(model),
+        "precision": f"{model.precisions}{' under autocast' if autocast else ''}",
+        "stored": "bfloat16" if rounded else "as given",
+        "tokens": f"vector, {model.pool}" if route.places == (VECTOR,) else single or "all",
+        "attention": getattr(getattr(backbone, "config", None), "_attn_implementation", None),
+        "pixels": None if data.fields.image is None else _pixels(data),
+        "device": model.device.type,
+        "versions": {name: version_of(name) for name in ("torch", "transformers", "timm")},
+        "model": type(model.trunk).__name__,
+    }
+
+
+def stand_ins(model: SideModel, route: Route, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Stand-ins for the inputs that need not be read: images, and texts of which one token is all that is read."""
+    if "pixel_values" in batch:
+        return {"pixel_values": torch.zeros(()).expand(1, *batch["pixel_values"].shape[1:])}
+    alone = route.single and len(model.facts.stacks) == 1 and model.main_input_name == "input_ids"
+    return {"input_ids": torch.zeros(1, 1, dtype=torch.long)} if alone else {}
+
+
+def _structure(model: SideModel) -> str:
+    """A hash of what the trunk is made of and of its config."""
+    # the modules of a diff or an adapter are not there: such models are refused
+    parts = [repr(model.trunk)]
+    if isinstance(model.backbone, PreTrainedModel):
+        config = {name: value for name, value in model.backbone.config.to_dict().items() if name not in OF_TASKS}
+        parts.append(json.dumps(config, sort_keys=True, default=str))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+def _pixels(data: TaskData) -> str:
+    """A hash of what the processor makes of two pictures, which are always the same.
+
+    Raises:
+        FeaturesRefused: if it makes something else of them each time.
+    """
+    pictures = [Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 40).convert("RGB") for size in ((61, 37), (48, 90))]
+    first, again = (_processed(data.processor, pictures) for _ in range(2))
+    if first != again:
+        raise FeaturesRefused("its processor makes other pixels of a picture each time")
+    return first
+
+
+def _processed(processor: Any, pictures: list[Image.Image]) -> str:
+    running = hashlib.sha256()
+    for picture in pictures:
+        pixels = torch.as_tensor(np.asarray(processor(images=[picture], return_tensors="pt")["pixel_values"][0]))
+        running.update(f"{tuple(pixels.shape)} {pixels.dtype}".encode())
+        running.update(pixels.contiguous().numpy().tobytes())
+    return running.hexdigest()[:16]
+
+
+def _inputs(model: SideModel, batch: Mapping[str, Any], *, writes: bool) -> dict[str, Any]:
+    """What the backbone reads of a batch. An encoder-decoder makes its decoder's input of the labels."""
+    return {name: value for name, value in accepted(model, batch).items() if writes or name != "labels"}
+
+
+def _coarse(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def _lengths(rows: Dataset) -> list[int]:
+    return rows["length"][:] if "length" in rows.column_names else [1] * len(rows)
+
+
+def _close(kept: Tensor, live: Tensor, tolerance: float) -> bool:
+    if kept.shape != live.shape:
+        return False
+    kept, live = kept.double(), live.double()
+    return bool(torch.linalg.vector_norm(kept - live) <= tolerance * torch.linalg.vector_norm(live))
+
+
+def _autocast(model: SideModel, on: bool) -> Any:
+    return torch.autocast(model.device.type, torch.bfloat16) if on else nullcontext()
+
+
+@contextmanager
+def _bar(shown: bool) -> Iterator[Progress]:
+    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as progress:
+        yield progress
