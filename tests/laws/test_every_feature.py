@@ -40,9 +40,7 @@ def kept_loss(model: ss.SideModel, batch: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("head", [False, True], ids=["own", "sidestep"])
 @pytest.mark.parametrize(("method", "family"), [pytest.param(m, f, id=f"{m}-{f}") for m, f in PAIRS])
-def test_a_pass_from_features_has_the_outputs_and_gradients_of_a_live_one(
-    method: str, family: str, head: bool
-) -> None:
+def test_a_pass_from_features_has_the_outputs_and_gradients_of_a_live_one(method: str, family: str, head: bool) -> None:
     model = attach(method, FAMILIES[family], head=head)
     randomize(model)
     fed = stored(model, FAMILIES[family].inputs())

@@ -1,4 +1,4 @@
-"""The command `sidestep`: train, eval, predict, inspect, bank, methods, recipes, demo, report, plan.
+"""The command `sidestep`: train, eval, predict, inspect, bank, features, methods, recipes, demo, report, plan.
 
 Whatever imports torch is imported inside the commands. So help and typing errors come at once.
 """
@@ -13,6 +13,7 @@ import typer
 from sidestep.cli.bank import bank
 from sidestep.cli.compare import compare
 from sidestep.cli.demo import demo
+from sidestep.cli.features import features
 from sidestep.cli.listing import inspect, methods, recipes
 from sidestep.cli.plan import plan
 from sidestep.cli.plugins import WithPlugins, load_plugins
@@ -47,6 +48,7 @@ app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(inspect)
 app.add_typer(bank)
+app.add_typer(features)
 app.command()(methods)
 app.command()(recipes)
 app.command()(compare)

@@ -138,6 +138,20 @@ Metric = Annotated[str | None, _training(help="Dev score that chooses the best e
 Seed = Annotated[int, _training(help="Of weights, order, noise, held-out rows, shots and views.")]
 Bf16 = Annotated[bool, _training("--bf16", help="Autocast to bfloat16.")]
 
+Features = Annotated[
+    str,
+    _running("--features", help="Keep what frozen blocks compute, so that they run once: ram, disk, auto or off."),
+]
+FeaturesFolder = Annotated[
+    Path | None, _output("--features-folder", help="Folder for disk. Default: in the user's cache.")
+]
+FeaturesLimit = Annotated[str, _running("--features-limit", help="Most that features may take, such as 20GB.")]
+FeaturesPrecision = Annotated[
+    str, _running("--features-precision", help="same, or bf16: half the size of float32, rounded.")
+]
+
+FeaturesNames = Annotated[list[str] | None, typer.Argument(help="Names as listed, or their beginnings. Default: all.")]
+
 Output = Annotated[Path, _output(help="Folder for the task.", show_default=False)]
 SaveSteps = Annotated[int | None, _running(help="Checkpoints within an epoch, every so many steps.")]
 LogSteps = Annotated[int, _running(help="Steps between log entries.")]

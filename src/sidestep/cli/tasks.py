@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from sidestep.data import Fields, TableOptions
+    from sidestep.disk.feature_options import FeatureOptions, Where
     from sidestep.model.attach import Attached
 
 
@@ -34,20 +36,28 @@ def evaluate(
     backbone: opt.OtherBackbone = None,
     gguf: opt.Gguf = None,
     batch_size: opt.BatchSize = 64,
+    features: opt.Features = "auto",
+    features_folder: opt.FeaturesFolder = None,
+    features_limit: opt.FeaturesLimit = "50GB",
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
     """Score a task on rows with labels."""
     with reporting(debug):
+        from sidestep.disk.feature_options import FeatureOptions
+        from sidestep.measure.plan import memory_of
         from sidestep.tasks import predict as predicting
 
         hush()
         check_batch(batch_size)
+        kept = FeatureOptions(where=cast("Where", features), folder=features_folder, limit=memory_of(features_limit))
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone_named(backbone, gguf))
         fields = _fields(model, text, text2, image, label)
         found = _read(model, rows, table, split, fields, skip_bad_images=skip_bad_images)
-        judged = predicting.judge(model, found, fields=fields, batch_size=batch_size, progress=not quiet)
+        judged = predicting.judge(
+            model, found, fields=fields, batch_size=batch_size, progress=not quiet, features=kept, tell=_tell(kept)
+        )
         show_facts(f"{task} on {rows}", {"rows": len(found), **score_facts(judged)}, piped=NARROW)
 
 
@@ -98,6 +108,11 @@ def predict(
         write_table(found, output, shares=predicting.share_columns(found, given), overwrite=overwrite)
         remark(f"{len(found)} rows written to {output}")
         show_unnamed(read_config(task))
+
+
+def _tell(kept: FeatureOptions) -> Callable[[str], object] | None:
+    """Who is told what is stored: of "auto" nobody, as it is no news that one pass is live."""
+    return None if kept.where == "auto" else remark
 
 
 def check_batch(size: int) -> None:

@@ -10,7 +10,7 @@ import typer
 from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
-from sidestep.cli.values import backbone_named, config_from, table_options, unescaped, value_of
+from sidestep.cli.values import backbone_named, config_from, feature_options, table_options, unescaped, value_of
 from sidestep.console import Shown, hush, show_answers, show_results
 
 if TYPE_CHECKING:
@@ -89,6 +89,10 @@ def train(
     save_steps: opt.SaveSteps = None,
     log_steps: opt.LogSteps = 10,
     workers: opt.Workers = 0,
+    features: opt.Features = "auto",
+    features_folder: opt.FeaturesFolder = None,
+    features_limit: opt.FeaturesLimit = "50GB",
+    features_precision: opt.FeaturesPrecision = "same",
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = False,
@@ -142,6 +146,7 @@ def train(
             resume=resume,
             overwrite=overwrite,
             progress=not quiet,
+            **feature_options(features, features_folder, features_limit, features_precision),
         )
         asked = chosen.over(
             {

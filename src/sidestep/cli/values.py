@@ -6,6 +6,7 @@ import difflib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -102,3 +103,15 @@ def table_options(columns: str | None, no_header: bool, no_quoting: bool, encodi
 
     names = None if columns is None else tuple(name.strip() for name in columns.split(","))
     return TableOptions(columns=names, header=not no_header, quoting=not no_quoting, encoding=encoding)
+
+
+def feature_options(where: str, folder: Path | None, limit: str, precision: str) -> dict[str, Any]:
+    """The options of features as fields of `TrainSettings`."""
+    from sidestep.measure.plan import memory_of
+
+    return {
+        "features": where,
+        "features_folder": folder,
+        "features_limit": memory_of(limit),
+        "features_precision": precision,
+    }

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sidestep.data.encode import Collate, Fields, encode_text, refuse_empty, refuse_ignored, token_limit

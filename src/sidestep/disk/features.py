@@ -71,7 +71,9 @@ class Shard:
     seconds: float
 
     @classmethod
-    def of(cls, ids: Sequence[bytes], states: Mapping[str, Tensor], counts: Mapping[str, list[int]], seconds: float) -> Shard:
+    def of(
+        cls, ids: Sequence[bytes], states: Mapping[str, Tensor], counts: Mapping[str, list[int]], seconds: float
+    ) -> Shard:
         """The shard of these rows."""
         ends = {place: [0, *accumulate(each)] for place, each in counts.items()}
         return cls({row: number for number, row in enumerate(ids)}, states, ends, seconds)
@@ -233,7 +235,9 @@ class FeatureStore:
             with FileLock(folder / "clearing.lock", timeout=0):
                 pass
         except Timeout as error:
-            raise FeatureError(f"another process is clearing the features in {folder}: try again when it is done") from error
+            raise FeatureError(
+                f"another process is clearing the features in {folder}: try again when it is done"
+            ) from error
         for path in folder.glob("*/.*.new"):
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > ABANDONED:
@@ -375,7 +379,7 @@ def _sum(tensors: Mapping[str, Tensor]) -> str:
     running = 0
     for name, tensor in sorted(tensors.items()):
         running = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), running)
-        running = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), running)
+        running = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, running)
     return f"{running:08x}"
 
 

@@ -4,6 +4,7 @@ A `Pass` is one run of the backbone, a `Strand` what one method owns along it. `
 `Fold` is the live driver: the model's own loop, one method.
 """
 
+from sidestep.fold.calls import fed, recorded
 from sidestep.fold.fold import Fold
 from sidestep.fold.hooks import Driver, Hooks, is_hooked
 from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token, take_rows
@@ -23,9 +24,11 @@ __all__ = [
     "Route",
     "States",
     "Strand",
+    "fed",
     "is_hooked",
     "mean_tokens",
     "place_name",
+    "recorded",
     "single_token",
     "take_rows",
 ]

@@ -20,14 +20,13 @@ from sidestep.fold.caches import SideCache, claim
 from sidestep.fold.deferred import Ended, SecondStrand
 from sidestep.fold.hooks import CARRIED
 from sidestep.fold.keeping import Keeping
-from sidestep.fold.padding import kept_tokens, own_tokens
-from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token, take_rows
+from sidestep.fold.padding import kept_tokens, own_tokens, read_token
+from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token
 from sidestep.fold.reads import Reads
-from sidestep.fold.stored import RecordedStrand, Recorder, States, passing_over
+from sidestep.fold.stored import RecordedStrand, Recorder, States
 from sidestep.fold.strand import Strand
 from sidestep.fold.turns import Turn
 from sidestep.interface.keep import Keep
-from sidestep.interface.layers import last_kept
 from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import Place, Site
 from sidestep.sparse.diff import SparseDiff
@@ -128,33 +127,6 @@ class Fold:
                 pass
             finally:
                 self.current, self.finished, self.again = None, None, None
-
-    def fed(self, states: States, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A call for `run`, whose frozen blocks do not run: what they gave comes from a store."""
-
-        def fed(*args: Any, **kwargs: Any) -> Any:
-            self.stored = states
-            try:
-                with passing_over(self.places, states.route):
-                    return call(*args, **kwargs)
-            finally:
-                self.stored = None
-
-        return fed
-
-    def recorded(self, recorder: Recorder, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A call for `run`, along which no method runs: its hidden states are taken, and it ends with the last."""
-
-        def recorded(*args: Any, **kwargs: Any) -> None:
-            self.recorder = recorder
-            try:
-                call(*args, **kwargs)
-            except Ended:
-                pass
-            finally:
-                self.recorder = None
-
-        return recorded
 
     @property
     def running(self) -> bool:
@@ -447,22 +419,11 @@ class Fold:
         return as_given(tokens, given, self.facts.stacks[site.stack].layout)
 
     def _narrowed(self, hidden: Tensor, site: Site) -> tuple[Tensor, Site]:
-        """Only the token that the head reads, copied so that its neighbours' storage is not kept."""
+        """Only the token that the head reads, where the fold is narrowed."""
         if self.narrow is None or not site.head:
             return hidden, site
-        if self.narrow == "cls" or site.keep is None:
-            first = hidden[:, self._text_start(site) :]
-            row = first[:, :1] if self.narrow == "cls" else hidden[:, -1:]
-            return row.clone(memory_format=torch.contiguous_format), single_token(site)
-        return take_rows(hidden, last_kept(site.keep)), single_token(site)
-
-    def _text_start(self, site: Site) -> int:
-        """Where a text's first token stands among a stack's tokens.
-
-        This is 0 unless the stack's own output leaves out the tokens that it added.
-        """
         added = self.facts.stacks[site.stack].added
-        return added.before if added is not None and added.cropped else 0
+        return read_token(hidden, site, self.narrow, added), single_token(site)
 
     def _own_tokens(self, passed: Pass, site: Site) -> Callable[[Tensor], slice]:
         """Tells which of a tensor's tokens are in the stack's own output."""

@@ -9,6 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sidestep.backbone.facts import Added
+from sidestep.backbone.families import Pool
+from sidestep.fold.passes import take_rows
+from sidestep.interface.layers import last_kept
+from sidestep.interface.sites import Site
 
 
 def kept_tokens(
@@ -60,3 +64,20 @@ def own_tokens(tokens: int, text: int | None, added: Added | None) -> slice:
         return slice(None)
     first = added.before if added.cropped else 0
     return slice(first, added.before + text)
+
+
+def read_token(hidden: Tensor, site: Site, which: Pool, added: Added | None) -> Tensor:
+    """(batch, 1, width): the token that the head reads, copied so that its neighbours' storage is not kept.
+
+    Args:
+        hidden: (batch, tokens, width).
+        site: with the padding.
+        which: "cls" or "last".
+        added: where a text stands among the tokens. Its first token is the first of all, unless the stack's own output
+            leaves out the tokens that it added.
+    """
+    if which == "cls" or site.keep is None:
+        start = added.before if added is not None and added.cropped else 0
+        row = hidden[:, start : start + 1] if which == "cls" else hidden[:, -1:]
+        return row.clone(memory_format=torch.contiguous_format)
+    return take_rows(hidden, last_kept(site.keep))

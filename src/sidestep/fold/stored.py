@@ -121,11 +121,11 @@ def passing_over(places: Sequence[Place], route: Route) -> Iterator[None]:
         for place in places:
             how = route.over.get(place_name(place.site)) if place.site.kind == "block" else None
             if how is not None:
-                _replace_forward(place.module, partial_over(place.module, how), undo)
+                _replace_forward(place.module, _handing_on(place.module, how), undo)
         yield
 
 
-def partial_over(module: nn.Module, how: PassedOver) -> Callable[..., Any]:
+def _handing_on(module: nn.Module, how: PassedOver) -> Callable[..., Any]:
     """What stands in for a block's forward."""
     names = argument_names(module)
 

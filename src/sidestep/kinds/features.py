@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sidestep.data import Augmentation, Collate
+from sidestep.data import Collate
 from sidestep.data.contents import row_ids
 from sidestep.disk.features import Entry, FeatureStore
 from sidestep.fold import Route, States
@@ -37,7 +37,10 @@ SHARD = 64 * 2**20
 """Bytes of a shard, about. What is computed when a run is killed is lost up to so much."""
 LOOKED_AT = 4
 """Rows of the pass that is looked at, to see what is to be stored."""
-OF_TASKS = ("id2label", "label2id", "problem_type", "pad_token_id", "_name_or_path", "architectures", "dtype", "use_cache")
+OF_TASKS = (
+    *("id2label", "label2id", "problem_type", "pad_token_id"),
+    *("_name_or_path", "architectures", "dtype", "use_cache"),
+)
 """Fields of a config that do not change what frozen blocks compute of a row."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 """How far a state may be from what is stored of it, relative to its norm, by its precision."""
@@ -240,15 +243,15 @@ class Features:
                 kept = self.entry.state(self.ids[number], name)
                 if not _close(kept, live, TOLERANCE[precision]):
                     raise FeaturesRefused(
-                        f"the state of a row at {name} is not the one that was stored. Either the model has changed, or "
-                        "its states of a row depend on the other rows of a batch"
+                        f"the state of a row at {name} is not the one that was stored. Either the model has changed, "
+                        "or its states of a row depend on the other rows of a batch"
                     )
         live, fed = (self._loss(self._batch(numbers), states) for states in (None, numbers))
         precision = torch.bfloat16 if self.rounded or self.autocast else max(self.route.dtypes.values(), key=_coarse)
         if not _close(fed, live, 10 * TOLERANCE[precision]):
             raise FeaturesRefused(
-                f"a pass from stored states has a loss of {float(fed):.6g}, and a live one {float(live):.6g}: the model "
-                "reads more of its blocks than what they hand on"
+                f"a pass from stored states has a loss of {float(fed):.6g}, and a live one {float(live):.6g}. The "
+                "model reads more of its blocks than what they hand on"
             )
 
     def _loss(self, batch: dict[str, Any], numbers: Sequence[int] | None) -> Tensor:

@@ -59,7 +59,9 @@ def check_storable(model: Attached) -> SideModel:
     if isinstance(model, PairModel):
         raise FeaturesRefused("retrieval trains on two backbones at once, whose states are not stored yet")
     if model.delta is not None or model.sparse is not None:
-        raise FeaturesRefused(f"{model.record.name} changes the backbone's weights, so its states change with each step")
+        raise FeaturesRefused(
+            f"{model.record.name} changes the backbone's weights, so its states change with each step"
+        )
     if model.settings.backbone_noise is not None:
         raise FeaturesRefused(
             f"backbone_noise={model.settings.backbone_noise!r}: the states are other ones in each epoch"

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from sidestep import backbone as backbones
 from sidestep.backbone import Digest
 from sidestep.backbone.families import Pool, family_of
-from sidestep.fold import KEY_VALUES, Fold, Hooks, Reading, Recorder, States
+from sidestep.fold import KEY_VALUES, Fold, Hooks, Reading, Recorder, States, fed, recorded
 from sidestep.fold.packing import is_packed
 from sidestep.interface.registry import Method
 from sidestep.interface.sites import Site
@@ -154,9 +154,7 @@ class SideModel(TrainerFace):
 
     # --- running ---------------------------------------------------------------------------------------------------
 
-    def forward(
-        self, *args: Any, labels: Tensor | None = None, features: States | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, *args: Any, labels: Tensor | None = None, features: States | None = None, **kwargs: Any) -> Any:
         """The backbone's inputs (and `labels`) -> its output type, or with a Sidestep head a classifier output.
 
         With `features` the frozen blocks do not run: these are what they gave for the batch (see `ss.features`).
@@ -228,7 +226,7 @@ class SideModel(TrainerFace):
 
     def _entry(self, module: nn.Module, features: States | None) -> Callable[..., Any]:
         """The module whose call is a pass. With features it passes over the frozen blocks."""
-        return module if features is None else self.fold.fed(features, module)
+        return module if features is None else fed(self.fold, features, module)
 
     # --- what a store holds of a batch -------------------------------------------------------------------------------
 
@@ -238,7 +236,7 @@ class SideModel(TrainerFace):
         inputs = self.inputs.completed(entry, (), inputs, training=False)
         args, inputs = ((), inputs) if isinstance(self.backbone, PreTrainedModel) else (tuple(inputs.values()), {})
         with torch.no_grad():
-            self.fold.run(self.fold.recorded(recorder, entry), *args, **inputs)
+            self.fold.run(recorded(self.fold, recorder, entry), *args, **inputs)
 
     def vector(self, inputs: dict[str, Any]) -> Tensor:
         """(batch, width): what the Sidestep head reads of a batch, without gradients."""

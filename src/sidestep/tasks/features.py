@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,9 @@ from sidestep.model.attach import Attached
 from sidestep.model.features import FeaturesRefused, check_storable
 
 ROOM = 0.25
-"""Share of the free memory, or of the free disk, that `auto` takes."""
+"""Share of the free memory that `auto` takes."""
+LEAST = 20.0
+"""Seconds of live passes below which `auto` does not care."""
 GAIN = 0.8
 """`auto` stores features if a run is expected to take less than this share of the time without them."""
 
@@ -40,8 +41,8 @@ class Kept:
 
     Attributes:
         data: with states in each batch.
-        told: for results.json. Of these "seconds" are what the frozen pass of all rows takes or took, and "spent_seconds"
-            what this run has spent.
+        told: for results.json. Of these "seconds" are what the frozen pass of all rows takes or took, and
+            "spent_seconds" what this run has spent.
     """
 
     data: TaskData
@@ -69,7 +70,7 @@ def kept_features(
         passes: over all rows, which would be live ones else.
         batch_size: rows of a frozen pass.
         autocast: whether the run is under autocast to bfloat16.
-        store: where features are kept for several runs of this process. None: by the options.
+        store: in memory, which several runs of this process share. None: one of its own.
         tell: called with a line that says what is stored, or why nothing is.
         progress: whether a bar is shown.
 
@@ -88,16 +89,15 @@ def kept_features(
     how: dict[str, Any] = {"rounded": options.precision == "bf16", "batch_size": batch_size, "autocast": autocast}
     try:
         side = check_storable(model)
-        where, features = _chosen(options, lambda at: Features.of(side, data, store or _store(at, options), **how))
+        chosen = _chosen(options, passes, lambda at: Features.of(side, data, _store(at, options, store), **how))
+        if chosen is None:
+            return None
+        where, features = chosen
         forecast = features.forecast()
-        if options.where == "auto" and (why := _does_not_pay(forecast, passes, where, options)):
+        if options.where == "auto" and (why := _does_not_pay(forecast, passes, options)):
             tell(f"features: none, as {why}")
             return None
-        if forecast.rows and forecast.size > options.limit:
-            raise OverLimit(
-                f"features of {len(features.ids)} rows would take {format_bytes(forecast.size)}, and the limit is "
-                f"{format_bytes(options.limit)}: allow more (--features-limit), or choose --features off"
-            )
+        _check_room(forecast, where, options)
         tell(_line(features, forecast, where, options))
         before = len(features.ids) > forecast.rows
         features.fill(progress=progress)
@@ -127,12 +127,17 @@ def kept_features(
     return Kept(data=features.fed(), told=told)
 
 
-def _store(where: Where, options: FeatureOptions) -> FeatureStore:
+def _store(where: Where, options: FeatureOptions, shared: FeatureStore | None) -> FeatureStore:
+    if where == "ram" and shared is not None:
+        return shared
     return FeatureStore(None if where == "ram" else options.place, options.limit)
 
 
-def _chosen(options: FeatureOptions, of: Callable[[Where], Features]) -> tuple[Where, Features]:
-    """Where features are kept. "auto" takes the folder if all is there already, else the memory if there is room."""
+def _chosen(options: FeatureOptions, passes: float, of: Callable[[Where], Features]) -> tuple[Where, Features] | None:
+    """Where features are kept. "auto" takes the folder if all is there already, else the memory.
+
+    None where there is one pass, and nothing is stored: "auto" has nothing to gain.
+    """
     if options.where != "auto":
         return options.where, of(options.where)
     if options.place.is_dir() and any(options.place.iterdir()):
@@ -140,27 +145,45 @@ def _chosen(options: FeatureOptions, of: Callable[[Where], Features]) -> tuple[W
         features = of("disk")
         if not features.lacking:
             return "disk", features
-    features = of("ram")
-    return "ram", features
+    return ("ram", of("ram")) if passes > 1 else None
 
 
-def _does_not_pay(forecast: Forecast, passes: float, where: Where, options: FeatureOptions) -> str | None:
+def _does_not_pay(forecast: Forecast, passes: float, options: FeatureOptions) -> str | None:
     """Why a run should do without features, or None if they pay."""
     if not forecast.rows:
         return None
     live, stored = passes * forecast.seconds, forecast.seconds + passes * forecast.fetching
+    if live < LEAST:
+        return f"all {passes:g} frozen passes take {about(live)}"
     if stored > GAIN * live:
         return (
             f"{passes:g} frozen passes take {about(live)}, and one pass with {passes:g} times reading "
             f"{format_bytes(forecast.size)} takes {about(stored)}"
         )
-    free = psutil.virtual_memory().available if where == "ram" else shutil.disk_usage(options.place).free
+    free = psutil.virtual_memory().available
     if forecast.size > ROOM * free or forecast.size > options.limit:
         return (
-            f"they would take {format_bytes(forecast.size)}, and {format_bytes(free)} are free: --features disk keeps "
-            "them in a folder"
+            f"they would take {format_bytes(forecast.size)}, and {format_bytes(free)} of memory are free: --features "
+            "disk keeps them in a folder"
         )
     return None
+
+
+def _check_room(forecast: Forecast, where: Where, options: FeatureOptions) -> None:
+    """Refuse features for which there is no room, before the rows are run.
+
+    Raises:
+        OverLimit: saying what they would take.
+    """
+    size = f"features of {forecast.rows} rows would take {format_bytes(forecast.size)}"
+    if forecast.size > options.limit:
+        raise OverLimit(
+            f"{size}, and the limit is {format_bytes(options.limit)}: allow more (--features-limit), round them "
+            "(--features-precision bf16), or choose --features off"
+        )
+    free = psutil.virtual_memory().available
+    if where == "ram" and forecast.size > free:
+        raise OverLimit(f"{size}, and {format_bytes(free)} of memory are free: choose --features disk or off")
 
 
 def _line(features: Features, forecast: Forecast, where: Where, options: FeatureOptions) -> str:

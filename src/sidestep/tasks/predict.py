@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, cast, get_args
 from datasets import ClassLabel, Dataset, Image
 
 from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace
+from sidestep.disk.feature_options import FeatureOptions
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import OWN, PROBABILITY, Probabilities, kind_named
 from sidestep.kinds.prepare import stored_labels
@@ -18,6 +19,7 @@ from sidestep.model.attach import Attached
 from sidestep.model.heads import Classify
 from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
+from sidestep.tasks.features import Tell, kept_features
 
 Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 """As `data.read` gives them, or a list of dictionaries."""
@@ -30,6 +32,7 @@ def evaluate(
     fields: Fields | None = None,
     batch_size: int = 64,
     progress: bool = False,
+    features: FeatureOptions | None = None,
 ) -> dict[str, float]:
     """The scores of a task on rows with labels. If it writes texts, they are the scores of the texts.
 
@@ -39,23 +42,52 @@ def evaluate(
         fields: None: the columns that the task was trained on.
         batch_size: rows of one pass.
         progress: whether a bar is shown.
+        features: where what frozen blocks compute of the rows is kept. None: not at all.
 
     Raises:
         DataError: for missing columns, and labels that training never had.
     """
-    return judge(model, rows, fields=fields, batch_size=batch_size, progress=progress).scores
+    return judge(model, rows, fields=fields, batch_size=batch_size, progress=progress, features=features).scores
 
 
 def judge(
-    model: Attached, rows: Rows, *, fields: Fields | None = None, batch_size: int = 64, progress: bool = False
+    model: Attached,
+    rows: Rows,
+    *,
+    fields: Fields | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+    features: FeatureOptions | None = None,
+    tell: Tell | None = None,
 ) -> Assessment:
-    """As `evaluate`, with what the scores are to be compared with."""
+    """As `evaluate`, with what the scores are to be compared with. `tell` is told what is stored."""
     rows, (fields, labels) = as_dataset(rows), _reading(model, fields)
     if fields.label is None and not kind_named(labels.kind).dual:
         raise DataError("scores need a label column: name it (--label)")
     encoded = _encode(model, rows, fields, labels)
-    return judge_encoded(
-        model, encoded, fields, labels, _generation(model), batch_size=batch_size, workers=0, progress=progress
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    if features is not None:
+        data = _only(model, encoded, fields, labels)
+        kept = kept_features(model, data, features, passes=1, autocast=False, tell=tell, **how)
+        if kept is not None:
+            encoded, how["collate"] = kept.data.train, kept.data.collate
+    return judge_encoded(model, encoded, fields, labels, _generation(model), workers=0, **how)
+
+
+def _only(model: Attached, encoded: Dataset, fields: Fields, labels: LabelSpace) -> TaskData:
+    """Rows with labels as the data of a task that is not trained."""
+    kind, stored = kind_named(labels.kind), model.extras.get("preprocessing") or {}
+    return TaskData(
+        train=encoded,
+        dev=encoded.select(range(0)),
+        labels=labels,
+        fields=fields,
+        processor=model.extras["processor"],
+        max_length=stored.get("max_length"),
+        truncated=0,
+        dev_source="",
+        collator=kind.collate,
+        generation=stored_generation(stored) if kind.writes else None,
     )
 
 
