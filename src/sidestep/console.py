@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from sidestep.messages import counted
+
 NARROW = 100
 """Columns of the tables of scores."""
 
@@ -97,14 +99,16 @@ def show_start(model: Attached, data: TaskData, settings: TrainSettings) -> None
     remark(f"learning rate {settings.rate(model.record.config):g}, seed {settings.seed}")
     metric = kind.best_by(settings.metric, len(data.labels.names))
     own = relax.last_stage(model, settings) if relax.relaxes(model) else settings
-    first = f"{relax.own(model, settings).epochs} epochs of all weights, then " if relax.relaxes(model) else ""
+    first = ""
+    if relax.relaxes(model):
+        first = f"{counted(relax.own(model, settings).epochs, 'epoch')} of all weights, then "
     if 0 < own.waits < own.epochs:
         remark(
-            f"{first}at most {own.epochs} epochs: training stops after {own.waits} without a better dev {metric} "
-            "(--patience 0: never early)"
+            f"{first}at most {counted(own.epochs, 'epoch')}: training stops after {own.waits} without a better dev "
+            f"{metric} (--patience 0: never early)"
         )
     else:
-        remark(f"{first}{own.epochs} epochs")
+        remark(f"{first}{counted(own.epochs, 'epoch')}")
 
 
 def _show_joins(data: TaskData) -> None:
@@ -191,7 +195,7 @@ def _kept(results: Results) -> str:
     kept = f"{results.best_epoch:g}, the best of {epochs} by {results.metric} on these same rows"
     if results.epochs >= results.planned_epochs:
         return kept
-    waited = f"no better {results.metric} for {results.settings['patience']} epochs"
+    waited = f"no better {results.metric} for {counted(results.settings['patience'], 'epoch')}"
     return f"{kept}\nstopped after {epochs} of {planned}: {waited}"
 
 

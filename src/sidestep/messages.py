@@ -14,6 +14,11 @@ def about(seconds: float) -> str:
     return f"about {round(seconds / 60)} min" if seconds < 90 * 60 else f"about {seconds / 3600:.1f} h"
 
 
+def counted(number: float, what: str) -> str:
+    """A number of things: "1 epoch", "3 epochs"."""
+    return f"{number:g} {what}" if number == 1 else f"{number:g} {what}s"
+
+
 def some(names: Iterable[str], most: int = 4) -> str:
     """The first `most` names and how many more there are. "nothing" if there are no names."""
     every = list(names)

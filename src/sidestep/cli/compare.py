@@ -12,6 +12,7 @@ from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import INTERRUPTED, reporting
 from sidestep.cli.values import backbone_named, unescaped
 from sidestep.console import hush, remark, show_table
+from sidestep.messages import about, counted
 
 if TYPE_CHECKING:
     from sidestep.compare.spec import Comparison
@@ -45,6 +46,11 @@ def compare(
     batch_size: opt.BatchSize = 32,
     seeds: opt.Seeds = 3,
     bf16: opt.Bf16 = False,
+    budget: opt.Budget = None,
+    features: opt.Features = "off",
+    features_folder: opt.FeaturesFolder = None,
+    features_limit: opt.FeaturesLimit = "50GB",
+    features_precision: opt.FeaturesPrecision = "same",
     no_costs: opt.NoCosts = False,
     only: opt.Only = None,
     quick: opt.Quick = False,
@@ -88,6 +94,11 @@ def compare(
                 "batch_size": batch_size,
                 "max_length": max_length,
                 "bf16": bf16,
+                "budget": budget,
+                "features": features,
+                "features_folder": None if features_folder is None else str(features_folder),
+                "features_limit": features_limit,
+                "features_precision": features_precision,
                 **({"costs": False} if no_costs else {}),
             }
             comparison = comparison_from(values, Path(), "the command line")
@@ -143,7 +154,10 @@ def _show_plan(comparison: Comparison) -> None:
         for one in lines
     ]
     runs = sum(one.trials + one.scores for one in lines)
-    show_table(f"{runs} runs of {comparison.epochs} epochs", ("backbone", "task", "contender", "rates", "seeds"), table)
+    title = f"{runs} runs of {counted(comparison.epochs, 'epoch')}"
+    if comparison.budget is not None:
+        title = f"{about(comparison.budget)} for each contender on each task"
+    show_table(title, ("backbone", "task", "contender", "rates", "seeds"), table)
     for one in comparison.contenders:
         if (plain := comparison.score_of(one)) is not None:
             remark(f"{one.name}: costs only; its scores are those of {plain}")

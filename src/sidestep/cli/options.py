@@ -195,6 +195,9 @@ ComparedRows = Annotated[str | None, _data("--train", help=f"Training rows: {SOU
 ComparedDev = Annotated[str | None, _data("--dev", help="Dev rows. Default: a fifth of the training rows.")]
 MostRows = Annotated[int | None, _data("--rows", help="Most training rows. Default: all.")]
 Seeds = Annotated[int, _training(help="How many seeds, from 0.", min=1, max=1000)]
+Budget = Annotated[
+    str | None, _training("--budget", help="Equal time for each contender on each task instead of equal epochs: 10m.")
+]
 NoCosts = Annotated[bool, _running("--no-costs", help="Measure no memory and time of steps.")]
 Only = Annotated[str | None, _running("--only", help="Contenders to run, of those compared: read,lora.")]
 Quick = Annotated[bool, _running("--quick", help="One seed, few rows, epochs and rates: ends in minutes.")]

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sidestep.backbone import digest_of, pretrained_tensors
+from sidestep.backbone import Digest, digest_of, pretrained_tensors
 from sidestep.backbone.families import Pool
 from sidestep.backbone.gguf import gguf_parts, is_gguf
 from sidestep.backbone.load import check_writes, load_backbone
@@ -41,7 +41,7 @@ class Bench:
         spec: what was asked for.
         model: the backbone, on its device.
         processor: its tokenizer or image processor.
-        digest: of its weights.
+        known: the digest of its weights.
         precision: "bf16 autocast", or the dtype of the weights.
         attention: implementation.
         writes: the kind of its tasks if those are texts to write. The backbone has its language model head then.
@@ -50,7 +50,7 @@ class Bench:
     spec: Backbone
     model: nn.Module
     processor: Any
-    digest: str
+    known: Digest
     precision: str
     attention: str
     writes: Written | None = None
@@ -79,7 +79,7 @@ class Bench:
             spec=spec,
             model=model,
             processor=load_processor(spec.model, revision=spec.revision),
-            digest=digest_of(pretrained_tensors(model)).exact[:16],
+            known=digest_of(pretrained_tensors(model)),
             precision="bf16 autocast" if bf16 else dtype,
             attention=getattr(getattr(model, "config", None), "_attn_implementation", None) or "timm's own",
             writes=writes,
@@ -98,7 +98,7 @@ class Bench:
     def attach(self, contender: Contender, head: HeadConfig | None, seed: int) -> SideModel:
         """The contender on the backbone, with weights of this seed. `detach` brings the backbone back."""
         torch.manual_seed(seed)
-        return attach(
+        attached = attach(
             self.model,
             contender.config,
             head=head,
@@ -107,6 +107,8 @@ class Bench:
             keep=contender.keep,
             lm_loss=self.lm_loss,
         )
+        attached.digest = self.known  # the weights are those that were loaded: `detach` brings them back to the bit
+        return attached
 
     @property
     def lm_loss(self) -> LmLoss:
@@ -138,7 +140,7 @@ class Bench:
         return {
             "backbone": self.spec.name,
             "model": self._model(),
-            "digest": self.digest,
+            "digest": self.known.exact[:16],
             "pool": self.pool(contender),
             "contender": contender.name,
             "method": contender.method,

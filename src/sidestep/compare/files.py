@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from sidestep.backbone.gguf import GGUF, gguf_name, gguf_parts, is_gguf
 from sidestep.backbone.source import TIMM, VIT
+from sidestep.compare.budget import seconds_of
 from sidestep.compare.ledger import places
 from sidestep.compare.spec import (
     CHECKPOINT,
@@ -26,8 +27,10 @@ from sidestep.compare.spec import (
 )
 from sidestep.data import Fields, TableOptions
 from sidestep.disk.atomic import check_file, refuse_inputs
+from sidestep.disk.feature_options import FeatureOptions
 from sidestep.disk.sources import backbones_at, rows_at
 from sidestep.kinds.prepare import check_kind
+from sidestep.measure.plan import memory_of
 from sidestep.methods import method_named, methods
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -112,6 +115,9 @@ def comparison_from(values: Mapping[str, Any], base: Path, where: str) -> Compar
         "holdout": table.get("holdout", float),
         "attention": table.get("attention", str),
     }
+    if (budget := table.get("budget", str)) is not None:
+        given["budget"] = table.made(seconds_of, text=budget)
+    given["features"] = _features(table)
     contenders = (*map(Contender.named, named or ()), *map(_contender, own)) or default_contenders()
     found = {name: value for name, value in given.items() if value is not None}
     comparison = table.made(Comparison, backbones=backbones, tasks=tasks, contenders=contenders, costs=None, **found)
@@ -270,6 +276,19 @@ def _contender(table: _Table) -> Contender:
     )
     table.finish()
     return found
+
+
+def _features(table: _Table) -> FeatureOptions | None:
+    """Where features are kept, if the file says it."""
+    limit = table.get("features_limit", str)
+    wanted = {
+        "where": table.get("features", str),
+        "folder": None if (folder := table.get("features_folder", str)) is None else Path(folder).expanduser(),
+        "limit": None if limit is None else table.made(memory_of, text=limit),
+        "precision": table.get("features_precision", str),
+    }
+    found = {name: value for name, value in wanted.items() if value is not None}
+    return table.made(FeatureOptions, **found) if found else None
 
 
 def _costs(table: _Table, given: Mapping[str, Any]) -> Costs | None:

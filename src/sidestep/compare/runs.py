@@ -15,6 +15,7 @@ from typing import Any
 
 from sidestep.backbone.processors import load_processor
 from sidestep.compare.bench import Bench, Prepared, Rows, pairs, written_by
+from sidestep.compare.budget import Search, Spent
 from sidestep.compare.costs import measure_costs
 from sidestep.compare.files import check_results
 from sidestep.compare.forecast import Forecast, Run, step_pace
@@ -22,13 +23,17 @@ from sidestep.compare.ledger import Ledger, Tell
 from sidestep.compare.records import Kind, Record
 from sidestep.compare.spec import Comparison, Contender, Task
 from sidestep.data.joins import NOTHING
+from sidestep.disk.features import FeatureStore
 from sidestep.kinds.prepare import TaskData
-from sidestep.messages import about
+from sidestep.messages import about, counted
 from sidestep.metrics import GREATER_IS_BETTER
 from sidestep.model.attach import detach
 from sidestep.model.side_model import SideModel
 from sidestep.training.results import Results
 from sidestep.training.train import head_for, train
+
+Choice = tuple[float, int]
+"""A learning rate, and how many epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +126,8 @@ class _Session:
         self.refused = {name: reason for name, reason in refused.items() if reason is not None}
         self.running = [one for one in comparison.scored if one.name not in self.refused]
         self.done, self.total = 0, 0
+        self.shared = FeatureStore(None, comparison.features.limit)
+        self.spent: dict[tuple[str, str], Spent] = {}
         self.forecast, self.started = Forecast({}, {}), False
 
     def run(self, prepared: list[Prepared]) -> None:
@@ -131,13 +138,13 @@ class _Session:
         if (costs := self.comparison.costs) is not None:
             measure_costs(self.comparison, costs, self.bench, self.ledger, self.refused)
         self.forecast = self._forecast(prepared)
-        rates = {}
+        chosen = {}
         for task in prepared:
-            rates[task.task.name] = self._rates(task)
-            self._score(task, rates[task.task.name], first)
+            chosen[task.task.name] = self._chosen(task)
+            self._score(task, chosen[task.task.name], first)
         for seed in others:
             for task in prepared:
-                self._score(task, rates[task.task.name], seed)
+                self._score(task, chosen[task.task.name], seed)
 
     def _refuse(self, prepared: list[Prepared]) -> None:
         for one in self.comparison.scored:
@@ -146,42 +153,67 @@ class _Session:
                 for task in prepared:
                     self.ledger.without("score", self._settings(task, one, "dev", None, None), "refused", reason)
 
-    def _rates(self, task: Prepared) -> dict[str, float | None]:
-        """The best rate of each contender on held-out training rows. None if it failed at every rate."""
+    def _chosen(self, task: Prepared) -> dict[str, Choice | None]:
+        """The best rate and epochs of each contender on held-out training rows. None if it failed at every rate."""
+        epochs, seed = self.comparison.epochs, self.comparison.seeds[0]
+        if self.comparison.budget is not None:
+            return {one.name: self._within(task, one, self.comparison.budget) for one in self.running}
         if not _trials(self.comparison):
-            return {one.name: one.rates[0] for one in self.running}
-        seed = self.comparison.seeds[0]
-        found: dict[str, dict[float, Record]] = {one.name: {} for one in self.running}
+            return {one.name: (one.rates[0], epochs) for one in self.running}
+        found: dict[str, dict[Choice, Record]] = {one.name: {} for one in self.running}
         for number in range(_trials(self.comparison)):
             for one in self.running:
                 rate = one.rates[number]
-                found[one.name][rate] = self._once("trial", task, one, "holdout", rate, seed, task.trial)
+                found[one.name][rate, epochs] = self._once("trial", task, one, "holdout", (rate, epochs), seed)
         return {name: _best(trials) for name, trials in found.items()}
 
-    def _score(self, task: Prepared, rates: Mapping[str, float | None], seed: int) -> None:
+    def _within(self, task: Prepared, one: Contender, budget: float) -> Choice | None:
+        """The best rate and epochs that a contender finds in its time."""
+        spent = self.spent[task.task.name, one.name] = Spent(budget)
+        seed = self.comparison.seeds[0]
+        whole, part = (Run.of(one.name, data, 1).work for data in (task.data[seed], task.trial))
+        search = Search(
+            rates=one.rates,
+            trial=lambda rate, epochs: self._once("trial", task, one, "holdout", (rate, epochs), seed),
+            share=whole / part,
+            spent=spent,
+        )
+        return _best(search.run())
+
+    def _score(self, task: Prepared, chosen: Mapping[str, Choice | None], seed: int) -> None:
         """Every contender with one seed, on all training rows."""
         for one in self.running:
-            if (rate := rates[one.name]) is not None:
-                self._once("score", task, one, "dev", rate, seed, task.data[seed])
+            if (choice := chosen[one.name]) is not None:
+                record = self._once("score", task, one, "dev", choice, seed)
+                spent = self.spent.get((task.task.name, one.name))
+                if spent is not None and seed == self.comparison.seeds[0]:
+                    spent.charge(record)
+                    self.ledger.tell(
+                        f"{task.task.name}, {one.name}: {counted(choice[1], 'epoch')}, {about(spent.seconds)} of "
+                        f"{about(spent.budget)} spent"
+                    )
             else:
                 self.done += 1
                 self.forecast.done(self._run_of(one, task.data[seed]))
                 reason = "the trial of every learning rate failed"
                 self.ledger.without("score", self._settings(task, one, "dev", None, seed), "failed", reason)
 
-    def _once(
-        self, kind: Kind, task: Prepared, one: Contender, part: str, rate: float, seed: int, data: TaskData
-    ) -> Record:
+    def _once(self, kind: Kind, task: Prepared, one: Contender, part: str, choice: Choice, seed: int) -> Record:
         before = self.ledger.ran
-        settings, run = self._settings(task, one, part, rate, seed), self._run_of(one, data)
-        record = self.ledger.once(kind, settings, lambda: self._train(one, data, rate, seed))
+        data = task.trial if kind == "trial" else task.data[seed]
+        settings, run = self._settings(task, one, part, choice, seed), self._run_of(one, data)
+        record = self.ledger.once(kind, settings, lambda: self._train(one, data, choice, seed))
         self.done += 1
         if self.ledger.ran > before:
             self.forecast.done(run, record.seconds if record.measured is not None else None)
-            self.ledger.tell(f"[{self.done}/{self.total}] {_told(record)}{self._time_left()}")
+            self.ledger.tell(f"[{self.done}{self._of()}] {_told(record)}{self._time_left()}")
         else:
             self.forecast.done(run)
         return record
+
+    def _of(self) -> str:
+        """How many runs there are. With a budget nobody knows."""
+        return f"/{self.total}" if self.comparison.budget is None else ""
 
     def _forecast(self, prepared: list[Prepared]) -> Forecast:
         """The forecast of all runs on this backbone, with the steps that were measured."""
@@ -203,29 +235,35 @@ class _Session:
 
     def _say_how_long(self) -> None:
         """Once, before the first run that is not in the results file, if steps were measured."""
-        if not self.started and (seconds := self.forecast.seconds) is not None:
+        if self.comparison.budget is None and not self.started and (seconds := self.forecast.seconds) is not None:
             self.ledger.tell(
                 f"{self.bench.spec.name}: {self.forecast.runs} runs, {about(seconds)} by the measured steps"
             )
         self.started = True
 
     def _time_left(self) -> str:
+        if self.comparison.budget is not None:
+            return ""
         seconds = self.forecast.seconds
         return f"; {about(seconds)} left" if self.forecast.runs and seconds is not None else ""
 
-    def _train(self, one: Contender, data: TaskData, rate: float, seed: int) -> dict[str, Any]:
+    def _train(self, one: Contender, data: TaskData, choice: Choice, seed: int) -> dict[str, Any]:
         self._say_how_long()
         model = self.bench.attach(one, head_for(data, self.bench.pool(one)), seed)
         try:
-            return _measured(train(model, data, self.comparison.training(self.ledger.scratch, rate, seed)), model)
+            rate, epochs = choice
+            settings = self.comparison.training(self.ledger.scratch, rate, seed, epochs)
+            return _measured(train(model, data, settings, store=self.shared), model)
         finally:
             detach(model)
 
     def _settings(
-        self, task: Prepared, one: Contender, part: str, rate: float | None, seed: int | None
+        self, task: Prepared, one: Contender, part: str, choice: Choice | None, seed: int | None
     ) -> dict[str, Any]:
         """What a result says. It is found again by all of this."""
         asked, trial = self.comparison, part == "holdout"
+        rate, epochs = (None, asked.epochs) if choice is None else choice
+        timed = asked.budget is not None and not trial  # the rate and the epochs are what was found then
         data = task.trial if trial else task.data[asked.seeds[0] if seed is None else seed]
         settings = {
             **self.bench.settings(one),
@@ -233,8 +271,8 @@ class _Session:
             **_joined(data),
             "problem": data.labels.kind,
             "seed": seed,
-            "rate": rate,
-            "epochs": asked.epochs,
+            "rate": None if timed else rate,
+            "epochs": None if timed else epochs,
             "batch": asked.batch_size,
             "max_length": asked.max_length,
             "rows": len(data.train),
@@ -245,7 +283,12 @@ class _Session:
             "warmup": asked.warmup,
             "data": task.trial_fingerprint if trial else task.fingerprint,
         }
-        if not trial:
+        # what is new is told only where it is not as ever, so that results of before are found again
+        if asked.features.where != "off":
+            settings["features"] = f"{asked.features.where}, {asked.features.precision}"
+        if timed:
+            settings["budget"] = asked.budget
+        elif not trial:
             tried = _trials(asked)
             settings["trials"] = {"rates": max(tried, 1), "rows": len(task.trial.train) if tried else 0}
         return settings
@@ -268,16 +311,16 @@ def _joined(data: TaskData) -> dict[str, Any]:
     return {} if data.separators == NOTHING else {"separators": asdict(data.separators)}
 
 
-def _best(trials: Mapping[float, Record]) -> float | None:
-    """The rate with the best score. Of equal ones the one with the smaller loss."""
+def _best(trials: Mapping[Choice, Record]) -> Choice | None:
+    """The rate and epochs with the best score. Of equal ones those with the smaller loss."""
 
     def value(measured: Mapping[str, Any]) -> tuple[float, float]:
         sign = 1 if GREATER_IS_BETTER.get(measured["metric"], True) else -1
         loss = (measured.get("history") or [{}])[-1].get("dev_loss")
         return sign * measured["score"], -(loss if loss is not None else math.inf)
 
-    came_through = {rate: record.measured for rate, record in trials.items() if record.measured is not None}
-    return max(came_through, key=lambda rate: value(came_through[rate]), default=None)
+    came_through = {choice: record.measured for choice, record in trials.items() if record.measured is not None}
+    return max(came_through, key=lambda choice: value(came_through[choice]), default=None)
 
 
 def _measured(results: Results, model: SideModel) -> dict[str, Any]:
@@ -309,13 +352,20 @@ def _measured(results: Results, model: SideModel) -> dict[str, Any]:
         "task_bytes": results.task_bytes,
         "train_seconds": round(sum(results.epoch_seconds) + sum(first["epoch_seconds"] if first else ()), 4),
         "epoch_seconds": statistics.median(results.epoch_seconds),
+        "run_seconds": results.seconds,
+        "epochs": results.planned_epochs,
+        "rate": results.learning_rate,
+        **({} if results.features is None else {"features": results.features}),
         **further,
     }
 
 
 def _told(record: Record) -> str:
     asked = record.settings
-    text = f"{asked['task']}, {asked['contender']}, rate {asked['rate']:g}, seed {asked['seed']}, {asked['part']}: "
+    text = f"{asked['task']}, {asked['contender']}, "
+    if asked["rate"] is not None:
+        text += f"rate {asked['rate']:g}, {counted(asked['epochs'], 'epoch')}, "
+    text += f"seed {asked['seed']}, {asked['part']}: "
     if record.measured is None:
         return f"{text}failed: {record.reason}"
     return f"{text}{record.measured['metric']} {record.measured['score']:.4f} ({record.seconds:.0f} s)"

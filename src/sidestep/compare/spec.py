@@ -16,6 +16,7 @@ from datasets import Dataset
 from sidestep.backbone import Noise, check_noise
 from sidestep.backbone.families import Pool
 from sidestep.data import Fields, Kind, TableOptions, holdout, read
+from sidestep.disk.feature_options import FeatureOptions
 from sidestep.interface.keep import ROUNDED, Keep, check_keep
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.prepare import strata
@@ -205,6 +206,9 @@ class Comparison:
         holdout: share of the training rows on which rates are chosen.
         attention: implementation. None: the backbone's default.
         costs: None: no steps are measured.
+        budget: seconds that every contender has for a task, for its trials and its first score together. It affords
+            many epochs or few, and `epochs` does not matter (see `compare.budget`). None: equal trials of `epochs`.
+        features: where what frozen blocks compute is kept. The contenders that only read it share it.
 
     Raises:
         ValueError: if something is named twice, out of range, or contenders have different numbers of rates.
@@ -226,6 +230,8 @@ class Comparison:
     holdout: float = 0.2
     attention: Attention | None = None
     costs: Costs | None = field(default_factory=Costs)
+    budget: float | None = None
+    features: FeatureOptions = field(default_factory=FeatureOptions)
 
     def __post_init__(self) -> None:
         for name in ("backbones", "tasks", "contenders", "seeds"):
@@ -242,19 +248,20 @@ class Comparison:
         _require("schedule", self.schedule, self.schedule in schedules, " or ".join(schedules))
         for seed in self.seeds:
             self.training(Path(), self.contenders[0].rates[0], seed)
+        _require("budget", self.budget, self.budget is None or self.budget > 0, "a time such as 10m, or not given")
         _require("holdout", self.holdout, 0 < self.holdout < 1, "a share between 0 and 1")
         _require("attention", self.attention, self.attention in (None, *get_args(Attention)), "sdpa or eager")
         self._check_effort()
 
-    def training(self, output: Path, rate: float, seed: int) -> TrainSettings:
-        """How a contender is trained.
+    def training(self, output: Path, rate: float, seed: int, epochs: int | None = None) -> TrainSettings:
+        """How a contender is trained, for other `epochs` if some are given.
 
         Raises:
             ValueError: if a setting is out of range.
         """
         return TrainSettings(
             output=output,
-            epochs=self.epochs,
+            epochs=epochs or self.epochs,
             batch_size=self.batch_size,
             learning_rate=rate,
             weight_decay=self.weight_decay,
@@ -268,10 +275,16 @@ class Comparison:
             log_steps=NEVER,
             overwrite=True,
             progress=False,
+            features=self.features.where,
+            features_folder=self.features.folder,
+            features_limit=self.features.limit,
+            features_precision=self.features.precision,
         )
 
     def _check_effort(self) -> None:
-        """Refuses contenders that are tuned more than others."""
+        """Refuses contenders that are tuned more than others. With a budget their time is equal."""
+        if self.budget is not None:
+            return
         counts = {contender.name: len(contender.rates) for contender in self.contenders}
         if len(set(counts.values())) > 1:
             raise ValueError(

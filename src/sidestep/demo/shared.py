@@ -17,6 +17,7 @@ from sidestep.console import remark, show_table
 from sidestep.kinds.prepare import TaskData
 from sidestep.measure.memory import format_bytes
 from sidestep.measure.step import StepCost, measure_step
+from sidestep.messages import counted
 from sidestep.methods import FullConfig, MethodConfig
 from sidestep.model.attach import attach, detach
 from sidestep.tasks.predict import evaluate
@@ -57,7 +58,7 @@ def train_contestant(
         settings: of the training. The task goes to a folder in `output`, and what lies there is replaced.
         test: rows that the returned scores are of. None: the dev rows, as in the results.json that is written.
     """
-    remark(f"\n{contestant.name}: {settings.epochs} epochs at a learning rate of {contestant.rate:g}")
+    remark(f"\n{contestant.name}: {counted(settings.epochs, 'epoch')} at a learning rate of {contestant.rate:g}")
     settings = replace(
         settings, output=settings.output / contestant.task, learning_rate=contestant.rate, overwrite=True
     )

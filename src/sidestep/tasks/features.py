@@ -70,7 +70,8 @@ def kept_features(
         passes: over all rows, which would be live ones else.
         batch_size: rows of a frozen pass.
         autocast: whether the run is under autocast to bfloat16.
-        store: in memory, which several runs of this process share. None: one of its own.
+        store: in memory, which several runs of this process share. With one, what cannot be stored is no error. None:
+            one of its own.
         tell: called with a line that says what is stored, or why nothing is.
         progress: whether a bar is shown.
 
@@ -103,7 +104,7 @@ def kept_features(
         features.fill(progress=progress)
         _prove(features, again=before, progress=progress)
     except FeaturesRefused as error:
-        if options.where != "auto":
+        if options.where != "auto" and store is None:
             raise ValueError(f"--features {options.where}: {error}. Leave --features out") from error
         tell(f"features: none, as {error}")
         return None

@@ -27,7 +27,7 @@ from sidestep.kinds.prepare import head_for
 from sidestep.kinds.task_data import TaskData
 from sidestep.measure.plan import check_fits, settle_keep
 from sidestep.measure.step import measure_step
-from sidestep.messages import about
+from sidestep.messages import about, counted
 from sidestep.model.attach import Attached
 from sidestep.model.heads import named
 from sidestep.model.initialise import initialise, samples_of
@@ -76,7 +76,8 @@ def train(
         recipe: the name of the recipe that is followed and what differs from it. The results tell it.
         tell: called before training with lines that say what is stored, and how long training will take, if steps are
             measured.
-        store: where features are kept for several runs of this process. None: as the settings say.
+        store: in memory, for features of several runs of this process. With one, a method whose features cannot be
+            stored runs live, whatever the settings ask for.
 
     Returns:
         What results.json holds. The model is left with the kept weights, in eval mode.
@@ -269,7 +270,7 @@ def _estimate(
     seconds = Pace.measured(model, data, settings).seconds(epochs, more_evaluations=not ends_scored(settings))
     if tell is not None:
         early = ", less if training stops early" if 0 < settings.waits < settings.epochs else ""
-        tell(f"time: {about(seconds)} for {epochs:g} epochs{early}")
+        tell(f"time: {about(seconds)} for {counted(epochs, 'epoch')}{early}")
     return seconds
 
 
