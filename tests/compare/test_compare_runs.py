@@ -67,7 +67,7 @@ def told(found: list[Record]) -> list[tuple[Any, ...]]:
 
 def outcome(found: list[Record]) -> dict[str, Any]:
     """What has to be the same in every run of the same settings."""
-    timing = ("train_seconds", "epoch_seconds")
+    timing = ("train_seconds", "epoch_seconds", "run_seconds")
     return {
         one.key: {name: value for name, value in (one.measured or {}).items() if name not in timing} for one in found
     }
@@ -247,10 +247,10 @@ def test_a_run_that_fails_is_written_down_passed_over_and_tried_again(
 ) -> None:
     train, output = runs.train, tmp_path / "results.jsonl"
 
-    def breaks(model: Any, data: Any, settings: Any) -> Any:
+    def breaks(model: Any, data: Any, settings: Any, **how: Any) -> Any:
         if model.record.name == "full" and settings.learning_rate == 1e-3:
             raise TrainError("training diverged (loss is nan at step 3)")
-        return train(model, data, settings)
+        return train(model, data, settings, **how)
 
     monkeypatch.setattr(runs, "train", breaks)
     found = run(comparison(place, seeds=[0], epochs=1), output, tell=silent)
@@ -268,10 +268,10 @@ def test_a_contender_that_fails_at_every_rate_does_not_stop_the_others(
 ) -> None:
     train = runs.train
 
-    def breaks(model: Any, data: Any, settings: Any) -> Any:
+    def breaks(model: Any, data: Any, settings: Any, **how: Any) -> Any:
         if model.record.name == "probe":
             raise MemoryError
-        return train(model, data, settings)
+        return train(model, data, settings, **how)
 
     monkeypatch.setattr(runs, "train", breaks)
     found = run(comparison(place, seeds=[0], epochs=1), tmp_path / "results.jsonl", tell=silent)

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def test_any_rows_places_and_counts_come_back(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for store in (FeatureStore(None, PLENTY), FeatureStore(Path(folder), PLENTY)):
             entry = store.entry(SHARE)
-            for start, end in zip(cuts, cuts[1:], strict=False):
+            for start, end in pairwise(cuts):
                 entry.add(rows[start:end], {name: each[start:end] for name, each in given_states.items()}, 0.0)
             for read in (entry, *([opened(Path(folder))] if store.folder else [])):
                 assert not read.lacking(rows, places)

@@ -71,10 +71,10 @@ def pairs(names: list[str], families: Sequence[str] = tuple(FAMILIES)) -> Any:
     return pytest.mark.parametrize(("method", "family"), ids, ids=[f"{m}-{f}" for m, f in ids])
 
 
-def costly_pairs(names: list[str]) -> Any:
-    """Every supported pair, of which `make test` runs two families and `make laws-all` the others too."""
+def costly_pairs(names: list[str], families: Sequence[str] = ("bert", "vit")) -> Any:
+    """Every supported pair, of which `make test` runs these families and `make laws-all` the others too."""
     ids = [(m, f) for m in names for f in FAMILIES if (m, f) not in REFUSED]
-    marks = {f: () if f in ("bert", "vit") else pytest.mark.all_laws for f in FAMILIES}
+    marks = {f: () if f in families else pytest.mark.all_laws for f in FAMILIES}
     cases = [pytest.param(m, f, marks=marks[f], id=f"{m}-{f}") for m, f in ids]
     return pytest.mark.parametrize(("method", "family"), cases)
 
@@ -551,7 +551,7 @@ def test_checkpointing_keeps_gradients_and_runs_late_blocks_twice(method: str, f
 # --- 9 ------------------------------------------------------------------------------------------------------
 
 
-@costly_pairs(list(METHODS))
+@costly_pairs(list(METHODS), ["vit"])
 def test_compiled_equals_eager(method: str, family: str) -> None:
     torch._dynamo.reset()
     kind = FAMILIES[family]
