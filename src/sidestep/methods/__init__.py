@@ -11,6 +11,7 @@ from sidestep.methods.dtl import DTLConfig
 from sidestep.methods.lst import LSTConfig
 from sidestep.methods.read import ReadConfig
 from sidestep.methods.sherl import SherlConfig
+from sidestep.methods.side_attention import SideAttentionConfig
 from sidestep.methods.sparse import SparseConfig
 from sidestep.methods.synqt import SynQTConfig
 from sidestep.methods.unipt import UniPTConfig
@@ -29,6 +30,7 @@ __all__ = [
     "ProbeConfig",
     "ReadConfig",
     "SherlConfig",
+    "SideAttentionConfig",
     "SideNet",
     "SparseConfig",
     "SynQTConfig",

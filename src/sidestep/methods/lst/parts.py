@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sidestep.interface.layers import rotate
 from sidestep.interface.sites import SideCache, Site, stacks
 from sidestep.methods.lst.config import LSTConfig, Sizes
 
 TEMPERATURE = 0.1  # of the gates
 DOWN_STD = 0.01  # at the start, of the maps to and from the side's width
 MAX_DISTANCE = 128  # from which on T5's relative positions share a bucket
-ROTARY_BASE = 10_000.0
 EPS = 1e-6  # of the norms
 KeysValues = tuple[Tensor, Tensor]
 
@@ -40,25 +40,6 @@ def relative_buckets(distance: Tensor, buckets: int, *, causal: bool) -> Tensor:
     share = (apart.clamp(min=1).float() / exact).log() / math.log(MAX_DISTANCE / exact)
     shared = (exact + (share * (buckets - exact)).long()).clamp(max=buckets - 1)
     return ahead + torch.where(apart < exact, apart, shared)
-
-
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary positions: channel i and its partner half the channels on turn by an angle that grows with the position.
-
-    Args:
-        x: (batch, heads, tokens, channels), an even number of channels.
-        positions: (tokens,).
-
-    Returns:
-        The same shape and precision.
-    """
-    half = x.shape[-1] // 2
-    precision = torch.promote_types(x.dtype, torch.float32)
-    powers = torch.arange(half, device=x.device, dtype=precision) / half
-    angles = positions.to(precision)[:, None] * ROTARY_BASE**-powers
-    cos, sin = angles.cos(), angles.sin()
-    one, two = x[..., :half], x[..., half:]
-    return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
