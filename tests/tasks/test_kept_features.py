@@ -86,7 +86,18 @@ def rows(count: int = 48, seed: int = 0) -> Dataset:
     return Dataset.from_list(reviews(count, seed))
 
 
+READ_BEFORE: dict[str, TaskData] = {}
+
+
 def data_of(place: Path, backbone: str = "bert", **how: Any) -> TaskData:
+    if how:
+        return prepared(place, backbone, **how)
+    if backbone not in READ_BEFORE:
+        READ_BEFORE[backbone] = prepared(place, backbone)
+    return READ_BEFORE[backbone]
+
+
+def prepared(place: Path, backbone: str, **how: Any) -> TaskData:
     processor = load_processor(place / backbone)
     if backbone == "vit":
         return prepare(read(place / "pictures"), None, IMAGE, processor, dev_fraction=0.25, **how)
@@ -203,11 +214,9 @@ def computed(place: Path, tmp_path: Path) -> Callable[..., int]:
         ("bert", "dtl", "ram", {"accumulate": 2}),
         ("bert", "probe", "disk", {}),
         ("llama", "read", "ram", {}),
-        ("llama", "sherl", "disk", {}),
         ("vit", "dtl", "disk", {}),
         ("text2text", "read", "disk", {}),
         ("lm", "read", "ram", {}),
-        ("lm", "dtl", "disk", {}),
     ],
 )
 def test_a_run_from_features_has_the_losses_and_predictions_of_a_live_one(
@@ -246,8 +255,7 @@ def test_under_autocast_states_are_those_of_autocast(
     [
         ("bert", "dtl", {"checkpoint": "late"}),
         ("bert", "read", {"keep": "replay"}),
-        ("bert", "read", {"keep": "int8"}),
-        ("llama", "lst", {"keep": "bf16"}),
+        ("llama", "lst", {"keep": "int8"}),
         ("lm", "read", {"lm_loss": "chunked"}),
     ],
 )
@@ -255,7 +263,7 @@ def test_ways_to_save_memory_change_nothing(
     run: Callable[..., Run], place: Path, backbone: str, method: str, how: dict[str, Any]
 ) -> None:
     data = data_of(place, backbone)
-    live, kept = (run(where, data, METHODS[method], backbone, attach=how, measure=True) for where in ("off", "ram"))
+    live, kept = (run(where, data, METHODS[method], backbone, attach=how) for where in ("off", "ram"))
     assert kept.computed > 0
     same_runs(live, kept, data)
 
@@ -264,7 +272,7 @@ def test_ways_to_save_memory_change_nothing(
 def test_texts_that_are_padded_on_the_left_are_as_live(
     run: Callable[..., Run], place: Path, tmp_path: Path, backbone: str
 ) -> None:
-    data = data_of(place, backbone)
+    data = prepared(place, backbone)
     data.processor.padding_side = data.processor.init_kwargs["padding_side"] = "left"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run may pad on the right instead
@@ -273,13 +281,12 @@ def test_texts_that_are_padded_on_the_left_are_as_live(
     same_runs(live, kept, data)
 
 
-@pytest.mark.parametrize("backbone", ["bert", "vit"])
-def test_backbones_in_half_precision_are_as_live(place: Path, tmp_path: Path, backbone: str) -> None:
-    data, losses = data_of(place, backbone), []
+def test_a_backbone_in_half_precision_is_as_live(place: Path, tmp_path: Path) -> None:
+    data, losses = data_of(place), []
     how: dict[str, Any] = {"epochs": 2, "batch_size": 8, "learning_rate": 0.02, "progress": False, "measure": False}
     for where in ("off", "disk"):
         torch.manual_seed(0)
-        model = ss.attach(load_backbone(place / backbone, dtype="bfloat16"), READ, head=head_for(data))
+        model = ss.attach(load_backbone(place / "bert", dtype="bfloat16"), READ, head=head_for(data))
         found = train(
             model, data, TrainSettings(output=tmp_path / where, features=where, features_folder=tmp_path / "f", **how)
         )
@@ -429,7 +436,6 @@ def test_stale_states_are_found_and_computed_again(
     same_runs(live, again, stale)
 
 
-@pytest.mark.xfail(strict=True, reason="results tell what was forecast, and not what was computed")
 def test_what_is_computed_again_is_told(run: Callable[..., Run], stale: TaskData) -> None:
     kept = run("disk", stale)
     assert kept.computed == 68
@@ -503,7 +509,6 @@ def test_a_folder_of_something_else_is_an_error_if_asked_for_and_told_if_not(pla
     assert "holds other files" in told[0]
 
 
-@pytest.mark.xfail(strict=True, reason="check_folder raises OutputError, which `auto` does not catch")
 def test_auto_goes_on_live_where_the_folder_may_not_be_written(
     run: Callable[..., Run], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -614,7 +619,7 @@ def test_another_image_processor_has_another_key(place: Path, tmp_path: Path) ->
 # --- images ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["read", "lst", "probe"])
+@pytest.mark.parametrize("method", ["lst", "probe"])
 def test_images_are_decoded_once_and_then_never(
     run: Callable[..., Run], place: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -683,11 +688,9 @@ def uneven(count: int) -> list[dict[str, Any]]:
         ("vit", "probe", True),
         pytest.param(
             *("bert", "probe", False),
-            marks=pytest.mark.xfail(strict=True, reason="the states of one token are counted by all tokens"),
         ),
         pytest.param(
             *("llama", "read", False),
-            marks=pytest.mark.xfail(strict=True, reason="the states of one token are counted by all tokens"),
         ),
     ],
 )
@@ -717,6 +720,12 @@ def test_auto_says_why_it_does_nothing_on_a_small_run(run: Callable[..., Run], p
     assert found.told == ["features: none, as all 3 frozen passes take less than 10 s"]
     assert not (tmp_path / "features").exists()
     same_runs(found, run("off", data, epochs=3), data)
+
+
+def test_passes_are_told_with_one_digit(place: Path, tmp_path: Path) -> None:
+    data, told = data_of(place), []
+    keep(attached(place, data), data, options("auto", tmp_path), told.append, passes=2 + 16 / 56)
+    assert told == ["features: none, as all 2.3 frozen passes take less than 10 s"]
 
 
 def test_auto_stores_nothing_for_a_single_pass(place: Path, tmp_path: Path) -> None:
@@ -771,7 +780,6 @@ def test_options_out_of_range_are_refused(how: dict[str, Any], said: str) -> Non
 # --- scoring -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="no column can be added to the dev rows that scoring does not have")
 @pytest.mark.parametrize("backbone", ["bert", "llama", "vit", "text2text", "lm"])
 def test_scores_from_features_are_those_without(
     run: Callable[..., Run], place: Path, tmp_path: Path, backbone: str
@@ -793,7 +801,6 @@ def test_scores_from_features_are_those_without(
         assert "rows are stored in" in told[-1]
 
 
-@pytest.mark.xfail(strict=True, reason="no column can be added to the dev rows that scoring does not have")
 def test_scoring_uses_what_training_has_stored(run: Callable[..., Run], place: Path, tmp_path: Path) -> None:
     found = run("disk", data_of(place))
     told: list[str] = []

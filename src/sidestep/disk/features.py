@@ -36,6 +36,8 @@ MARK = "sidestep-features.json"
 KEY = "key.json"
 ROWS = "rows"
 COUNTS = "#tokens"
+WAIT = 1.0
+"""Seconds to wait for another process that opens a store."""
 ABANDONED = 3600
 """Seconds after which a file that was not finished is nobody's any more."""
 
@@ -133,11 +135,12 @@ class Entry:
         shard, number = found
         return shard.row(number, place)
 
-    def seconds(self, ids: Iterable[bytes]) -> float:
-        """Seconds that the states of these rows took to compute, as they were measured then."""
+    def seconds(self, ids: Iterable[bytes], places: Sequence[str]) -> float:
+        """Seconds that these states of rows took to compute, as they were measured then."""
         total = 0.0
         for row in set(ids):
-            total += sum(shard.seconds / len(shard.rows) for shard, _ in self._found.get(row, ()))
+            shards = {id(found[0]): found[0] for place in places if (found := self._shard(row, place)) is not None}
+            total += sum(shard.seconds / len(shard.rows) for shard in shards.values())
         return total
 
     def add(self, ids: Sequence[bytes], states: Mapping[str, Sequence[Tensor]], seconds: float) -> None:
@@ -164,16 +167,17 @@ class Entry:
             with whole(path) as new:
                 save_file(tensors, new, metadata=about)
         except (OSError, SafetensorError) as error:
-            if _is_full(error):
-                raise DiskFull(f"the disk of {self.store.folder} is full") from error
-            raise FeatureError(f"features cannot be written to {self.folder} ({error})") from error
+            raise _failed(error, self.folder.parent) from error
         self.refresh()
 
     def drop(self) -> None:
         """Forget all states, in the folder too."""
+        held = {id(shard): shard for found in self._found.values() for shard, _ in found}
         self._found.clear()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            self.store.spend(-sum(_bytes(state) for shard in held.values() for state in shard.states.values()))
 
     def _describe(self) -> None:
         assert self.folder is not None
@@ -227,12 +231,18 @@ class FeatureStore:
         if folder is None:
             return
         check_store(folder)
-        check_folder(folder)
-        if not (folder / MARK).exists():
-            with whole(folder / MARK) as new:
-                new.write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
         try:
-            with FileLock(folder / "clearing.lock", timeout=0):
+            check_folder(folder)
+            if not (folder / MARK).exists():
+                with whole(folder / MARK) as new:
+                    new.write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
+        except OutputError as error:
+            raise FeatureError(str(error)) from error
+        except OSError as error:
+            raise _failed(error, folder) from error
+        try:
+            # others that open the store hold it for a moment too
+            with FileLock(folder / "clearing.lock", timeout=WAIT):
                 pass
         except Timeout as error:
             raise FeatureError(
@@ -250,8 +260,9 @@ class FeatureStore:
             folder = None if self.folder is None else self.folder / name
             self._entries[name] = Entry(key, self, folder)
         entry = self._entries[name]
-        if entry.folder is not None and (entry.folder / KEY).exists():
-            os.utime(entry.folder / KEY)
+        if entry.folder is not None:
+            with suppress(FileNotFoundError):  # not there yet, or another process has made room
+                os.utime(entry.folder / KEY)
         entry.refresh()
         return entry
 
@@ -278,18 +289,18 @@ class FeatureStore:
         assert self.folder is not None
         stored = sorted(self.stored(), key=lambda entry: entry.used)
         total = sum(entry.size for entry in stored)
-        for entry in stored:
-            if total + size <= self.limit:
-                return
-            if entry.name != but and entry.name not in self._entries:
-                _log.info("features of %s were not used for longest, and are removed", entry.name)
-                shutil.rmtree(self.folder / entry.name, ignore_errors=True)
-                total -= entry.size
-        if total + size > self.limit:
+        others = [entry for entry in stored if entry.name != but and entry.name not in self._entries]
+        if total - sum(entry.size for entry in others) + size > self.limit:
             raise OverLimit(
                 f"features would take more than the limit of {_told(self.limit)}: allow more (--features-limit), or "
                 "clear others (sidestep features clear)"
             )
+        for entry in others:
+            if total + size <= self.limit:
+                return
+            _log.info("features of %s were not used for longest, and are removed", entry.name)
+            shutil.rmtree(self.folder / entry.name, ignore_errors=True)
+            total -= entry.size
 
     def stored(self) -> Iterator[Stored]:
         """What is in the folder."""
@@ -321,13 +332,23 @@ def name_of(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:32]
 
 
+def has_features(folder: Path) -> bool:
+    """Whether a store was made in a folder. Errors as of `check_store`, and if the folder may not be looked at."""
+    try:
+        check_store(folder)
+        return (folder / MARK).exists()
+    except OSError as error:
+        raise _failed(error, folder) from error
+
+
 def check_store(folder: Path) -> None:
     """Refuse a folder that holds something else, or features of a newer format.
 
     Raises:
         FeatureError: saying which.
     """
-    if not folder.is_dir() or not any(folder.iterdir()):
+    # another process that makes the store now writes its mark beside, under such a name
+    if not folder.is_dir() or all(path.name.startswith(".") and path.suffix == ".new" for path in folder.iterdir()):
         return
     try:
         told = json.loads((folder / MARK).read_text(encoding="utf-8"))["format"]
@@ -363,7 +384,8 @@ def _read(path: Path, entry: str) -> Shard | None:
 def _stored(path: Path) -> Stored:
     size, rows, used = 0, 0, path.stat().st_mtime
     for file in path.iterdir():
-        size += file.stat().st_size
+        with suppress(FileNotFoundError):  # renamed or removed meanwhile
+            size += file.stat().st_size
         if file.suffix == ".safetensors":
             with suppress(OSError, SafetensorError), safe_open(file, "pt") as shard:
                 rows += shard.get_slice(ROWS).get_shape()[0]
@@ -393,5 +415,14 @@ def _is_full(error: BaseException) -> bool:
     return "No space left" in str(error) or "quota" in str(error).lower()
 
 
+def _failed(error: BaseException, folder: Path) -> FeatureError:
+    """What is said where nothing can be written."""
+    if _is_full(error):
+        return DiskFull(f"the disk of {folder} is full")
+    return FeatureError(f"features cannot be written to {folder} ({error})")
+
+
 def _told(size: int) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
+    # as --features-limit is read: in powers of 1024
+    power = min((max(size, 1).bit_length() - 1) // 10, 4)
+    return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

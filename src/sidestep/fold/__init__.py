@@ -7,7 +7,7 @@ A `Pass` is one run of the backbone, a `Strand` what one method owns along it. `
 from sidestep.fold.calls import fed, recorded
 from sidestep.fold.fold import Fold
 from sidestep.fold.hooks import Driver, Hooks, is_hooked
-from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token, take_rows
+from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token
 from sidestep.fold.stored import Look, Recorder, Route, States, place_name
 from sidestep.fold.strand import Strand
 
@@ -30,5 +30,4 @@ __all__ = [
     "place_name",
     "recorded",
     "single_token",
-    "take_rows",
 ]

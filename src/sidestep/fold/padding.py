@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from sidestep.backbone.facts import Added
 from sidestep.backbone.families import Pool
-from sidestep.fold.passes import take_rows
-from sidestep.interface.layers import last_kept
+from sidestep.interface.layers import last_kept, take_rows
 from sidestep.interface.sites import Site
 
 

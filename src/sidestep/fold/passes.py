@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sidestep.interface.layers import masked_mean
@@ -114,12 +113,6 @@ class Pass:
         given = (self.inputs.get(name) for name in names)
         text = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim > 1), None)
         return None if text is None else text.shape[1]
-
-
-def take_rows(hidden: Tensor, index: Tensor) -> Tensor:
-    """(batch, 1, width): one token of each row of (batch, tokens, width), copied."""
-    # not by `gather`, which keeps all tokens for backward
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), index][:, None]
 
 
 def mean_tokens(hidden: Tensor, site: Site) -> Tensor:

@@ -52,6 +52,12 @@ def last_kept(keep: Tensor) -> Tensor:
     return keep.shape[1] - 1 - keep.flip(1).int().argmax(1)
 
 
+def take_rows(hidden: Tensor, index: Tensor) -> Tensor:
+    """(batch, 1, width): one token of each row of (batch, tokens, width), copied."""
+    # not by `gather`, which keeps all tokens for backward
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), index][:, None]
+
+
 def own_token(tokens: Tensor, keep: Tensor | None, *, causal: bool) -> Tensor:
     """(batch,) position of the token that stands for a row of (batch, tokens, width).
 

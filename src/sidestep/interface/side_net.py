@@ -40,6 +40,7 @@ class SideNet(nn.Module, ABC):
         from_data: whether starting weights depend on training rows: `ss.initialise` calls `initialise` with scores
             taken on the rows.
         least_rows: the fewest rows of a batch that it can be trained on (2 where it has batch norms).
+        solved: whether training solves the head from what the method reads, and takes no steps.
     """
 
     starts_as_identity: ClassVar[bool] = False
@@ -50,6 +51,7 @@ class SideNet(nn.Module, ABC):
     corrects: bool = False
     from_data: bool = False
     least_rows: int = 1
+    solved: bool = False
 
     @property
     def splits(self) -> bool:

@@ -179,7 +179,10 @@ class Features:
         synchronize(self.model.device)
         fetching = time.perf_counter() - begin
         share = sum(self.lengths[number] for number in order) / sum(self.lengths[number] for number in numbers)
-        size = share * sum(state.numel() * state.element_size() for each in states.values() for state in each)
+        # of one token as many states are stored as there are rows
+        size = (len(order) / len(numbers) if self.route.single else share) * sum(
+            state.numel() * state.element_size() for each in states.values() for state in each
+        )
         return Forecast(rows=len(order), size=round(size), seconds=share * seconds, fetching=share * fetching)
 
     # --- computing --------------------------------------------------------------------------------------------------
@@ -297,6 +300,8 @@ class Features:
         return self.route.places == (VECTOR,)
 
     def _numbered(self, rows: Dataset, first: int) -> Dataset:
+        if not len(rows):
+            return rows
         rows = rows.with_format(None)
         if self.absent or self._is_vector:
             rows = rows.remove_columns([name for name in rows.column_names if name not in LABELS])
@@ -312,13 +317,21 @@ def key_of(model: SideModel, data: TaskData, route: Route, *, rounded: bool, aut
         "structure": _structure(model),
         "precision": f"{model.precisions}{' under autocast' if autocast else ''}",
         "stored": "bfloat16" if rounded else "as given",
-        "tokens": f"vector, {model.pool}" if route.places == (VECTOR,) else single or "all",
+        "tokens": _vector_of(model) if route.places == (VECTOR,) else single or "all",
         "attention": getattr(getattr(backbone, "config", None), "_attn_implementation", None),
         "pixels": None if data.fields.image is None else _pixels(data),
         "device": model.device.type,
         "versions": {name: version_of(name) for name in ("torch", "transformers", "timm")},
         "model": type(model.trunk).__name__,
     }
+
+
+def _vector_of(model: SideModel) -> str:
+    """What makes a vector: the head's way of reading, or the method's own read-out."""
+    if model.side.pooled_width is None:
+        return f"vector, {model.pool}"
+    config = json.dumps(model.settings.method.to_dict(), sort_keys=True)
+    return f"vector, {model.record.name} {config}"
 
 
 def stand_ins(model: SideModel, route: Route, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from sidestep.methods.diff_pruning import DiffPruningConfig
 from sidestep.methods.dtl import DTLConfig
 from sidestep.methods.lst import LSTConfig
 from sidestep.methods.read import ReadConfig
+from sidestep.methods.readout import ReadoutConfig
 from sidestep.methods.sherl import SherlConfig
 from sidestep.methods.side_attention import SideAttentionConfig
 from sidestep.methods.sparse import SparseConfig
@@ -29,6 +30,7 @@ __all__ = [
     "MethodConfig",
     "ProbeConfig",
     "ReadConfig",
+    "ReadoutConfig",
     "SherlConfig",
     "SideAttentionConfig",
     "SideNet",

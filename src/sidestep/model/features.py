@@ -75,7 +75,7 @@ def find_route(model: SideModel, batch: Mapping[str, Any]) -> Route:
     look, recorder = Look(fold.places, fold.keeping.border, elements), Recorder()
     with look.watching():
         _run(model, recorder, batch)
-    if not recorder.read and fold.keeping.border is None and _reads_vector(model):
+    if _reads_vector(model):
         with _evaluating(model):
             vector = model.vector(dict(batch))
         return Route(places=(VECTOR,), over={}, dtypes={VECTOR: vector.dtype}, single=True)
@@ -93,8 +93,9 @@ def record(model: SideModel, route: Route, batch: Mapping[str, Any]) -> Recorded
 
 
 def _reads_vector(model: SideModel) -> bool:
-    """Whether all that the task reads is the vector that a Sidestep head maps."""
-    return model.head is not None and model.side.pooled_width is None and not model.side.corrects
+    """Whether nothing is learned but the map of a vector that a Sidestep head reads."""
+    learns = any(True for _ in model.side.parameters())
+    return model.head is not None and not learns and not model.side.corrects and model.fold.keeping.border is None
 
 
 def _of_vector(vector: Tensor) -> Recorded:

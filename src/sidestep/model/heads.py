@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.backbone.families import Pool
-from sidestep.fold import Reading, mean_tokens, take_rows
+from sidestep.fold import Reading, mean_tokens
 from sidestep.interface.annotations import check_fields, from_fields
-from sidestep.interface.layers import last_kept
+from sidestep.interface.layers import last_kept, take_rows
 from sidestep.metrics import Kind
 from sidestep.model.gpo import GPO
 

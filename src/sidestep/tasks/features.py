@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from sidestep.disk.feature_options import FeatureOptions, Where
-from sidestep.disk.features import DiskFull, FeatureError, FeatureStore, OverLimit, check_store
+from sidestep.disk.features import DiskFull, FeatureError, FeatureStore, OverLimit, has_features
 from sidestep.kinds.features import Features, Forecast
 from sidestep.kinds.task_data import TaskData
 from sidestep.measure.memory import format_bytes
@@ -102,7 +102,11 @@ def kept_features(
         tell(_line(features, forecast, where, options))
         before = len(features.ids) > forecast.rows
         features.fill(progress=progress)
-        _prove(features, again=before, progress=progress)
+        computed = (
+            len(set(features.ids))
+            if _proved_anew(features, again=before, tell=tell, progress=progress)
+            else forecast.rows
+        )
     except FeaturesRefused as error:
         if options.where != "auto" and store is None:
             raise ValueError(f"--features {options.where}: {error}. Leave --features out") from error
@@ -120,9 +124,9 @@ def kept_features(
         "where": where,
         "precision": options.precision,
         "rows": len(set(features.ids)),
-        "computed": forecast.rows,
+        "computed": computed,
         "places": len(features.route.places),
-        "seconds": round(features.entry.seconds(features.ids), 3),
+        "seconds": round(features.entry.seconds(features.ids, features.route.places), 3),
         "spent_seconds": round(time.perf_counter() - begin, 3),
     }
     return Kept(data=features.fed(), told=told)
@@ -141,8 +145,7 @@ def _chosen(options: FeatureOptions, passes: float, of: Callable[[Where], Featur
     """
     if options.where != "auto":
         return options.where, of(options.where)
-    if options.place.is_dir() and any(options.place.iterdir()):
-        check_store(options.place)
+    if has_features(options.place):
         features = of("disk")
         if not features.lacking:
             return "disk", features
@@ -155,10 +158,10 @@ def _does_not_pay(forecast: Forecast, passes: float, options: FeatureOptions) ->
         return None
     live, stored = passes * forecast.seconds, forecast.seconds + passes * forecast.fetching
     if live < LEAST:
-        return f"all {passes:g} frozen passes take {about(live)}"
+        return f"all {round(passes, 1):g} frozen passes take {about(live)}"
     if stored > GAIN * live:
         return (
-            f"{passes:g} frozen passes take {about(live)}, and one pass with {passes:g} times reading "
+            f"{round(passes, 1):g} frozen passes take {about(live)}, and one pass with as many times reading "
             f"{format_bytes(forecast.size)} takes {about(stored)}"
         )
     free = psutil.virtual_memory().available
@@ -197,14 +200,17 @@ def _line(features: Features, forecast: Forecast, where: Where, options: Feature
     )
 
 
-def _prove(features: Features, *, again: bool, progress: bool) -> None:
-    """Prove what is stored. What was there before and is no more true is computed again."""
+def _proved_anew(features: Features, *, again: bool, tell: Tell, progress: bool) -> bool:
+    """Prove what is stored. What was there before and is no more true is computed again. Returns whether it was."""
     try:
         features.prove()
+        return False
     except FeaturesRefused as error:
         if not again:
             raise
         _log.warning("stored features are out of date, and are computed again (%s)", error)
         features.entry.drop()
+        tell(f"features: {len(features.lacking)} rows are computed again")
         features.fill(progress=progress)
         features.prove()
+        return True

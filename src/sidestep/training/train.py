@@ -44,6 +44,7 @@ from sidestep.training.outcome import ends_scored, history_of, judge_run, result
 from sidestep.training.pace import Pace
 from sidestep.training.results import Results
 from sidestep.training.settings import TrainSettings
+from sidestep.training.solved import solve_run
 from sidestep.training.trainer import largest_batch, make_trainer
 
 __all__ = ["TrainError", "TrainSettings", "head_for", "largest_batch", "train"]
@@ -94,6 +95,8 @@ def train(
     check_run(model, data, settings)
     _describe(model, data)
     metric = kind_named(data.labels.kind).best_by(settings.metric, len(data.labels.names))
+    if isinstance(model, SideModel) and model.side.solved:
+        return solve_run(model, data, settings, metric, recipe=recipe, tell=tell, store=store)
     identity = _identity(model, data, settings)
     if relax.relaxes(model):
         relax.check(model, settings)

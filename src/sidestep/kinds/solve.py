@@ -1,0 +1,314 @@
+"""Linear maps that are solved: ridge regression and logistic regression on vectors of rows, to convergence.
+
+Vectors are standardised by the training rows. Where there are fewer rows than channels, the map is sought in the span
+of the rows, which holds the best one exactly. With more of both than `LARGEST`, it is sought in the span of so many
+rows. Then a share of the vectors' variance is lost, which is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from torch import Tensor
+from torch.nn import functional as F
+
+from sidestep.data import DataError
+
+LARGEST = 8192
+"""Channels, or rows, beyond which the span of so many rows has to do."""
+CHUNK = 4096
+"""Rows at a time."""
+RIDGES = tuple(10.0**power for power in np.arange(-5, 2.5, 0.5))
+"""Penalties of a regression."""
+PENALTIES = tuple(10.0**power for power in np.arange(1, -5, -1.0))
+"""Penalties of a logistic regression, each of which starts from the map of the one before."""
+HELD_OUT = 0.2
+HELD = 2**26
+"""Values of coordinates that are held, 512 MiB."""
+LBFGS = {"maxiter": 1000, "maxfun": 2000, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-6}
+"""When a logistic regression has converged, as scipy's L-BFGS-B takes it."""
+RANK = 1e-10
+"""Directions of less variance than this share of the largest are rounding."""
+
+Problem = Literal["single", "multi", "regress"]
+Vectors = Callable[[int, int], Tensor]
+"""Gives (rows, channels) of the rows from one number to another, in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """A map of vectors as they are.
+
+    Attributes:
+        weight: (outputs, channels).
+        bias: (outputs,).
+        penalty: that was chosen.
+        lost: share of the variance of the vectors that the map could not read.
+        loss: mean of the training rows.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+    lost: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Coordinates in which a map is sought.
+
+    Attributes:
+        mean, scale: (channels,) of the training rows.
+        directions: (channels, coordinates), orthonormal. None: the channels themselves.
+        lost: share of the variance outside of them.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    directions: Tensor | None
+    lost: float = 0.0
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """(rows, coordinates) in float64."""
+        standard = (vectors.double() - self.mean) / self.scale
+        return standard if self.directions is None else standard @ self.directions
+
+    def unfolded(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of coordinates (coordinates, outputs) as one of the vectors as they are."""
+        full = weight if self.directions is None else self.directions @ weight
+        full = full / self.scale[:, None]
+        return full.T.float().contiguous(), (bias - self.mean @ full).float()
+
+
+def solve(
+    vectors: Vectors,
+    targets: Tensor,
+    problem: Problem,
+    *,
+    outputs: int,
+    penalty: float | None = None,
+    balanced: bool = False,
+    seed: int = 0,
+) -> Solution:
+    """The linear map of vectors that fits targets best.
+
+    Args:
+        vectors: of the rows.
+        targets: (rows,) of classes, or (rows, outputs).
+        problem: "regress" is ridge regression, "single" multinomial logistic regression, "multi" one logistic
+            regression for each class.
+        outputs: of the map.
+        penalty: weight of the map's squared norm, per row. None: a regression takes the one with the least error of
+            rows that are left out, each in turn. Else it is chosen on a fifth of the rows.
+        balanced: whether each class counts the same.
+        seed: of the draw of that fifth, and of the rows whose span is taken.
+
+    Raises:
+        DataError: if values are not finite, or a class has fewer than two rows.
+    """
+    targets = targets.cpu()
+    _check(targets, problem, outputs)
+    basis = _basis(vectors, len(targets), seed)
+    weights = _weights(targets, problem, outputs) if balanced else torch.ones(len(targets), dtype=torch.float64)
+    if problem == "regress":
+        weight, bias, chosen, loss = _ridge(vectors, basis, targets.double().view(len(targets), -1), penalty)
+    else:
+        rows = _Logistic(vectors, basis, targets, problem, outputs, weights)
+        chosen = penalty if penalty is not None else _chosen(rows, seed)
+        *_, (weight, bias, loss) = rows.path(np.arange(len(targets)), [chosen])
+    full, shift = basis.unfolded(weight, bias)
+    return Solution(weight=full, bias=shift, penalty=chosen, lost=basis.lost, loss=loss)
+
+
+def _check(targets: Tensor, problem: Problem, outputs: int) -> None:
+    if problem == "regress" and not bool(torch.isfinite(targets).all()):
+        raise DataError("targets are not all finite numbers: a readout cannot be solved for them")
+    if problem == "single":
+        counts = torch.bincount(targets.long(), minlength=outputs)
+        few = [index for index, count in enumerate(counts.tolist()) if count < 2]
+        if few:
+            raise DataError(
+                f"{len(few)} of {outputs} classes have fewer than two training rows (the first is number {few[0]}): a "
+                "readout is chosen on held-out rows of each. Give more rows, or leave these classes out"
+            )
+
+
+def _chunks(rows: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, rows, CHUNK):
+        yield start, min(start + CHUNK, rows)
+
+
+def _basis(vectors: Vectors, rows: int, seed: int) -> Basis:
+    total: Any = 0.0
+    for start, end in _chunks(rows):
+        part = vectors(start, end).double()
+        if not bool(torch.isfinite(part).all()):
+            raise DataError(
+                "the backbone's states are not all finite numbers, so nothing can be solved: load it in float32 "
+                "(--dtype float32)"
+            )
+        total = total + part.sum(0)
+    mean = total / rows
+    square: Any = 0.0
+    for start, end in _chunks(rows):
+        square = square + (vectors(start, end).double() - mean).square().sum(0)
+    variance = square / rows
+    # a channel that is constant says nothing, and is left as it is
+    scale = torch.where(variance > 1e-12 * (mean.square() + 1), variance, torch.ones_like(variance)).sqrt()
+    plain = Basis(mean, scale, None)
+    channels = len(mean)
+    if channels <= min(rows, LARGEST):
+        return plain
+    count = min(rows, LARGEST)
+    drawn = np.sort(np.random.default_rng(seed).permutation(rows)[:count])
+    span = torch.cat([plain.of(vectors(int(row), int(row) + 1)).float() for row in drawn])
+    values, rotation = torch.linalg.eigh((span @ span.T).double())
+    kept = values > RANK * values[-1]
+    directions = (span.T.double() @ rotation[:, kept]) / values[kept].sqrt()
+    inside = sum(float((plain.of(vectors(start, end)) @ directions).square().sum()) for start, end in _chunks(rows))
+    whole = float(square.div(scale.square()).sum())
+    return Basis(mean, scale, directions, max(1 - inside / whole, 0.0) if whole else 0.0)
+
+
+def _weights(targets: Tensor, problem: Problem, outputs: int) -> Tensor:
+    if problem != "single":
+        raise DataError('class_weights="balanced" is for one class a row: leave it out')
+    counts = torch.bincount(targets.long(), minlength=outputs).double()
+    return (len(targets) / (outputs * counts))[targets.long()]
+
+
+# --- ridge ------------------------------------------------------------------------------------------------------------
+
+
+def _ridge(
+    vectors: Vectors, basis: Basis, targets: Tensor, penalty: float | None
+) -> tuple[Tensor, Tensor, float, float]:
+    rows = len(targets)
+    mean = targets.mean(0)
+    gram: Any = 0.0
+    moment: Any = 0.0
+    for start, end in _chunks(rows):
+        part = basis.of(vectors(start, end))
+        gram, moment = gram + part.T @ part, moment + part.T @ (targets[start:end] - mean)
+    values, rotation = torch.linalg.eigh(gram)
+    values, moment = values.clamp(min=0), rotation.T @ moment
+    tried = RIDGES if penalty is None else (penalty,)
+    errors, residuals = [0.0] * len(tried), [0.0] * len(tried)
+    for start, end in _chunks(rows):
+        part = basis.of(vectors(start, end)) @ rotation
+        for number, one in enumerate(tried):
+            shrunk = 1 / (values + rows * one)
+            rest = targets[start:end] - mean - part @ (shrunk[:, None] * moment)
+            # of each row's own target in its prediction, the mean's share included
+            own = (part.square() @ shrunk + 1 / rows).clamp(max=1 - 1e-9)
+            errors[number] += float((rest / (1 - own)[:, None]).square().sum())
+            residuals[number] += float(rest.square().sum())
+    best = int(np.argmin(errors))
+    weight = rotation @ ((1 / (values + rows * tried[best]))[:, None] * moment)
+    return weight, mean, float(tried[best]), residuals[best] / targets.numel()
+
+
+# --- logistic regression ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Logistic:
+    """Logistic regression on coordinates."""
+
+    vectors: Vectors
+    basis: Basis
+    targets: Tensor
+    problem: Problem
+    outputs: int
+    weights: Tensor
+
+    def coordinates(self, rows: NDArray[np.int64]) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+        """Gives the coordinates of ascending rows in chunks, with their numbers.
+
+        They are held where they are few enough, and made again for each pass where not.
+        """
+        width = len(self.basis.mean) if self.basis.directions is None else self.basis.directions.shape[1]
+
+        def made() -> Iterator[tuple[Tensor, Tensor]]:
+            for start in range(0, len(rows), CHUNK):
+                part = rows[start : start + CHUNK]
+                first = int(part[0])
+                own = self.basis.of(self.vectors(first, int(part[-1]) + 1))
+                yield own[torch.from_numpy(part - first)], torch.from_numpy(part)
+
+        if self.basis.directions is None and len(rows) * width > HELD:
+            return made
+        held = list(made())
+        return lambda: iter(held)
+
+    def path(self, rows: NDArray[np.int64], penalties: Sequence[float]) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Weights, biases and mean loss for each of falling penalties. Each starts from those before."""
+        chunks = self.coordinates(rows)
+        width = next(chunks())[0].shape[1]
+        point = np.zeros((width + 1) * self.outputs)
+        for penalty in penalties:
+
+            def loss(flat: NDArray[np.float64], penalty: float = penalty) -> tuple[float, NDArray[np.float64]]:
+                return self._loss(chunks(), len(rows), flat, penalty)
+
+            found = minimize(loss, point, method="L-BFGS-B", jac=True, options=LBFGS)
+            point = found.x
+            weight, bias = self._parts(point)
+            yield weight, bias, float(found.fun) - 0.5 * penalty * float(weight.square().sum())
+
+    def score(
+        self, chunks: Callable[[], Iterator[tuple[Tensor, Tensor]]], count: int, weight: Tensor, bias: Tensor
+    ) -> float:
+        """The mean loss of rows."""
+        return sum(float(self._losses(x @ weight + bias, part).sum()) for x, part in chunks()) / count
+
+    def _loss(
+        self, chunks: Iterator[tuple[Tensor, Tensor]], count: int, flat: NDArray[np.float64], penalty: float
+    ) -> tuple[float, NDArray[np.float64]]:
+        weight, bias = self._parts(flat)
+        total = 0.5 * penalty * float(weight.square().sum())
+        of_weight, of_bias = penalty * weight, torch.zeros_like(bias)
+        for x, part in chunks:
+            logits = (x @ weight + bias).requires_grad_()
+            losses = self._losses(logits, part).sum() / count
+            (slope,) = torch.autograd.grad(losses, logits)
+            total += float(losses.detach())
+            of_weight, of_bias = of_weight + x.T @ slope, of_bias + slope.sum(0)
+        return total, torch.cat([of_weight.flatten(), of_bias]).numpy()
+
+    def _losses(self, logits: Tensor, rows: Tensor) -> Tensor:
+        targets, weights = self.targets[rows], self.weights[rows]
+        if self.problem == "single":
+            return F.cross_entropy(logits, targets.long(), reduction="none") * weights
+        losses = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+        return losses.mean(1) * weights
+
+    def _parts(self, flat: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        both = torch.from_numpy(np.asarray(flat)).view(-1, self.outputs)
+        return both[:-1], both[-1]
+
+
+def _chosen(rows: _Logistic, seed: int) -> float:
+    """The penalty with the least loss on a fifth of the rows, of which each class has its share."""
+    order = np.random.default_rng(seed).permutation(len(rows.targets))
+    if rows.problem == "single":
+        classes = rows.targets.numpy()[order]
+        # so many rows of each class to either side, at least one of them
+        place = np.empty(len(order), dtype=np.int64)
+        for name in np.unique(classes):
+            of_class = np.flatnonzero(classes == name)
+            place[of_class] = np.arange(len(of_class)) >= max(round(HELD_OUT * len(of_class)), 1)
+        held, kept = np.sort(order[place == 0]), np.sort(order[place == 1])
+    else:
+        count = max(round(HELD_OUT * len(order)), 1)
+        held, kept = np.sort(order[:count]), np.sort(order[count:])
+    apart = rows.coordinates(held)
+    losses = [rows.score(apart, len(held), weight, bias) for weight, bias, _ in rows.path(kept, PENALTIES)]
+    return float(PENALTIES[int(np.argmin(losses))])
