@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from sidestep.fold.deferred import Ended
 from sidestep.fold.fold import Fold
 from sidestep.fold.stored import Recorder, States, passing_over
+from sidestep.interface.layers import keeping_all
 
 
 def fed(fold: Fold, states: States, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -16,7 +18,9 @@ def fed(fold: Fold, states: States, call: Callable[..., Any]) -> Callable[..., A
     def passed(*args: Any, **kwargs: Any) -> Any:
         fold.stored = states
         try:
-            with passing_over(fold.places, states.route):
+            # of one token there is little to keep, and the time of many small calls to lose
+            small = keeping_all() if states.route.single else nullcontext()
+            with passing_over(fold.places, states.route), small:
                 return call(*args, **kwargs)
         finally:
             fold.stored = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +16,19 @@ from torch.utils.checkpoint import checkpoint
 ROTARY_BASE = 10_000.0
 
 
+_KEEPS: ContextVar[bool] = ContextVar("keeps", default=False)
+
+
+@contextmanager
+def keeping_all() -> Iterator[None]:
+    """Within it `recompute` keeps what a function makes: for inputs so small that it costs more to compute it again."""
+    token = _KEEPS.set(True)
+    try:
+        yield
+    finally:
+        _KEEPS.reset(token)
+
+
 def recompute(function: Callable[..., Any], *args: Any, random: bool = False) -> Any:
     """`function(*args)`, keeping only its inputs for backward: what it makes in between is computed again.
 
@@ -22,7 +37,7 @@ def recompute(function: Callable[..., Any], *args: Any, random: bool = False) ->
         args: its arguments.
         random: whether it may draw random numbers, so that the generator's state has to be saved.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _KEEPS.get():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
 

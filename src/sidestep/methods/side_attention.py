@@ -114,8 +114,8 @@ class Level(nn.Module):
 class SideAttention(SideNet):
     """Side attention: a narrow stream reads every level of a frozen model and mixes tokens.
 
-    Parameters at width d, rank r and expansion e, for n levels (the embeddings and the blocks that are read):
-    n (dr + d + r + 4r^2 + 2er^2 + er + r + 1) and rd + d.
+    A level is the embeddings or a block that is read. Parameters at width d, rank r and expansion e, for n levels:
+    n (dr + d + r + 4r^2 + 2er^2 + er + r + 1) + rd + d.
     """
 
     starts_as_identity = True
