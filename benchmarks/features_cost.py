@@ -1,6 +1,6 @@
 """What stored features save: epochs, settings and scores from features beside live ones, in one run.
 
-    python benchmarks/features_cost.py epochs    # RTE on MiniLM: one token, and all tokens at rank 8, 32, 128 and LST
+    python benchmarks/features_cost.py epochs    # RTE on MiniLM: READ of one token and of all, DTL, probe
     python benchmarks/features_cost.py lm        # SST-2, 1,000 rows, on a language model (MODELS=lm=FOLDER@FILE.gguf)
     python benchmarks/features_cost.py settings  # 16 settings of READ on MRPC: rates x ranks, one token
     python benchmarks/features_cost.py scores    # three tasks: losses and scores live, from float32, from bfloat16
@@ -82,11 +82,8 @@ def epochs() -> None:
     """Epochs in turns, live and from features."""
     cases: dict[str, tuple[MethodConfig, str | None]] = {
         "read, one token, rank 128": (ss.ReadConfig(), "cls"),
-        "read, all tokens, rank 8": (ss.ReadConfig(rank=8), None),
         "read, all tokens, rank 32": (ss.ReadConfig(rank=32), None),
         "read, all tokens, rank 128": (ss.ReadConfig(), None),
-        "lst, all tokens": (ss.LSTConfig(), None),
-        "sherl, all tokens": (ss.SherlConfig(), None),
         "dtl, all tokens": (ss.DTLConfig(), None),
         "probe": (ss.ProbeConfig(), None),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -24,3 +25,18 @@ def some(names: Iterable[str], most: int = 4) -> str:
     every = list(names)
     shown = ", ".join(every[:most]) or "nothing"
     return shown if len(every) <= most else f"{shown} and {len(every) - most} more"
+
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def duration_of(text: str) -> float:
+    """Seconds of a time such as "90s", "10m" or "1.5h".
+
+    Raises:
+        ValueError: if the text is no time.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text)
+    if found is None or not float(found[1]):
+        raise ValueError(f"budget={text!r} is no time: write for example 90s, 10m or 1.5h")
+    return float(found[1]) * UNITS[found[2]]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from test_compare_runs import comparison, place, silent  # noqa: F401 - a fixture
 
-from sidestep.compare.budget import Search, Spent, seconds_of
+from sidestep.compare.budget import Search, Spent
 from sidestep.compare.records import Record, read
 from sidestep.compare.runs import run
+from sidestep.messages import duration_of
 
 
 def record(epochs: int, *, score: float = 0.5, features: dict[str, float] | None = None) -> Record:
@@ -66,13 +67,13 @@ def test_the_frozen_pass_is_paid_once_also_by_who_found_it_stored() -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), (" 2 m ", 120)])
 def test_a_time_is_read(text: str, seconds: float) -> None:
-    assert seconds_of(text) == seconds
+    assert duration_of(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "10", "0s", "ten minutes", "-5m"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no time: write for example 90s"):
-        seconds_of(text)
+        duration_of(text)
 
 
 def test_contenders_get_equal_time_share_features_and_continue(place: Path, tmp_path: Path) -> None:  # noqa: F811

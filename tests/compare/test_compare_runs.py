@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import sidestep as ss
 from sidestep.compare import bench, runs
 from sidestep.compare.bench import Bench, Prepared, Rows, fingerprint, pairs
 from sidestep.compare.files import comparison_from
@@ -247,10 +248,10 @@ def test_a_run_that_fails_is_written_down_passed_over_and_tried_again(
 ) -> None:
     train, output = runs.train, tmp_path / "results.jsonl"
 
-    def breaks(model: Any, data: Any, settings: Any, **how: Any) -> Any:
-        if model.record.name == "full" and settings.learning_rate == 1e-3:
+    def breaks(spec: Any, *args: Any, **how: Any) -> Any:
+        if isinstance(spec.model.method, ss.FullConfig) and spec.training.learning_rate == 1e-3:
             raise TrainError("training diverged (loss is nan at step 3)")
-        return train(model, data, settings, **how)
+        return train(spec, *args, **how)
 
     monkeypatch.setattr(runs, "train", breaks)
     found = run(comparison(place, seeds=[0], epochs=1), output, tell=silent)
@@ -268,10 +269,10 @@ def test_a_contender_that_fails_at_every_rate_does_not_stop_the_others(
 ) -> None:
     train = runs.train
 
-    def breaks(model: Any, data: Any, settings: Any, **how: Any) -> Any:
-        if model.record.name == "probe":
+    def breaks(spec: Any, *args: Any, **how: Any) -> Any:
+        if isinstance(spec.model.method, ss.ProbeConfig):
             raise MemoryError
-        return train(model, data, settings, **how)
+        return train(spec, *args, **how)
 
     monkeypatch.setattr(runs, "train", breaks)
     found = run(comparison(place, seeds=[0], epochs=1), tmp_path / "results.jsonl", tell=silent)
@@ -385,8 +386,8 @@ def test_a_run_without_a_finite_score_fails_and_is_told(
     train, scores, told_lines = runs.train, [math.inf, math.nan], list[str]()
 
     def diverged(*args: Any, **how: Any) -> Any:
-        found = train(*args, **how)
-        return replace(found, scores={**found.scores, found.metric: scores.pop()})
+        model, data, found = train(*args, **how)
+        return model, data, replace(found, scores={**found.scores, found.metric: scores.pop()})
 
     monkeypatch.setattr(runs, "train", diverged)
     asked = comparison(place, contender=[{"method": "probe", "rates": [0.01]}], epochs=1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_every_method import REFUSED, SIDE, attach, gradients, logits
+from test_every_method import DELTA, METHODS, REFUSED, SIDE, attach, gradients, logits
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -16,7 +16,8 @@ from sidestep.kinds.features import stand_ins
 from sidestep.model.features import VECTOR, find_route, record
 from tiny import FAMILIES, randomize
 
-PAIRS = [(m, f) for m in SIDE for f in FAMILIES if (m, f) not in REFUSED]
+LATE = [name for name in DELTA if METHODS[name].implementation.late]
+PAIRS = [(m, f) for m in (*SIDE, *LATE) for f in FAMILIES if (m, f) not in REFUSED]
 
 
 def stored(model: ss.SideModel, batch: dict[str, Tensor]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from tiny import FAMILIES, LABELS, TinyFamily, call, logits, randomize
 TINY: dict[str, dict[str, Any]] = {
     "diff_pruning": {"density": 0.05},
     "dtl": {"rank": 4, "late_blocks": 2},
+    "late_lora": {"rank": 4, "blocks": 1},
     "lst": {"reduction": 2, "heads": 2, "dropout": 0.0},
     "sherl": {"reduction": 4, "dropout": 0.0},
     "side_attention": {"rank": 4, "heads": 2, "dropout": 0.0},
@@ -43,7 +44,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 METHODS = {name: method for name, method in methods().items() if name != "collect"}
 METHODS |= {name: METHODS[method] for name, (method, _) in VARIANTS.items()}
 #: Methods that only a Sidestep head can read.
-OWN_READ_OUT = ("synqt", "sherl-vector", "unipt-vector")
+OWN_READ_OUT = ("readout", "synqt", "sherl-vector", "unipt-vector")
 SIDE = [name for name, method in METHODS.items() if issubclass(method.implementation, SideNet)]
 #: Those under which a language model's own head writes text.
 WRITING = [name for name in SIDE if name not in OWN_READ_OUT]
@@ -60,6 +61,7 @@ NOT_ON_RESNETS = (
     "unipt",
     *ONE_VECTOR,
     "lora",
+    "late_lora",
     "dora",
     "ia3",
     "late_writer",

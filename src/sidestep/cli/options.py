@@ -195,6 +195,7 @@ ComparedRows = Annotated[str | None, _data("--train", help=f"Training rows: {SOU
 ComparedDev = Annotated[str | None, _data("--dev", help="Dev rows. Default: a fifth of the training rows.")]
 MostRows = Annotated[int | None, _data("--rows", help="Most training rows. Default: all.")]
 Seeds = Annotated[int, _training(help="How many seeds, from 0.", min=1, max=1000)]
+AutoBudget = Annotated[str, _training("--budget", help="Time for --method auto, with its last training: 90s, 10m, 1h.")]
 Budget = Annotated[
     str | None, _training("--budget", help="Equal time for each contender on each task instead of equal epochs: 10m.")
 ]

@@ -12,6 +12,10 @@ from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import backbone_named, config_from, feature_options, table_options, unescaped, value_of
 from sidestep.console import Shown, hush, show_answers, show_results
+from sidestep.messages import duration_of
+
+AUTO = "auto"
+"""In the place of a method: it is chosen."""
 
 if TYPE_CHECKING:
     from sidestep.backbone.recompute import Checkpoint
@@ -86,6 +90,7 @@ def train(
     metric: opt.Metric = None,
     seed: opt.Seed = 0,
     bf16: opt.Bf16 = False,
+    budget: opt.AutoBudget = "10m",
     save_steps: opt.SaveSteps = None,
     log_steps: opt.LogSteps = 10,
     workers: opt.Workers = 0,
@@ -103,6 +108,7 @@ def train(
         from sidestep.kinds.base import kind_named
         from sidestep.methods import method_named
         from sidestep.model.heads import Retrieve
+        from sidestep.training.auto import CANDIDATES, auto
         from sidestep.training.run import DataSpec, ModelSpec, RunSpec
         from sidestep.training.run import train as run
         from sidestep.training.settings import TrainSettings
@@ -192,7 +198,10 @@ def train(
             num_beams=num_beams,
             separator=unescaped(separator),
         )
-        found = method_named(asked["method"])
+        chooses = asked["method"] == AUTO
+        if chooses and set_:
+            raise ValueError(f"--set {set_[0]} with --method auto: candidates have settings of their own. Leave it out")
+        found = method_named(CANDIDATES[0].name if chooses else asked["method"])
         model = ModelSpec(
             backbone=backbone_named(backbone, gguf),
             method=config_from(found.config, set_ or [], chosen.method_settings(found.name)),
@@ -209,6 +218,9 @@ def train(
             revision=revision,
         )
         spec = RunSpec(data=data, model=model, training=settings, recipe=chosen.record())
-        trained, rows, results = run(spec, Shown(spec.recipe))
+        if chooses:
+            trained, rows, results = auto(spec, budget=duration_of(budget), watch=Shown(spec.recipe))
+        else:
+            trained, rows, results = run(spec, Shown(spec.recipe))
         show_answers(trained, rows)
         show_results(results, Path(output))

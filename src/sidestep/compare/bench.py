@@ -31,6 +31,7 @@ from sidestep.model.attach import attach, detach
 from sidestep.model.heads import Classify, HeadConfig
 from sidestep.model.side_model import SideModel
 from sidestep.model.token_loss import LmLoss
+from sidestep.training.run import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class Bench:
     def attach(self, contender: Contender, head: HeadConfig | None, seed: int) -> SideModel:
         """The contender on the backbone, with weights of this seed. `detach` brings the backbone back."""
         torch.manual_seed(seed)
-        attached = attach(
+        return attach(
             self.model,
             contender.config,
             head=head,
@@ -107,8 +108,19 @@ class Bench:
             keep=contender.keep,
             lm_loss=self.lm_loss,
         )
-        attached.digest = self.known  # the weights are those that were loaded: `detach` brings them back to the bit
-        return attached
+
+    def model_spec(self, contender: Contender) -> ModelSpec:
+        """The contender as `sidestep train` would be asked for it."""
+        return ModelSpec(
+            backbone=self.spec.model,
+            method=contender.config,
+            pool=self.pool(contender),
+            backbone_noise=contender.noise,
+            checkpoint="late" if contender.checkpoint else None,
+            keep=contender.keep,
+            dtype=self.spec.dtype,
+            revision=self.spec.revision,
+        )
 
     @property
     def lm_loss(self) -> LmLoss:

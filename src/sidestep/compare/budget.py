@@ -6,7 +6,6 @@ features pays for the pass that made them, whoever ran it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,21 +15,8 @@ LADDER = (100, 50, 30, 20, 10, 5, 3, 2, 1)
 """Epochs that are considered, from the most."""
 LESS = 3
 """With each rate so many times fewer epochs are tried too, as more are not always better."""
-UNITS = {"s": 1, "m": 60, "h": 3600}
 
 Trial = Callable[[float, int], Record]
-
-
-def seconds_of(text: str) -> float:
-    """Seconds of a time such as "90s", "10m" or "1.5h".
-
-    Raises:
-        ValueError: if the text is no time.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text)
-    if found is None or not float(found[1]):
-        raise ValueError(f"budget={text!r} is no time: write for example 90s, 10m or 1.5h")
-    return float(found[1]) * UNITS[found[2]]
 
 
 @dataclass

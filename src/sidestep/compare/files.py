@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from sidestep.backbone.gguf import GGUF, gguf_name, gguf_parts, is_gguf
 from sidestep.backbone.source import TIMM, VIT
-from sidestep.compare.budget import seconds_of
 from sidestep.compare.ledger import places
 from sidestep.compare.spec import (
     CHECKPOINT,
@@ -31,6 +30,7 @@ from sidestep.disk.feature_options import FeatureOptions
 from sidestep.disk.sources import backbones_at, rows_at
 from sidestep.kinds.prepare import check_kind
 from sidestep.measure.plan import memory_of
+from sidestep.messages import duration_of
 from sidestep.methods import method_named, methods
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -116,7 +116,7 @@ def comparison_from(values: Mapping[str, Any], base: Path, where: str) -> Compar
         "attention": table.get("attention", str),
     }
     if (budget := table.get("budget", str)) is not None:
-        given["budget"] = table.made(seconds_of, text=budget)
+        given["budget"] = table.made(duration_of, text=budget)
     given["features"] = _features(table)
     contenders = (*map(Contender.named, named or ()), *map(_contender, own)) or default_contenders()
     found = {name: value for name, value in given.items() if value is not None}

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sidestep.backbone import Digest
 from sidestep.backbone.processors import load_processor
 from sidestep.compare.bench import Bench, Prepared, Rows, pairs, written_by
 from sidestep.compare.budget import Search, Spent
@@ -27,10 +28,11 @@ from sidestep.disk.features import FeatureStore
 from sidestep.kinds.prepare import TaskData
 from sidestep.messages import about, counted
 from sidestep.metrics import GREATER_IS_BETTER
-from sidestep.model.attach import detach
+from sidestep.model.attach import Attached, detach
 from sidestep.model.side_model import SideModel
 from sidestep.training.results import Results
-from sidestep.training.train import head_for, train
+from sidestep.training.run import DataSpec, RunSpec, train
+from sidestep.training.settings import TrainSettings
 
 Choice = tuple[float, int]
 """A learning rate, and how many epochs."""
@@ -249,11 +251,17 @@ class _Session:
 
     def _train(self, one: Contender, data: TaskData, choice: Choice, seed: int) -> dict[str, Any]:
         self._say_how_long()
-        model = self.bench.attach(one, head_for(data, self.bench.pool(one)), seed)
+        rate, epochs = choice
+        spec = RunSpec(
+            data=DataSpec(train=data.train),
+            model=self.bench.model_spec(one),
+            training=self.comparison.training(self.ledger.scratch, rate, seed, epochs),
+        )
+        watch, backbone = _Known(self.bench.known), self.bench.model
+        model, _, results = train(spec, watch, backbone=backbone, data=data, store=self.shared)
         try:
-            rate, epochs = choice
-            settings = self.comparison.training(self.ledger.scratch, rate, seed, epochs)
-            return _measured(train(model, data, settings, store=self.shared), model)
+            assert isinstance(model, SideModel)
+            return _measured(results, model)
         finally:
             detach(model)
 
@@ -292,6 +300,24 @@ class _Session:
             tried = _trials(asked)
             settings["trials"] = {"rates": max(tried, 1), "rows": len(task.trial.train) if tried else 0}
         return settings
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Tells a model which backbone it is on, so that each run need not find out."""
+
+    digest: Digest
+
+    def read(self, rows: int) -> None:
+        """Rows are prepared already."""
+
+    def started(self, model: Attached, data: TaskData, settings: TrainSettings) -> None:
+        """The weights are those that were loaded: `detach` brings them back to the bit."""
+        assert isinstance(model, SideModel)
+        model.digest = self.digest
+
+    def tell(self, line: str) -> None:
+        """Nobody is told."""
 
 
 def _trials(comparison: Comparison) -> int:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from sidestep.backbone.families import Pool
@@ -22,8 +21,9 @@ from sidestep.methods import FullConfig, MethodConfig
 from sidestep.model.attach import attach, detach
 from sidestep.tasks.predict import evaluate
 from sidestep.training.results import Results
+from sidestep.training.run import DataSpec, ModelSpec, RunSpec, train
 from sidestep.training.settings import TrainSettings
-from sidestep.training.train import head_for, train
+from sidestep.training.train import head_for
 from sidestep.training.trainer import largest_batch
 
 
@@ -47,13 +47,19 @@ class Contestant:
 
 
 def train_contestant(
-    contestant: Contestant, backbone: Any, data: TaskData, settings: TrainSettings, test: Dataset | None = None
+    contestant: Contestant,
+    name: str | Path,
+    backbone: Any,
+    data: TaskData,
+    settings: TrainSettings,
+    test: Dataset | None = None,
 ) -> Results:
-    """Train a method from the same seed as the others, through the same path as `sidestep train`.
+    """Train a method from the same seed as the others, by the call that `sidestep train` makes.
 
     Args:
         contestant: its rate and its folder replace those of the settings.
-        backbone: detached again at the end.
+        name: the backbone's.
+        backbone: as it was loaded. It is detached again at the end.
         data: what it is trained on.
         settings: of the training. The task goes to a folder in `output`, and what lies there is replaced.
         test: rows that the returned scores are of. None: the dev rows, as in the results.json that is written.
@@ -62,10 +68,13 @@ def train_contestant(
     settings = replace(
         settings, output=settings.output / contestant.task, learning_rate=contestant.rate, overwrite=True
     )
-    torch.manual_seed(settings.seed)
-    model = attach(backbone, contestant.config, head=head_for(data, contestant.pool))
+    spec = RunSpec(
+        data=DataSpec(train=data.train),
+        model=ModelSpec(backbone=name, method=contestant.config, pool=contestant.pool),
+        training=settings,
+    )
+    model, _, results = train(spec, backbone=backbone, data=data)
     try:
-        results = train(model, data, settings)
         return results if test is None else replace(results, scores=evaluate(model, test))
     finally:
         detach(model)

@@ -71,7 +71,7 @@ def run(output: Path) -> None:
     remark(f"{len(train_rows)} texts to train on, {len(dev_rows)} held out, the first {MAX_LENGTH} tokens of each")
     backbone = load_backbone(folder)
     settings = TrainSettings(output=output, epochs=EPOCHS)
-    found = {one.name: train_contestant(one, backbone, data, settings) for one in CONTESTANTS}
+    found = {one.name: train_contestant(one, folder, backbone, data, settings) for one in CONTESTANTS}
     full = full_step(backbone, data, settings)
     title = f"A training step of {full.rows} texts of {full.tokens} tokens"
     show_costs(title, found, full, majority([row["package"] for row in dev_rows]))

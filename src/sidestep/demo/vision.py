@@ -66,7 +66,7 @@ def run(output: Path) -> None:
     data = prepare(train_rows, test_rows.select(range(CURVE)), FIELDS, load_processor(BACKBONE))
     backbone = load_backbone(BACKBONE)
     settings = training(output)
-    found = {one.name: train_contestant(one, backbone, data, settings, test_rows) for one in CONTESTANTS}
+    found = {one.name: train_contestant(one, BACKBONE, backbone, data, settings, test_rows) for one in CONTESTANTS}
     full = full_step(backbone, data, settings)
     show_costs(f"A training step of {full.rows} images", found, full, majority(test_rows["label"][:]))
     _show_predictions(output / "dtl", test_rows)

@@ -18,9 +18,9 @@ def fed(fold: Fold, states: States, call: Callable[..., Any]) -> Callable[..., A
     def passed(*args: Any, **kwargs: Any) -> Any:
         fold.stored = states
         try:
-            # of one token there is little to keep, and the time of many small calls to lose
-            small = keeping_all() if states.route.single else nullcontext()
-            with passing_over(fold.places, states.route), small:
+            # the states are in memory already, so what is made of them is kept, unless less was asked for
+            kept = keeping_all() if fold.keeping.way == "full" else nullcontext()
+            with passing_over(fold.places, states.route), kept:
                 return call(*args, **kwargs)
         finally:
             fold.stored = None

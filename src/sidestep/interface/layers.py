@@ -21,7 +21,7 @@ _KEEPS: ContextVar[bool] = ContextVar("keeps", default=False)
 
 @contextmanager
 def keeping_all() -> Iterator[None]:
-    """Within it `recompute` keeps what a function makes: for inputs so small that it costs more to compute it again."""
+    """Within it `recompute` keeps what a function makes, where time is short and memory is not."""
     token = _KEEPS.set(True)
     try:
         yield

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from sidestep.interface.sites import Place, Site
 from sidestep.sparse.diff import SparseDiff
 
 
@@ -19,9 +20,11 @@ class WeightDelta(ABC):
 
     Class attributes:
         starts_as_identity: before training, outputs equal the frozen model's, bit for bit.
+        late: whether only blocks behind the `border` are changed. What comes before is frozen and without noise then.
     """
 
     starts_as_identity: ClassVar[bool] = True
+    late: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -29,6 +32,13 @@ class WeightDelta(ABC):
     @abstractmethod
     def moves(self, name: str, parameter: Tensor) -> bool:
         """Whether the method trains the backbone parameter of this name (relative to the base model)."""
+
+    def see(self, places: Sequence[Place]) -> None:  # noqa: B027 - most methods work by names alone
+        """Be told of the backbone's places, before anything else."""
+
+    def border(self, places: Sequence[Place]) -> Site:
+        """The last site of which nothing before is changed: the input of the first block, unless only late ones are."""
+        return places[0].site
 
     def insert(self, trunk: nn.Module) -> None:  # noqa: B027 - most methods insert nothing
         """Put modules of the method's own into the backbone's trunk, and raise `ValueError` if they do not fit."""

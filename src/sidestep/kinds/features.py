@@ -343,13 +343,14 @@ def stand_ins(model: SideModel, route: Route, batch: Mapping[str, Any]) -> dict[
 
 
 def _structure(model: SideModel) -> str:
-    """A hash of what the trunk is made of and of its config."""
-    # the modules of a diff or an adapter are not there: such models are refused
-    parts = [repr(model.trunk)]
-    if isinstance(model.backbone, PreTrainedModel):
-        config = {name: value for name, value in model.backbone.config.to_dict().items() if name not in OF_TASKS}
-        parts.append(json.dumps(config, sort_keys=True, default=str))
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    """A hash of what the weights do not tell of the trunk: its class, and its config or timm's of it."""
+    backbone = model.backbone
+    if isinstance(backbone, PreTrainedModel):
+        config = {name: value for name, value in backbone.config.to_dict().items() if name not in OF_TASKS}
+    else:
+        config = dict(getattr(backbone, "pretrained_cfg", {}))
+    told = f"{type(model.trunk).__name__} {json.dumps(config, sort_keys=True, default=str)}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _pixels(data: TaskData) -> str:

@@ -4,7 +4,7 @@ from sidestep.interface.config import MethodConfig, UnsupportedBackbone
 from sidestep.interface.registry import Method, method_named, method_of, methods, register
 from sidestep.interface.side_net import SideNet
 from sidestep.interface.weight_delta import WeightDelta
-from sidestep.methods.adapters import DoraConfig, IA3Config, LoraConfig
+from sidestep.methods.adapters import DoraConfig, IA3Config, LateLoraConfig, LoraConfig
 from sidestep.methods.controls import BitFitConfig, FullConfig, ProbeConfig
 from sidestep.methods.diff_pruning import DiffPruningConfig
 from sidestep.methods.dtl import DTLConfig
@@ -25,6 +25,7 @@ __all__ = [
     "FullConfig",
     "IA3Config",
     "LSTConfig",
+    "LateLoraConfig",
     "LoraConfig",
     "Method",
     "MethodConfig",

@@ -11,7 +11,7 @@ Cheaper than In-Context Learning", NeurIPS 2022 (IA3).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sidestep.interface.config import MethodConfig
 from sidestep.interface.registry import register
+from sidestep.interface.sites import Place, Site
 from sidestep.interface.weight_delta import WeightDelta
 
 ADAPTER = "default"  # PEFT's own name for the only adapter
@@ -60,6 +61,27 @@ class DoraConfig(LoraConfig):
     """DoRA: LoRA on the direction of the weights, and a learned length. The fields are LoRA's."""
 
     rates = (5e-4, 2e-3, 5e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateLoraConfig(LoraConfig):
+    """LoRA of the last blocks alone. The fields are LoRA's, and one more.
+
+    Attributes:
+        blocks: how many, of the stack that the head reads. None: a quarter of them, at least one.
+    """
+
+    rates = (5e-4, 2e-3, 5e-3)
+
+    blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("blocks", self.blocks is None or self.blocks >= 1, "a whole number of at least 1, or None")
+
+    def count(self, depth: int) -> int:
+        """How many of `depth` blocks are changed."""
+        return max(depth // 4, 1) if self.blocks is None else self.blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +161,14 @@ class Lora(Adapter):
             r=self.config.rank,
             lora_alpha=self.config.alpha,
             lora_dropout=self.config.dropout,
-            target_modules=list(targets),
+            target_modules=list(self.chosen(trunk, tuple(targets))),
             use_dora=isinstance(self.config, DoraConfig),
         )
         return peft.LoraModel(trunk, config, ADAPTER)
+
+    def chosen(self, trunk: nn.Module, targets: tuple[str, ...]) -> tuple[str, ...]:
+        """The linear maps that are changed, by the ends of their names or by whole names."""
+        return targets
 
 
 @register("dora", DoraConfig)
@@ -150,6 +176,49 @@ class Dora(Lora):
     """DoRA, through PEFT: LoRA with a learned length of the weights."""
 
     starts_as_identity = False  # up to rounding only: the weights are divided and multiplied by their lengths
+
+
+@register("late_lora", LateLoraConfig)
+class LateLora(Lora):
+    """Late LoRA, through PEFT: LoRA of the last blocks, behind states that need be computed once only."""
+
+    late = True
+
+    def see(self, places: Sequence[Place]) -> None:
+        """Note the blocks of the stack that the head reads.
+
+        Raises:
+            ValueError: if there are fewer than the config asks for.
+        """
+        own = [place for place in places if place.site.head and place.site.kind == "block"]
+        count = self.config.count(len(own))
+        if count > len(own):
+            raise ValueError(f"blocks={count}, but there are {len(own)} blocks: choose from 1 to {len(own)}")
+        self.blocks = own[-count:]
+
+    def border(self, places: Sequence[Place]) -> Site:
+        """The place in front of the first block that is changed."""
+        order = next(number for number, place in enumerate(places) if place.site == self.blocks[0].site)
+        return places[order - 1].site
+
+    def chosen(self, trunk: nn.Module, targets: tuple[str, ...]) -> tuple[str, ...]:
+        """Those in the last blocks, by their whole names.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        inside = {id(module) for place in self.blocks for module in place.module.modules()}
+        found = tuple(
+            name
+            for name, module in trunk.named_modules()
+            if id(module) in inside and isinstance(module, nn.Linear) and f".{name}".endswith(_ends(targets))
+        )
+        if not found:
+            raise ValueError(
+                f"the last {len(self.blocks)} blocks have no linear map whose name ends in {', '.join(targets)}: name "
+                "some with targets=(...)"
+            )
+        return found
 
 
 @register("ia3", IA3Config)
@@ -171,6 +240,10 @@ class IA3(Adapter):
             targets = (*present(trunk, KEY_VALUE), *feedforward)
         config = peft.IA3Config(target_modules=list(targets), feedforward_modules=list(feedforward))
         return peft.IA3Model(trunk, config, ADAPTER)
+
+
+def _ends(targets: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f".{target}" for target in targets)
 
 
 def present(trunk: nn.Module, ends: tuple[str, ...]) -> tuple[str, ...]:

@@ -66,7 +66,9 @@ def with_features(places: Sequence[Place], head: HeadConfig | None) -> list[Plac
     return [replace(place, site=replace(place.site, features=features)) for place in places]
 
 
-def built_delta(record: Method, settings: Settings, backbone: nn.Module, trunk: nn.Module) -> WeightDelta | None:
+def built_delta(
+    record: Method, settings: Settings, backbone: nn.Module, trunk: nn.Module, places: Sequence[Place]
+) -> WeightDelta | None:
     """The method, if it changes weights, with its own modules in the trunk.
 
     Raises:
@@ -76,6 +78,7 @@ def built_delta(record: Method, settings: Settings, backbone: nn.Module, trunk: 
         return None
     delta = record.implementation(settings.method)
     with naming(record, backbone):
+        delta.see(places)
         delta.insert(trunk)
         delta.check([name for name, parameter in trunk.named_parameters() if delta.moves(name, parameter)])
     return delta
@@ -132,7 +135,7 @@ def checked_keep(record: Method, settings: Settings, side: SideNet, delta: Weigh
 def first_write(settings: Settings, places: Sequence[Place], side: SideNet, delta: WeightDelta | None) -> Site | None:
     """The first site at which the method changes what the backbone computes. None if it never does."""
     if delta is not None:
-        return places[0].site
+        return delta.border(places)
     return type(side).first_write(settings.method, [place.site for place in places])
 
 

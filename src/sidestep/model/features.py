@@ -58,7 +58,7 @@ def check_storable(model: Attached) -> SideModel:
     """
     if isinstance(model, PairModel):
         raise FeaturesRefused("retrieval trains on two backbones at once, whose states are not stored yet")
-    if model.delta is not None or model.sparse is not None:
+    if model.sparse is not None or (model.delta is not None and not model.delta.late):
         raise FeaturesRefused(
             f"{model.record.name} changes the backbone's weights, so its states change with each step"
         )

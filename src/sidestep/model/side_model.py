@@ -72,7 +72,7 @@ class SideModel(TrainerFace):
         sites = [place.site for place in self.places]
         before, snapshot = Before.of(backbone), backbones.Snapshot(backbone)
         try:
-            self.delta = build.built_delta(self.record, settings, backbone, backbones.trunk_of(backbone))
+            self.delta = build.built_delta(self.record, settings, backbone, backbones.trunk_of(backbone), self.places)
             side = build.built_side(self.record, settings, backbone, sites)
             mean_first = build.mean_first(self.record, settings, side, sites)
             backbones.freeze(backbone)
@@ -268,10 +268,17 @@ class SideModel(TrainerFace):
         return self.fold.run(self.backbone.generate, *args, **kwargs)[0]
 
     def train(self, mode: bool = True) -> SideModel:
-        """Training mode for the method and the head. The backbone stays in eval mode unless noise was asked for."""
+        """Training mode for the method and the head. The backbone stays in eval mode unless noise was asked for.
+
+        A method that changes the weights trains with the backbone's noise, behind the first block that it changes.
+        """
         super().train(mode)
         if self.delta is None:
             backbones.set_noise(self.trunk, self.settings.backbone_noise if mode else None)
+        elif self.delta.late:
+            self.trunk.eval()
+            for block in self.late_blocks():
+                block.train(mode)
         return self
 
     @property

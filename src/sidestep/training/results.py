@@ -51,6 +51,8 @@ class Results:
             at its end. "nonzeros" were kept, in so many "tensors" of "all_tensors".
         features: where the frozen part was kept and what it took. None: it ran in each epoch. Its "spent_seconds" are
             not among `seconds`.
+        auto: how the method was chosen: its "trials" on held-out training rows, the "budget" and the seconds. None: it
+            was named.
     """
 
     scores: dict[str, float]
@@ -83,6 +85,7 @@ class Results:
     notes: list[str]
     first_stage: dict[str, Any] | None = None
     features: dict[str, Any] | None = None
+    auto: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write results.json to a folder, in one step."""

@@ -17,13 +17,14 @@ from sidestep.backbone.recompute import Checkpoint
 from sidestep.data import Fields, TableOptions
 from sidestep.data.augment import NONE
 from sidestep.disk.atomic import refuse_inputs
+from sidestep.disk.features import FeatureStore
 from sidestep.disk.sources import backbones_at, rows_at
 from sidestep.interface.keep import Keep
 from sidestep.kinds.base import TaskKind, kind_named
 from sidestep.kinds.prepare import head_for, prepare, read_rows
 from sidestep.kinds.task_data import TaskData
 from sidestep.methods import MethodConfig
-from sidestep.model.attach import Attached, attach
+from sidestep.model.attach import Attached, attach, detach
 from sidestep.model.heads import Retrieve
 from sidestep.model.token_loss import LmLoss
 from sidestep.training.checkpoints import as_begun, check_output, parts_of
@@ -157,8 +158,25 @@ class Watch(Protocol):
         """Something to know before the first step."""
 
 
-def train(spec: RunSpec, watch: Watch | None = None) -> tuple[Attached, TaskData, Results]:
+def train(
+    spec: RunSpec,
+    watch: Watch | None = None,
+    *,
+    backbone: Any = None,
+    data: TaskData | None = None,
+    store: FeatureStore | None = None,
+) -> tuple[Attached, TaskData, Results]:
     """Train a task and save it in `spec.training.output`.
+
+    Several runs may share what takes time to make: a comparison's contenders, a demo's contestants.
+
+    Args:
+        spec: the run.
+        watch: is told how far it is.
+        backbone: as it was loaded by `spec.model`, with nothing attached. `detach` brings it back, and a run that fails
+            does that. None: it is loaded.
+        data: as it was prepared by `spec.data`. None: the rows are read.
+        store: in memory, for features. See `training.train`.
 
     Returns:
         The model with the kept weights, in eval mode. The rows that it was trained on. The contents of results.json.
@@ -176,12 +194,17 @@ def train(spec: RunSpec, watch: Watch | None = None) -> tuple[Attached, TaskData
     places = [*rows_at(*named), *backbones_at(spec.model.name, spec.model.text_name)]
     refuse_inputs(parts_of(spec.training.output), places)
     settings = as_begun(spec.training)
-    data = task_data(spec, watch)
-    model = attached(spec, data)
-    if watch is not None:
-        watch.started(model, data, settings)
-    tell = None if watch is None else watch.tell
-    results = train_model(model, data, settings, recipe=spec.recipe, tell=tell)
+    data = task_data(spec, watch) if data is None else data
+    model = attached(spec, data, backbone)
+    try:
+        if watch is not None:
+            watch.started(model, data, settings)
+        tell = None if watch is None else watch.tell
+        results = train_model(model, data, settings, recipe=spec.recipe, tell=tell, store=store)
+    except BaseException:
+        if backbone is not None:
+            detach(model)
+        raise
     return model, data, results
 
 
@@ -221,8 +244,11 @@ def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
     )
 
 
-def attached(spec: RunSpec, data: TaskData) -> Attached:
-    """The model of a run before training, from its seed. Errors as of `train`."""
+def attached(spec: RunSpec, data: TaskData, backbone: Any = None) -> Attached:
+    """The model of a run before training, from its seed, on a backbone that is loaded if none is given.
+
+    Errors as of `train`.
+    """
     own, kind = spec.model, kind_named(data.labels.kind)
     where: dict[str, Any] = {
         "name": own.name,
@@ -243,6 +269,8 @@ def attached(spec: RunSpec, data: TaskData) -> Attached:
         raise ValueError(f"--own-head with --task {kind.name}: {why}. Leave it out")
     head = None if own.own_head else own.head or head_for(data, own.pool)
     torch.manual_seed(spec.training.seed)
+    if backbone is not None:
+        return attach(backbone, own.method, head=head, **how)
     if kind.dual:
         return attach(load_pair(**where, text_name=own.text_name), own.method, head=head, **how)
     outputs = data.labels.outputs if own.own_head else None

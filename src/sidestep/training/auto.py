@@ -1,0 +1,287 @@
+"""Choosing a method: a stated list of candidates on one stored pass, by successive halving on held-out training rows.
+
+All candidates that only read the frozen model share its states. The worse half leaves after each round, and the others
+go on with three times the epochs, as long as the time allows. The best is then trained on all rows. Dev rows take no
+part in the choice.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+
+from sidestep.backbone.load import load_backbone
+from sidestep.disk.features import FeatureStore
+from sidestep.kinds.base import kind_named
+from sidestep.kinds.task_data import TaskData
+from sidestep.messages import about, counted
+from sidestep.methods import LateLoraConfig, MethodConfig, ReadConfig, ReadoutConfig, SideAttentionConfig
+from sidestep.model.attach import Attached, detach
+from sidestep.training.checkpoints import check_output
+from sidestep.training.results import Results
+from sidestep.training.run import RunSpec, Watch, task_data, train
+from sidestep.training.solved import PROBLEMS
+
+HELD_OUT = 0.2
+FIRST, MORE = 2, 3
+"""Epochs of the first round, and how many times more each later one has."""
+MOST = 54
+"""Epochs of the last round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A method with its config, a rate and a weight decay."""
+
+    name: str
+    config: MethodConfig
+    rate: float
+    weight_decay: float = 0.0
+
+    @property
+    def solved(self) -> bool:
+        """Whether one trial tells all: there are no epochs."""
+        return isinstance(self.config, ReadoutConfig)
+
+
+CANDIDATES: tuple[Candidate, ...] = (
+    Candidate(name="readout", config=ReadoutConfig(), rate=ReadoutConfig.rate),
+    Candidate(name="side_attention, 1e-3", config=SideAttentionConfig(), rate=1e-3, weight_decay=0.05),
+    Candidate(name="side_attention, 3e-3", config=SideAttentionConfig(), rate=3e-3, weight_decay=0.05),
+    Candidate(name="read, 2e-3", config=ReadConfig(rank=32), rate=2e-3),
+    Candidate(name="read, 6e-3", config=ReadConfig(rank=32), rate=6e-3),
+    Candidate(name="late_lora, 2e-3", config=LateLoraConfig(), rate=2e-3),
+    Candidate(name="late_lora, 5e-3", config=LateLoraConfig(), rate=5e-3),
+)
+"""What is tried, in this order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A trial on held-out training rows.
+
+    Attributes:
+        candidate: its name.
+        epochs: that it was trained.
+        score, loss: of the held-out rows. None: it failed.
+        seconds: that it took.
+        reason: why it failed.
+    """
+
+    candidate: str
+    epochs: int
+    score: float | None
+    loss: float | None
+    seconds: float
+    reason: str | None = None
+
+
+def auto(
+    spec: RunSpec, *, budget: float, watch: Watch | None = None, candidates: Sequence[Candidate] = CANDIDATES
+) -> tuple[Attached, TaskData, Results]:
+    """Choose a method in a time, train it, and save the task in `spec.training.output`.
+
+    Args:
+        spec: a run. Its method, rate, epochs and weight decay are those of the candidate that is chosen.
+        budget: seconds for all of it, with the frozen pass and the last training. To load the model does not count.
+        watch: is told what is tried and how it went.
+        candidates: what is tried.
+
+    Returns:
+        As `train`. The results tell all trials (`Results.auto`).
+
+    Raises:
+        ValueError: if the kind of task cannot be judged so, the time is too short for a trial, or all of them failed.
+        Exception: as of `train`.
+    """
+    check_output(spec.training)
+    data = task_data(spec, watch)
+    if data.labels.kind not in PROBLEMS:
+        raise ValueError(
+            f"auto judges methods for {', '.join(PROBLEMS)}, and the problem is {data.labels.kind!r}: name a method "
+            "(--method)"
+        )
+    backbone = load_backbone(
+        spec.model.name, dtype=spec.model.dtype, revision=spec.model.revision, drop_path=spec.model.drop_path
+    )
+    tell = (lambda line: None) if watch is None else watch.tell
+    tell(f"auto: {len(candidates)} candidates in {about(budget)}: {'; '.join(one.name for one in candidates)}")
+    search = _Search(spec, data, backbone, budget, tell)
+    best, epochs = search.run(candidates)
+    tell(f"auto: {best.name} with {counted(epochs, 'epoch')} is trained on all rows")
+    begin = time.perf_counter()
+    chosen = _asked(spec, best, epochs)
+    model, data, results = train(chosen, watch, backbone=backbone, data=data, store=search.store)
+    told = {
+        "budget": budget,
+        "chosen": best.name,
+        "epochs": epochs,
+        "trials": [asdict(trial) for trial in search.trials],
+        "search_seconds": round(search.spent, 3),
+        "final_seconds": round(time.perf_counter() - begin, 3),
+    }
+    results = replace(results, auto=told)
+    results.write(spec.training.output)
+    return model, data, results
+
+
+class _Search:
+    """The rounds of one choice."""
+
+    def __init__(
+        self, spec: RunSpec, data: TaskData, backbone: nn.Module, budget: float, tell: Callable[[str], object]
+    ) -> None:
+        self.spec, self.data, self.backbone, self.budget, self.tell = spec, data, backbone, budget, tell
+        self.rows = _apart(data, spec.training.seed)
+        self.metric = kind_named(data.labels.kind).best_by(spec.training.metric, len(data.labels.names))
+        self.sign = 1 if kind_named(data.labels.kind).greater_is_better(self.metric) else -1
+        self.store = FeatureStore(None, spec.training.features_limit)
+        self.trials: list[Trial] = []
+        self.begin = time.perf_counter()
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the search began."""
+        return time.perf_counter() - self.begin
+
+    def run(self, candidates: Sequence[Candidate]) -> tuple[Candidate, int]:
+        """The best candidate and its epochs.
+
+        Raises:
+            ValueError: if there is no time for a trial, or none came through.
+        """
+        left, epochs, best = list(candidates), FIRST, dict[str, Trial]()
+        while left:
+            tried = [one for one in left if self._affords(one, epochs) and self._better(one, epochs, best)]
+            trained = [one for one in tried if not one.solved]
+            left = sorted(trained, key=lambda one: self._order(best[one.name]))[: math.ceil(len(trained) / 2)]
+            if not trained or epochs >= MOST or (len(left) == 1 and len(trained) == 1):
+                break
+            epochs *= MORE
+        if not best:
+            reasons = "; ".join(f"{trial.candidate}: {trial.reason}" for trial in self.trials if trial.reason)
+            raise ValueError(f"no candidate came through in {about(self.budget)}: {reasons or 'give a longer budget'}")
+        winner = min(best.values(), key=self._order)
+        return next(one for one in candidates if one.name == winner.candidate), winner.epochs
+
+    def _better(self, one: Candidate, epochs: int, best: dict[str, Trial]) -> bool:
+        """Try a candidate, and keep its best trial. Returns whether it came through."""
+        trial = self._try(one, 1 if one.solved else epochs)
+        if trial.score is None:
+            return False
+        known = best.get(one.name)
+        if known is None or self._order(trial) < self._order(known):
+            best[one.name] = trial
+        return True
+
+    def _order(self, trial: Trial) -> tuple[float, float]:
+        assert trial.score is not None
+        return -self.sign * trial.score, math.inf if trial.loss is None else trial.loss
+
+    def _affords(self, one: Candidate, epochs: int) -> bool:
+        """Whether there is time for a trial and for training on all rows after it.
+
+        The first trial is taken in any case: it says what the frozen pass takes.
+
+        Raises:
+            ValueError: if that alone has spent the time.
+        """
+        if not self.trials:
+            return True
+        if len(self.trials) == 1 and self.trials[0].seconds > self.budget:
+            raise ValueError(
+                f"budget: {about(self.budget)} is too short, as the frozen pass and one readout took "
+                f"{about(self.trials[0].seconds)}. Give at least {math.ceil(2 * self.trials[0].seconds)}s"
+            )
+        paces = [
+            trial.seconds / trial.epochs
+            for trial in self.trials
+            if trial.candidate.split(",")[0] == one.name.split(",")[0]
+        ]
+        pace = min(paces, default=0.0)
+        return self.spent + (1 + 1 / (1 - HELD_OUT)) * epochs * pace <= self.budget
+
+    def _try(self, one: Candidate, epochs: int) -> Trial:
+        folder, begin = Path(tempfile.mkdtemp(prefix="sidestep-")), time.perf_counter()
+        asked = _asked(self.spec, one, epochs)
+        quiet = replace(
+            asked.training,
+            output=folder,
+            keep="last",
+            patience=None,
+            checkpoints=False,
+            measure=False,
+            save_steps=None,
+            resume=False,
+            overwrite=True,
+            progress=False,
+            features="ram" if self.spec.training.features == "auto" else self.spec.training.features,
+        )
+        score = loss = reason = None
+        try:
+            model, _, results = train(
+                replace(asked, training=quiet), backbone=self.backbone, data=self.rows, store=self.store
+            )
+            detach(model)
+            score, loss = results.scores[self.metric], results.history[-1].get("dev_loss")
+            if not math.isfinite(score):
+                score, reason = None, f"{self.metric} is no finite number"
+        except (ValueError, RuntimeError, ModuleNotFoundError) as error:
+            reason = str(error)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        trial = Trial(
+            candidate=one.name,
+            epochs=epochs,
+            score=score,
+            loss=loss,
+            seconds=round(time.perf_counter() - begin, 3),
+            reason=reason,
+        )
+        self.trials.append(trial)
+        how = f"failed ({reason})" if score is None else f"{self.metric} {score:.4f}"
+        self.tell(f"auto: {one.name}, {counted(epochs, 'epoch')}: {how}, {trial.seconds:.0f} s")
+        return trial
+
+
+def _asked(spec: RunSpec, one: Candidate, epochs: int) -> RunSpec:
+    """The run of a candidate."""
+    training = replace(
+        spec.training,
+        epochs=epochs,
+        learning_rate=one.rate,
+        weight_decay=one.weight_decay,
+        warmup_epochs=None,
+        warmup_steps=None,
+        milestones=(),
+        schedule="linear",
+        features="ram" if spec.training.features in ("auto", "off") else spec.training.features,
+    )
+    return replace(spec, model=replace(spec.model, method=one.config), training=training)
+
+
+def _apart(data: TaskData, seed: int) -> TaskData:
+    """The training rows in two parts, of which the second is held out. Each class has its share in both."""
+    labels = data.train.with_format(None)["labels"][:]
+    order = np.random.default_rng(seed).permutation(len(labels))
+    held = np.zeros(len(labels), dtype=bool)
+    if data.labels.kind == "single":
+        classes = np.asarray(labels)
+        for name in np.unique(classes):
+            own = order[classes[order] == name]
+            held[own[: max(round(HELD_OUT * len(own)), 1)]] = True
+    else:
+        held[order[: max(round(HELD_OUT * len(order)), 1)]] = True
+    rows: Dataset = data.train
+    source = f"a fifth of the training rows (seed {seed})"
+    kept, apart = np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
+    return replace(data, train=rows.select(kept), dev=rows.select(apart), dev_source=source)

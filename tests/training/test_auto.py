@@ -1,0 +1,145 @@
+"""Choosing a method by trials on held-out training rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sidestep as ss
+from sidestep.training import auto as module
+from sidestep.training.auto import CANDIDATES, Candidate, Trial, auto
+from small_tasks import reviews, text_backbone, write
+
+READOUT = Candidate(name="readout", config=ss.ReadoutConfig(), rate=1e-2)
+SLOW = Candidate(name="read, slow", config=ss.ReadConfig(rank=4), rate=1e-6)
+QUICK = Candidate(name="read, quick", config=ss.ReadConfig(rank=4), rate=3e-2)
+PROBE = Candidate(name="probe", config=ss.ProbeConfig(), rate=1e-6)
+LATE = Candidate(name="late_lora", config=ss.LateLoraConfig(rank=2), rate=2e-2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("auto")
+    text_backbone(folder / "bert")
+    write(folder / "train.jsonl", reviews(80))
+    write(folder / "dev.jsonl", reviews(30, 1))
+    return folder
+
+
+def spec(place: Path, output: Path, **data: Any) -> ss.RunSpec:
+    return ss.RunSpec(
+        data=ss.DataSpec(train=place / "train.jsonl", dev=place / "dev.jsonl", text="text", **data),
+        model=ss.ModelSpec(backbone=place / "bert", method=ss.ReadConfig()),
+        training=ss.TrainSettings(output=output, batch_size=8, progress=False, measure=False),
+    )
+
+
+class Lines:
+    """A watch that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def read(self, rows: int) -> None: ...
+    def started(self, model: Any, data: Any, settings: Any) -> None: ...
+    def tell(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_the_better_half_goes_on_with_three_times_the_epochs_and_the_best_is_trained_on_all_rows(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST", 6)
+    watch = Lines()
+    model, data, results = auto(
+        spec(place, tmp_path / "task"), budget=600, watch=watch, candidates=[READOUT, SLOW, QUICK, PROBE]
+    )
+    assert results.auto is not None
+    trials = [(trial["candidate"], trial["epochs"]) for trial in results.auto["trials"]]
+    first, later = trials[:4], trials[4:]
+    assert first == [("readout", 1), ("read, slow", 2), ("read, quick", 2), ("probe", 2)]
+    scores = {trial["candidate"]: trial["score"] for trial in results.auto["trials"][1:4]}
+    assert {name for name, _ in later} <= set(scores)
+    assert len(later) == 2  # of three that are trained
+    assert all(epochs == 6 for _, epochs in later)
+    assert min(scores[name] for name, _ in later) >= min(scores.values())
+    assert len(data.train) == results.data["train_rows"] == 80
+    assert results.auto["chosen"] in dict(trials)
+    assert json.loads((tmp_path / "task" / "results.json").read_text())["auto"] == results.auto
+    assert watch.lines[0].startswith("auto: 4 candidates in about 10 min: readout; read, slow; read, quick; probe")
+    assert model.record.name in results.auto["chosen"]
+    assert ss.load(tmp_path / "task").record.name == model.record.name
+
+
+def test_the_same_seed_gives_the_same_trials_and_dev_rows_take_no_part(place: Path, tmp_path: Path) -> None:
+    found = []
+    for number, dev in enumerate((reviews(30, 1), reviews(9, 5))):
+        write(tmp_path / "dev.jsonl", dev)
+        asked = spec(place, tmp_path / str(number))
+        asked = ss.RunSpec(
+            data=ss.DataSpec(train=place / "train.jsonl", dev=tmp_path / "dev.jsonl", text="text"),
+            model=asked.model,
+            training=asked.training,
+        )
+        results = auto(asked, budget=600, candidates=[READOUT, QUICK])[2]
+        assert results.auto is not None
+        found.append([(one["candidate"], one["epochs"], one["score"], one["loss"]) for one in results.auto["trials"]])
+    assert found[0] == found[1]
+
+
+def test_late_lora_reads_what_the_others_read(place: Path, tmp_path: Path) -> None:
+    _, _, results = auto(spec(place, tmp_path / "task"), budget=600, candidates=[QUICK, LATE])
+    assert results.auto is not None
+    assert all(trial["score"] is not None for trial in results.auto["trials"])
+
+
+def test_a_candidate_that_does_not_work_leaves_with_its_reason(place: Path, tmp_path: Path) -> None:
+    wrong = Candidate(name="late_lora", config=ss.LateLoraConfig(blocks=9), rate=1e-3)
+    _, _, results = auto(spec(place, tmp_path / "task"), budget=600, candidates=[wrong, READOUT])
+    assert results.auto is not None
+    assert results.auto["chosen"] == "readout"
+    assert "blocks=9, but there are 2 blocks" in results.auto["trials"][0]["reason"]
+
+
+def test_if_all_fail_the_error_says_why(place: Path, tmp_path: Path) -> None:
+    wrong = Candidate(name="late_lora", config=ss.LateLoraConfig(blocks=9), rate=1e-3)
+    with pytest.raises(ValueError, match=r"no candidate came through in about 10 min: late_lora: .*choose from 1 to 2"):
+        auto(spec(place, tmp_path / "task"), budget=600, candidates=[wrong])
+
+
+def test_a_time_that_is_too_short_is_refused_with_the_least(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"is too short, as the frozen pass and one readout took .* Give at least \d+s"
+    ):
+        auto(spec(place, tmp_path / "task"), budget=1e-3, candidates=[READOUT, QUICK])
+
+
+def test_a_kind_that_cannot_be_judged_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="write"):
+        auto(spec(place, tmp_path / "task", kind="lm", label="other"), budget=600)
+
+
+def test_numbers_are_judged_too(place: Path, tmp_path: Path) -> None:
+    _, _, results = auto(
+        spec(place, tmp_path / "task", kind="regress", label="score"), budget=600, candidates=[READOUT, PROBE]
+    )
+    assert results.auto is not None
+    assert results.auto["chosen"] == "readout"
+
+
+def test_time_is_left_for_the_last_training() -> None:
+    """With a pace of 1 s an epoch, a trial of 6 epochs and a last training of 7.5 need 13.5 s."""
+    search = object.__new__(module._Search)
+    search.trials = [Trial(candidate="read, quick", epochs=2, score=0.5, loss=1.0, seconds=2.0)] * 2
+    for budget, affords in ((13.4, False), (13.6, True)):
+        search.budget, search.begin = budget, module.time.perf_counter()
+        assert search._affords(QUICK, 6) is affords
+
+
+def test_the_stated_candidates_are_those_of_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "auto.md").read_text()
+    for one in CANDIDATES:
+        assert f"| `{one.name.split(',')[0]}` |" in page
