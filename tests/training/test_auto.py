@@ -118,7 +118,7 @@ def test_a_time_that_is_too_short_is_refused_with_the_least(place: Path, tmp_pat
 
 
 def test_a_kind_that_cannot_be_judged_is_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="write"):
+    with pytest.raises(ValueError, match="needs a decoder"):
         auto(spec(place, tmp_path / "task", kind="lm", label="other"), budget=600)
 
 

@@ -36,6 +36,8 @@ class SideNet(nn.Module, ABC):
             are exact.
         pooled_width: channels of what `pooled` returns, set by a method with a read-out of its own. With None the head
             reads the last hidden state.
+        pooled_from: in words, what that read-out is made of, where the method has no parameters. Two with equal words
+            read equal vectors.
         corrects: whether it changes the vector that the head makes of what it reads (`correct`).
         from_data: whether starting weights depend on training rows: `ss.initialise` calls `initialise` with scores
             taken on the rows.
@@ -48,6 +50,7 @@ class SideNet(nn.Module, ABC):
     caches: ClassVar[bool] = False
     tokenwise: bool = False
     pooled_width: int | None = None
+    pooled_from: str = ""
     corrects: bool = False
     from_data: bool = False
     least_rows: int = 1

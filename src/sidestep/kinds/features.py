@@ -328,10 +328,7 @@ def key_of(model: SideModel, data: TaskData, route: Route, *, rounded: bool, aut
 
 def _vector_of(model: SideModel) -> str:
     """What makes a vector: the head's way of reading, or the method's own read-out."""
-    if model.side.pooled_width is None:
-        return f"vector, {model.pool}"
-    config = json.dumps(model.settings.method.to_dict(), sort_keys=True)
-    return f"vector, {model.record.name} {config}"
+    return f"vector, {model.pool if model.side.pooled_width is None else model.side.pooled_from}"
 
 
 def stand_ins(model: SideModel, route: Route, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -68,6 +68,7 @@ class Readout(SideNet):
         first = [site for site in own if site.kind == "stage" and site.stage == 0]
         read = [*first, *(site for site in own if site.kind == "block" and site.index in blocks)]
         self.names = tuple(map(_name, read))
+        self.pooled_from = f"own token and mean of {', '.join(self.names)}"
         self.pooled_width = sum(site.width * (2 if _has_own(site) else 1) for site in read)
 
     def start(self, site: Site, carried: Tensor | None) -> tuple[Tensor, ...]:

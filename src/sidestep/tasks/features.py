@@ -116,7 +116,7 @@ def kept_features(
         warnings.warn(f"{error}. The run goes on without stored features", FeatureWarning, stacklevel=2)
         return None
     except FeatureError as error:
-        if options.where != "auto":
+        if options.where != "auto" and store is None:
             raise
         tell(f"features: none, as {error}")
         return None
