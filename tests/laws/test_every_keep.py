@@ -17,9 +17,9 @@ from sidestep.interface.keep import KEEPS, ROUNDED
 from sidestep.methods import SideNet
 from tiny import FAMILIES, randomize
 
-#: Methods that read nothing, or whose codes are as wide as what they read: nothing would be saved.
+#: Methods that have no tap, or whose codes are as wide as what they read: nothing would be saved.
 AS_WIDE = {
-    *(("probe", family) for family in FAMILIES),
+    *((name, family) for name in ("probe", "readout") for family in FAMILIES),
     *(("synqt", family) for family in FAMILIES),
     ("sherl", "resnet"),
     ("sherl", "timm_resnet"),
