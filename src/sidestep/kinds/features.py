@@ -224,11 +224,8 @@ class Features:
         return accepted(self.model, self.data.collate(rows))
 
     def _rows(self, recorded: Recorded) -> dict[str, list[Tensor]]:
-        found = {}
-        for name in self.route.places:
-            rows = [row.to("cpu", torch.bfloat16) if self.rounded else row.cpu() for row in recorded.rows(name)]
-            found[name] = rows
-        return found
+        dtype = torch.bfloat16 if self.rounded else None
+        return {name: recorded.rows(name, dtype) for name in self.route.places}
 
     # --- proof ------------------------------------------------------------------------------------------------------
 

@@ -35,15 +35,22 @@ class Recorded:
 
     states: Mapping[str, tuple[Tensor, Tensor | None]]
 
-    def rows(self, place: str) -> list[Tensor]:
-        """(tokens, width) of each row, without padding.
+    def rows(self, place: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """(tokens, width) of each row, without padding, on the CPU.
+
+        Args:
+            place: whose state it is.
+            dtype: to round to. None: as the block gave it.
 
         Raises:
             FeaturesRefused: if padding stands between tokens.
         """
         hidden, keep = self.states[place]
+        # the batch at once: row by row a GPU would be waited for as often
+        hidden = hidden.to("cpu", dtype or hidden.dtype)
         if keep is None:
             return list(hidden.unbind())
+        keep = keep.cpu()
         edges = torch.diff(keep.int(), dim=1, prepend=keep.new_zeros(keep.shape[0], 1).int()) == 1
         if bool((edges.sum(1) > 1).any()):
             raise FeaturesRefused("its texts have padding between tokens")
