@@ -362,7 +362,7 @@ def test_an_unknown_method_or_setting(place: Path) -> None:
         (["--dev-fraction", "2"], "fraction=2.0: choose a share between 0 and 1"),
         (["--own-head", "--pool", "cls"], "--pool cls with --own-head"),
         (["--resume"], "holds no run to resume"),
-        (["--problem", "rank"], "problem='rank': choose single, multi, regress"),
+        (["--problem", "rank"], "kind='rank': choose single, multi, regress"),
     ],
 )
 def test_values_out_of_range(place: Path, options: list[str], said: str) -> None:

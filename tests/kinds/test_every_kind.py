@@ -43,7 +43,7 @@ def test_a_name_is_taken_once_and_unknown_ones_are_refused(monkeypatch: pytest.M
 
     with pytest.raises(ValueError, match="'regress' is registered already"):
         register(Other)
-    with pytest.raises(DataError, match="problem='sums': choose single, multi"):
+    with pytest.raises(DataError, match="kind='sums': choose single, multi"):
         kind_named("sums")
 
 

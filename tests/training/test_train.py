@@ -735,7 +735,7 @@ def test_rotary_positions_read_texts_longer_than_those_of_pretraining(tmp_path: 
 
 
 def test_numbers_that_may_be_targets_have_to_be_called_so(backbone: Path) -> None:
-    with pytest.raises(DataError, match=r"holds numbers that are not all whole .*Say --problem regress"):
+    with pytest.raises(DataError, match=r"holds numbers that are not all whole .*Say --kind regress"):
         task_data(backbone, Fields(text="text", label="score"))
 
 

@@ -265,10 +265,10 @@ def test_a_method_that_cannot_use_a_cache_writes_without_and_says_so(
         (
             "text2text",
             "lm",
-            r"task 'lm' needs a decoder, but .*\('t5'\) is an encoder-decoder: choose --task text2text",
+            r"task 'lm' needs a decoder, but .*\('t5'\) is an encoder-decoder: choose --kind text2text",
         ),
-        ("lm", "text2text", r"'text2text' needs an encoder-decoder, but .*\('llama'\) is a decoder: choose --task lm"),
-        ("bert", "lm", r"\('bert'\) is neither encoder-decoder nor decoder: choose --task single, multi or regress"),
+        ("lm", "text2text", r"'text2text' needs an encoder-decoder, but .*\('llama'\) is a decoder: choose --kind lm"),
+        ("bert", "lm", r"\('bert'\) is neither encoder-decoder nor decoder: choose --kind single, multi or regress"),
         ("bert", "text2text", r"is neither encoder-decoder nor decoder"),
         ("vit", "text2text", r"is neither encoder-decoder nor decoder"),
     ],
@@ -297,7 +297,7 @@ def test_training_refuses_what_does_not_fit_the_data(place: Path, tmp_path: Path
         head_for(data, "mean")
     pictures, vit = Dataset.from_dict({"image": ["a.png"], "answer": ["good"]}), image_backbone(tmp_path / "vit")
     fields = Fields(image="image", label="answer")
-    with pytest.raises(DataError, match="problem='lm' is for texts, but 'image' is named as images"):
+    with pytest.raises(DataError, match="kind='lm' is for texts, but 'image' is named as images"):
         prepare(pictures, None, fields, load_processor(vit), kind="lm")
 
 
@@ -419,7 +419,7 @@ def test_the_commands_go_from_rows_to_written_texts(place: Path, tmp_path: Path)
     assert "max_new_tokens=4, num_beams=2" in command("inspect", task)
     assert json.loads((task / "results.json").read_text())["metric"] == "exact_match"
     refused = command("train", *made, "--task", "text2text", *how, "--output", tmp_path / "other", code=2)
-    assert "choose --task lm" in " ".join(refused.split())
+    assert "choose --kind lm" in " ".join(refused.split())
 
 
 def test_a_command_for_longer_texts_than_the_model_reads_ends_in_a_message(tables: Path, tmp_path: Path) -> None:
@@ -467,5 +467,5 @@ def test_written_texts_and_classes_are_compared_one_after_the_other(place: Path,
     with pytest.raises(ValueError, match=r"some tasks are texts to write and others are not \(words: text2text"):
         run(asked, tmp_path / "out.jsonl")
     other = replace(asked, tasks=(replace(asked.tasks[0], problem="lm"),))
-    with pytest.raises(LoadError, match="choose --task text2text"):
+    with pytest.raises(LoadError, match="choose --kind text2text"):
         run(other, tmp_path / "out.jsonl")

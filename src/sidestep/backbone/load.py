@@ -244,7 +244,7 @@ def _writing_class(name: str, config: Any, writes: Written) -> Any:
         able = "lm" if _is_decoder(config) else None
     if able != writes:
         is_what = {"text2text": "an encoder-decoder", "lm": "a decoder", None: "neither encoder-decoder nor decoder"}
-        choose = {"text2text": "--task text2text", "lm": "--task lm", None: "--task single, multi or regress"}
+        choose = {"text2text": "--kind text2text", "lm": "--kind lm", None: "--kind single, multi or regress"}
         raise LoadError(
             f"task {writes!r} needs {is_what[writes]}, but {name} ({config.model_type!r}) is {is_what[able]}: choose "
             f"{choose[able]}, or another backbone"

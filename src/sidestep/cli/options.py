@@ -28,7 +28,7 @@ Backbone = Annotated[
 ]
 Gguf = Annotated[str | None, _model("--gguf", help="GGUF file in the folder or hub id of --backbone.")]
 OtherBackbone = Annotated[str | None, _model("--backbone", help="Where the backbone is, if it has moved.")]
-TextBackbone = Annotated[str | None, _model(help="Encoder of captions beside that of images, for --task retrieval.")]
+TextBackbone = Annotated[str | None, _model(help="Encoder of captions beside that of images, for --kind retrieval.")]
 Recipe = Annotated[str | None, _model(help="One of `sidestep recipes`: it sets what no option here does.")]
 Method = Annotated[str, _model(help="One of `sidestep methods`.")]
 Set = Annotated[list[str] | None, _model("--set", help="name=value, a setting of the method. Repeatable.")]
@@ -36,9 +36,9 @@ Pool = Annotated[
     str | None,
     _model(help="What the head reads: cls, mean, mean_pre_norm, last (of a dual encoder own, gpo too)."),
 ]
-TextPool = Annotated[str | None, _model(help="The same of the text tower, where it is another (--task retrieval).")]
-Dim = Annotated[int | None, _model(help="Channels of the embeddings (--task retrieval). Default: the model's own.")]
-Loss = Annotated[str, _model(help="contrastive or triplet (--task retrieval).")]
+TextPool = Annotated[str | None, _model(help="The same of the text tower, where it is another (--kind retrieval).")]
+Dim = Annotated[int | None, _model(help="Channels of the embeddings (--kind retrieval). Default: the model's own.")]
+Loss = Annotated[str, _model(help="contrastive or triplet (--kind retrieval).")]
 OwnHead = Annotated[bool, _model("--own-head", help="Train the backbone's own classification head.")]
 Checkpoint = Annotated[str | None, _model(help="late: recompute the late blocks in backward.")]
 Keep = Annotated[
@@ -74,7 +74,7 @@ Text2 = Annotated[str | None, _data(help="Column of the second text of a pair.")
 Separator = Annotated[
     str | None,
     _data(
-        help="Stands between the texts of a pair, and between prompt and answer of --task lm. Default: a newline in "
+        help="Stands between the texts of a pair, and between prompt and answer of --kind lm. Default: a newline in "
         "pairs where the tokenizer puts nothing, else nothing."
     ),
 ]

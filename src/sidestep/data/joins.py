@@ -68,7 +68,7 @@ def separators_of(given: str | None, tokenizer: Any, *, kind: Kind, pair: bool) 
     """
     if given is not None and not pair and kind != "lm":
         raise DataError(
-            f"separator={given!r}, but no texts are put behind each other: it is for pairs (--text2) and for --task "
+            f"separator={given!r}, but no texts are put behind each other: it is for pairs (--text2) and for --kind "
             "lm. Leave it out"
         )
     bare = pair and puts_nothing_between(tokenizer)

@@ -156,7 +156,7 @@ def target_texts(rows: Dataset, column: str) -> list[str]:
     if not all(isinstance(cell, str) for cell in cells) or all(_finite(cell) is not None for cell in cells):
         raise DataError(
             f"column {column!r} holds labels that are no text ({listed(dict.fromkeys(cells), limit=3)}). Write words "
-            "in their place (such as negative and positive for 0 and 1), or choose --problem single or "
+            "in their place (such as negative and positive for 0 and 1), or choose --kind single or "
             "regress. If numbers are what the model should write, put a word before them"
         )
     return cells

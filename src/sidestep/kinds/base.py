@@ -162,7 +162,7 @@ class TaskKind(ABC):
         if isinstance(processor, ImageTransform):
             handling["transform"] = processor.to_dict()
         if self.writes and fields.image is not None:
-            raise DataError(f"problem={self.name!r} is for texts, but {fields.image!r} is named as images: say --text")
+            raise DataError(f"kind={self.name!r} is for texts, but {fields.image!r} is named as images: say --text")
         labels = self.labels(train, fields.label)
         separators = separators_of(asked.separator, processor, kind=self.name, pair=fields.text2 is not None)
         source = f"{len(dev)} rows of their own" if dev is not None else ""
@@ -308,8 +308,8 @@ def kind_named(name: str) -> TaskKind:
     if name in known:
         return known[name]
     if name in REFUSED:
-        raise DataError(f"problem={name!r}: token classification is not supported yet. Choose {', '.join(known)}")
-    raise DataError(f"problem={name!r}: choose {', '.join(known)}")
+        raise DataError(f"kind={name!r}: token classification is not supported yet. Choose {', '.join(known)}")
+    raise DataError(f"kind={name!r}: choose {', '.join(known)}")
 
 
 def targets_of(encoded: Dataset) -> NDArray[Any]:

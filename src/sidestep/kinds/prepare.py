@@ -109,7 +109,7 @@ def guess_kind(rows: Dataset, label_column: str) -> str:
     if len(numbers) == len(cells) and not all(number.is_integer() for number in numbers):
         raise DataError(
             f"column {label_column!r} holds numbers that are not all whole (such as "
-            f"{_first_broken(numbers)}). Say --problem regress to predict a number, or --problem single if "
+            f"{_first_broken(numbers)}). Say --kind regress to predict a number, or --kind single if "
             "they are names of classes"
         )
     return "single"

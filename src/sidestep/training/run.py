@@ -212,7 +212,7 @@ def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
     """The rows of a run as its backbone reads them. Errors as of `train`."""
     asked, model, kind = spec.data, spec.model, spec.data.task_kind
     if (kind is None or not kind.dual) and (model.text_backbone, model.head) != (None, None):
-        raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --task retrieval")
+        raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --kind retrieval")
     if kind is not None and kind.writes is not None:
         check_writes(model.name, kind.writes, revision=model.revision)
     processor: Any
@@ -266,7 +266,7 @@ def attached(spec: RunSpec, data: TaskData, backbone: Any = None) -> Attached:
         raise ValueError(f"--pool {own.pool} with --own-head: the backbone's own head reads what it reads")
     if own.own_head and (kind.dual or kind.writes is not None):
         why = "the embeddings are Sidestep's" if kind.dual else "it is for classification"
-        raise ValueError(f"--own-head with --task {kind.name}: {why}. Leave it out")
+        raise ValueError(f"--own-head with --kind {kind.name}: {why}. Leave it out")
     head = None if own.own_head else own.head or head_for(data, own.pool)
     torch.manual_seed(spec.training.seed)
     if backbone is not None:
