@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from sidestep.messages import counted
+from sidestep.messages import about, counted
 
 NARROW = 100
 """Columns of the tables of scores."""
@@ -189,6 +189,8 @@ def show_unnamed(config: Mapping[str, Any], before: str = "") -> None:
 
 def _kept(results: Results) -> str:
     """Which epoch was kept, and why training ended before its last one."""
+    if (penalty := results.method.get("chosen_penalty")) is not None:
+        return f"none: the head was solved, with a penalty of {penalty:g}"
     epochs, planned = f"{results.epochs:g}", f"{results.planned_epochs:g}"
     if results.settings["keep"] == "last":
         return f"{epochs}, the last: none was chosen on these rows"
@@ -212,10 +214,16 @@ def show_results(results: Results, folder: Path) -> None:
         "task file": format_bytes(results.task_bytes),
         "seconds": results.seconds,
     }
+    if (kept := results.features) is not None:
+        facts["features"] = f"{kept['rows']:,} rows, {kept['spent_seconds']:.1f} s besides"
+    if (auto := results.auto) is not None:
+        facts["chosen"] = f"{auto['chosen']}, of {len({trial['candidate'] for trial in auto['trials']})} candidates"
+        facts["search"] = f"{len(auto['trials'])} trials, {about(auto['search_seconds'])}"
     if (step := results.step) is not None:
         facts["kept for backward"] = f"{format_bytes(step.kept_bytes)} in a step of {step.rows} rows"
         facts["peak of a step"] = None if step.peak_bytes is None else format_bytes(step.peak_bytes)
     show_facts(f"Task {folder}", facts, piped=NARROW)
     for note in results.notes:
         remark(f"note: {note}")
-    remark(f"details: {folder / FILE}; curves: tensorboard --logdir {folder / 'logs'}")
+    curves = f"; curves: tensorboard --logdir {folder / 'logs'}" if (folder / "logs").exists() else ""
+    remark(f"details: {folder / FILE}{curves}")
