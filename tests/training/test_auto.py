@@ -136,7 +136,7 @@ def test_time_is_left_for_the_last_training() -> None:
     search.trials = [Trial(candidate="read, quick", epochs=2, score=0.5, loss=1.0, seconds=2.0)] * 2
     for budget, affords in ((13.4, False), (13.6, True)):
         search.budget, search.begin = budget, module.time.perf_counter()
-        assert search._affords(QUICK, 6) is affords
+        assert search._affords(QUICK, 6, {}) is affords
 
 
 def test_the_stated_candidates_are_those_of_the_page() -> None:

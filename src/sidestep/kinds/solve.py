@@ -68,12 +68,18 @@ class Basis:
         mean, scale: (channels,) of the training rows.
         directions: (channels, coordinates), orthonormal. None: the channels themselves.
         lost: share of the variance outside of them.
+        own: (rows, coordinates) of the training rows, where they came out with the directions.
     """
 
     mean: Tensor
     scale: Tensor
     directions: Tensor | None
     lost: float = 0.0
+    own: Tensor | None = None
+
+    def rows(self, vectors: Vectors, start: int, end: int) -> Tensor:
+        """The coordinates of training rows from one number to another."""
+        return self.of(vectors(start, end)) if self.own is None else self.own[start:end]
 
     def of(self, vectors: Tensor) -> Tensor:
         """(rows, coordinates) in float64."""
@@ -172,6 +178,8 @@ def _basis(vectors: Vectors, rows: int, seed: int) -> Basis:
     values, rotation = torch.linalg.eigh((span @ span.T).double())
     kept = values > RANK * values[-1]
     directions = (span.T.double() @ rotation[:, kept]) / values[kept].sqrt()
+    if count == rows:  # all rows are in their own span
+        return Basis(mean, scale, directions, own=rotation[:, kept] * values[kept].sqrt())
     inside = sum(float((plain.of(vectors(start, end)) @ directions).square().sum()) for start, end in _chunks(rows))
     whole = float(square.div(scale.square()).sum())
     return Basis(mean, scale, directions, max(1 - inside / whole, 0.0) if whole else 0.0)
@@ -195,14 +203,14 @@ def _ridge(
     gram: Any = 0.0
     moment: Any = 0.0
     for start, end in _chunks(rows):
-        part = basis.of(vectors(start, end))
+        part = basis.rows(vectors, start, end)
         gram, moment = gram + part.T @ part, moment + part.T @ (targets[start:end] - mean)
     values, rotation = torch.linalg.eigh(gram)
     values, moment = values.clamp(min=0), rotation.T @ moment
     tried = RIDGES if penalty is None else (penalty,)
     errors, residuals = [0.0] * len(tried), [0.0] * len(tried)
     for start, end in _chunks(rows):
-        part = basis.of(vectors(start, end)) @ rotation
+        part = basis.rows(vectors, start, end) @ rotation
         for number, one in enumerate(tried):
             shrunk = 1 / (values + rows * one)
             rest = targets[start:end] - mean - part @ (shrunk[:, None] * moment)
@@ -240,7 +248,7 @@ class _Logistic:
             for start in range(0, len(rows), CHUNK):
                 part = rows[start : start + CHUNK]
                 first = int(part[0])
-                own = self.basis.of(self.vectors(first, int(part[-1]) + 1))
+                own = self.basis.rows(self.vectors, first, int(part[-1]) + 1)
                 yield own[torch.from_numpy(part - first)], torch.from_numpy(part)
 
         if self.basis.directions is None and len(rows) * width > HELD:

@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -161,7 +161,7 @@ class _Search:
         """
         left, epochs, best = list(candidates), FIRST, dict[str, Trial]()
         while left:
-            tried = [one for one in left if self._affords(one, epochs) and self._better(one, epochs, best)]
+            tried = [one for one in left if self._affords(one, epochs, best) and self._better(one, epochs, best)]
             trained = [one for one in tried if not one.solved]
             left = sorted(trained, key=lambda one: self._order(best[one.name]))[: math.ceil(len(trained) / 2)]
             if not trained or epochs >= MOST or (len(left) == 1 and len(trained) == 1):
@@ -187,8 +187,8 @@ class _Search:
         assert trial.score is not None
         return -self.sign * trial.score, math.inf if trial.loss is None else trial.loss
 
-    def _affords(self, one: Candidate, epochs: int) -> bool:
-        """Whether there is time for a trial and for training on all rows after it.
+    def _affords(self, one: Candidate, epochs: int, best: Mapping[str, Trial]) -> bool:
+        """Whether there is time for a trial, and for training it or the best so far on all rows after it.
 
         The first trial is taken in any case: it says what the frozen pass takes.
 
@@ -208,7 +208,8 @@ class _Search:
             if trial.candidate.split(",")[0] == one.name.split(",")[0]
         ]
         pace = min(paces, default=0.0)
-        return self.spent + (1 + 1 / (1 - HELD_OUT)) * epochs * pace <= self.budget
+        so_far = min(best.values(), key=self._order).seconds if best else 0.0
+        return self.spent + epochs * pace + max(epochs * pace, so_far) / (1 - HELD_OUT) <= self.budget
 
     def _try(self, one: Candidate, epochs: int) -> Trial:
         folder, begin = Path(tempfile.mkdtemp(prefix="sidestep-")), time.perf_counter()
