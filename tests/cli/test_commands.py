@@ -363,6 +363,8 @@ def test_an_unknown_method_or_setting(place: Path) -> None:
         (["--own-head", "--pool", "cls"], "--pool cls with --own-head"),
         (["--resume"], "holds no run to resume"),
         (["--problem", "rank"], "kind='rank': choose single, multi, regress"),
+        (["--budget", "5m"], "--budget 5m is for --method auto: leave it out"),
+        (["--method", "auto", "--lr", "1"], "with --method auto: its candidates have their own"),
     ],
 )
 def test_values_out_of_range(place: Path, options: list[str], said: str) -> None:

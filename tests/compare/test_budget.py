@@ -98,3 +98,9 @@ def test_contenders_get_equal_time_share_features_and_continue(place: Path, tmp_
     again = run(asked, tmp_path / "results.jsonl", tell=silent)
     assert again.ran == 0
     assert len(read(tmp_path / "results.jsonl")[0]) == len(found.records)
+
+
+def test_a_head_that_is_solved_has_one_trial() -> None:
+    one = search(1000, [1.0, 2.0, 3.0])
+    one.solved = True
+    assert list(one.run()) == [(2.0, 1)]

@@ -156,3 +156,10 @@ def test_a_class_with_one_row_is_refused_and_nothing_is_written(place: Path, tmp
     with pytest.raises(DataError, match="fewer than two training rows"):
         trained(tmp_path, tmp_path / "task")
     assert not (tmp_path / "task" / "task.json").exists()
+
+
+def test_a_readout_over_a_trained_task_leaves_none_of_its_checkpoints(place: Path, tmp_path: Path) -> None:
+    trained(place, tmp_path / "task", method=ss.ProbeConfig(), epochs=1)
+    assert list((tmp_path / "task" / "checkpoints").glob("checkpoint-*"))
+    trained(place, tmp_path / "task", overwrite=True)
+    assert not list((tmp_path / "task" / "checkpoints").glob("checkpoint-*"))

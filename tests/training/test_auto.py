@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sidestep as ss
+from sidestep.disk.atomic import OutputError
 from sidestep.training import auto as module
 from sidestep.training.auto import CANDIDATES, Candidate, Trial, auto
 from small_tasks import reviews, text_backbone, write
@@ -143,3 +145,18 @@ def test_the_stated_candidates_are_those_of_the_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "auto.md").read_text()
     for one in CANDIDATES:
         assert f"| `{one.name.split(',')[0]}` |" in page
+
+
+def test_an_output_that_is_an_input_and_an_own_head_are_refused_before_any_trial(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"is read as an input|lies in"):
+        auto(spec(place, place / "bert"), budget=600)
+    asked = spec(place, tmp_path / "task")
+    with pytest.raises(ValueError, match="--own-head with --method auto"):
+        auto(replace(asked, model=replace(asked.model, own_head=True)), budget=600)
+
+
+def test_the_time_of_the_search_is_told_apart_from_that_of_the_last_training(place: Path, tmp_path: Path) -> None:
+    told = auto(spec(place, tmp_path / "task"), budget=600, candidates=[READOUT])[2].auto
+    assert told is not None
+    trials = sum(trial["seconds"] for trial in told["trials"])
+    assert trials <= told["search_seconds"] < trials + told["final_seconds"]

@@ -66,3 +66,9 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(place: Path, tmp_pa
     with pytest.raises(ValueError, match="are for pairs"):
         ss.train(replace(spec(place, tmp_path / "task"), model=pair))
     assert not (tmp_path / "task").exists()
+
+
+def test_a_run_that_began_before_there_were_features_is_the_same_run(tmp_path: Path) -> None:
+    plain, rounded = (ss.TrainSettings(output=tmp_path, features_precision=one) for one in ("same", "bf16"))
+    assert not [name for name in plain.fixed() if name.startswith("features")]
+    assert rounded.fixed()["features_precision"] == "bf16"

@@ -30,7 +30,7 @@ Gguf = Annotated[str | None, _model("--gguf", help="GGUF file in the folder or h
 OtherBackbone = Annotated[str | None, _model("--backbone", help="Where the backbone is, if it has moved.")]
 TextBackbone = Annotated[str | None, _model(help="Encoder of captions beside that of images, for --kind retrieval.")]
 Recipe = Annotated[str | None, _model(help="One of `sidestep recipes`: it sets what no option here does.")]
-Method = Annotated[str, _model(help="One of `sidestep methods`.")]
+Method = Annotated[str, _model(help="One of `sidestep methods`, or auto: it is chosen by trials.")]
 Set = Annotated[list[str] | None, _model("--set", help="name=value, a setting of the method. Repeatable.")]
 Pool = Annotated[
     str | None,

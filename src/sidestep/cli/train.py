@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -199,8 +200,7 @@ def train(
             separator=unescaped(separator),
         )
         chooses = asked["method"] == AUTO
-        if chooses and set_:
-            raise ValueError(f"--set {set_[0]} with --method auto: candidates have settings of their own. Leave it out")
+        _check_auto(chosen.typed, chooses=chooses)
         found = method_named(CANDIDATES[0].name if chooses else asked["method"])
         model = ModelSpec(
             backbone=backbone_named(backbone, gguf),
@@ -224,3 +224,12 @@ def train(
             trained, rows, results = run(spec, Shown(spec.recipe))
         show_answers(trained, rows)
         show_results(results, Path(output))
+
+
+def _check_auto(typed: Mapping[str, Any], *, chooses: bool) -> None:
+    """Refuse what would have no effect: settings that auto chooses, or a time for a method that is named."""
+    if not chooses and "budget" in typed:
+        raise ValueError(f"--budget {typed['budget']} is for --method auto: leave it out")
+    flags = {"set_": "--set", "learning_rate": "--lr", "epochs": "--epochs", "weight_decay": "--weight-decay"}
+    if chooses and (given := [flag for name, flag in flags.items() if name in typed]):
+        raise ValueError(f"{', '.join(given)} with --method auto: its candidates have their own. Leave it out")

@@ -55,6 +55,7 @@ class Search:
         trial: runs a rate for some epochs on held-out training rows.
         share: how many times the work of a trial's epoch the final run's is.
         spent: its time.
+        solved: whether one trial tells all: there are no epochs.
         found: the trials so far.
     """
 
@@ -62,13 +63,14 @@ class Search:
     trial: Trial
     share: float
     spent: Spent
+    solved: bool = False
     found: dict[tuple[float, int], Record] = field(default_factory=dict)
 
     def run(self) -> dict[tuple[float, int], Record]:
         """Trials as far as the time allows. The first shows the pace, and is taken in any case."""
         middle = self.rates[len(self.rates) // 2]
         record = self._try(middle, 1)
-        if record.measured is None:
+        if record.measured is None or self.solved:
             return self.found
         epoch = record.measured["run_seconds"]
         told = record.measured.get("features") or {"spent_seconds": 0.0}

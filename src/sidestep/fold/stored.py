@@ -34,10 +34,12 @@ class PassedOver:
     """How a block is passed over.
 
     Attributes:
+        names: of its arguments, the hidden state's first.
         element: which element of its output the hidden state is. None: the output is the hidden state.
         others: for each element the argument that it is, or None for nothing.
     """
 
+    names: tuple[str, ...]
     element: int | None = None
     others: tuple[str | None, ...] = ()
 
@@ -121,17 +123,16 @@ def passing_over(places: Sequence[Place], route: Route) -> Iterator[None]:
         for place in places:
             how = route.over.get(place_name(place.site)) if place.site.kind == "block" else None
             if how is not None:
-                _replace_forward(place.module, _handing_on(place.module, how), undo)
+                _replace_forward(place.module, _handing_on(how), undo)
         yield
 
 
-def _handing_on(module: nn.Module, how: PassedOver) -> Callable[..., Any]:
+def _handing_on(how: PassedOver) -> Callable[..., Any]:
     """What stands in for a block's forward."""
-    names = argument_names(module)
 
     def passed(*args: Any, **kwargs: Any) -> Any:
-        call = bound(names, args, kwargs)
-        hidden = call[names[0]]
+        call = bound(how.names, args, kwargs)
+        hidden = call[how.names[0]]
         if how.element is None:
             return hidden
         parts = [None if name is None else call.get(name) for name in how.others]
@@ -264,7 +265,9 @@ class Look:
             call = bound(names, args, kwargs)
             given = call[names[0]]
             if not isinstance(output, tuple):
-                self.outputs[place_name(place.site)] = _Output(PassedOver(), False, output.shape != given.shape)
+                self.outputs[place_name(place.site)] = _Output(
+                    PassedOver(tuple(names)), False, output.shape != given.shape
+                )
                 return
             others: list[str | None] = []
             makes = False
@@ -272,7 +275,7 @@ class Look:
                 source = next((name for name, value in call.items() if value is part and part is not None), None)
                 makes |= number != element and source is None and part is not None
                 others.append(None if number == element else source)
-            how = PassedOver(element, tuple(others))
+            how = PassedOver(tuple(names), element, tuple(others))
             self.outputs[place_name(place.site)] = _Output(how, makes, output[element].shape != given.shape)
 
         return look

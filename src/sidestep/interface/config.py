@@ -54,6 +54,12 @@ class MethodConfig:
             raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r}, but it must be {what}")
 
 
+def spread(depth: int, count: int) -> tuple[int, ...]:
+    """So many of `depth` block numbers (at most all), spread evenly, the last one among them."""
+    count = min(depth, count)
+    return tuple(depth - 1 - (depth * number) // count for number in reversed(range(count)))
+
+
 def is_ascending(blocks: Sequence[int]) -> bool:
     """Whether there are block numbers, from 0 in order and each once."""
     return bool(blocks) and blocks[0] >= 0 and all(a < b for a, b in pairwise(blocks))

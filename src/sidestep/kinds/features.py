@@ -151,6 +151,10 @@ class Features:
         absent = stand_ins(model, route, batch)
         return cls(model, data, store.entry(key), route, ids, lengths, rounded, batch_size, autocast, absent)
 
+    def moved(self, store: FeatureStore) -> Features:
+        """The same rows, to be stored elsewhere."""
+        return replace(self, entry=store.entry(self.entry.key))
+
     # --- how much there is ------------------------------------------------------------------------------------------
 
     @property

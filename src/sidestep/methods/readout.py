@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sidestep.interface.config import MethodConfig
+from sidestep.interface.config import MethodConfig, spread
 from sidestep.interface.layers import masked_mean, own_token, take_rows
 from sidestep.interface.registry import register
 from sidestep.interface.side_net import SideNet
@@ -47,8 +47,7 @@ class ReadoutConfig(MethodConfig):
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """The blocks of `depth` that are read."""
-        count = min(depth, self.levels or depth)
-        return tuple(depth - 1 - (depth * number) // count for number in reversed(range(count)))
+        return spread(depth, self.levels or depth)
 
 
 @register("readout", ReadoutConfig)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidestep.interface.config import MethodConfig
+from sidestep.interface.config import MethodConfig, spread
 from sidestep.interface.layers import recompute, rotate
 from sidestep.interface.registry import register
 from sidestep.interface.side_net import SideNet
@@ -61,8 +61,7 @@ class SideAttentionConfig(MethodConfig):
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """The blocks of `depth` that are read."""
-        count = min(depth, self.levels or MOST_LEVELS)
-        return tuple(depth - 1 - (depth * number) // count for number in reversed(range(count)))
+        return spread(depth, self.levels or MOST_LEVELS)
 
 
 class Level(nn.Module):

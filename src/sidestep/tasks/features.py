@@ -90,7 +90,12 @@ def kept_features(
     how: dict[str, Any] = {"rounded": options.precision == "bf16", "batch_size": batch_size, "autocast": autocast}
     try:
         side = check_storable(model)
-        chosen = _chosen(options, passes, lambda at: Features.of(side, data, _store(at, options, store), **how))
+        chosen = _chosen(
+            options,
+            passes,
+            lambda at: Features.of(side, data, _store(at, options, store), **how),
+            lambda: _store("ram", options, store),
+        )
         if chosen is None:
             return None
         where, features = chosen
@@ -138,18 +143,21 @@ def _store(where: Where, options: FeatureOptions, shared: FeatureStore | None) -
     return FeatureStore(None if where == "ram" else options.place, options.limit)
 
 
-def _chosen(options: FeatureOptions, passes: float, of: Callable[[Where], Features]) -> tuple[Where, Features] | None:
+def _chosen(
+    options: FeatureOptions, passes: float, of: Callable[[Where], Features], memory: Callable[[], FeatureStore]
+) -> tuple[Where, Features] | None:
     """Where features are kept. "auto" takes the folder if all is there already, else the memory.
 
     None where there is one pass, and nothing is stored: "auto" has nothing to gain.
     """
     if options.where != "auto":
         return options.where, of(options.where)
-    if has_features(options.place):
-        features = of("disk")
-        if not features.lacking:
-            return "disk", features
-    return ("ram", of("ram")) if passes > 1 else None
+    found = of("disk") if has_features(options.place) else None
+    if found is not None and not found.lacking:
+        return "disk", found
+    if passes <= 1:
+        return None
+    return "ram", of("ram") if found is None else found.moved(memory())
 
 
 def _does_not_pay(forecast: Forecast, passes: float, options: FeatureOptions) -> str | None:

@@ -15,20 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from datasets import Dataset
 from torch import nn
 
 from sidestep.backbone.load import load_backbone
+from sidestep.data import holdout
 from sidestep.disk.features import FeatureStore
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.task_data import TaskData
 from sidestep.messages import about, counted
 from sidestep.methods import LateLoraConfig, MethodConfig, ReadConfig, ReadoutConfig, SideAttentionConfig
 from sidestep.model.attach import Attached, detach
-from sidestep.training.checkpoints import check_output
 from sidestep.training.results import Results
-from sidestep.training.run import RunSpec, Watch, task_data, train
+from sidestep.training.run import RunSpec, Watch, check_places, task_data, train
 from sidestep.training.solved import PROBLEMS
 
 HELD_OUT = 0.2
@@ -103,7 +101,9 @@ def auto(
         ValueError: if the kind of task cannot be judged so, the time is too short for a trial, or all of them failed.
         Exception: as of `train`.
     """
-    check_output(spec.training)
+    check_places(spec)
+    if spec.model.own_head:
+        raise ValueError("--own-head with --method auto: its candidates have heads of Sidestep's. Leave it out")
     data = task_data(spec, watch)
     if data.labels.kind not in PROBLEMS:
         raise ValueError(
@@ -118,7 +118,7 @@ def auto(
     search = _Search(spec, data, backbone, budget, tell)
     best, epochs = search.run(candidates)
     tell(f"auto: {best.name} with {counted(epochs, 'epoch')} is trained on all rows")
-    begin = time.perf_counter()
+    begin, searched = time.perf_counter(), search.spent
     chosen = _asked(spec, best, epochs)
     model, data, results = train(chosen, watch, backbone=backbone, data=data, store=search.store)
     told = {
@@ -126,7 +126,7 @@ def auto(
         "chosen": best.name,
         "epochs": epochs,
         "trials": [asdict(trial) for trial in search.trials],
-        "search_seconds": round(search.spent, 3),
+        "search_seconds": round(searched, 3),
         "final_seconds": round(time.perf_counter() - begin, 3),
     }
     results = replace(results, auto=told)
@@ -225,7 +225,6 @@ class _Search:
             resume=False,
             overwrite=True,
             progress=False,
-            features="ram" if self.spec.training.features == "auto" else self.spec.training.features,
         )
         score = loss = reason = None
         try:
@@ -272,17 +271,5 @@ def _asked(spec: RunSpec, one: Candidate, epochs: int) -> RunSpec:
 
 def _apart(data: TaskData, seed: int) -> TaskData:
     """The training rows in two parts, of which the second is held out. Each class has its share in both."""
-    labels = data.train.with_format(None)["labels"][:]
-    order = np.random.default_rng(seed).permutation(len(labels))
-    held = np.zeros(len(labels), dtype=bool)
-    if data.labels.kind == "single":
-        classes = np.asarray(labels)
-        for name in np.unique(classes):
-            own = order[classes[order] == name]
-            held[own[: max(round(HELD_OUT * len(own)), 1)]] = True
-    else:
-        held[order[: max(round(HELD_OUT * len(order)), 1)]] = True
-    rows: Dataset = data.train
-    source = f"a fifth of the training rows (seed {seed})"
-    kept, apart = np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
-    return replace(data, train=rows.select(kept), dev=rows.select(apart), dev_source=source)
+    rows, apart = holdout(data.train, "labels" if data.labels.kind == "single" else None, HELD_OUT, seed)
+    return replace(data, train=rows, dev=apart, dev_source=f"a fifth of the training rows (seed {seed})")

@@ -47,6 +47,37 @@ def judge_run(model: Attached, data: TaskData, settings: TrainSettings) -> Asses
     )
 
 
+def told_of(
+    model: Attached, data: TaskData, settings: TrainSettings, recipe: Mapping[str, Any] | None, judged: Assessment
+) -> dict[str, Any]:
+    """The fields of the results that do not depend on how the weights were found."""
+    return {
+        "scores": judged.scores,
+        "constant": judged.constant,
+        "classes": judged.classes,
+        "head": model.head_config,
+        "backbone": {**asdict(source_of(model.backbone)), "dtype": model.precisions, "digest": model.digest.exact},
+        "keep": "/".join(dict.fromkeys(part.fold.keeping.way for part in model.parts)),
+        "labels": list(data.labels.names),
+        "data": {
+            "train_rows": len(data.train),
+            "dev_rows": len(data.dev),
+            "dev_source": data.dev_source,
+            "truncated": data.truncated,
+            **data.handling,
+        },
+        "trainable_parameters": sum(parameter.numel() for _, parameter in model.trained_parameters()),
+        "task_bytes": (settings.output / WEIGHTS).stat().st_size,
+        "device": device_name(model.device),
+        "versions": versions(PACKAGES),
+        "seed": settings.seed,
+        "learning_rate": settings.rate(model.record.config),
+        "settings": settings.to_dict(),
+        "recipe": dict(recipe) if recipe else None,
+        "notes": list(notes_of(model, writes=data.generation is not None)),
+    }
+
+
 def results_of(
     trainer: Trainer,
     data: TaskData,
@@ -64,40 +95,18 @@ def results_of(
     model, state, steps = trainer.model, trainer.state, settings.steps_per_epoch(len(data.train))
     kept = (state.best_global_step if settings.keep == "best" else None) or state.global_step
     return Results(
-        scores=judged.scores,
-        constant=judged.constant,
-        classes=judged.classes,
+        **told_of(model, data, settings, recipe, judged),
         metric=str(trainer.args.metric_for_best_model),
         best_epoch=round(kept / steps, 3),
         epochs=round(state.global_step / steps, 3),
         planned_epochs=round(trainer.args.num_train_epochs),
         method={"name": model.record.name, **model.settings.method.to_dict()},
-        head=model.head_config,
-        backbone={**asdict(source_of(model.backbone)), "dtype": model.precisions, "digest": model.digest.exact},
-        keep="/".join(dict.fromkeys(part.fold.keeping.way for part in model.parts)),
-        labels=list(data.labels.names),
-        data={
-            "train_rows": len(data.train),
-            "dev_rows": len(data.dev),
-            "dev_source": data.dev_source,
-            "truncated": data.truncated,
-            **data.handling,
-        },
-        trainable_parameters=sum(parameter.numel() for _, parameter in model.trained_parameters()),
-        task_bytes=(settings.output / WEIGHTS).stat().st_size,
         step=cost,
         seconds=round(seconds, 3),
         estimated_seconds=None if estimate is None else round(estimate, 3),
         epoch_seconds=clock.seconds,
         resumed_from=None if start is None else checkpoints.step_of(start),
-        device=device_name(model.device),
-        versions=versions(PACKAGES),
-        seed=settings.seed,
-        learning_rate=settings.rate(model.record.config),
-        settings=settings.to_dict(),
-        recipe=dict(recipe) if recipe else None,
         history=history,
-        notes=list(notes_of(model, writes=data.generation is not None)),
     )
 
 

@@ -189,10 +189,7 @@ def train(
         ValueError: if settings do not go together.
         TrainError: if training diverges or memory runs out. Checkpoints stay.
     """
-    check_output(spec.training)
-    named = [str(source) for source in (spec.data.train, spec.data.dev) if isinstance(source, str | Path)]
-    places = [*rows_at(*named), *backbones_at(spec.model.name, spec.model.text_name)]
-    refuse_inputs(parts_of(spec.training.output), places)
+    check_places(spec)
     settings = as_begun(spec.training)
     data = task_data(spec, watch) if data is None else data
     model = attached(spec, data, backbone)
@@ -206,6 +203,18 @@ def train(
             detach(model)
         raise
     return model, data, results
+
+
+def check_places(spec: RunSpec) -> None:
+    """Refuse an output that is taken or an input, before anything is computed.
+
+    Raises:
+        OutputError: saying which.
+    """
+    check_output(spec.training)
+    named = [str(source) for source in (spec.data.train, spec.data.dev) if isinstance(source, str | Path)]
+    places = [*rows_at(*named), *backbones_at(spec.model.name, spec.model.text_name)]
+    refuse_inputs(parts_of(spec.training.output), places)
 
 
 def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:

@@ -211,4 +211,7 @@ class TrainSettings:
 
     def fixed(self) -> dict[str, Any]:
         """The fields that a resumed run has to share with the one that it continues."""
-        return {name: value for name, value in self.to_dict().items() if name not in FREE_TO_CHANGE}
+        fixed = {name: value for name, value in self.to_dict().items() if name not in FREE_TO_CHANGE}
+        if self.features_precision == "same":  # runs that began before there were features do not say it
+            del fixed["features_precision"]
+        return fixed

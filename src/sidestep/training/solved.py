@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sidestep.backbone.source import source_of
 from sidestep.disk.features import FeatureStore
-from sidestep.disk.task_folder import WEIGHTS
 from sidestep.kinds.features import Feed
 from sidestep.kinds.solve import Problem, Solution, solve
 from sidestep.kinds.task_data import TaskData
@@ -21,11 +19,9 @@ from sidestep.methods.readout import ReadoutConfig
 from sidestep.model.features import VECTOR
 from sidestep.model.side_model import SideModel
 from sidestep.tasks.features import Kept, kept_features
-from sidestep.training.notes import notes_of
-from sidestep.training.outcome import judge_run
-from sidestep.training.results import PACKAGES, Results, device_name
+from sidestep.training.outcome import judge_run, told_of
+from sidestep.training.results import Results
 from sidestep.training.settings import TrainSettings
-from sidestep.versions import versions
 
 PROBLEMS = ("single", "multi", "regress")
 
@@ -60,40 +56,18 @@ def solve_run(
     model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=judged.scores)
     scored = {f"dev_{name}": value for name, value in judged.scores.items()}
     results = Results(
-        scores=judged.scores,
-        constant=judged.constant,
-        classes=judged.classes,
+        **told_of(model, data, settings, recipe, judged),
         metric=metric,
         best_epoch=1.0,
         epochs=1.0,
         planned_epochs=1,
         method={"name": model.record.name, **model.settings.method.to_dict(), "chosen_penalty": found.penalty},
-        head=model.head_config,
-        backbone={**asdict(source_of(model.backbone)), "dtype": model.precisions, "digest": model.digest.exact},
-        keep="full",
-        labels=list(data.labels.names),
-        data={
-            "train_rows": len(data.train),
-            "dev_rows": len(data.dev),
-            "dev_source": data.dev_source,
-            "truncated": data.truncated,
-            **data.handling,
-        },
-        trainable_parameters=sum(parameter.numel() for _, parameter in model.trained_parameters()),
-        task_bytes=(settings.output / WEIGHTS).stat().st_size,
         step=None,
         seconds=round(seconds, 3),
         estimated_seconds=None,
         epoch_seconds=[round(seconds, 4)],
         resumed_from=None,
-        device=device_name(model.device),
-        versions=versions(PACKAGES),
-        seed=settings.seed,
-        learning_rate=settings.rate(model.record.config),
-        settings=settings.to_dict(),
-        recipe=dict(recipe) if recipe else None,
         history=[{"epoch": 1.0, "train_loss": found.loss, "dev_loss": _dev_loss(model, kept.data), **scored}],
-        notes=list(notes_of(model, writes=False)),
         features=kept.told,
     )
     results.write(settings.output)

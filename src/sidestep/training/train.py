@@ -95,12 +95,13 @@ def train(
     check_run(model, data, settings)
     _describe(model, data)
     metric = kind_named(data.labels.kind).best_by(settings.metric, len(data.labels.names))
-    if isinstance(model, SideModel) and model.side.solved:
-        return solve_run(model, data, settings, metric, recipe=recipe, tell=tell, store=store)
     identity = _identity(model, data, settings)
     if relax.relaxes(model):
         relax.check(model, settings)
     start = checkpoints.begin(settings, identity)
+    if isinstance(model, SideModel) and model.side.solved:
+        with _failures(settings):
+            return solve_run(model, data, settings, metric, recipe=recipe, tell=tell, store=store)
     first, clock, estimate = None, EpochClock(), None
     last = relax.last_stage(model, settings) if relax.relaxes(model) else settings
     if relax.relaxes(model):
