@@ -59,6 +59,14 @@ class CustomerReviews(Task):
         return holdout(concatenate_datasets(parts), "label", 0.2, seed=0)
 
 
+class Questions(Task):
+    """QNLI: the official dev rows alone, split by a fixed permutation. So a score is none of GLUE's."""
+
+    def rows(self) -> tuple[Dataset, Dataset]:
+        rows = read(SHARED / self.train, self.options).shuffle(seed=0)
+        return rows.select(range(4463)), rows.select(range(4463, len(rows)))
+
+
 def _fields(text: str, text2: str | None, label: str) -> Fields:
     return Fields(text=text, text2=text2, image=None, label=label)
 
@@ -80,6 +88,8 @@ TASKS: dict[str, Task] = {
     ),
     "sst-2": Task("single", _fields("sentence", None, "label"), "glue/sst2/train.tsv.gz", "glue/sst2/dev.tsv", _RAW),
     "cr": CustomerReviews("single", _fields("text", None, "label"), "", ""),
+    "qnli": Questions("single", _fields("question", "sentence", "label"), "glue/qnli/dev.tsv.gz", "", _RAW),
+    "snli": Task("single", _fields("premise", "hypothesis", "label"), "snli/validation.tsv.gz", "snli/test.tsv.gz"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -158,3 +159,17 @@ def test_targets_that_are_no_numbers_are_refused() -> None:
     vectors, _ = rows(30, 5)
     with pytest.raises(DataError, match="targets are not all finite"):
         solved(vectors, torch.full((30,), float("nan")), "regress", 1)
+
+
+def test_states_that_are_the_same_for_all_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="the same states for all 12 training rows"):
+        solve(lambda start, end: torch.ones(end - start, 5), torch.arange(12) % 2, "single", outputs=2)
+
+
+@pytest.mark.parametrize("channels", [6, 400])  # the Gram matrix of channels, and that of rows
+def test_memory_below_one_gram_matrix_says_what_it_needs(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(40, channels, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    side = min(channels, 40)
+    with pytest.raises(DataError, match=rf"{side} x {side} needs .* and 1000 B of memory are free: read fewer levels"):
+        solve(lambda start, end: x[start:end], x[:, 0], "regress", outputs=1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import sidestep as ss
+from sidestep.data import DataError
 from sidestep.disk.atomic import OutputError
 from sidestep.training import auto as module
 from sidestep.training.auto import CANDIDATES, Candidate, Trial, auto
@@ -114,9 +116,26 @@ def test_if_all_fail_the_error_says_why(place: Path, tmp_path: Path) -> None:
 
 def test_a_time_that_is_too_short_is_refused_with_the_least(place: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"is too short, as the frozen pass and one readout took .* Give at least \d+s"
+        ValueError,
+        match=r"budget: 0.001s is too short, as the frozen pass and the first trial took .* Give at least \d+s",
     ):
         auto(spec(place, tmp_path / "task"), budget=1e-3, candidates=[READOUT, QUICK])
+
+
+def test_two_rows_a_class_are_enough_and_one_is_not(place: Path, tmp_path: Path) -> None:
+    rows = reviews(80)
+    some = [[row for row in rows if row["label"] == name][:2] for name in ("neg", "pos")]
+    for number, (few, asked) in enumerate(((some[0] + some[1], True), (some[0] + some[1][:1], False))):
+        write(tmp_path / "few.jsonl", few)
+        run = spec(place, tmp_path / str(number))
+        run = replace(run, data=replace(run.data, train=tmp_path / "few.jsonl"))
+        if asked:
+            _, _, results = auto(run, budget=600, candidates=[QUICK])
+            assert results.auto is not None
+            assert results.auto["trials"][0]["reason"] is None
+        else:
+            with pytest.raises(DataError, match="3 rows for 2 classes: give at least two of each"):
+                auto(run, budget=600, candidates=[QUICK])
 
 
 def test_a_kind_that_cannot_be_judged_is_refused(place: Path, tmp_path: Path) -> None:
@@ -135,7 +154,8 @@ def test_numbers_are_judged_too(place: Path, tmp_path: Path) -> None:
 def test_time_is_left_for_the_last_training() -> None:
     """With a pace of 1 s an epoch, a trial of 6 epochs and a last training of 7.5 need 13.5 s."""
     search = object.__new__(module._Search)
-    search.trials = [Trial(candidate="read, quick", epochs=2, score=0.5, loss=1.0, seconds=2.0)] * 2
+    search.trials = [Trial(candidate="read, quick", epochs=2, score=0.5, loss=1.0, seconds=0.0)] * 2
+    search.paces, search.data = {QUICK.config: 1.0}, SimpleNamespace(train=range(8), dev=range(2))
     for budget, affords in ((13.4, False), (13.6, True)):
         search.budget, search.begin = budget, module.time.perf_counter()
         assert search._affords(QUICK, 6, {}) is affords

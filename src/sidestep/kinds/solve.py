@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.special import expit, log_softmax
 from torch import Tensor
-from torch.nn import functional as F
 
 from sidestep.data import DataError
+from sidestep.measure.memory import format_bytes
 
 LARGEST = 8192
 """Channels, or rows, beyond which the span of so many rows has to do."""
@@ -37,6 +39,8 @@ RANK = 1e-10
 """Directions of less variance than this share of the largest are rounding."""
 
 Problem = Literal["single", "multi", "regress"]
+Values = NDArray[np.float64]
+Rows = NDArray[np.int64]
 Vectors = Callable[[int, int], Tensor]
 """Gives (rows, channels) of the rows from one number to another, in float32."""
 
@@ -117,7 +121,8 @@ def solve(
         seed: of the draw of that fifth, and of the rows whose span is taken.
 
     Raises:
-        DataError: if values are not finite, or a class has fewer than two rows.
+        DataError: if values are not finite or the same for all rows, a class has fewer than two rows, or memory is too
+            small for a Gram matrix.
     """
     targets = targets.cpu()
     _check(targets, problem, outputs)
@@ -126,9 +131,10 @@ def solve(
     if problem == "regress":
         weight, bias, chosen, loss = _ridge(vectors, basis, targets.double().view(len(targets), -1), penalty)
     else:
-        rows = _Logistic(vectors, basis, targets, problem, outputs, weights)
+        rows = _Logistic(vectors, basis, targets.numpy(), problem, outputs, weights.numpy())
         chosen = penalty if penalty is not None else _chosen(rows, seed)
-        *_, (weight, bias, loss) = rows.path(np.arange(len(targets)), [chosen])
+        *_, (flat, height, loss) = rows.path(np.arange(len(targets)), [chosen])
+        weight, bias = torch.from_numpy(flat), torch.from_numpy(height)
     full, shift = basis.unfolded(weight, bias)
     return Solution(weight=full, bias=shift, penalty=chosen, lost=basis.lost, loss=loss)
 
@@ -144,6 +150,21 @@ def _check(targets: Tensor, problem: Problem, outputs: int) -> None:
                 f"{len(few)} of {outputs} classes have fewer than two training rows (the first is number {few[0]}): a "
                 "readout is chosen on held-out rows of each. Give more rows, or leave these classes out"
             )
+
+
+def _check_room(side: int, further: int = 0) -> None:
+    """Refuse a Gram matrix for which there is no memory. It is held with its eigenvectors and their workspace.
+
+    Args:
+        side: rows of the matrix.
+        further: bytes that are held beside it.
+    """
+    needed, free = 4 * 8 * side**2 + further, psutil.virtual_memory().available
+    if needed > free:
+        raise DataError(
+            f"a readout with a Gram matrix of {side} x {side} needs {format_bytes(needed)}, and {format_bytes(free)} "
+            "of memory are free: read fewer levels (--set levels=4), or give fewer training rows"
+        )
 
 
 def _chunks(rows: int) -> Iterator[tuple[int, int]]:
@@ -167,12 +188,19 @@ def _basis(vectors: Vectors, rows: int, seed: int) -> Basis:
         square = square + (vectors(start, end).double() - mean).square().sum(0)
     variance = square / rows
     # a channel that is constant says nothing, and is left as it is
-    scale = torch.where(variance > 1e-12 * (mean.square() + 1), variance, torch.ones_like(variance)).sqrt()
+    varies = variance > 1e-12 * (mean.square() + 1)
+    if not bool(varies.any()):
+        raise DataError(
+            f"the backbone gives the same states for all {rows} training rows, so there is nothing to solve: look "
+            "whether the column is the right one, and whether its texts or images differ"
+        )
+    scale = torch.where(varies, variance, torch.ones_like(variance)).sqrt()
     plain = Basis(mean, scale, None)
     channels = len(mean)
     if channels <= min(rows, LARGEST):
         return plain
     count = min(rows, LARGEST)
+    _check_room(count, 8 * channels * count)
     drawn = np.sort(np.random.default_rng(seed).permutation(rows)[:count])
     span = torch.cat([plain.of(vectors(int(row), int(row) + 1)).float() for row in drawn])
     values, rotation = torch.linalg.eigh((span @ span.T).double())
@@ -200,6 +228,8 @@ def _ridge(
 ) -> tuple[Tensor, Tensor, float, float]:
     rows = len(targets)
     mean = targets.mean(0)
+    if basis.own is None:
+        _check_room(len(basis.mean) if basis.directions is None else basis.directions.shape[1])
     gram: Any = 0.0
     moment: Any = 0.0
     for start, end in _chunks(rows):
@@ -226,80 +256,86 @@ def _ridge(
 # --- logistic regression ----------------------------------------------------------------------------------------------
 
 
+Chunks = Callable[[], Iterator[tuple[Values, Rows]]]
+"""Gives coordinates in chunks, with the numbers of their rows."""
+
+
 @dataclass
 class _Logistic:
-    """Logistic regression on coordinates."""
+    """Logistic regression on coordinates. In numpy: a call of torch costs more than these products of few rows."""
 
     vectors: Vectors
     basis: Basis
-    targets: Tensor
+    targets: NDArray[Any]
     problem: Problem
     outputs: int
-    weights: Tensor
+    weights: Values
 
-    def coordinates(self, rows: NDArray[np.int64]) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+    def coordinates(self, rows: Rows) -> Chunks:
         """Gives the coordinates of ascending rows in chunks, with their numbers.
 
         They are held where they are few enough, and made again for each pass where not.
         """
         width = len(self.basis.mean) if self.basis.directions is None else self.basis.directions.shape[1]
 
-        def made() -> Iterator[tuple[Tensor, Tensor]]:
+        def made() -> Iterator[tuple[Values, Rows]]:
             for start in range(0, len(rows), CHUNK):
                 part = rows[start : start + CHUNK]
                 first = int(part[0])
                 own = self.basis.rows(self.vectors, first, int(part[-1]) + 1)
-                yield own[torch.from_numpy(part - first)], torch.from_numpy(part)
+                yield own.numpy()[part - first], part
 
         if self.basis.directions is None and len(rows) * width > HELD:
             return made
         held = list(made())
         return lambda: iter(held)
 
-    def path(self, rows: NDArray[np.int64], penalties: Sequence[float]) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def path(self, rows: Rows, penalties: Sequence[float]) -> Iterator[tuple[Values, Values, float]]:
         """Weights, biases and mean loss for each of falling penalties. Each starts from those before."""
         chunks = self.coordinates(rows)
         width = next(chunks())[0].shape[1]
         point = np.zeros((width + 1) * self.outputs)
         for penalty in penalties:
 
-            def loss(flat: NDArray[np.float64], penalty: float = penalty) -> tuple[float, NDArray[np.float64]]:
+            def loss(flat: Values, penalty: float = penalty) -> tuple[float, Values]:
                 return self._loss(chunks(), len(rows), flat, penalty)
 
             found = minimize(loss, point, method="L-BFGS-B", jac=True, options=LBFGS)
             point = found.x
             weight, bias = self._parts(point)
-            yield weight, bias, float(found.fun) - 0.5 * penalty * float(weight.square().sum())
+            yield weight, bias, float(found.fun) - 0.5 * penalty * float(np.square(weight).sum())
 
-    def score(
-        self, chunks: Callable[[], Iterator[tuple[Tensor, Tensor]]], count: int, weight: Tensor, bias: Tensor
-    ) -> float:
+    def score(self, chunks: Chunks, count: int, weight: Values, bias: Values) -> float:
         """The mean loss of rows."""
-        return sum(float(self._losses(x @ weight + bias, part).sum()) for x, part in chunks()) / count
+        return sum(float(self._losses(x @ weight + bias, part)[0].sum()) for x, part in chunks()) / count
 
     def _loss(
-        self, chunks: Iterator[tuple[Tensor, Tensor]], count: int, flat: NDArray[np.float64], penalty: float
-    ) -> tuple[float, NDArray[np.float64]]:
+        self, chunks: Iterator[tuple[Values, Rows]], count: int, flat: Values, penalty: float
+    ) -> tuple[float, Values]:
         weight, bias = self._parts(flat)
-        total = 0.5 * penalty * float(weight.square().sum())
-        of_weight, of_bias = penalty * weight, torch.zeros_like(bias)
+        total = 0.5 * penalty * float(np.square(weight).sum())
+        of_weight, of_bias = penalty * weight, np.zeros_like(bias)
         for x, part in chunks:
-            logits = (x @ weight + bias).requires_grad_()
-            losses = self._losses(logits, part).sum() / count
-            (slope,) = torch.autograd.grad(losses, logits)
-            total += float(losses.detach())
-            of_weight, of_bias = of_weight + x.T @ slope, of_bias + slope.sum(0)
-        return total, torch.cat([of_weight.flatten(), of_bias]).numpy()
+            losses, slopes = self._losses(x @ weight + bias, part)
+            total += float(losses.sum()) / count
+            of_weight, of_bias = of_weight + x.T @ slopes / count, of_bias + slopes.sum(0) / count
+        return total, np.concatenate([of_weight.ravel(), of_bias])
 
-    def _losses(self, logits: Tensor, rows: Tensor) -> Tensor:
+    def _losses(self, logits: Values, rows: Rows) -> tuple[Values, Values]:
+        """The loss of each row, and its gradient by the row's logits."""
         targets, weights = self.targets[rows], self.weights[rows]
         if self.problem == "single":
-            return F.cross_entropy(logits, targets.long(), reduction="none") * weights
-        losses = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
-        return losses.mean(1) * weights
+            shares = log_softmax(logits, axis=1)
+            own = np.arange(len(rows)), targets
+            losses, slopes = -shares[own], np.exp(shares)
+            slopes[own] -= 1
+        else:
+            losses = (np.logaddexp(0, logits) - targets * logits).mean(1)
+            slopes = (expit(logits) - targets) / self.outputs
+        return losses * weights, slopes * weights[:, None]
 
-    def _parts(self, flat: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
-        both = torch.from_numpy(np.asarray(flat)).view(-1, self.outputs)
+    def _parts(self, flat: Values) -> tuple[Values, Values]:
+        both = flat.reshape(-1, self.outputs)
         return both[:-1], both[-1]
 
 
@@ -307,7 +343,7 @@ def _chosen(rows: _Logistic, seed: int) -> float:
     """The penalty with the least loss on a fifth of the rows, of which each class has its share."""
     order = np.random.default_rng(seed).permutation(len(rows.targets))
     if rows.problem == "single":
-        classes = rows.targets.numpy()[order]
+        classes = rows.targets[order]
         # so many rows of each class to either side, at least one of them
         place = np.empty(len(order), dtype=np.int64)
         for name in np.unique(classes):

@@ -68,7 +68,7 @@ class LateLoraConfig(LoraConfig):
     """LoRA of the last blocks alone. The fields are LoRA's, and one more.
 
     Attributes:
-        blocks: how many, of the stack that the head reads. None: a quarter of them, at least one.
+        blocks: how many, of the stack that the head reads. None: half of them, at least one.
     """
 
     rates = (5e-4, 2e-3, 5e-3)
@@ -81,7 +81,7 @@ class LateLoraConfig(LoraConfig):
 
     def count(self, depth: int) -> int:
         """How many of `depth` blocks are changed."""
-        return max(depth // 4, 1) if self.blocks is None else self.blocks
+        return max(depth // 2, 1) if self.blocks is None else self.blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from sidestep.backbone.load import load_backbone
-from sidestep.data import holdout
+from sidestep.backbone.recompute import Checkpoint
+from sidestep.data import DataError, holdout
 from sidestep.disk.features import FeatureStore
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.task_data import TaskData
@@ -38,12 +40,13 @@ MOST = 54
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A method with its config, a rate and a weight decay."""
+    """A method with its config, a rate and a weight decay, and what is computed again in backward."""
 
     name: str
     config: MethodConfig
     rate: float
     weight_decay: float = 0.0
+    checkpoint: Checkpoint | None = None
 
     @property
     def solved(self) -> bool:
@@ -53,12 +56,12 @@ class Candidate:
 
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate(name="readout", config=ReadoutConfig(), rate=ReadoutConfig.rate),
-    Candidate(name="side_attention, 1e-3", config=SideAttentionConfig(), rate=1e-3, weight_decay=0.05),
-    Candidate(name="side_attention, 3e-3", config=SideAttentionConfig(), rate=3e-3, weight_decay=0.05),
-    Candidate(name="read, 2e-3", config=ReadConfig(rank=32), rate=2e-3),
-    Candidate(name="read, 6e-3", config=ReadConfig(rank=32), rate=6e-3),
-    Candidate(name="late_lora, 2e-3", config=LateLoraConfig(), rate=2e-3),
-    Candidate(name="late_lora, 5e-3", config=LateLoraConfig(), rate=5e-3),
+    Candidate(name="read, rank 32", config=ReadConfig(rank=32), rate=6e-3),
+    # late blocks keep one hidden state each, so that no candidate takes the memory of LoRA
+    Candidate(name="late_lora, 2e-3", config=LateLoraConfig(), rate=2e-3, checkpoint="late"),
+    Candidate(name="read, rank 128", config=ReadConfig(rank=128), rate=6e-3),
+    Candidate(name="side_attention", config=SideAttentionConfig(), rate=3e-3, weight_decay=0.05),
+    Candidate(name="late_lora, 5e-3", config=LateLoraConfig(), rate=5e-3, checkpoint="late"),
 )
 """What is tried, in this order."""
 
@@ -84,15 +87,22 @@ class Trial:
 
 
 def auto(
-    spec: RunSpec, *, budget: float, watch: Watch | None = None, candidates: Sequence[Candidate] = CANDIDATES
+    spec: RunSpec,
+    watch: Watch | None = None,
+    *,
+    budget: float,
+    candidates: Sequence[Candidate] = CANDIDATES,
+    backbone: Any = None,
+    data: TaskData | None = None,
 ) -> tuple[Attached, TaskData, Results]:
     """Choose a method in a time, train it, and save the task in `spec.training.output`.
 
     Args:
         spec: a run. Its method, rate, epochs and weight decay are those of the candidate that is chosen.
-        budget: seconds for all of it, with the frozen pass and the last training. To load the model does not count.
         watch: is told what is tried and how it went.
+        budget: seconds for all of it, with the frozen pass and the last training. To load the model does not count.
         candidates: what is tried.
+        backbone, data: as of `train`.
 
     Returns:
         As `train`. The results tell all trials (`Results.auto`).
@@ -104,15 +114,16 @@ def auto(
     check_places(spec)
     if spec.model.own_head:
         raise ValueError("--own-head with --method auto: its candidates have heads of Sidestep's. Leave it out")
-    data = task_data(spec, watch)
+    data = task_data(spec, watch) if data is None else data
     if data.labels.kind not in PROBLEMS:
         raise ValueError(
             f"auto judges methods for {', '.join(PROBLEMS)}, and the problem is {data.labels.kind!r}: name a method "
             "(--method)"
         )
-    backbone = load_backbone(
-        spec.model.name, dtype=spec.model.dtype, revision=spec.model.revision, drop_path=spec.model.drop_path
-    )
+    if backbone is None:
+        backbone = load_backbone(
+            spec.model.name, dtype=spec.model.dtype, revision=spec.model.revision, drop_path=spec.model.drop_path
+        )
     tell = (lambda line: None) if watch is None else watch.tell
     tell(f"auto: {len(candidates)} candidates in {about(budget)}: {'; '.join(one.name for one in candidates)}")
     search = _Search(spec, data, backbone, budget, tell)
@@ -146,6 +157,7 @@ class _Search:
         self.sign = 1 if kind_named(data.labels.kind).greater_is_better(self.metric) else -1
         self.store = FeatureStore(None, spec.training.features_limit)
         self.trials: list[Trial] = []
+        self.paces: dict[MethodConfig, float] = {}  # the least seconds an epoch
         self.begin = time.perf_counter()
 
     @property
@@ -198,18 +210,21 @@ class _Search:
         if not self.trials:
             return True
         if len(self.trials) == 1 and self.trials[0].seconds > self.budget:
+            least = math.ceil(2 * self.trials[0].seconds + self.judging)
             raise ValueError(
-                f"budget: {about(self.budget)} is too short, as the frozen pass and one readout took "
-                f"{about(self.trials[0].seconds)}. Give at least {math.ceil(2 * self.trials[0].seconds)}s"
+                f"budget: {self.budget:g}s is too short, as the frozen pass and the first trial took "
+                f"{self.trials[0].seconds:.1f}s. Give at least {least}s"
             )
-        paces = [
-            trial.seconds / trial.epochs
-            for trial in self.trials
-            if trial.candidate.split(",")[0] == one.name.split(",")[0]
-        ]
-        pace = min(paces, default=0.0)
+        # of a method that was not tried yet as the slowest that was
+        pace = self.paces.get(one.config, max(self.paces.values(), default=0.0))
         so_far = min(best.values(), key=self._order).seconds if best else 0.0
-        return self.spent + epochs * pace + max(epochs * pace, so_far) / (1 - HELD_OUT) <= self.budget
+        last = max(epochs * pace, so_far) / (1 - HELD_OUT) + self.judging
+        return self.spent + epochs * pace + last <= self.budget
+
+    @property
+    def judging(self) -> float:
+        """Seconds for the dev rows after the last training, by the first trial. That one ran as much for each row."""
+        return self.trials[0].seconds * len(self.data.dev) / len(self.data.train)
 
     def _try(self, one: Candidate, epochs: int) -> Trial:
         folder, begin = Path(tempfile.mkdtemp(prefix="sidestep-")), time.perf_counter()
@@ -248,6 +263,8 @@ class _Search:
             reason=reason,
         )
         self.trials.append(trial)
+        if not one.solved:
+            self.paces[one.config] = min(trial.seconds / epochs, self.paces.get(one.config, math.inf))
         how = f"failed ({reason})" if score is None else f"{self.metric} {score:.4f}"
         self.tell(f"auto: {one.name}, {counted(epochs, 'epoch')}: {how}, {trial.seconds:.0f} s")
         return trial
@@ -266,10 +283,22 @@ def _asked(spec: RunSpec, one: Candidate, epochs: int) -> RunSpec:
         schedule="linear",
         features="ram" if spec.training.features in ("auto", "off") else spec.training.features,
     )
-    return replace(spec, model=replace(spec.model, method=one.config), training=training)
+    model = replace(spec.model, method=one.config, checkpoint=one.checkpoint or spec.model.checkpoint)
+    return replace(spec, model=model, training=training)
 
 
 def _apart(data: TaskData, seed: int) -> TaskData:
-    """The training rows in two parts, of which the second is held out. Each class has its share in both."""
-    rows, apart = holdout(data.train, "labels" if data.labels.kind == "single" else None, HELD_OUT, seed)
-    return replace(data, train=rows, dev=apart, dev_source=f"a fifth of the training rows (seed {seed})")
+    """The training rows in two parts, of which the second is held out. Each class has its share in both.
+
+    That is a fifth, and more where classes have fewer than five rows, as each has a row in both.
+    """
+    share, by = HELD_OUT, None
+    if data.labels.kind == "single":
+        share, by = max(HELD_OUT, len(data.labels.names) / len(data.train)), "labels"
+    if len(data.train) < 2 or share > 0.5:
+        raise DataError(
+            f"auto holds out training rows of each class, and there are {counted(len(data.train), 'row')} for "
+            f"{len(data.labels.names)} classes: give at least two of each, or name a method (--method)"
+        )
+    rows, apart = holdout(data.train, by, share, seed)
+    return replace(data, train=rows, dev=apart, dev_source=f"{share:.0%} of the training rows (seed {seed})")
