@@ -57,6 +57,7 @@ def test_the_better_half_goes_on_with_three_times_the_epochs_and_the_best_is_tra
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MOST", 6)
+    monkeypatch.setattr(module, "STEPS", 1)
     watch = Lines()
     model, data, results = auto(
         spec(place, tmp_path / "task"), budget=600, watch=watch, candidates=[READOUT, SLOW, QUICK, PROBE]
@@ -69,13 +70,38 @@ def test_the_better_half_goes_on_with_three_times_the_epochs_and_the_best_is_tra
     assert {name for name, _ in later} <= set(scores)
     assert len(later) == 2  # of three that are trained
     assert all(epochs == 6 for _, epochs in later)
-    assert min(scores[name] for name, _ in later) >= min(scores.values())
     assert len(data.train) == results.data["train_rows"] == 80
     assert results.auto["chosen"] in dict(trials)
     assert json.loads((tmp_path / "task" / "results.json").read_text())["auto"] == results.auto
     assert watch.lines[0].startswith("auto: 4 candidates in about 10 min: readout; read, slow; read, quick; probe")
     assert model.record.name in results.auto["chosen"]
     assert ss.load(tmp_path / "task").record.name == model.record.name
+
+
+def test_few_rows_are_tried_for_as_many_steps_at_least(place: Path, tmp_path: Path) -> None:
+    """64 rows in batches of 8 are 8 steps."""
+    _, _, results = auto(spec(place, tmp_path / "task"), budget=600, candidates=[PROBE])
+    assert results.auto is not None
+    assert results.auto["trials"][0]["epochs"] == module.STEPS // 8
+
+
+@pytest.mark.parametrize(
+    ("metric", "rows", "expected"),
+    [
+        ("accuracy", 50, "sure"),  # 0.9 has a standard error of 0.042, so that 0.87 is no worse
+        ("accuracy", 5000, "better"),
+        ("pearson", 20, "sure"),
+        ("mse", 50, "best"),
+    ],
+)
+def test_scores_within_a_standard_error_are_equal_and_the_loss_decides(metric: str, rows: int, expected: str) -> None:
+    search = object.__new__(module._Search)
+    search.metric, search.sign, search.rows = metric, -1 if metric == "mse" else 1, SimpleNamespace(dev=range(rows))
+    scores = {"better": (0.9, 0.6), "sure": (0.87, 0.2), "best": (0.3, 0.9)}
+    trials = [
+        Trial(candidate=name, epochs=2, score=score, loss=loss, seconds=1.0) for name, (score, loss) in scores.items()
+    ]
+    assert search._ranked(trials)[0].candidate == expected
 
 
 def test_the_same_seed_gives_the_same_trials_and_dev_rows_take_no_part(place: Path, tmp_path: Path) -> None:
@@ -159,6 +185,17 @@ def test_time_is_left_for_the_last_training() -> None:
     for budget, affords in ((13.4, False), (13.6, True)):
         search.budget, search.begin = budget, module.time.perf_counter()
         assert search._affords(QUICK, 6, {}) is affords
+
+
+def test_the_time_of_a_candidate_that_was_not_tried_is_guessed_by_the_frozen_pass() -> None:
+    """The pass takes 2 s, so an epoch takes 5 s, a trial of 6 epochs 30 s, and the last training 37.5 s."""
+    search = object.__new__(module._Search)
+    search.trials = [Trial(candidate="readout", epochs=1, score=0.5, loss=1.0, seconds=2.0)] * 2
+    search.paces, search.data = {}, SimpleNamespace(train=range(8), dev=range(0))
+    slow = replace(LATE, passes=2.5)
+    for budget, affords in ((67, False), (68, True)):
+        search.budget, search.begin = budget, module.time.perf_counter()
+        assert search._affords(slow, 6, {}) is affords
 
 
 def test_the_stated_candidates_are_those_of_the_page() -> None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from sidestep.tasks.bank import TaskBank
     from sidestep.tasks.bank_folder import BankFolder, Entry
 
+SEPARATOR = "|"
+"""Between the names of several tasks in a cell."""
+
 bank = typer.Typer(name="bank", help="Keep many tasks on one backbone, and run them.", no_args_is_help=True)
 
 
@@ -71,6 +74,7 @@ def run(
     output: opt.Table,
     task_column: opt.TaskColumn = None,
     task: opt.OneTask = None,
+    tasks: opt.AllTasks = None,
     text: opt.Text = None,
     text2: opt.Text2 = None,
     image: opt.Image = None,
@@ -95,6 +99,7 @@ def run(
         from sidestep.disk.table_files import check_table, write_table
         from sidestep.tasks import predict as predicting
         from sidestep.tasks.predict_each import predict_each
+        from sidestep.tasks.predict_together import predict_together
 
         hush()
         check_batch(batch_size)
@@ -103,22 +108,36 @@ def run(
         held = _open(folder)
         refuse_inputs([output], [*rows_at(rows), folder, *backbones_at(backbone_named(backbone, gguf))])
         found = read(rows, table_options(columns, no_header, no_quoting, encoding), split=split)
-        names = _names(found, task_column, task)
+        asked = _asked(found, task_column, task, tasks)
+        names = [name for row in asked for name in row]
         where = backbone_named(backbone, gguf)
+        if empty := [number for number, row in enumerate(asked, start=1) if not row]:
+            raise ValueError(f"row {empty[0]} of {rows} names no task: {len(empty)} of {len(asked)} rows do not")
         for name in () if where else dict.fromkeys(names):
             refuse_inputs([output], stored_backbones_at(held.config(name)))
         with _loaded(held, dict.fromkeys(names), where) as loaded:
-            table = predict_each(
-                loaded,
-                found,
-                names,
-                columns=Fields(text=text, text2=text2, image=image),
-                batch_size=batch_size,
-                progress=not quiet,
-                probabilities=shares,
-            )
-            for name, count in Counter(names).items():
-                remark(f"{name}: {count} rows; switched to in {1000 * loaded.seconds[name]:.0f} ms")
+            reads = Fields(text=text, text2=text2, image=image)
+            if all(len(row) == 1 for row in asked):
+                table = predict_each(
+                    loaded,
+                    found,
+                    names,
+                    columns=reads,
+                    batch_size=batch_size,
+                    progress=not quiet,
+                    probabilities=shares,
+                )
+                for name, count in Counter(names).items():
+                    remark(f"{name}: {count} rows; switched to in {1000 * loaded.seconds[name]:.0f} ms")
+            else:
+                answers = predict_together(loaded, found, asked, columns=reads, batch_size=batch_size)
+                table = answers.table(found)
+                counts = Counter(names)
+                remark(
+                    f"{len(counts)} tasks, {len(names)} answers for {len(found)} rows: {answers.passes} passes of the "
+                    f"backbone over {answers.batches} batches"
+                )
+            for name in dict.fromkeys(names):
                 show_unnamed(held.config(name), f"{name}: ")
         write_table(table, output, shares=predicting.share_columns(table, found), overwrite=overwrite)
         remark(f"{len(table)} rows written to {output}")
@@ -151,15 +170,19 @@ def _head(entry: Entry) -> str:
     return "the backbone's own" if entry.outputs is None else f"{entry.outputs} outputs"
 
 
-def _names(rows: Dataset, column: str | None, task: str | None) -> list[str]:
-    """Each row's task."""
-    if (column is None) == (task is None):
-        raise ValueError("say which task the rows are for: one of --task NAME and --task-column COLUMN")
+def _asked(rows: Dataset, column: str | None, task: str | None, tasks: str | None) -> list[list[str]]:
+    """The names of each row's tasks."""
+    if sum(given is not None for given in (column, task, tasks)) != 1:
+        raise ValueError(
+            "say which tasks the rows are for: one of --task NAME, --tasks NAME,NAME and --task-column COLUMN"
+        )
     if column is None:
-        return [str(task)] * len(rows)
+        names = [str(task)] if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+        return [names] * len(rows)
     if column not in rows.column_names:
         raise ValueError(f"there is no column {column!r}: the rows have {', '.join(rows.column_names)}")
-    return [str(name) for name in rows.with_format(None)[column][:]]
+    cells = rows.with_format(None)[column][:]
+    return [[part.strip() for part in str(cell).split(SEPARATOR)] if cell else [] for cell in cells]
 
 
 def _loaded(held: BankFolder, names: Iterable[str], moved_to: str | None) -> TaskBank:

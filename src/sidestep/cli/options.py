@@ -166,7 +166,12 @@ Task = Annotated[Path, typer.Argument(help="Folder of a task.", show_default=Fal
 Bank = Annotated[Path, typer.Argument(help="Folder of a bank.", show_default=False, parser=path)]
 BankName = Annotated[str, typer.Argument(help="Name of a task in the bank.", show_default=False)]
 OneTask = Annotated[str | None, _data("--task", help="Name of the task that all rows are for.")]
-TaskColumn = Annotated[str | None, _data(help="Column with the name of each row's task.")]
+AllTasks = Annotated[
+    str | None, _data("--tasks", help="Names of tasks, with commas. Each row is answered by all of them.")
+]
+TaskColumn = Annotated[
+    str | None, _data(help="Column with the name of each row's task, or of several with | between them.")
+]
 Table = Annotated[Path, _output("--output", help="csv, tsv, json, jsonl or parquet file to write.", show_default=False)]
 Probabilities = Annotated[
     str, _running(help="Columns of probabilities: all (p_NAME for each class), one (probability) or none.")

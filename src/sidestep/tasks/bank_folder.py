@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -69,6 +70,7 @@ class BankFolder:
             BankError: if the path is a file.
         """
         self.path = Path(path)
+        self._known: dict[str, tuple[Any, str]] = {}
         if self.path.exists() and not self.path.is_dir():
             raise BankError(f"{self.path} is a file: a bank is a folder")
         if any(self.path.glob(f"{STAGING}*")):
@@ -87,7 +89,9 @@ class BankFolder:
             BankError: if there is none.
         """
         if not (_is_name(name) and any((self.path / name / part).is_file() for part in TASK_FILES)):
-            raise BankError(f"{self.path} holds no task {name!r}: it holds {some(self.names)}")
+            near = difflib.get_close_matches(name, self.names, n=3)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it holds {some(self.names)}"
+            raise BankError(f"{self.path} holds no task {name!r}: {hint}")
         return self.path / name
 
     def entry(self, name: str) -> Entry:
@@ -121,6 +125,23 @@ class BankFolder:
                 if name in self.names:
                     unreadable[name] = str(error)
         return entries, unreadable
+
+    def identity(self, name: str) -> str:
+        """What identifies a task as it is now. Its config is read again only if the file is another one.
+
+        Raises:
+            TaskError: as `config`.
+        """
+        with suppress(OSError):
+            file = (self.path / name / task_folder.CONFIG).stat() if _is_name(name) else None
+            now = None if file is None else (file.st_ino, file.st_size, file.st_mtime_ns)
+            known = self._known.get(name)
+            if known is not None and known[0] == now:
+                return known[1]
+            found = identity_of(self.config(name))
+            self._known[name] = now, found
+            return found
+        return identity_of(self.config(name))
 
     def config(self, name: str) -> dict[str, Any]:
         """The config of a task.

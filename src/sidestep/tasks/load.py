@@ -19,10 +19,10 @@ from sidestep.backbone.source import LoadError, OtherModel, Source, source_of
 from sidestep.disk.card import backbone_text
 from sidestep.disk.task_folder import CONFIG, Task, TaskError, read, read_config
 from sidestep.messages import some
-from sidestep.methods import UnsupportedBackbone
+from sidestep.methods import UnsupportedBackbone, WeightDelta, method_of
 from sidestep.model.attach import Attached, attach, detach, digests_of
 from sidestep.model.build import check_attachable
-from sidestep.model.heads import named
+from sidestep.model.heads import Retrieve, named
 from sidestep.model.saving import diffs, portable_names, settings_of
 from sidestep.model.settings import Settings
 from sidestep.sparse.codec import POSITIONS, VALUES, DamagedDiff, decode
@@ -154,6 +154,14 @@ def put(task: Task, backbone: nn.Module, *, digests: Sequence[Digest] = (), allo
         detach(model)
         raise
     return model.eval()
+
+
+def can_rest(task: Task) -> bool:
+    """Whether a task can stay in memory while it is off its backbone (`Attachment.can_rest`), by its settings alone."""
+    settings = settings_of(task)
+    method = method_of(settings.method).implementation
+    inserts = issubclass(method, WeightDelta) and method.remove is not WeightDelta.remove
+    return not inserts and not isinstance(settings.head, Retrieve)
 
 
 def check_fit(task: Task, blank: nn.Module) -> None:

@@ -232,6 +232,11 @@ def _encode(model: Attached, rows: Dataset, fields: Fields, labels: LabelSpace |
     return kind.encode(rows, wanted, processor, labels, stored.get("max_length"), separators=separators)[0]
 
 
+def encoded_for(model: Attached, rows: Dataset, fields: Fields) -> Dataset:
+    """Rows without labels, as a task reads them."""
+    return _encode(model, rows, fields, None)
+
+
 def labels_of_task(model: Attached) -> LabelSpace:
     """What a task predicts: as it is stored, or as its head says."""
     stored = model.extras.get("preprocessing") or {}

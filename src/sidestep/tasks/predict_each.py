@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
 
 from sidestep.data import DataError, Fields
-from sidestep.data.messages import listed
 from sidestep.kinds.base import PREDICTION, Probabilities
-from sidestep.kinds.prepare import chosen_fields
-from sidestep.messages import some
 from sidestep.model.pair_model import PairModel
 from sidestep.tasks.bank import TaskBank
 from sidestep.tasks.predict import Rows, as_dataset, predict
+from sidestep.tasks.predict_together import columns_of, refuse_missing
 
 
 def predict_each(
@@ -52,10 +49,10 @@ def predict_each(
     wanted = probabilities or ("all" if len(tasks) == 1 else "one")
     for name in tasks:
         bank.store.folder(name)
-    reads = {name: _columns_of(bank, name, columns or Fields()) for name in tasks}
+    reads = {name: columns_of(bank, name, columns or Fields()) for name in tasks}
     if columns is not None and columns.text2 and not any(fields.text2 for fields in reads.values()):
         raise DataError(f"text2={columns.text2!r}, but none of these tasks reads a second text: leave it out (--text2)")
-    _refuse_missing(reads, rows.column_names)
+    refuse_missing(reads, rows.column_names)
     for name, index in tasks.items():
         model = bank.activate(name)
         if isinstance(model, PairModel):
@@ -75,23 +72,3 @@ def predict_each(
     if any(isinstance(value, str) for value in cells[PREDICTION]):
         cells[PREDICTION] = [str(value) for value in cells[PREDICTION]]
     return Dataset.from_dict(cells)
-
-
-def _columns_of(bank: TaskBank, name: str, given: Fields) -> Fields:
-    """The columns that a task of a bank reads."""
-    known = bank.store.config(name)["preprocessing"] or {}
-    pair = "fields" not in known or known["fields"].get("text2")
-    return replace(chosen_fields(known, given if pair else replace(given, text2=None)), label=None)
-
-
-def _refuse_missing(reads: Mapping[str, Fields], there: Sequence[str]) -> None:
-    """Refuse rows that lack what a task of a bank reads, before any is run."""
-    asked = {name: [column for column in asdict(fields).values() if column] for name, fields in reads.items()}
-    lacking = [
-        f"{column!r} (read by {name})" for name, columns in asked.items() for column in columns if column not in there
-    ]
-    if lacking:
-        raise DataError(
-            f"there is no column {some(lacking)}: the columns are {listed(there, limit=30)}. Name the column that all "
-            "tasks are to read (--text, --text2, --image)"
-        )

@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,19 +34,35 @@ from sidestep.training.solved import PROBLEMS
 HELD_OUT = 0.2
 FIRST, MORE = 2, 3
 """Epochs of the first round, and how many times more each later one has."""
+STEPS = 40
+"""Steps of the first round at least. After fewer, methods that start slowly look worse than they are."""
 MOST = 54
 """Epochs of the last round."""
 
 
+SHARES = ("accuracy", "f1", "f1_macro", "f1_micro")
+CORRELATIONS = ("pearson", "spearman", "matthews")
+"""Scores whose standard error is known."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A method with its config, a rate and a weight decay, and what is computed again in backward."""
+    """What is tried.
+
+    Attributes:
+        name: in what is told.
+        config: the method's.
+        rate, weight_decay: of its training.
+        checkpoint: what is computed again in backward.
+        passes: seconds of an epoch over those of the frozen pass, roughly. They count until it was tried.
+    """
 
     name: str
     config: MethodConfig
     rate: float
     weight_decay: float = 0.0
     checkpoint: Checkpoint | None = None
+    passes: float = 1.0
 
     @property
     def solved(self) -> bool:
@@ -58,10 +74,10 @@ CANDIDATES: tuple[Candidate, ...] = (
     Candidate(name="readout", config=ReadoutConfig(), rate=ReadoutConfig.rate),
     Candidate(name="read, rank 32", config=ReadConfig(rank=32), rate=6e-3),
     # late blocks keep one hidden state each, so that no candidate takes the memory of LoRA
-    Candidate(name="late_lora, 2e-3", config=LateLoraConfig(), rate=2e-3, checkpoint="late"),
+    Candidate(name="late_lora, 2e-3", config=LateLoraConfig(), rate=2e-3, checkpoint="late", passes=2.5),
     Candidate(name="read, rank 128", config=ReadConfig(rank=128), rate=6e-3),
     Candidate(name="side_attention", config=SideAttentionConfig(), rate=3e-3, weight_decay=0.05),
-    Candidate(name="late_lora, 5e-3", config=LateLoraConfig(), rate=5e-3, checkpoint="late"),
+    Candidate(name="late_lora, 5e-3", config=LateLoraConfig(), rate=5e-3, checkpoint="late", passes=2.5),
 )
 """What is tried, in this order."""
 
@@ -171,18 +187,21 @@ class _Search:
         Raises:
             ValueError: if there is no time for a trial, or none came through.
         """
-        left, epochs, best = list(candidates), FIRST, dict[str, Trial]()
+        left, epochs, best = list(candidates), self.first, dict[str, Trial]()
         while left:
             tried = [one for one in left if self._affords(one, epochs, best) and self._better(one, epochs, best)]
             trained = [one for one in tried if not one.solved]
-            left = sorted(trained, key=lambda one: self._order(best[one.name]))[: math.ceil(len(trained) / 2)]
-            if not trained or epochs >= MOST or (len(left) == 1 and len(trained) == 1):
+            if not trained:
+                break
+            ranked = [trial.candidate for trial in self._ranked([best[one.name] for one in trained])]
+            left = [one for one in trained if one.name in ranked[: math.ceil(len(trained) / 2)]]
+            if epochs >= MOST or (len(left) == 1 and len(trained) == 1):
                 break
             epochs *= MORE
         if not best:
             reasons = "; ".join(f"{trial.candidate}: {trial.reason}" for trial in self.trials if trial.reason)
             raise ValueError(f"no candidate came through in {about(self.budget)}: {reasons or 'give a longer budget'}")
-        winner = min(best.values(), key=self._order)
+        winner = self._ranked(best.values())[0]
         return next(one for one in candidates if one.name == winner.candidate), winner.epochs
 
     def _better(self, one: Candidate, epochs: int, best: dict[str, Trial]) -> bool:
@@ -191,13 +210,26 @@ class _Search:
         if trial.score is None:
             return False
         known = best.get(one.name)
-        if known is None or self._order(trial) < self._order(known):
-            best[one.name] = trial
+        best[one.name] = trial if known is None else self._ranked([known, trial])[0]
         return True
 
-    def _order(self, trial: Trial) -> tuple[float, float]:
-        assert trial.score is not None
-        return -self.sign * trial.score, math.inf if trial.loss is None else trial.loss
+    def _ranked(self, trials: Iterable[Trial]) -> list[Trial]:
+        """The best trial first. Scores within a standard error of the best are equal, and the smaller loss decides."""
+        found = [(self.sign * trial.score, trial) for trial in trials if trial.score is not None]
+        top = max(score for score, _ in found)
+        least = top - _standard_error(self.metric, abs(top), len(self.rows.dev))
+
+        def order(pair: tuple[float, Trial]) -> tuple[float, float]:
+            score, trial = pair
+            return (0.0 if score >= least else -score + top), math.inf if trial.loss is None else trial.loss
+
+        return [trial for _, trial in sorted(found, key=order)]
+
+    @property
+    def first(self) -> int:
+        """Epochs of the first round."""
+        steps = math.ceil(len(self.rows.train) / self.spec.training.batch_size)
+        return max(FIRST, math.ceil(STEPS / steps))
 
     def _affords(self, one: Candidate, epochs: int, best: Mapping[str, Trial]) -> bool:
         """Whether there is time for a trial, and for training it or the best so far on all rows after it.
@@ -215,9 +247,9 @@ class _Search:
                 f"budget: {self.budget:g}s is too short, as the frozen pass and the first trial took "
                 f"{self.trials[0].seconds:.1f}s. Give at least {least}s"
             )
-        # of a method that was not tried yet as the slowest that was
-        pace = self.paces.get(one.config, max(self.paces.values(), default=0.0))
-        so_far = min(best.values(), key=self._order).seconds if best else 0.0
+        first = self.trials[0]  # with the frozen pass
+        pace = self.paces.get(one.config, one.passes * first.seconds / first.epochs)
+        so_far = self._ranked(best.values())[0].seconds if best else 0.0
         last = max(epochs * pace, so_far) / (1 - HELD_OUT) + self.judging
         return self.spent + epochs * pace + last <= self.budget
 
@@ -268,6 +300,15 @@ class _Search:
         how = f"failed ({reason})" if score is None else f"{self.metric} {score:.4f}"
         self.tell(f"auto: {one.name}, {counted(epochs, 'epoch')}: {how}, {trial.seconds:.0f} s")
         return trial
+
+
+def _standard_error(metric: str, score: float, rows: int) -> float:
+    """Of a score on so many rows: a share's, or a correlation's. 0 for what is neither."""
+    if not 0 <= score <= 1:
+        return 0.0
+    if metric in CORRELATIONS:
+        return (1 - score**2) / math.sqrt(rows)
+    return math.sqrt(score * (1 - score) / rows) if metric in SHARES else 0.0
 
 
 def _asked(spec: RunSpec, one: Candidate, epochs: int) -> RunSpec:

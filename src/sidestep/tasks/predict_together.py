@@ -1,0 +1,218 @@
+"""Predictions of several tasks for each row, from as few passes of the backbone as the tasks allow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import nn
+
+from sidestep.data import Collate, DataError, Fields
+from sidestep.data.messages import listed
+from sidestep.data.vocabulary import check_tokens
+from sidestep.kinds.base import OWN, PREDICTION, TaskKind, kind_named
+from sidestep.kinds.from_logits import FromLogits
+from sidestep.kinds.prepare import chosen_fields
+from sidestep.measure.step import accepted
+from sidestep.messages import some
+from sidestep.model.attach import Attached
+from sidestep.model.side_model import SideModel
+from sidestep.tasks.bank_folder import BankError, BankFolder
+from sidestep.tasks.predict import Rows, as_dataset, encoded_for, labels_of_task, predict
+from sidestep.tasks.together import Together
+
+
+class Bank(Protocol):
+    """What is needed of a `TaskBank`."""
+
+    store: BankFolder
+    together: Together
+
+    def activate(self, name: str) -> Attached:
+        """Switch to a task."""
+
+    def deactivate(self) -> nn.Module:
+        """Leave the bare backbone."""
+
+    def __call__(self, batch: Mapping[str, Any], *, tasks: Sequence[str]) -> dict[str, Any]:
+        """The outputs of several tasks for a batch."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Predictions for rows.
+
+    Attributes:
+        rows: for each row, by the names of its tasks, the prediction and (for classes) its probability.
+        passes: how many whole passes of the backbone were run over a batch, all batches together.
+        batches: how many batches there were.
+    """
+
+    rows: list[dict[str, dict[str, Any]]]
+    passes: int
+    batches: int
+
+    def table(self, rows: Dataset) -> Dataset:
+        """The rows with columns "prediction_TASK" and "probability_TASK". They are None where a task was not asked.
+
+        Raises:
+            DataError: if the rows have such a column already.
+        """
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        for name in names:
+            for part in (PREDICTION, OWN):
+                values = [row.get(name, {}).get(part) for row in self.rows]
+                if all(value is None for value in values):
+                    continue
+                column = f"{part}_{name}"
+                if column in rows.column_names:
+                    raise DataError(f"the rows have a column named {column} already: rename it")
+                if any(isinstance(value, str) for value in values):
+                    values = [None if value is None else str(value) for value in values]
+                rows = rows.add_column(column, values)
+        return rows
+
+
+def predict_together(
+    bank: Bank,
+    rows: Rows,
+    tasks: Sequence[Sequence[str]],
+    *,
+    columns: Fields | None = None,
+    batch_size: int = 64,
+) -> Answers:
+    """What each row's tasks predict for it.
+
+    Rows are read once for all tasks that read them alike: by the same processor, columns and length. These tasks share
+    their passes (`TaskBank.__call__`).
+
+    Args:
+        bank: of the tasks.
+        rows: see `predict.Rows`.
+        tasks: the names for each row.
+        columns: to read in the place of those that the tasks were trained on.
+        batch_size: rows of one pass.
+
+    Raises:
+        BankError: if a row has no task or one twice, or the bank holds no task of such a name.
+        DataError: as `predict`.
+    """
+    rows = as_dataset(rows)
+    places = _places(tasks, len(rows))
+    for name in places:
+        bank.store.folder(name)
+    reads = {name: columns_of(bank, name, columns or Fields()) for name in places}
+    refuse_missing(reads, rows.column_names)
+    answers: list[dict[str, dict[str, Any]]] = [{} for _ in range(len(rows))]
+    tally = _Tally()
+    for names in _alike(bank, reads):
+        numbers = sorted({number for name in names for number in places[name]})
+        heads = [name for name in names if isinstance(_kind(bank, name), FromLogits)]
+        logits = _logits(bank, heads, rows.select(numbers), reads[names[0]], batch_size, tally) if heads else {}
+        where = {number: place for place, number in enumerate(numbers)}
+        for name in names:
+            if name in logits:
+                own = logits[name][[where[number] for number in places[name]]]
+                found = _columns(bank, name, own)
+            else:
+                table = predict(
+                    bank.activate(name), rows.select(places[name]), fields=reads[name], batch_size=batch_size
+                )
+                found = {PREDICTION: table[PREDICTION][:]}
+            for place, number in enumerate(places[name]):
+                answers[number][name] = {column: values[place] for column, values in found.items()}
+    ordered = [{name: found[name] for name in asked} for asked, found in zip(tasks, answers, strict=True)]
+    return Answers(ordered, tally.passes, tally.batches)
+
+
+@dataclass
+class _Tally:
+    passes: int = 0
+    batches: int = 0
+
+
+def _places(tasks: Sequence[Sequence[str]], count: int) -> dict[str, list[int]]:
+    """The numbers of the rows of each task."""
+    if len(tasks) != count:
+        raise BankError(f"there are {count} rows, and tasks for {len(tasks)}: name the tasks of each row")
+    places: dict[str, list[int]] = {}
+    for number, names in enumerate(tasks):
+        if isinstance(names, str) or not names:
+            raise BankError(f"row {number + 1} has no list of tasks ({names!r}): name at least one")
+        for name in names:
+            places.setdefault(name, []).append(number)
+        if len(set(names)) < len(names):
+            raise BankError(f"row {number + 1} names a task twice ({', '.join(names)}): name each once")
+    return places
+
+
+def _alike(bank: Bank, reads: Mapping[str, Fields]) -> list[list[str]]:
+    """The tasks, together where they read rows alike."""
+    groups: dict[str, list[str]] = {}
+    for name, fields in reads.items():
+        config = bank.store.config(name)
+        known = config["preprocessing"] or {}
+        rest = {key: value for key, value in known.items() if key not in ("labels", "problem", "fields", "generation")}
+        key = json.dumps([config.get("processor_sha256") or name, astuple(fields), rest], sort_keys=True, default=str)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _kind(bank: Bank, name: str) -> TaskKind:
+    return kind_named(labels_of_task(bank.activate(name)).kind)
+
+
+def _columns(bank: Bank, name: str, logits: NDArray[Any]) -> dict[str, list[Any]]:
+    labels = labels_of_task(bank.activate(name))
+    kind = kind_named(labels.kind)
+    assert isinstance(kind, FromLogits)
+    return kind.columns(labels, logits, "one")
+
+
+def _logits(
+    bank: Bank, names: Sequence[str], rows: Dataset, fields: Fields, batch_size: int, tally: _Tally
+) -> dict[str, NDArray[Any]]:
+    """(rows, outputs) of each task, for rows that all of them read alike."""
+    model = bank.activate(names[0])
+    assert isinstance(model, SideModel)
+    encoded, processor = encoded_for(model, rows, fields), model.extras["processor"]
+    if fields.text is not None:
+        check_tokens(model.backbone, encoded, processor)
+    collate = Collate(processor if fields.text is not None else None)
+    lengths = encoded["length"][:] if "length" in encoded.column_names else range(len(encoded))
+    order = np.argsort(lengths, kind="stable")
+    parts: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
+    bank.deactivate()
+    for start in range(0, len(order), batch_size):
+        batch = accepted(model, collate([encoded[int(number)] for number in order[start : start + batch_size]]))
+        for name, output in bank(batch, tasks=names).items():
+            parts[name].append(output.logits.float().cpu().numpy())
+        tally.passes += bank.together.passes
+        tally.batches += 1
+    back = np.argsort(order)
+    return {name: np.concatenate(found)[back] for name, found in parts.items()}
+
+
+def columns_of(bank: Bank, name: str, given: Fields) -> Fields:
+    """The columns that a task of a bank reads."""
+    known = bank.store.config(name)["preprocessing"] or {}
+    pair = "fields" not in known or known["fields"].get("text2")
+    return replace(chosen_fields(known, given if pair else replace(given, text2=None)), label=None)
+
+
+def refuse_missing(reads: Mapping[str, Fields], there: Sequence[str]) -> None:
+    """Refuse rows that lack what a task of a bank reads, before any is run."""
+    asked = {name: [column for column in asdict(fields).values() if column] for name, fields in reads.items()}
+    lacking = [
+        f"{column!r} (read by {name})" for name, columns in asked.items() for column in columns if column not in there
+    ]
+    if lacking:
+        raise DataError(
+            f"there is no column {some(lacking)}: the columns are {listed(there, limit=30)}. Name the column that all "
+            "tasks are to read (--text, --text2, --image)"
+        )

@@ -1,0 +1,182 @@
+"""Many tasks from one pass: those that only read follow it to its end, and others go on from their own borders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidestep.fold import CannotShare, Route, SharedFold, States
+from sidestep.model.attach import Attached
+from sidestep.model.features import VECTOR, FeaturesRefused, check_storable, find_route
+from sidestep.model.side_model import SideModel
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""How far a task's outputs from its border may be from those of a pass of its own, relative to the largest of them."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A task in memory that is not on the backbone. Its identity changes when another task gets its name."""
+
+    model: SideModel
+    identity: str
+
+
+class Together:
+    """Runs several tasks of one backbone on a batch.
+
+    Args:
+        switch: puts a task on the backbone, and gives its model.
+        leave: leaves the bare backbone.
+
+    Attributes:
+        passes: how many whole passes of the backbone the last run took.
+        borders: how tasks that write go on, by their identity.
+    """
+
+    def __init__(self, switch: Callable[[str], Attached], leave: Callable[[], None]) -> None:
+        self.switch, self.leave = switch, leave
+        self.passes = 0
+        self.borders: dict[str, Border] = {}
+
+    def run(self, tasks: Mapping[str, Ready | None], batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs of tasks by their names.
+
+        Args:
+            tasks: by name. None: a task that has to be put on the backbone to be in memory at all.
+            batch: of the backbone's inputs.
+        """
+        self.passes = 0
+        readers = {
+            name: one for name, one in tasks.items() if one and one.model.only_reads and not self._border(one).reason
+        }
+        going = {
+            name: (border, route)
+            for name, one in tasks.items()
+            if one and name not in readers and (route := (border := self._border(one)).route) is not None
+        }
+        outputs: dict[str, Any] = {}
+        if readers or len(going) > 1:
+            one = next(ready.model for ready in tasks.values() if ready is not None)
+            wanted = {place for _, route in going.values() for place in route.places}
+            self.leave()
+            found = _follow(one, {name: ready.model for name, ready in readers.items()}, wanted, batch)
+            self.passes += 1
+            outputs = found.outputs
+            for name in found.refused:
+                self._border(readers[name]).reason = "it writes, and something stands before the final norm"
+            for name, (border, route) in going.items():
+                outputs[name] = self._from_border(self.switch(name), border, route, batch, found.taken)
+        for name, ready in tasks.items():
+            if name not in outputs:
+                model = self.switch(name)
+                outputs[name] = model(**batch)
+                self.passes += 1
+                if ready is not None and not (border := self._border(ready)).looked:
+                    border.look(ready.model, batch)
+        return {name: outputs[name] for name in tasks}
+
+    def _border(self, one: Ready) -> Border:
+        return self.borders.setdefault(one.identity, Border())
+
+    def _from_border(
+        self, model: Attached, border: Border, route: Route, batch: Mapping[str, Any], taken: Mapping[str, Tensor]
+    ) -> Any:
+        """A task's output from what was taken. At first it is compared with a pass of its own."""
+        output = model(**batch, features=States(route, {name: taken[name] for name in route.places}))
+        if border.proved:
+            return output
+        own = model(**batch)
+        self.passes += 1
+        border.proved = True
+        if _differ(output, own):
+            border.route, border.reason = None, "from its border it gives other outputs than in a pass of its own"
+        return own
+
+
+@dataclass
+class Border:
+    """How a task goes on that does more than to read.
+
+    Attributes:
+        looked: whether the route was looked for.
+        route: the blocks before the border, and the places whose hidden states are needed. None: it runs alone.
+        reason: why it does, if it was tried.
+        proved: whether its outputs were compared with those of a pass of its own.
+    """
+
+    looked: bool = False
+    route: Route | None = None
+    reason: str | None = None
+    proved: bool = False
+
+    def look(self, model: SideModel, batch: Mapping[str, Any]) -> None:
+        """Find the route by a pass of the task alone. It is on the backbone."""
+        self.looked = True
+        try:
+            route = find_route(check_storable(model), batch)
+        except FeaturesRefused as error:
+            self.reason = str(error)
+            return
+        if route.over and VECTOR not in route.places:
+            self.route = route
+        else:
+            self.reason = f"{model.record.name} writes in front of the first block"
+
+
+@dataclass
+class _Followed:
+    """What came of one pass: outputs by task, hidden states by place, and tasks that could not follow it."""
+
+    outputs: dict[str, Any]
+    taken: dict[str, Tensor]
+    refused: list[str] = field(default_factory=list)
+
+
+def _follow(
+    one: SideModel, readers: Mapping[str, SideModel], wanted: Collection[str], batch: Mapping[str, Any]
+) -> _Followed:
+    """Run the bare backbone once, and all tasks that only read along with it.
+
+    Args:
+        one: any model that was made on the backbone.
+        readers: models that only read, by the names of their tasks.
+        wanted: places whose hidden states are taken.
+        batch: of the backbone's inputs.
+    """
+    followed = _strands(readers)
+    driver = SharedFold(one.trunk, one.places, one.facts, wanted)
+    try:
+        output, readings = driver.run([readers[names[0]].fold for names in followed], lambda: one.bare(dict(batch)))
+    except CannotShare:
+        writing = [name for name, model in readers.items() if model.fold.keeping.border is not None]
+        left = {name: model for name, model in readers.items() if name not in writing}
+        return replace(_follow(one, left, wanted, batch), refused=writing)
+    outputs = {
+        name: readers[name].answer(reading, output, batch)
+        for names, reading in zip(followed, readings, strict=True)
+        for name in names
+    }
+    return _Followed(outputs, driver.taken)
+
+
+def _strands(readers: Mapping[str, SideModel]) -> list[list[str]]:
+    """The tasks, together where their methods read equal vectors, as those without parameters do."""
+    together: dict[Hashable, list[str]] = {}
+    for name, model in readers.items():
+        side, fold = model.side, model.fold
+        learns = any(True for _ in side.parameters()) or side.corrects
+        reads = (type(side), side.pooled_from, fold.narrow, fold.reads_raw)
+        together.setdefault(name if learns else reads, []).append(name)
+    return list(together.values())
+
+
+def _differ(output: Any, own: Any) -> bool:
+    ours, theirs = output["logits"], own["logits"]
+    if ours.shape != theirs.shape:
+        return True
+    return bool((ours - theirs).abs().max() > TOLERANCE[theirs.dtype] * (theirs.abs().max() + 1))

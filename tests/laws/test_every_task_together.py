@@ -1,0 +1,72 @@
+"""The law of a bank's shared pass: every registered method on every family gives what its task gives alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_every_method import METHODS, REFUSED, attach
+from torch import nn
+
+import sidestep as ss
+from sidestep.model.forward import Forward
+from tiny import FAMILIES, TinyFamily, logits, randomize
+
+
+def filled(family: TinyFamily, folder: Path) -> tuple[ss.TaskBank, nn.Module, list[str]]:
+    """A bank with a task of every method that works on the family, each random in every part."""
+    made = family.model()
+    bank, names = ss.TaskBank(made, folder), []
+    for method in METHODS:
+        if (method, family.name) in REFUSED:
+            continue
+        model = attach(method, family, made, head=True)
+        if model.sparse is not None:
+            model.sparse.place_at_random(1)
+        randomize(model)
+        names.append(method.replace("+", "-plus"))
+        bank.add(names[-1], model)
+        ss.detach(model)
+    return bank, made, names
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_all_tasks_together_give_what_each_gives_alone(family: str, tmp_path: Path) -> None:
+    tiny = FAMILIES[family]
+    bank, made, names = filled(tiny, tmp_path)
+    inputs = tiny.inputs()
+    expected = {name: logits(bank.run(name, inputs)) for name in names}
+    bank.deactivate()
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    for _ in range(3):  # in the first call the borders are looked for, and in the second one they are proved
+        found = bank(inputs, tasks=names)
+        assert list(found) == names
+        for name in names:
+            torch.testing.assert_close(logits(found[name]), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    readers = [name for name in names if bank.activate(name) and _only_reads(bank)]
+    bank.deactivate()
+    going = [border for border in bank.together.borders.values() if border.route is not None]
+    alone = len(names) - len(readers) - len(going)
+    bank(inputs, tasks=names)
+    assert bank.together.passes == 1 + alone
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
+
+
+def _only_reads(bank: ss.TaskBank) -> bool:
+    model = bank.model
+    assert isinstance(model, Forward)
+    return model.only_reads
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "llama", "t5"])
+def test_those_that_read_share_one_pass_to_the_bit(family: str, tmp_path: Path) -> None:
+    tiny = FAMILIES[family]
+    bank, _, names = filled(tiny, tmp_path)
+    shared = [name for name in names if bank.activate(name) and _only_reads(bank)]
+    assert {"read", "probe", "readout"} <= set(shared)
+    inputs = tiny.inputs()
+    expected = {name: logits(bank.run(name, inputs)) for name in shared}
+    found = bank(inputs, tasks=shared)
+    assert bank.together.passes == 1
+    assert all(torch.equal(logits(found[name]), expected[name]) for name in shared)

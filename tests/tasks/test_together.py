@@ -1,0 +1,120 @@
+"""Several tasks of a bank on one batch: what is run, what is refused, and what is as before afterwards."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_bank import BERT, backbone, outputs, saved
+
+import sidestep as ss
+from sidestep.disk.task_folder import WEIGHTS, TaskError
+from sidestep.tasks import bank as module
+from sidestep.tasks.bank_folder import BankError
+from tiny import logits
+
+TASKS: dict[str, tuple[Any, int]] = {
+    "read": (ss.ReadConfig(rank=4), 3),
+    "wider": (ss.ReadConfig(rank=8), 5),
+    "probe": (ss.ProbeConfig(), 2),
+    "readout": (ss.ReadoutConfig(), 4),
+    "another": (ss.ReadoutConfig(penalty=0.1), 2),
+    "dtl": (ss.DTLConfig(rank=4, late_blocks=2), 3),
+    "sparse": (ss.SparseConfig(density=0.05, select="random"), 3),
+    "lora": (ss.LoraConfig(targets=("query", "value")), 2),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("together")
+    bank = ss.TaskBank(backbone(), place / "bank")
+    for name, (config, labels) in TASKS.items():
+        bank.add(name, saved(place / name, config, labels))
+    return place / "bank"
+
+
+@pytest.fixture
+def bank(folder: Path, tmp_path: Path) -> ss.TaskBank:
+    shutil.copytree(folder, tmp_path / "bank")
+    return ss.TaskBank(backbone(), tmp_path / "bank")
+
+
+def test_heads_of_any_size_come_from_few_passes(bank: ss.TaskBank) -> None:
+    expected = {name: outputs(bank, name) for name in TASKS}
+    names = list(TASKS)
+    passes = []
+    for _ in range(3):
+        found = bank(BERT.inputs(), tasks=names)
+        passes.append(bank.together.passes)
+        for name in names:
+            assert logits(found[name]).shape[1] == TASKS[name][1]
+            torch.testing.assert_close(logits(found[name]), expected[name], rtol=1e-5, atol=1e-6)
+    # dtl first runs alone, then it is compared with a pass of its own, then it goes on from its border
+    assert passes == [4, 4, 3]
+
+
+def test_what_was_active_is_so_afterwards(bank: ss.TaskBank) -> None:
+    model = bank.activate("sparse")
+    expected = logits(model(**BERT.inputs()))
+    bank(BERT.inputs(), tasks=["read", "probe"])
+    assert bank.active == "sparse"
+    assert bank.model is model
+    assert torch.equal(logits(model(**BERT.inputs())), expected)
+
+
+def test_a_task_that_another_process_replaced_answers_anew(bank: ss.TaskBank, folder: Path) -> None:
+    bank(BERT.inputs(), tasks=["read", "wider"])
+    other = ss.TaskBank(backbone(), bank.store.path)
+    other.remove("read")
+    other.add("read", folder / "wider")
+    found = bank(BERT.inputs(), tasks=["read", "wider"])
+    assert torch.equal(logits(found["read"]), logits(found["wider"]))
+    other.remove("wider")
+    with pytest.raises(BankError, match="holds no task 'wider'"):
+        bank(BERT.inputs(), tasks=["read", "wider"])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([], "no task is named: .* holds another, dtl, lora"),
+        ("read", r"tasks='read': give a list of names, such as \['read'\]"),
+        (["read", "probe", "read"], "'read' is named twice"),
+        (["read", "reed"], "holds no task 'reed': did you mean 'read'"),
+        (["read", "unheard-of"], "holds no task 'unheard-of': it holds another"),
+    ],
+)
+def test_names_that_cannot_be_run_are_refused_before_anything_runs(bank: ss.TaskBank, tasks: Any, message: str) -> None:
+    with pytest.raises(BankError, match=message):
+        bank(BERT.inputs(), tasks=tasks)
+    assert not bank.seconds
+
+
+def test_labels_and_caches_are_refused(bank: ss.TaskBank) -> None:
+    with pytest.raises(BankError, match="a batch for several tasks has no labels"):
+        bank({**BERT.inputs(), "labels": torch.zeros(2)}, tasks=["read"])
+
+
+def test_a_damaged_task_is_named_and_the_others_go_on(bank: ss.TaskBank) -> None:
+    file = bank.store.path / "read" / WEIGHTS
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(TaskError, match="read"):
+        bank(BERT.inputs(), tasks=["probe", "read"])
+    found = bank(BERT.inputs(), tasks=["probe", "readout"])
+    assert torch.equal(logits(found["probe"]), outputs(bank, "probe"))
+
+
+def test_more_tasks_than_memory_holds_are_refused_with_how_many_fit(
+    bank: ss.TaskBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smallest = min(bank.store.entry(name).bytes for name in ("read", "probe"))
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=smallest + 1))
+    with pytest.raises(BankError, match=r"2 tasks have .* of memory are free: call with fewer tasks \(1 fit\)"):
+        bank(BERT.inputs(), tasks=["read", "probe"])
