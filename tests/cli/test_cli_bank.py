@@ -125,6 +125,36 @@ def test_one_task_for_all_rows(place: Path, tmp_path: Path) -> None:
     assert table(tmp_path / "bank.csv") == table(tmp_path / "predict.csv")
 
 
+def test_all_tasks_answer_each_row_from_few_passes(place: Path, tmp_path: Path) -> None:
+    data = ["--data", place / "rows.csv", "--output", tmp_path / "out.csv", "--batch-size", "16"]
+    said = succeed("bank", "run", place / "bank", *data, "--tasks", "reviews, judged,length", "--quiet").stderr
+    assert "3 tasks, 120 answers for 40 rows: " in said
+    assert "passes of the backbone over 3 batches" in said
+    found = table(tmp_path / "out.csv")
+    columns = ["prediction_reviews", "probability_reviews", "prediction_judged", "probability_judged"]
+    assert list(found[0])[-5:] == [*columns, "prediction_length"]
+    for name in ("reviews", "judged", "length"):
+        alone = ["--data", place / "rows.csv", "--output", tmp_path / f"{name}.csv", "--probabilities", "one"]
+        succeed("predict", place / name, *alone, "--quiet")
+        for row, own in zip(found, table(tmp_path / f"{name}.csv"), strict=True):
+            ours, theirs = row[f"prediction_{name}"], own["prediction"]
+            assert ours == theirs or float(ours) == pytest.approx(float(theirs), rel=1e-4)
+
+
+def test_a_column_names_several_tasks_of_a_row(place: Path, tmp_path: Path) -> None:
+    asked = ("judged|reviews", "reviews", "length | judged")
+    write(tmp_path / "rows.csv", [{"text": row["text"], "task": asked[n % 3]} for n, row in enumerate(reviews(9, 3))])
+    data = ["--data", tmp_path / "rows.csv", "--output", tmp_path / "out.csv", "--quiet"]
+    succeed("bank", "run", place / "bank", *data, "--task-column", "task")
+    for row in table(tmp_path / "out.csv"):
+        for name in ("judged", "reviews", "length"):
+            assert bool(row[f"prediction_{name}"]) == (name in row["task"])
+    write(tmp_path / "rows.csv", [{"text": "good", "task": "reviews"}, {"text": "bad", "task": ""}])
+    said = refusal("bank", "run", place / "bank", *data, "--task-column", "task", "--overwrite")
+    assert "row 2 of" in said
+    assert "names no task: 1 of 2 rows do not" in said
+
+
 def test_a_list_says_what_is_there_and_what_it_takes(place: Path) -> None:
     shown = succeed("bank", "list", place / "bank")
     for word in ("judged", "sparse", "bad, fair, good", "length", "1 outputs", "reviews", "read"):
@@ -182,8 +212,13 @@ def test_mistakes_are_one_message(place: Path, tmp_path: Path) -> None:
         assert "there is no bank" in refusal("bank", command[0], tmp_path / "none", *command[1:])
     output = ["--output", tmp_path / "out.csv"]
     for given, message in (
-        ([], "one of --task NAME and --task-column COLUMN"),
-        (["--task", "judged", "--task-column", "label"], "one of --task NAME and --task-column COLUMN"),
+        (["--tasks", "judged,judged"], "names a task twice"),
+        (["--tasks", "judged,nobody"], "holds no task 'nobody'"),
+        ([], "one of --task NAME, --tasks NAME,NAME and --task-column COLUMN"),
+        (
+            ["--task", "judged", "--task-column", "label"],
+            "one of --task NAME, --tasks NAME,NAME and --task-column COLUMN",
+        ),
         (["--task", "nobody"], "holds no task 'nobody': it holds judged, length, reviews"),
         (["--task-column", "nowhere"], "there is no column 'nowhere': the rows have text"),
         (["--task-column", "label"], "holds no task"),

@@ -171,5 +171,5 @@ def test_memory_below_one_gram_matrix_says_what_it_needs(channels: int, monkeypa
     x = torch.randn(40, channels, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     side = min(channels, 40)
-    with pytest.raises(DataError, match=rf"{side} x {side} needs .* and 1000 B of memory are free: read fewer levels"):
+    with pytest.raises(DataError, match=rf"{side} x {side} needs .* and 1000 B of memory are free. Read fewer levels"):
         solve(lambda start, end: x[start:end], x[:, 0], "regress", outputs=1)

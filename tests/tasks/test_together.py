@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_bank import BERT, backbone, outputs, saved
+from test_bank import BERT, attached, backbone, outputs, saved
 
 import sidestep as ss
 from sidestep.disk.task_folder import WEIGHTS, TaskError
 from sidestep.tasks import bank as module
 from sidestep.tasks.bank_folder import BankError
-from tiny import logits
+from tiny import FAMILIES, logits
 
 TASKS: dict[str, tuple[Any, int]] = {
     "read": (ss.ReadConfig(rank=4), 3),
@@ -56,6 +56,26 @@ def test_heads_of_any_size_come_from_few_passes(bank: ss.TaskBank) -> None:
             torch.testing.assert_close(logits(found[name]), expected[name], rtol=1e-5, atol=1e-6)
     # dtl first runs alone, then it is compared with a pass of its own, then it goes on from its border
     assert passes == [4, 4, 3]
+    assert bank.together.alone == {
+        "sparse": "sparse changes the backbone's weights, so its states change with each step",
+        "lora": "lora is read anew for each call",
+    }
+
+
+def test_what_stands_before_the_final_norm_has_writers_go_on_from_their_border(tmp_path: Path) -> None:
+    """A copy before the norm might be anything, so what READ writes cannot be followed there."""
+    llama = FAMILIES["llama"]
+    made = llama.model().base_model
+    made.norm.register_forward_pre_hook(lambda module, args: (args[0].clone(),))
+    bank = ss.TaskBank(made, tmp_path / "bank")
+    for name, config in (("read", ss.ReadConfig(rank=4)), ("probe", ss.ProbeConfig()), ("readout", ss.ReadoutConfig())):
+        bank.add(name, attached(config, on=llama.model().base_model))
+    names = bank.names
+    expected = {name: logits(bank.run(name, llama.inputs())) for name in names}
+    for passes in (2, 2, 1):  # READ alone, then from its border with a proof, then without
+        found = bank(llama.inputs(), tasks=names)
+        assert bank.together.passes == passes
+        assert all(torch.equal(logits(found[name]), expected[name]) for name in names)
 
 
 def test_what_was_active_is_so_afterwards(bank: ss.TaskBank) -> None:

@@ -58,6 +58,7 @@ def test_the_better_half_goes_on_with_three_times_the_epochs_and_the_best_is_tra
 ) -> None:
     monkeypatch.setattr(module, "MOST", 6)
     monkeypatch.setattr(module, "STEPS", 1)
+    monkeypatch.setattr(module, "FIFTHS", 1)
     watch = Lines()
     model, data, results = auto(
         spec(place, tmp_path / "task"), budget=600, watch=watch, candidates=[READOUT, SLOW, QUICK, PROBE]
@@ -101,7 +102,7 @@ def test_scores_within_a_standard_error_are_equal_and_the_loss_decides(metric: s
     trials = [
         Trial(candidate=name, epochs=2, score=score, loss=loss, seconds=1.0) for name, (score, loss) in scores.items()
     ]
-    assert search._ranked(trials)[0].candidate == expected
+    assert search._ranked([[trial] for trial in trials])[0][0].candidate == expected
 
 
 def test_the_same_seed_gives_the_same_trials_and_dev_rows_take_no_part(place: Path, tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_two_rows_a_class_are_enough_and_one_is_not(place: Path, tmp_path: Path)
             assert results.auto is not None
             assert results.auto["trials"][0]["reason"] is None
         else:
-            with pytest.raises(DataError, match="3 rows for 2 classes: give at least two of each"):
+            with pytest.raises(DataError, match=r"3 rows for 2 classes\. Give at least two of each"):
                 auto(run, budget=600, candidates=[QUICK])
 
 
@@ -184,7 +185,30 @@ def test_time_is_left_for_the_last_training() -> None:
     search.paces, search.data = {QUICK.config: 1.0}, SimpleNamespace(train=range(8), dev=range(2))
     for budget, affords in ((13.4, False), (13.6, True)):
         search.budget, search.begin = budget, module.time.perf_counter()
-        assert search._affords(QUICK, 6, {}) is affords
+        assert search._affordable(QUICK, 6, {}) == (6 if affords else None)
+
+
+def test_a_leader_has_fewer_epochs_if_three_times_as_many_take_too_long() -> None:
+    """At 1 s an epoch, 4 epochs and a last training of 5 take 9 s."""
+    search = object.__new__(module._Search)
+    tried = Trial(candidate=QUICK.name, epochs=2, score=0.5, loss=1.0, seconds=2.0)
+    search.trials, search.metric, search.sign = [tried] * 2, "accuracy", 1
+    search.paces, search.data = {QUICK.config: 1.0}, SimpleNamespace(train=range(8), dev=range(0))
+    search.rows = SimpleNamespace(dev=range(8))
+    for budget, epochs in ((9.2, 4), (5.0, None), (14, 6)):
+        search.budget, search.begin = budget, module.time.perf_counter()
+        assert search._affordable(QUICK, 6, {QUICK.name: [tried]}) == epochs
+
+
+def test_the_leading_ones_are_tried_on_further_fifths_and_their_means_decide(place: Path, tmp_path: Path) -> None:
+    watch = Lines()
+    _, _, results = auto(spec(place, tmp_path / "task"), watch, budget=600, candidates=[READOUT, QUICK])
+    assert results.auto is not None
+    trials = results.auto["trials"]
+    assert {trial["fifth"] for trial in trials} == set(range(module.FIFTHS))
+    last = [trial for trial in trials if trial["fifth"] == 1]
+    assert [trial["candidate"] for trial in last] != []
+    assert any("fifth 2" in line for line in watch.lines)
 
 
 def test_the_time_of_a_candidate_that_was_not_tried_is_guessed_by_the_frozen_pass() -> None:
@@ -195,7 +219,7 @@ def test_the_time_of_a_candidate_that_was_not_tried_is_guessed_by_the_frozen_pas
     slow = replace(LATE, passes=2.5)
     for budget, affords in ((67, False), (68, True)):
         search.budget, search.begin = budget, module.time.perf_counter()
-        assert search._affords(slow, 6, {}) is affords
+        assert search._affordable(slow, 6, {}) == (6 if affords else None)
 
 
 def test_the_stated_candidates_are_those_of_the_page() -> None:

@@ -14,7 +14,7 @@ from sidestep.compare.records import Record
 LADDER = (100, 50, 30, 20, 10, 5, 3, 2, 1)
 """Epochs that are considered, from the most."""
 LESS = 3
-"""With each rate so many times fewer epochs are tried too, as more are not always better."""
+"""With each rate so many times fewer epochs are tried too, as more are not always better. Few are all used."""
 
 Trial = Callable[[float, int], Record]
 
@@ -95,4 +95,4 @@ class Search:
 
 
 def _tried(epochs: int) -> list[int]:
-    return sorted({epochs, max(epochs // LESS, 1)})
+    return sorted({epochs, epochs // LESS if epochs > LESS else epochs})

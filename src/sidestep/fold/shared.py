@@ -1,7 +1,7 @@
 """One pass of the bare backbone that many methods follow, each with a strand of its own.
 
-The methods only read. What one of them writes behind the last block is its own: the final norm is applied to it once
-more, and the backbone goes on as if nobody was there.
+The methods only read. What one of them writes behind the last block is its own. The final norm is applied to it once
+more. The backbone goes on as if nobody was there.
 """
 
 from __future__ import annotations

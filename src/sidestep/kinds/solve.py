@@ -121,8 +121,8 @@ def solve(
         seed: of the draw of that fifth, and of the rows whose span is taken.
 
     Raises:
-        DataError: if values are not finite or the same for all rows, a class has fewer than two rows, or memory is too
-            small for a Gram matrix.
+        DataError: if values are not finite, or the same for all rows. If a class has fewer than two rows, or memory is
+            too small for a Gram matrix.
     """
     targets = targets.cpu()
     _check(targets, problem, outputs)
@@ -163,7 +163,7 @@ def _check_room(side: int, further: int = 0) -> None:
     if needed > free:
         raise DataError(
             f"a readout with a Gram matrix of {side} x {side} needs {format_bytes(needed)}, and {format_bytes(free)} "
-            "of memory are free: read fewer levels (--set levels=4), or give fewer training rows"
+            "of memory are free. Read fewer levels (--set levels=4), or give fewer training rows"
         )
 
 
@@ -191,7 +191,7 @@ def _basis(vectors: Vectors, rows: int, seed: int) -> Basis:
     varies = variance > 1e-12 * (mean.square() + 1)
     if not bool(varies.any()):
         raise DataError(
-            f"the backbone gives the same states for all {rows} training rows, so there is nothing to solve: look "
+            f"the backbone gives the same states for all {rows} training rows, so there is nothing to solve. Look "
             "whether the column is the right one, and whether its texts or images differ"
         )
     scale = torch.where(varies, variance, torch.ones_like(variance)).sqrt()

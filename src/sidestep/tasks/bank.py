@@ -17,14 +17,13 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from torch import nn
 
 from sidestep.backbone import Digest, joined, without_values
-from sidestep.data import Fields
 from sidestep.disk.task_folder import Task
 from sidestep.fold import FoldError
 from sidestep.fold.turns import Turn
@@ -36,8 +35,11 @@ from sidestep.model.build import check_attachable
 from sidestep.model.side_model import SideModel
 from sidestep.tasks import load as loading
 from sidestep.tasks.bank_folder import BankError, BankFolder, Entry, digest_in, identity_of, other_backbone, short
-from sidestep.tasks.predict_together import Answers, predict_together
-from sidestep.tasks.together import Ready, Together
+from sidestep.tasks.together import Together
+
+if TYPE_CHECKING:
+    from sidestep.data import Fields
+    from sidestep.tasks.predict_together import Answers
 
 WAIT = "take turns, with a lock of your own from `activate` to the answer"
 BUSY = f"this bank is in the middle of another call, in another thread or within it: {WAIT}"
@@ -57,7 +59,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         backbone: held once. Between `deactivate` and `activate` it is bare, and other models may be attached.
         store: the tasks on the disk.
         seconds: how long the last switch to each task took.
-        together: runs several tasks on a batch. Its `passes` says how many whole passes the last call took.
+        together: runs several tasks on a batch. Its `passes` and `alone` say how many whole passes the last call took,
+            and why.
     """
 
     def __init__(self, backbone: nn.Module, folder: str | Path | None = None, *, keep: int | None = None) -> None:
@@ -206,8 +209,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             What each task's model gives, by its name, in the order of `tasks`.
 
         Raises:
-            BankError: if a name is not in the bank or stands there twice, there is none, a task is of another kind than
-                the batch, or there is no memory for all of them. Nothing is run then.
+            BankError: if a name is not in the bank or stands there twice, or there is none. If there is no memory for
+                all of them, or the batch has labels or a cache. Nothing is run then.
             TaskError: if a task's files are damaged.
         """
         names = self._named(tasks)
@@ -237,6 +240,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
 
         See `predict_together.predict_together`, with its arguments and errors.
         """
+        from sidestep.tasks.predict_together import predict_together  # datasets and numpy are for rows alone
+
         pairs = [([tasks] if isinstance(tasks, str) else list(tasks), row) for tasks, row in asked]
         rows = [dict(row) for _, row in pairs]
         return predict_together(self, rows, [tasks for tasks, _ in pairs], columns=columns, batch_size=batch_size)
@@ -267,7 +272,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             self.store.folder(name)
         return names
 
-    def _ready(self, name: str) -> Ready | None:
+    def _ready(self, name: str) -> Resting | None:
         """A task in memory that is not on the backbone. None if it cannot rest there, and has to be read each time."""
         identity = self.store.identity(name)
         known = self._resting.get(name)
@@ -279,7 +284,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             model = self._put(task)
             assert isinstance(model, SideModel)
             known = self._resting[name] = Resting(model, model.attachment.rest(), identity)
-        return Ready(known.model, known.identity)
+        return known
 
     def _check_room(self, names: Sequence[str]) -> None:
         """Refuse more tasks than there is memory for."""

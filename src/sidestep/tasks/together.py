@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +18,16 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, tor
 """How far a task's outputs from its border may be from those of a pass of its own, relative to the largest of them."""
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(Protocol):
     """A task in memory that is not on the backbone. Its identity changes when another task gets its name."""
 
-    model: SideModel
-    identity: str
+    @property
+    def model(self) -> SideModel:
+        """The task's."""
+
+    @property
+    def identity(self) -> str:
+        """Of the task."""
 
 
 class Together:
@@ -35,12 +39,14 @@ class Together:
 
     Attributes:
         passes: how many whole passes of the backbone the last run took.
+        alone: why tasks of the last run had passes of their own, by their names.
         borders: how tasks that write go on, by their identity.
     """
 
     def __init__(self, switch: Callable[[str], Attached], leave: Callable[[], None]) -> None:
         self.switch, self.leave = switch, leave
         self.passes = 0
+        self.alone: dict[str, str] = {}
         self.borders: dict[str, Border] = {}
 
     def run(self, tasks: Mapping[str, Ready | None], batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,9 +56,9 @@ class Together:
             tasks: by name. None: a task that has to be put on the backbone to be in memory at all.
             batch: of the backbone's inputs.
         """
-        self.passes = 0
+        self.passes, self.alone = 0, {}
         readers = {
-            name: one for name, one in tasks.items() if one and one.model.only_reads and not self._border(one).reason
+            name: one for name, one in tasks.items() if one and one.model.only_reads and self._border(one).follows
         }
         going = {
             name: (border, route)
@@ -68,7 +74,7 @@ class Together:
             self.passes += 1
             outputs = found.outputs
             for name in found.refused:
-                self._border(readers[name]).reason = "it writes, and something stands before the final norm"
+                self._border(readers[name]).follows = False
             for name, (border, route) in going.items():
                 outputs[name] = self._from_border(self.switch(name), border, route, batch, found.taken)
         for name, ready in tasks.items():
@@ -76,8 +82,11 @@ class Together:
                 model = self.switch(name)
                 outputs[name] = model(**batch)
                 self.passes += 1
-                if ready is not None and not (border := self._border(ready)).looked:
+                self.alone[name] = f"{model.record.name} is read anew for each call"
+                if ready is not None:
+                    border = self._border(ready)
                     border.look(ready.model, batch)
+                    self.alone[name] = border.reason or "it goes on from its border from the next call on"
         return {name: outputs[name] for name in tasks}
 
     def _border(self, one: Ready) -> Border:
@@ -100,22 +109,26 @@ class Together:
 
 @dataclass
 class Border:
-    """How a task goes on that does more than to read.
+    """How a task goes on that cannot follow a shared pass to its end.
 
     Attributes:
+        follows: whether it can, if it only reads.
         looked: whether the route was looked for.
         route: the blocks before the border, and the places whose hidden states are needed. None: it runs alone.
         reason: why it does, if it was tried.
         proved: whether its outputs were compared with those of a pass of its own.
     """
 
+    follows: bool = True
     looked: bool = False
     route: Route | None = None
     reason: str | None = None
     proved: bool = False
 
     def look(self, model: SideModel, batch: Mapping[str, Any]) -> None:
-        """Find the route by a pass of the task alone. It is on the backbone."""
+        """Find the route once, by a pass of the task alone. It is on the backbone."""
+        if self.looked:
+            return
         self.looked = True
         try:
             route = find_route(check_storable(model), batch)
@@ -176,7 +189,7 @@ def _strands(readers: Mapping[str, SideModel]) -> list[list[str]]:
 
 
 def _differ(output: Any, own: Any) -> bool:
-    ours, theirs = output["logits"], own["logits"]
+    ours, theirs = (one["logits"] if "logits" in one else one[0] for one in (output, own))
     if ours.shape != theirs.shape:
         return True
     return bool((ours - theirs).abs().max() > TOLERANCE[theirs.dtype] * (theirs.abs().max() + 1))

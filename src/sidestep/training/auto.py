@@ -40,6 +40,8 @@ MOST = 54
 """Epochs of the last round."""
 
 
+LEADING, FIFTHS = 3, 5
+"""How many are tried on further fifths in the end, and on how many at most."""
 SHARES = ("accuracy", "f1", "f1_macro", "f1_micro")
 CORRELATIONS = ("pearson", "spearman", "matthews")
 """Scores whose standard error is known."""
@@ -72,10 +74,10 @@ class Candidate:
 
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate(name="readout", config=ReadoutConfig(), rate=ReadoutConfig.rate),
-    Candidate(name="read, rank 32", config=ReadConfig(rank=32), rate=6e-3),
+    Candidate(name="read, rank 32", config=ReadConfig(rank=32), rate=6e-3, passes=0.5),
     # late blocks keep one hidden state each, so that no candidate takes the memory of LoRA
     Candidate(name="late_lora, 2e-3", config=LateLoraConfig(), rate=2e-3, checkpoint="late", passes=2.5),
-    Candidate(name="read, rank 128", config=ReadConfig(rank=128), rate=6e-3),
+    Candidate(name="read, rank 128", config=ReadConfig(rank=128), rate=6e-3, passes=0.6),
     Candidate(name="side_attention", config=SideAttentionConfig(), rate=3e-3, weight_decay=0.05),
     Candidate(name="late_lora, 5e-3", config=LateLoraConfig(), rate=5e-3, checkpoint="late", passes=2.5),
 )
@@ -89,6 +91,7 @@ class Trial:
     Attributes:
         candidate: its name.
         epochs: that it was trained.
+        fifth: which fifth of the rows was held out. Each is drawn anew.
         score, loss: of the held-out rows. None: it failed.
         seconds: that it took.
         reason: why it failed.
@@ -96,6 +99,7 @@ class Trial:
 
     candidate: str
     epochs: int
+    fifth: int = 0
     score: float | None
     loss: float | None
     seconds: float
@@ -187,13 +191,12 @@ class _Search:
         Raises:
             ValueError: if there is no time for a trial, or none came through.
         """
-        left, epochs, best = list(candidates), self.first, dict[str, Trial]()
+        left, epochs, best = list(candidates), self.first, dict[str, list[Trial]]()
         while left:
-            tried = [one for one in left if self._affords(one, epochs, best) and self._better(one, epochs, best)]
-            trained = [one for one in tried if not one.solved]
+            trained = [one for one in left if self._better(one, epochs, best) and not one.solved]
             if not trained:
                 break
-            ranked = [trial.candidate for trial in self._ranked([best[one.name] for one in trained])]
+            ranked = [trials[0].candidate for trials in self._ranked([best[one.name] for one in trained])]
             left = [one for one in trained if one.name in ranked[: math.ceil(len(trained) / 2)]]
             if epochs >= MOST or (len(left) == 1 and len(trained) == 1):
                 break
@@ -201,29 +204,52 @@ class _Search:
         if not best:
             reasons = "; ".join(f"{trial.candidate}: {trial.reason}" for trial in self.trials if trial.reason)
             raise ValueError(f"no candidate came through in {about(self.budget)}: {reasons or 'give a longer budget'}")
-        winner = self._ranked(best.values())[0]
-        return next(one for one in candidates if one.name == winner.candidate), winner.epochs
+        named = {one.name: one for one in candidates}
+        self._confirm(named, best)
+        winner = self._ranked(best.values())[0][0]
+        return named[winner.candidate], winner.epochs
 
-    def _better(self, one: Candidate, epochs: int, best: dict[str, Trial]) -> bool:
-        """Try a candidate, and keep its best trial. Returns whether it came through."""
-        trial = self._try(one, 1 if one.solved else epochs)
+    def _better(self, one: Candidate, epochs: int, best: dict[str, list[Trial]]) -> bool:
+        """Try a candidate, if there is time, and keep its best trial. Returns whether it was tried and came through."""
+        count = self._affordable(one, epochs, best)
+        if count is None:
+            return False
+        trial = self._try(one, 1 if one.solved else count)
         if trial.score is None:
             return False
         known = best.get(one.name)
-        best[one.name] = trial if known is None else self._ranked([known, trial])[0]
+        best[one.name] = [trial] if known is None else self._ranked([known, [trial]])[0]
         return True
 
-    def _ranked(self, trials: Iterable[Trial]) -> list[Trial]:
-        """The best trial first. Scores within a standard error of the best are equal, and the smaller loss decides."""
-        found = [(self.sign * trial.score, trial) for trial in trials if trial.score is not None]
-        top = max(score for score, _ in found)
-        least = top - _standard_error(self.metric, abs(top), len(self.rows.dev))
+    def _confirm(self, candidates: Mapping[str, Candidate], best: dict[str, list[Trial]]) -> None:
+        """Try the leading ones on further fifths, as long as the time allows. Their means decide then."""
+        for fifth in range(1, FIFTHS):
+            leading = self._ranked(best.values())[:LEADING]
+            last = max(trials[0].seconds for trials in leading) / (1 - HELD_OUT) + self.judging
+            again = sum(trials[0].seconds for trials in leading)
+            if len(leading) < 2 or self.spent + again + last > self.budget:
+                return
+            for trials in leading:
+                trial = self._try(candidates[trials[0].candidate], trials[0].epochs, fifth)
+                if trial.score is None:
+                    best.pop(trial.candidate)
+                else:
+                    best[trial.candidate] = [*trials, trial]
 
-        def order(pair: tuple[float, Trial]) -> tuple[float, float]:
-            score, trial = pair
-            return (0.0 if score >= least else -score + top), math.inf if trial.loss is None else trial.loss
+    def _ranked(self, found: Iterable[list[Trial]]) -> list[list[Trial]]:
+        """The best first, of each the trials on different fifths, whose means count.
 
-        return [trial for _, trial in sorted(found, key=order)]
+        Scores within a standard error of the best are equal, and the smaller loss decides.
+        """
+        means = [(self.sign * _mean(one.score for one in trials), trials) for trials in found]
+        top, widest = max(score for score, _ in means), max(len(trials) for _, trials in means)
+        least = top - _standard_error(self.metric, abs(top), len(self.rows.dev) * widest)
+
+        def order(pair: tuple[float, list[Trial]]) -> tuple[float, float]:
+            score, trials = pair
+            return (0.0 if score >= least else top - score), _mean(one.loss for one in trials)
+
+        return [trials for _, trials in sorted(means, key=order)]
 
     @property
     def first(self) -> int:
@@ -231,16 +257,17 @@ class _Search:
         steps = math.ceil(len(self.rows.train) / self.spec.training.batch_size)
         return max(FIRST, math.ceil(STEPS / steps))
 
-    def _affords(self, one: Candidate, epochs: int, best: Mapping[str, Trial]) -> bool:
-        """Whether there is time for a trial, and for training it or the best so far on all rows after it.
+    def _affordable(self, one: Candidate, epochs: int, best: Mapping[str, list[Trial]]) -> int | None:
+        """The epochs of a trial for which there is time, and for training it or the best so far on all rows after it.
 
-        The first trial is taken in any case: it says what the frozen pass takes.
+        As many as asked for, or fewer, but half more than were tried already. None if there is no time for these. The
+        first trial is taken in any case: it says what the frozen pass takes.
 
         Raises:
             ValueError: if that alone has spent the time.
         """
         if not self.trials:
-            return True
+            return epochs
         if len(self.trials) == 1 and self.trials[0].seconds > self.budget:
             least = math.ceil(2 * self.trials[0].seconds + self.judging)
             raise ValueError(
@@ -249,16 +276,21 @@ class _Search:
             )
         first = self.trials[0]  # with the frozen pass
         pace = self.paces.get(one.config, one.passes * first.seconds / first.epochs)
-        so_far = self._ranked(best.values())[0].seconds if best else 0.0
-        last = max(epochs * pace, so_far) / (1 - HELD_OUT) + self.judging
-        return self.spent + epochs * pace + last <= self.budget
+        so_far = self._ranked(best.values())[0][0].seconds if best else 0.0
+        left = self.budget - self.spent - self.judging
+        most = min(left / (1 + 1 / (1 - HELD_OUT)), left - so_far / (1 - HELD_OUT)) / pace
+        tried = best[one.name][0].epochs if one.name in best else None
+        if most >= epochs:
+            return epochs
+        return int(most) if tried is not None and most >= 1.5 * tried else None
 
     @property
     def judging(self) -> float:
         """Seconds for the dev rows after the last training, by the first trial. That one ran as much for each row."""
         return self.trials[0].seconds * len(self.data.dev) / len(self.data.train)
 
-    def _try(self, one: Candidate, epochs: int) -> Trial:
+    def _try(self, one: Candidate, epochs: int, fifth: int = 0) -> Trial:
+        rows = self.rows if fifth == 0 else _apart(self.data, self.spec.training.seed + fifth)
         folder, begin = Path(tempfile.mkdtemp(prefix="sidestep-")), time.perf_counter()
         asked = _asked(self.spec, one, epochs)
         quiet = replace(
@@ -276,7 +308,7 @@ class _Search:
         score = loss = reason = None
         try:
             model, _, results = train(
-                replace(asked, training=quiet), backbone=self.backbone, data=self.rows, store=self.store
+                replace(asked, training=quiet), backbone=self.backbone, data=rows, store=self.store
             )
             detach(model)
             score, loss = results.scores[self.metric], results.history[-1].get("dev_loss")
@@ -289,6 +321,7 @@ class _Search:
         trial = Trial(
             candidate=one.name,
             epochs=epochs,
+            fifth=fifth,
             score=score,
             loss=loss,
             seconds=round(time.perf_counter() - begin, 3),
@@ -298,8 +331,15 @@ class _Search:
         if not one.solved:
             self.paces[one.config] = min(trial.seconds / epochs, self.paces.get(one.config, math.inf))
         how = f"failed ({reason})" if score is None else f"{self.metric} {score:.4f}"
-        self.tell(f"auto: {one.name}, {counted(epochs, 'epoch')}: {how}, {trial.seconds:.0f} s")
+        again = f", fifth {fifth + 1}" if fifth else ""
+        self.tell(f"auto: {one.name}, {counted(epochs, 'epoch')}{again}: {how}, {trial.seconds:.0f} s")
         return trial
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    """Infinity if one is not known."""
+    found = list(values)
+    return math.inf if any(value is None for value in found) else sum(filter(None, found)) / len(found)
 
 
 def _standard_error(metric: str, score: float, rows: int) -> float:
@@ -339,7 +379,7 @@ def _apart(data: TaskData, seed: int) -> TaskData:
     if len(data.train) < 2 or share > 0.5:
         raise DataError(
             f"auto holds out training rows of each class, and there are {counted(len(data.train), 'row')} for "
-            f"{len(data.labels.names)} classes: give at least two of each, or name a method (--method)"
+            f"{len(data.labels.names)} classes. Give at least two of each, or name a method (--method)"
         )
     rows, apart = holdout(data.train, by, share, seed)
     return replace(data, train=rows, dev=apart, dev_source=f"{share:.0%} of the training rows (seed {seed})")
