@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 from datasets import Dataset
 
 import sidestep as ss
-from sidestep.data import DataError
+from sidestep.data import DataError, DataWarning
 from sidestep.tasks.bank_folder import BankError
 from sidestep.tasks.predict import predict
 from small_tasks import reviews, text_backbone, write
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*and were truncated")  # "short" cuts its texts
 
 TASKS: dict[str, dict[str, Any]] = {
     "read": {"method": ss.ReadConfig(rank=4)},
@@ -31,16 +34,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, told in TASKS.items():
         told = dict(told)
         method = told.pop("method")
-        ss.train(
-            ss.RunSpec(
-                data=ss.DataSpec(train=folder / "train.jsonl", text="text", **told),
-                model=ss.ModelSpec(backbone=folder / "bert", method=method),
-                training=ss.TrainSettings(
-                    output=folder / name, epochs=1, batch_size=8, progress=False, measure=False, learning_rate=0.02
-                ),
-            )
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)  # "short" cuts its texts
+            ss.train(spec_of(folder, name, method, told))
     return folder
+
+
+def spec_of(folder: Path, name: str, method: Any, told: dict[str, Any]) -> ss.RunSpec:
+    return ss.RunSpec(
+        data=ss.DataSpec(train=folder / "train.jsonl", text="text", **told),
+        model=ss.ModelSpec(backbone=folder / "bert", method=method),
+        training=ss.TrainSettings(
+            output=folder / name, epochs=1, batch_size=8, progress=False, measure=False, learning_rate=0.02
+        ),
+    )
 
 
 @pytest.fixture

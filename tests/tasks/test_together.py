@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_bank import BERT, attached, backbone, outputs, saved
+from test_bank import BERT, backbone, outputs, saved
 
 import sidestep as ss
 from sidestep.disk.task_folder import WEIGHTS, TaskError
 from sidestep.tasks import bank as module
 from sidestep.tasks.bank_folder import BankError
-from tiny import FAMILIES, logits
+from tiny import FAMILIES, logits, randomize
 
 TASKS: dict[str, tuple[Any, int]] = {
     "read": (ss.ReadConfig(rank=4), 3),
@@ -69,7 +69,9 @@ def test_what_stands_before_the_final_norm_has_writers_go_on_from_their_border(t
     made.norm.register_forward_pre_hook(lambda module, args: (args[0].clone(),))
     bank = ss.TaskBank(made, tmp_path / "bank")
     for name, config in (("read", ss.ReadConfig(rank=4)), ("probe", ss.ProbeConfig()), ("readout", ss.ReadoutConfig())):
-        bank.add(name, attached(config, on=llama.model().base_model))
+        model = ss.attach(llama.model().base_model, config, head=ss.Classify(num_labels=3, pool="mean"))
+        randomize(model)
+        bank.add(name, model)
     names = bank.names
     expected = {name: logits(bank.run(name, llama.inputs())) for name in names}
     for passes in (2, 2, 1):  # READ alone, then from its border with a proof, then without
