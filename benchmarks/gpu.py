@@ -305,7 +305,7 @@ def _bank(run: Run, scale: Scale, method: ss.MethodConfig, pool: Any, count: int
     for number in range(count):
         model = ss.attach(backbone, method, head=ss.Classify(num_labels=2, pool=pool)).eval()
         tasks[str(number)] = Resting(model, model.attachment.rest(), str(number))
-    together = Together(lambda name: tasks[name].model, lambda: None)
+    together = Together(lambda name: tasks[name].model)
 
     def each() -> None:
         for one in tasks.values():

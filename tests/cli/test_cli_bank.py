@@ -139,6 +139,16 @@ def test_all_tasks_answer_each_row_from_few_passes(place: Path, tmp_path: Path) 
         for row, own in zip(found, table(tmp_path / f"{name}.csv"), strict=True):
             ours, theirs = row[f"prediction_{name}"], own["prediction"]
             assert ours == theirs or float(ours) == pytest.approx(float(theirs), rel=1e-4)
+            if name != "length":  # four digits, as everywhere
+                assert float(row[f"probability_{name}"]) == pytest.approx(float(own["probability"]), abs=2e-4)
+                assert len(row[f"probability_{name}"]) <= len("0.1234")
+    one = ["--data", place / "rows.csv", "--output", tmp_path / "one.csv", "--tasks", "reviews", "--quiet"]
+    succeed("bank", "run", place / "bank", *one)
+    assert "prediction_reviews" in table(tmp_path / "one.csv")[0]
+    said = refusal("bank", "run", place / "bank", *one, "--overwrite", "--probabilities", "all")
+    assert "--probabilities all is for rows of one task each" in said
+    said = refusal("bank", "run", place / "bank", *one, "--overwrite", "--text2", "other")
+    assert "none of these tasks reads a second text" in said
 
 
 def test_a_column_names_several_tasks_of_a_row(place: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def _only_reads(bank: ss.TaskBank) -> bool:
     return model.only_reads
 
 
-@pytest.mark.parametrize("family", ["bert", "vit", "llama", "t5"])
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_those_that_read_share_one_pass_to_the_bit(family: str, tmp_path: Path) -> None:
     tiny = FAMILIES[family]
     bank, _, names = filled(tiny, tmp_path)

@@ -109,7 +109,15 @@ def run(
         refuse_inputs([output], [*rows_at(rows), folder, *backbones_at(backbone_named(backbone, gguf))])
         found = read(rows, table_options(columns, no_header, no_quoting, encoding), split=split)
         asked = _asked(found, task_column, task, tasks)
-        names = [name for row in asked for name in row]
+        names, several = (
+            [name for row in asked for name in row],
+            tasks is not None or any(len(row) > 1 for row in asked),
+        )
+        if several and shares not in (None, "one"):
+            raise ValueError(
+                f"--probabilities {shares} is for rows of one task each. Of several tasks each has a prediction "
+                "with its probability. Leave it out"
+            )
         where = backbone_named(backbone, gguf)
         if empty := [number for number, row in enumerate(asked, start=1) if not row]:
             raise ValueError(f"row {empty[0]} of {rows} names no task: {len(empty)} of {len(asked)} rows do not")
@@ -117,7 +125,7 @@ def run(
             refuse_inputs([output], stored_backbones_at(held.config(name)))
         with _loaded(held, dict.fromkeys(names), where) as loaded:
             reads = Fields(text=text, text2=text2, image=image)
-            if all(len(row) == 1 for row in asked):
+            if not several:
                 table = predict_each(
                     loaded,
                     found,
@@ -182,7 +190,8 @@ def _asked(rows: Dataset, column: str | None, task: str | None, tasks: str | Non
     if column not in rows.column_names:
         raise ValueError(f"there is no column {column!r}: the rows have {', '.join(rows.column_names)}")
     cells = rows.with_format(None)[column][:]
-    return [[part.strip() for part in str(cell).split(SEPARATOR)] if cell else [] for cell in cells]
+    texts = ["" if cell is None else str(cell) for cell in cells]
+    return [[part.strip() for part in text.split(SEPARATOR)] if text.strip() else [] for text in texts]
 
 
 def _loaded(held: BankFolder, names: Iterable[str], moved_to: str | None) -> TaskBank:

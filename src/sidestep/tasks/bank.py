@@ -92,7 +92,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         # name, identity and model: one value, so that another thread sees no mixture of two tasks
         self._now: tuple[str | None, str, Attached | None] = NONE
         self.seconds: dict[str, float] = {}
-        self.together = Together(self._switch, self._leave)
+        self.together = Together(self._switch)
         its = self.store.digest()
         if its is not None and self.digest.matches(its) != "same":
             raise BankError(

@@ -179,7 +179,7 @@ def check_probabilities(asked: str) -> Probabilities:
 def share_columns(found: Dataset, rows: Dataset) -> list[str]:
     """The columns of probabilities that predicting has added to rows."""
     new = [name for name in found.column_names if name not in rows.column_names]
-    return [name for name in new if name == OWN or name.startswith(PROBABILITY)]
+    return [name for name in new if name == OWN or name.startswith((PROBABILITY, f"{OWN}_"))]
 
 
 def first_answers(model: Attached, data: TaskData, count: int = 3) -> list[tuple[int, str, str]]:

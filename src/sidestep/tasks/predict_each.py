@@ -12,7 +12,7 @@ from sidestep.kinds.base import PREDICTION, Probabilities
 from sidestep.model.pair_model import PairModel
 from sidestep.tasks.bank import TaskBank
 from sidestep.tasks.predict import Rows, as_dataset, predict
-from sidestep.tasks.predict_together import columns_of, refuse_missing
+from sidestep.tasks.predict_together import readings
 
 
 def predict_each(
@@ -47,12 +47,7 @@ def predict_each(
     rows, cells = as_dataset(rows), dict[str, list[Any]]()
     tasks = {name: [index for index, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
     wanted = probabilities or ("all" if len(tasks) == 1 else "one")
-    for name in tasks:
-        bank.store.folder(name)
-    reads = {name: columns_of(bank, name, columns or Fields()) for name in tasks}
-    if columns is not None and columns.text2 and not any(fields.text2 for fields in reads.values()):
-        raise DataError(f"text2={columns.text2!r}, but none of these tasks reads a second text: leave it out (--text2)")
-    refuse_missing(reads, rows.column_names)
+    reads = {name: one.fields for name, one in readings(bank, tasks, columns, rows.column_names).items()}
     for name, index in tasks.items():
         model = bank.activate(name)
         if isinstance(model, PairModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any, Protocol
 
@@ -12,12 +12,12 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import nn
 
-from sidestep.data import Collate, DataError, Fields
+from sidestep.data import Collate, DataError, Fields, LabelSpace
 from sidestep.data.messages import listed
 from sidestep.data.vocabulary import check_tokens
-from sidestep.kinds.base import OWN, PREDICTION, TaskKind, kind_named
+from sidestep.kinds.base import OWN, PREDICTION, kind_named
 from sidestep.kinds.from_logits import FromLogits
-from sidestep.kinds.prepare import chosen_fields
+from sidestep.kinds.prepare import chosen_fields, stored_labels
 from sidestep.measure.step import accepted
 from sidestep.messages import some
 from sidestep.model.attach import Attached
@@ -104,25 +104,25 @@ def predict_together(
     """
     rows = as_dataset(rows)
     places = _places(tasks, len(rows))
-    for name in places:
-        bank.store.folder(name)
-    reads = {name: columns_of(bank, name, columns or Fields()) for name in places}
-    refuse_missing(reads, rows.column_names)
+    tasks_of = readings(bank, places, columns, rows.column_names)
     answers: list[dict[str, dict[str, Any]]] = [{} for _ in range(len(rows))]
     tally = _Tally()
-    for names in _alike(bank, reads):
+    for names in _alike(tasks_of):
         numbers = sorted({number for name in names for number in places[name]})
-        heads = [name for name in names if isinstance(_kind(bank, name), FromLogits)]
-        logits = _logits(bank, heads, rows.select(numbers), reads[names[0]], batch_size, tally) if heads else {}
+        fields = tasks_of[names[0]].fields
+        spaces = {name: tasks_of[name].labels or labels_of_task(bank.activate(name)) for name in names}
+        kinds = {name: kind_named(space.kind) for name, space in spaces.items()}
+        heads = [name for name in names if isinstance(kinds[name], FromLogits)]
+        logits = _logits(bank, heads, rows.select(numbers), fields, batch_size, tally) if heads else {}
         where = {number: place for place, number in enumerate(numbers)}
         for name in names:
-            if name in logits:
+            kind = kinds[name]
+            if isinstance(kind, FromLogits):
                 own = logits[name][[where[number] for number in places[name]]]
-                found = _columns(bank, name, own)
+                found = kind.columns(spaces[name], own, "one")
             else:
-                table = predict(
-                    bank.activate(name), rows.select(places[name]), fields=reads[name], batch_size=batch_size
-                )
+                part = rows.select(places[name])
+                table = predict(bank.activate(name), part, fields=fields, batch_size=batch_size)
                 found = {PREDICTION: table[PREDICTION][:]}
             for place, number in enumerate(places[name]):
                 answers[number][name] = {column: values[place] for column, values in found.items()}
@@ -151,27 +151,66 @@ def _places(tasks: Sequence[Sequence[str]], count: int) -> dict[str, list[int]]:
     return places
 
 
-def _alike(bank: Bank, reads: Mapping[str, Fields]) -> list[list[str]]:
+@dataclass(frozen=True)
+class Reads:
+    """How a task reads rows.
+
+    Attributes:
+        fields: the columns.
+        key: equal for tasks that read rows alike.
+        labels: what it predicts, where it is stored.
+    """
+
+    fields: Fields
+    key: str
+    labels: LabelSpace | None
+
+
+def readings(bank: Bank, names: Iterable[str], given: Fields | None, there: Sequence[str]) -> dict[str, Reads]:
+    """How tasks of a bank read rows, each by its own columns or by those that are named in their place.
+
+    Args:
+        bank: of the tasks.
+        names: of the tasks.
+        given: columns to read in the place of those that the tasks were trained on.
+        there: the columns of the rows.
+
+    Raises:
+        BankError: if the bank holds no task of such a name.
+        DataError: if a column is not there, or a second text is named and none of the tasks reads one.
+    """
+    found = {name: _reads(name, bank.store.config(name), given or Fields()) for name in names}
+    if given is not None and given.text2 and not any(one.fields.text2 for one in found.values()):
+        raise DataError(f"text2={given.text2!r}, but none of these tasks reads a second text: leave it out (--text2)")
+    asked = {name: [column for column in asdict(one.fields).values() if column] for name, one in found.items()}
+    lacking = [
+        f"{column!r} (read by {name})" for name, columns in asked.items() for column in columns if column not in there
+    ]
+    if lacking:
+        raise DataError(
+            f"there is no column {some(lacking)}: the columns are {listed(there, limit=30)}. Name the column that all "
+            "tasks are to read (--text, --text2, --image)"
+        )
+    return found
+
+
+def _reads(name: str, config: Mapping[str, Any], given: Fields) -> Reads:
+    known = config["preprocessing"] or {}
+    pair = "fields" not in known or known["fields"].get("text2")
+    fields = replace(chosen_fields(known, given if pair else replace(given, text2=None)), label=None)
+    # a task without a checksum of its processor reads like no other
+    processor = config.get("processor_sha256") or name
+    how = {key: value for key, value in known.items() if key not in ("labels", "problem", "fields", "generation")}
+    key = json.dumps([processor, astuple(fields), how], sort_keys=True)
+    return Reads(fields, key, stored_labels(known) if "problem" in known else None)
+
+
+def _alike(tasks: Mapping[str, Reads]) -> list[list[str]]:
     """The tasks, together where they read rows alike."""
     groups: dict[str, list[str]] = {}
-    for name, fields in reads.items():
-        config = bank.store.config(name)
-        known = config["preprocessing"] or {}
-        rest = {key: value for key, value in known.items() if key not in ("labels", "problem", "fields", "generation")}
-        key = json.dumps([config.get("processor_sha256") or name, astuple(fields), rest], sort_keys=True, default=str)
-        groups.setdefault(key, []).append(name)
+    for name, one in tasks.items():
+        groups.setdefault(one.key, []).append(name)
     return list(groups.values())
-
-
-def _kind(bank: Bank, name: str) -> TaskKind:
-    return kind_named(labels_of_task(bank.activate(name)).kind)
-
-
-def _columns(bank: Bank, name: str, logits: NDArray[Any]) -> dict[str, list[Any]]:
-    labels = labels_of_task(bank.activate(name))
-    kind = kind_named(labels.kind)
-    assert isinstance(kind, FromLogits)
-    return kind.columns(labels, logits, "one")
 
 
 def _logits(
@@ -196,23 +235,3 @@ def _logits(
         tally.batches += 1
     back = np.argsort(order)
     return {name: np.concatenate(found)[back] for name, found in parts.items()}
-
-
-def columns_of(bank: Bank, name: str, given: Fields) -> Fields:
-    """The columns that a task of a bank reads."""
-    known = bank.store.config(name)["preprocessing"] or {}
-    pair = "fields" not in known or known["fields"].get("text2")
-    return replace(chosen_fields(known, given if pair else replace(given, text2=None)), label=None)
-
-
-def refuse_missing(reads: Mapping[str, Fields], there: Sequence[str]) -> None:
-    """Refuse rows that lack what a task of a bank reads, before any is run."""
-    asked = {name: [column for column in asdict(fields).values() if column] for name, fields in reads.items()}
-    lacking = [
-        f"{column!r} (read by {name})" for name, columns in asked.items() for column in columns if column not in there
-    ]
-    if lacking:
-        raise DataError(
-            f"there is no column {some(lacking)}: the columns are {listed(there, limit=30)}. Name the column that all "
-            "tasks are to read (--text, --text2, --image)"
-        )

@@ -35,7 +35,6 @@ class Together:
 
     Args:
         switch: puts a task on the backbone, and gives its model.
-        leave: leaves the bare backbone.
 
     Attributes:
         passes: how many whole passes of the backbone the last run took.
@@ -43,14 +42,14 @@ class Together:
         borders: how tasks that write go on, by their identity.
     """
 
-    def __init__(self, switch: Callable[[str], Attached], leave: Callable[[], None]) -> None:
-        self.switch, self.leave = switch, leave
+    def __init__(self, switch: Callable[[str], Attached]) -> None:
+        self.switch = switch
         self.passes = 0
         self.alone: dict[str, str] = {}
         self.borders: dict[str, Border] = {}
 
     def run(self, tasks: Mapping[str, Ready | None], batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The outputs of tasks by their names.
+        """The outputs of tasks by their names. The backbone is bare when this begins.
 
         Args:
             tasks: by name. None: a task that has to be put on the backbone to be in memory at all.
@@ -69,7 +68,6 @@ class Together:
         if readers or len(going) > 1:
             one = next(ready.model for ready in tasks.values() if ready is not None)
             wanted = {place for _, route in going.values() for place in route.places}
-            self.leave()
             found = _follow(one, {name: ready.model for name, ready in readers.items()}, wanted, batch)
             self.passes += 1
             outputs = found.outputs

@@ -338,8 +338,8 @@ class _Search:
 
 def _mean(values: Iterable[float | None]) -> float:
     """Infinity if one is not known."""
-    found = list(values)
-    return math.inf if any(value is None for value in found) else sum(filter(None, found)) / len(found)
+    found = [math.inf if value is None else value for value in values]
+    return sum(found) / len(found)
 
 
 def _standard_error(metric: str, score: float, rows: int) -> float:
