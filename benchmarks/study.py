@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -153,6 +154,20 @@ class Results:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
         return line
+
+
+def quiet(**given: Any) -> ss.TrainSettings:
+    """Settings of a run that leaves nothing but its results: a folder of its own, the last epoch, no checkpoints."""
+    usual: dict[str, Any] = {
+        "output": Path(tempfile.mkdtemp()),
+        "batch_size": BATCH,
+        "keep": "last",
+        "checkpoints": False,
+        "measure": False,
+        "overwrite": True,
+        "progress": False,
+    }
+    return ss.TrainSettings(**usual | given)
 
 
 def machine() -> dict[str, Any]:

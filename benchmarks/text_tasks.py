@@ -7,10 +7,12 @@ import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import sidestep as ss
 from sidestep.data import (
     Collate,
     Fields,
@@ -91,6 +93,13 @@ TASKS: dict[str, Task] = {
     "qnli": Questions("single", _fields("question", "sentence", "label"), "glue/qnli/dev.tsv.gz", "", _RAW),
     "snli": Task("single", _fields("premise", "hypothesis", "label"), "snli/validation.tsv.gz", "snli/test.tsv.gz"),
 }
+
+
+def text_data(name: str, train: Dataset | str, dev: Dataset | str, **given: Any) -> ss.DataSpec:
+    """Rows of a task as a run reads them."""
+    fields, kind = TASKS[name].fields, TASKS[name].kind
+    how: dict[str, Any] = {"text": fields.text, "text2": fields.text2, "label": fields.label, "kind": kind}
+    return ss.DataSpec(train=train, dev=dev, **how | {"max_length": MAX_LENGTH} | given)
 
 
 @dataclass(frozen=True)
