@@ -211,6 +211,26 @@ def test_the_leading_ones_are_tried_on_further_fifths_and_their_means_decide(pla
     assert any("fifth 2" in line for line in watch.lines)
 
 
+def test_a_lucky_score_on_one_fifth_does_not_win_over_those_that_were_confirmed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The leading two fall from 0.9 to 0.7 on further fifths. A third with 0.8 on one fifth is not among them."""
+    monkeypatch.setattr(module, "LEADING", 2)
+    search = object.__new__(module._Search)
+    search.metric, search.sign, search.rows = "accuracy", 1, SimpleNamespace(dev=range(10000))
+    search.trials = [Trial(candidate="readout", epochs=1, score=0.5, loss=1.0, seconds=0.0)]
+    search.data, search.budget, search.begin = SimpleNamespace(train=range(8), dev=[]), 60, module.time.perf_counter()
+
+    def trial(one: Candidate, score: float, fifth: int = 0) -> Trial:
+        return Trial(candidate=one.name, epochs=1, fifth=fifth, score=score, loss=1.0, seconds=0.0)
+
+    fallen = {READOUT.name: 0.6, QUICK.name: 0.7}
+    monkeypatch.setattr(search, "_try", lambda one, epochs, fifth: trial(one, fallen[one.name], fifth))
+    found = search._ranked([[trial(READOUT, 0.9)], [trial(QUICK, 0.89)], [trial(SLOW, 0.8)]])
+    named = {one.name: one for one in (READOUT, QUICK, SLOW)}
+    assert search._confirmed(named, found[: module.LEADING]).candidate == QUICK.name
+
+
 def test_the_time_of_a_candidate_that_was_not_tried_is_guessed_by_the_frozen_pass() -> None:
     """The pass takes 2 s, so an epoch takes 5 s, a trial of 6 epochs 30 s, and the last training 37.5 s."""
     search = object.__new__(module._Search)

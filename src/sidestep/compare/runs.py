@@ -27,7 +27,7 @@ from sidestep.data.joins import NOTHING
 from sidestep.disk.features import FeatureStore
 from sidestep.kinds.prepare import TaskData
 from sidestep.messages import about, counted
-from sidestep.methods import SideNet, method_of
+from sidestep.methods import method_of
 from sidestep.metrics import GREATER_IS_BETTER
 from sidestep.model.attach import Attached, detach
 from sidestep.model.side_model import SideModel
@@ -174,14 +174,13 @@ class _Session:
         """The best rate and epochs that a contender finds in its time."""
         spent = self.spent[task.task.name, one.name] = Spent(budget)
         seed = self.comparison.seeds[0]
-        method = method_of(one.config).implementation
         whole, part = (Run.of(one.name, data, 1).work for data in (task.data[seed], task.trial))
         search = Search(
             rates=one.rates,
             trial=lambda rate, epochs: self._once("trial", task, one, "holdout", (rate, epochs), seed),
             share=whole / part,
             spent=spent,
-            solved=issubclass(method, SideNet) and method.solved,
+            solved=method_of(one.config).solved,
         )
         return _best(search.run())
 

@@ -17,7 +17,7 @@ from sidestep.kinds.prepare import TaskData
 from sidestep.measure.memory import format_bytes
 from sidestep.measure.step import StepCost, measure_step
 from sidestep.messages import counted
-from sidestep.methods import FullConfig, MethodConfig, ReadoutConfig
+from sidestep.methods import FullConfig, MethodConfig, method_of
 from sidestep.model.attach import attach, detach
 from sidestep.tasks.predict import evaluate
 from sidestep.training.results import Results
@@ -65,8 +65,9 @@ def train_contestant(
         test: rows that the returned scores are of. None: the dev rows, as in the results.json that is written.
     """
     how = f"{counted(settings.epochs, 'epoch')} at a learning rate of {contestant.rate:g}"
-    solved = isinstance(contestant.config, ReadoutConfig)
-    remark(f"\n{contestant.name}: {'one pass of the frozen model, then solved' if solved else how}")
+    if method_of(contestant.config).solved:
+        how = "one pass of the frozen model, then solved"
+    remark(f"\n{contestant.name}: {how}")
     settings = replace(
         settings, output=settings.output / contestant.task, learning_rate=contestant.rate, overwrite=True
     )

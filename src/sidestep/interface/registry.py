@@ -29,6 +29,11 @@ class Method:
         """First line of the implementation's module docstring."""
         return (self.implementation.__doc__ or "").strip().partition("\n")[0]
 
+    @property
+    def solved(self) -> bool:
+        """Whether training takes no steps: the head is solved from what the method reads."""
+        return issubclass(self.implementation, SideNet) and self.implementation.solved
+
 
 Implementation = TypeVar("Implementation", bound=type[SideNet] | type[WeightDelta])
 _REGISTRY: dict[str, Method] = {}

@@ -25,7 +25,14 @@ from sidestep.disk.features import FeatureStore
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.task_data import TaskData
 from sidestep.messages import about, counted
-from sidestep.methods import LateLoraConfig, MethodConfig, ReadConfig, ReadoutConfig, SideAttentionConfig
+from sidestep.methods import (
+    LateLoraConfig,
+    MethodConfig,
+    ReadConfig,
+    ReadoutConfig,
+    SideAttentionConfig,
+    method_of,
+)
 from sidestep.model.attach import Attached, detach
 from sidestep.training.results import Results
 from sidestep.training.run import RunSpec, Watch, check_places, task_data, train
@@ -69,7 +76,7 @@ class Candidate:
     @property
     def solved(self) -> bool:
         """Whether one trial tells all: there are no epochs."""
-        return isinstance(self.config, ReadoutConfig)
+        return method_of(self.config).solved
 
 
 CANDIDATES: tuple[Candidate, ...] = (
@@ -205,8 +212,7 @@ class _Search:
             reasons = "; ".join(f"{trial.candidate}: {trial.reason}" for trial in self.trials if trial.reason)
             raise ValueError(f"no candidate came through in {about(self.budget)}: {reasons or 'give a longer budget'}")
         named = {one.name: one for one in candidates}
-        self._confirm(named, best)
-        winner = self._ranked(best.values())[0][0]
+        winner = self._confirmed(named, self._ranked(best.values())[:LEADING])
         return named[winner.candidate], winner.epochs
 
     def _better(self, one: Candidate, epochs: int, best: dict[str, list[Trial]]) -> bool:
@@ -221,20 +227,21 @@ class _Search:
         best[one.name] = [trial] if known is None else self._ranked([known, [trial]])[0]
         return True
 
-    def _confirm(self, candidates: Mapping[str, Candidate], best: dict[str, list[Trial]]) -> None:
-        """Try the leading ones on further fifths, as long as the time allows. Their means decide then."""
+    def _confirmed(self, candidates: Mapping[str, Candidate], leading: list[list[Trial]]) -> Trial:
+        """The best of the leading ones, which are all tried on further fifths as long as the time allows.
+
+        No other may win: its score is of a single fifth, and may be luck.
+        """
         for fifth in range(1, FIFTHS):
-            leading = self._ranked(best.values())[:LEADING]
             last = max(trials[0].seconds for trials in leading) / (1 - HELD_OUT) + self.judging
             again = sum(trials[0].seconds for trials in leading)
             if len(leading) < 2 or self.spent + again + last > self.budget:
-                return
-            for trials in leading:
-                trial = self._try(candidates[trials[0].candidate], trials[0].epochs, fifth)
-                if trial.score is None:
-                    best.pop(trial.candidate)
-                else:
-                    best[trial.candidate] = [*trials, trial]
+                break
+            tried = [
+                [*trials, self._try(candidates[trials[0].candidate], trials[0].epochs, fifth)] for trials in leading
+            ]
+            leading = [trials for trials in tried if trials[-1].score is not None] or leading
+        return self._ranked(leading)[0][0]
 
     def _ranked(self, found: Iterable[list[Trial]]) -> list[list[Trial]]:
         """The best first, of each the trials on different fifths, whose means count.
@@ -242,8 +249,8 @@ class _Search:
         Scores within a standard error of the best are equal, and the smaller loss decides.
         """
         means = [(self.sign * _mean(one.score for one in trials), trials) for trials in found]
-        top, widest = max(score for score, _ in means), max(len(trials) for _, trials in means)
-        least = top - _standard_error(self.metric, abs(top), len(self.rows.dev) * widest)
+        top, trials = max(means, key=lambda pair: pair[0])
+        least = top - _standard_error(self.metric, abs(top), len(self.rows.dev) * len(trials))
 
         def order(pair: tuple[float, list[Trial]]) -> tuple[float, float]:
             score, trials = pair
