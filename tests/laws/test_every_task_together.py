@@ -10,6 +10,7 @@ from test_every_method import METHODS, REFUSED, attach
 from torch import nn
 
 import sidestep as ss
+from sidestep.fold.group import GroupStrand
 from sidestep.model.forward import Forward
 from tiny import FAMILIES, TinyFamily, logits, randomize
 
@@ -57,6 +58,34 @@ def _only_reads(bank: ss.TaskBank) -> bool:
     model = bank.model
     assert isinstance(model, Forward)
     return model.only_reads
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_tasks_of_one_shape_run_as_one(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, sizes = FAMILIES[family], []
+    run = GroupStrand._run
+    monkeypatch.setattr(GroupStrand, "_run", lambda strand: sizes.append(len(strand.methods)) or run(strand))
+    for method in METHODS:
+        if (method, family) in REFUSED:
+            continue
+        made = tiny.model()
+        bank = ss.TaskBank(made, tmp_path / method)
+        model = attach(method, tiny, made, head=True)
+        joined = model.fold.carries and len(model.fold.lengths) > 1
+        if not model.only_reads or model.side.corrects or joined or not list(model.side.parameters()):
+            continue
+        for number in range(3):
+            randomize(model)
+            bank.add(f"task-{number}", model)
+        ss.detach(model)
+        expected = {name: logits(bank.run(name, tiny.inputs())) for name in bank.names}
+        found = bank(tiny.inputs(), tasks=bank.names)
+        assert sizes == [3], method
+        sizes.clear()
+        for name in bank.names:
+            torch.testing.assert_close(
+                logits(found[name]), expected[name], rtol=1e-5, atol=1e-6, msg=f"{method} {name}"
+            )
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

@@ -11,6 +11,9 @@ from datasets import Dataset
 
 import sidestep as ss
 from sidestep.data import DataError, DataWarning
+from sidestep.disk.feature_options import FeatureOptions
+from sidestep.disk.task_folder import WEIGHTS, TaskError
+from sidestep.kinds import features
 from sidestep.tasks.bank_folder import BankError
 from sidestep.tasks.predict import predict
 from small_tasks import reviews, text_backbone, write
@@ -87,6 +90,38 @@ def test_tasks_that_read_rows_alike_share_their_passes(bank: ss.TaskBank) -> Non
     assert (found.passes, found.batches) == (1, 1)
     found = bank.predict((["read", "score", "short"], row) for row in rows)
     assert (found.passes, found.batches) == (2, 2)  # "short" cuts its texts
+
+
+def test_a_damaged_task_fails_alone(bank: ss.TaskBank) -> None:
+    rows, names = reviews(6), ["read", "readout"]
+    expected = bank.predict([(["read"], row) for row in rows])
+    file = bank.store.path / "readout" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1])
+    fresh = ss.TaskBank(bank.backbone, bank.store.path)
+    answers = fresh.predict([(names, row) for row in rows])
+    assert answers.rows == expected.rows
+    assert list(answers.failed) == ["readout"]
+    assert "readout" in answers.failed["readout"]
+    with pytest.raises(TaskError, match="readout"):
+        fresh.predict([(["readout"], row) for row in rows])
+
+
+def test_tasks_run_from_stored_features(bank: ss.TaskBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, names = reviews(6), ["read", "readout", "score", "short"]
+    expected = bank.predict([(names, row) for row in rows])
+    how: Any = {"features": FeatureOptions(where="disk", folder=tmp_path / "features")}
+    first = bank.predict([(names, row) for row in rows], **how)
+    computed = []
+    rows_of = features.Features.record
+    monkeypatch.setattr(features.Features, "record", lambda self, asked: computed.append(asked) or rows_of(self, asked))
+    second = bank.predict([(names, row) for row in rows], **how)
+    assert (first.passes, second.passes) == (0, 0)
+    assert all(len(numbers) == 2 for numbers in computed)  # a proof of each task, and nothing else
+    for found in (first, second):
+        for row, other in zip(found.rows, expected.rows, strict=True):
+            assert [one["prediction"] for one in row.values()] == pytest.approx(
+                [one["prediction"] for one in other.values()], abs=1e-4
+            )
 
 
 def test_a_table_has_two_columns_for_each_task(bank: ss.TaskBank) -> None:

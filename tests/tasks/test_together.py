@@ -117,9 +117,36 @@ def test_names_that_cannot_be_run_are_refused_before_anything_runs(bank: ss.Task
     assert not bank.seconds
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_backbone_serves_any_mix_without_compiling_again(bank: ss.TaskBank) -> None:
+    expected = {name: outputs(bank, name) for name in TASKS}
+    bank.compile(dynamic=True, backend="eager")
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    names = list(TASKS)
+    for _ in range(3):
+        found = bank(BERT.inputs(), tasks=names)
+    compiled = dict(counters["stats"])
+    assert compiled["unique_graphs"] >= 1
+    for mix in (["lora", "read"], ["dtl", "sparse"], names[::2], ["readout"]):
+        found |= bank(BERT.inputs(), tasks=mix)
+        assert dict(counters["stats"]) == compiled
+    for name in names:
+        torch.testing.assert_close(logits(found[name]), expected[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(BankError, match="compiled already"):
+        bank.compile()
+    bank.close()
+    assert not any("forward" in vars(module) for module in bank.backbone.modules())
+
+
 def test_labels_and_caches_are_refused(bank: ss.TaskBank) -> None:
     with pytest.raises(BankError, match="a batch for several tasks has no labels"):
         bank({**BERT.inputs(), "labels": torch.zeros(2)}, tasks=["read"])
+
+
+def test_a_batch_of_another_kind_is_refused(bank: ss.TaskBank) -> None:
+    with pytest.raises(BankError, match="the batch has pixel_values, but BertModel reads input_ids"):
+        bank({"pixel_values": torch.zeros(2, 3, 8, 8)}, tasks=["read"])
 
 
 def test_a_damaged_task_is_named_and_the_others_go_on(bank: ss.TaskBank) -> None:

@@ -1,5 +1,6 @@
 """The frozen backbone: what it is, its blocks and norms, how it is frozen and held in eval mode, and its digest."""
 
+from sidestep.backbone.compiled import CompiledBlocks
 from sidestep.backbone.digest import (
     Digest,
     digest_of,
@@ -22,6 +23,7 @@ from sidestep.backbone.wide import Widened
 
 __all__ = [
     "CheckpointedForward",
+    "CompiledBlocks",
     "Digest",
     "Facts",
     "Noise",

@@ -23,7 +23,7 @@ class CheckpointedForward:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self.block = block
+        self.block, self.before = block, vars(block).get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output for its arguments."""
@@ -63,4 +63,6 @@ def uncheckpoint_blocks(blocks: Sequence[nn.Module]) -> None:
     """Undo `checkpoint_blocks`."""
     for block in blocks:
         if isinstance(block.__dict__.get("forward"), CheckpointedForward):
-            del block.forward
+            before = vars(block).pop("forward").before
+            if before is not None:
+                vars(block)["forward"] = before

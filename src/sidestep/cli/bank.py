@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -19,6 +19,7 @@ from sidestep.console import hush, remark, show_table, show_unnamed
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from sidestep.disk.feature_options import Where
     from sidestep.tasks.bank import TaskBank
     from sidestep.tasks.bank_folder import BankFolder, Entry
 
@@ -87,6 +88,9 @@ def run(
     gguf: opt.Gguf = None,
     batch_size: opt.BatchSize = 64,
     probabilities: opt.BankProbabilities = None,
+    features: opt.Features = "off",
+    features_folder: opt.FeaturesFolder = None,
+    features_limit: opt.FeaturesLimit = "50GB",
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -95,13 +99,17 @@ def run(
     with reporting(debug):
         from sidestep.data import Fields, read
         from sidestep.disk.atomic import refuse_inputs
+        from sidestep.disk.feature_options import FeatureOptions
         from sidestep.disk.sources import backbones_at, rows_at, stored_backbones_at
         from sidestep.disk.table_files import check_table, write_table
+        from sidestep.disk.task_folder import TaskError
+        from sidestep.measure.plan import memory_of
         from sidestep.tasks import predict as predicting
         from sidestep.tasks.predict_each import predict_each
         from sidestep.tasks.predict_together import predict_together
 
         hush()
+        failed: dict[str, str] = {}
         check_batch(batch_size)
         shares = None if probabilities is None else predicting.check_probabilities(probabilities)
         check_table(output, overwrite=overwrite)
@@ -118,6 +126,9 @@ def run(
                 f"--probabilities {shares} is for rows of one task each. Of several tasks each has a prediction "
                 "with its probability. Leave it out"
             )
+        kept = FeatureOptions(where=cast("Where", features), folder=features_folder, limit=memory_of(features_limit))
+        if kept.where != "off" and not several:
+            raise ValueError(f"--features {kept.where} is for rows that several tasks answer: leave it out")
         where = backbone_named(backbone, gguf)
         if empty := [number for number, row in enumerate(asked, start=1) if not row]:
             raise ValueError(f"row {empty[0]} of {rows} names no task: {len(empty)} of {len(asked)} rows do not")
@@ -138,7 +149,9 @@ def run(
                 for name, count in Counter(names).items():
                     remark(f"{name}: {count} rows; switched to in {1000 * loaded.seconds[name]:.0f} ms")
             else:
-                answers = predict_together(loaded, found, asked, columns=reads, batch_size=batch_size)
+                how: dict[str, Any] = {"batch_size": batch_size, "features": None if kept.where == "off" else kept}
+                answers = predict_together(loaded, found, asked, columns=reads, **how)
+                failed = answers.failed
                 table = answers.table(found)
                 counts = Counter(names)
                 remark(
@@ -149,6 +162,8 @@ def run(
                 show_unnamed(held.config(name), f"{name}: ")
         write_table(table, output, shares=predicting.share_columns(table, found), overwrite=overwrite)
         remark(f"{len(table)} rows written to {output}")
+        if failed:
+            raise TaskError("\n".join(f"{name} gave no answers: {reason}" for name, reason in failed.items()))
 
 
 def _open(folder: opt.Bank) -> BankFolder:

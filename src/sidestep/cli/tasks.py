@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import typer
+
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import backbone_named, table_options
@@ -65,6 +67,7 @@ def predict(
     task: opt.Task,
     rows: opt.Rows,
     output: opt.Table,
+    tasks: opt.AllTasks = None,
     text: opt.Text = None,
     text2: opt.Text2 = None,
     image: opt.Image = None,
@@ -82,7 +85,37 @@ def predict(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Label rows. The output is the rows with a prediction and the probability of each class."""
+    """Label rows. The output is the rows with a prediction and the probability of each class.
+
+    With --tasks TASK is a bank, and each row is answered by several of its tasks, as `sidestep bank run` does.
+    """
+    if tasks is not None:
+        from sidestep.cli.bank import run
+
+        if skip_bad_images:
+            raise typer.BadParameter("with --tasks there is no --skip-bad-images: take those rows out")
+        run(
+            task,
+            rows,
+            output,
+            tasks=tasks,
+            text=text,
+            text2=text2,
+            image=image,
+            split=split,
+            columns=columns,
+            no_header=no_header,
+            no_quoting=no_quoting,
+            encoding=encoding,
+            backbone=backbone,
+            gguf=gguf,
+            batch_size=batch_size,
+            probabilities=None if probabilities == "all" else probabilities,
+            overwrite=overwrite,
+            quiet=quiet,
+            debug=debug,
+        )
+        return
     with reporting(debug):
         from sidestep.disk.table_files import check_table, write_table
         from sidestep.disk.task_folder import read_config

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sidestep.backbone import Facts, as_tokens
 from sidestep.fold.fold import BUSY, Fold
+from sidestep.fold.group import GroupStrand
 from sidestep.fold.hooks import Hooks
 from sidestep.fold.passes import FoldError, Reading
 from sidestep.fold.stored import place_name
@@ -48,23 +49,29 @@ class SharedFold:
         self.written: dict[int, Tensor] = {}
         self.last: Tensor | None = None
 
-    def run(self, folds: Sequence[Fold], call: Callable[[], Any]) -> tuple[Any, list[Reading]]:
+    def run(self, groups: Sequence[Sequence[Fold]], call: Callable[[], Any]) -> tuple[Any, list[list[Reading]]]:
         """What `call` gives, which runs the trunk once, and what the head of each fold reads.
+
+        Args:
+            groups: of folds. Those of a group with several are of one shape, and run as one at the end of the pass.
+            call: runs the trunk.
 
         Raises:
             CannotShare: if a method writes and what follows cannot be followed.
             FoldError: as `Fold.run`.
         """
         hooks = Hooks(self, self.trunk, self.trunk, self.places)
-        self.folds = folds
+        self.folds = [group[0] for group in groups]
+        for fold, group in zip(self.folds, groups, strict=True):
+            fold.group = [one.method for one in group] if len(group) > 1 else ()
         try:
             with self.turn:
                 output = call()
-                return output, [_reading(fold) for fold in folds]
+                return output, [_readings(fold) for fold in self.folds]
         finally:
             hooks.remove()
-            for fold in folds:
-                fold.current, fold.finished = None, None
+            for fold in self.folds:
+                fold.current, fold.finished, fold.group = None, None, ()
             self.folds, self.last = (), None
             self.written.clear()
 
@@ -140,15 +147,16 @@ class SharedFold:
         Raises:
             CannotShare: if it wrote, and the norm is not given what the last block gave.
         """
-        if number not in self.written:
-            return raw
-        if raw is not self.last:
+        writes = number in self.written or (self.folds[number].group and self.folds[number].keeping.border is not None)
+        if writes and raw is not self.last:
             raise CannotShare("what the final norm is given is not what the last block gave")
-        return self.written[number]
+        return self.written.get(number, raw)
 
 
-def _reading(fold: Fold) -> Reading:
+def _readings(fold: Fold) -> list[Reading]:
     assert fold.finished is not None
-    reading = fold.finished[1].reading
-    assert reading is not None
-    return reading
+    strand = fold.finished[1]
+    if isinstance(strand, GroupStrand):
+        return strand.readings
+    assert strand.reading is not None
+    return [strand.reading]

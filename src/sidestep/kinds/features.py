@@ -237,7 +237,7 @@ class Features:
         """Compare what is stored of the shortest and the longest row with what the backbone gives for both together.
 
         Raises:
-            FeaturesRefused: if the two are not the same, or give another loss.
+            FeaturesRefused: if the two are not the same, or give another loss (of rows without labels other outputs).
         """
         order = sorted(range(len(self.ids)), key=self.lengths.__getitem__)
         numbers = [order[0], order[-1]]
@@ -250,26 +250,27 @@ class Features:
                         f"the state of a row at {name} is not the one that was stored. Either the model has changed, "
                         "or its states of a row depend on the other rows of a batch"
                     )
-        live, fed = (self._loss(self._batch(numbers), states) for states in (None, numbers))
+        live, fed = (self._outcome(self._batch(numbers), states) for states in (None, numbers))
         precision = torch.bfloat16 if self.rounded or self.autocast else max(self.route.dtypes.values(), key=_coarse)
         if not _close(fed, live, 10 * TOLERANCE[precision]):
             raise FeaturesRefused(
-                f"a pass from stored states has a loss of {float(fed):.6g}, and a live one {float(live):.6g}. The "
-                "model reads more of its blocks than what they hand on"
+                f"a pass from stored states has a loss of {_told(fed)}, and a live one {_told(live)}. The model reads "
+                "more of its blocks than what they hand on"
             )
 
-    def _loss(self, batch: dict[str, Any], numbers: Sequence[int] | None) -> Tensor:
-        """Of some rows, live or (with their numbers) from their states."""
+    def _outcome(self, batch: dict[str, Any], numbers: Sequence[int] | None) -> Tensor:
+        """The loss of some rows, or without labels their outputs: live or (with their numbers) from their states."""
         if numbers is not None:
             if self.absent or self._is_vector:
-                batch = {"labels": batch["labels"]}
+                batch = {name: value for name, value in batch.items() if name == "labels"}
             batch["features"] = self.feed.states([self.ids[number] for number in numbers]).to(self.model.device)
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad(), _autocast(self.model, self.autocast):
-                loss: Tensor = self.model(**batch).loss
-                return loss
+                output = self.model(**batch)
+                found: Tensor = output.logits if output.loss is None else output.loss
+                return found
         finally:
             self.model.train(training)
 
@@ -391,6 +392,10 @@ def _close(kept: Tensor, live: Tensor, tolerance: float) -> bool:
         return False
     kept, live = kept.double(), live.double()
     return bool(torch.linalg.vector_norm(kept - live) <= tolerance * torch.linalg.vector_norm(live))
+
+
+def _told(found: Tensor) -> str:
+    return f"{float(found.float().mean()):.6g}"
 
 
 def _autocast(model: SideModel, on: bool) -> Any:

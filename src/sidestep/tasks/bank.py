@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch import nn
 
-from sidestep.backbone import Digest, joined, without_values
+from sidestep.backbone import CompiledBlocks, Digest, joined, without_values
 from sidestep.disk.task_folder import Task
 from sidestep.fold import FoldError
 from sidestep.fold.turns import Turn
@@ -39,6 +39,7 @@ from sidestep.tasks.together import Together
 
 if TYPE_CHECKING:
     from sidestep.data import Fields
+    from sidestep.disk.feature_options import FeatureOptions
     from sidestep.tasks.predict_together import Answers
 
 WAIT = "take turns, with a lock of your own from `activate` to the answer"
@@ -93,6 +94,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         self._now: tuple[str | None, str, Attached | None] = NONE
         self.seconds: dict[str, float] = {}
         self.together = Together(self._switch)
+        self._compiled: CompiledBlocks | None = None
         its = self.store.digest()
         if its is not None and self.digest.matches(its) != "same":
             raise BankError(
@@ -210,13 +212,16 @@ class TaskBank(AbstractContextManager["TaskBank"]):
 
         Raises:
             BankError: if a name is not in the bank or stands there twice, or there is none. If there is no memory for
-                all of them, or the batch has labels or a cache. Nothing is run then.
+                all of them, or the batch has labels, a cache or inputs of another kind. Nothing is run then.
             TaskError: if a task's files are damaged.
         """
         names = self._named(tasks)
         given = sorted({"labels", "past_key_values"} & {name for name, value in batch.items() if value is not None})
         if given:
             raise BankError(f"a batch for several tasks has no {' and no '.join(given)}: leave it out")
+        main = getattr(self.backbone, "main_input_name", "pixel_values")
+        if not {main, "inputs_embeds"} & batch.keys():
+            raise BankError(f"the batch has {some(batch)}, but {type(self.backbone).__name__} reads {main}")
         with self._turn, torch.no_grad():
             before = self.active
             try:
@@ -235,6 +240,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         *,
         columns: Fields | None = None,
         batch_size: int = 64,
+        features: FeatureOptions | None = None,
     ) -> Answers:
         """What tasks predict for rows, each row with the task or the tasks that are asked.
 
@@ -244,13 +250,35 @@ class TaskBank(AbstractContextManager["TaskBank"]):
 
         pairs = [([tasks] if isinstance(tasks, str) else list(tasks), row) for tasks, row in asked]
         rows = [dict(row) for _, row in pairs]
-        return predict_together(self, rows, [tasks for tasks, _ in pairs], columns=columns, batch_size=batch_size)
+        how: dict[str, Any] = {"columns": columns, "batch_size": batch_size, "features": features}
+        return predict_together(self, rows, [tasks for tasks, _ in pairs], **how)
+
+    def compile(self, **options: Any) -> None:
+        """Have each block of the backbone compiled at its next call, until the bank is closed.
+
+        Hooks of tasks stay outside of what is compiled. So any mix of tasks runs without compiling again. LoRA and its
+        like put modules into the blocks, and run uncompiled.
+
+        Args:
+            options: of `torch.compile`, such as `dynamic=True` for texts of changing length.
+
+        Raises:
+            BankError: if it is compiled already, or another thread is using the bank or the active model.
+        """
+        with self._turn:
+            if self._compiled is not None:
+                raise BankError("this bank's backbone is compiled already: close() it first, and open it again")
+            self._leave()
+            self._compiled = CompiledBlocks(self.backbone, **options)
 
     def close(self) -> None:
         """Leave the bare backbone. The tasks stay on the disk, unless the folder is temporary."""
         with self._turn:
             self._leave()
             self._resting.clear()
+            if self._compiled is not None:
+                self._compiled.undo()
+                self._compiled = None
             if self._temporary is not None:
                 self._temporary.cleanup()
 
@@ -319,6 +347,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
                     self._switch(before)
             raise
         self._now = (name, identity, model)
+        if self._compiled is not None:
+            self._compiled.paused = not all(part.attachment.can_rest for part in model.parts)
         self.seconds[name] = time.perf_counter() - started
         return model
 
@@ -334,6 +364,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         while self._keep is not None and len(self._resting) > self._keep:
             del self._resting[next(iter(self._resting))]
         self._now = NONE
+        if self._compiled is not None:
+            self._compiled.paused = False
 
     # --- small parts -----------------------------------------------------------------------------------------------
 

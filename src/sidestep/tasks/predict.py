@@ -67,14 +67,14 @@ def judge(
     encoded = _encode(model, rows, fields, labels)
     how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     if features is not None:
-        data = _only(model, encoded, fields, labels)
+        data = only(model, encoded, fields, labels)
         kept = kept_features(model, data, features, passes=1, autocast=False, tell=tell, **how)
         if kept is not None:
             encoded, how["collate"] = kept.data.train, kept.data.collate
     return judge_encoded(model, encoded, fields, labels, _generation(model), workers=0, **how)
 
 
-def _only(model: Attached, encoded: Dataset, fields: Fields, labels: LabelSpace) -> TaskData:
+def only(model: Attached, encoded: Dataset, fields: Fields, labels: LabelSpace) -> TaskData:
     """Rows with labels as the data of a task that is not trained."""
     kind, stored = kind_named(labels.kind), model.extras.get("preprocessing") or {}
     return TaskData(

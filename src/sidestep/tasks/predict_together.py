@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,15 +15,20 @@ from torch import nn
 from sidestep.data import Collate, DataError, Fields, LabelSpace
 from sidestep.data.messages import listed
 from sidestep.data.vocabulary import check_tokens
+from sidestep.disk.feature_options import FeatureOptions
+from sidestep.disk.features import FeatureStore
+from sidestep.disk.task_folder import TaskError
 from sidestep.kinds.base import OWN, PREDICTION, kind_named
 from sidestep.kinds.from_logits import FromLogits
 from sidestep.kinds.prepare import chosen_fields, stored_labels
+from sidestep.kinds.running import logits
 from sidestep.measure.step import accepted
 from sidestep.messages import some
 from sidestep.model.attach import Attached
 from sidestep.model.side_model import SideModel
 from sidestep.tasks.bank_folder import BankError, BankFolder
-from sidestep.tasks.predict import Rows, as_dataset, encoded_for, labels_of_task, predict
+from sidestep.tasks.features import kept_features
+from sidestep.tasks.predict import Rows, as_dataset, encoded_for, labels_of_task, only, predict
 from sidestep.tasks.together import Together
 
 
@@ -51,11 +56,13 @@ class Answers:
         rows: for each row, by the names of its tasks, the prediction and (for classes) its probability.
         passes: how many whole passes of the backbone were run over a batch, all batches together.
         batches: how many batches there were.
+        failed: why tasks gave no answers, by name. Their files are damaged.
     """
 
     rows: list[dict[str, dict[str, Any]]]
     passes: int
     batches: int
+    failed: dict[str, str] = field(default_factory=dict)
 
     def table(self, rows: Dataset) -> Dataset:
         """The rows with columns "prediction_TASK" and "probability_TASK". They are None where a task was not asked.
@@ -85,6 +92,7 @@ def predict_together(
     *,
     columns: Fields | None = None,
     batch_size: int = 64,
+    features: FeatureOptions | None = None,
 ) -> Answers:
     """What each row's tasks predict for it.
 
@@ -97,13 +105,18 @@ def predict_together(
         tasks: the names for each row.
         columns: to read in the place of those that the tasks were trained on.
         batch_size: rows of one pass.
+        features: where what frozen blocks give for the rows is kept. Tasks that read it run without the backbone.
+            None: nowhere.
 
     Raises:
         BankError: if a row has no task or one twice, or the bank holds no task of such a name.
         DataError: as `predict`.
+        TaskError: if the files of all of the tasks are damaged. One that is damaged among others is in `failed`.
     """
     rows = as_dataset(rows)
     places = _places(tasks, len(rows))
+    failed = _damaged(bank, places)
+    places = {name: numbers for name, numbers in places.items() if name not in failed}
     tasks_of = readings(bank, places, columns, rows.column_names)
     answers: list[dict[str, dict[str, Any]]] = [{} for _ in range(len(rows))]
     tally = _Tally()
@@ -113,12 +126,12 @@ def predict_together(
         spaces = {name: tasks_of[name].labels or labels_of_task(bank.activate(name)) for name in names}
         kinds = {name: kind_named(space.kind) for name, space in spaces.items()}
         heads = [name for name in names if isinstance(kinds[name], FromLogits)]
-        logits = _logits(bank, heads, rows.select(numbers), fields, batch_size, tally) if heads else {}
+        outputs = _logits(bank, heads, rows.select(numbers), fields, batch_size, tally, features) if heads else {}
         where = {number: place for place, number in enumerate(numbers)}
         for name in names:
             kind = kinds[name]
             if isinstance(kind, FromLogits):
-                own = logits[name][[where[number] for number in places[name]]]
+                own = outputs[name][[where[number] for number in places[name]]]
                 found = kind.columns(spaces[name], own, "one")
             else:
                 part = rows.select(places[name])
@@ -126,14 +139,35 @@ def predict_together(
                 found = {PREDICTION: table[PREDICTION][:]}
             for place, number in enumerate(places[name]):
                 answers[number][name] = {column: values[place] for column, values in found.items()}
-    ordered = [{name: found[name] for name in asked} for asked, found in zip(tasks, answers, strict=True)]
-    return Answers(ordered, tally.passes, tally.batches)
+    ordered = [
+        {name: found[name] for name in asked if name not in failed} for asked, found in zip(tasks, answers, strict=True)
+    ]
+    return Answers(ordered, tally.passes, tally.batches, failed)
 
 
 @dataclass
 class _Tally:
     passes: int = 0
     batches: int = 0
+
+
+def _damaged(bank: Bank, names: Collection[str]) -> dict[str, str]:
+    """Why tasks cannot be read, by name.
+
+    Raises:
+        TaskError: if none of them can.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        bank.store.folder(name)  # it is there
+    for name in names:
+        try:
+            bank.activate(name)
+        except TaskError as error:
+            found[name] = str(error)
+            if len(found) == len(names):
+                raise
+    return found
 
 
 def _places(tasks: Sequence[Sequence[str]], count: int) -> dict[str, list[int]]:
@@ -214,7 +248,13 @@ def _alike(tasks: Mapping[str, Reads]) -> list[list[str]]:
 
 
 def _logits(
-    bank: Bank, names: Sequence[str], rows: Dataset, fields: Fields, batch_size: int, tally: _Tally
+    bank: Bank,
+    names: Sequence[str],
+    rows: Dataset,
+    fields: Fields,
+    batch_size: int,
+    tally: _Tally,
+    features: FeatureOptions | None,
 ) -> dict[str, NDArray[Any]]:
     """(rows, outputs) of each task, for rows that all of them read alike."""
     model = bank.activate(names[0])
@@ -222,6 +262,10 @@ def _logits(
     encoded, processor = encoded_for(model, rows, fields), model.extras["processor"]
     if fields.text is not None:
         check_tokens(model.backbone, encoded, processor)
+    stored = {} if features is None else _from_store(bank, names, encoded, fields, batch_size, features)
+    names = [name for name in names if name not in stored]
+    if not names:
+        return stored
     collate = Collate(processor if fields.text is not None else None)
     lengths = encoded["length"][:] if "length" in encoded.column_names else range(len(encoded))
     order = np.argsort(lengths, kind="stable")
@@ -234,4 +278,22 @@ def _logits(
         tally.passes += bank.together.passes
         tally.batches += 1
     back = np.argsort(order)
-    return {name: np.concatenate(found)[back] for name, found in parts.items()}
+    return stored | {name: np.concatenate(found)[back] for name, found in parts.items()}
+
+
+def _from_store(
+    bank: Bank, names: Sequence[str], encoded: Dataset, fields: Fields, batch_size: int, features: FeatureOptions
+) -> dict[str, NDArray[Any]]:
+    """(rows, outputs) of the tasks that can run from stored features. What is lacking is computed once for all."""
+    store = FeatureStore(None if features.where == "ram" else features.place, features.limit)
+    found: dict[str, NDArray[Any]] = {}
+    for name in names:
+        model = bank.activate(name)
+        assert isinstance(model, SideModel)
+        data = only(model, encoded, fields, labels_of_task(model))
+        kept = kept_features(
+            model, data, features, passes=len(names), batch_size=batch_size, autocast=False, store=store
+        )
+        if kept is not None:
+            found[name] = logits(model, kept.data.train, fields, batch_size=batch_size, collate=kept.data.collate)
+    return found

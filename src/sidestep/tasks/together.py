@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -159,17 +159,19 @@ def _follow(
         wanted: places whose hidden states are taken.
         batch: of the backbone's inputs.
     """
-    followed = _strands(readers)
+    groups = _groups(readers, _strands(readers))
     driver = SharedFold(one.trunk, one.places, one.facts, wanted)
     try:
-        output, readings = driver.run([readers[names[0]].fold for names in followed], lambda: one.bare(dict(batch)))
+        folds = [[readers[names[0]].fold for names in group] for group in groups]
+        output, readings = driver.run(folds, lambda: one.bare(dict(batch)))
     except CannotShare:
         writing = [name for name, model in readers.items() if model.fold.keeping.border is not None]
         left = {name: model for name, model in readers.items() if name not in writing}
         return replace(_follow(one, left, wanted, batch), refused=writing)
     outputs = {
         name: readers[name].answer(reading, output, batch)
-        for names, reading in zip(followed, readings, strict=True)
+        for group, found in zip(groups, readings, strict=True)
+        for names, reading in zip(group, found, strict=True)
         for name in names
     }
     return _Followed(outputs, driver.taken)
@@ -183,6 +185,20 @@ def _strands(readers: Mapping[str, SideModel]) -> list[list[str]]:
         learns = any(True for _ in side.parameters()) or side.corrects
         reads = (type(side), side.pooled_from, fold.narrow, fold.reads_raw)
         together.setdefault(name if learns else reads, []).append(name)
+    return list(together.values())
+
+
+def _groups(readers: Mapping[str, SideModel], strands: Sequence[Sequence[str]]) -> list[list[Sequence[str]]]:
+    """The strands, together where their side networks have one shape, so that their products are batched."""
+    together: dict[Hashable, list[Sequence[str]]] = {}
+    for names in strands:
+        model = readers[names[0]]
+        side, fold = model.side, model.fold
+        dtypes = frozenset(parameter.dtype for parameter in side.parameters())
+        joined = fold.carries and len(fold.lengths) > 1
+        alike = dtypes and not (side.training or side.corrects or joined)
+        how = (type(side), model.settings.method, fold.narrow, fold.reads_raw, dtypes)
+        together.setdefault(how if alike else names[0], []).append(names)
     return list(together.values())
 
 

@@ -83,10 +83,10 @@ CANDIDATES: tuple[Candidate, ...] = (
     Candidate(name="readout", config=ReadoutConfig(), rate=ReadoutConfig.rate),
     Candidate(name="read, rank 32", config=ReadConfig(rank=32), rate=6e-3, passes=0.5),
     # late blocks keep one hidden state each, so that no candidate takes the memory of LoRA
-    Candidate(name="late_lora, 2e-3", config=LateLoraConfig(), rate=2e-3, checkpoint="late", passes=2.5),
+    Candidate(name="late_lora, 2e-3", config=LateLoraConfig(), rate=2e-3, checkpoint="late", passes=2.0),
     Candidate(name="read, rank 128", config=ReadConfig(rank=128), rate=6e-3, passes=0.6),
     Candidate(name="side_attention", config=SideAttentionConfig(), rate=3e-3, weight_decay=0.05),
-    Candidate(name="late_lora, 5e-3", config=LateLoraConfig(), rate=5e-3, checkpoint="late", passes=2.5),
+    Candidate(name="late_lora, 5e-3", config=LateLoraConfig(), rate=5e-3, checkpoint="late", passes=2.0),
 )
 """What is tried, in this order."""
 
