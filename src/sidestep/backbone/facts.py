@@ -21,6 +21,8 @@ Layout = Literal["tokens", "tokens first", "grid", "channels"]
 """Axes of a hidden state: (batch, tokens, width), (tokens, batch, width), (batch, rows, columns, width) or (batch,
 width, rows, columns)."""
 Source = Literal["traced", "shapes", "guessed"]
+FRAMES = "_get_feature_vector_attention_mask"
+"""What transformers calls the method that brings a mask of samples or frames to tokens."""
 Causal = Literal["no", "yes", "partly"]
 Left = Literal["kept", "positions", "moved"]
 
@@ -53,6 +55,8 @@ class StackFacts:
         ends: whether the stack's own output is what came out of that norm, or of the last block if the stack has no
             norm.
         added: where the tokens of a text stand among the stack's. None: they cannot be told, and masks do not apply.
+        frames: the name within the trunk of the module that brings a mask of samples or frames to the tokens that are
+            made of them. None: there is no such mask.
     """
 
     causal: Causal
@@ -62,6 +66,7 @@ class StackFacts:
     norm: str | None
     ends: bool = True
     added: Added | None = None
+    frames: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

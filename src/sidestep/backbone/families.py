@@ -223,6 +223,7 @@ FAMILIES: dict[str, Family] = {
     "swin": Family(grid=argument_grid),
     "swinv2": Family(grid=argument_grid),
     "donut-swin": Family(grid=argument_grid),
+    "focalnet": Family(grid=argument_grid),
     "t5": Family(block_weights=t5_weights),
     "clip_text_model": Family(causal=True),
     "imagegpt": Family(causal=True),

@@ -66,7 +66,7 @@ class StackPass:
         """
         calls, sides = _in_order(owner, blocks, seen), _sides(seen.inputs)
         element = _which_element(calls)
-        layouts = set[Layout]()
+        layouts: list[Layout] = []
         for call in calls:
             for hidden in (call.given, _element(call.output, element)):
                 if not isinstance(hidden, Tensor):
@@ -78,12 +78,13 @@ class StackPass:
                     raise unfit(
                         owner, f"its block {call.name} runs without autograd, so nothing beside it can be trained"
                     )
-                layouts.add(_layout(owner, call.name, hidden, rows, sides))
-        if len(layouts) > 1:
-            raise unfit(owner, f"its blocks hand on hidden states of several layouts ({', '.join(sorted(layouts))})")
+                layouts.append(_layout(owner, call.name, hidden, rows, sides))
+        if len(several := set(layouts)) > 1 and several != {"grid", "channels"}:
+            raise unfit(owner, f"its blocks hand on hidden states of several layouts ({', '.join(sorted(several))})")
         own = seen.of(blocks.root[0]) if blocks.root[0] else []
         output = _hidden(own[-1].output if own else None if blocks.root[0] else seen.output)
-        return cls(owner, blocks, calls, seen, layouts.pop(), element, output)
+        # small maps look like either, and the first one is the largest
+        return cls(owner, blocks, calls, seen, layouts[0], element, output)
 
     @property
     def states(self) -> list[list[Tensor]]:

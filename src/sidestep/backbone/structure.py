@@ -8,9 +8,16 @@ from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from sidestep.backbone.families import Family, family_of
 from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
+
+LANGUAGE_WITH_OTHERS = frozenset((*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES))
+"""Types of models whose language model reads pictures or sounds among its tokens."""
 
 Named = tuple[str, nn.Module]
 """A module and its name within the trunk."""
@@ -48,7 +55,15 @@ def find_blocks(model: nn.Module) -> list[Blocks]:
     if is_encoder_decoder(model):
         encoder = _blocks("encoder", trunk, ("encoder", trunk.encoder), family, head=False)
         return [encoder, _blocks("decoder", trunk, ("decoder", trunk.decoder), family, head=True)]
-    return [_blocks("encoder", trunk, ("", trunk), family, head=True)]
+    return [_blocks("encoder", trunk, _tower(trunk), family, head=True)]
+
+
+def _tower(trunk: Any) -> Named:
+    """The module whose blocks are the stack: the trunk, or of a vision-language model its language model."""
+    if getattr(getattr(trunk, "config", None), "model_type", None) in LANGUAGE_WITH_OTHERS:
+        decoder = trunk.get_decoder()
+        return next((named for named in trunk.named_modules() if named[1] is decoder), ("", trunk))
+    return "", trunk
 
 
 def _blocks(name: str, trunk: nn.Module, root: Named, family: Family, *, head: bool) -> Blocks:
@@ -57,12 +72,6 @@ def _blocks(name: str, trunk: nn.Module, root: Named, family: Family, *, head: b
         raise ValueError(
             f"{type(trunk).__name__} holds no list of repeated blocks: Sidestep needs a Transformer (or a model "
             "whose blocks stand in an nn.ModuleList or nn.Sequential), or a ResNet"
-        )
-    blocks = [block for container in containers.values() for block in container.children()]
-    if family.blocks is None and all(convolves(block) for block in blocks):
-        raise ValueError(
-            f"the blocks of {type(trunk).__name__} are convolutions ({type(blocks[0]).__name__}): Sidestep needs a "
-            "Transformer, whose blocks hand on (batch, tokens, width), and of convolutional networks it takes ResNets"
         )
     owners = {path.rpartition(".")[0].rpartition(".")[0] for path in containers}
     one_tower = len(containers) == 1 or (len(owners) == 1 and all(_is_indexed(path) for path in containers))
@@ -101,13 +110,43 @@ def _block_lists(root: nn.Module, family: Family) -> dict[str, nn.Module]:
         if all(isinstance(child, GradientCheckpointingLayer) for child in module)
     }
     if checkpointing:
-        return {
+        innermost = {
             path: module
             for path, module in checkpointing.items()
             if not any(other.startswith(f"{path}.") for other in checkpointing)
         }
+        return _of_stages(_attending(innermost))
     named = {path: module for path, module in lists.items() if path.rpartition(".")[2] == "blocks"}
-    return named or _outermost_repeats(lists)
+    return _of_stages(named or _outermost_repeats(lists))
+
+
+def _attending(lists: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Without lists whose blocks do not attend, where others do: a front of convolutions is not the stack."""
+    attending = {path: module for path, module in lists.items() if any(attends(part) for part in module)}
+    return attending or lists
+
+
+def _of_stages(lists: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The blocks within stages, where the lists hold stages: each has one list of blocks of one class."""
+    found: dict[str, nn.Module] = {}
+    for path, module in lists.items():
+        inner = {name: _blocks_within(child) for name, child in module.named_children()}
+        if not all(inner.values()):
+            return lists
+        found |= {f"{path}.{name}.{own[0]}": own[1] for name, own in inner.items() if own is not None}
+    return found
+
+
+def _blocks_within(stage: nn.Module) -> Named | None:
+    """The one list of blocks of a stage, or None if it is a block itself."""
+    lists = [
+        (name, module)
+        for name, module in stage.named_children()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and len({type(child) for child in module}) == 1
+        and (attends(module[0]) or convolves(module[0]))
+    ]
+    return lists[0] if len(lists) == 1 else None
 
 
 def _outermost_repeats(lists: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -125,10 +164,14 @@ def _outermost_repeats(lists: dict[str, nn.Module]) -> dict[str, nn.Module]:
     }
 
 
+def attends(block: nn.Module) -> bool:
+    """Whether a block mixes its tokens by attention."""
+    return any("attention" in type(module).__name__.lower() for module in block.modules())
+
+
 def convolves(block: nn.Module) -> bool:
     """Whether a block mixes its tokens by convolution, without attention."""
-    attends = any("attention" in type(module).__name__.lower() for module in block.modules())
-    return not attends and any(isinstance(module, nn.Conv2d) for module in block.modules())
+    return not attends(block) and any(isinstance(module, nn.Conv2d) for module in block.modules())
 
 
 def is_norm(module: nn.Module) -> bool:

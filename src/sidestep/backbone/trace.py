@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sidestep.backbone import dummies
 from sidestep.backbone.calls import argument_names
 from sidestep.backbone.dummies import Inputs
-from sidestep.backbone.facts import Added, Causal, Facts, StackFacts, said_causal
+from sidestep.backbone.facts import FRAMES, Added, Causal, Facts, StackFacts, said_causal
 from sidestep.backbone.fakes import has_values, hollow
 from sidestep.backbone.packs import packs
 from sidestep.backbone.stack import StackPass, read_stacks, unfit
@@ -84,9 +84,11 @@ def _of_texts(passed: TextPass) -> Facts:
 def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
     """Facts of a model of images or sounds, whose parts are not tokens that could be changed one by one."""
     stacks = read_stacks(model, blocks, seen, dummies.ROWS)
-    _check_sound_mask(model, blocks, seen, stacks)
+    frames = _frames(model, blocks, seen, stacks)
     causal = [said(model, stack) for stack in stacks]
     named = _named(stacks, causal, [None] * len(stacks), 0)
+    first = next(iter(named))
+    named[first] = replace(named[first], frames=frames)
     return Facts(source="traced", stacks=named, caches=caches(trunk_of(model), seen.output))
 
 
@@ -110,22 +112,32 @@ def _named(
     return found
 
 
-def _check_sound_mask(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, stacks: Sequence[StackPass]) -> None:
-    """Raise where a mask of samples or frames matters, which are more than the tokens that are made of them."""
+def _frames(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, stacks: Sequence[StackPass]) -> str | None:
+    """The module that brings a mask of samples or frames to the fewer tokens that are made of them, if one matters.
+
+    Raises:
+        ValueError: if it matters, and the model has no such module.
+    """
     trunk, mask, first = trunk_of(model), seen.inputs.get("attention_mask"), stacks[0].first
     if mask is None or mask.shape[1] == first.shape[1]:
-        return
+        return None
     shorter = mask.clone()
     shorter[0, mask.shape[1] // 2 :] = 0
     other = attempt(trunk, watch, trunk, blocks, {**seen.inputs, "attention_mask": shorter})
     if other is None:
-        return  # its mask is none of samples or frames
+        return None  # its mask is none of samples or frames
+    for name, module in trunk.named_modules():
+        if hasattr(module, FRAMES):
+            brought = attempt(trunk, getattr(module, FRAMES), first.shape[1], shorter)
+            if brought is not None and brought.shape == (dummies.ROWS, first.shape[1]) and not brought.all():
+                return str(name)
     if apart(read_stacks(model, blocks, other, dummies.ROWS)[0].last, stacks[0].last) > MASK_MOVES:
         raise unfit(
             stacks[0].owner,
             f"its mask has {mask.shape[1]} positions, and its {stacks[0].blocks.name} makes {first.shape[1]} tokens of "
             "them: which tokens are padding cannot be told",
         )
+    return None
 
 
 # --- a pass without values ------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sidestep.backbone import Facts, StackFacts, as_given, as_tokens
+from sidestep.backbone.facts import FRAMES
 from sidestep.backbone.families import Pool, TokenGrid
 from sidestep.fold.caches import SideCache, claim
 from sidestep.fold.deferred import Ended, SecondStrand
@@ -336,6 +337,10 @@ class Fold:
             passed.grid = self._grid_at(facts, inputs, call, hidden)
         mask = inputs.get("decoder_attention_mask" if decoding else "attention_mask") if passed.grid is None else None
         matters = self.pools or not self.method.tokenwise
+        if facts.frames is not None and mask is not None:
+            module = self.trunk.get_submodule(facts.frames)
+            kept = getattr(module, FRAMES)(tokens, mask).bool()
+            return site.during(keep=kept, key_keep=kept, memory_keep=None, grid=None, past=0, cache=None)
         if mask is not None and facts.added is not None and matters:
             self._check_mask(mask)
         text, open_ended = passed.text_tokens(decoding=decoding), passed.cached or not matters
