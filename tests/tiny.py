@@ -12,23 +12,38 @@ import timm
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    CLIPVisionConfig,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     ResNetConfig,
     ResNetForImageClassification,
     SwinConfig,
     SwinForImageClassification,
+    Swinv2Config,
+    Swinv2ForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
 )
 
 from sidestep.backbone import facts_of
 
 VOCABULARY = 40
+PICTURE = VOCABULARY - 1
+"""The token that stands for a part of a picture in a text."""
 LABELS = 3
 
 
@@ -97,18 +112,104 @@ def t5() -> nn.Module:
     )
 
 
+def llama_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
+
+
 def llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
+    return LlamaForCausalLM(llama_config())
+
+
+def llava() -> nn.Module:
+    """Four tokens of a text stand for a picture of 8 pixels."""
+    vision = CLIPVisionConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
+    )
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision, text_config=llama_config(), image_token_index=PICTURE, vision_feature_layer=-1
+        )
+    )
+
+
+def wav2vec2() -> nn.Module:
+    """Its front makes one token of ten samples."""
+    return Wav2Vec2ForSequenceClassification(
+        Wav2Vec2Config(
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
+            conv_dim=(8, 8),
+            conv_kernel=(10, 3),
+            conv_stride=(5, 2),
+            conv_bias=True,
+            feat_extract_norm="layer",
+            do_stable_layer_norm=True,
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            mask_time_prob=0.0,
+            layerdrop=0.0,
+            classifier_proj_size=16,
+            num_labels=LABELS,
+        )
+    )
+
+
+def swinv2() -> nn.Module:
+    return Swinv2ForImageClassification(
+        Swinv2Config(embed_dim=8, depths=[2, 2], num_heads=[1, 2], image_size=32, window_size=4, num_labels=LABELS)
+    )
+
+
+def convnext() -> nn.Module:
+    return ConvNextForImageClassification(
+        ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[2, 2], patch_size=4, num_labels=LABELS)
+    )
+
+
+def modernbert() -> nn.Module:
+    return ModernBertForSequenceClassification(
+        ModernBertConfig(
             vocab_size=VOCABULARY,
             hidden_size=16,
             num_hidden_layers=3,
             num_attention_heads=2,
             intermediate_size=32,
             max_position_embeddings=64,
+            local_attention=8,
+            num_labels=LABELS,
             pad_token_id=0,
             bos_token_id=2,
             eos_token_id=1,
+            cls_token_id=2,
+            sep_token_id=1,
+        )
+    )
+
+
+def albert() -> nn.Module:
+    """Its three blocks are one, which runs three times."""
+    return AlbertForSequenceClassification(
+        AlbertConfig(
+            vocab_size=VOCABULARY,
+            embedding_size=8,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            num_labels=LABELS,
         )
     )
 
@@ -132,6 +233,8 @@ class TinyFamily:
     name: str
     build: Callable[[], nn.Module]
     image: int | None = None
+    picture: bool = False
+    samples: int | None = None
     causal: bool = False
     encoder_decoder: bool = False
 
@@ -147,12 +250,22 @@ class TinyFamily:
     def inputs(self, rows: int = 4, tokens: int = 7, seed: int = 1) -> dict[str, Tensor]:
         """Inputs without labels; the last row of a text batch is padded by two tokens."""
         generator = torch.Generator().manual_seed(seed)
+        if self.samples is not None:
+            sounds = torch.randn(rows, self.samples, generator=generator)
+            mask = torch.ones(rows, self.samples, dtype=torch.long)
+            mask[-1, self.samples // 2 :], sounds[-1, self.samples // 2 :] = 0, 0.0
+            return {"input_values": sounds, "attention_mask": mask}
         if self.image is not None:
             return {"pixel_values": torch.randn(rows, 3, self.image, self.image, generator=generator)}
-        ids = torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
+        ids = torch.randint(3, PICTURE if self.picture else VOCABULARY, (rows, tokens), generator=generator)
         mask = torch.ones_like(ids)
         mask[-1, -2:], ids[-1, -2:] = 0, 0
         batch = {"input_ids": ids, "attention_mask": mask}
+        if self.picture:
+            place = torch.full((rows, 4), PICTURE)
+            batch["input_ids"] = torch.cat([ids[:, :1], place, ids[:, 1:]], 1)
+            batch["attention_mask"] = torch.cat([torch.ones_like(place), mask], 1)
+            batch["pixel_values"] = torch.randn(rows, 3, 8, 8, generator=generator)
         if self.encoder_decoder:
             batch["decoder_input_ids"] = torch.randint(3, VOCABULARY, (rows, 4), generator=generator)
         return batch
@@ -190,6 +303,20 @@ FAMILIES = {
         TinyFamily("timm_resnet", timm_resnet, image=32),
     )
 }
+
+FURTHER = {
+    family.name: family
+    for family in (
+        TinyFamily("llava", llava, causal=True, picture=True),
+        TinyFamily("wav2vec2", wav2vec2, samples=80),
+        TinyFamily("swinv2", swinv2, image=32),
+        TinyFamily("convnext", convnext, image=32),
+        TinyFamily("modernbert", modernbert),
+        TinyFamily("albert", albert),
+    )
+}
+"""Families on which `make test` runs few methods, and `make laws-all` all."""
+ALL = FAMILIES | FURTHER
 
 
 def logits(output: Any) -> Tensor:

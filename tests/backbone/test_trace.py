@@ -21,7 +21,7 @@ from sidestep.backbone import facts_of, find_places, said_causal, without_values
 from sidestep.backbone.facts import Added, Facts
 from sidestep.backbone.trace import KEPT_ON
 from sidestep.fold import FoldError
-from tiny import FAMILIES, randomize
+from tiny import FAMILIES, FURTHER, randomize
 
 CAUSAL_OF = {
     **dict.fromkeys(
@@ -289,10 +289,6 @@ def test_a_head_is_refused_where_the_models_last_hidden_state_comes_from_elsewhe
     ("build", "why"),
     [
         (
-            lambda: t.AlbertModel(t.AlbertConfig(embedding_size=8, **TEXT)),
-            r"albert_layer_groups.0 runs 3 times in one pass \(layers that share weights\)",
-        ),
-        (
             lambda: t.FunnelModel(t.FunnelConfig(vocab_size=VOCABULARY, d_model=16, n_head=2, d_head=8, d_inner=32)),
             "none of its blocks runs in a pass|the number of tokens changes",
         ),
@@ -303,7 +299,7 @@ def test_a_head_is_refused_where_the_models_last_hidden_state_comes_from_elsewhe
             "on which grid they stand is not known|the width changes",
         ),
     ],
-    ids=["shared", "skipped", "grid"],
+    ids=["skipped", "grid"],
 )
 def test_what_no_fold_can_follow_is_refused_at_attach_and_nothing_is_left(
     build: Callable[[], nn.Module], why: str
@@ -319,6 +315,45 @@ def state(model: nn.Module) -> list[tuple[Any, ...]]:
     """Which modules a model has, in which mode, with which hooks, and which parameters require a gradient."""
     modules = [(name, id(m), m.training, len(m._forward_hooks)) for name, m in model.named_modules()]
     return modules + [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+
+
+# --- stacks that take a look ------------------------------------------------------------------------------------------
+
+
+def test_a_shared_block_has_a_place_for_each_visit() -> None:
+    model = FURTHER["albert"].model()
+    blocks = [place for place in find_places(model) if place.site.kind == "block"]
+    assert [place.site.index for place in blocks] == [0, 1, 2]
+    assert len({place.module for place in blocks}) == 1
+
+
+def test_a_vision_language_models_stack_is_its_language_model() -> None:
+    places = find_places(FURTHER["llava"].model())
+    assert all(place.name.startswith("language_model.") for place in places)
+    assert len([place for place in places if place.site.kind == "block"]) == 3
+
+
+def test_a_mask_of_samples_is_brought_to_the_tokens_that_are_made_of_them() -> None:
+    """What stands in masked samples moves no prediction."""
+    family = FURTHER["wav2vec2"]
+    model = ss.attach(family.model(), ss.ReadConfig(rank=2), head=ss.Classify(num_labels=2, pool="mean"))
+    randomize(model)
+    model.eval()
+    batch = family.inputs()
+    other = {**batch, "input_values": batch["input_values"].clone()}
+    other["input_values"][-1, family.samples // 2 + 10 :] = 1.0
+    alone = {name: value[-1:, : family.samples // 2] for name, value in batch.items()}
+    with torch.no_grad():
+        first, moved, own = (model(**each).logits for each in (batch, other, alone))
+    torch.testing.assert_close(moved, first, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own[0], first[-1], rtol=0.1, atol=0.05)  # the front's edge is another one
+
+
+@pytest.mark.parametrize("name", ["swinv2", "convnext"])
+def test_blocks_are_looked_for_within_stages(name: str) -> None:
+    blocks = [place.site for place in find_places(FURTHER[name].model()) if place.site.kind == "block"]
+    assert [(site.stage, site.width) for site in blocks] == [(0, 8), (0, 8), (1, 16), (1, 16)]
+    assert all(site.spatial for site in blocks)
 
 
 # --- kept on the backbone ---------------------------------------------------------------------------------------------

@@ -343,8 +343,8 @@ def test_both_heads_of_a_distilled_model_are_left_out_of_the_digest() -> None:
     assert digest(move(other, "blocks.0.mlp.fc1.bias")) != digest(one)
 
 
-def test_a_network_of_convolutions_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"the blocks of ConvNeXt are convolutions \(ConvNeXtBlock\).*it takes ResNets"
-    ):
-        find_places(timm.create_model("convnext_atto", num_classes=3))
+def test_a_network_of_convolutions_has_its_stages_and_blocks() -> None:
+    places = find_places(timm.create_model("convnext_atto", num_classes=3))
+    blocks = [place.site for place in places if place.site.kind == "block"]
+    assert [site.stage for site in blocks] == [0, 0, 1, 1, *[2] * 6, 3, 3]
+    assert all(site.convolutional and site.spatial for site in blocks)

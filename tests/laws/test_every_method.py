@@ -21,7 +21,7 @@ from sidestep.disk.task_folder import TaskError
 from sidestep.interface.registry import Method
 from sidestep.methods import SideNet, UnsupportedBackbone, WeightDelta, methods
 from sidestep.methods.sherl.parts import PooledAggregation
-from tiny import FAMILIES, LABELS, TinyFamily, call, logits, randomize
+from tiny import ALL, FAMILIES, FURTHER, LABELS, TinyFamily, call, logits, randomize
 
 #: Settings that fit tiny models, where the defaults do not.
 TINY: dict[str, dict[str, Any]] = {
@@ -66,6 +66,8 @@ NOT_ON_RESNETS = (
     "ia3",
     "late_writer",
 )
+#: Methods that `make test` runs on the further families.
+QUICK = ("read", "side_attention")
 #: The pairs that must be refused; every other pair must work.
 REFUSED = {
     *((method, family) for method in NOT_ON_RESNETS for family in ("resnet", "timm_resnet")),
@@ -78,13 +80,26 @@ REFUSED = {
     *(("unipt", family) for family in ("swin", "t5", "llama")),
     *((method, family) for method in ONE_VECTOR for family in ("swin", "t5")),
     ("late_writer", "swin"),
+    *(("synqt", family) for family in FURTHER),
+    *(("dtl+", family) for family in FURTHER if family != "swinv2"),
+    *((method, "swinv2") for method in ("lst", "sherl", "side_attention", "unipt", *ONE_VECTOR, "late_writer")),
+    *((method, "convnext") for method in NOT_ON_RESNETS if method not in ("lora", "late_lora", "dora")),
+    ("unipt", "llava"),
+    ("bitfit", "modernbert"),
+    ("late_lora", "albert"),
 }
 
 
-def pairs(names: list[str], families: Sequence[str] = tuple(FAMILIES)) -> Any:
-    """Every supported pair of these methods and families."""
-    ids = [(m, f) for m in names for f in families if (m, f) not in REFUSED]
-    return pytest.mark.parametrize(("method", "family"), ids, ids=[f"{m}-{f}" for m, f in ids])
+def pairs(names: list[str], families: Sequence[str] | None = None) -> Any:
+    """Every supported pair of these methods and families.
+
+    If no families are named, these are all. Of the further ones `make test` runs few methods, and `make laws-all` all.
+    """
+    ids = [(m, f) for m in names for f in families or ALL if (m, f) not in REFUSED]
+    quick = [(m, f) for m, f in ids if families or f in FAMILIES or m in QUICK]
+    marks = {pair: () if pair in quick else pytest.mark.all_laws for pair in ids}
+    cases = [pytest.param(m, f, marks=marks[m, f], id=f"{m}-{f}") for m, f in ids]
+    return pytest.mark.parametrize(("method", "family"), cases)
 
 
 def costly_pairs(names: list[str], families: Sequence[str] = ("bert", "vit"), quick: Sequence[str] = ()) -> Any:
@@ -150,11 +165,16 @@ def gradients(model: ss.SideModel, loss: Tensor) -> dict[str, Tensor]:
 # --- 1 ------------------------------------------------------------------------------------------------------
 
 
+def hooks_of(backbone: nn.Module) -> list[tuple[str, int, int]]:
+    """How many hooks each module has. Some models have their own."""
+    return [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in backbone.named_modules()]
+
+
 @every
 def test_detached_outputs_are_the_backbones_own(method: str, family: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     backbone, batch = kind.model(), kind.inputs()
-    before = logits(call(backbone, batch))
+    before, hooks = logits(call(backbone, batch)), hooks_of(backbone)
     model = attach(method, kind, backbone)
     randomize(model)
     if trained := [p for _, p in model.trained_parameters()]:
@@ -162,7 +182,7 @@ def test_detached_outputs_are_the_backbones_own(method: str, family: str) -> Non
         torch.optim.SGD(trained, lr=0.1).step()
     assert ss.detach(model) is backbone
     assert torch.equal(logits(call(backbone, batch)), before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in backbone.modules())
+    assert hooks_of(backbone) == hooks
 
 
 # Frozen and trainable weights may take different attention kernels, so bit-equality is asked for without gradients.
@@ -171,7 +191,7 @@ def test_detached_outputs_are_the_backbones_own(method: str, family: str) -> Non
 @pairs([name for name, method in METHODS.items() if method.implementation.starts_as_identity])
 @torch.no_grad()
 def test_a_zero_start_shows_the_frozen_model(method: str, family: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     before = logits(call(kind.model(), kind.inputs()))
     assert torch.equal(logits(attach(method, kind).eval()(**kind.inputs())), before)
 
@@ -179,7 +199,7 @@ def test_a_zero_start_shows_the_frozen_model(method: str, family: str) -> None:
 @side_nets
 @torch.no_grad()
 def test_the_bare_backbone_stays_usable(method: str, family: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     backbone, batch = kind.model(), kind.inputs()
     before = logits(call(backbone, batch))
     model = attach(method, kind, backbone)
@@ -192,7 +212,7 @@ def test_the_bare_backbone_stays_usable(method: str, family: str) -> None:
 
 @side_nets
 def test_every_site_is_visited_once_in_order(method: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind)
     seen: list[tuple[str, str, int]] = []
     visit = model.fold._visit
@@ -215,7 +235,7 @@ def test_every_site_is_visited_once_in_order(method: str, family: str, monkeypat
 
 @side_nets
 def test_bytes_kept_are_within_the_stated_formula(method: str, family: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind, head=True)
     randomize(model)
     batch = kind.inputs(rows=4, tokens=32) if kind.image is None else kind.inputs()
@@ -267,7 +287,7 @@ def patched(module: nn.Module, **methods_: Any) -> Iterator[None]:
 
 @side_nets
 def test_nothing_of_the_backbone_is_kept_before_the_first_write(method: str, family: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind)
     if not any(True for _ in model.trained_parameters()):
         pytest.skip("nothing is trained")
@@ -281,7 +301,7 @@ def test_nothing_of_the_backbone_is_kept_before_the_first_write(method: str, fam
 @side_nets
 def test_advancing_is_a_step_of_what_was_read(method: str, family: str) -> None:
     """To the bit, gradients and dropout included, also where a method overrides `advance` to keep less."""
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind).train()
     randomize(model)
     trained = dict(model.trained_parameters())
@@ -307,7 +327,7 @@ def test_advancing_is_a_step_of_what_was_read(method: str, family: str) -> None:
 @torch.no_grad()
 def test_before_the_first_write_codes_are_all_that_a_method_needs(method: str, family: str) -> None:
     """A pass that has stored them gives the same output without looking at a hidden state there."""
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind).eval()
     randomize(model)
     border = METHODS[method].implementation.first_write(config_of(method), [place.site for place in model.places])
@@ -341,7 +361,7 @@ def inside(model: ss.SideModel, blocks: list[nn.Module]) -> tuple[str, ...]:
 
 @side_nets
 def test_no_backbone_tensor_gets_a_gradient_or_moves(method: str, family: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     backbone = kind.model()
     names = [name for name, _ in backbone.named_parameters()]
     before = {name: t.clone() for name, t in [*backbone.named_parameters(), *backbone.named_buffers()]}
@@ -359,7 +379,7 @@ def test_no_backbone_tensor_gets_a_gradient_or_moves(method: str, family: str) -
 
 @weight_deltas
 def test_a_weight_delta_moves_only_what_it_declares_and_detach_restores_it(method: str, family: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     backbone = kind.model()
     before = {name: p.clone() for name, p in backbone.named_parameters()}
     model = placed(ss.attach(backbone, config_of(method)))
@@ -384,7 +404,7 @@ def test_a_weight_delta_moves_only_what_it_declares_and_detach_restores_it(metho
 
 @every
 def test_every_trained_parameter_gets_a_gradient_within_two_steps(method: str, family: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     # A weight delta is asked through the backbone's own head: what a Sidestep head does not read gets no gradient.
     # So is LST on T5: the first decoder token, which that head reads, attends to itself alone.
     model = attach(method, kind, head=method in SIDE and (method, family) != ("lst", "t5"))
@@ -414,7 +434,7 @@ def awake(side: nn.Module) -> None:
 
 @side_nets
 def test_a_tokenwise_step_changes_its_own_row_only(method: str, family: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind).double()
     randomize(model, scale=1.0)
     if not model.side.tokenwise:
@@ -458,7 +478,7 @@ def run_stack(side: SideNet, sites: Any, hidden: list[Tensor], carried: Tensor |
     ids=["greedy", "beam4", "beam4-return3"],
 )
 def test_cached_generation_equals_uncached(method: str, family: str, how: dict[str, int]) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind).eval()
     randomize(model, scale=1.0)
     batch = {k: v for k, v in kind.inputs().items() if k != "decoder_input_ids"}
@@ -488,7 +508,7 @@ def test_cached_generation_equals_uncached(method: str, family: str, how: dict[s
 def test_gradients_equal_finite_differences(method: str, family: str) -> None:
     if method == "dora":
         pytest.skip("DoRA takes the weights' lengths as constants in backward (its paper, section 4.3)")
-    kind = FAMILIES[family]
+    kind = ALL[family]
     head = ss.Classify(num_labels=LABELS)
     model = ss.attach(with_exact_norms(kind.model()), config_of(method), head=head).double()
     randomize(model)
@@ -535,7 +555,7 @@ def with_exact_norms(model: nn.Module) -> nn.Module:
 
 @every
 def test_checkpointing_keeps_gradients_and_runs_late_blocks_twice(method: str, family: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     plain, saving = attach(method, kind, head=True), attach(method, kind, head=True, checkpoint="late")
     randomize(plain)
     randomize(saving)
@@ -575,7 +595,7 @@ def test_checkpointing_keeps_gradients_and_runs_late_blocks_twice(method: str, f
 @costly_pairs(list(METHODS), ["vit"], quick=[*SIDE, "lora", "diff_pruning"])
 def test_compiled_equals_eager(method: str, family: str) -> None:
     torch._dynamo.reset()
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind, head=True).eval()
     randomize(model)
     eager = loss_of(model, kind)
@@ -603,7 +623,7 @@ def test_inductor_equals_eager() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attach_after_compile_raises(family: str) -> None:
-    compiled = torch.compile(FAMILIES[family].model(), backend="aot_eager")
+    compiled = torch.compile(ALL[family].model(), backend="aot_eager")
     with pytest.raises(ValueError, match=r"Attach first, then torch\.compile"):
         ss.attach(compiled, ss.ReadConfig(rank=4))
 
@@ -615,7 +635,7 @@ def test_attach_after_compile_raises(family: str) -> None:
 @pytest.mark.parametrize("head", [False, True], ids=["own", "sidestep"])
 @torch.no_grad()
 def test_saved_and_loaded_outputs_are_bit_equal(method: str, family: str, head: bool, tmp_path: Path) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind, head=head).eval()
     for parameter in (p for _, p in model.trained_parameters()):
         parameter.add_(0.1 * torch.randn_like(parameter))
@@ -632,7 +652,7 @@ def test_saved_and_loaded_outputs_are_bit_equal(method: str, family: str, head: 
 @side_nets
 @pytest.mark.parametrize("noise", [None, "drop_path", "dropout", "all"])
 def test_the_backbone_stays_in_eval_mode_unless_noise_is_asked_for(method: str, family: str, noise: Any) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind, head=True, backbone_noise=noise).train()
     training = {type(m).__name__ for m in model.trunk.modules() if m.training}
     if noise is None:
@@ -647,7 +667,7 @@ def test_the_backbone_stays_in_eval_mode_unless_noise_is_asked_for(method: str, 
 
 @every
 def test_under_no_grad_nothing_requires_a_gradient(method: str, family: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind, head=True)
     with torch.no_grad():
         assert not model(**kind.inputs(), labels=kind.labels()).loss.requires_grad
@@ -655,7 +675,7 @@ def test_under_no_grad_nothing_requires_a_gradient(method: str, family: str) -> 
 
 @pytest.mark.parametrize(("method", "family"), sorted(REFUSED))
 def test_an_unsupported_pair_is_refused_by_name(method: str, family: str) -> None:
-    backbone = FAMILIES[family].model()
+    backbone = ALL[family].model()
     name = METHODS[method].name
     with pytest.raises(UnsupportedBackbone, match=f"^{name} does not work on {type(backbone).__name__}"):
         ss.attach(backbone, config_of(method))
@@ -680,7 +700,7 @@ def test_twice_the_padding_on_the_left_gives_the_same_outputs(method: str, famil
 
 
 def check_padding(method: str, family: str, side: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind, head=True).eval()
     randomize(model, scale=0.5)
     batch = kind.inputs()
@@ -705,7 +725,7 @@ def pad(value: Tensor, by: int, side: str) -> Tensor:
 @side_nets
 @pytest.mark.parametrize("precision", ["autocast", "weights"])
 def test_bfloat16_is_finite_and_close(method: str, family: str, precision: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     exact = attach(method, kind, head=True)
     randomize(exact, scale=0.05)
     smooth(exact.side)
@@ -733,7 +753,7 @@ def test_bfloat16_is_finite_and_close(method: str, family: str, precision: str) 
 @side_nets
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_that_is_cast_whole_is_finite_and_close(method: str, family: str, dtype: torch.dtype) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind, head=True).eval()
     randomize(model, scale=0.05)
     smooth(model.side)
@@ -761,7 +781,7 @@ def test_a_training_step_stays_on_the_device_of_the_weights(
     method: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fake tensors of the meta device stand for a GPU's: a tensor made on the CPU would be refused beside them."""
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind, head=True)
     # there is no autocast for the meta device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
@@ -796,7 +816,7 @@ def meta_like(tensor: Tensor) -> Tensor:
 
 @every
 def test_accumulation_gives_the_gradients_of_the_whole_batch(method: str, family: str) -> None:
-    kind = FAMILIES[family]
+    kind = ALL[family]
     model = attach(method, kind, head=True)
     randomize(model)
     batch, labels = kind.inputs(rows=8), kind.labels(8)

@@ -17,6 +17,16 @@ def argument_names(module: nn.Module) -> list[str]:
     return [name for name, parameter in signature.parameters.items() if parameter.kind not in _OPEN][1:]
 
 
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward takes an argument of this name, or hands whatever it is given on to its parts."""
+    if name in argument_names(module):
+        return True
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return False
+    return any(name in argument_names(part) for part in module.children())
+
+
 def bound(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
     return {**dict(zip(names, args, strict=False)), **kwargs}

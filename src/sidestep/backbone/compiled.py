@@ -26,7 +26,8 @@ class CompiledBlocks:
     """
 
     def __init__(self, backbone: nn.Module, **options: Any) -> None:
-        self.blocks = [place.module for place in find_places(backbone) if place.site.kind == "block"]
+        # each once, though one that is shared has several places
+        self.blocks = {place.module for place in find_places(backbone) if place.site.kind == "block"}
         self.paused = False
         for block in self.blocks:
             # by the dictionary: an attribute of a module is looked for among its parts first

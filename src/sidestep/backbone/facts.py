@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -51,10 +52,13 @@ class StackFacts:
         layout: the axes of the hidden states between its blocks.
         element: which element of a block's tuple is the hidden state.
         widths: of each stage, the channels of its input and of the output of each of its blocks.
+        spatial: whether the tokens stand in a grid.
         norm: the name of the final norm within the trunk, or None if there is no such norm.
         ends: whether the stack's own output is what came out of that norm, or of the last block if the stack has no
             norm.
         added: where the tokens of a text stand among the stack's. None: they cannot be told, and masks do not apply.
+        visits: the names of the blocks in the order of a pass, where some run several times (shared weights). None:
+            each runs once, in the order in which they stand.
         frames: the name within the trunk of the module that brings a mask of samples or frames to the tokens that are
             made of them. None: there is no such mask.
     """
@@ -63,9 +67,11 @@ class StackFacts:
     layout: Layout = "tokens"
     element: int = 0
     widths: tuple[tuple[int, ...], ...]
+    spatial: bool = False
     norm: str | None
     ends: bool = True
     added: Added | None = None
+    visits: tuple[str, ...] | None = None
     frames: str | None = None
 
 
@@ -136,6 +142,8 @@ def as_given(tokens: Tensor, given: Tensor, layout: Layout) -> Tensor:
     if layout == "tokens first":
         return tokens.transpose(0, 1)
     if given.ndim == 4 and layout == "channels":
-        # Contiguous, or the convolutions behind would go on with channels last, by other kernels.
-        return tokens.transpose(1, 2).reshape(given.shape).contiguous()
+        # in its order of memory too, or what stands behind would go on by other kernels
+        last = not given.is_contiguous() and given.is_contiguous(memory_format=torch.channels_last)
+        order = torch.channels_last if last else torch.contiguous_format
+        return tokens.transpose(1, 2).reshape(given.shape).contiguous(memory_format=order)
     return tokens.reshape(given.shape)

@@ -21,10 +21,6 @@ TokenGrid = Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any], Tensor], 
 """Rows and columns of the tokens, from the model, the pass's inputs, a block's arguments and its hidden state."""
 
 
-def no_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> None:
-    """Text has no token grid."""
-
-
 def patch_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
     """Image size over patch size: plain vision Transformers."""
     image = inputs["pixel_values"] if "pixel_values" in inputs else inputs["x"]
@@ -34,10 +30,11 @@ def patch_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], h
     return rows // down, columns // right
 
 
-def argument_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
-    """The grid that the model hands to its blocks (Hugging Face's Swin)."""
-    rows, columns = call["input_dimensions"]
-    return rows, columns
+def told_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid | None:
+    """The grid that the model hands to its blocks, if it does (Swin, PVT, SegFormer, CvT). Text has none."""
+    told = call.get("input_dimensions") or call.get("feat_size") or (call.get("height"), call.get("width"))
+    rows, columns = told
+    return (rows, columns) if isinstance(rows, int) and isinstance(columns, int) else None
 
 
 @dataclass(frozen=True)
@@ -176,8 +173,8 @@ class Family:
             quantised and dispatched ones. It counts where their config and modules do not say so. None: as those say.
         prefix: tokens before the grid, a number or the model's attribute that holds it.
         blocks: pattern of the names of the stages' lists of blocks. None: found by structure.
-        grid: the token grid at a site, from the model, the pass's inputs, the block's arguments and its output. If
-            hidden states have rows and columns of their own, those are the grid.
+        grid: the token grid at a site, from the model, the pass's inputs, the block's arguments and its output. By
+            default what the model tells its blocks. If hidden states have rows and columns, those are the grid.
         first_token_heads: model classes whose own head (or read-out, of a tower) reads the first token only.
         frozen_block: the parts of a block, for methods that replay it.
         block_weights: the weights of a block, for methods that start from them.
@@ -187,7 +184,7 @@ class Family:
     causal: bool | None = None
     prefix: int | str = 0
     blocks: str | None = None
-    grid: TokenGrid = no_grid
+    grid: TokenGrid = told_grid
     first_token_heads: tuple[str, ...] = ()
     frozen_block: Callable[[nn.Module], FrozenBlock | None] | None = None
     block_weights: Callable[[nn.Module], BlockWeights | None] | None = None
@@ -220,10 +217,6 @@ FAMILIES: dict[str, Family] = {
     "vit": _VIT,
     "deit": replace(_VIT, prefix=2),
     "dinov2": Family(pool="cls", prefix=1, grid=patch_grid, frozen_block=dinov2_block),
-    "swin": Family(grid=argument_grid),
-    "swinv2": Family(grid=argument_grid),
-    "donut-swin": Family(grid=argument_grid),
-    "focalnet": Family(grid=argument_grid),
     "t5": Family(block_weights=t5_weights),
     "clip_text_model": Family(causal=True),
     "imagegpt": Family(causal=True),

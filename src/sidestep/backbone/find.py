@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sidestep.backbone.facts import Facts, StackFacts
-from sidestep.backbone.families import Pool, family_of, no_grid, prefix_tokens
+from sidestep.backbone.families import Pool, family_of, prefix_tokens
 from sidestep.backbone.structure import Blocks, Named, convolves, find_blocks
 from sidestep.backbone.trace import facts_of
 from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
@@ -46,7 +46,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     return [
         Stack(
             name=name,
-            blocks=blocks,
+            blocks=blocks.visited(facts.visits),
             facts=facts,
             norm=None if facts.norm is None else (facts.norm, trunk.get_submodule(facts.norm)),
         )
@@ -86,7 +86,7 @@ def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
                 causal=facts.causal != "no",
                 final_norm=stack.norm is not None,
                 head=blocks.head,
-                spatial=family.grid is not no_grid or facts.layout in ("grid", "channels"),
+                spatial=facts.spatial,
                 convolutional=all(convolves(block) for _, block in blocks.all),
             )
             parts = [family.frozen_block(block) if with_blocks and family.frozen_block else None for _, block in stage]

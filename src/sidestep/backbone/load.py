@@ -238,10 +238,10 @@ def _auto_class(config: Any) -> Any:
 def _writing_class(name: str, config: Any, writes: Written) -> Any:
     """The auto class with a language model head for this config."""
     both = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    if type(config) in both:
-        able: Written | None = "text2text"
-    else:
-        able = "lm" if _is_decoder(config) else None
+    reads_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    able: Written | None = "text2text" if type(config) in both else None
+    if able is None and (reads_images or _is_decoder(config)):
+        able = "lm"
     if able != writes:
         is_what = {"text2text": "an encoder-decoder", "lm": "a decoder", None: "neither encoder-decoder nor decoder"}
         choose = {"text2text": "--kind text2text", "lm": "--kind lm", None: "--kind single, multi or regress"}
@@ -249,7 +249,9 @@ def _writing_class(name: str, config: Any, writes: Written) -> Any:
             f"task {writes!r} needs {is_what[writes]}, but {name} ({config.model_type!r}) is {is_what[able]}: choose "
             f"{choose[able]}, or another backbone"
         )
-    return transformers.AutoModelForSeq2SeqLM if able == "text2text" else transformers.AutoModelForCausalLM
+    if able == "text2text":
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForImageTextToText if reads_images else transformers.AutoModelForCausalLM
 
 
 def _is_decoder(config: Any) -> bool:

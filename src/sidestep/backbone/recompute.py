@@ -56,7 +56,8 @@ def _statistics_stay(norms: Sequence[_BatchNorm]) -> Iterator[None]:
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
     """Make each of the blocks recompute itself in backward."""
     for block in blocks:
-        block.forward = CheckpointedForward(block)
+        if not isinstance(vars(block).get("forward"), CheckpointedForward):  # else it is there twice, as it runs
+            block.forward = CheckpointedForward(block)
 
 
 def uncheckpoint_blocks(blocks: Sequence[nn.Module]) -> None:

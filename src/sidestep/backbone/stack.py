@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.facts import Added, Layout, as_tokens
-from sidestep.backbone.families import family_of, no_grid, prefix_tokens
+from sidestep.backbone.families import Grid, family_of, prefix_tokens
 from sidestep.backbone.structure import Blocks, convolves, is_norm
 from sidestep.backbone.trunk import trunk_of
 from sidestep.backbone.watch import Call, Seen
@@ -65,6 +65,8 @@ class StackPass:
             ValueError: if a block does not run once and in order, or hands on what is no hidden state.
         """
         calls, sides = _in_order(owner, blocks, seen), _sides(seen.inputs)
+        ran = [call.name for call in calls]
+        blocks = blocks.visited(None if ran == [name for name, _ in blocks.all] else ran)
         element = _which_element(calls)
         layouts: list[Layout] = []
         for call in calls:
@@ -87,6 +89,12 @@ class StackPass:
         return cls(owner, blocks, calls, seen, layouts[0], element, output)
 
     @property
+    def visits(self) -> tuple[str, ...] | None:
+        """As in `StackFacts`."""
+        names = [name for name, _ in self.blocks.all]
+        return tuple(names) if len(set(names)) < len(names) else None
+
+    @property
     def states(self) -> list[list[Tensor]]:
         """Of each stage, its input and the output of each of its blocks, as (batch, tokens, width)."""
         found, calls = [], iter(self.calls)
@@ -95,6 +103,14 @@ class StackPass:
             states = [own[0].given, *(_element(call.output, self.element) for call in own)]
             found.append([as_tokens(state, self.layout) for state in states])
         return found
+
+    def grids(self, model: nn.Module) -> list[Grid | None]:
+        """Rows and columns of the tokens behind each block, where they stand in a grid."""
+        trunk, family = trunk_of(model), family_of(model)
+        return [
+            family.grid(trunk, self.seen.inputs, call.arguments, _element(call.output, self.element))
+            for call in self.calls
+        ]
 
     @property
     def widths(self) -> tuple[tuple[int, ...], ...]:
@@ -138,13 +154,9 @@ def _in_order(owner: str, blocks: Blocks, seen: Seen) -> list[Call]:
     names = [name for name, _ in blocks.all]
     calls = [call for call in seen.calls if call.name in set(names)]
     ran = [call.name for call in calls]
-    if ran == names:
+    if ran == names or (len(ran) > len(names) and set(ran) == set(names)):  # the latter share their weights
         return calls
-    counts = {name: ran.count(name) for name in names}
-    twice = next((name for name, count in counts.items() if count > 1), None)
-    if twice is not None:
-        raise unfit(owner, f"its block {twice} runs {counts[twice]} times in one pass (layers that share weights)")
-    if missed := [name for name, count in counts.items() if count == 0]:
+    if missed := [name for name in names if name not in ran]:
         what = "none of its blocks runs" if len(missed) == len(names) else f"its block {missed[0]} does not run"
         raise unfit(owner, f"{what} in a pass (layers that are skipped, or called in parts)")
     raise unfit(owner, f"its blocks run in another order than they stand in ({', '.join(ran)})")
@@ -261,9 +273,8 @@ def _check_widths(stack: StackPass) -> None:
 
 def _check_grid(model: nn.Module, stack: StackPass) -> None:
     """Raise where tokens become fewer on a grid that is not known, or stand on another than the family table says."""
-    family, trunk = family_of(model), trunk_of(model)
-    counts = [state.shape[1] for stage in stack.states for state in stage]
-    if family.grid is no_grid:
+    counts, grids = [state.shape[1] for stage in stack.states for state in stage], stack.grids(model)
+    if not any(grids):
         if (other := next((count for count in counts if count != counts[0]), None)) is not None:
             raise unfit(
                 stack.owner,
@@ -271,10 +282,9 @@ def _check_grid(model: nn.Module, stack: StackPass) -> None:
                 "stand is not known",
             )
         return
-    prefix = prefix_tokens(trunk, family)
-    for call in stack.calls:
+    prefix = prefix_tokens(trunk_of(model), family_of(model))
+    for call, grid in zip(stack.calls, grids, strict=True):
         hidden = _element(call.output, stack.element)
-        grid = family.grid(trunk, stack.seen.inputs, call.arguments, hidden)
         if grid is not None and hidden.shape[1] != prefix + grid[0] * grid[1]:
             raise unfit(
                 stack.owner,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -43,6 +44,13 @@ class Blocks:
     def all(self) -> list[Named]:
         """The blocks of all stages, in order."""
         return [block for stage in self.stages for block in stage]
+
+    def visited(self, names: Sequence[str] | None) -> Blocks:
+        """With each visit of a block as one of its own, where blocks share weights. None: each has one visit."""
+        if names is None:
+            return self
+        modules = dict(self.all)
+        return replace(self, stages=(tuple((name, modules[name]) for name in names),))
 
 
 def find_blocks(model: nn.Module) -> list[Blocks]:

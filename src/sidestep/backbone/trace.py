@@ -16,6 +16,7 @@ from sidestep.backbone.calls import argument_names
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.facts import FRAMES, Added, Causal, Facts, StackFacts, said_causal
 from sidestep.backbone.fakes import has_values, hollow
+from sidestep.backbone.families import family_of, patch_grid
 from sidestep.backbone.packs import packs
 from sidestep.backbone.stack import StackPass, read_stacks, unfit
 from sidestep.backbone.structure import Blocks, convolves, find_blocks, likely_norm, likely_widths
@@ -74,7 +75,7 @@ def _traced(model: nn.Module, blocks: Sequence[Blocks]) -> Facts | None:
 
 def _of_texts(passed: TextPass) -> Facts:
     added = passed.added()
-    stacks = _named(passed.stacks, passed.causal(added), added, len(passed.text))
+    stacks = _named(passed.model, passed.stacks, passed.causal(added), added, len(passed.text))
     padding, left = passed.padding(added)
     names = caches(trunk_of(passed.model), passed.seen.output)
     found = Facts(source="traced", stacks=stacks, padding=padding, left=left, caches=names)
@@ -86,14 +87,18 @@ def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
     stacks = read_stacks(model, blocks, seen, dummies.ROWS)
     frames = _frames(model, blocks, seen, stacks)
     causal = [said(model, stack) for stack in stacks]
-    named = _named(stacks, causal, [None] * len(stacks), 0)
+    named = _named(model, stacks, causal, [None] * len(stacks), 0)
     first = next(iter(named))
     named[first] = replace(named[first], frames=frames)
     return Facts(source="traced", stacks=named, caches=caches(trunk_of(model), seen.output))
 
 
 def _named(
-    stacks: Sequence[StackPass], causal: Sequence[Causal], added: Sequence[Added | None], tokens: int
+    model: nn.Module,
+    stacks: Sequence[StackPass],
+    causal: Sequence[Causal],
+    added: Sequence[Added | None],
+    tokens: int,
 ) -> dict[str, StackFacts]:
     """The facts of stacks by name, where a lone stack is a decoder if it is causal."""
     found: dict[str, StackFacts] = {}
@@ -105,9 +110,11 @@ def _named(
             layout=stack.layout,
             element=stack.element,
             widths=stack.widths,
+            spatial=stack.layout in ("grid", "channels") or any(stack.grids(model)),
             norm=norm,
             ends=ends,
             added=place,
+            visits=stack.visits,
         )
     return found
 
@@ -173,7 +180,7 @@ def _of_shapes(model: nn.Module, blocks: Sequence[Blocks], stacks: Sequence[Stac
     read = next(iter(stacks[0].seen.inputs.values()))
     texts = not read.is_floating_point() and read.ndim == 2
     added = [Added() if texts else None] * len(stacks)
-    found = _named(stacks, [said(model, stack) for stack in stacks], added, read.shape[1])
+    found = _named(model, stacks, [said(model, stack) for stack in stacks], added, read.shape[1])
     # without values, a hidden state that was copied on its way to the norm is not recognised behind it
     return {
         name: facts if facts.ends else replace(facts, norm=likely_norm(own), ends=True)
@@ -193,6 +200,7 @@ def _guessed(model: nn.Module, blocks: Sequence[Blocks]) -> Facts:
             causal="yes" if causal else "no",
             layout="channels" if all(convolves(block) for _, block in stack.all) else "tokens",
             widths=likely_widths(stack),
+            spatial=family_of(model).grid is patch_grid or all(convolves(block) for _, block in stack.all),
             norm=likely_norm(stack),
             added=Added(),
         )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sidestep.backbone.calls import argument_names, bound
+from sidestep.backbone.calls import argument_names, bound, takes
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.structure import Blocks
 from sidestep.backbone.untouched import untouched
@@ -88,7 +88,7 @@ def _note(module: nn.Module, name: str, calls: list[Call]) -> Any:
 def output_of(trunk: Any, inputs: Inputs) -> Any:
     """What a trunk gives for inputs, without a cache."""
     if isinstance(trunk, PreTrainedModel):
-        return trunk(**inputs, **({"use_cache": False} if "use_cache" in argument_names(trunk) else {}))
+        return trunk(**inputs, **({"use_cache": False} if takes(trunk, "use_cache") else {}))
     # timm's: the part in front of pooling and classifier
     return getattr(trunk, "forward_features", trunk)(*inputs.values())
 

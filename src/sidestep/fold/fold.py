@@ -23,7 +23,7 @@ from sidestep.fold.group import GroupStrand
 from sidestep.fold.hooks import CARRIED
 from sidestep.fold.keeping import Keeping
 from sidestep.fold.padding import kept_tokens, own_tokens, read_token
-from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token
+from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token, wrong_norm
 from sidestep.fold.reads import Reads
 from sidestep.fold.stored import RecordedStrand, Recorder, States
 from sidestep.fold.strand import Strand
@@ -147,6 +147,10 @@ class Fold:
                 "its task in the bank"
             )
 
+    def seen(self, stack: str) -> int:
+        """How many sites of a stack this pass has come by."""
+        return 0 if self.current is None else self.current[0].seen(stack)
+
     # --- the ends of a pass --------------------------------------------------------------------------------------
 
     def begin(self, module: nn.Module, inputs: Mapping[str, Any], *, alone: bool = False) -> None:
@@ -225,7 +229,7 @@ class Fold:
             ours, given = as_tokens(ours, layout), as_tokens(given, "tokens")
         if ours is given or isinstance(given, FakeTensor) or ours.shape != given.shape or torch.equal(ours, given):
             return
-        raise FoldError(_wrong_norm(self.last_stack, "the trunk's last hidden state is not what came out of it"))
+        raise FoldError(wrong_norm(self.last_stack, "the trunk's last hidden state is not what came out of it"))
 
     # --- its sites -----------------------------------------------------------------------------------------------
 
@@ -286,8 +290,8 @@ class Fold:
         if self.current is None or not self.current[0].is_turn(site, order):
             return None
         passed, strand = self._visit(site, order)
-        if raw.shape[-1] != site.width or raw.ndim < 3:
-            raise FoldError(_wrong_norm(site.stack, f"it got a tensor of shape {tuple(raw.shape)}"))
+        if raw.ndim < 3 or self._as_tokens(raw, site).shape[-1] != site.width:
+            raise FoldError(wrong_norm(site.stack, f"it got a tensor of shape {tuple(raw.shape)}"))
         here, own = self._seen(site, raw, {}), self._own_tokens(passed, site)
         if strand.row is None or not site.head:
             raw, tokens = self._as_tokens(raw, site), self._as_tokens(normed, site)
@@ -338,8 +342,7 @@ class Fold:
         mask = inputs.get("decoder_attention_mask" if decoding else "attention_mask") if passed.grid is None else None
         matters = self.pools or not self.method.tokenwise
         if facts.frames is not None and mask is not None:
-            module = self.trunk.get_submodule(facts.frames)
-            kept = getattr(module, FRAMES)(tokens, mask).bool()
+            kept = getattr(self.trunk.get_submodule(facts.frames), FRAMES)(tokens, mask).bool()
             return site.during(keep=kept, key_keep=kept, memory_keep=None, grid=None, past=0, cache=None)
         if mask is not None and facts.added is not None and matters:
             self._check_mask(mask)
@@ -438,14 +441,6 @@ class Fold:
         """Tells which of a tensor's tokens are in the stack's own output."""
         text, added = passed.text_tokens(decoding=self._is_decoding(site)), self.facts.stacks[site.stack].added
         return lambda tokens: own_tokens(tokens.shape[1], text, added)
-
-
-def _wrong_norm(stack: str, why: str) -> str:
-    return (
-        f"the wrong module was taken for the {stack}'s final norm ({why}): the model does not run as it did on the "
-        "tiny inputs with which attach looked at it, or it could not be looked at; attach to a part that always runs "
-        "alike"
-    )
 
 
 def _lengths(places: Sequence[Place]) -> dict[str, int]:

@@ -6,6 +6,7 @@ nothing unless their driver is running, so the bare backbone stays usable.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,6 +44,9 @@ class Driver(Protocol):
 
     def element(self, site: Site) -> int:
         """Which element of a block's output its hidden state is, where that is a tuple."""
+
+    def seen(self, stack: str) -> int:
+        """How many sites of a stack this pass has come by."""
 
     def begin(self, module: nn.Module, inputs: Mapping[str, Any], *, alone: bool = False) -> None:
         """Start a pass at its outermost module, with the module's inputs by name.
@@ -93,9 +97,13 @@ class Hooks:
     def put(self) -> None:
         """Put them on the backbone."""
         self.handles = self._of_modules()
-        orders: dict[str, int] = {}
+        orders: Counter[str] = Counter()
+        ordered: list[tuple[Place, int]] = []
         for place in self.places:
-            order = orders[place.site.stack] = orders.get(place.site.stack, -1) + 1
+            ordered.append((place, orders[place.site.stack]))
+            orders[place.site.stack] += 1
+        # the last first: where a block has several sites, one visit is not to be taken for the next one too
+        for place, order in reversed(ordered):
             self.handles += self._of_place(place, order)
         self.driver.attached = True
 
@@ -128,14 +136,15 @@ class Hooks:
     def _of_place(self, place: Place, order: int) -> list[RemovableHandle]:
         driver, site, module = self.driver, place.site, place.module
         names = argument_names(module)
+        shared = sum(other.module is module and other.site.kind == "block" for other in self.places) > 1
         if site.kind == "stage":
-            return [module.register_forward_pre_hook(AtStage(driver, site, order, names), with_kwargs=True)]
+            return [module.register_forward_pre_hook(AtStage(driver, site, order, names, shared), with_kwargs=True)]
         if site.kind == "norm":
             handles = [module.register_forward_hook(AtNorm(driver, site, order))]
             if driver.reads_raw and site.head:
                 handles.append(module.register_forward_pre_hook(BeforeNorm(driver, site, order)))
             return handles
-        handles = [module.register_forward_hook(AtBlock(driver, site, order, names), with_kwargs=True)]
+        handles = [module.register_forward_hook(AtBlock(driver, site, order, names, shared), with_kwargs=True)]
         if self._has_decoder and site.stack == "decoder" and driver.reads_memory:
             handles.append(module.register_forward_pre_hook(AtMemory(driver, site, names), with_kwargs=True))
         return handles
@@ -211,15 +220,27 @@ class EndEncoder(Hook):
 
 
 @dataclass(eq=False)
-class AtStage(Hook):
-    """Before the first block of a stage."""
+class AtSite(Hook):
+    """At a block, which may have several sites, as it runs several times (ALBERT). Then each waits for its turn."""
 
     site: Site
     order: int
     names: list[str]
+    shared: bool
+
+    def waits(self) -> bool:
+        """Whether this is none of its calls."""
+        if not self.driver.running:
+            return True
+        return self.shared and self.driver.seen(self.site.stack) != self.order
+
+
+@dataclass(eq=False)
+class AtStage(AtSite):
+    """Before the first block of a stage."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if not self.driver.running:
+        if self.waits():
             return None
         call, name = bound(self.names, args, kwargs), self.names[0]
         written = self.driver.stage(self.site, self.order, call[name], call)
@@ -245,18 +266,14 @@ class AtMemory(Hook):
 
 
 @dataclass(eq=False)
-class AtBlock(Hook):
+class AtBlock(AtSite):
     """After a block.
 
     After the last block of a stack without a final norm it is the stack's end too.
     """
 
-    site: Site
-    order: int
-    names: list[str]
-
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not self.driver.running:
+        if self.waits():
             return None
         element = self.driver.element(self.site)
         given = output[element] if isinstance(output, tuple) else output

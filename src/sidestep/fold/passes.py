@@ -84,6 +84,10 @@ class Pass:
         self.visited += 1
         return starts
 
+    def seen(self, stack: str) -> int:
+        """How many sites of a stack came by."""
+        return self.visited if self.stack == stack else 0
+
     def is_turn(self, site: Site, order: int) -> bool:
         """Whether a norm is called as the end of its stack.
 
@@ -124,6 +128,15 @@ def mean_tokens(hidden: Tensor, site: Site) -> Tensor:
 def single_token(site: Site) -> Site:
     """The site as a fold that is narrowed to one token sees it: nothing padded, no grid."""
     return replace(site, keep=None, grid=None)
+
+
+def wrong_norm(stack: str, why: str) -> str:
+    """What is wrong where another module than a stack's final norm was taken for it."""
+    return (
+        f"the wrong module was taken for the {stack}'s final norm ({why}): the model does not run as it did on the "
+        "tiny inputs with which attach looked at it, or it could not be looked at; attach to a part that always runs "
+        "alike"
+    )
 
 
 def _counts(cache: Any) -> bool:

@@ -6,6 +6,7 @@ more. The backbone goes on as if nobody was there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ class SharedFold:
         self.attached, self.turn = False, Turn(FoldError(BUSY))
         self.folds: Sequence[Fold] = ()
         self.written: dict[int, Tensor] = {}
+        self.visits: Counter[str] = Counter()
         self.last: Tensor | None = None
 
     def run(self, groups: Sequence[Sequence[Fold]], call: Callable[[], Any]) -> tuple[Any, list[list[Reading]]]:
@@ -74,6 +76,7 @@ class SharedFold:
                 fold.current, fold.finished, fold.group = None, None, ()
             self.folds, self.last = (), None
             self.written.clear()
+            self.visits.clear()
 
     @property
     def running(self) -> bool:
@@ -85,6 +88,10 @@ class SharedFold:
     def element(self, site: Site) -> int:
         """Which element of a block's output its hidden state is, where that is a tuple."""
         return self.facts.stacks[site.stack].element
+
+    def seen(self, stack: str) -> int:
+        """How many sites of a stack this pass has come by."""
+        return self.visits[stack]
 
     def begin(self, module: nn.Module, inputs: Mapping[str, Any], *, alone: bool = False) -> None:
         """Start the pass of each."""
@@ -106,6 +113,7 @@ class SharedFold:
     def stage(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
         """What is given."""
         self._take(site, given)
+        self.visits[site.stack] += 1
         for fold in self.folds:
             fold.stage(site, order, given, call)
         return given
@@ -117,6 +125,7 @@ class SharedFold:
     def block(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
         """What is given. What a method writes in its place is kept."""
         self._take(site, given)
+        self.visits[site.stack] += 1
         for number, fold in enumerate(self.folds):
             written = fold.block(site, order, given, call)
             if written is not given:

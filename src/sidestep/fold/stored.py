@@ -243,6 +243,7 @@ class Look:
         early = places if last is None else places[: last + 1]
         self.early = [place for place in early if place.site.kind == "block"]
         self.late = len(self.early) < len(blocks)
+        self.shares = len({place.module for place in blocks}) < len(blocks)
         self.outputs: dict[str, _Output] = {}
 
     @contextmanager

@@ -28,7 +28,7 @@ OWN = ("lora_", "ia3_")  # how the names of PEFT's parameters begin
 #: Where PEFT's table does not know a model: query and value, key and value, and what leads out of the MLP.
 QUERY_VALUE = ("query", "value", "q_proj", "v_proj", "q", "v", "q_lin", "v_lin", "qkv", "query_key_value", "Wqkv")
 KEY_VALUE = ("key", "value", "k_proj", "v_proj", "k", "v", "k_lin", "v_lin", "qkv", "query_key_value", "Wqkv")
-MLP_OUT = ("output.dense", "fc2", "down_proj", "wo", "lin2", "mlp.Wo")
+MLP_OUT = ("output.dense", "fc2", "down_proj", "wo", "lin2", "mlp.Wo", "output_dense", "ffn_output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class LoraConfig(MethodConfig):
         alpha: the change is scaled by alpha / rank.
         dropout: on the change's input, in training.
         targets: ends of the names of the linear maps. None is PEFT's choice for the model, which is query and value.
+            Where neither is found, these are all linear maps of the attentions, or of blocks that do not attend.
     """
 
     rates = (5e-4, 2e-3, 5e-3)
@@ -153,10 +154,14 @@ class Adapter(WeightDelta):
 class Lora(Adapter):
     """LoRA, through PEFT: trains a low-rank change of the query and value maps."""
 
+    def see(self, places: Sequence[Place]) -> None:
+        """Note the blocks. Other towers of a model stay as they are."""
+        self.blocks = [place for place in places if place.site.kind == "block"]
+
     def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
         """PEFT's LoRA tuner, or its DoRA tuner where the config is DoRA's."""
         table = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-        targets = self.config.targets or table.get(model_type) or present(trunk, QUERY_VALUE)
+        targets = self.config.targets or table.get(model_type) or self._present(trunk)
         config = peft.LoraConfig(
             r=self.config.rank,
             lora_alpha=self.config.alpha,
@@ -167,8 +172,33 @@ class Lora(Adapter):
         return peft.LoraModel(trunk, config, ADAPTER)
 
     def chosen(self, trunk: nn.Module, targets: tuple[str, ...]) -> tuple[str, ...]:
-        """The linear maps that are changed, by the ends of their names or by whole names."""
-        return targets
+        """The linear maps that are changed: by the ends of their names, or by whole names where others end so too."""
+        inside = self.inside(trunk, targets)
+        others = any(
+            f".{name}".endswith(_ends(targets)) and isinstance(module, nn.Linear) and name not in inside
+            for name, module in trunk.named_modules()
+        )
+        return tuple(inside) if inside and others else targets
+
+    def inside(self, trunk: nn.Module, targets: tuple[str, ...]) -> list[str]:
+        """The whole names of linear maps in the blocks, whose names end so."""
+        ids = {id(module) for place in self.blocks for module in place.module.modules()}
+        return [
+            name
+            for name, module in trunk.named_modules()
+            if id(module) in ids and isinstance(module, nn.Linear) and f".{name}".endswith(_ends(targets))
+        ]
+
+    def _present(self, trunk: nn.Module) -> tuple[str, ...]:
+        """Query and value by their usual names, or all linear maps of the attentions, or of the blocks."""
+        usual = tuple(end for end in QUERY_VALUE if self.inside(trunk, (end,)))
+        parts = [part for place in self.blocks for part in place.module.modules()]
+        attentions = [part for part in parts if "attention" in type(part).__name__.lower()]
+        ids = {id(module) for part in attentions or parts for module in part.modules()}
+        linear = [name for name, module in trunk.named_modules() if id(module) in ids and isinstance(module, nn.Linear)]
+        if not (usual or linear):
+            raise ValueError("its blocks have no linear map: name some with targets=(...), or choose another method")
+        return usual or tuple(linear)
 
 
 @register("dora", DoraConfig)
@@ -188,13 +218,15 @@ class LateLora(Lora):
         """Note the blocks of the stack that the head reads.
 
         Raises:
-            ValueError: if there are fewer than the config asks for.
+            ValueError: if there are fewer than the config asks for, or early ones share their weights.
         """
         own = [place for place in places if place.site.head and place.site.kind == "block"]
         count = self.config.count(len(own))
         if count > len(own):
             raise ValueError(f"blocks={count}, but there are {len(own)} blocks: choose from 1 to {len(own)}")
         self.blocks = own[-count:]
+        if {place.module for place in self.blocks} & {place.module for place in own[:-count]}:
+            raise ValueError("its blocks share their weights, so the last ones cannot be changed alone: choose lora")
 
     def border(self, places: Sequence[Place]) -> Site:
         """The place in front of the first block that is changed."""
@@ -207,12 +239,7 @@ class LateLora(Lora):
         Raises:
             ValueError: if there is none.
         """
-        inside = {id(module) for place in self.blocks for module in place.module.modules()}
-        found = tuple(
-            name
-            for name, module in trunk.named_modules()
-            if id(module) in inside and isinstance(module, nn.Linear) and f".{name}".endswith(_ends(targets))
-        )
+        found = tuple(self.inside(trunk, targets))
         if not found:
             raise ValueError(
                 f"the last {len(self.blocks)} blocks have no linear map whose name ends in {', '.join(targets)}: name "

@@ -80,6 +80,8 @@ def find_route(model: SideModel, batch: Mapping[str, Any]) -> Route:
     """The route of a model, by one live pass that is looked at."""
     fold, elements = model.fold, {name: stack.element for name, stack in model.facts.stacks.items()}
     look, recorder = Look(fold.places, fold.keeping.border, elements), Recorder()
+    if look.late and look.shares:
+        raise FeaturesRefused("its blocks share their weights, so early ones cannot be left out")
     with look.watching():
         _run(model, recorder, batch)
     if _reads_vector(model):

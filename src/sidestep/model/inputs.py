@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from sidestep.backbone import Facts, is_encoder_decoder, packs, positions
+from sidestep.backbone.calls import takes
 from sidestep.fold.packing import is_packed, refusal
 from sidestep.methods import SideNet
 from sidestep.metrics import IGNORED
@@ -49,7 +50,7 @@ class Inputs:
         names = list(inspect.signature(type(entry).forward).parameters)[1:]
         # with a cache, transformers takes a row of several texts for one
         packed = self._is_packed({**dict(zip(names, args, strict=False)), **kwargs})
-        if "use_cache" in names and "past_key_values" not in kwargs and (self.headed or training or packed):
+        if "past_key_values" not in kwargs and (self.headed or training or packed) and takes(entry, "use_cache"):
             kwargs.setdefault("use_cache", False)
         if self.headed and is_encoder_decoder(self.backbone):
             given = (kwargs.get(name) for name in (self.main_name, "inputs_embeds"))
