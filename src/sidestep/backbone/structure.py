@@ -130,7 +130,7 @@ def _block_lists(root: nn.Module, family: Family) -> dict[str, nn.Module]:
 
 def _attending(lists: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Without lists whose blocks do not attend, where others do: a front of convolutions is not the stack."""
-    attending = {path: module for path, module in lists.items() if any(attends(part) for part in module)}
+    attending = {path: module for path, module in lists.items() if any(attends(part) for part in module.children())}
     return attending or lists
 
 
