@@ -59,6 +59,7 @@ class StackFacts:
         added: where the tokens of a text stand among the stack's. None: they cannot be told, and masks do not apply.
         visits: the names of the blocks in the order of a pass, where some run several times (shared weights). None:
             each runs once, in the order in which they stand.
+        linear: the names within the trunk of the blocks' linear maps that are called in a pass. None: not known.
         frames: the name within the trunk of the module that brings a mask of samples or frames to the tokens that are
             made of them. None: there is no such mask.
     """
@@ -72,6 +73,7 @@ class StackFacts:
     ends: bool = True
     added: Added | None = None
     visits: tuple[str, ...] | None = None
+    linear: frozenset[str] | None = field(default=None, repr=False)
     frames: str | None = None
 
 

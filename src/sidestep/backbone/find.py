@@ -95,7 +95,8 @@ def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
             for (name, block), width, following in zip(stage, widths[1:], [*parts[1:], None], strict=True):
                 weights = family.block_weights(block) if with_blocks and family.block_weights else None
                 site = replace(site, kind="block", index=index, width=width, next_block=following, weights=weights)
-                places.append(Place(site=site, name=name, module=block))
+                own = None if facts.linear is None else frozenset(n for n in facts.linear if n.startswith(f"{name}."))
+                places.append(Place(site=site, name=name, module=block, linear=own))
                 index += 1
         if stack.norm is not None:
             end = replace(site, kind="norm", next_block=None, weights=None, norm=stack.norm[1])

@@ -115,6 +115,7 @@ def _named(
             ends=ends,
             added=place,
             visits=stack.visits,
+            linear=stack.seen.linear,
         )
     return found
 
@@ -192,7 +193,13 @@ def _of_shapes(model: nn.Module, blocks: Sequence[Blocks], stacks: Sequence[Stac
 
 
 def _guessed(model: nn.Module, blocks: Sequence[Blocks]) -> Facts:
-    """What the order of the modules suggests, which the fold checks in its first pass."""
+    """What the order of the modules suggests, which the fold checks in its first pass.
+
+    Raises:
+        ValueError: for a model of sounds, whose mask would not be understood.
+    """
+    if dummies.main_input(model) in ("input_values", "input_features"):
+        raise unfit(type(trunk_of(model)).__name__, "it takes none of the sounds that it was tried with")
     found: dict[str, StackFacts] = {}
     for stack in blocks:
         causal = stack.name == "decoder" if len(blocks) > 1 else said_causal(model)

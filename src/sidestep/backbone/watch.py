@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -48,11 +49,13 @@ class Seen:
         inputs: what the trunk was given.
         calls: of its blocks and of the modules outside of them, in the order of their ends.
         output: what the trunk gave.
+        linear: the names of the linear maps that were called.
     """
 
     inputs: Inputs
     calls: list[Call]
     output: Any
+    linear: frozenset[str]
 
     def of(self, name: str) -> list[Call]:
         """The calls of one module."""
@@ -67,11 +70,20 @@ def watch(trunk: nn.Module, blocks: Sequence[Blocks], inputs: Inputs) -> Seen:
     ]
     calls: list[Call] = []
     handles = [_note(trunk.get_submodule(name), name, calls) for name in outside]
+    linear: set[str] = set()
+    for name, module in trunk.named_modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(partial(_name, linear, name)))
     try:
-        return Seen(inputs, calls, output_of(trunk, inputs))
+        output = output_of(trunk, inputs)
+        return Seen(inputs, calls, output, frozenset(linear))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _name(names: set[str], name: str, module: nn.Module, args: Any) -> None:
+    names.add(name)
 
 
 def _note(module: nn.Module, name: str, calls: list[Call]) -> Any:

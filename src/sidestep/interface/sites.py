@@ -214,11 +214,20 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A site and the module that it sits on (before a stage's first block, after a block, after a norm)."""
+    """A site and the module that it sits on (before a stage's first block, after a block, after a norm).
+
+    Attributes:
+        site: as methods see it.
+        name: of the module within the trunk.
+        module: the module.
+        linear: names within the trunk of the module's linear maps that a pass calls. A model may read the weights of
+            others itself, so that nothing in their place would run. None: not known.
+    """
 
     site: Site
     name: str
     module: nn.Module
+    linear: frozenset[str] | None = None
 
 
 def of_stack(sites: Sequence[Site], stack: str) -> list[Site]:

@@ -161,7 +161,9 @@ class Lora(Adapter):
     def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
         """PEFT's LoRA tuner, or its DoRA tuner where the config is DoRA's."""
         table = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-        targets = self.config.targets or table.get(model_type) or self._present(trunk)
+        targets = self.config.targets or table.get(model_type) or self._usual(trunk)
+        if not (targets and self._runs(trunk, tuple(targets))):
+            targets = self._all(trunk)
         config = peft.LoraConfig(
             r=self.config.rank,
             lora_alpha=self.config.alpha,
@@ -189,16 +191,49 @@ class Lora(Adapter):
             if id(module) in ids and isinstance(module, nn.Linear) and f".{name}".endswith(_ends(targets))
         ]
 
-    def _present(self, trunk: nn.Module) -> tuple[str, ...]:
-        """Query and value by their usual names, or all linear maps of the attentions, or of the blocks."""
-        usual = tuple(end for end in QUERY_VALUE if self.inside(trunk, (end,)))
+    def _usual(self, trunk: nn.Module) -> tuple[str, ...]:
+        """The usual names of query and value that are there."""
+        return tuple(end for end in QUERY_VALUE if self.inside(trunk, (end,)))
+
+    def _runs(self, trunk: nn.Module, targets: tuple[str, ...]) -> bool:
+        """Whether linear maps are called. Some models read the weights themselves (WavLM), and what is added is lost.
+
+        Raises:
+            ValueError: if they are not, and the config names them.
+        """
+        names, called = self.inside(trunk, targets), self._called
+        if not names or called is None or called.intersection(names):
+            return True
+        if self.config.targets:
+            raise ValueError(
+                f"targets={targets}: the model reads the weights of these linear maps and never calls them, so what "
+                "is added there has no effect. Name others, or leave targets out"
+            )
+        return False
+
+    @property
+    def _called(self) -> frozenset[str] | None:
+        known = [place.linear for place in self.blocks if place.linear is not None]
+        return frozenset[str]().union(*known) if known else None
+
+    def _all(self, trunk: nn.Module) -> tuple[str, ...]:
+        """All linear maps of the attentions that are called, or of the blocks, that read or give a hidden state."""
+        widths, called = {place.site.width for place in self.blocks}, self._called
         parts = [part for place in self.blocks for part in place.module.modules()]
         attentions = [part for part in parts if "attention" in type(part).__name__.lower()]
-        ids = {id(module) for part in attentions or parts for module in part.modules()}
-        linear = [name for name, module in trunk.named_modules() if id(module) in ids and isinstance(module, nn.Linear)]
-        if not (usual or linear):
-            raise ValueError("its blocks have no linear map: name some with targets=(...), or choose another method")
-        return usual or tuple(linear)
+        for some in (attentions, parts):
+            ids = {id(module) for part in some for module in part.modules()}
+            found = tuple(
+                name
+                for name, module in trunk.named_modules()
+                if id(module) in ids
+                and isinstance(module, nn.Linear)
+                and widths & {module.in_features, module.out_features}
+                and (called is None or name in called)
+            )
+            if found:
+                return found
+        raise ValueError("its blocks have no linear map: name some with targets=(...), or choose another method")
 
 
 @register("dora", DoraConfig)
