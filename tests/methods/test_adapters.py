@@ -10,10 +10,11 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import WavLMConfig, WavLMModel
 
 import sidestep as ss
 from sidestep.methods import MethodConfig
-from tiny import FAMILIES, LABELS, logits, randomize
+from tiny import FAMILIES, FURTHER, LABELS, logits, randomize
 
 # PEFT and older transformers know checkpointing by the older names.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning")
@@ -134,3 +135,36 @@ def test_a_backbone_with_pefts_modules_in_it_is_refused() -> None:
     peft.inject_adapter_in_model(THEIRS["lora"](), backbone.bert)
     with pytest.raises(ss.UnsupportedBackbone, match="holds modules of PEFT already: merge them"):
         ss.attach(backbone, CONFIGS["lora"])
+
+
+def wavlm() -> nn.Module:
+    """Its attention reads the weights of its maps of query and value, and never calls them."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    front = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 4}
+    return WavLMModel(WavLMConfig(**sizes, **front, num_conv_pos_embedding_groups=2, mask_time_prob=0.0)).eval()
+
+
+def test_maps_that_no_pass_calls_are_left_out() -> None:
+    model = ss.attach(wavlm(), ss.LoraConfig(rank=2), head=ss.Classify(num_labels=2))
+    names = [name for name, _ in model.trained_parameters() if "lora_" in name]
+    assert names
+    assert not any("q_proj" in name for name in names)
+    model.train()(input_values=torch.randn(2, 200), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(p.grad is not None for name, p in model.trained_parameters() if "lora_" in name)
+
+
+def test_named_maps_that_no_pass_calls_are_refused() -> None:
+    with pytest.raises(ss.UnsupportedBackbone, match="reads the weights of these linear maps and never calls them"):
+        ss.attach(wavlm(), ss.LoraConfig(rank=2, targets=("q_proj",)), head=ss.Classify(num_labels=2))
+
+
+def test_other_towers_of_a_model_stay_as_they_are() -> None:
+    model = ss.attach(FURTHER["llava"].model(), ss.LoraConfig(rank=2), head=ss.Classify(num_labels=2))
+    names = [name for name, _ in model.trained_parameters() if "lora_" in name]
+    assert names
+    assert all(".language_model." in name for name in names)
+
+
+def test_late_lora_is_refused_where_blocks_share_their_weights() -> None:
+    with pytest.raises(ss.UnsupportedBackbone, match="its blocks share their weights"):
+        ss.attach(FURTHER["albert"].model(), ss.LateLoraConfig(rank=2, blocks=1))

@@ -9,16 +9,9 @@ from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
 
 from sidestep.backbone.families import Family, family_of
-from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
-
-LANGUAGE_WITH_OTHERS = frozenset((*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES))
-"""Types of models whose language model reads pictures or sounds among its tokens."""
+from sidestep.backbone.trunk import is_encoder_decoder, tower_of, trunk_of
 
 Named = tuple[str, nn.Module]
 """A module and its name within the trunk."""
@@ -63,15 +56,7 @@ def find_blocks(model: nn.Module) -> list[Blocks]:
     if is_encoder_decoder(model):
         encoder = _blocks("encoder", trunk, ("encoder", trunk.encoder), family, head=False)
         return [encoder, _blocks("decoder", trunk, ("decoder", trunk.decoder), family, head=True)]
-    return [_blocks("encoder", trunk, _tower(trunk), family, head=True)]
-
-
-def _tower(trunk: Any) -> Named:
-    """The module whose blocks are the stack: the trunk, or of a vision-language model its language model."""
-    if getattr(getattr(trunk, "config", None), "model_type", None) in LANGUAGE_WITH_OTHERS:
-        decoder = trunk.get_decoder()
-        return next((named for named in trunk.named_modules() if named[1] is decoder), ("", trunk))
-    return "", trunk
+    return [_blocks("encoder", trunk, tower_of(trunk), family, head=True)]
 
 
 def _blocks(name: str, trunk: nn.Module, root: Named, family: Family, *, head: bool) -> Blocks:

@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from sidestep.backbone.calls import argument_names
+
+LANGUAGE_WITH_OTHERS = frozenset((*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES))
+"""Types of models whose language model reads pictures or sounds among its tokens."""
 
 IS_TRUNK = "_sidestep_is_trunk"
 """Attribute of a model: whether it is its own trunk, although transformers names a part of it. Looked at once, because
@@ -29,6 +36,14 @@ def trunk_of(model: Any) -> Any:
         known = given in argument_names(model) and given not in argument_names(base)
         vars(model)[IS_TRUNK] = known
     return model if known else model.base_model
+
+
+def tower_of(trunk: Any) -> tuple[str, Any]:
+    """The module whose blocks are the stack, and its name. It is the trunk, or of a vision-language model a part."""
+    if getattr(getattr(trunk, "config", None), "model_type", None) in LANGUAGE_WITH_OTHERS:
+        decoder = trunk.get_decoder()
+        return next((named for named in trunk.named_modules() if named[1] is decoder), ("", trunk))
+    return "", trunk
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -59,7 +74,7 @@ def positions(model: nn.Module) -> tuple[int | None, int | None]:
     trunk = trunk_of(model)
     if is_encoder_decoder(model):
         return _positions(trunk.encoder), _positions(trunk.decoder)
-    both = _positions(trunk)
+    both = _positions(tower_of(trunk)[1])
     return both, both
 
 

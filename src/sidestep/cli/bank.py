@@ -12,8 +12,7 @@ import typer
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
-from sidestep.cli.tasks import check_batch
-from sidestep.cli.values import backbone_named, table_options
+from sidestep.cli.values import backbone_named, check_batch, table_options
 from sidestep.console import hush, remark, show_table, show_unnamed
 
 if TYPE_CHECKING:

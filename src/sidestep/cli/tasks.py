@@ -11,7 +11,7 @@ import typer
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
-from sidestep.cli.values import backbone_named, table_options
+from sidestep.cli.values import backbone_named, check_batch, table_options
 from sidestep.console import NARROW, hush, remark, score_facts, show_facts, show_many, show_unnamed
 
 if TYPE_CHECKING:
@@ -146,12 +146,6 @@ def predict(
 def _tell(kept: FeatureOptions) -> Callable[[str], object] | None:
     """Who is told what is stored: of "auto" nobody, as it is no news that one pass is live."""
     return None if kept.where == "auto" else remark
-
-
-def check_batch(size: int) -> None:
-    """Refuses a batch without rows."""
-    if size < 1:
-        raise ValueError(f"batch_size={size}, but it must be at least 1")
 
 
 def _refuse_inputs(output: Path, task: Path, rows: str, backbone: str | None) -> None:

@@ -115,3 +115,9 @@ def feature_options(where: str, folder: Path | None, limit: str, precision: str)
         "features_limit": memory_of(limit),
         "features_precision": precision,
     }
+
+
+def check_batch(size: int) -> None:
+    """Refuses a batch without rows."""
+    if size < 1:
+        raise ValueError(f"batch_size={size}, but it must be at least 1")
