@@ -151,6 +151,30 @@ def test_all_tasks_answer_each_row_from_few_passes(place: Path, tmp_path: Path) 
     assert "none of these tasks reads a second text" in said
 
 
+def test_predict_takes_tasks_of_a_bank_and_rows_run_from_stored_features(place: Path, tmp_path: Path) -> None:
+    data = ["--data", place / "rows.csv", "--tasks", "reviews,judged"]
+    succeed("predict", place / "bank", *data, "--output", tmp_path / "out.csv", "--quiet")
+    kept = ["--features", "disk", "--features-folder", tmp_path / "kept"]
+    said = succeed("bank", "run", place / "bank", *data, *kept, "--output", tmp_path / "stored.csv").stderr
+    assert "80 answers for 40 rows: 1 passes of the backbone over 1 batches" in said  # "judged" changes the weights
+    assert list((tmp_path / "kept").iterdir())
+    for ours, theirs in zip(table(tmp_path / "out.csv"), table(tmp_path / "stored.csv"), strict=True):
+        assert ours["prediction_reviews"] == theirs["prediction_reviews"]
+    one = ["--data", place / "rows.csv", "--task", "reviews", "--output", tmp_path / "one.csv"]
+    said = refusal("bank", "run", place / "bank", *one, *kept)
+    assert "--features disk is for rows that several tasks answer" in said
+
+
+def test_a_damaged_task_fails_behind_the_others(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "bank", tmp_path / "bank")
+    file = tmp_path / "bank" / "judged" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1])
+    data = ["--data", place / "rows.csv", "--output", tmp_path / "out.csv", "--tasks", "reviews,judged", "--quiet"]
+    assert "judged gave no answers: " in refusal("bank", "run", tmp_path / "bank", *data)
+    assert "prediction_judged" not in table(tmp_path / "out.csv")[0]
+    assert table(tmp_path / "out.csv")[0]["prediction_reviews"]
+
+
 def test_a_column_names_several_tasks_of_a_row(place: Path, tmp_path: Path) -> None:
     asked = ("judged|reviews", "reviews", "length | judged")
     write(tmp_path / "rows.csv", [{"text": row["text"], "task": asked[n % 3]} for n, row in enumerate(reviews(9, 3))])

@@ -157,7 +157,7 @@ def run(
                     f"{len(counts)} tasks, {len(names)} answers for {len(found)} rows: {answers.passes} passes of the "
                     f"backbone over {answers.batches} batches"
                 )
-            for name in dict.fromkeys(names):
+            for name in dict.fromkeys(name for name in names if name not in failed):
                 show_unnamed(held.config(name), f"{name}: ")
         write_table(table, output, shares=predicting.share_columns(table, found), overwrite=overwrite)
         remark(f"{len(table)} rows written to {output}")
@@ -215,7 +215,9 @@ def _loaded(held: BankFolder, names: Iterable[str], moved_to: str | None) -> Tas
     from sidestep.tasks.bank import TaskBank
     from sidestep.tasks.load import stored_backbone
 
-    entries = [held.entry(name) for name in names]
+    asked = list(names)
+    readable = [entry for entry in held.entries()[0] if entry.name in asked]
+    entries = readable or [held.entry(name) for name in asked]  # the latter say what is wrong
     wanted = next((entry for entry in entries if entry.outputs is None), entries[0])
     backbone = stored_backbone(held.folder(wanted.name), moved_to=moved_to)
     return TaskBank(backbone.to("cuda" if torch.cuda.is_available() else "cpu"), held.path)
