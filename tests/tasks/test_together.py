@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,6 +163,6 @@ def test_more_tasks_than_memory_holds_are_refused_with_how_many_fit(
     bank: ss.TaskBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smallest = min(bank.store.entry(name).bytes for name in ("read", "probe"))
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=smallest + 1))
+    monkeypatch.setattr(module, "free_memory", lambda device: smallest + 1)
     with pytest.raises(BankError, match=r"2 tasks have .* of memory are free: call with fewer tasks \(1 fit\)"):
         bank(BERT.inputs(), tasks=["read", "probe"])

@@ -119,6 +119,11 @@ def warn_if_idle(keep: str, device: torch.device) -> None:
         )
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device: of a GPU its own, else those of the machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def fitting(wide: int, device: torch.device) -> Keep:
     """The first of full, offload (on a GPU) and replay whose memory is there.
 
@@ -126,7 +131,7 @@ def fitting(wide: int, device: torch.device) -> Keep:
         wide: bytes of what taps read in a step.
         device: where the step runs.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_memory(device)
     if wide <= ROOM * free:
         return "full"
     host = device.type == "cuda" and wide <= ROOM * psutil.virtual_memory().available

@@ -19,13 +19,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import nn
 
-from sidestep.backbone import CompiledBlocks, Digest, joined, without_values
+from sidestep.backbone import CompiledBlocks, Digest, device_of, joined, without_values
 from sidestep.disk.task_folder import Task
 from sidestep.fold import FoldError
+from sidestep.fold.forms import free_memory
 from sidestep.fold.turns import Turn
 from sidestep.measure.memory import format_bytes
 from sidestep.messages import some
@@ -317,7 +317,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
     def _check_room(self, names: Sequence[str]) -> None:
         """Refuse more tasks than there is memory for."""
         sizes = {name: self.store.entry(name).bytes for name in names if name not in self._resting}
-        free = psutil.virtual_memory().available
+        free = free_memory(device_of(self.backbone))
         if sum(sizes.values()) > free:
             fit = sum(total <= free for total in accumulate(sorted(sizes.values())))
             raise BankError(
