@@ -3,6 +3,7 @@
     python benchmarks/bank_together.py          # runs what is missing (about 25 minutes on 2 cores), then the table
     python benchmarks/bank_together.py table    # the table alone
     python benchmarks/bank_together.py plot     # cost against tasks, as docs/bank_together.svg
+    python benchmarks/bank_together.py memory   # what a further task takes, on the disk and in memory
 
 BERT-base with 128 tokens, ViT-B/16 with 224 px, random weights, batch 8, float32. A bare pass and a call take turns,
 5 rounds after one that is not counted. The ratio is of medians. Beside some of them stand as many passes as there are
@@ -182,10 +183,27 @@ def plot() -> None:
     chart.facet("backbone:N").save(str(Path(__file__).parents[1] / "docs" / "bank_together.svg"))
 
 
+def memory() -> None:
+    """What a further task takes: its file, and its values in memory."""
+    print("| tasks | " + " | ".join(f"{name}: file, MiB | in memory, MiB" for name in BACKBONES) + " |")
+    print("|---" + "|---:|---:" * len(BACKBONES) + "|")
+    backbones = {name: build(BATCH)[0].eval() for name, build in BACKBONES.items()}
+    for case in (case for case, (kinds, _) in CASES.items() if len(kinds) == 1):
+        cells = []
+        for backbone in backbones.values():
+            with tempfile.TemporaryDirectory() as folder:
+                bank = filled(backbone, CASES[case][0], 1, folder)
+                (entry,) = bank.entries()
+                values = sum(tensor.nbytes for tensor in bank.activate(entry.name).state_dict().values())
+                bank.close()
+            cells += [f"{entry.bytes / 2**20:.2f}", f"{values / 2**20:.2f}"]
+        print(f"| {case} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     asked = sys.argv[1] if len(sys.argv) > 1 else "run"
-    if asked == "plot":
-        plot()
+    if asked in ("plot", "memory"):
+        {"plot": plot, "memory": memory}[asked]()
         return
     if asked == "run":
         run()

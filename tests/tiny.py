@@ -39,35 +39,24 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
 )
 
+from architectures import TEXT, VOCABULARY
 from sidestep.backbone import facts_of
 
-VOCABULARY = 40
 PICTURE = VOCABULARY - 1
 """The token that stands for a part of a picture in a text."""
 LABELS = 3
+SIZES: dict[str, Any] = {name: size for name, size in TEXT.items() if name != "vocab_size"}
+WORDS: dict[str, Any] = {**TEXT, "max_position_embeddings": 64}
 
 
 def bert() -> nn.Module:
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=64,
-            num_labels=LABELS,
-        )
-    )
+    return BertForSequenceClassification(BertConfig(**WORDS, num_labels=LABELS))
 
 
 def vit() -> nn.Module:
     return ViTForImageClassification(
         ViTConfig(
-            hidden_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=32,
+            **SIZES,
             image_size=16,
             patch_size=4,
             num_labels=LABELS,
@@ -114,12 +103,7 @@ def t5() -> nn.Module:
 
 def llama_config() -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
+        **WORDS,
         pad_token_id=0,
         bos_token_id=2,
         eos_token_id=1,
@@ -132,9 +116,7 @@ def llama() -> nn.Module:
 
 def llava() -> nn.Module:
     """Four tokens of a text stand for a picture of 8 pixels."""
-    vision = CLIPVisionConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
-    )
+    vision = CLIPVisionConfig(**SIZES, image_size=8, patch_size=4)
     return LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=vision, text_config=llama_config(), image_token_index=PICTURE, vision_feature_layer=-1
@@ -146,10 +128,7 @@ def wav2vec2() -> nn.Module:
     """Its front makes one token of ten samples."""
     return Wav2Vec2ForSequenceClassification(
         Wav2Vec2Config(
-            hidden_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=32,
+            **SIZES,
             conv_dim=(8, 8),
             conv_kernel=(10, 3),
             conv_stride=(5, 2),
@@ -181,12 +160,7 @@ def convnext() -> nn.Module:
 def modernbert() -> nn.Module:
     return ModernBertForSequenceClassification(
         ModernBertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=64,
+            **WORDS,
             local_attention=8,
             num_labels=LABELS,
             pad_token_id=0,
@@ -202,13 +176,8 @@ def albert() -> nn.Module:
     """Its three blocks are one, which runs three times."""
     return AlbertForSequenceClassification(
         AlbertConfig(
-            vocab_size=VOCABULARY,
+            **WORDS,
             embedding_size=8,
-            hidden_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=64,
             num_labels=LABELS,
         )
     )

@@ -282,6 +282,17 @@ def test_a_head_is_refused_where_the_models_last_hidden_state_comes_from_elsewhe
     ss.attach(model, ss.ReadConfig(rank=2)).train()(input_ids=ids, labels=ids).loss.backward()
 
 
+class Twice(t.BertModel):
+    """Its blocks run over two inputs, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__(t.BertConfig(**TEXT), add_pooling_layer=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        super().forward(input_ids=input_ids.flip(1), attention_mask=attention_mask)
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+
 # --- what the trace contradicts ---------------------------------------------------------------------------------------
 
 
@@ -298,8 +309,9 @@ def test_a_head_is_refused_where_the_models_last_hidden_state_comes_from_elsewhe
             ),
             "on which grid they stand is not known|the width changes",
         ),
+        (Twice, "its block .* runs several times, and not on what .* gave"),
     ],
-    ids=["skipped", "grid"],
+    ids=["skipped", "grid", "several inputs"],
 )
 def test_what_no_fold_can_follow_is_refused_at_attach_and_nothing_is_left(
     build: Callable[[], nn.Module], why: str

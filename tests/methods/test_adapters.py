@@ -14,7 +14,7 @@ from transformers import WavLMConfig, WavLMModel
 
 import sidestep as ss
 from sidestep.methods import MethodConfig
-from tiny import FAMILIES, FURTHER, LABELS, logits, randomize
+from tiny import FAMILIES, FURTHER, LABELS, SIZES, logits, randomize
 
 # PEFT and older transformers know checkpointing by the older names.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning")
@@ -139,9 +139,8 @@ def test_a_backbone_with_pefts_modules_in_it_is_refused() -> None:
 
 def wavlm() -> nn.Module:
     """Its attention reads the weights of its maps of query and value, and never calls them."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     front = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 4}
-    return WavLMModel(WavLMConfig(**sizes, **front, num_conv_pos_embedding_groups=2, mask_time_prob=0.0)).eval()
+    return WavLMModel(WavLMConfig(**SIZES, **front, num_conv_pos_embedding_groups=2, mask_time_prob=0.0)).eval()
 
 
 def test_maps_that_no_pass_calls_are_left_out() -> None:

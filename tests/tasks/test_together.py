@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from test_bank import BERT, backbone, outputs, saved
 
 import sidestep as ss
@@ -134,8 +136,21 @@ def test_a_compiled_backbone_serves_any_mix_without_compiling_again(bank: ss.Tas
         torch.testing.assert_close(logits(found[name]), expected[name], rtol=1e-5, atol=1e-6)
     with pytest.raises(BankError, match="compiled already"):
         bank.compile()
+    twin = copy.deepcopy(bank.backbone)  # runs its own blocks
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        before = bank.backbone(**BERT.inputs()).last_hidden_state
+        assert not torch.equal(twin(**BERT.inputs()).last_hidden_state, before)
     bank.close()
     assert not any("forward" in vars(module) for module in bank.backbone.modules())
+
+
+def test_blocks_that_another_library_runs_are_not_compiled(tmp_path: Path) -> None:
+    made = backbone()
+    add_hook_to_module(made.encoder.layer[0], ModelHook())
+    with pytest.raises(ValueError, match="the blocks of BertModel are run by another library"):
+        ss.TaskBank(made, tmp_path / "bank").compile()
 
 
 def test_labels_and_caches_are_refused(bank: ss.TaskBank) -> None:

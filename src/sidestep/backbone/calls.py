@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -13,18 +14,37 @@ _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 def argument_names(module: nn.Module) -> list[str]:
     """Parameter names of a module's forward, in order, without `self` and the open-ended ones."""
-    signature = inspect.signature(type(module).forward)
-    return [name for name, parameter in signature.parameters.items() if parameter.kind not in _OPEN][1:]
+    return list(_signature(type(module).forward)[0])
 
 
 def takes(module: nn.Module, name: str) -> bool:
     """Whether a module's forward takes an argument of this name, or hands whatever it is given on to its parts."""
-    if name in argument_names(module):
-        return True
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return False
-    return any(name in argument_names(part) for part in module.children())
+    names, hands_on = _signature(type(module).forward)
+    return name in names or (hands_on and any(name in argument_names(part) for part in module.children()))
+
+
+@cache
+def _signature(forward: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
+    """The names of a forward's parameters, and whether it takes any others by name. Looked at once: each pass asks."""
+    parameters = inspect.signature(forward).parameters
+    names = [name for name, parameter in parameters.items() if parameter.kind not in _OPEN][1:]
+    return tuple(names), any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Put a function in the place of a module's forward, below its hooks. Returns what puts back what was there."""
+    # by the dictionary: an attribute of a module is looked for among its parts first
+    own = vars(module)
+    before = own.get("forward")
+    own["forward"] = forward
+
+    def undo() -> None:
+        if before is None:
+            own.pop("forward")
+        else:
+            own["forward"] = before
+
+    return undo
 
 
 def bound(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

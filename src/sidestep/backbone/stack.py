@@ -68,6 +68,7 @@ class StackPass:
         ran = [call.name for call in calls]
         blocks = blocks.visited(None if ran == [name for name, _ in blocks.all] else ran)
         element = _which_element(calls)
+        _check_visits(owner, blocks, calls, element)
         layouts: list[Layout] = []
         for call in calls:
             for hidden in (call.given, _element(call.output, element)):
@@ -160,6 +161,16 @@ def _in_order(owner: str, blocks: Blocks, seen: Seen) -> list[Call]:
         what = "none of its blocks runs" if len(missed) == len(names) else f"its block {missed[0]} does not run"
         raise unfit(owner, f"{what} in a pass (layers that are skipped, or called in parts)")
     raise unfit(owner, f"its blocks run in another order than they stand in ({', '.join(ran)})")
+
+
+def _check_visits(owner: str, blocks: Blocks, calls: Sequence[Call], element: int) -> None:
+    """Raise where a block runs several times, but not on what the one before gave: on several inputs, it may be."""
+    names = [name for name, _ in blocks.all]
+    if len(set(names)) == len(names):
+        return
+    for call, following in pairwise(calls):
+        if not _equal(_element(call.output, element), following.given):
+            raise unfit(owner, f"its block {following.name} runs several times, and not on what {call.name} gave")
 
 
 def unfit(owner: str, why: str) -> ValueError:

@@ -116,10 +116,8 @@ def run(
         refuse_inputs([output], [*rows_at(rows), folder, *backbones_at(backbone_named(backbone, gguf))])
         found = read(rows, table_options(columns, no_header, no_quoting, encoding), split=split)
         asked = _asked(found, task_column, task, tasks)
-        names, several = (
-            [name for row in asked for name in row],
-            tasks is not None or any(len(row) > 1 for row in asked),
-        )
+        names = [name for row in asked for name in row]
+        several = tasks is not None or any(len(row) > 1 for row in asked)
         if several and shares not in (None, "one"):
             raise ValueError(
                 f"--probabilities {shares} is for rows of one task each. Of several tasks each has a prediction "

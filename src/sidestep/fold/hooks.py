@@ -92,6 +92,7 @@ class Hooks:
     def __init__(self, driver: Driver, entry: nn.Module, trunk: nn.Module, places: Sequence[Place]) -> None:
         self.driver, self.entry, self.trunk, self.places = driver, entry, trunk, places
         self.handles: list[RemovableHandle] = []
+        self.visits = Counter(place.module for place in places if place.site.kind == "block")
         self.put()
 
     def put(self) -> None:
@@ -136,7 +137,7 @@ class Hooks:
     def _of_place(self, place: Place, order: int) -> list[RemovableHandle]:
         driver, site, module = self.driver, place.site, place.module
         names = argument_names(module)
-        shared = sum(other.module is module and other.site.kind == "block" for other in self.places) > 1
+        shared = self.visits[module] > 1
         if site.kind == "stage":
             return [module.register_forward_pre_hook(AtStage(driver, site, order, names, shared), with_kwargs=True)]
         if site.kind == "norm":

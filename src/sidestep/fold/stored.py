@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidestep.backbone.calls import argument_names, bound
+from sidestep.backbone.calls import argument_names, bound, replace_forward
 from sidestep.backbone.facts import Layout
 from sidestep.fold.deferred import Ended, same_place
 from sidestep.fold.reads import tensors_of
@@ -123,7 +123,7 @@ def passing_over(places: Sequence[Place], route: Route) -> Iterator[None]:
         for place in places:
             how = route.over.get(place_name(place.site)) if place.site.kind == "block" else None
             if how is not None:
-                _replace_forward(place.module, _handing_on(how), undo)
+                undo.callback(replace_forward(place.module, _handing_on(how)))
         yield
 
 
@@ -140,16 +140,6 @@ def _handing_on(how: PassedOver) -> Callable[..., Any]:
         return tuple(parts)
 
     return passed
-
-
-def _replace_forward(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
-    # by the dictionary: an attribute of a module is looked for among its parts first
-    own = vars(module)
-    if "forward" in own:
-        undo.callback(own.__setitem__, "forward", own["forward"])
-    else:
-        undo.callback(own.pop, "forward")
-    own["forward"] = forward
 
 
 # --- recording --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from sidestep.backbone import CompiledBlocks, Digest, device_of, joined, without_values
-from sidestep.disk.task_folder import Task
+from sidestep.disk.task_folder import Task, TaskError
 from sidestep.fold import FoldError
 from sidestep.fold.forms import free_memory
 from sidestep.fold.turns import Turn
@@ -219,8 +219,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         given = sorted({"labels", "past_key_values"} & {name for name, value in batch.items() if value is not None})
         if given:
             raise BankError(f"a batch for several tasks has no {' and no '.join(given)}: leave it out")
-        main = getattr(self.backbone, "main_input_name", "pixel_values")
-        if not {main, "inputs_embeds"} & batch.keys():
+        main = getattr(self.backbone, "main_input_name", None)  # timm's models take their inputs by place
+        if main is not None and not {main, "inputs_embeds"} & batch.keys():
             raise BankError(f"the batch has {some(batch)}, but {type(self.backbone).__name__} reads {main}")
         with self._turn, torch.no_grad():
             before = self.active
@@ -252,6 +252,24 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         rows = [dict(row) for _, row in pairs]
         how: dict[str, Any] = {"columns": columns, "batch_size": batch_size, "features": features}
         return predict_together(self, rows, [tasks for tasks, _ in pairs], **how)
+
+    def damaged(self, names: Iterable[str]) -> dict[str, str]:
+        """Why tasks cannot be read, by name. Those that can be are in memory afterwards, if they can rest there.
+
+        Raises:
+            BankError: if the bank holds no task of such a name. Nothing is read then.
+        """
+        for name in (asked := list(names)):
+            self.store.folder(name)
+        found: dict[str, str] = {}
+        with self._turn:
+            for name in asked:
+                try:
+                    if name != self.active:
+                        self._ready(name)
+                except TaskError as error:
+                    found[name] = str(error)
+        return found
 
     def compile(self, **options: Any) -> None:
         """Have each block of the backbone compiled at its next call, until the bank is closed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -40,6 +40,9 @@ class Bank(Protocol):
 
     def activate(self, name: str) -> Attached:
         """Switch to a task."""
+
+    def damaged(self, names: Iterable[str]) -> dict[str, str]:
+        """Why tasks cannot be read, by name."""
 
     def deactivate(self) -> nn.Module:
         """Leave the bare backbone."""
@@ -115,7 +118,9 @@ def predict_together(
     """
     rows = as_dataset(rows)
     places = _places(tasks, len(rows))
-    failed = _damaged(bank, places)
+    failed = bank.damaged(places)
+    if failed and len(failed) == len(places):
+        raise TaskError("\n".join(failed.values()))
     places = {name: numbers for name, numbers in places.items() if name not in failed}
     tasks_of = readings(bank, places, columns, rows.column_names)
     answers: list[dict[str, dict[str, Any]]] = [{} for _ in range(len(rows))]
@@ -149,25 +154,6 @@ def predict_together(
 class _Tally:
     passes: int = 0
     batches: int = 0
-
-
-def _damaged(bank: Bank, names: Collection[str]) -> dict[str, str]:
-    """Why tasks cannot be read, by name.
-
-    Raises:
-        TaskError: if none of them can.
-    """
-    found: dict[str, str] = {}
-    for name in names:
-        bank.store.folder(name)  # it is there
-    for name in names:
-        try:
-            bank.activate(name)
-        except TaskError as error:
-            found[name] = str(error)
-            if len(found) == len(names):
-                raise
-    return found
 
 
 def _places(tasks: Sequence[Sequence[str]], count: int) -> dict[str, list[int]]:
@@ -285,7 +271,7 @@ def _from_store(
     bank: Bank, names: Sequence[str], encoded: Dataset, fields: Fields, batch_size: int, features: FeatureOptions
 ) -> dict[str, NDArray[Any]]:
     """(rows, outputs) of the tasks that can run from stored features. What is lacking is computed once for all."""
-    store = FeatureStore(None if features.where == "ram" else features.place, features.limit)
+    store = FeatureStore(None, features.limit)  # of "ram", and it says that a task that cannot be stored is no error
     found: dict[str, NDArray[Any]] = {}
     for name in names:
         model = bank.activate(name)
