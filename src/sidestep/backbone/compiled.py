@@ -32,7 +32,7 @@ class CompiledBlocks:
         blocks = dict.fromkeys(place.module for place in find_places(backbone) if place.site.kind == "block")
         if any("forward" in vars(block) for block in blocks):
             raise ValueError(
-                f"the blocks of {type(backbone).__name__} are run by another library (accelerate, if it is dispatched): "
+                f"the blocks of {type(backbone).__name__} are run by another library (such as accelerate): "
                 "load the backbone on one device to compile it"
             )
         self.paused = False
