@@ -282,6 +282,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
 
         Raises:
             BankError: if it is compiled already, or another thread is using the bank or the active model.
+            ValueError: if another library runs the blocks, as accelerate does on a dispatched backbone.
         """
         with self._turn:
             if self._compiled is not None:
