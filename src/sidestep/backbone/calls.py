@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -23,9 +22,8 @@ def takes(module: nn.Module, name: str) -> bool:
     return name in names or (hands_on and any(name in argument_names(part) for part in module.children()))
 
 
-@cache
 def _signature(forward: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
-    """The names of a forward's parameters, and whether it takes any others by name. Looked at once: each pass asks."""
+    """The names of a forward's parameters, and whether it takes any others by name."""
     parameters = inspect.signature(forward).parameters
     names = [name for name, parameter in parameters.items() if parameter.kind not in _OPEN][1:]
     return tuple(names), any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
