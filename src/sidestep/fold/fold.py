@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sidestep.backbone import Facts, StackFacts, as_given, as_tokens
 from sidestep.backbone.facts import FRAMES
-from sidestep.backbone.families import Pool, TokenGrid
+from sidestep.backbone.families import Pool
+from sidestep.backbone.grids import TokenGrid, counted_grid, sides
 from sidestep.fold.caches import SideCache, claim
 from sidestep.fold.deferred import Ended, SecondStrand
 from sidestep.fold.group import GroupStrand
@@ -338,7 +339,7 @@ class Fold:
         if site.kind == "stage":
             self._open_cache(passed, strand, site, call, tokens)
         if site.kind != "norm":
-            passed.grid = self._grid_at(facts, inputs, call, hidden)
+            passed.grid = self._grid_at(facts, site.prefix, inputs, call, hidden)
         mask = inputs.get("decoder_attention_mask" if decoding else "attention_mask") if passed.grid is None else None
         matters = self.pools or not self.method.tokenwise
         if facts.frames is not None and mask is not None:
@@ -362,13 +363,16 @@ class Fold:
         return len(self.lengths) > 1 and site.stack == "decoder"
 
     def _grid_at(
-        self, facts: StackFacts, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor
+        self, facts: StackFacts, prefix: int, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor
     ) -> tuple[int, int] | None:
-        """Rows and columns of the tokens: those of the hidden state, or as the family says."""
+        """Rows and columns of the tokens: those of the hidden state, as the family says, or counted."""
         if hidden.ndim == 4:
             rows, columns = hidden.shape[2:] if facts.layout == "channels" else hidden.shape[1:3]
             return rows, columns
-        return self.grid(self.trunk, inputs, call, hidden)
+        grid = self.grid(self.trunk, inputs, call, hidden)
+        if grid is None and facts.prefixes is not None and (image := sides(inputs)) is not None:
+            return counted_grid(image, hidden.shape[1] - prefix)
+        return grid
 
     def _memory_keep(self, carried: Tensor | None, mask: Any) -> Tensor | None:
         """Which of the encoder's tokens are real, as the method carries them."""
