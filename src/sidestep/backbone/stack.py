@@ -77,6 +77,8 @@ class StackPass:
         layout = _layout(owner, _handed_on(owner, calls, element), seen.inputs, rows)
         own = seen.of(blocks.root[0]) if blocks.root[0] else []
         output = _hidden(own[-1].output if own else None if blocks.root[0] else seen.output)
+        if output is None and not blocks.certain and _text_tokens(seen.inputs) is not None:
+            raise unfit(owner, "it gives no last hidden state")
         return cls(owner, blocks, _stages(blocks, calls, layout, element), seen, layout, element, output)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sidestep.backbone.families import DEFAULT, Family, family_of
-from sidestep.backbone.trunk import is_encoder_decoder, tower_of, trunk_of
+from sidestep.backbone.trunk import is_encoder_decoder, other_towers, reads_mixed, tower_of, trunk_of
 
 Named = tuple[str, nn.Module]
 """A module and its name within the trunk."""
@@ -58,7 +58,7 @@ def possible_blocks(model: nn.Module) -> Iterator[list[Blocks]]:
         yield [_blocks("encoder", trunk, root, family, head=True)]
     except ValueError as error:
         refusal = error
-    others = [] if family.blocks is not None else _other_lists(root[1])
+    others = [] if family.blocks is not None else _other_lists(trunk, root[1])
     for lists in others:
         yield [Blocks(name="encoder", root=root, stages=_stages(root[0], lists), head=True, certain=False)]
     if refusal is not None:
@@ -66,7 +66,7 @@ def possible_blocks(model: nn.Module) -> Iterator[list[Blocks]]:
 
 
 def _blocks(name: str, trunk: nn.Module, root: Named, family: Family, *, head: bool) -> Blocks:
-    containers = _block_lists(root[1], family)
+    containers = _block_lists(root[1], family, other_towers(trunk, root[1]) if reads_mixed(trunk) else ())
     if not containers:
         raise ValueError(
             f"{type(trunk).__name__} holds no list of repeated blocks: Sidestep needs a Transformer (or a model "
@@ -95,16 +95,19 @@ def _is_one_tower(containers: Iterable[str]) -> bool:
     return len(paths) == 1 or (len(owners) == 1 and all(_is_indexed(path) for path in paths))
 
 
-def _other_lists(root: nn.Module) -> list[dict[str, nn.Module]]:
+def _other_lists(trunk: nn.Module, root: nn.Module) -> list[dict[str, nn.Module]]:
     """Lists that may hold the blocks, where those of `_block_lists` do not: outermost ones.
 
     First all that stand in one module, as its stages, then each alone, the largest first. Where several lists were
-    taken for towers, all of them have to lie within such a list.
+    taken for towers, all of them have to lie within such a list. Or those that read the model's own input are one.
     """
     lists = {path: module for path, module in _lists(root).items() if len(module) > 1}
     towers = _block_lists(root, DEFAULT)
+    own = _block_lists(root, DEFAULT, other_towers(trunk, root))
     if _is_one_tower(towers):
         towers = {}
+    elif own and _is_one_tower(own):
+        return [own]
     outer = {
         path: module
         for path, module in lists.items()
@@ -122,11 +125,13 @@ def _is_indexed(path: str) -> bool:
     return any(part.isdigit() for part in path.split("."))
 
 
-def _block_lists(root: nn.Module, family: Family) -> dict[str, nn.Module]:
+def _block_lists(root: nn.Module, family: Family, but: Collection[str] = ()) -> dict[str, nn.Module]:
     """Lists of blocks by path: those that the family names, else Hugging Face's checkpointing layers (the innermost),
-    else lists named "blocks".
+    else lists named "blocks". None of them is inside of the parts `but`.
     """
-    lists = _lists(root)
+    lists = {
+        path: module for path, module in _lists(root).items() if not any(path.startswith(f"{part}.") for part in but)
+    }
     if family.blocks is not None:
         return {path: module for path, module in lists.items() if re.fullmatch(family.blocks, path)}
     checkpointing = {

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 ROTARY_BASE = 10_000.0
 
@@ -124,3 +125,8 @@ def regrid(
         return pooled
     made = pooled.mean(1, keepdim=True).expand(-1, max(0, after - before), -1)
     return torch.cat([tokens[:, : min(before, after)], made, pooled], 1)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map: torch's, or that of GPT-2 and ImageGPT, whose weight is (in, out)."""
+    return isinstance(module, nn.Linear | Conv1D)

@@ -48,6 +48,8 @@ class Inputs:
         if not isinstance(self.backbone, PreTrainedModel):
             return kwargs
         names = list(inspect.signature(type(entry).forward).parameters)[1:]
+        if self.main_name in kwargs and names[0] not in kwargs and not takes(entry, self.main_name):
+            kwargs[names[0]] = kwargs.pop(self.main_name)  # so does the model itself (Perceiver)
         # with a cache, transformers takes a row of several texts for one
         packed = self._is_packed({**dict(zip(names, args, strict=False)), **kwargs})
         if "past_key_values" not in kwargs and (self.headed or training or packed) and takes(entry, "use_cache"):
