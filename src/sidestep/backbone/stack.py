@@ -379,9 +379,10 @@ def check_rows(model: nn.Module, stack: StackPass, turned: StackPass | None) -> 
     prefixes, image = stack.prefixes(model), sides(stack.seen.inputs)
     if prefixes is None or image is None or turned is None or any(stack.grids(model)):
         return
-    prefix, columns = prefixes[0][0], counted_grid(image, stack.first.shape[1] - prefixes[0][0])[1]
-    moved = (stack.first - turned.first).abs().amax((0, 2))
-    if moved.argmax().item() != prefix + columns - 1:
+    prefix = prefixes[0][0]
+    rows, columns = counted_grid(image, stack.first.shape[1] - prefix)
+    moved = (stack.first - turned.first).abs().amax((0, 2))[prefix:].unflatten(0, (rows, columns))
+    if moved[0, -1] <= max(moved[0, 0], moved[-1, 0], moved[-1, -1]):  # a stem of convolutions moves those beside it
         raise unfit(
             stack.owner,
             "its tokens become fewer, and they do not stand row by row, so which of them become one is not known",

@@ -98,15 +98,13 @@ def _is_one_tower(containers: Iterable[str]) -> bool:
 def _other_lists(trunk: nn.Module, root: nn.Module) -> list[dict[str, nn.Module]]:
     """Lists that may hold the blocks, where those of `_block_lists` do not: outermost ones.
 
-    First all that stand in one module, as its stages, then each alone, the largest first. Where several lists were
-    taken for towers, all of them have to lie within such a list. Or those that read the model's own input are one.
+    First all that stand in one module, as its stages, then each alone, the largest first. Lists that were found, but do
+    not do, have to lie within such a list. Or they are of several towers, of which one reads the model's own input.
     """
     lists = {path: module for path, module in _lists(root).items() if len(module) > 1}
     towers = _block_lists(root, DEFAULT)
     own = _block_lists(root, DEFAULT, other_towers(trunk, root))
-    if _is_one_tower(towers):
-        towers = {}
-    elif own and _is_one_tower(own):
+    if not _is_one_tower(towers) and own and _is_one_tower(own):
         return [own]
     outer = {
         path: module

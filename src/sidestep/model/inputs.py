@@ -48,8 +48,10 @@ class Inputs:
         if not isinstance(self.backbone, PreTrainedModel):
             return kwargs
         names = list(inspect.signature(type(entry).forward).parameters)[1:]
-        if self.main_name in kwargs and names[0] not in kwargs and not takes(entry, self.main_name):
-            kwargs[names[0]] = kwargs.pop(self.main_name)  # so does the model itself (Perceiver)
+        if entry is not self.backbone and not args and names[0] not in kwargs:
+            # so does the model itself, whose trunk has another name for what it reads (Perceiver)
+            for name in [name for name in kwargs if takes(self.backbone, name) and not takes(entry, name)]:
+                kwargs[names[0]] = kwargs.pop(name)
         # with a cache, transformers takes a row of several texts for one
         packed = self._is_packed({**dict(zip(names, args, strict=False)), **kwargs})
         if "past_key_values" not in kwargs and (self.headed or training or packed) and takes(entry, "use_cache"):
