@@ -61,9 +61,8 @@ class StackFacts:
         ends: whether the stack's own output is what came out of that norm, or of the last block if the stack has no
             norm.
         added: where the tokens of a text stand among the stack's. None: they cannot be told, and masks do not apply.
-        prefixes: of each stage, how many tokens stand before the grid in its input and behind its blocks, where the
-            grid is counted from the number of tokens. None: it is told by the model or by the family table, or there
-            is none.
+        prefixes: of each stage, how many tokens stand before the grid in its input and behind its blocks, where tokens
+            become fewer. None: as the family table says.
         linear: the names within the trunk of the blocks' linear maps that are called in a pass. None: not known.
         frames: the name within the trunk of the module that brings a mask of samples or frames to the tokens that are
             made of them. None: there is no such mask.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ TokenGrid = Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any], Tensor], 
 """Rows and columns of the tokens, from the model, the pass's inputs, a block's arguments and its hidden state."""
 
 MOST_PREFIX = 8
-"""Of the tokens that may stand before a grid that is counted (class and register tokens)."""
+"""Of the tokens that may stand before a grid (class and register tokens)."""
 
 
 def sides(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -36,6 +36,11 @@ def told_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hi
     told = call.get("input_dimensions") or call.get("feat_size") or (call.get("height"), call.get("width"))
     rows, columns = told
     return (rows, columns) if isinstance(rows, int) and isinstance(columns, int) else None
+
+
+def fits(grid: Grid | None, tokens: int) -> TypeGuard[Grid]:
+    """Whether a grid is that of so many tokens, with few before it. A block may be told the grid of its input alone."""
+    return grid is not None and 0 <= tokens - grid[0] * grid[1] <= MOST_PREFIX
 
 
 def counted_grid(image: tuple[int, int], tokens: int) -> Grid:

@@ -15,10 +15,13 @@ from transformers.utils import ModelOutput
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.facts import Added, Layout, as_tokens
 from sidestep.backbone.families import family_of, prefix_tokens
-from sidestep.backbone.grids import MOST_PREFIX, Grid, counted_grid, counted_prefix, sides
+from sidestep.backbone.grids import Grid, counted_grid, counted_prefix, fits, sides
 from sidestep.backbone.structure import Blocks, is_norm
 from sidestep.backbone.trunk import trunk_of
 from sidestep.backbone.watch import Call, Seen
+
+UNLIKE = 0.25
+"""By how much the first map of a stack may be longer or wider than the image. Rounding makes it so."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class StackPass:
         for states in self.states:
             told = [next(grids) for _ in states[1:]][-1]
             given, last = states[0].shape[1], states[-1].shape[1]
-            behind = counted_prefix(image, last) if told is None else last - told[0] * told[1]
+            behind = counted_prefix(image, last) if not fits(told, last) else last - told[0] * told[1]
             found.append((behind if given == last else counted_prefix(image, given), behind))
         return tuple(found)
 
@@ -266,17 +269,25 @@ def _layout(owner: str, states: Sequence[tuple[str, Tensor]], inputs: Inputs, ro
     if len(found) > 1:
         raise unfit(owner, f"its blocks hand on hidden states of several layouts ({', '.join(sorted(found))})")
     (layout,) = found
-    return _maps_layout(image, [hidden for _, hidden in states]) if layout == "grid" and image else layout
+    if layout != "grid" or image is None:
+        return layout
+    maps = _maps_layout(image, [hidden for _, hidden in states])
+    if maps is None:
+        name, hidden = states[0]
+        raise unfit(owner, f"for images of {image} its block {name} takes a tensor of shape {tuple(hidden.shape)}")
+    return maps
 
 
-def _maps_layout(image: tuple[int, int], maps: Sequence[Tensor]) -> Layout:
-    """Whether maps of four axes have their channels last or first: two of the axes are shaped as the image."""
+def _maps_layout(image: tuple[int, int], maps: Sequence[Tensor]) -> Layout | None:
+    """Whether maps of four axes have their channels last or first: two are shaped as the image. None: no two are."""
 
-    def unlike(first: int) -> float:
-        """Of all maps, because small ones look like either."""
-        return sum(abs(one.shape[first] * image[1] / (one.shape[first + 1] * image[0]) - 1) for one in maps)
+    def unlike(first: int) -> list[float]:
+        return [abs(one.shape[first] * image[1] / (one.shape[first + 1] * image[0]) - 1) for one in maps]
 
-    return "grid" if unlike(1) < unlike(2) else "channels"
+    last, front = unlike(1), unlike(2)
+    if sum(last) < sum(front):  # of all maps, because small ones look like either
+        return "grid" if last[0] <= UNLIKE else None
+    return "channels" if front[0] <= UNLIKE else None
 
 
 def _text_tokens(inputs: Inputs) -> int | None:
@@ -346,7 +357,7 @@ def read_stacks(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, rows: in
 
 
 def _check_grid(model: nn.Module, stack: StackPass) -> None:
-    """Raise where tokens become fewer, and no images are read, or stand on another grid than they are said to."""
+    """Raise where tokens become fewer, and no images are read, or stand on another grid than the family table says."""
     counts, grids = [state.shape[1] for states in stack.states for state in states], stack.grids(model)
     other = next((count for count in counts if count != counts[0]), None)
     if other is not None and sides(stack.seen.inputs) is None:
@@ -355,16 +366,13 @@ def _check_grid(model: nn.Module, stack: StackPass) -> None:
             f"the number of tokens changes from {counts[0]} to {other} between its blocks, and which of them become "
             "one is not known",
         )
-    most = MOST_PREFIX if other is not None else prefix_tokens(trunk_of(model), family_of(model))
-    for call, tokens, grid in zip(stack.calls, (n for states in stack.states for n in states[1:]), grids, strict=True):
-        if grid is None:
-            continue
-        before = tokens.shape[1] - grid[0] * grid[1]
-        if not 0 <= before <= most or (other is None and before != most):
+    prefix = prefix_tokens(trunk_of(model), family_of(model))
+    for call, grid in zip(stack.calls, grids, strict=True) if other is None else ():
+        if grid is not None and counts[0] != prefix + grid[0] * grid[1]:
             raise unfit(
                 stack.owner,
-                f"its block {call.name} gives {tokens.shape[1]} tokens, which are not {most} and a grid of "
-                f"{grid[0]} x {grid[1]}, as the model or the family table has it",
+                f"its block {call.name} gives {counts[0]} tokens. They are not {prefix} and a grid of {grid[0]} x "
+                f"{grid[1]}, as the family table has it",
             )
 
 

@@ -69,8 +69,8 @@ def _blocks(name: str, trunk: nn.Module, root: Named, family: Family, *, head: b
     containers = _block_lists(root[1], family, other_towers(trunk, root[1]) if reads_mixed(trunk) else ())
     if not containers:
         raise ValueError(
-            f"{type(trunk).__name__} holds no list of repeated blocks: Sidestep needs a Transformer (or a model "
-            "whose blocks stand in an nn.ModuleList or nn.Sequential), or a convolutional network"
+            f"{type(trunk).__name__} holds no list of repeated blocks. Sidestep needs a Transformer or a convolutional "
+            "network, or another model whose blocks stand in an nn.ModuleList or nn.Sequential"
         )
     if family.blocks is None and not _is_one_tower(containers):
         raise ValueError(
@@ -101,7 +101,11 @@ def _other_lists(trunk: nn.Module, root: nn.Module) -> list[dict[str, nn.Module]
     First all that stand in one module, as its stages, then each alone, the largest first. Lists that were found, but do
     not do, have to lie within such a list. Or they are of several towers, of which one reads the model's own input.
     """
-    lists = {path: module for path, module in _lists(root).items() if len(module) > 1}
+    lists = {
+        path: module
+        for path, module in _lists(root).items()
+        if len(module) > 1 and all(any(True for _ in child.children()) for child in module)
+    }
     towers = _block_lists(root, DEFAULT)
     own = _block_lists(root, DEFAULT, other_towers(trunk, root))
     if not _is_one_tower(towers) and own and _is_one_tower(own):

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sidestep.backbone import Facts, StackFacts, as_given, as_tokens
 from sidestep.backbone.facts import FRAMES
 from sidestep.backbone.families import Pool
-from sidestep.backbone.grids import TokenGrid, counted_grid, sides
+from sidestep.backbone.grids import TokenGrid, counted_grid, fits, sides
 from sidestep.fold.caches import SideCache, claim
 from sidestep.fold.deferred import Ended, SecondStrand
 from sidestep.fold.group import GroupStrand
@@ -369,10 +369,10 @@ class Fold:
         if hidden.ndim == 4:
             rows, columns = hidden.shape[2:] if facts.layout == "channels" else hidden.shape[1:3]
             return rows, columns
-        grid = self.grid(self.trunk, inputs, call, hidden)
-        if grid is None and facts.prefixes is not None and (image := sides(inputs)) is not None:
-            return counted_grid(image, hidden.shape[1] - prefix)
-        return grid
+        grid, image = self.grid(self.trunk, inputs, call, hidden), sides(inputs)
+        if facts.prefixes is None or image is None or fits(grid, hidden.shape[1]):
+            return grid
+        return counted_grid(image, hidden.shape[1] - prefix)
 
     def _memory_keep(self, carried: Tensor | None, mask: Any) -> Tensor | None:
         """Which of the encoder's tokens are real, as the method carries them."""

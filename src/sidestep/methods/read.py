@@ -118,8 +118,9 @@ class Recurrence(nn.Module):
 
 @dataclass(frozen=True)
 class ReadState:
-    """What travels along a stack: the state, the sum of all states, the encoder's states, and the present grid with the
-    number of tokens before it.
+    """What travels along a stack.
+
+    These are the state, the sum of all states, the encoder's states, and the present grid with the tokens before it.
     """
 
     hidden: Tensor | None = None
