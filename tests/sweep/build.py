@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from sweep.catalogue import ModelType
-from sweep.configs import tiny_fields
+from sweep.configs import IDS, tiny_fields
 
 LABELS = 3
 LARGEST = 350_000_000
@@ -46,6 +46,8 @@ def _transformers_model(kind: ModelType) -> nn.Module:
     config = config_class(**tiny_fields(config_class))
     if kind.auto.endswith("Classification"):
         config.num_labels = LABELS
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = IDS["decoder_start_token_id"]
     config.architectures = config.architectures or []  # some classes look into it
     model: nn.Module = getattr(transformers, kind.auto).from_config(config).float()
     if (size := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:

@@ -111,7 +111,10 @@ STAGES: tuple[tuple[str, list[int]], ...] = (
     (r"num_heads|num_attention_heads|heads", [1, 2, 4, 8]),
 )
 """The same for lists with one entry a stage."""
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "padding_idx": 0}
+IDS: dict[str, int | None] = {
+    **{"pad_token_id": 0, "padding_idx": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    **{"forced_bos_token_id": None, "forced_eos_token_id": None},
+}
 PLACEHOLDER = r".*token_(id|index)|.*_token_ids?|.*_index"
 """Fields with the id of a token that stands for something else than a word."""
 MAY_BE_NONE = r"(encoder|decoder)_num_key_value_heads|sliding_window|n_inner|image_size|hidden_size_per_layer_input"

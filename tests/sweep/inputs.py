@@ -27,7 +27,10 @@ IMAGE_COUNTS = (4, 16, 17, 1)
 IMAGE_IDS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
 PARTS = ("vision_config", "backbone_config", "audio_config", "encoder")
 """Where a config has its parts for images and sounds."""
-NAMED = ("attention_mask", "token_type_ids", "mm_token_type_ids", "pixel_attention_mask", "pixel_mask", "image_sizes")
+NAMED = (
+    *("attention_mask", "token_type_ids", "mm_token_type_ids", "qformer_input_ids"),
+    *("pixel_attention_mask", "pixel_mask", "image_sizes"),
+)
 """What a model is given only where it names it, though it takes any keyword."""
 
 
