@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 import sidestep as ss
 from sidestep.interface.registry import Method
 from sweep.behaviour import LAWS, apart
 from sweep.build import LABELS
+from sweep.catalogue import Group
 from sweep.inputs import Batch, call
 from sweep.limits import TooLong
 from sweep.methods import config_of
@@ -77,7 +78,7 @@ def _try(attached: ss.SideModel, subject: Subject, use: Use, found: Outcome) -> 
     try:
         found.stage = "head"
         if not use.own:
-            check_head(attached, use.batch)
+            check_head(attached, subject.kind.group, use.batch)
         found.stage = "training"
         check_training(attached, use)
         _randomise(attached)
@@ -113,7 +114,7 @@ def _is_ours(frame: traceback.FrameSummary) -> bool:
 # --- the checks -------------------------------------------------------------------------------------------------------
 
 
-def check_head(attached: ss.SideModel, batch: Batch) -> None:
+def check_head(attached: ss.SideModel, group: Group, batch: Batch) -> None:
     """Whether the head reads the model's last hidden state, or one token of it, before anything is learned.
 
     Raises:
@@ -122,7 +123,8 @@ def check_head(attached: ss.SideModel, batch: Batch) -> None:
     record: Method = attached.record
     if not getattr(record.implementation, "starts_as_identity", True):
         return
-    with _watched(attached) as seen:
+    trunk: Any = attached.trunk
+    with _watched(attached, trunk.get_decoder() if group == "vlm" else trunk) as seen:
         call(attached.eval(), batch)
     reading, out = seen["reading"].hidden, seen["output"]
     last = out.get("last_hidden_state") if isinstance(out, ModelOutput) else None
@@ -136,13 +138,13 @@ def check_head(attached: ss.SideModel, batch: Batch) -> None:
 
 
 @contextmanager
-def _watched(attached: ss.SideModel) -> Iterator[dict[str, Any]]:
-    """What the head is given, and what the trunk gives."""
+def _watched(attached: ss.SideModel, reads: nn.Module) -> Iterator[dict[str, Any]]:
+    """What the head is given, and what the model gives that it reads."""
     seen: dict[str, Any] = {}
     assert attached.head is not None
     handles = [
         attached.head.register_forward_pre_hook(lambda module, args: seen.update(reading=args[0])),
-        attached.trunk.register_forward_hook(lambda module, args, out: seen.update(output=out)),
+        reads.register_forward_hook(lambda module, args, out: seen.update(output=out)),
     ]
     try:
         yield seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ RULES: tuple[tuple[float, tuple[str, ...]], ...] = (
     (8, (r"(mamba_)?n_heads|mamba_num_heads",)),
     (1, (r"mamba_n_groups|n_groups",)),
     (64, (r"max_2d_position_embeddings|num_position_embeddings",)),
+    (0.1, (r"initializer_range|init_std",)),
     (2, (r"temporal_patch_size",)),
     (0, (r"num_mtp_layers|num_nextn_predict_layers|mtp_num_hidden_layers",)),
     (0.0, (r"(.*_)?layerdrop",)),
@@ -121,7 +123,22 @@ MAY_BE_NONE = r"(encoder|decoder)_num_key_value_heads|sliding_window|n_inner|ima
 """Fields whose None has a meaning of its own."""
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
 
+RESNET = {
+    **{"model_type": "resnet", "layer_type": "basic", "out_features": ["stage4"]},
+    **{"embedding_size": 8, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]},
+}
+
 OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"), {"backbone_config": RESNET}
+    ),
+    "chameleon": {"vocabulary_map": {"<image>": 130}},
+    "emu3": {"vocabulary_map": {"<image>": 130, "<|extra_200|>": 131}},
+    "cosmos3_edge_text": {"rope_parameters": {**ROPE, "mrope_section": [3, 3, 2]}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {**ROPE, "mrope_section": [3, 3, 2]}}},
+    "bit": {"num_groups": 4},
+    "efficientnet": {"hidden_dim": 2560},
+    "textnet": {"hidden_sizes": [64, 64, 128, 256, 512]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "qwen3_next": {"num_hidden_layers": 4},
     "qwen3_5_text": {"num_hidden_layers": 4},
@@ -176,7 +193,8 @@ def tiny_fields(kind: type[PreTrainedConfig], depth: int = 0) -> dict[str, Any]:
         elif type(value) is int and value >= 0 and re.fullmatch(PLACEHOLDER, name):
             tiny[name] = next(special)
         else:
-            tiny |= {name: small for small in _smaller(name, value, staged=staged)}
+            for small in _smaller(name, value, staged=staged):
+                tiny[name] = small
     if staged:
         whole = {"image_size": STAGED_IMAGE, "embed_dim": 16, "window_size": 2}
         tiny |= {name: size for name, size in whole.items() if type(defaults.get(name)) is int}
@@ -196,10 +214,12 @@ def _defaults(kind: type[PreTrainedConfig]) -> dict[str, Any]:
         made = kind()
     except Exception:  # some have no default
         made = None
-    return {field.name: getattr(made, field.name, _default(field)) for field in fields(kind)}
+    return {field.name: _default(field, made) for field in fields(kind)}
 
 
-def _default(field: Field[Any]) -> Any:
+def _default(field: Field[Any], made: PreTrainedConfig | None) -> Any:
+    with suppress(Exception):  # where layers differ in a field, transformers gives an error of its own
+        return getattr(made, field.name)
     if field.default_factory is not MISSING:
         return field.default_factory()
     return None if field.default is MISSING else field.default

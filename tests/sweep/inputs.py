@@ -25,13 +25,8 @@ CELLS = 4
 IMAGE_COUNTS = (4, 16, 17, 1)
 """How many tokens may stand for an image, where the model does not say."""
 IMAGE_IDS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
-PARTS = ("vision_config", "backbone_config", "audio_config", "encoder")
+PARTS = ("vision_config", "backbone_config", "audio_config", "encoder", "encoder_config")
 """Where a config has its parts for images and sounds."""
-NAMED = (
-    *("attention_mask", "token_type_ids", "mm_token_type_ids", "qformer_input_ids"),
-    *("pixel_attention_mask", "pixel_mask", "image_sizes"),
-)
-"""What a model is given only where it names it, though it takes any keyword."""
 
 
 class NoBatch(Exception):
@@ -86,11 +81,7 @@ def _arguments(model: nn.Module) -> dict[str, inspect.Parameter]:
 
 
 def _takes(model: nn.Module, name: str) -> bool:
-    if not isinstance(model, PreTrainedModel):
-        return True
-    arguments = _arguments(model)
-    any_keyword = any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments.values())
-    return name in arguments or (any_keyword and name not in NAMED)
+    return not isinstance(model, PreTrainedModel) or name in _arguments(model)
 
 
 # --- what is tried ----------------------------------------------------------------------------------------------------
@@ -99,7 +90,9 @@ def _takes(model: nn.Module, name: str) -> bool:
 def _candidates(model: Any, group: Group) -> Iterator[Batch]:
     """Batches without labels, the likeliest first."""
     if group == "timm":
-        yield from ({"pixel_values": _noise(ROWS, 3, side, side)} for side in (112, model.default_cfg["input_size"][-1]))
+        yield from (
+            {"pixel_values": _noise(ROWS, 3, side, side)} for side in (112, model.default_cfg["input_size"][-1])
+        )
         return
     config, arguments = model.config, _arguments(model)
     words = text(config.get_text_config())
@@ -108,14 +101,14 @@ def _candidates(model: Any, group: Group) -> Iterator[Batch]:
         yield from ({**batch, **target} for batch in _texts(words, config))
     if group == "vision":
         yield from _images(config)
-        yield from ({"inputs": image["pixel_values"]} for image in _images(config))
+        yield {"inputs": next(_images(config))["pixel_values"]}
         yield {"input_ids": torch.randint(0, max(ORDINARY), (ROWS, 16), generator=_random())}
         yield from ({**words, **image} for image in _images(config))
     if group == "audio" or hasattr(config, "audio_config"):
         for sound in _sounds(config):
             yield {**sound, **target}
             if "input_ids" in arguments:
-                yield {**words, **sound}
+                yield {**sound, **words}
     if group == "vlm":
         yield from ({**batch, **target} for batch in _texts_about_images(model, words))
 
@@ -162,10 +155,11 @@ def _texts_about_images(model: Any, words: Batch) -> Iterator[Batch]:
                 **image,
                 "mm_token_type_ids": types,
                 "token_type_ids": types,
+                "image_embeds_position_mask": types,
                 "qformer_input_ids": words["input_ids"],
             }
     yield from ({**words, **image} for image in _images(config))
-    yield words
+    yield from _texts(words, config)
 
 
 def _image_counts(model: Any, image: Batch) -> tuple[int, ...]:
@@ -208,7 +202,9 @@ def _images(config: PreTrainedConfig) -> Iterator[Batch]:
         "spatial_shapes": grid,
     }
     yield {"pixel_values": image, "pixel_mask": torch.ones(ROWS, high, wide, dtype=torch.long)}
-    yield {"pixel_values": _noise(ROWS, _field(config, "num_frames") or 2, channels, high, wide)}
+    video = _noise(ROWS, _field(config, "num_frames") or 2, channels, high, wide)
+    yield {"pixel_values": video}
+    yield {"pixel_values_videos": video}
 
 
 def _sounds(config: PreTrainedConfig) -> Iterator[Batch]:

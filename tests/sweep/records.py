@@ -69,7 +69,13 @@ def in_child(kind: ModelType, names: Sequence[str]) -> Record:
         record["ended"] = f"status {status}"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "timm": timm.__version__}
     date = time.strftime("%Y-%m-%d")
-    return {**record, "seconds": round(time.perf_counter() - start, 1), "date": date, **versions, "sidestep": ss.__version__}
+    return {
+        **record,
+        "seconds": round(time.perf_counter() - start, 1),
+        "date": date,
+        **versions,
+        "sidestep": ss.__version__,
+    }
 
 
 def _work(kind: ModelType, names: Sequence[str], write: int) -> None:

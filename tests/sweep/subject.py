@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from sweep.catalogue import ModelType
 from sweep.inputs import ROWS, Batch, call, pad_id, runnable, tensors
 
 EXACT = 1e-5
-"""Up to which share of its largest output the bare model counts as one that keeps a law. It is some float32 rounding."""
+"""Up to which share of its largest output the bare model counts as one that keeps a law: some rounding of float32."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Subject:
         batch = runnable(self.model, kind.group)
         inner = runnable(trunk_of(self.model), kind.group, batch)
         self.uses = [Use(False, inner, torch.arange(ROWS) % LABELS, self._kept(trunk_of(self.model), inner, own=False))]
-        if kind.writes and "labels" in inspect.signature(type(self.model).forward).parameters:
+        if kind.writes and _learns(self.model, batch):
             kept = self._kept(self.model, batch, own=True)
             self.uses.append(Use(True, batch, _next_tokens(batch), kept))
         self._batch, self._before, self._weights = batch, tensors(call(self.model, batch)), _copies(self.model)
@@ -79,9 +78,16 @@ class Subject:
 
     def is_as_before(self) -> bool:
         """Whether the model's outputs and weights are what they were, bit for bit."""
-        return _same(tensors(call(self.model, self._batch)), self._before) and _same(
-            _copies(self.model), self._weights
-        )
+        return _same(tensors(call(self.model, self._batch)), self._before) and _same(_copies(self.model), self._weights)
+
+
+@torch.no_grad()
+def _learns(model: Any, batch: Batch) -> bool:
+    """Whether the bare model takes labels and gives a loss."""
+    try:
+        return bool(model(**batch, labels=_next_tokens(batch)).loss.isfinite())
+    except Exception:  # some write, but their classes have no loss, or one that does not run
+        return False
 
 
 def _next_tokens(batch: Batch) -> Tensor:
