@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
-from typing import Any
 
 import timm
 import torch
@@ -13,13 +12,15 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from sweep.catalogue import ModelType
-from sweep.configs import IDS, tiny_fields
+from sweep.configs import IDS, LAYERS, tiny_fields
 
 LABELS = 3
 LARGEST = 350_000_000
 """Parameters of a model that the rules did not make small."""
-TIMM_SIZES: tuple[dict[str, Any], ...] = ({"img_size": 112, "depth": 3}, {"img_size": 112}, {"depth": 3}, {})
-"""Options of timm models, of which the first is taken that a model knows."""
+PLAIN = ("vit_", "deit", "beit", "eva02", "naflexvit", "samvit", "cait", "mixer")
+"""How the names of those timm models begin that may have fewer blocks."""
+SMALL_IMAGE = 112
+"""Side of the images of timm models that are not bound to their own size."""
 
 
 class TooLarge(Exception):
@@ -56,10 +57,13 @@ def _transformers_model(kind: ModelType) -> nn.Module:
 
 
 def _timm_model(name: str) -> nn.Module:
-    for sizes in TIMM_SIZES[:-1]:
-        with suppress(Exception):  # each design has its own complaint about options that it does not know
-            return timm.create_model(name, num_classes=LABELS, **sizes)
-    return timm.create_model(name, num_classes=LABELS)
+    depth = {"depth": LAYERS} if name.startswith(PLAIN) else {}
+    with suppress(Exception):  # many designs know no other size, or do not run on it
+        small = timm.create_model(name, num_classes=LABELS, img_size=SMALL_IMAGE, **depth).eval()
+        with torch.no_grad():
+            small(torch.zeros(1, 3, SMALL_IMAGE, SMALL_IMAGE))
+        return small
+    return timm.create_model(name, num_classes=LABELS, **depth)
 
 
 @torch.no_grad()

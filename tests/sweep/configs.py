@@ -123,15 +123,14 @@ MAY_BE_NONE = r"(encoder|decoder)_num_key_value_heads|sliding_window|n_inner|ima
 """Fields whose None has a meaning of its own."""
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
 
-RESNET = {
+DETECTORS = ("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer")
+RESNET: dict[str, Any] = {
     **{"model_type": "resnet", "layer_type": "basic", "out_features": ["stage4"]},
     **{"embedding_size": 8, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]},
 }
 
 OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"), {"backbone_config": RESNET}
-    ),
+    **{kind: {"backbone_config": RESNET} for kind in DETECTORS},
     "chameleon": {"vocabulary_map": {"<image>": 130}},
     "emu3": {"vocabulary_map": {"<image>": 130, "<|extra_200|>": 131}},
     "cosmos3_edge_text": {"rope_parameters": {**ROPE, "mrope_section": [3, 3, 2]}},
@@ -164,7 +163,7 @@ OWN: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False},
     "lilt": {"hidden_size": 96},
     "xmod": {"default_language": "en_XX"},
-    "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "swin2sr": {"image_size": 16},
     "step3p7_text": {"sliding_window": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": None, "activation_sparsity_pattern": None},

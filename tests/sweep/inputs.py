@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 import sidestep as ss
 from sidestep.backbone import trunk_of
+from sweep.build import SMALL_IMAGE
 from sweep.catalogue import Group
 from sweep.configs import ORDINARY
 
@@ -90,9 +91,8 @@ def _takes(model: nn.Module, name: str) -> bool:
 def _candidates(model: Any, group: Group) -> Iterator[Batch]:
     """Batches without labels, the likeliest first."""
     if group == "timm":
-        yield from (
-            {"pixel_values": _noise(ROWS, 3, side, side)} for side in (112, model.default_cfg["input_size"][-1])
-        )
+        for side in (SMALL_IMAGE, model.default_cfg["input_size"][-1]):
+            yield {"pixel_values": _noise(ROWS, 3, side, side)}
         return
     config, arguments = model.config, _arguments(model)
     words = text(config.get_text_config())
@@ -145,11 +145,12 @@ def _texts(words: Batch, config: PreTrainedConfig) -> Iterator[Batch]:
 
 def _texts_about_images(model: Any, words: Batch) -> Iterator[Batch]:
     config = model.config
-    image_id = next((found for name in IMAGE_IDS if isinstance(found := getattr(config, name, None), int)), None)
-    for image in _images(config):
-        for count in _image_counts(model, image) if image_id is not None else ():
+    named = (getattr(config, name, None) for name in IMAGE_IDS)
+    image_id: Any = next((found for found in named if isinstance(found, int)), None)
+    for image in _images(config) if image_id is not None else ():
+        for count in _image_counts(model, image):
             joined = text(config.get_text_config(), count, image_id)
-            types = (joined["input_ids"] == image_id).long()
+            types = joined["input_ids"].eq(image_id).long()
             yield {
                 **joined,
                 **image,

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import sidestep as ss
+from sidestep.backbone import facts_of
 from sweep.catalogue import ModelType
 from sweep.checks import outcome
 from sweep.limits import TooLong, time_limit
@@ -49,6 +50,8 @@ def tried(kind: ModelType, names: Sequence[str]) -> Iterator[Record]:
             with time_limit(TRYING):
                 found = outcome(subject, subject.uses[number], name)
             yield {"methods": {name + OWN * use.own: found.to_dict()}}
+            if name == names[0] and not use.own and found.verdict != "refused":
+                yield {"facts": facts_of(subject.model).source}
             if found.verdict in ("fails", "wrong"):  # who knows what is left of it
                 subject = Subject(kind)
 

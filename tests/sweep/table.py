@@ -18,7 +18,9 @@ WORST_FIRST = ("wrong", "fails", "refused", "works")
 SHOWN = ("works", "refused", "fails", "wrong")
 REASONS = (
     r"cannot be folded over: (.*?)\. Sidestep needs",
-    r"(.*): attach to one of them",
+    r"(several towers of blocks)",
+    r"(holds no list of repeated blocks)",
+    r"a \w+ head does not work on \w+: it (.*?)\. So this",
     r"does not work on \w+: (.*)",
 )
 """Where the reason stands in a message."""
@@ -48,8 +50,8 @@ def section(records: Mapping[str, Record]) -> str:
         _table(["law", "method", "kept", "refused", "broken"], _by_law(built, names)),
         "Which methods work on which types:\n",
         _table(["methods that work", "types"], _by_methods(built, names)),
-        "Why methods are refused:\n",
-        _table(["reason", "methods", "types"], _by_reason(built)),
+        "What does not work, and why:\n",
+        _table(["verdict", "reason", "methods", "types"], _by_reason(built)),
         _unbuilt(records.values()),
     ]
     return "\n".join(part for part in parts if part)
@@ -110,26 +112,25 @@ def _by_methods(built: list[Record], names: list[str]) -> Iterator[list[str]]:
 
 
 def _by_reason(built: list[Record]) -> Iterator[list[str]]:
-    refused: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    """Rows of types that the same methods do not work on, for the same reason."""
+    of_types: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     for record in built:
         for name, result in record["methods"].items():
-            if result["verdict"] == "refused":
-                refused[reason(result["why"])][record["type"]].add(name.removesuffix(OWN))
-    rows: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
-    for why, types in refused.items():
-        for name, found in types.items():
-            rows[why, tuple(sorted(found, key=_order))].append(name)
-    for (why, found), names in sorted(rows.items(), key=lambda item: -len(item[1])):
-        yield [why, ", ".join(map(_title, found)), _listed(names)]
+            if (verdict := result["verdict"]) != "works":
+                of_types[verdict, reason(result["why"]), record["type"]].add(name.removesuffix(OWN))
+    rows: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
+    for (verdict, why, name), found in of_types.items():
+        rows[verdict, why, tuple(sorted(found, key=_order))].append(name)
+    for (verdict, why, tried), names in sorted(rows.items(), key=lambda row: (SHOWN.index(row[0][0]), -len(row[1]))):
+        yield [verdict, why, ", ".join(map(_title, tried)), _listed(names)]
 
 
 def reason(message: str) -> str:
-    """What a refusal says, without the names and numbers of one model."""
+    """What a message says, without the names and numbers of one model."""
     why = next((match[1] for pattern in REASONS if (match := re.search(pattern, message))), message)
-    why = re.sub(r"\([a-z_]\w*\.[^()]*\)", "(...)", why)  # the names of lists
-    why = re.sub(r"\b(?=[a-z_.\d]*\d)[a-z_]+(\.\w+)+", "...", why)  # and of blocks
+    why = re.sub(r"\b(?=[a-z_.\d]*\d)[a-z_]+(\.\w+)+", "...", why)  # the names of blocks
     why = re.sub(r"\b[A-Z]\w+(Model|ForConditionalGeneration|Encoder|Decoder)\b", "the model", why)
-    return re.sub(r"\d+", "n", why).replace("|", "\\|")
+    return re.sub(r"\d+(\.\d+)?", "n", why).replace("|", "\\|")
 
 
 def _unbuilt(records: Iterable[Record]) -> str:
@@ -144,8 +145,8 @@ def _listed(names: list[str]) -> str:
 
 
 def _table(titles: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [f"| {' | '.join(line)} |\n" for line in (titles, *rows)]
+    return "".join([lines[0], "|---" * len(titles), "|\n", *lines[1:]])
 
 
 def _order(name: str) -> tuple[bool, str]:
