@@ -28,6 +28,8 @@ CLOSE = 1e-4
 """Up to which share of its largest output an attached model counts as one that keeps a law."""
 STEPS, RATE, NOISE = 2, 1e-2, 0.1
 """Training steps, their learning rate, and the noise on what is trained before the laws are tried."""
+MOST_CHARACTERS = 600
+"""Of a message that is kept."""
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Outcome:
         verdict: "works". "refused": `attach` gave a reason. "fails": anything else was raised. "wrong": nothing was
             raised, but a check failed.
         why: the message.
-        stage: what was being done.
+        stage: what was done last.
         where: the last lines of Sidestep and of anybody in the traceback.
         laws: of each law that the bare model keeps, "kept", how far the attached model is from it, or the refusal.
     """
@@ -51,7 +53,8 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that say something."""
-        return {name: value for name, value in asdict(self).items() if value}
+        shown = asdict(self) if self.verdict != "works" else {"verdict": self.verdict, "laws": self.laws}
+        return {name: value for name, value in shown.items() if value}
 
 
 class Wrong(Exception):
@@ -59,16 +62,21 @@ class Wrong(Exception):
 
 
 def outcome(subject: Subject, use: Use, name: str) -> Outcome:
-    """Attach a method, train it, hold it to the laws that the bare model keeps, and detach it."""
+    """Attach a method, train it, hold it to the laws that the bare model keeps, and detach it.
+
+    The backbone has to be as before then, also where the method was refused.
+    """
     torch.manual_seed(0)
-    found = Outcome(stage="attach")
+    found, attached = Outcome(stage="attach"), None
     try:
         attached = ss.attach(subject.model, config_of(name), head=None if use.own else ss.Classify(num_labels=LABELS))
     except (Exception, TooLong) as error:
         _note(found, error, "refused" if _is_refusal(error) else "fails")
-        return found
     try:
-        _try(attached, subject, use, found)
+        if attached is not None:
+            _try(attached, subject, use, found)
+        if not subject.is_as_before():
+            raise Wrong("the backbone is not what it was before")
     except (Exception, TooLong) as error:
         _note(found, error, "wrong" if isinstance(error, Wrong) else "fails")
     return found
@@ -88,17 +96,14 @@ def _try(attached: ss.SideModel, subject: Subject, use: Use, found: Outcome) -> 
     finally:
         ss.detach(attached)
     found.stage = "detach"
-    if not subject.is_as_before():
-        raise Wrong("the detached backbone is not what it was before")
-    found.stage = ""
 
 
 def _note(found: Outcome, error: BaseException, verdict: Verdict) -> None:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if _is_ours(frame)]
-    found.verdict = verdict
-    found.why = " ".join(str(error).split()) if verdict in ("refused", "wrong") else f"{type(error).__name__}: {error}"
+    found.verdict, found.why = verdict, " ".join(str(error).split())[:MOST_CHARACTERS]
     if verdict == "fails":
+        found.why = f"{type(error).__name__}: {found.why}"
         found.where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in (*ours[-1:], *frames[-1:])]
 
 
