@@ -155,7 +155,9 @@ def test_results_are_resumed_and_redone(tmp_path: Path) -> None:
 
 def test_a_child_that_dies_leaves_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sweep.records.ALL", 0.01)
-    assert in_child(catalogue()["bert"], ["read"])["ended"]
+    record = in_child(catalogue()["bert"], ["read"])
+    assert record["unbuildable"] == "the process ended with status 9"
+    assert record["methods"] == {}
 
 
 def test_unknown_types_and_groups_are_errors() -> None:

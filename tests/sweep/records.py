@@ -68,7 +68,9 @@ def in_child(kind: ModelType, names: Sequence[str]) -> Record:
         record = merged(record, json.loads(line))
     _, status, used = os.wait4(child, 0)
     if status:
-        record["ended"] = f"status {status}"
+        why = f"the process ended with status {status}"
+        cut_off = {name: {"verdict": "fails", "why": why} for name in names if name not in record["methods"]}
+        record = merged(record, {"methods": cut_off} if "model" in record else {"unbuildable": why})
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "timm": timm.__version__}
     date = time.strftime("%Y-%m-%d")
     return {
@@ -108,7 +110,7 @@ def _lines(read: int, child: int) -> Iterator[str]:
 
 def merged(old: Record, new: Record) -> Record:
     """A record with what was found later."""
-    old = {name: value for name, value in old.items() if name not in ("unbuildable", "ended")}
+    old = {name: value for name, value in old.items() if name != "unbuildable"}
     return {**old, **new, "methods": {**old.get("methods", {}), **new.get("methods", {})}}
 
 
