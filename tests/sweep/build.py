@@ -68,11 +68,18 @@ def _timm_model(name: str) -> nn.Module:
 
 @torch.no_grad()
 def _randomise(model: nn.Module) -> None:
-    """Random biases, norms and running statistics, and finite numbers where a class leaves memory as it finds it."""
+    """Random biases, norms and running statistics, and finite numbers where a class leaves memory as it finds it.
+
+    Maps that begin at zero are random too (NeoMME), because behind them nothing would have a gradient.
+    """
     for parameter in model.parameters():
         if not parameter.is_floating_point() or not parameter.numel():
             continue
-        if not parameter.isfinite().all() or parameter.abs().max() > 1e3:
+        if (
+            not parameter.isfinite().all()
+            or parameter.abs().max() > 1e3
+            or (parameter.ndim > 1 and not parameter.any())
+        ):
             parameter.normal_(std=0.02)
         if parameter.ndim == 1:
             parameter.add_(0.1 * torch.randn_like(parameter))

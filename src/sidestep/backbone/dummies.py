@@ -264,8 +264,9 @@ def _ids(config: PreTrainedConfig) -> Iterator[int]:
 
 
 def _field(config: Any, name: str) -> Any:
-    """A field of a config or of its part for images, or None where neither has it."""
-    for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
+    """A field of a config or of a part of it, that for images first, or None where none has it."""
+    others = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)] if config else []
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None), *others):
         if (value := getattr(part, name, None)) is not None:
             return value
     return None

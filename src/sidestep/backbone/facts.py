@@ -60,6 +60,7 @@ class StackFacts:
         norm: the name of the final norm within the trunk, or None if there is no such norm.
         ends: whether the stack's own output is what came out of that norm, or of the last block if the stack has no
             norm.
+        mixed: whether the model mixes the last block's output with earlier ones on the way to that norm.
         added: where the tokens of a text stand among the stack's. None: they cannot be told, and masks do not apply.
         prefixes: of each stage, how many tokens stand before the grid in its input and behind its blocks, where tokens
             become fewer. None: as the family table says.
@@ -77,6 +78,7 @@ class StackFacts:
     spatial: bool = False
     norm: str | None
     ends: bool = True
+    mixed: bool = False
     added: Added | None = None
     prefixes: tuple[tuple[int, int], ...] | None = None
     linear: frozenset[str] | None = field(default=None, repr=False)

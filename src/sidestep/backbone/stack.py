@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,14 @@ from sidestep.backbone.watch import Call, Seen
 
 UNLIKE = 0.25
 """By how much the first map of a stack may be longer or wider than the image. Rounding makes it so."""
+
+
+class Ending(NamedTuple):
+    """The fields of `StackFacts` of these names."""
+
+    norm: str | None
+    ends: bool
+    mixed: bool
 
 
 @dataclass(frozen=True)
@@ -132,8 +140,8 @@ class StackPass:
             found.append((behind if given == last else counted_prefix(image, given), behind))
         return tuple(found)
 
-    def ending(self, added: Added | None, tokens: int) -> tuple[str | None, bool]:
-        """The final norm's name, if there is one, and whether the stack's own output is what came out of that place.
+    def ending(self, added: Added | None, tokens: int) -> Ending:
+        """Where the stack ends.
 
         The norm takes the last block's output in, and gives the stack's own output. A model may mix its last block's
         output with earlier ones before the norm. Then the norm is the one that gives the stack's own output.
@@ -141,7 +149,7 @@ class StackPass:
         states = _views(self._given(self.calls[-1]), self.layout, added, tokens)
         outputs = [] if self.output is None else _views(self.output, self.layout, None, tokens)
         if _meet(states, outputs):
-            return None, True
+            return Ending(None, True, False)
         if self.output is not None and self.output.ndim == 4 and states[-1].ndim == 3:
             outputs = []  # maps that something behind makes of the tokens
         behind = self.seen.calls[1 + self.seen.calls.index(self.calls[-1]) :]
@@ -149,8 +157,8 @@ class StackPass:
         fed = [call for call in norms if _meet(states, [call.given])]
         for call in fed if not outputs else (*fed, *norms):
             if not outputs or _meet(_views(call.output, self.layout, added, tokens), outputs):
-                return call.name, True
-        return None, not outputs
+                return Ending(call.name, True, call not in fed)
+        return Ending(None, not outputs, False)
 
     def _is_norm(self, call: Call) -> bool:
         root, module = self.blocks.root
@@ -285,9 +293,10 @@ def _maps_layout(image: tuple[int, int], maps: Sequence[Tensor]) -> Layout | Non
         return [abs(one.shape[first] * image[1] / (one.shape[first + 1] * image[0]) - 1) for one in maps]
 
     last, front = unlike(1), unlike(2)
-    if sum(last) < sum(front):  # of all maps, because small ones look like either
-        return "grid" if last[0] <= UNLIKE else None
-    return "channels" if front[0] <= UNLIKE else None
+    better, other = (last, front) if sum(last) < sum(front) else (front, last)  # small ones look like either
+    if better[0] > UNLIKE or any(a > UNLIKE >= b for a, b in zip(better, other, strict=True)):
+        return None
+    return "grid" if better is last else "channels"
 
 
 def _text_tokens(inputs: Inputs) -> int | None:

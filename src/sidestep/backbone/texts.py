@@ -214,12 +214,12 @@ class TextPass:
         return max(found)
 
 
-def caches(trunk: nn.Module, output: Any) -> tuple[str, ...]:
-    """What a model may return under a name that it takes again: its memory of the tokens so far."""
-    if not isinstance(output, ModelOutput):
+def caches(trunk: nn.Module, seen: Seen) -> tuple[str, ...]:
+    """What a model may return under a name that it takes again, and is none of its inputs: its memory of earlier tokens."""
+    if not isinstance(seen.output, ModelOutput):
         return ()
-    names = [field.name for field in fields(output) if not field.name.endswith("hidden_states")]
-    return tuple(name for name in names if name in argument_names(trunk))
+    names = [field.name for field in fields(seen.output) if not field.name.endswith("hidden_states")]
+    return tuple(name for name in names if name in argument_names(trunk) and name not in (*seen.inputs, "labels"))
 
 
 def said(model: nn.Module, stack: StackPass) -> Causal:

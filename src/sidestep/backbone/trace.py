@@ -94,7 +94,7 @@ def _of_texts(passed: TextPass) -> Facts:
     added = passed.added()
     stacks = _named(passed.model, passed.stacks, passed.causal(added), added, len(passed.text))
     padding, left = passed.padding(added)
-    names = caches(trunk_of(passed.model), passed.seen.output)
+    names = caches(trunk_of(passed.model), passed.seen)
     found = Facts(source="traced", stacks=stacks, padding=padding, left=left, caches=names)
     return replace(found, packs=found.is_causal and packs(passed.model))
 
@@ -111,7 +111,7 @@ def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
     named = _named(model, stacks, causal, [None] * len(stacks), 0)
     first = next(iter(named))
     named[first] = replace(named[first], frames=frames)
-    return Facts(source="traced", stacks=named, caches=caches(trunk_of(model), seen.output))
+    return Facts(source="traced", stacks=named, caches=caches(trunk_of(model), seen))
 
 
 def _named(
@@ -124,7 +124,7 @@ def _named(
     """The facts of stacks by name, where a lone stack is a decoder if it is causal."""
     found: dict[str, StackFacts] = {}
     for stack, sees, place in zip(stacks, causal, added, strict=True):
-        norm, ends = stack.ending(place, tokens)
+        ending = stack.ending(place, tokens)
         prefixes = stack.prefixes(model)
         name = "decoder" if len(stacks) == 1 and sees != "no" else stack.blocks.name
         found[name] = StackFacts(
@@ -135,8 +135,9 @@ def _named(
             widths=stack.widths,
             reshapes=stack.reshapes,
             spatial=stack.layout in ("grid", "channels") or any(stack.grids(model)) or prefixes is not None,
-            norm=norm,
-            ends=ends,
+            norm=ending.norm,
+            ends=ending.ends,
+            mixed=ending.mixed,
             added=place,
             prefixes=prefixes,
             linear=stack.seen.linear,
@@ -188,7 +189,7 @@ def _shapes(model: nn.Module, blocks: Sequence[Blocks]) -> Facts | None:
         for inputs, rows in _fake_inputs(copied, model, len(blocks)):
             if (seen := attempt(copied, watch, copied, blocks, inputs)) is not None:
                 stacks = _of_shapes(model, blocks, read_stacks(model, blocks, seen, rows))
-                return Facts(source="shapes", stacks=stacks, caches=caches(copied, seen.output))
+                return Facts(source="shapes", stacks=stacks, caches=caches(copied, seen))
     return None
 
 

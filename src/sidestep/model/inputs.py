@@ -90,7 +90,7 @@ class Inputs:
                 "so that a text would be read otherwise in other batches. Pad on the right "
                 '(tokenizer.padding_side="right")'
             )
-        if self.facts.left == "moved" or ids is None or given.get("position_ids") is not None:
+        if self.facts.left == "moved" or ids is None or given.get("position_ids") is not None or _has_pictures(given):
             return kwargs
         padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
         places = (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)
@@ -139,3 +139,9 @@ def _pads_left(mask: Tensor) -> bool:
     if mask.is_meta or isinstance(mask, FakeTensor):
         return False
     return torch.compiler.is_compiling() or bool((mask[:, 0] == 0).any())
+
+
+def _has_pictures(given: dict[str, Any]) -> bool:
+    """Whether there are pictures or sounds beside texts. Their positions are for the model to tell (Hunyuan-VL)."""
+    others = (value for name, value in given.items() if not name.endswith(("inputs_embeds", "attention_mask")))
+    return any(isinstance(value, Tensor) and value.is_floating_point() for value in others)
