@@ -215,7 +215,7 @@ class TextPass:
 
 
 def caches(trunk: nn.Module, seen: Seen) -> tuple[str, ...]:
-    """What a model may return under a name that it takes again, and is none of its inputs: its memory of earlier tokens."""
+    """What a model may return under a name that it takes again, but for its inputs: its memory of earlier tokens."""
     if not isinstance(seen.output, ModelOutput):
         return ()
     names = [field.name for field in fields(seen.output) if not field.name.endswith("hidden_states")]
