@@ -36,11 +36,14 @@ class Added:
         before: how many stand in front.
         kept: whether the tokens behind the text are in the model's own output too. Then they are no padding.
         cropped: whether the model's own output is without both.
+        pictures: whether the tokens of a picture stand in front of the text, as many as there are, and in the model's
+            own output too (GIT).
     """
 
     before: int = 0
     kept: bool = False
     cropped: bool = False
+    pictures: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
