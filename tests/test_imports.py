@@ -41,7 +41,7 @@ FOR_METHODS = {"interface", "sparse", "methods"}
 LIBRARIES_FOR_METHODS = {"torch", "einops"}
 #: LoRA and its like are PEFT's.
 EXTRA_LIBRARIES = {"methods.adapters": {"peft"}}
-STANDARD_LIBRARY = {"__future__", "abc", "collections", "dataclasses", "itertools", "math", "typing"}
+STANDARD_LIBRARY = {"re", "__future__", "abc", "collections", "dataclasses", "itertools", "math", "typing"}
 
 
 def sources() -> dict[str, Path]:

@@ -24,7 +24,7 @@ from sweep.methods import NEED_HEAD
 from sweep.subject import Subject
 
 Record = dict[str, Any]
-BUILDING, TRYING, ALL = 60, 30, 900
+BUILDING, TRYING, ALL = 60, 30, 300
 """CPU seconds for a model and its batches, and for a method on it. Real seconds for a type."""
 MEMORY = 12 * 2**30
 """Bytes of addresses that a type may have."""

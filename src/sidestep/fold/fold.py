@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sidestep.backbone import Facts, StackFacts, as_given, as_tokens
+from sidestep.backbone import Facts, as_given, as_tokens
 from sidestep.backbone.facts import FRAMES
 from sidestep.backbone.families import Pool
 from sidestep.backbone.grids import TokenGrid

@@ -122,7 +122,7 @@ class Pass:
 
 
 def grid_at(hidden: Tensor, site: Site, facts: StackFacts, inputs: Mapping[str, Any], told: Grid | None) -> Grid | None:
-    """Rows and columns of a hidden state's tokens: those that it has itself, or is told to have, or that are counted."""
+    """Rows and columns of a hidden state's tokens: its own, or those that are told or counted."""
     if hidden.ndim == 4:
         rows, columns = hidden.shape[2:] if facts.layout == "channels" else hidden.shape[1:3]
         return rows, columns
