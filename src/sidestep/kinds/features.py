@@ -335,7 +335,7 @@ def _vector_of(model: SideModel) -> str:
 
 def stand_ins(model: SideModel, route: Route, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Stand-ins for the inputs that need not be read: images, and texts of which one token is all that is read."""
-    if "pixel_values" in batch:
+    if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.zeros(()).expand(1, *batch["pixel_values"].shape[1:])}
     alone = route.single and len(model.facts.stacks) == 1 and model.main_input_name == "input_ids"
     return {"input_ids": torch.zeros(1, 1, dtype=torch.long)} if alone else {}
