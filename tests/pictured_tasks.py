@@ -25,11 +25,11 @@ from transformers import (
 )
 
 MARK = "<|image_pad|>"
-SPECIAL = ("<pad>", "</s>", "<s>", "<unk>", MARK, "<|video_pad|>", "<vision>", "</vision>", "user", "model")
+MARKS = (MARK, "<|video_pad|>", "<vision>", "</vision>")
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
-WORDS = (*COLOURS, "which", "colour", "is", "it", "this", "very", "says", "?")
-VOCABULARY = len(SPECIAL) + len(WORDS)
-PICTURE = SPECIAL.index(MARK)
+TEXT = ("user", "model", *COLOURS, "which", "colour", "is", "it", "this", "very", "says", "?")
+WORDS = ("<pad>", "</s>", "<s>", "<unk>", *TEXT, *MARKS)
+PICTURE = WORDS.index(MARK)
 CHAT = (
     "{% for turn in messages %}user {% for part in turn.content %}"
     "{% if part.type == 'image' %}<vision> <|image_pad|> </vision> {% else %}{{ part.text }} {% endif %}{% endfor %}"
@@ -38,7 +38,7 @@ CHAT = (
 """A turn of the user in front of that of the model."""
 QUESTIONS = ("which colour is it ?", "which colour ?", "this is very very")
 LANGUAGE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
+    "vocab_size": len(WORDS),
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -55,11 +55,11 @@ LANGUAGE: dict[str, Any] = {
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Splits at spaces and around special tokens. One token a word."""
-    ids = {word: place for place, word in enumerate((*SPECIAL, *WORDS))}
+    ids = {word: place for place, word in enumerate(WORDS)}
     words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
-    further = {"additional_special_tokens": list(SPECIAL[4:8])}
+    further = {"additional_special_tokens": list(MARKS)}
     return PreTrainedTokenizerFast(tokenizer_object=words, **named, **further)
 
 
@@ -119,9 +119,9 @@ def qwen_backbone(folder: Path, seed: int = 0) -> Path:
         vision_config=vision,
         text_config=text,
         image_token_id=PICTURE,
-        video_token_id=SPECIAL.index("<|video_pad|>"),
-        vision_start_token_id=SPECIAL.index("<vision>"),
-        vision_end_token_id=SPECIAL.index("</vision>"),
+        video_token_id=WORDS.index("<|video_pad|>"),
+        vision_start_token_id=WORDS.index("<vision>"),
+        vision_end_token_id=WORDS.index("</vision>"),
     )
     Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
     cells = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}

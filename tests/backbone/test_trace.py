@@ -102,6 +102,7 @@ def test_a_model_whose_tokens_tell_each_other_nothing_is_what_the_table_says() -
 EVERY = {
     **{name: kind.model for name, kind in ARCHITECTURES.items()},
     **{name: lambda n=name: made(n) for name in MODELS},
+    "llava": FURTHER["llava"].model,
 }
 #: Their forward asks for values.
 NEEDS_VALUES = ("longformer", "led", "fsmt")

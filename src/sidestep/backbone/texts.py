@@ -18,7 +18,7 @@ from sidestep.backbone.dummies import Inputs, Side, Texts
 from sidestep.backbone.facts import Added, Causal, Layout, Left, as_tokens, said_causal
 from sidestep.backbone.stack import StackPass, read_stacks, unfit
 from sidestep.backbone.structure import Blocks
-from sidestep.backbone.trunk import trunk_of
+from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
 from sidestep.backbone.untouched import untouched
 from sidestep.backbone.watch import Seen, attempt, watch
 
@@ -224,7 +224,7 @@ def caches(trunk: nn.Module, output: Any) -> tuple[str, ...]:
 
 def said(model: nn.Module, stack: StackPass) -> Causal:
     """Whether a stack is causal, as far as the family table and transformers say."""
-    causal = stack.blocks.name == "decoder" if stack.blocks.root[0] else said_causal(model)
+    causal = stack.blocks.name == "decoder" if is_encoder_decoder(model) else said_causal(model)
     return "yes" if causal else "no"
 
 

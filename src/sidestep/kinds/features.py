@@ -304,10 +304,13 @@ class Features:
     def _numbered(self, rows: Dataset, first: int) -> Dataset:
         if not len(rows):
             return rows
+        transform = rows.format["format_kwargs"].get("transform")
         rows = rows.with_format(None)
         if self.absent or self._is_vector:
+            transform = None
             rows = rows.remove_columns([name for name in rows.column_names if name not in LABELS])
-        return rows.add_column(STORED, list(range(first, first + len(rows))))
+        rows = rows.add_column(STORED, list(range(first, first + len(rows))))
+        return rows if transform is None else rows.with_transform(transform)
 
 
 def key_of(model: SideModel, data: TaskData, route: Route, *, rounded: bool, autocast: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from sidestep.backbone import picture_token
 from sidestep.backbone.processors import tokenizer_of
 from sidestep.data import Collate, DataError, Fields, Generation
 from sidestep.data.vocabulary import check_tokens
@@ -92,6 +93,8 @@ def written(
         "eos_token_id": end,
         "pad_token_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     }
+    if (mark := picture_token(model.backbone)) is not None:
+        how["suppress_tokens"] = [mark]  # a model that writes it is refused its next token: there is no such picture
     texts = [""] * len(encoded)
     model.eval()
     start = 0
