@@ -113,9 +113,7 @@ def test_a_row_alone_is_read_as_in_a_padded_batch(place: Path, name: str, kind: 
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_answers_are_the_same_with_a_cache_and_without(
-    place: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_answers_are_the_same_with_a_cache_and_without(place: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     data = task_data(place, name)
     model = attached(place, name, data, ss.SideAttentionConfig(rank=4, heads=2))
     randomize(model)
@@ -288,5 +286,5 @@ def test_a_text_that_holds_a_pictures_token_and_no_picture_is_refused(place: Pat
     processor = load_processor(place / "llava")
     data = prepare(found, found, Fields(text="prompt", label="answer"), processor, kind="lm", separator=" ")
     model = attached(place, "llava", data)
-    with pytest.raises(DataError, match="stands for a picture and is in rows 1, 2, .* of the training rows, but no"):
+    with pytest.raises(DataError, match=r"stands for a picture and is in rows 1, 2, .* of the training rows, but no"):
         train(model, data, settings(tmp_path / "never"))
