@@ -159,8 +159,8 @@ class Collate:
     Attributes:
         tokenizer: of texts. For rows of a picture and a text a `VisionLanguageProcessor`. None for images.
         pad_to_multiple_of: rounds the padded length up.
-        padding_side: of texts. None: the tokenizer's. Beside pictures it is the right one, because models count the
-            positions of a picture's tokens from the first token of a row.
+        padding_side: of texts. None: the tokenizer's. Beside pictures it is the right one: positions past padding on
+            the left are plain numbers, and a picture's tokens may have rows and columns.
         features: gives what a store holds of the rows. None: rows hold all that a backbone reads.
     """
 
