@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,8 @@ def test_an_answers_types_are_those_that_the_processor_says() -> None:
 
 
 def llava_processor_with(types: dict[str, int]) -> VisionLanguageProcessor:
-    found = VisionLanguageProcessor(llava_processor())
-    vars(found)["parts"] = found.parts._replace(types=types)
-    return found
+    found = VisionLanguageProcessor.of(llava_processor())
+    return replace(found, parts=found.parts._replace(types=types))
 
 
 def test_pictures_are_decoded_when_they_are_read(place: Path, rows: list[dict[str, Any]]) -> None:
@@ -198,14 +198,12 @@ def test_processors_that_do_not_read_one_picture_with_one_text(tmp_path: Path) -
     mark = {"height": 8, "width": 8}
     words = tokenizer()
     words.add_special_tokens({"additional_special_tokens": ["<|image|>", "<|python_tag|>"]})
-    crossing = VisionLanguageProcessor.of(MllamaProcessor(MllamaImageProcessor(size=mark), words))
     with pytest.raises(LoadError, match="MllamaProcessor gives cross_attention_mask, which is neither the picture's"):
-        _ = crossing.parts
+        VisionLanguageProcessor.of(MllamaProcessor(MllamaImageProcessor(size=mark), words))
     with pytest.raises(LoadError, match="CLIPProcessor has no text that stands for a picture"):
         VisionLanguageProcessor.of(CLIPProcessor(CLIPImageProcessor(size=mark, crop_size=mark), tokenizer()))
-    twice = VisionLanguageProcessor(llava_processor(chat=CHAT.replace(MARK, f"{MARK} {MARK}")))
     with pytest.raises(LoadError, match="LlavaProcessor cannot read one picture with one text"):
-        _ = twice.parts
+        VisionLanguageProcessor.of(llava_processor(chat=CHAT.replace(MARK, f"{MARK} {MARK}")))
 
 
 def test_a_folder_without_the_processor_is_refused(place: Path, tmp_path: Path) -> None:

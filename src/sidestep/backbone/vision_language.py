@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,24 +47,26 @@ class VisionLanguageProcessor:
 
     Attributes:
         whole: transformers' processor, with a tokenizer and an image processor.
+        parts: what it gives for a row.
     """
 
     whole: Any
+    parts: Parts
 
     @classmethod
-    def of(cls, found: Any) -> VisionLanguageProcessor:
+    def of(cls, whole: Any) -> VisionLanguageProcessor:
         """The processor, if it reads pictures among texts.
 
         Raises:
-            LoadError: if it does not.
+            LoadError: if it does not, or its chat template does not place one picture. Also if it gives something that
+                is neither the picture's nor one number for each token.
         """
-        placed = getattr(found, "image_token", None)
-        if not isinstance(found, ProcessorMixin) or not isinstance(placed, str):
+        if not isinstance(whole, ProcessorMixin) or not isinstance(getattr(whole, "image_token", None), str):
             raise LoadError(
-                f"{type(found).__name__} has no text that stands for a picture: choose a backbone whose picture stands "
+                f"{type(whole).__name__} has no text that stands for a picture: choose a backbone whose picture stands "
                 "among the tokens of its text"
             )
-        return cls(found)
+        return cls(whole, _parts(whole))
 
     @property
     def name(self) -> str:
@@ -85,8 +86,8 @@ class VisionLanguageProcessor:
     @property
     def placeholders(self) -> tuple[str, ...]:
         """The texts that stand for a picture or a part of it, first the one that is put into a text."""
-        ids = (self.whole.image_token_id, *getattr(self.whole, "image_token_ids", ()))
-        return tuple(dict.fromkeys((self.whole.image_token, *self.text.convert_ids_to_tokens(list(ids)))))
+        parts = self.text.convert_ids_to_tokens([each for each in self.whole.image_token_ids if each is not None])
+        return tuple(dict.fromkeys((self.whole.image_token, *parts)))
 
     def tokens(self, text: str, picture: PIL.Image.Image) -> dict[str, list[int]]:
         """The ids of a row's tokens, the picture's among them, as "input_ids", with their types.
@@ -94,7 +95,7 @@ class VisionLanguageProcessor:
         Raises:
             ValueError: what transformers raises for a picture that cannot be read beside the text.
         """
-        row = self._read(text, picture)
+        row = _read(self.whole, text, picture)
         return {name: row[name][0].tolist() for name in ("input_ids", *self.parts.types)}
 
     def pixels(self, pictures: Sequence[PIL.Image.Image]) -> dict[str, Tensor]:
@@ -111,45 +112,42 @@ class VisionLanguageProcessor:
         """Write transformers' processor to a folder."""
         self.whole.save_pretrained(str(folder))
 
-    @cached_property
-    def parts(self) -> Parts:
-        """What is the picture's of what the processor gives, and what the tokens'.
 
-        Raises:
-            LoadError: if something is neither the picture's nor one number for each token, or the chat template does
-                not place one picture.
-        """
-        picture = PIL.Image.new("RGB", (PROBED, PROBED))
-        try:
-            short, long = (self._read(text, picture) for text in PROBES)
-        except ValueError as error:
-            raise LoadError(
-                f"{self.name} cannot read one picture with one text. It says: {error}. Save it with a chat template "
-                f"that puts {self.whole.image_token!r} in the place of a picture, or with none"
-            ) from error
-        ids = long["input_ids"]
-        changing = [name for name in long if short[name].shape != long[name].shape]
-        if odd := [name for name in changing if long[name].shape != ids.shape]:
-            raise LoadError(
-                f"{self.name} gives {', '.join(odd)}, which is neither the picture's nor one number for each token. "
-                "Choose a backbone whose picture stands among the tokens of its text"
-            )
-        types = [name for name in changing if name not in ("input_ids", "attention_mask", LABELS)]
-        alone = self.text(self.whole.image_token + PROBES[1], add_special_tokens=False)["input_ids"]
-        return Parts(
-            types=dict.fromkeys(types, int(LABELS in long)),
-            picture=tuple(name for name in long if name not in changing),
-            closes=ids[0, -1].item() != alone[-1],
+def _parts(whole: Any) -> Parts:
+    """What is the picture's of what a processor gives, and what the tokens'."""
+    name, picture = type(whole).__name__, PIL.Image.new("RGB", (PROBED, PROBED))
+    try:
+        short, long = (_read(whole, text, picture) for text in PROBES)
+    except ValueError as error:
+        raise LoadError(
+            f"{name} cannot read one picture with one text. It says: {error}. Save it with a chat template that puts "
+            f"{whole.image_token!r} in the place of a picture, or with none"
+        ) from error
+    ids = long["input_ids"]
+    changing = [each for each in long if short[each].shape != long[each].shape]
+    if odd := [each for each in changing if long[each].shape != ids.shape]:
+        raise LoadError(
+            f"{name} gives {', '.join(odd)}, which is neither the picture's nor one number for each token. Choose a "
+            "backbone whose picture stands among the tokens of its text"
         )
+    types = [each for each in changing if each not in ("input_ids", "attention_mask", LABELS)]
+    alone = whole.tokenizer(whole.image_token + PROBES[1], add_special_tokens=False)["input_ids"]
+    return Parts(
+        types=dict.fromkeys(types, int(LABELS in long)),
+        picture=tuple(each for each in long if each not in changing),
+        closes=ids[0, -1].item() != alone[-1],
+    )
 
-    def _read(self, text: str, picture: PIL.Image.Image) -> Mapping[str, Tensor]:
-        if not self.whole.chat_template:
-            return self.whole(text=[self.whole.image_token + text], images=[[picture]], return_tensors="pt")
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
-        return self.whole.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+
+def _read(whole: Any, text: str, picture: PIL.Image.Image) -> Mapping[str, Tensor]:
+    """A row as transformers' processor makes it, as tensors with one row."""
+    if not whole.chat_template:
+        return whole(text=[whole.image_token + text], images=[[picture]], return_tensors="pt")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+    return whole.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )

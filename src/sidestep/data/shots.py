@@ -16,8 +16,8 @@ from sidestep.data.messages import NAMED, DataError
 def few_shot(rows: Dataset, fields: Fields, shots: int, seed: int) -> Dataset:
     """So many rows of each class, in the order of the file.
 
-    A row is drawn by a hash of the seed, its text and its image file. So neither the order of the rows matters nor where
-    a folder of images lies. The rows of fewer shots are among those of more.
+    A row is drawn by a hash of the seed, its text and its image file. So neither the order of the rows matters, nor
+    where a folder of images lies. The rows of fewer shots are among those of more.
 
     Args:
         rows: with one class each.

@@ -94,7 +94,7 @@ def written(
         "pad_token_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     }
     if (mark := picture_token(model.backbone)) is not None:
-        how["suppress_tokens"] = [mark]  # a model that writes it is refused its next token: there is no such picture
+        how["suppress_tokens"] = [mark]  # written, it would ask for a picture that there is not
     texts = [""] * len(encoded)
     model.eval()
     start = 0
