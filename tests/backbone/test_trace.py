@@ -86,6 +86,23 @@ def test_a_model_that_sees_a_prefix_both_ways_is_told_as_causal_in_part(
     assert list(facts.stacks) == ["encoder" if causal == "no" else "decoder"]
 
 
+def test_a_vision_language_model_whose_answers_alone_see_earlier_ones_is_causal_in_part() -> None:
+    """PaliGemma's prompts see each other both ways, and its answers, which have another type, see what came before."""
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    model = t.PaliGemmaForConditionalGeneration(
+        t.PaliGemmaConfig(
+            vision_config=t.SiglipVisionConfig(**tower, image_size=8, patch_size=4),
+            text_config=t.GemmaConfig(**tower, vocab_size=40, num_key_value_heads=2, head_dim=8),
+            image_token_index=39,
+            projection_dim=16,
+        )
+    ).eval()
+    facts = facts_of(model)
+    assert facts.source == "traced"
+    assert {name: stack.causal for name, stack in facts.stacks.items()} == {"decoder": "partly"}
+
+
 def test_a_model_whose_tokens_tell_each_other_nothing_is_what_the_table_says() -> None:
     """As with weights of zero: no token moves with another one, which is no sign of causality."""
     model = made("llama, both ways")
@@ -102,6 +119,7 @@ def test_a_model_whose_tokens_tell_each_other_nothing_is_what_the_table_says() -
 EVERY = {
     **{name: kind.model for name, kind in ARCHITECTURES.items()},
     **{name: lambda n=name: made(n) for name in MODELS},
+    "llava": FURTHER["llava"].model,
 }
 #: Their forward asks for values.
 NEEDS_VALUES = ("longformer", "led", "fsmt")

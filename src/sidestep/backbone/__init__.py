@@ -17,7 +17,15 @@ from sidestep.backbone.freeze import Noise, check_noise, drop_path_rate, freeze,
 from sidestep.backbone.packs import packs
 from sidestep.backbone.recompute import CheckpointedForward, checkpoint_blocks, uncheckpoint_blocks
 from sidestep.backbone.trace import facts_of
-from sidestep.backbone.trunk import device_of, embedding_shapes, is_encoder_decoder, positions, token_rows, trunk_of
+from sidestep.backbone.trunk import (
+    device_of,
+    embedding_shapes,
+    is_encoder_decoder,
+    picture_token,
+    positions,
+    token_rows,
+    trunk_of,
+)
 from sidestep.backbone.untouched import Snapshot
 from sidestep.backbone.wide import Widened
 
@@ -50,6 +58,7 @@ __all__ = [
     "joined",
     "new_parameters",
     "packs",
+    "picture_token",
     "positions",
     "pretrained_tensors",
     "prove_replay",

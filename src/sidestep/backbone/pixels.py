@@ -112,10 +112,10 @@ class ImageTransform:
         name = type(processor).__name__
         if isinstance(processor, PreTrainedTokenizerBase):
             raise ValueError(f"the backbone reads text ({name}): size and normalisation are for backbones of images")
-        values = processor.to_dict()
         try:
+            values = processor.to_dict()
             found = cls(**(_of_timm(values) if "input_size" in values else _of_transformers(values)))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(_cannot_change(name)) from error
         if not found._does_what(processor):
             raise ValueError(_cannot_change(name))

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
@@ -37,11 +38,18 @@ from sidestep.backbone.source import (
     require_any,
 )
 from sidestep.backbone.timm_models import import_timm, timm_parts
+from sidestep.backbone.vision_language import VisionLanguageProcessor
 from sidestep.backbone.vit_npz import read_sizes
 
 
-def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
+def load_processor(name: str | Path, *, revision: str | None = None, pictures: bool = False) -> Any:
     """The tokenizer or image processor of a model of this name, or of a folder that one was saved in.
+
+    Args:
+        name: of the model, as for `load_backbone`, or the folder.
+        revision: branch, tag or commit of a hub id.
+        pictures: whether rows hold pictures. Then a vision-language model gives a `VisionLanguageProcessor`, and else
+            its tokenizer.
 
     Raises:
         LoadError: if there is no such processor.
@@ -58,7 +66,25 @@ def load_processor(name: str | Path, *, revision: str | None = None) -> Any:
     if (folder / IMAGE_TRANSFORM).is_file():
         with as_load_error(str(folder / IMAGE_TRANSFORM), "processor"):
             return ImageTransform.from_pretrained(folder)
+    if _reads_both(str(name), folder, revision, pictures=pictures):
+        return _load_vision_language(name, revision)
     return _load_processor(name, _reads_images(str(name), folder, revision), revision)
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor that reads images too, or the processor itself."""
+    return getattr(processor, "text", processor)
+
+
+def _load_vision_language(name: str | Path, revision: str | None) -> VisionLanguageProcessor:
+    place, options = asked(str(name), revision)
+    folder = Path(place)
+    if folder.is_dir():
+        require_any(folder, IMAGE_FILES, "processor of pictures and texts")
+    with quiet(local=folder.is_dir()), as_load_error(str(name), "processor"):
+        processor = VisionLanguageProcessor.of(AutoProcessor.from_pretrained(place, **options))
+    _limit(processor.text, str(name), folder, revision)
+    return processor
 
 
 def _load_processor(name: str | Path, images: bool, revision: str | None) -> Any:
@@ -70,10 +96,15 @@ def _load_processor(name: str | Path, images: bool, revision: str | None) -> Any
     kind = AutoImageProcessor if images else AutoTokenizer
     with quiet(local=folder.is_dir()), as_load_error(str(name), "processor" if images else "tokenizer"):
         processor = kind.from_pretrained(place, **options)
-    if not images and (most := _most_tokens(str(name), folder, revision)) is not None:
-        # not every tokenizer knows what its model takes
-        processor.model_max_length = min(processor.model_max_length, most)
+    if not images:
+        _limit(processor, str(name), folder, revision)
     return processor
+
+
+def _limit(tokenizer: Any, name: str, folder: Path, revision: str | None) -> None:
+    """Tell a tokenizer what its model takes, which not every tokenizer knows."""
+    if (most := _most_tokens(name, folder, revision)) is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, most)
 
 
 @dataclass(frozen=True)
@@ -193,6 +224,18 @@ class TimmProcessor:
 @lru_cache(maxsize=8)
 def _timm_transform(processor: TimmProcessor) -> Any:
     return import_timm().data.create_transform(**processor.to_dict(), is_training=False)
+
+
+def _reads_both(name: str, folder: Path, revision: str | None, *, pictures: bool) -> bool:
+    """Whether a model takes pictures among texts and both are wanted, or a folder holds a processor of both alone."""
+    if is_gguf(name):
+        return False
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        return all(any((folder / file).is_file() for file in files) for files in (TOKENIZER_FILES, IMAGE_FILES))
+    if not pictures or _reads_images(name, folder, revision):
+        return False
+    with quiet(local=folder.is_dir()), as_load_error(name, CONFIG):
+        return type(read_config(name, revision)) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def _reads_images(name: str, folder: Path, revision: str | None) -> bool:

@@ -127,6 +127,8 @@ class TextPass:
         found = [self._causal(*each) for each in zip(range(len(added)), self.stacks, added, strict=True)]
         if found == ["yes"] and (self._types_see_each_other() or self._pictures_see_each_other()):
             return ["partly"]
+        if found == ["no"] and self.blocks[0].root[0] and self._types_see_earlier_ones():
+            return ["partly"]
         return found
 
     def _causal(self, number: int, stack: StackPass, added: Added) -> Causal:
@@ -172,6 +174,17 @@ class TextPass:
         moved = (stack.first[0] != stack.first[1]).any(-1).nonzero().flatten().tolist()
         tokens, own = stack.first.shape[1], None if stack.output is None else stack.output.shape[1]
         return tokens > len(self.text) and moved == [tokens - 1] and own == tokens
+
+    def _types_see_earlier_ones(self) -> bool:
+        """Whether tokens of one type see earlier ones only, as an answer's do where a prompt's see each other."""
+        rows, last = [self.text, self.texts.changed(self.text, -1)], len(self.text) - 1
+        for name in TOKEN_TYPES:
+            for kind in (0, 1) if name in self.texts.names else ():
+                types = torch.full((2, len(self.text)), kind, device=self.texts.device)
+                stacks = self.again({**self.texts.batch(rows), name: types})
+                if stacks is not None and not _moves_before(stacks[0].last[0], stacks[0].last[1], last):
+                    return True
+        return False
 
     def _pictures_see_each_other(self) -> bool:
         """Whether the tokens of a picture in front of a text see each other both ways."""

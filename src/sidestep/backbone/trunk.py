@@ -122,6 +122,11 @@ def token_rows(model: nn.Module) -> tuple[int | None, int | None]:
     return reads, min((rows for table in tables if (rows := _table_rows(table)) is not None), default=None)
 
 
+def picture_token(model: nn.Module) -> int | None:
+    """The token in whose place a vision-language model reads a part of a picture. None: the model has no such token."""
+    return getattr(getattr(model, "config", None), "image_token_id", None)
+
+
 def _table_rows(table: nn.Module | None) -> int | None:
     if isinstance(table, nn.Linear):  # a quantised one's weight is packed
         return table.out_features

@@ -78,7 +78,9 @@ Separator = Annotated[
         "pairs where the tokenizer puts nothing, else nothing."
     ),
 ]
-Image = Annotated[str | None, _data(help="Column of images, or of their paths.")]
+Image = Annotated[
+    str | None, _data(help="Column of images, or of their paths. Of a vision-language model beside --text.")
+]
 Label = Annotated[
     str | None, _data("--label", "--target", "--completion", help="Column of the label, or of the text to write.")
 ]

@@ -7,6 +7,7 @@ from sidestep.data.images import drop_unreadable
 from sidestep.data.joins import Separators
 from sidestep.data.labels import Kind, LabelSpace, holdout, label_space
 from sidestep.data.messages import DataError, DataWarning
+from sidestep.data.pictured import decoding, encode_pictured
 from sidestep.data.shots import few_shot
 from sidestep.data.tables import TableOptions, read
 from sidestep.data.written import (
@@ -32,8 +33,10 @@ __all__ = [
     "Separators",
     "TableOptions",
     "check_fields",
+    "decoding",
     "drop_unreadable",
     "encode_images",
+    "encode_pictured",
     "encode_prompts",
     "encode_targets",
     "encode_text",

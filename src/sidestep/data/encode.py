@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 import PIL.Image
 import torch
-from datasets import Dataset, Image, Value
+from datasets import Dataset, Image, LargeList, List, Value
 from torch import Tensor
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
+from sidestep.backbone.processors import tokenizer_of
+from sidestep.backbone.vision_language import VisionLanguageProcessor
 from sidestep.data.augment import Augmentation
-from sidestep.data.images import decode, refuse_absent, undecoded
+from sidestep.data.images import decoded, numbered, refuse_absent
 from sidestep.data.labels import LabelSpace
 from sidestep.data.messages import DataError, DataWarning, listed, named_rows
 from sidestep.data.tables import check_column
@@ -26,7 +28,7 @@ TEXT_TYPES = ("string", "large_string")
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Which columns are read: `text` (with `text2` for a pair) or `image`, and `label` where there is one."""
+    """Which columns are read: `text` (with `text2` for a pair), `image` or both, and `label` where there is one."""
 
     text: str | None = None
     text2: str | None = None
@@ -38,11 +40,11 @@ def check_fields(rows: Dataset, fields: Fields) -> None:
     """Refuses fields that the rows do not have, or that hold something else.
 
     Raises:
-        DataError: if neither or both of text and image are given, or a column does not exist. Also if a text column
-            holds numbers (by type, or text that is a number in every row) or missing values.
+        DataError: if neither text nor image is given, or a column does not exist. Also if a text column holds numbers
+            (by type, or text that is a number in every row) or missing values.
     """
-    if (fields.text is None) == (fields.image is None):
-        raise DataError(f"text={fields.text!r}, image={fields.image!r}: name one column of text or one of images")
+    if fields.text is None and fields.image is None:
+        raise DataError("text=None, image=None: name one column of text or one of images")
     if fields.text2 is not None and fields.text is None:
         raise DataError(f"text2={fields.text2!r} without text: name the first text's column as text")
     for name in (fields.text, fields.text2, fields.image, fields.label):
@@ -91,7 +93,7 @@ def encode_text(
     if fields.text is None:
         raise DataError("fields names no text column: use encode_images for images")
     limit = token_limit(tokenizer, max_length, pair=fields.text2 is not None)
-    targets = _targets(rows, fields, labels)
+    targets = label_values(rows, fields, labels)
     encoded = rows.with_format(None).map(
         _Tokenize(tokenizer, fields.text, fields.text2, limit, separator, end),
         batched=True,
@@ -135,12 +137,9 @@ def encode_images(
     check_fields(rows, fields)
     if fields.image is None:
         raise DataError("fields names no image column: use encode_text for text")
-    targets = _targets(rows, fields, labels)
+    targets = label_values(rows, fields, labels)
     refuse_absent(rows, fields.image)
-    images = undecoded(rows, fields.image)
-    if fields.image != "pixel_values":
-        images = images.rename_column(fields.image, "pixel_values")
-    images = images.add_column("row", list(range(1, len(rows) + 1)))
+    images = numbered(rows, fields.image)
     if targets is not None:
         images = images.add_column("labels", targets)
     return images.with_transform(_Process(processor, augment))
@@ -148,7 +147,7 @@ def encode_images(
 
 @dataclass
 class Collate:
-    """A Trainer's data collator: rows of `encode_text` or `encode_images` as one batch.
+    """A Trainer's data collator: rows of `encode_text`, `encode_images` or `encode_pictured` as one batch.
 
     Texts are padded to the longest of the batch, and the padding is masked. Labels
     become int64 (classes) or float32 (several classes, numbers). Other columns ("length") are dropped.
@@ -158,9 +157,10 @@ class Collate:
     token by `config.pad_token_id` still needs that to be set.
 
     Attributes:
-        tokenizer: None for images.
+        tokenizer: of texts. For rows of a picture and a text a `VisionLanguageProcessor`. None for images.
         pad_to_multiple_of: rounds the padded length up.
-        padding_side: of texts. None: the tokenizer's.
+        padding_side: of texts. None: the tokenizer's. Beside pictures it is the right one: positions past padding on
+            the left are plain numbers, and a picture's tokens may have rows and columns.
         features: gives what a store holds of the rows. None: rows hold all that a backbone reads.
     """
 
@@ -171,10 +171,12 @@ class Collate:
 
     def __post_init__(self) -> None:
         # not under the name `tokenizer`: the Trainer would store the copy in its checkpoints
-        self._padding = self.tokenizer
-        if self.tokenizer is not None and self.tokenizer.pad_token_id is None:
-            self._padding = copy.deepcopy(self.tokenizer)
+        self._padding = tokenizer_of(self.tokenizer)
+        if self._padding is not None and self._padding.pad_token_id is None:
+            self._padding = copy.deepcopy(self._padding)
             self._padding.pad_token = self._padding.convert_ids_to_tokens(0)
+        if isinstance(self.tokenizer, VisionLanguageProcessor):
+            self.padding_side = self.padding_side or "right"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Tensors with the rows along their first axis. With features, also their `States` as "features".
@@ -186,8 +188,7 @@ class Collate:
         batch: dict[str, Any] = {}
         if "input_ids" in rows[0]:
             batch.update(self._pad(rows))
-        if "pixel_values" in rows[0]:
-            batch["pixel_values"] = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
+        batch.update(self._pixels(rows))
         if not batch and self.features is None:
             raise DataError(f"rows hold {listed(rows[0])}: a batch needs input_ids or pixel_values")
         if "labels" in rows[0]:
@@ -199,7 +200,8 @@ class Collate:
     def _pad(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if self.tokenizer is None:
             raise DataError("rows hold input_ids: give the collator the tokenizer that made them")
-        names = {"input_ids", "attention_mask", *self.tokenizer.model_input_names}
+        types = self._types.keys() & rows[0].keys()
+        names = {"input_ids", "attention_mask", *self._padding.model_input_names} - types
         texts = [{name: row[name] for name in names & row.keys()} for row in rows]
         # padding without a mask would be read as text, whatever the tokenizer thinks that its model needs
         for text in texts:
@@ -212,7 +214,27 @@ class Collate:
             return_attention_mask=True,
             return_tensors="pt",
         )
-        return dict(padded)
+        return {**padded, **{name: _beside(padded, [row[name] for row in rows]) for name in types}}
+
+    @property
+    def _types(self) -> Mapping[str, int]:
+        """By name, what rows of pictures hold for each token besides its id, and the value of an answer's tokens."""
+        return self.tokenizer.parts.types if isinstance(self.tokenizer, VisionLanguageProcessor) else {}
+
+    def _pixels(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """What is read of the rows' images, if they have any."""
+        if "pixel_values" not in rows[0]:
+            return {}
+        images = [row["pixel_values"] for row in rows]
+        if isinstance(self.tokenizer, VisionLanguageProcessor):
+            return self.tokenizer.pixels(images)
+        return {"pixel_values": torch.stack([torch.as_tensor(image) for image in images])}
+
+
+def _beside(padded: Mapping[str, Tensor], rows: Sequence[Sequence[int]]) -> Tensor:
+    """A number for each token of padded rows, and 0 for padding."""
+    ids, kept = padded["input_ids"], padded["attention_mask"].bool()
+    return torch.zeros_like(ids).masked_scatter(kept, torch.tensor([number for row in rows for number in row]))
 
 
 @dataclass(frozen=True)
@@ -254,11 +276,9 @@ class _Process:
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {name: batch[name] for name in ("labels",) if name in batch}
         if "pixel_values" in batch:
-            cells = batch["pixel_values"]
+            images = decoded(batch)
             # the Trainer's column removal takes the row numbers away
-            rows = batch.get("row", [None] * len(cells))
-            images = [decode(cell, row) for cell, row in zip(cells, rows, strict=True)]
-            out["pixel_values"] = self._pixels(images, rows)
+            out["pixel_values"] = self._pixels(images, batch.get("row", [None] * len(images)))
         return out
 
     def _pixels(self, images: list[PIL.Image.Image], rows: list[int | None]) -> Any:
@@ -288,6 +308,8 @@ def _check_text(rows: Dataset, name: str) -> None:
 
 def _check_image(rows: Dataset, name: str) -> None:
     feature = rows.features[name]
+    if isinstance(feature, List | LargeList):
+        raise DataError(f"column {name!r} holds lists, and a row is read with one image: give each row one of them")
     if not isinstance(feature, Image) and not (isinstance(feature, Value) and feature.dtype in TEXT_TYPES):
         raise DataError(f"column {name!r} holds {feature}, not images or paths of images")
     column = rows.select_columns([name]).with_format("arrow")[:].column(name)
@@ -320,7 +342,12 @@ def token_limit(tokenizer: Any, max_length: int | None, *, pair: bool) -> int | 
     return max_length
 
 
-def _targets(rows: Dataset, fields: Fields, labels: LabelSpace | None) -> list[Any] | None:
+def label_values(rows: Dataset, fields: Fields, labels: LabelSpace | None) -> list[Any] | None:
+    """Each row's target, or None if there are no labels.
+
+    Raises:
+        DataError: if no column is named as label, and as `LabelSpace.encode`.
+    """
     if labels is None:
         return None
     if fields.label is None:

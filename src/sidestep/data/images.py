@@ -1,7 +1,7 @@
 """Images of a column: decoded as RGB, named where they cannot be, and left out where that is asked for."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,16 @@ def decode(cell: dict[str, Any], row: int | None) -> PIL.Image.Image:
             f"image {place or '(no path)'} cannot be read ({error}): replace or drop it, or leave out all such with "
             "--skip-bad-images"
         ) from error
+
+
+def decoded(batch: Mapping[str, list[Any]]) -> list[PIL.Image.Image]:
+    """The images of a batch of rows, whose undecoded images have the name "pixel_values".
+
+    Raises:
+        DataError: as `decode`. It names the row where "row" is among the columns.
+    """
+    cells = batch["pixel_values"]
+    return [decode(cell, row) for cell, row in zip(cells, batch.get("row", [None] * len(cells)), strict=True)]
 
 
 def drop_unreadable(rows: Dataset, column: str, what: str = "rows") -> Dataset:
@@ -86,9 +96,17 @@ def refuse_absent(rows: Dataset, column: str) -> None:
         )
 
 
-def undecoded(rows: Dataset, column: str) -> Dataset:
-    """That column alone, as "bytes" and "path"."""
-    return rows.with_format(None).select_columns([column]).cast_column(column, Image(decode=False))
+def undecoded(rows: Dataset, column: str, *others: str) -> Dataset:
+    """That column as "bytes" and "path", and other columns beside it."""
+    return rows.with_format(None).select_columns([column, *others]).cast_column(column, Image(decode=False))
+
+
+def numbered(rows: Dataset, column: str) -> Dataset:
+    """The undecoded images of a column as "pixel_values", with the numbers of their "row" from 1."""
+    images = undecoded(rows, column)
+    if column != "pixel_values":
+        images = images.rename_column(column, "pixel_values")
+    return images.add_column("row", list(range(1, len(rows) + 1)))
 
 
 def _opened(cell: dict[str, Any]) -> PIL.Image.Image:

@@ -8,28 +8,32 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
-from sidestep.backbone import token_rows
+from sidestep.backbone import picture_token, token_rows
+from sidestep.backbone.processors import tokenizer_of
 from sidestep.data.messages import DataError, named_rows
 from sidestep.metrics import Written
 
 
 def check_tokens(
-    backbone: nn.Module, rows: Dataset, tokenizer: Any, *, kind: Written | None = None, split: str = ""
+    backbone: nn.Module, rows: Dataset, processor: Any, *, kind: Written | None = None, split: str = ""
 ) -> None:
     """Refuse rows with tokens that the backbone has no embeddings for, padding included.
+
+    Rows of a picture without a token for it are refused too, and the reverse.
 
     Only the tokens that are there count. A tokenizer may know more than it uses, and a table may be padded.
 
     Args:
         backbone: that reads them. Of a dual encoder it is the tower of texts.
         rows: encoded, with "input_ids", and where texts are written "labels".
-        tokenizer: that made them.
+        processor: that made them, a tokenizer or one that has a tokenizer.
         kind: of the texts that are written. None: labels are no tokens.
         split: what the rows are called in the message.
 
     Raises:
         DataError: naming the token and the rows.
     """
+    tokenizer = tokenizer_of(processor)
     reads, writes = token_rows(backbone)
     plain = rows.with_format(None)
     names = {"input_ids": reads, **({"labels": writes} if kind is not None else {})}
@@ -39,10 +43,33 @@ def check_tokens(
         ids = plain[name][:]
         highest = [max(row, default=0) for row in ids]
         if wrong := [place for place, token in enumerate(highest) if token >= most]:
-            where = f"in {named_rows(wrong)}" + (f" of the {split} rows" if split else "")
-            raise DataError(_too_high(backbone, tokenizer, highest[wrong[0]], most, where))
+            raise DataError(_too_high(backbone, tokenizer, highest[wrong[0]], most, f"in {_named(wrong, split)}"))
         if name == "input_ids" and (pad := _padding(tokenizer, ids)) is not None and pad >= most:
             raise DataError(_too_high(backbone, tokenizer, pad, most, "with which texts are padded"))
+    if (mark := picture_token(backbone)) is not None and "input_ids" in plain.column_names:
+        _check_pictures(backbone, plain, tokenizer, mark, split)
+
+
+def _check_pictures(backbone: nn.Module, rows: Dataset, tokenizer: Any, mark: int, split: str) -> None:
+    """Refuse rows without a picture that have a token for it, and the reverse."""
+    pictures, ids = "pixel_values" in rows.column_names, rows["input_ids"][:]
+    wrong = [place for place, row in enumerate(ids) if (mark in row) != pictures]
+    if not wrong:
+        return
+    what = f"token {mark} ({tokenizer.convert_ids_to_tokens(mark)!r})"
+    if pictures:
+        raise DataError(
+            f"{type(backbone).__name__} reads a picture where {what} stands, and there is none in "
+            f"{_named(wrong, split)}: take the processor that was saved with the backbone"
+        )
+    raise DataError(
+        f"{what} stands for a picture and is in {_named(wrong, split)}, but no column of images is read. Name the "
+        "column (--image), or take the token out of the texts"
+    )
+
+
+def _named(places: Sequence[int], split: str) -> str:
+    return named_rows(places) + (f" of the {split} rows" if split else "")
 
 
 def _padding(tokenizer: Any, ids: Sequence[Sequence[int]]) -> int | None:

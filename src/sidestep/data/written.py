@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
+from sidestep.backbone.processors import tokenizer_of
 from sidestep.data.encode import Collate, Fields, encode_text, refuse_empty, refuse_ignored, token_limit
 from sidestep.data.joins import NOTHING, Separators
 from sidestep.data.messages import DataError, DataWarning, listed, named_rows
@@ -135,9 +136,9 @@ def with_targets(prompts: Dataset, texts: Sequence[str], targets: Sequence[Seque
     return rows.add_column("labels", list(targets)).add_column("target", told)
 
 
-def as_text(row: Mapping[str, Any], tokenizer: Any, kind: Written) -> tuple[str, str]:
+def as_text(row: Mapping[str, Any], processor: Any, kind: Written) -> tuple[str, str]:
     """What a model reads of a row with a target, and what it is to write, special tokens included."""
-    prompt, target = row["input_ids"], row["labels"]
+    prompt, target, tokenizer = row["input_ids"], row["labels"], tokenizer_of(processor)
     if kind == "text2text":
         return tokenizer.decode(prompt), tokenizer.decode(target)
     before = tokenizer.decode(prompt)
@@ -203,7 +204,9 @@ class CollateWritten(Collate):
     kind: Written = "text2text"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """{"input_ids", "attention_mask", "labels"} with the rows along the first axis, and "features" if there are.
+        """{"input_ids", "attention_mask", "labels"} with the rows along the first axis.
+
+        With pictures also what is read of them, and with features their `States` as "features".
 
         Raises:
             DataError: for rows without prompt or target, and if the loss would leave out all tokens.
@@ -211,16 +214,19 @@ class CollateWritten(Collate):
         if not {"input_ids", "labels"} <= rows[0].keys():
             raise DataError(f"rows hold {listed(rows[0])}: a batch needs input_ids and labels")
         refuse_ignored([label for row in rows for label in row["labels"]])
-        texts = rows
-        if self.kind == "lm":
-            texts = [_joined(row["input_ids"], row["labels"]) for row in rows]
+        texts = [_joined(row, self._types) for row in rows] if self.kind == "lm" else rows
         labels = pad_sequence([torch.tensor(row["labels"]) for row in texts], batch_first=True, padding_value=IGNORED)
-        batch: dict[str, Any] = {**self._pad(texts), "labels": labels}
+        batch: dict[str, Any] = {**self._pad(texts), **self._pixels(rows), "labels": labels}
         return batch if self.features is None else {**batch, "features": self.features(rows)}
 
 
-def _joined(prompt: Sequence[int], target: Sequence[int]) -> dict[str, Any]:
-    return {"input_ids": [*prompt, *target], "labels": [*[IGNORED] * len(prompt), *target]}
+def _joined(row: Mapping[str, Any], types: Mapping[str, int]) -> dict[str, Any]:
+    prompt, target = row["input_ids"], row["labels"]
+    return {
+        "input_ids": [*prompt, *target],
+        "labels": [*[IGNORED] * len(prompt), *target],
+        **{name: [*row[name], *[own] * len(target)] for name, own in types.items() if name in row},
+    }
 
 
 @dataclass(frozen=True)

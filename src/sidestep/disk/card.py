@@ -120,9 +120,10 @@ def _reads(folder: Path, config: Mapping[str, Any]) -> Reads | None:
     None if the folder has no processor, or one for both.
     """
     files = {path.name for path in (folder / (config["files"].get("processor") or "processor")).glob("*")}
-    if files & {*TOKENIZER_FILES}:
-        return "text"
-    return "image" if files & {*IMAGE_FILES, IMAGE_TRANSFORM} else None
+    text, image = files & {*TOKENIZER_FILES}, files & {*IMAGE_FILES, IMAGE_TRANSFORM}
+    if text and image:
+        return None
+    return "text" if text else "image" if image else None
 
 
 def _score_table(scores: Mapping[str, Any]) -> list[str]:

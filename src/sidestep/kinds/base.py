@@ -25,7 +25,9 @@ from sidestep.data import (
     Separators,
     TableOptions,
     check_fields,
+    decoding,
     encode_images,
+    encode_pictured,
     encode_text,
     few_shot,
     holdout,
@@ -35,7 +37,7 @@ from sidestep.data import (
 from sidestep.data.joins import NOTHING, separators_of
 from sidestep.interface.third_parties import import_third_parties
 from sidestep.kinds.assess import Assessment
-from sidestep.kinds.steps import check_modality, views_of, without_bad_images
+from sidestep.kinds.steps import check_asked, check_modality, views_of, without_bad_images
 from sidestep.kinds.task_data import Asked, TaskData
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, Written, of_evaluation, scores
 from sidestep.model.attach import Attached
@@ -137,8 +139,11 @@ class TaskKind(ABC):
         Raises:
             DataError: for unusable columns, cells or labels.
         """
-        if fields.image is not None:
+        check_modality(processor, fields)
+        if fields.text is None:
             return encode_images(rows, fields, processor, labels, augment), 0
+        if fields.image is not None:
+            return decoding(encode_pictured(rows, fields, processor, labels, max_length)), 0
         return encode_text(rows, fields, processor, labels, max_length, separator=separators.pair)
 
     def collate(self, fields: Fields, processor: Any) -> Collate:
@@ -150,6 +155,7 @@ class TaskKind(ABC):
         if fields.label is None:
             raise DataError("no label column: training needs one (--label)")
         check_modality(processor, fields)
+        check_asked(processor, asked)
         check_fields(train, fields)
         handling: dict[str, Any] = {}
         if dev is not None:
@@ -161,7 +167,7 @@ class TaskKind(ABC):
             processor, handling["augment"], handling["augment_seed"] = views.transform, asked.augment, asked.seed
         if isinstance(processor, ImageTransform):
             handling["transform"] = processor.to_dict()
-        if self.writes and fields.image is not None:
+        if fields.image is not None and self.writes and not (self.writes == "lm" and fields.text):
             raise DataError(f"kind={self.name!r} is for texts, but {fields.image!r} is named as images: say --text")
         labels = self.labels(train, fields.label)
         separators = separators_of(asked.separator, processor, kind=self.name, pair=fields.text2 is not None)

@@ -304,10 +304,13 @@ class Features:
     def _numbered(self, rows: Dataset, first: int) -> Dataset:
         if not len(rows):
             return rows
+        transform = rows.format["format_kwargs"].get("transform")
         rows = rows.with_format(None)
         if self.absent or self._is_vector:
+            transform = None
             rows = rows.remove_columns([name for name in rows.column_names if name not in LABELS])
-        return rows.add_column(STORED, list(range(first, first + len(rows))))
+        rows = rows.add_column(STORED, list(range(first, first + len(rows))))
+        return rows if transform is None else rows.with_transform(transform)
 
 
 def key_of(model: SideModel, data: TaskData, route: Route, *, rounded: bool, autocast: bool) -> dict[str, Any]:
@@ -335,7 +338,7 @@ def _vector_of(model: SideModel) -> str:
 
 def stand_ins(model: SideModel, route: Route, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Stand-ins for the inputs that need not be read: images, and texts of which one token is all that is read."""
-    if "pixel_values" in batch:
+    if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.zeros(()).expand(1, *batch["pixel_values"].shape[1:])}
     alone = route.single and len(model.facts.stacks) == 1 and model.main_input_name == "input_ids"
     return {"input_ids": torch.zeros(1, 1, dtype=torch.long)} if alone else {}

@@ -15,6 +15,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from sidestep.backbone import picture_token
+from sidestep.backbone.processors import tokenizer_of
 from sidestep.data import Collate, DataError, Fields, Generation
 from sidestep.data.vocabulary import check_tokens
 from sidestep.measure.step import accepted
@@ -67,7 +69,7 @@ def written(
     With a key-value cache where the method is exact with one (`model.caches`).
 
     Args:
-        model: with a language model head, and the tokenizer as `extras["processor"]`.
+        model: with a language model head, and the tokenizer or its processor as `extras["processor"]`.
         encoded: prompts as `encode_prompts` gives them, with targets or without.
         generation: how they are written.
         batch_size: rows of one pass. They are run sorted by length.
@@ -77,12 +79,13 @@ def written(
     Raises:
         DataError: if the model writes no text, or has no embeddings for tokens of the prompts.
     """
-    tokenizer, kind = model.extras["processor"], model.writes
+    processor, kind = model.extras["processor"], model.writes
+    tokenizer = tokenizer_of(processor)
     if kind is None:
         raise DataError(f"{type(model.backbone).__name__} as it is attached writes no text")
-    check_tokens(model.backbone, encoded, tokenizer)
+    check_tokens(model.backbone, encoded, processor)
     order, end = _by_length(encoded), tokenizer.eos_token_id
-    collate = prompt_collator(tokenizer, kind)
+    collate = prompt_collator(processor, kind)
     how: dict[str, Any] = {
         **asdict(generation),
         "do_sample": False,
@@ -90,6 +93,8 @@ def written(
         "eos_token_id": end,
         "pad_token_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     }
+    if (mark := picture_token(model.backbone)) is not None:
+        how["suppress_tokens"] = [mark]  # written, it would ask for a picture that there is not
     texts = [""] * len(encoded)
     model.eval()
     start = 0

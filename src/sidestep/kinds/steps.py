@@ -7,21 +7,67 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from sidestep.backbone.vision_language import VisionLanguageProcessor
 from sidestep.data import Augmentation, DataError, Fields, ImageTransform, drop_unreadable
 from sidestep.data.augment import NONE
+from sidestep.kinds.task_data import Asked
 
 
 def check_modality(processor: Any, fields: Fields) -> None:
-    """Refuses a column of images for a backbone that reads text, and the reverse.
+    """Refuses a column of images for a backbone that reads text, and the reverse, and both for one that reads one.
 
     Raises:
         DataError: naming the processor and the column.
     """
+    if isinstance(processor, VisionLanguageProcessor):
+        _check_both(processor.name, fields)
+        return
     kind, reads_text = type(processor).__name__, isinstance(processor, PreTrainedTokenizerBase)
+    if fields.text and fields.image:
+        reads, option = ("text", "--image") if reads_text else ("images", "--text")
+        raise DataError(
+            f"the backbone reads {reads} ({kind}), but {fields.text!r} is named as text and {fields.image!r} as "
+            f"images: leave {option} out, or choose a vision-language model"
+        )
     if fields.text and not fields.image and not reads_text:
         raise DataError(f"the backbone reads images ({kind}), but {fields.text!r} is named as text: say --image")
     if fields.image and not fields.text and reads_text:
         raise DataError(f"the backbone reads text ({kind}), but {fields.image!r} is named as images: say --text")
+
+
+def _check_both(kind: str, fields: Fields) -> None:
+    """Refuses columns that are not one picture and one text a row."""
+    if fields.text is None or fields.image is None:
+        named, option = (fields.image, "--text") if fields.text is None else (fields.text, "--image")
+        raise DataError(
+            f"the backbone reads a picture with a text ({kind}), but {named!r} alone is named: name the other column "
+            f"too ({option})"
+        )
+    if fields.text2 is not None:
+        raise DataError(
+            f"text2={fields.text2!r} with image={fields.image!r}: beside a picture one text is read. Put both texts "
+            "into one column"
+        )
+
+
+def check_asked(processor: Any, asked: Asked) -> None:
+    """Refuses what does not go with rows of a picture and a text.
+
+    Raises:
+        DataError: for views of images, and for a separator where the processor itself ends prompts.
+    """
+    if not isinstance(processor, VisionLanguageProcessor):
+        return
+    if asked.augment != NONE:
+        raise DataError(
+            f"augment={asked.augment!r} with pictures and texts: {processor.name} makes their pixels, and a text may "
+            "be about what a view cuts away. Leave --augment out"
+        )
+    if asked.separator is not None and processor.parts.closes:
+        raise DataError(
+            f"separator={asked.separator!r}, but {processor.name} itself puts something between prompt and answer, "
+            "such as the end of a chat's turn. Leave --separator out"
+        )
 
 
 def without_bad_images(train: Dataset, dev: Dataset | None, fields: Fields) -> tuple[Dataset, Dataset | None, int]:

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
+from sidestep.backbone.processors import tokenizer_of
+from sidestep.backbone.vision_language import VisionLanguageProcessor
 from sidestep.data import (
     Augmentation,
     CollateWritten,
@@ -14,7 +16,8 @@ from sidestep.data import (
     Generation,
     LabelSpace,
     Separators,
-    encode_images,
+    decoding,
+    encode_pictured,
     encode_prompts,
     encode_targets,
     prompt_limit,
@@ -24,6 +27,7 @@ from sidestep.data.joins import NOTHING, warn_of_glued
 from sidestep.kinds.assess import Assessment, assess_texts
 from sidestep.kinds.base import PREDICTION, Probabilities, TaskKind, register
 from sidestep.kinds.running import written
+from sidestep.kinds.steps import check_modality
 from sidestep.kinds.task_data import Asked, TaskData, stored_generation, stored_separators
 from sidestep.metrics import METRICS, Written
 from sidestep.model.attach import Attached
@@ -55,10 +59,10 @@ class Texts(TaskKind):
         parts = [self.targets(part, fields, processor, separators) for part in texts]
         longest = max(map(len, parts[0])) if asked.max_new_tokens is None else asked.max_new_tokens
         found = Generation(max_new_tokens=longest, num_beams=asked.num_beams)
-        return found, self.limit(processor, asked, parts, found, pair=fields.text2 is not None)
+        return found, self.limit(tokenizer_of(processor), asked, parts, found, pair=fields.text2 is not None)
 
     def limit(
-        self, processor: Any, asked: Asked, targets: list[list[list[int]]], how: Generation, *, pair: bool
+        self, tokenizer: Any, asked: Asked, targets: list[list[list[int]]], how: Generation, *, pair: bool
     ) -> int | None:
         """Tokens kept of what is read."""
         return asked.max_length
@@ -66,7 +70,7 @@ class Texts(TaskKind):
     def targets(self, texts: list[str], fields: Fields, processor: Any, separators: Separators) -> list[list[int]]:
         """The texts to write as tokens."""
         start = separators.answer_start
-        return encode_targets(texts, processor, self.writes, fields.label or "", start=start)
+        return encode_targets(texts, tokenizer_of(processor), self.writes, fields.label or "", start=start)
 
     def encode(
         self,
@@ -80,14 +84,17 @@ class Texts(TaskKind):
         separators: Separators = NOTHING,
     ) -> tuple[Dataset, int]:
         """Prompts, with labels the texts to write too."""
-        if fields.image is not None:
-            return encode_images(rows, fields, processor, labels, augment), 0
-        own = fields if labels is not None else replace(fields, label=None)
-        prompts, cut = encode_prompts(rows, own, processor, self.writes, max_length, separators)
-        if labels is None:
-            return prompts, cut
-        texts = labels.encode(rows, fields.label or "")
-        return with_targets(prompts, texts, self.targets(texts, fields, processor, separators), processor), cut
+        check_modality(processor, fields)
+        own, cut = fields if labels is not None else replace(fields, label=None), 0
+        if pictured := fields.image is not None:
+            prompts = encode_pictured(rows, own, processor, None, max_length, end=separators.prompt_end)
+        else:
+            prompts, cut = encode_prompts(rows, own, processor, self.writes, max_length, separators)
+        if labels is not None:
+            texts = labels.encode(rows, fields.label or "")
+            targets = self.targets(texts, fields, processor, separators)
+            prompts = with_targets(prompts, texts, targets, tokenizer_of(processor))
+        return decoding(prompts) if pictured else prompts, cut
 
     def collate(self, fields: Fields, processor: Any) -> CollateWritten:
         """Prompts and targets, a decoder's one behind the other."""
@@ -163,14 +170,19 @@ class LanguageModel(Texts):
         asked: Asked,
     ) -> tuple[Generation, int | None]:
         """With a warning where prompts and answers are glued and nobody chose that."""
-        if asked.separator is None:
+        if asked.separator is None and not _closes(processor):
             prompts = train.with_format(None)[fields.text2 or fields.text or ""][:]
-            warn_of_glued(prompts, labels.encode(train, fields.label or ""), processor)
+            warn_of_glued(prompts, labels.encode(train, fields.label or ""), tokenizer_of(processor))
         return super().generation(train, dev, fields, processor, labels, separators, asked)
 
     def limit(
-        self, processor: Any, asked: Asked, targets: list[list[list[int]]], how: Generation, *, pair: bool
+        self, tokenizer: Any, asked: Asked, targets: list[list[list[int]]], how: Generation, *, pair: bool
     ) -> int | None:
         """Room is left for the text to write, and for the longest target."""
         both = [ids for part in targets for ids in part]
-        return prompt_limit(processor, asked.max_length, both, how.max_new_tokens, pair=pair)
+        return prompt_limit(tokenizer, asked.max_length, both, how.max_new_tokens, pair=pair)
+
+
+def _closes(processor: Any) -> bool:
+    """Whether a processor itself puts something between prompt and answer."""
+    return isinstance(processor, VisionLanguageProcessor) and processor.parts.closes

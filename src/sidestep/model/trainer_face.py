@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
@@ -78,8 +79,10 @@ class TrainerFace(DenseStage):
         return config
 
     def is_causal_lm(self) -> bool:
-        """Whether the backbone is transformers' causal language model."""
-        return type(self.backbone).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        """Whether the backbone is transformers' causal language model, which may read pictures too."""
+        name = type(self.backbone).__name__
+        known = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+        return any(name in names.values() for names in known)
 
     def is_text2text(self) -> bool:
         """Whether the backbone is transformers' encoder-decoder that writes text."""

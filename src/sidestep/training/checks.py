@@ -8,11 +8,13 @@ from torch import nn
 
 from sidestep.backbone import positions
 from sidestep.backbone.pixels import check_image_size
+from sidestep.backbone.vision_language import VisionLanguageProcessor
 from sidestep.data import DataError
 from sidestep.data.messages import named_rows
 from sidestep.data.vocabulary import check_tokens
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.task_data import TaskData
+from sidestep.measure.step import accepted
 from sidestep.model.attach import Attached
 from sidestep.model.saving import check_sizes
 from sidestep.training.settings import TrainSettings
@@ -39,12 +41,15 @@ def check_run(model: Attached, data: TaskData, settings: TrainSettings) -> None:
         )
     kind.check(model, settings.batch_size)
     check_sizes(model)  # before a long run, at whose end nothing could be saved
-    if data.fields.image is not None:
+    pictured = isinstance(data.processor, VisionLanguageProcessor)
+    if data.fields.image is not None and not pictured:
         reader = model.parts[0]
         check_image_size(reader.backbone, reader.trunk, data.train[0]["pixel_values"])
     if data.fields.text is not None:
         _check_positions(model.parts[-1].backbone, data)
         _check_tokens(model, data)
+    if pictured:
+        _check_pictures(model, data)
     if settings.drop_last and len(data.train) < settings.batch_size:
         raise ValueError(
             f"drop_last with {len(data.train)} training rows and batch_size={settings.batch_size}: no batch would be "
@@ -56,6 +61,24 @@ def check_run(model: Attached, data: TaskData, settings: TrainSettings) -> None:
             f"{torch.cuda.device_count()} GPUs are visible: show one (CUDA_VISIBLE_DEVICES=0), or start one "
             "process per GPU with torchrun"
         )
+
+
+def _check_pictures(model: Attached, data: TaskData) -> None:
+    """Refuse pictures that the backbone cannot read beside their texts. The first training row is tried."""
+    batch = {name: value for name, value in data.collate([data.train[0]]).items() if name != "labels"}
+    backbone = model.backbone
+    try:
+        with torch.inference_mode():
+            backbone(**accepted(model, batch))
+    except torch.OutOfMemoryError:
+        raise
+    # transformers compares the picture's tokens with its states, and torch says which shapes do not fit
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{type(backbone).__name__} cannot read what {data.processor.name} makes of the first training row. It "
+            f"says: {reason}. Take the processor that was saved with the backbone"
+        ) from error
 
 
 def _check_rows(model: Attached, data: TaskData, settings: TrainSettings) -> None:
@@ -101,6 +124,6 @@ def _check_positions(backbone: nn.Module, data: TaskData) -> None:
 
 def _check_tokens(model: Attached, data: TaskData) -> None:
     """Refuse rows with tokens that the backbone has no embeddings for."""
-    tokenizer, kind = getattr(data.processor, "text", data.processor), kind_named(data.labels.kind).writes
+    kind = kind_named(data.labels.kind).writes
     for split, rows in (("training", data.train), ("dev", data.dev)):
-        check_tokens(model.parts[-1].backbone, rows, tokenizer, kind=kind, split=split)
+        check_tokens(model.parts[-1].backbone, rows, data.processor, kind=kind, split=split)

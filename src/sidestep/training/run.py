@@ -39,7 +39,7 @@ class DataSpec:
 
     Attributes:
         train, dev: file, folder or hub id, or a data set. Without dev rows a share of the training rows is held out.
-        text, text2, image, label: the columns that are read.
+        text, text2, image, label: the columns that are read. A vision-language model reads text and image.
         kind: of task (see `sidestep.kinds`). None: by the labels.
         table: how files are read.
         train_split, dev_split: of a hub id or a folder of images.
@@ -229,7 +229,8 @@ def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
         both = load_pair_processor(model.name, model.text_name, revision=model.revision)
         processor = replace(both, image=adjusted(both.image, size=asked.image_size, normalize=asked.normalize))
     else:
-        found = asked.transform or load_processor(model.name, revision=model.revision)
+        pictures = asked.image is not None
+        found = asked.transform or load_processor(model.name, revision=model.revision, pictures=pictures)
         processor = adjusted(found, size=asked.image_size, normalize=asked.normalize)
     rows = asked.rows(asked.train, asked.train_split)
     if watch is not None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from sidestep.backbone import drop_path_rate
+from sidestep.backbone.processors import tokenizer_of
 from sidestep.data import DataWarning
 from sidestep.data.contents import content_hash
 from sidestep.disk.features import FeatureStore
@@ -213,7 +214,7 @@ def _choose_padding_side(model: Attached, data: TaskData) -> None:
     Warns:
         DataWarning: if that is another side than the tokenizer's.
     """
-    tokenizer = getattr(data.processor, "text", data.processor) if data.fields.text is not None else None
+    tokenizer = tokenizer_of(data.processor) if data.fields.text is not None else None
     reader = model.parts[-1]
     if tokenizer is None or reader.facts.left != "moved" or tokenizer.padding_side != "left":
         return

@@ -22,10 +22,11 @@ from sidestep.model.side_model import SideModel
 
 Backbone: TypeAlias = str | Path | PreTrainedConfig | Callable[[], nn.Module]
 
-WRITING: dict[Written, tuple[Any, Any]] = {
-    "lm": (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
-    "text2text": (transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, transformers.AutoModelForSeq2SeqLM),
-}
+WRITING: tuple[tuple[Written, Any, Any], ...] = (
+    ("lm", transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.AutoModelForImageTextToText),
+    ("lm", transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
+    ("text2text", transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, transformers.AutoModelForSeq2SeqLM),
+)
 IMAGE_SIZE = 224
 """Rows and columns where a model takes images of any size."""
 LENGTH = 128
@@ -107,9 +108,9 @@ def _with_head(config: Any) -> Any:
 
 
 def _writing(config: Any, writes: Written) -> Any:
-    mapping, kind = WRITING[writes]
-    if type(config) in mapping:
-        return kind
+    for able, mapping, kind in WRITING:
+        if able == writes and type(config) in mapping:
+            return kind
     raise LoadError(f"transformers has no model for {config.model_type!r} that writes text as --kind {writes} does")
 
 
