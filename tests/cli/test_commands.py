@@ -305,7 +305,7 @@ def test_columns_that_do_not_exist(place: Path) -> None:
     assert "there is no column 'txt' (did you mean 'text'?)" in said
     assert "the columns are 'text', 'other', 'label', 'score'" in said
     assert "there is no column 'gold'" in refused_training(place, "--label", "gold")
-    assert "name one column of text or one of images" in refused_training(place, "--image", "a", "--text", "b")
+    assert "name one column of text, of images or of sounds" in refused_training(place, "--image", "a", "--text", "b")
 
 
 def test_labels_that_training_never_had(place: Path, tmp_path: Path) -> None:

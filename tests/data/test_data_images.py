@@ -25,12 +25,12 @@ from sidestep.data import (
     DataWarning,
     Fields,
     ImageTransform,
-    drop_unreadable,
     encode_images,
     few_shot,
     label_space,
     read,
 )
+from sidestep.data.images import IMAGES
 from sidestep.kinds.prepare import TaskData, prepare
 from small_tasks import image_folder, tokenizer, write
 
@@ -136,7 +136,7 @@ def test_a_class_folder_without_an_image_is_named(tmp_path: Path) -> None:
     assert len(read(folder)) == 4
     (folder / "grey").mkdir()
     (folder / "grey" / "notes.txt").write_text("no image")
-    with pytest.raises(DataError, match="has 1 of 3 class folders without an image: 'grey': put images there"):
+    with pytest.raises(DataError, match="has 1 of 3 class folders without images: 'grey': put images there"):
         read(folder)
     # below the folder of a split too
     os.renames(folder, tmp_path / "all" / "train")
@@ -188,11 +188,11 @@ def test_a_file_of_zero_bytes_is_named_before_anything_is_computed(tmp_path: Pat
 def test_bad_images_are_left_out_counted_and_named(tmp_path: Path) -> None:
     rows = read(spoilt(tmp_path / "data"))
     with pytest.warns(DataWarning, match=r"3 of 12 images of the rows cannot be read .*bright/1\.png.*dark/2\.png"):
-        good = drop_unreadable(rows, "image")
+        good = IMAGES.drop_unreadable(rows, "image")
     assert paths(good) == ["0.png", "2.png", "3.png", "4.png", "5.png", "0.png", "1.png", "3.png", "5.png"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert drop_unreadable(good, "image") is good
+        assert IMAGES.drop_unreadable(good, "image") is good
 
 
 def test_prepare_leaves_bad_images_out_of_both_parts(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_prepare_leaves_bad_images_out_of_both_parts(tmp_path: Path) -> None:
 def test_rows_without_a_good_image_are_refused(tmp_path: Path) -> None:
     rows = Dataset.from_dict({"image": [{"bytes": b"x", "path": None}]}, features=Features({"image": Image()}))
     with pytest.raises(DataError, match="none of 1 images of the rows can be read: 'row 1'"):
-        drop_unreadable(rows, "image")
+        IMAGES.drop_unreadable(rows, "image")
 
 
 def test_images_within_the_rows_need_no_files(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_every_mode_is_read_augmented_or_not(tmp_path: Path, mode: str) -> None:
 def test_what_is_for_images_is_refused_for_texts() -> None:
     rows, fields = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]}), Fields(text="text", label="label")
     for asked in ({"skip_bad_images": True}, {"augment": "flip"}):
-        with pytest.raises(DataError, match="is for images, but a column of text is read: leave --"):
+        with pytest.raises(DataError, match="is for images.*, but a column of text is read: leave --"):
             prepare(rows, rows, fields, tokenizer(pad=True), **asked)
 
 

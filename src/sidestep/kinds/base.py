@@ -26,6 +26,7 @@ from sidestep.data import (
     TableOptions,
     check_fields,
     encode_images,
+    encode_sounds,
     encode_text,
     few_shot,
     holdout,
@@ -132,18 +133,20 @@ class TaskKind(ABC):
         *,
         separators: Separators = NOTHING,
     ) -> tuple[Dataset, int]:
-        """Rows as a backbone reads them (labels None: without labels), and how many texts were cut.
+        """Rows as a backbone reads them (labels None: without labels), and how many texts or sounds were cut.
 
         Raises:
             DataError: for unusable columns, cells or labels.
         """
         if fields.image is not None:
             return encode_images(rows, fields, processor, labels, augment), 0
+        if fields.audio is not None:
+            return encode_sounds(rows, fields, processor, labels)
         return encode_text(rows, fields, processor, labels, max_length, separator=separators.pair)
 
     def collate(self, fields: Fields, processor: Any) -> Collate:
         """Makes batches of encoded rows with labels."""
-        return Collate(processor if fields.text is not None else None)
+        return Collate.of(fields, processor)
 
     def prepare(self, train: Dataset, dev: Dataset | None, fields: Fields, processor: Any, asked: Asked) -> TaskData:
         """The rows as a task of this kind reads them. Arguments and errors as of `prepare.prepare`."""
@@ -161,8 +164,9 @@ class TaskKind(ABC):
             processor, handling["augment"], handling["augment_seed"] = views.transform, asked.augment, asked.seed
         if isinstance(processor, ImageTransform):
             handling["transform"] = processor.to_dict()
-        if self.writes and fields.image is not None:
-            raise DataError(f"kind={self.name!r} is for texts, but {fields.image!r} is named as images: say --text")
+        if self.writes and fields.files is not None:
+            medium, column = fields.files
+            raise DataError(f"kind={self.name!r} is for texts, but {column!r} is named as {medium.name}s: say --text")
         labels = self.labels(train, fields.label)
         separators = separators_of(asked.separator, processor, kind=self.name, pair=fields.text2 is not None)
         source = f"{len(dev)} rows of their own" if dev is not None else ""

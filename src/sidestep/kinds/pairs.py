@@ -25,8 +25,8 @@ from sidestep.data import (
     TableOptions,
     holdout,
 )
-from sidestep.data.images import undecoded
 from sidestep.data.joins import NOTHING, separators_of
+from sidestep.data.media import undecoded
 from sidestep.data.pairs import CollatePairs, captioned, encode_pairs, read_pairs
 from sidestep.data.vocabulary import check_tokens
 from sidestep.kinds.assess import Assessment

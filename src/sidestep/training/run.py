@@ -39,10 +39,10 @@ class DataSpec:
 
     Attributes:
         train, dev: file, folder or hub id, or a data set. Without dev rows a share of the training rows is held out.
-        text, text2, image, label: the columns that are read.
+        text, text2, image, audio, label: the columns that are read.
         kind: of task (see `sidestep.kinds`). None: by the labels.
         table: how files are read.
-        train_split, dev_split: of a hub id or a folder of images.
+        train_split, dev_split: of a hub id or a folder of images or sounds.
         transform: used in the place of the backbone's image processor.
         image_size, normalize: what is changed in the image processor.
     """
@@ -52,6 +52,7 @@ class DataSpec:
     text: str | None = None
     text2: str | None = None
     image: str | None = None
+    audio: str | None = None
     label: str | None = "label"
     kind: str | None = None
     table: TableOptions = field(default_factory=TableOptions)
@@ -79,7 +80,8 @@ class DataSpec:
     def fields(self) -> Fields:
         """The columns."""
         dual = self.task_kind is not None and self.task_kind.dual
-        return Fields(text=self.text, text2=self.text2, image=self.image, label=None if dual else self.label)
+        label = None if dual else self.label
+        return Fields(text=self.text, text2=self.text2, image=self.image, audio=self.audio, label=label)
 
     def rows(self, source: str | Path | Dataset, split: str) -> Dataset:
         """The rows of `train` or `dev`."""

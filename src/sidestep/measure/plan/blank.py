@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from sidestep.backbone import positions
 from sidestep.backbone.configs import config_of
 from sidestep.backbone.gguf import is_gguf
+from sidestep.backbone.load import classifier_of
 from sidestep.backbone.pixels import image_shape
 from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
@@ -65,7 +66,7 @@ def build(
     config = backbone if isinstance(backbone, PreTrainedConfig) else read_config(backbone, revision)
     if own_head and num_labels is not None:
         config.num_labels = num_labels
-    kind = _with_head(config) if own_head else _writing(config, writes) if writes else AutoModel
+    kind = classifier_of(config) if own_head else _writing(config, writes) if writes else AutoModel
     if own_head and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # by which a decoder's head finds the last token of a row
     try:
@@ -94,16 +95,6 @@ def read_config(name: str | Path, revision: str | None = None) -> Any:
             f"{name!r} cannot be planned: there is no such folder or file here, and as a hub id its {CONFIG} cannot be "
             f"had ({_first_line(error)})"
         ) from error
-
-
-def _with_head(config: Any) -> Any:
-    for mapping, kind in (
-        (transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, transformers.AutoModelForSequenceClassification),
-        (transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.AutoModelForImageClassification),
-    ):
-        if type(config) in mapping:
-            return kind
-    raise LoadError(f"transformers has no classification model for {config.model_type!r}: plan it without its own head")
 
 
 def _writing(config: Any, writes: Written) -> Any:
