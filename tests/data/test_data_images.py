@@ -238,7 +238,7 @@ def test_every_mode_is_read_augmented_or_not(tmp_path: Path, mode: str) -> None:
 def test_what_is_for_images_is_refused_for_texts() -> None:
     rows, fields = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]}), Fields(text="text", label="label")
     for asked in ({"skip_bad_images": True}, {"augment": "flip"}):
-        with pytest.raises(DataError, match="is for images.*, but a column of text is read: leave --"):
+        with pytest.raises(DataError, match=r"is for images.*, but a column of text is read: leave --"):
             prepare(rows, rows, fields, tokenizer(pad=True), **asked)
 
 

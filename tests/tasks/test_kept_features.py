@@ -599,10 +599,10 @@ def test_an_image_processor_that_is_random_is_refused(place: Path) -> None:
     data = data_of(place, "vit")
     noisy, told = replace(data, processor=Noisy(data.processor)), []
     model = attached(place, data, backbone="vit")
-    with pytest.raises(ValueError, match="its processor makes other pixels of a picture each time"):
+    with pytest.raises(ValueError, match="its processor makes other inputs of a file each time"):
         keep(model, noisy, options("ram"))
     assert keep(model, noisy, options("auto"), told.append) is None
-    assert told == ["features: none, as its processor makes other pixels of a picture each time"]
+    assert told == ["features: none, as its processor makes other inputs of a file each time"]
 
 
 def test_another_image_processor_has_another_key(place: Path, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ class Facts:
         packs: whether a lone causal stack reads the texts of one row as if each were alone. Positions start again with
             each text, without a mask and a cache. None: not known yet.
         caches: names under which the model takes what it returned for the tokens before.
+        read: the shapes, without rows, of the images or sounds that were read in the pass, by the names of the inputs.
     """
 
     source: Source
@@ -99,6 +100,7 @@ class Facts:
     left: Left | None = None
     packs: bool | None = None
     caches: tuple[str, ...] = ()
+    read: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def is_causal(self) -> bool:

@@ -121,7 +121,7 @@ def load_backbone(
     elif str(name).startswith(VIT):
         kind = transformers.ViTForImageClassification if head else transformers.ViTModel
     else:
-        kind = classifier_of(config) if head else AutoModel
+        kind = classifier_of(config) if head else headless_of(config)
     return _load_transformers(kind, str(name), config, wanted, revision)
 
 
@@ -228,6 +228,12 @@ def _set_drop_path(name: str, config: Any, rate: float) -> None:
         warn_of_no_drop_path(name, f"transformers' {config.model_type!r} model", rate)
 
 
+def headless_of(config: Any) -> Any:
+    """The auto class for this config, whose head is not used: of an encoder-decoder of sounds that of its encoder."""
+    hears = config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
+    return transformers.AutoModelForAudioClassification if hears else AutoModel
+
+
 def classifier_of(config: Any) -> Any:
     """The auto class with a classification head for this config.
 
@@ -295,10 +301,17 @@ def _load_transformers(
     return model.eval()
 
 
+def _without_heads(model: PreTrainedModel) -> nn.Module:
+    """The trunk. Of Whisper's encoder with a head, which transformers takes for a trunk as it is, the encoder."""
+    trunk = trunk_of(model)
+    alone = trunk.config.is_encoder_decoder and hasattr(trunk, "encoder") and not hasattr(trunk, "decoder")
+    return trunk.encoder if alone else trunk
+
+
 def _check_report(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
     """Refuse a backbone that did not come from the checkpoint, but accept new poolers and heads."""
     kind = type(model).__name__
-    trunk = {id(parameter) for parameter in trunk_of(model).parameters()}
+    trunk = {id(parameter) for parameter in _without_heads(model).parameters()}
     inside = [key for key, parameter in model.named_parameters() if id(parameter) in trunk]
     mismatched = {key: (tuple(given), tuple(own)) for key, given, own in report["mismatched_keys"]}
     if wrong := [key for key in inside if key in mismatched]:

@@ -90,7 +90,14 @@ def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
     named = _named(model, stacks, causal, [None] * len(stacks), 0)
     first = next(iter(named))
     named[first] = replace(named[first], frames=frames)
-    return Facts(source="traced", stacks=named, caches=caches(trunk_of(model), seen.output))
+    return Facts(source="traced", stacks=named, caches=caches(trunk_of(model), seen.output), read=_read(seen))
+
+
+def _read(seen: Seen) -> dict[str, tuple[int, ...]]:
+    """The shapes, without rows, of images or sounds and their mask. Empty for texts."""
+    tensors = {name: value for name, value in seen.inputs.items() if isinstance(value, torch.Tensor)}
+    texts = not next(iter(tensors.values())).is_floating_point()
+    return {} if texts else {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
 
 
 def _named(
@@ -164,7 +171,7 @@ def _shapes(model: nn.Module, blocks: Sequence[Blocks]) -> Facts | None:
         for inputs, rows in _fake_inputs(copied, model, len(blocks)):
             if (seen := attempt(copied, watch, copied, blocks, inputs)) is not None:
                 stacks = _of_shapes(model, blocks, read_stacks(model, blocks, seen, rows))
-                return Facts(source="shapes", stacks=stacks, caches=caches(copied, seen.output))
+                return Facts(source="shapes", stacks=stacks, caches=caches(copied, seen.output), read=_read(seen))
     return None
 
 

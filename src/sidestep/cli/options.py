@@ -218,7 +218,9 @@ Planned = Annotated[
 ]
 Labels = Annotated[int, _model(help="Classes of the head.")]
 Batch = Annotated[int, _training("--batch", help="Rows of one step.")]
-Length = Annotated[int | None, _training(help="Tokens of a text. Default: 128.")]
+Length = Annotated[
+    int | None, _training(help="Tokens of a text (default: 128), or samples of a sound (default: 160000).")
+]
 ImageSize = Annotated[int | None, _data(help="Rows and columns of an image. Default: the model's.")]
 Gpu = Annotated[str | None, _training(help="Memory of the card to plan for, such as 16GB. Default: plan for the CPU.")]
 Precision = Annotated[

@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from sidestep.backbone import positions
 from sidestep.backbone.configs import config_of
 from sidestep.backbone.gguf import is_gguf
-from sidestep.backbone.load import classifier_of
+from sidestep.backbone.load import classifier_of, headless_of
 from sidestep.backbone.pixels import image_shape
 from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
@@ -30,6 +30,8 @@ WRITING: dict[Written, tuple[Any, Any]] = {
 IMAGE_SIZE = 224
 """Rows and columns where a model takes images of any size."""
 LENGTH = 128
+SAMPLES = 160_000
+"""Of a sound: ten seconds at the usual 16,000 a second."""
 TARGET = 4
 """Tokens of a text that an encoder-decoder writes: a word or two."""
 
@@ -66,7 +68,7 @@ def build(
     config = backbone if isinstance(backbone, PreTrainedConfig) else read_config(backbone, revision)
     if own_head and num_labels is not None:
         config.num_labels = num_labels
-    kind = classifier_of(config) if own_head else _writing(config, writes) if writes else AutoModel
+    kind = classifier_of(config) if own_head else _writing(config, writes) if writes else headless_of(config)
     if own_head and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # by which a decoder's head finds the last token of a row
     try:
@@ -116,9 +118,10 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
     """A batch without content, on the default device. It has labels and, for texts, padding.
 
     Args:
-        model: says whether it reads texts or images, and what its labels are.
+        model: says whether it reads texts, images or sounds, and what its labels are.
         rows: of the batch.
-        length: tokens of a text. None: `LENGTH`, or what the model takes at most.
+        length: tokens of a text. None: `LENGTH`, or what the model takes at most. Of a wave
+            samples. None: `SAMPLES`. Spectrograms are as long as those that the model was tried with.
         image_size: rows and columns of an image. None: what the model was made for, or `IMAGE_SIZE`.
 
     Raises:
@@ -130,6 +133,10 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
         if length is not None:
             raise ValueError(f"length={length}, but {_name(model)} reads images: give image_size")
         inputs = {"pixel_values": torch.zeros(rows, *_image_shape(model, image_size))}
+    elif model.main_input_name != "input_ids":
+        if image_size is not None:
+            raise ValueError(f"image_size={image_size}, but {_name(model)} reads sounds: give length")
+        inputs = _sounds(model, rows, length)
     else:
         if image_size is not None:
             raise ValueError(f"image_size={image_size}, but {_name(model)} reads texts: give length")
@@ -151,6 +158,24 @@ def _length(model: SideModel, asked: int | None) -> int:
     if length < 1 or (most is not None and length > most):
         raise ValueError(f"length={length}, but {_name(model)} takes 1 to {most or 'any number of'} tokens")
     return length
+
+
+def _sounds(model: SideModel, rows: int, length: int | None) -> dict[str, Tensor]:
+    """Silence. The last row of waves is half as long if the model takes a mask."""
+    name, read = model.main_input_name, model.facts.read
+    if name not in read:
+        raise ValueError(f"{_name(model)} does not say which sounds it takes: it cannot be planned for")
+    if len(read[name]) > 1:
+        if length is not None:
+            raise ValueError(f"length={length}, but {_name(model)} reads spectrograms of {read[name]}: leave it out")
+        return {name: torch.zeros(rows, *read[name])}
+    if length is not None and length < 1:
+        raise ValueError(f"length={length}, but it must be at least 1")
+    inputs = {name: torch.zeros(rows, length or SAMPLES)}
+    if "attention_mask" in read:
+        inputs["attention_mask"] = torch.ones(inputs[name].shape, dtype=torch.long)
+        inputs["attention_mask"][-1, inputs[name].shape[1] // 2 :] = 0
+    return inputs
 
 
 def _image_shape(model: SideModel, asked: int | None) -> tuple[int, int, int]:
