@@ -14,6 +14,9 @@ from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
     ASTModel,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertModel,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
@@ -66,6 +69,17 @@ def spectrograms(folder: Path) -> Path:
     return folder
 
 
+def frames(folder: Path) -> Path:
+    """A w2v-BERT of two blocks. It reads spectrograms of any length, with a mask."""
+    torch.manual_seed(0)
+    config = Wav2Vec2BertConfig(
+        **SIZES, conv_depthwise_kernel_size=3, layerdrop=0.0, mask_time_prob=0.0, classifier_proj_size=16
+    )
+    Wav2Vec2BertModel(config).save_pretrained(folder)
+    SeamlessM4TFeatureExtractor().save_pretrained(folder)
+    return folder
+
+
 def whisper(folder: Path) -> Path:
     """Whisper's encoder of two blocks, with a head of its own. It reads one second."""
     torch.manual_seed(0)
@@ -93,7 +107,12 @@ def whisper(folder: Path) -> Path:
     return folder
 
 
-BACKBONES: dict[str, Callable[[Path], Path]] = {"waves": waves, "spectrograms": spectrograms, "whisper": whisper}
+BACKBONES: dict[str, Callable[[Path], Path]] = {
+    "waves": waves,
+    "frames": frames,
+    "spectrograms": spectrograms,
+    "whisper": whisper,
+}
 
 
 def tone(pitch: float, seconds: float, rate: int = RATE, seed: int = 0) -> NDArray[np.float32]:

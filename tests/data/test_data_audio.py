@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from datasets import Audio, Dataset, Features, Value
+from datasets import Audio, Dataset, Value
+from datasets import Features as Columns
 from transformers import ViTImageProcessor
 
 import sidestep as ss
@@ -21,9 +22,12 @@ from sidestep.backbone.processors import load_processor
 from sidestep.data import Collate, DataError, DataWarning, Fields, check_fields, encode_sounds, few_shot, read
 from sidestep.data.contents import content_hash, row_ids
 from sidestep.data.sounds import SOUNDS, Sound, headers
+from sidestep.disk.features import FeatureStore
+from sidestep.kinds.features import Features
 from sidestep.kinds.prepare import TaskData, prepare
 from sidestep.kinds.sounds import check_sounds
-from small_sounds import RATE, WINDOW, sound_folder, spectrograms, tone, waves, whisper
+from sidestep.model.features import FeaturesRefused
+from small_sounds import BACKBONES, RATE, WINDOW, sound_folder, tone, waves
 from small_tasks import image_folder, tokenizer, write
 from tiny import randomize
 
@@ -32,11 +36,10 @@ FIELDS = Fields(audio="audio", label="label")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three backbones, and six tones of each of two classes."""
+    """Backbones, and six tones of each of two classes."""
     folder = tmp_path_factory.mktemp("sounds")
-    waves(folder / "waves")
-    spectrograms(folder / "spectrograms")
-    whisper(folder / "whisper")
+    for name, make in BACKBONES.items():
+        make(folder / name)
     sound_folder(folder / "tones", per_class=6)
     return folder
 
@@ -69,7 +72,7 @@ def test_class_folders_lists_and_tables_hold_the_same_sounds(place: Path, tmp_pa
     (tmp_path / "list.txt").write_text("".join(lines))
     write(tmp_path / "table.csv", [{"audio": file, "label": name} for file, name in zip(files, names, strict=True)])
     cells = [{"bytes": Path(file).read_bytes(), "path": None} for file in files]
-    features = Features({"audio": Audio(), "label": Value("string")})
+    features = Columns({"audio": Audio(), "label": Value("string")})
     whole = Dataset.from_dict({"audio": files, "label": names}).cast(features)
     assert SOUNDS.decode(cells[0], 1).samples.dtype == np.float32
     extractor = load_processor(place / "waves")
@@ -85,7 +88,7 @@ def test_sounds_within_the_rows_need_no_files(place: Path, tmp_path: Path) -> No
     soundfile.write(buffer, tone(300, 0.2), RATE, format="FLAC")
     cells = {"audio": [{"bytes": buffer.getvalue(), "path": "of a machine far away.flac"}] * 2, "label": ["a", "b"]}
     struct = {"audio": {"bytes": Value("binary"), "path": Value("string")}, "label": Value("string")}
-    rows = Dataset.from_dict(cells, features=Features(struct)).cast_column("audio", Audio())
+    rows = Dataset.from_dict(cells, features=Columns(struct)).cast_column("audio", Audio())
     rows.to_parquet(tmp_path / "rows.parquet")
     encoded = encode_sounds(read(tmp_path / "rows.parquet"), FIELDS, load_processor(place / "waves"), None)[0]
     assert encoded[1]["input_values"].shape == (800,)
@@ -152,14 +155,14 @@ def test_an_extractor_that_cuts_is_seen_to(place: Path, tmp_path: Path) -> None:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["waves", "spectrograms", "whisper"])
+@pytest.mark.parametrize("name", BACKBONES)
 def test_a_row_alone_has_the_outputs_that_it_has_in_a_padded_batch(place: Path, tmp_path: Path, name: str) -> None:
     extractor, model = load_processor(place / name), attached(place / name)
     rate = extractor.sampling_rate
     files = [wave(tmp_path, f"{n}.wav", tone(300, s, rate), rate) for n, s in enumerate((0.3, 0.1, 0.22))]
     encoded, collate = encode_sounds(table(*files), FIELDS, extractor, None)[0], Collate.of(FIELDS, extractor)
     batch = collate([encoded[number] for number in range(3)])
-    assert ("attention_mask" in batch) == (name == "waves")
+    assert ("attention_mask" in batch) == (name in ("waves", "frames"))
     with torch.no_grad():
         together = model(**batch).logits
         alone = torch.cat([model(**collate([encoded[number]])).logits for number in range(3)])
@@ -267,13 +270,8 @@ def test_columns_and_backbones_that_read_something_else_are_refused(place: Path,
     sounds, extractor = read(place / "tones"), load_processor(place / "waves")
     texts = Dataset.from_dict({"text": ["a b", "c d"], "label": ["x", "y"]})
     images = read(image_folder(tmp_path / "images", per_class=2))
-    for processor, reads, option in (
-        (tokenizer(pad=True), "text", "--text"),
-        (ViTImageProcessor(), "images", "--image"),
-    ):
-        with pytest.raises(
-            DataError, match=rf"the backbone reads {reads} \(.*'audio' is named as sounds: say {option}"
-        ):
+    for processor, option in ((tokenizer(pad=True), "text"), (ViTImageProcessor(), "image")):
+        with pytest.raises(DataError, match=rf"reads {option}.*, but 'audio' is named as sounds: say --{option}"):
             prepare(sounds, sounds, FIELDS, processor)
     for rows, fields, named in (
         (texts, Fields(text="text", label="label"), "'text' is named as text"),
@@ -293,7 +291,7 @@ def test_columns_and_backbones_that_read_something_else_are_refused(place: Path,
 
 def prepared(folder: Path, samples: list[int], extractor: Any) -> TaskData:
     rate = extractor.sampling_rate
-    rows = table(*(wave(folder, f"{n}.wav", tone(300, n / rate, rate), rate) for n in samples))
+    rows = table(*(wave(folder, f"{p}.wav", tone(300, n / rate, rate), rate) for p, n in enumerate(samples)))
     return prepare(rows, rows, FIELDS, extractor)
 
 
@@ -319,3 +317,12 @@ def test_the_extractor_of_another_model_is_refused(place: Path, tmp_path: Path, 
     data = prepared(tmp_path, [2000, 2400], extractor)
     with pytest.raises(DataError, match=rf"cannot take what {type(extractor).__name__} makes of a sound: .*saved with"):
         check_sounds(attached(place / own), data.train, extractor)
+
+
+def test_states_that_depend_on_the_batch_are_not_stored(tmp_path: Path) -> None:
+    waves(tmp_path / "maskless", masks=False)
+    extractor, model = load_processor(tmp_path / "maskless"), attached(tmp_path / "maskless")
+    how: dict[str, Any] = {"rounded": False, "batch_size": 8, "autocast": False}
+    with pytest.raises(FeaturesRefused, match="differ in length and have no mask"):
+        Features.of(model, prepared(tmp_path, [400, 500], extractor), FeatureStore(None, 10**6), **how)
+    Features.of(model, prepared(tmp_path, [400, 400], extractor), FeatureStore(None, 10**6), **how)

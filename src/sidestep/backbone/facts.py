@@ -56,7 +56,8 @@ class StackFacts:
         norm: the name of the final norm within the trunk, or None if there is no such norm.
         ends: whether the stack's own output is what came out of that norm, or of the last block if the stack has no
             norm.
-        added: where the tokens of a text stand among the stack's. None: they cannot be told, and masks do not apply.
+        added: where the tokens of a text (or the masked frames of a sound) stand among the stack's. None: they cannot
+            be told, and masks do not apply.
         visits: the names of the blocks in the order of a pass, where some run several times (shared weights). None:
             each runs once, in the order in which they stand.
         linear: the names within the trunk of the blocks' linear maps that are called in a pass. None: not known.

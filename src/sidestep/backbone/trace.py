@@ -85,11 +85,11 @@ def _of_texts(passed: TextPass) -> Facts:
 def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
     """Facts of a model of images or sounds, whose parts are not tokens that could be changed one by one."""
     stacks = read_stacks(model, blocks, seen, dummies.ROWS)
-    frames = _frames(model, blocks, seen, stacks)
+    masked = _masked(model, blocks, seen, stacks)
     causal = [said(model, stack) for stack in stacks]
     named = _named(model, stacks, causal, [None] * len(stacks), 0)
     first = next(iter(named))
-    named[first] = replace(named[first], frames=frames)
+    named[first] = replace(named[first], **masked)
     return Facts(source="traced", stacks=named, caches=caches(trunk_of(model), seen.output), read=_read(seen))
 
 
@@ -127,32 +127,35 @@ def _named(
     return found
 
 
-def _frames(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, stacks: Sequence[StackPass]) -> str | None:
-    """The module that brings a mask of samples or frames to the fewer tokens that are made of them, if one matters.
+def _masked(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, stacks: Sequence[StackPass]) -> dict[str, Any]:
+    """The facts of the first stack that say how a mask of sounds is brought to its tokens, if one matters.
 
     Raises:
-        ValueError: if it matters, and the model has no such module.
+        ValueError: if it matters, and the model has no module that brings it to fewer tokens.
     """
     trunk, mask, first = trunk_of(model), seen.inputs.get("attention_mask"), stacks[0].first
-    if mask is None or mask.shape[1] == first.shape[1]:
-        return None
+    if mask is None:
+        return {}
     shorter = mask.clone()
     shorter[0, mask.shape[1] // 2 :] = 0
     other = attempt(trunk, watch, trunk, blocks, {**seen.inputs, "attention_mask": shorter})
     if other is None:
-        return None  # its mask is none of samples or frames
+        return {}  # its mask is none of samples or frames
+    matters = apart(read_stacks(model, blocks, other, dummies.ROWS)[0].last, stacks[0].last) > MASK_MOVES
+    if mask.shape[1] == first.shape[1]:
+        return {"added": Added()} if matters else {}
     for name, module in trunk.named_modules():
         if hasattr(module, FRAMES):
             brought = attempt(trunk, getattr(module, FRAMES), first.shape[1], shorter)
             if brought is not None and brought.shape == (dummies.ROWS, first.shape[1]) and not brought.all():
-                return str(name)
-    if apart(read_stacks(model, blocks, other, dummies.ROWS)[0].last, stacks[0].last) > MASK_MOVES:
+                return {"frames": str(name)}
+    if matters:
         raise unfit(
             stacks[0].owner,
             f"its mask has {mask.shape[1]} positions, and its {stacks[0].blocks.name} makes {first.shape[1]} tokens of "
             "them: which tokens are padding cannot be told",
         )
-    return None
+    return {}
 
 
 # --- a pass without values ------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ def read_list(path: Path, lines: Iterable[str]) -> Dataset:
     short = [number for number, parts in rows if len(parts) < 2]
     if short:
         raise DataError(
-            f"{path} has no label in {len(short)} of {len(rows)} lines (line {listed(short)}): a .txt file is a list "
-            "of images or sounds, one 'path label' a line"
+            f"{path} has no label in {len(short)} of {len(rows)} lines (line {listed(short)}): a .txt file lists "
+            "images or sounds, one 'path label' a line"
         )
     folder = path.parent
     files = {name: folder / name for _, (name, _) in rows}

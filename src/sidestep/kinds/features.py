@@ -146,6 +146,8 @@ class Features:
         ids = [*row_ids(data.train, leaving), *row_ids(data.dev, leaving)]
         lengths = [*_lengths(data.train), *_lengths(data.dev)]
         batch = data.collate([data.train[number] for number in range(min(LOOKED_AT, len(data.train)))])
+        if data.fields.audio is not None and len(set(lengths)) > 1 and "attention_mask" not in batch:
+            raise FeaturesRefused("its sounds differ in length and have no mask, so states depend on the whole batch")
         with _autocast(model, autocast):
             inputs = _inputs(model, batch, writes=data.generation is not None)
             route = find_route(model, inputs, unread=_of_one_size(data))

@@ -72,7 +72,7 @@ def prepare(
         ValueError: for a processor whose images cannot be augmented.
 
     Warns:
-        DataWarning: if files were left out, sounds are resampled or cut, a separator is dropped by the tokenizer, or
+        DataWarning: if files were left out, or sounds are resampled or cut. Also if the tokenizer drops a separator, or
             answers stand behind their prompts without white space.
     """
     asked = Asked(
