@@ -15,7 +15,7 @@ from sidestep.backbone import dummies
 from sidestep.backbone.calls import argument_names
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.facts import FRAMES, Added, Causal, Facts, StackFacts, said_causal
-from sidestep.backbone.fakes import has_values, hollow
+from sidestep.backbone.fakes import has_values, hollow, unlogged
 from sidestep.backbone.families import family_of, patch_grid
 from sidestep.backbone.packs import packs
 from sidestep.backbone.stack import StackPass, read_stacks, unfit
@@ -166,7 +166,7 @@ def _shapes(model: nn.Module, blocks: Sequence[Blocks]) -> Facts | None:
 
     None if the model cannot be run on fake tensors.
     """
-    with undisturbed(torch.device("cpu")), FakeTensorMode(allow_non_fake_inputs=True):
+    with undisturbed(torch.device("cpu")), unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
         try:
             copied = hollow(trunk_of(model))
         except Exception:  # of whatever holds what cannot be copied

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from sidestep.backbone.processors import IN_WORDS, read_by
+from sidestep.backbone.source import Reads
 from sidestep.data import Augmentation, DataError, Fields, ImageTransform
 from sidestep.data.augment import NONE
 
@@ -17,7 +18,8 @@ def check_modality(processor: Any, fields: Fields) -> None:
     Raises:
         DataError: naming the processor and the column.
     """
-    reads, columns = read_by(processor), {"text": fields.text, "image": fields.image, "audio": fields.audio}
+    reads = read_by(processor)
+    columns: dict[Reads, str | None] = {"text": fields.text, "image": fields.image, "audio": fields.audio}
     named = [field for field, column in columns.items() if column]
     if len(named) == 1 and named[0] != reads:
         raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 
+from sidestep.backbone.fakes import unlogged
 from sidestep.backbone.source import Reads
 from sidestep.interface.keep import Keep
 from sidestep.measure.memory import by_kind_of_module, saved_bytes
@@ -290,12 +290,9 @@ def _tracing(step: Step) -> Iterator[None]:
     """Turn whatever fails into an error that names the module and the operation."""
     running: list[str] = []
     handles = [handle for name, module in step.model.named_modules() for handle in _follow(name, module, running)]
-    # it logs a traceback of what is raised anyway
-    log = logging.getLogger(FakeTensorMode.__module__)
-    level = log.level
-    log.setLevel(logging.CRITICAL)
     try:
-        yield
+        with unlogged():
+            yield
     except Exception as error:
         where = f"in {running[-1] or type(step.model.backbone).__name__}" if running else "in backward or the optimizer"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -304,7 +301,6 @@ def _tracing(step: Step) -> Iterator[None]:
             f"{where}, at the operation {step.ledger.op or 'none'} ({type(error).__name__}: {reason}): {INSTEAD}"
         ) from error
     finally:
-        log.setLevel(level)
         for handle in handles:
             handle.remove()
 
