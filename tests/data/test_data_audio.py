@@ -21,6 +21,7 @@ from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import load_processor
 from sidestep.data import Collate, DataError, DataWarning, Fields, check_fields, encode_sounds, few_shot, read
 from sidestep.data.contents import content_hash, row_ids
+from sidestep.data.encode_sounds import inputs_of, noise
 from sidestep.data.sounds import SOUNDS, Sound, headers
 from sidestep.disk.features import FeatureStore
 from sidestep.kinds.features import Features
@@ -53,8 +54,8 @@ def table(*files: str) -> Dataset:
     return Dataset.from_dict({"audio": list(files), "label": [("a", "b")[n % 2] for n in range(len(files))]})
 
 
-def attached(folder: Path, method: Any = None) -> ss.SideModel:
-    model = ss.attach(load_backbone(folder), method or ss.ReadConfig(rank=4), head=ss.Classify(num_labels=2))
+def attached(folder: Path, dtype: str | None = None) -> ss.SideModel:
+    model = ss.attach(load_backbone(folder, dtype=dtype), ss.ReadConfig(rank=4), head=ss.Classify(num_labels=2))
     randomize(model)
     return model.eval()
 
@@ -168,6 +169,14 @@ def test_a_row_alone_has_the_outputs_that_it_has_in_a_padded_batch(place: Path, 
         alone = torch.cat([model(**collate([encoded[number]])).logits for number in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)  # sums are taken in another order
     assert not torch.allclose(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_in_bfloat16_reads_sounds(place: Path, name: str) -> None:
+    extractor, model = load_processor(place / name), attached(place / name, dtype="bfloat16")
+    batch = Collate.of(FIELDS, extractor)([inputs_of(extractor, noise(extractor.sampling_rate // 4))])
+    with torch.no_grad():
+        assert model(**batch).logits.isfinite().all()
 
 
 def test_what_was_stored_of_rows_gives_the_same_batches(place: Path) -> None:

@@ -41,6 +41,7 @@ from sidestep.backbone.source import (
     require_any,
 )
 from sidestep.backbone.timm_models import import_timm, timm_parts
+from sidestep.backbone.trunk import SOUND_INPUTS
 from sidestep.backbone.vit_npz import read_sizes
 
 LOADED_BY: Mapping[Reads, tuple[Any, str, tuple[str, ...]]] = {
@@ -49,7 +50,7 @@ LOADED_BY: Mapping[Reads, tuple[Any, str, tuple[str, ...]]] = {
     "audio": (AutoFeatureExtractor, "feature extractor", PROCESSOR_FILES),
 }
 """The class that loads a processor, by what that reads, its name in words, and its files."""
-MAIN_INPUTS: Mapping[str, Reads] = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}
+MAIN_INPUTS: Mapping[str, Reads] = {"pixel_values": "image", **dict.fromkeys(SOUND_INPUTS, "audio")}
 """What models read whose first input is called so. Others read text."""
 IN_WORDS: Mapping[Reads, str] = {"text": "text", "image": "images", "audio": "sounds"}
 

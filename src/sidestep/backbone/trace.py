@@ -21,7 +21,7 @@ from sidestep.backbone.packs import packs
 from sidestep.backbone.stack import StackPass, read_stacks, unfit
 from sidestep.backbone.structure import Blocks, convolves, find_blocks, likely_norm, likely_widths
 from sidestep.backbone.texts import TextPass, apart, caches, said
-from sidestep.backbone.trunk import trunk_of
+from sidestep.backbone.trunk import SOUND_INPUTS, trunk_of
 from sidestep.backbone.untouched import undisturbed
 from sidestep.backbone.watch import Seen, attempt, watch
 
@@ -208,7 +208,7 @@ def _guessed(model: nn.Module, blocks: Sequence[Blocks]) -> Facts:
     Raises:
         ValueError: for a model of sounds, whose mask would not be understood.
     """
-    if dummies.main_input(model) in ("input_values", "input_features"):
+    if dummies.main_input(model) in SOUND_INPUTS:
         raise unfit(type(trunk_of(model)).__name__, "it takes none of the sounds that it was tried with")
     found: dict[str, StackFacts] = {}
     for stack in blocks:

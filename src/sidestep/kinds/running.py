@@ -59,11 +59,11 @@ def check_encoded(model: SideModel, encoded: Dataset, fields: Fields, processor:
     """Refuses rows that a model cannot read.
 
     Raises:
-        DataError: for tokens that the backbone has no embeddings for, and sounds that it cannot take.
+        DataError: for tokens that the backbone has no embeddings for, and sounds that are too short for it.
     """
     if fields.text is not None:
         check_tokens(model.backbone, encoded, processor)
-    if fields.audio is not None:
+    if fields.audio is not None and "length" in encoded.column_names:
         check_sounds(model, encoded, processor)
 
 
