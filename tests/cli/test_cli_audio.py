@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+from datasets import Audio, Dataset
 
 import sidestep as ss
 from commands import FAST, refusal, succeed, table
@@ -32,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["waves", "spectrograms"])
 def test_a_task_of_sounds_is_trained_scored_and_used(place: Path, tmp_path: Path, name: str) -> None:
-    rows, task = ["--data", place / "tones"], tmp_path / "task"
+    source, task = ["--data", place / "tones"], tmp_path / "task"
     result = succeed(
         *("train", "--backbone", place / name, "--train", place / "tones", "--audio", "audio", "--output", task),
         *(*LEARNING, "--features", "off"),
@@ -44,14 +45,16 @@ def test_a_task_of_sounds_is_trained_scored_and_used(place: Path, tmp_path: Path
     scores = json.loads((task / "results.json").read_text())["scores"]
     assert scores["accuracy"] == 1.0
     assert '"audio": "speech.wav"' in (task / "README.md").read_text()
-    assert "accuracy" in succeed("eval", task, *rows, "--quiet").output
-    succeed("predict", task, *rows, "--output", tmp_path / "found.csv", "--quiet")
+    assert "accuracy" in succeed("eval", task, *source, "--quiet").output
+    succeed("predict", task, *source, "--output", tmp_path / "found.csv", "--quiet")
     found = table(tmp_path / "found.csv")
     right = [row["prediction"] == Path(row["audio"]).parent.name for row in found]
     assert sum(right) / len(right) > 0.9
-    # from Python, without labels, each row alone
-    model = ss.load(task)
-    alone = predict(model, [{"audio": row["audio"]} for row in found[:2]], batch_size=1)
+    # from Python, without labels, each row alone, as a column of sounds of the hub
+    files = [row["audio"] for row in found[:2]]
+    rows = Dataset.from_dict({"audio": files}).cast_column("audio", Audio())
+    alone = predict(ss.load(task), rows, batch_size=1)
+    assert alone["audio"] == files
     assert alone["p_low"] == pytest.approx([float(row["p_low"]) for row in found[:2]], abs=1e-3)
 
 

@@ -256,8 +256,14 @@ def _readable(rows: Dataset, fields: Fields) -> Dataset:
     for name, feature in rows.features.items():
         if isinstance(feature, ClassLabel):
             names = [None if index is None or index < 0 else feature.names[index] for index in rows[name][:]]
-            rows = rows.remove_columns(name).add_column(name, names)
+            rows = _replaced(rows, name, names)
         elif fields.files is not None and name == fields.files[1] and fields.files[0].holds(feature):
             paths = [name_of(cell, index) for index, cell in enumerate(undecoded(rows, name)[name][:])]
-            rows = rows.remove_columns(name).add_column(name, paths)
+            rows = _replaced(rows, name, paths)
     return rows
+
+
+def _replaced(rows: Dataset, name: str, cells: list[Any]) -> Dataset:
+    """The rows with other cells in a column."""
+    beside = f"{name} in other words"  # first added, as a table without a column has no rows
+    return rows.add_column(beside, cells).remove_columns(name).rename_column(beside, name)
