@@ -255,8 +255,8 @@ def test_files_that_are_no_sounds_are_refused_before_anything_is_computed(place:
 def test_bad_sounds_are_left_out_counted_and_named(place: Path, tmp_path: Path) -> None:
     rows = spoilt(tmp_path / "data")
     with pytest.warns(DataWarning, match=r"4 of 8 sounds of the training rows cannot be read .*silent\.wav.*nan\.wav"):
-        data = prepare(rows, table(*rows["audio"][:4]), FIELDS, load_processor(place / "waves"), skip_bad_images=True)
-    assert (len(data.train), len(data.dev), data.handling["skipped_images"]) == (4, 4, 4)
+        data = prepare(rows, table(*rows["audio"][:4]), FIELDS, load_processor(place / "waves"), skip_bad_files=True)
+    assert (len(data.train), len(data.dev), data.handling["skipped_files"]) == (4, 4, 4)
 
 
 def test_the_extra_is_named_where_soundfile_is_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

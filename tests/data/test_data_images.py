@@ -198,11 +198,11 @@ def test_bad_images_are_left_out_counted_and_named(tmp_path: Path) -> None:
 def test_prepare_leaves_bad_images_out_of_both_parts(tmp_path: Path) -> None:
     rows, dev = read(spoilt(tmp_path / "data")), read(image_folder(tmp_path / "dev", per_class=2))
     with pytest.warns(DataWarning, match="3 of 12 images of the training rows"):
-        data = prepare(rows, dev, FIELDS, SMALL, skip_bad_images=True)
-    assert (len(data.train), len(data.dev), data.handling["skipped_images"]) == (9, 4, 3)
+        data = prepare(rows, dev, FIELDS, SMALL, skip_bad_files=True)
+    assert (len(data.train), len(data.dev), data.handling["skipped_files"]) == (9, 4, 3)
     assert all(row["pixel_values"].shape == (3, 8, 8) for row in data.train)
     with pytest.warns(DataWarning, match="3 of 12 images of the dev rows"):
-        assert len(prepare(dev, rows, FIELDS, SMALL, skip_bad_images=True).dev) == 9
+        assert len(prepare(dev, rows, FIELDS, SMALL, skip_bad_files=True).dev) == 9
 
 
 def test_rows_without_a_good_image_are_refused(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_images_within_the_rows_need_no_files(tmp_path: Path) -> None:
     features = Features({"image": Image(), "label": Value("string")})
     Dataset.from_dict({"image": cells, "label": ["a", "b"] * 2}, features=features).to_parquet(tmp_path / "a.parquet")
     rows = read(tmp_path / "a.parquet")
-    data = prepare(rows, rows, FIELDS, SMALL, skip_bad_images=True)
+    data = prepare(rows, rows, FIELDS, SMALL, skip_bad_files=True)
     assert torch.equal(data.train[0]["pixel_values"], SMALL(images=[picture()])["pixel_values"][0])
 
 
@@ -237,7 +237,7 @@ def test_every_mode_is_read_augmented_or_not(tmp_path: Path, mode: str) -> None:
 
 def test_what_is_for_images_is_refused_for_texts() -> None:
     rows, fields = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]}), Fields(text="text", label="label")
-    for asked in ({"skip_bad_images": True}, {"augment": "flip"}):
+    for asked in ({"skip_bad_files": True}, {"augment": "flip"}):
         with pytest.raises(DataError, match=r"is for images.*, but a column of text is read: leave --"):
             prepare(rows, rows, fields, tokenizer(pad=True), **asked)
 

@@ -94,7 +94,7 @@ Problem = Annotated[
 ]
 Shots = Annotated[int | None, _data(help="Training rows of each class. Default: all.")]
 ShotsSeed = Annotated[int | None, _data(help="Seed of their draw. Default: --seed.")]
-SkipBadImages = Annotated[
+SkipBadFiles = Annotated[
     bool, _data("--skip-bad-files", "--skip-bad-images", help="Leave out images and sounds that cannot be read.")
 ]
 Normalize = Annotated[str | None, _data(help="imagenet or half. Default: the backbone's mean and deviation.")]

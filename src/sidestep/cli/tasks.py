@@ -29,7 +29,7 @@ def evaluate(
     text2: opt.Text2 = None,
     image: opt.Image = None,
     audio: opt.Audio = None,
-    skip_bad_images: opt.SkipBadImages = False,
+    skip_bad_files: opt.SkipBadFiles = False,
     label: opt.Label = None,
     split: opt.Split = "validation",
     columns: opt.Columns = None,
@@ -58,7 +58,7 @@ def evaluate(
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone_named(backbone, gguf))
         fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio, label=label))
-        found = _read(model, rows, table, split, fields, skip_bad_images=skip_bad_images)
+        found = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         judged = predicting.judge(
             model, found, fields=fields, batch_size=batch_size, progress=not quiet, features=kept, tell=_tell(kept)
         )
@@ -74,7 +74,7 @@ def predict(
     text2: opt.Text2 = None,
     image: opt.Image = None,
     audio: opt.Audio = None,
-    skip_bad_images: opt.SkipBadImages = False,
+    skip_bad_files: opt.SkipBadFiles = False,
     split: opt.Split = "test",
     columns: opt.Columns = None,
     no_header: opt.NoHeader = False,
@@ -95,7 +95,7 @@ def predict(
     if tasks is not None:
         from sidestep.cli.bank import run
 
-        if skip_bad_images:
+        if skip_bad_files:
             raise typer.BadParameter("with --tasks there is no --skip-bad-files: take those rows out")
         run(
             task,
@@ -134,7 +134,7 @@ def predict(
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone_named(backbone, gguf))
         fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio))
-        given = _read(model, rows, table, split, fields, skip_bad_images=skip_bad_images)
+        given = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         found = predicting.predict(
             model,
             given,
@@ -175,7 +175,7 @@ def _load(task: Path, name: str | None) -> Attached:
 
 
 def _read(
-    model: Attached, rows: str, table: TableOptions, split: str, fields: Fields, *, skip_bad_images: bool
+    model: Attached, rows: str, table: TableOptions, split: str, fields: Fields, *, skip_bad_files: bool
 ) -> Dataset:
     from sidestep.data import check_fields
     from sidestep.kinds.base import kind_named
@@ -185,7 +185,7 @@ def _read(
     kind = labels_of(model).kind
     found = read_rows(rows, fields, table, kind, split=split)
     show_many(len(found))
-    if not skip_bad_images:
+    if not skip_bad_files:
         return found
     if fields.files is None:
         raise ValueError("--skip-bad-files is for images and sounds, but the task reads text: leave it out")

@@ -36,7 +36,7 @@ from sidestep.data import (
 from sidestep.data.joins import NOTHING, separators_of
 from sidestep.interface.third_parties import import_third_parties
 from sidestep.kinds.assess import Assessment
-from sidestep.kinds.steps import check_modality, views_of, without_bad_images
+from sidestep.kinds.steps import check_modality, views_of, without_bad_files
 from sidestep.kinds.task_data import Asked, TaskData
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, Written, of_evaluation, scores
 from sidestep.model.attach import Attached
@@ -157,8 +157,8 @@ class TaskKind(ABC):
         handling: dict[str, Any] = {}
         if dev is not None:
             check_fields(dev, fields)
-        if asked.skip_bad_images:
-            train, dev, handling["skipped_images"] = without_bad_images(train, dev, fields)
+        if asked.skip_bad_files:
+            train, dev, handling["skipped_files"] = without_bad_files(train, dev, fields)
         views = views_of(asked.augment, processor, fields, asked.seed)
         if views is not None:
             processor, handling["augment"], handling["augment_seed"] = views.transform, asked.augment, asked.seed

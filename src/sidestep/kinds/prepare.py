@@ -38,7 +38,7 @@ def prepare(
     shots: int | None = None,
     shots_seed: int | None = None,
     augment: str = NONE,
-    skip_bad_images: bool = False,
+    skip_bad_files: bool = False,
     max_new_tokens: int | None = None,
     num_beams: int = 1,
     separator: str | None = None,
@@ -59,7 +59,7 @@ def prepare(
         shots: training rows of each class, drawn from those that are not held out. None: all.
         shots_seed: of that draw. None: `seed`.
         augment: random views of the training images, see `Augmentation`. With "none" there are no such views.
-        skip_bad_images: whether images or sounds that cannot be read are left out. Each is decoded once to know.
+        skip_bad_files: whether images or sounds that cannot be read are left out. Each is decoded once to know.
         max_new_tokens: tokens that are written at most. None: as many as the longest target of the training rows has.
         num_beams: of beam search, where texts are written.
         separator: put between the two texts of a pair, and between a decoder's prompt and its answer. None: a newline
@@ -82,7 +82,7 @@ def prepare(
         shots=shots,
         shots_seed=shots_seed,
         augment=augment,
-        skip_bad_images=skip_bad_images,
+        skip_bad_files=skip_bad_files,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         separator=separator,

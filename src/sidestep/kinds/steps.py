@@ -28,7 +28,7 @@ def check_modality(processor: Any, fields: Fields) -> None:
         )
 
 
-def without_bad_images(train: Dataset, dev: Dataset | None, fields: Fields) -> tuple[Dataset, Dataset | None, int]:
+def without_bad_files(train: Dataset, dev: Dataset | None, fields: Fields) -> tuple[Dataset, Dataset | None, int]:
     """Both without the images or sounds that cannot be read, and how many those are.
 
     Raises:
@@ -36,7 +36,7 @@ def without_bad_images(train: Dataset, dev: Dataset | None, fields: Fields) -> t
     """
     if fields.files is None:
         raise DataError(
-            "skip_bad_images is for images and sounds, but a column of text is read: leave --skip-bad-files out"
+            "skip_bad_files is for images and sounds, but a column of text is read: leave --skip-bad-files out"
         )
     medium, column = fields.files
     before = len(train) + (0 if dev is None else len(dev))

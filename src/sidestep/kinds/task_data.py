@@ -79,7 +79,7 @@ class Asked:
     shots: int | None = None
     shots_seed: int | None = None
     augment: str = NONE
-    skip_bad_images: bool = False
+    skip_bad_files: bool = False
     max_new_tokens: int | None = None
     num_beams: int = 1
     separator: str | None = None

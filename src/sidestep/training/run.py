@@ -66,7 +66,7 @@ class DataSpec:
     image_size: int | None = None
     normalize: str | None = None
     augment: str = NONE
-    skip_bad_images: bool = False
+    skip_bad_files: bool = False
     max_new_tokens: int | None = None
     num_beams: int = 1
     separator: str | None = None
@@ -248,7 +248,7 @@ def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
         shots=asked.shots,
         shots_seed=asked.shots_seed,
         augment=asked.augment,
-        skip_bad_images=asked.skip_bad_images,
+        skip_bad_files=asked.skip_bad_files,
         max_new_tokens=asked.max_new_tokens,
         num_beams=asked.num_beams,
         separator=asked.separator,
