@@ -123,7 +123,7 @@ def test_a_comparison_reads_sounds_by_the_backbone_that_hears(place: Path, tmp_p
 
 def test_plans_of_sounds(place: Path) -> None:
     assert "4 x 800 samples" in succeed("plan", "--backbone", place / "waves", "--batch", 4, "--length", 800).output
-    assert "4 x sounds" in succeed("plan", "--backbone", place / "spectrograms", "--batch", 4).output
+    assert "4 x spectrograms" in succeed("plan", "--backbone", place / "spectrograms", "--batch", 4).output
     assert "reads spectrograms of (32, 16)" in refusal("plan", "--backbone", place / "spectrograms", "--length", 800)
 
 

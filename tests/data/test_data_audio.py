@@ -14,11 +14,12 @@ import soundfile
 import torch
 from datasets import Audio, Dataset, Value
 from datasets import Features as Columns
-from transformers import ViTImageProcessor
+from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
 
 import sidestep as ss
 from sidestep.backbone.load import load_backbone
-from sidestep.backbone.processors import load_processor
+from sidestep.backbone.processors import load_processor, read_by
+from sidestep.backbone.source import read_by_files
 from sidestep.data import Collate, DataError, DataWarning, Fields, check_fields, encode_sounds, few_shot, read
 from sidestep.data.contents import content_hash, row_ids
 from sidestep.data.encode_sounds import inputs_of, noise
@@ -270,6 +271,14 @@ def test_the_extra_is_named_where_soundfile_is_missing(place: Path, monkeypatch:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'sidestep\[audio\]'"):
         encode_sounds(read(place / "tones"), FIELDS, load_processor(place / "waves"), None)
+
+
+def test_a_folder_of_a_processor_alone_says_what_it_reads(tmp_path: Path) -> None:
+    older = ViTImageProcessor(size={"height": 8, "width": 8}, feature_extractor_type="ViTFeatureExtractor")
+    for processor, reads in ((older, "image"), (Wav2Vec2FeatureExtractor(), "audio"), (tokenizer(pad=True), "text")):
+        processor.save_pretrained(tmp_path / reads)
+        assert type(load_processor(tmp_path / reads)) is type(processor)
+        assert read_by(processor) == read_by_files(tmp_path / reads) == reads
 
 
 # --- what does not go together ----------------------------------------------------------------------------------------

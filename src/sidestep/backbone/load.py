@@ -230,7 +230,10 @@ def _set_drop_path(name: str, config: Any, rate: float) -> None:
 
 def headless_of(config: Any) -> Any:
     """The auto class for this config, whose head is not used: of an encoder-decoder of sounds that of its encoder."""
-    hears = config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
+    hears = (
+        getattr(config, "is_encoder_decoder", False)
+        and type(config) in transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
+    )
     return transformers.AutoModelForAudioClassification if hears else AutoModel
 
 
@@ -304,8 +307,8 @@ def _load_transformers(
 def _without_heads(model: PreTrainedModel) -> nn.Module:
     """The trunk. Of Whisper's encoder with a head, which transformers takes for a trunk as it is, the encoder."""
     trunk = trunk_of(model)
-    alone = trunk.config.is_encoder_decoder and hasattr(trunk, "encoder") and not hasattr(trunk, "decoder")
-    return trunk.encoder if alone else trunk
+    of_two = getattr(trunk.config, "is_encoder_decoder", False)
+    return trunk.encoder if of_two and hasattr(trunk, "encoder") and not hasattr(trunk, "decoder") else trunk
 
 
 def _check_report(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:

@@ -41,8 +41,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "voca
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Of image processors and of feature extractors of sounds."""
-EXTRACTOR = "feature_extractor_type"
-"""What such a file holds of a feature extractor, and not of an image processor."""
+EXTRACTOR, IMAGE_PROCESSOR = "feature_extractor_type", "image_processor_type"
+"""What such a file says of a feature extractor, and of an image processor. One of long ago says both."""
 
 
 class LoadError(ValueError):
@@ -216,7 +216,8 @@ def read_by_files(folder: Path) -> Reads | None:
     if found is None:
         return None
     with as_load_error(str(found), "processor"):
-        return "audio" if EXTRACTOR in json.loads(found.read_text(encoding="utf-8")) else "image"
+        said = json.loads(found.read_text(encoding="utf-8"))
+        return "audio" if EXTRACTOR in said and IMAGE_PROCESSOR not in said else "image"
 
 
 def require_any(folder: Path, names: Sequence[str], what: str) -> None:

@@ -18,6 +18,7 @@ from sidestep.backbone.load import classifier_of, headless_of
 from sidestep.backbone.pixels import image_shape
 from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
+from sidestep.backbone.trunk import SOUND_INPUTS
 from sidestep.metrics import Written
 from sidestep.model.side_model import SideModel
 
@@ -121,7 +122,7 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
         model: says whether it reads texts, images or sounds, and what its labels are.
         rows: of the batch.
         length: tokens of a text. None: `LENGTH`, or what the model takes at most. Of a wave
-            samples. None: `SAMPLES`. Spectrograms are as long as those that the model was tried with.
+            samples, and None: `SAMPLES`. Spectrograms are as long as those that the model was tried with.
         image_size: rows and columns of an image. None: what the model was made for, or `IMAGE_SIZE`.
 
     Raises:
@@ -133,7 +134,7 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
         if length is not None:
             raise ValueError(f"length={length}, but {_name(model)} reads images: give image_size")
         inputs = {"pixel_values": torch.zeros(rows, *_image_shape(model, image_size))}
-    elif model.main_input_name != "input_ids":
+    elif model.main_input_name in SOUND_INPUTS:
         if image_size is not None:
             raise ValueError(f"image_size={image_size}, but {_name(model)} reads sounds: give length")
         inputs = _sounds(model, rows, length)
