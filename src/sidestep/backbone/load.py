@@ -230,11 +230,9 @@ def _set_drop_path(name: str, config: Any, rate: float) -> None:
 
 def headless_of(config: Any) -> Any:
     """The auto class for this config, whose head is not used: of an encoder-decoder of sounds that of its encoder."""
-    hears = (
-        getattr(config, "is_encoder_decoder", False)
-        and type(config) in transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
-    )
-    return transformers.AutoModelForAudioClassification if hears else AutoModel
+    of_two = getattr(config, "is_encoder_decoder", False)
+    hears = type(config) in transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
+    return transformers.AutoModelForAudioClassification if hears and of_two else AutoModel
 
 
 def classifier_of(config: Any) -> Any:
