@@ -57,6 +57,16 @@ def test_regrid_averages_the_tokens_of_each_cell() -> None:
             torch.testing.assert_close(pooled[:, row * 3 + column], tokens[:, cell].mean(1))
 
 
+def test_prefix_tokens_that_begin_with_a_stage_begin_as_the_mean() -> None:
+    tokens = torch.randn(2, 1 + 4 * 6, 3)
+    plain = regrid(tokens[:, 1:], (4, 6), (2, 3))
+    kept = regrid(tokens, (4, 6), (2, 3), (1, 1))
+    torch.testing.assert_close(kept, torch.cat([tokens[:, :1], plain], 1))
+    torch.testing.assert_close(regrid(tokens, (4, 6), (2, 3), (1, 0)), plain)
+    made = regrid(tokens[:, 1:], (4, 6), (2, 3), (0, 1))
+    torch.testing.assert_close(made, torch.cat([plain.mean(1, keepdim=True), plain], 1))
+
+
 def test_a_masked_mean_is_of_the_kept_tokens() -> None:
     tokens = torch.randn(3, 4, 5, dtype=torch.float64)
     keep = torch.tensor([[True, True, True, True], [False, True, False, True], [False, False, False, False]])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_every_method import DELTA, METHODS, REFUSED, SIDE, attach, gradients, logits
+from test_every_method import DELTA, METHODS, SIDE, attach, gradients, logits, pairs
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -14,10 +14,9 @@ import sidestep as ss
 from sidestep.fold import States
 from sidestep.kinds.features import stand_ins
 from sidestep.model.features import VECTOR, find_route, record
-from tiny import FAMILIES, randomize
+from tiny import ALL, randomize
 
 LATE = [name for name in DELTA if METHODS[name].implementation.late]
-PAIRS = [(m, f) for m in (*SIDE, *LATE) for f in FAMILIES if (m, f) not in REFUSED]
 
 
 def stored(model: ss.SideModel, batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -40,13 +39,13 @@ def kept_loss(model: ss.SideModel, batch: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["own", "sidestep"])
-@pytest.mark.parametrize(("method", "family"), [pytest.param(m, f, id=f"{m}-{f}") for m, f in PAIRS])
+@pairs([*SIDE, *LATE])
 def test_a_pass_from_features_has_the_outputs_and_gradients_of_a_live_one(method: str, family: str, head: bool) -> None:
-    model = attach(method, FAMILIES[family], head=head)
+    model = attach(method, ALL[family], head=head)
     randomize(model)
-    fed = stored(model, FAMILIES[family].inputs())
+    fed = stored(model, ALL[family].inputs())
     torch.manual_seed(5)
-    live = kept_loss(model.train(), FAMILIES[family].inputs())
+    live = kept_loss(model.train(), ALL[family].inputs())
     if not live.requires_grad:
         pytest.skip("nothing is trained")
     wanted = gradients(model, live)

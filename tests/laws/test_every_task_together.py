@@ -12,7 +12,9 @@ from torch import nn
 import sidestep as ss
 from sidestep.fold.group import GroupStrand
 from sidestep.model.forward import Forward
-from tiny import FAMILIES, TinyFamily, logits, randomize
+from tiny import ALL, FURTHER, TinyFamily, logits, randomize
+
+COSTLY = [pytest.param(name, marks=pytest.mark.all_laws if name in FURTHER else ()) for name in ALL]
 
 
 def filled(family: TinyFamily, folder: Path) -> tuple[ss.TaskBank, nn.Module, list[str]]:
@@ -32,9 +34,9 @@ def filled(family: TinyFamily, folder: Path) -> tuple[ss.TaskBank, nn.Module, li
     return bank, made, names
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(ALL))
 def test_all_tasks_together_give_what_each_gives_alone(family: str, tmp_path: Path) -> None:
-    tiny = FAMILIES[family]
+    tiny = ALL[family]
     bank, made, names = filled(tiny, tmp_path)
     inputs = tiny.inputs()
     expected = {name: logits(bank.run(name, inputs)) for name in names}
@@ -60,9 +62,9 @@ def _only_reads(bank: ss.TaskBank) -> bool:
     return model.only_reads
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", COSTLY)
 def test_tasks_of_one_shape_run_as_one(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny, sizes = FAMILIES[family], []
+    tiny, sizes = ALL[family], []
     run = GroupStrand._run
     monkeypatch.setattr(GroupStrand, "_run", lambda strand: sizes.append(len(strand.methods)) or run(strand))
     for method in METHODS:
@@ -88,9 +90,9 @@ def test_tasks_of_one_shape_run_as_one(family: str, tmp_path: Path, monkeypatch:
             )
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", COSTLY)
 def test_those_that_read_share_one_pass_to_the_bit(family: str, tmp_path: Path) -> None:
-    tiny = FAMILIES[family]
+    tiny = ALL[family]
     bank, _, names = filled(tiny, tmp_path)
     shared = [name for name in names if bank.activate(name) and _only_reads(bank)]
     assert {"read", "probe", "readout"} <= set(shared)

@@ -17,9 +17,9 @@ def argument_names(module: nn.Module) -> list[str]:
 
 
 def takes(module: nn.Module, name: str) -> bool:
-    """Whether a module's forward takes an argument of this name, or hands whatever it is given on to its parts."""
+    """Whether a module's forward takes an argument of this name, or hands whatever it is given on to parts that do."""
     names, hands_on = _signature(type(module).forward)
-    return name in names or (hands_on and any(name in argument_names(part) for part in module.children()))
+    return name in names or (hands_on and any(takes(part, name) for part in module.children()))
 
 
 def _signature(forward: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:

@@ -33,6 +33,8 @@ ORDINARY = 64
 _SPECIAL = re.compile(r".*(token|pad|bos|eos|cls|sep|mask)_(id|ids|index)")
 _CELLS = ((3, 5), (6, 10))
 """Patches along both sides of images that are smaller than those a model was made for."""
+_SIDES = (112, 128, 160, 192, 240, 256, 288, 384)
+"""Of images for models that were made for one size and do not tell it."""
 _BINS = ("num_mel_bins", "feature_size", "input_feat_per_channel", "mel_bins")
 """What configs call the channels of a spectrogram."""
 
@@ -171,13 +173,16 @@ def _patches(image: Tensor, size: int) -> Inputs:
 
 
 def _images(trunk: Any, rows: int = ROWS) -> Iterator[Tensor]:
-    """Images of a few patches, which not every model takes. Then images of the size that the model was made for."""
+    """Images of a few patches, which not every model takes. Then images of the size that the model was made for, and of
+    usual sizes.
+    """
     own = _image_shape(trunk)
     channels = own[0] if own is not None else _channels(trunk)
     patch = _patch(trunk)
     rows_columns = (224, 224) if own is None else own[1:]
     small = [(high * patch, wide * patch) for high, wide in _CELLS]
     sizes = [*(size for size in small if own is None or prod(size) < prod(rows_columns)), rows_columns]
+    sizes += [(side, side) for side in _SIDES]
     draw = torch.Generator().manual_seed(0)
     for high, wide in sizes:
         yield torch.randn(rows, channels, high, wide, generator=draw).to(_precision(trunk))
@@ -259,8 +264,9 @@ def _ids(config: PreTrainedConfig) -> Iterator[int]:
 
 
 def _field(config: Any, name: str) -> Any:
-    """A field of a config or of its part for images, or None where neither has it."""
-    for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
+    """A field of a config or of a part of it, that for images first, or None where none has it."""
+    others = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)] if config else []
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None), *others):
         if (value := getattr(part, name, None)) is not None:
             return value
     return None

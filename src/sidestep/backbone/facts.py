@@ -18,9 +18,9 @@ from sidestep.backbone.calls import argument_names
 from sidestep.backbone.families import family_of
 from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
 
-Layout = Literal["tokens", "tokens first", "grid", "channels"]
-"""Axes of a hidden state: (batch, tokens, width), (tokens, batch, width), (batch, rows, columns, width) or (batch,
-width, rows, columns)."""
+Layout = Literal["tokens", "tokens first", "width first", "grid", "channels"]
+"""Axes of a hidden state: (batch, tokens, width), (tokens, batch, width), (batch, width, tokens), (batch, rows,
+columns, width) or (batch, width, rows, columns)."""
 Source = Literal["traced", "shapes", "guessed"]
 FRAMES = "_get_feature_vector_attention_mask"
 """What transformers calls the method that brings a mask of samples or frames to tokens."""
@@ -36,11 +36,14 @@ class Added:
         before: how many stand in front.
         kept: whether the tokens behind the text are in the model's own output too. Then they are no padding.
         cropped: whether the model's own output is without both.
+        pictures: whether the tokens of a picture stand in front of the text, as many as there are, and in the model's
+            own output too (GIT).
     """
 
     before: int = 0
     kept: bool = False
     cropped: bool = False
+    pictures: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +54,20 @@ class StackFacts:
         causal: whether a token sees earlier ones only. "partly": in a text, but some kinds of token see each other.
         layout: the axes of the hidden states between its blocks.
         element: which element of a block's tuple is the hidden state.
+        stages: the names of each stage's blocks within the trunk, in the order of a pass. A stage begins with a list of
+            blocks, and where a block changes tokens or width. A block that runs several times has a name for each time
+            (shared weights).
         widths: of each stage, the channels of its input and of the output of each of its blocks.
+        reshapes: whether the first block of a stage changes the number or the width of the tokens on the way.
         spatial: whether the tokens stand in a grid.
         norm: the name of the final norm within the trunk, or None if there is no such norm.
         ends: whether the stack's own output is what came out of that norm, or of the last block if the stack has no
             norm.
+        mixed: whether the model mixes the last block's output with earlier ones on the way to that norm.
         added: where the tokens of a text (or the masked frames of a sound) stand among the stack's. None: they cannot
             be told, and masks do not apply.
-        visits: the names of the blocks in the order of a pass, where some run several times (shared weights). None:
-            each runs once, in the order in which they stand.
+        prefixes: of each stage, how many tokens stand before the grid in its input and behind its blocks, where tokens
+            become fewer. None: as the family table says.
         linear: the names within the trunk of the blocks' linear maps that are called in a pass. None: not known.
         frames: the name within the trunk of the module that brings a mask of samples or frames to the tokens that are
             made of them. None: there is no such mask.
@@ -68,12 +76,15 @@ class StackFacts:
     causal: Causal
     layout: Layout = "tokens"
     element: int = 0
+    stages: tuple[tuple[str, ...], ...]
     widths: tuple[tuple[int, ...], ...]
+    reshapes: bool = False
     spatial: bool = False
     norm: str | None
     ends: bool = True
+    mixed: bool = False
     added: Added | None = None
-    visits: tuple[str, ...] | None = None
+    prefixes: tuple[tuple[int, int], ...] | None = None
     linear: frozenset[str] | None = field(default=None, repr=False)
     frames: str | None = None
 
@@ -137,6 +148,8 @@ def as_tokens(hidden: Tensor, layout: Layout) -> Tensor:
     """A hidden state of this layout, seen as (batch, tokens, width)."""
     if layout == "tokens first":
         return hidden.transpose(0, 1)
+    if layout == "width first":
+        return hidden.transpose(1, 2)
     if hidden.ndim == 4:
         return hidden.flatten(2).transpose(1, 2) if layout == "channels" else hidden.flatten(1, 2)
     return hidden
@@ -146,6 +159,8 @@ def as_given(tokens: Tensor, given: Tensor, layout: Layout) -> Tensor:
     """Tokens (batch, tokens, width) in the layout of the hidden state that they stand in for."""
     if layout == "tokens first":
         return tokens.transpose(0, 1)
+    if layout == "width first":
+        return tokens.transpose(1, 2)
     if given.ndim == 4 and layout == "channels":
         # in its order of memory too, or what stands behind would go on by other kernels
         last = not given.is_contiguous() and given.is_contiguous(memory_format=torch.channels_last)

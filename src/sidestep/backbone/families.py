@@ -7,34 +7,16 @@ prefix tokens, an unusual layout, or a head of its own that reads a single token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from sidestep.backbone.grids import TokenGrid, patch_grid, told_grid
 from sidestep.interface.sites import AttentionWeights, BlockWeights, FrozenBlock, Projection
 
 Pool = Literal["cls", "mean", "mean_pre_norm", "last", "own", "gpo"]
-Grid = tuple[int, int]
-TokenGrid = Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any], Tensor], Grid | None]
-"""Rows and columns of the tokens, from the model, the pass's inputs, a block's arguments and its hidden state."""
-
-
-def patch_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid:
-    """Image size over patch size: plain vision Transformers."""
-    image = inputs["pixel_values"] if "pixel_values" in inputs else inputs["x"]
-    rows, columns = image.shape[-2:]
-    patch = model.config.patch_size if hasattr(model, "config") else model.patch_embed.patch_size
-    down, right = (patch, patch) if isinstance(patch, int) else patch
-    return rows // down, columns // right
-
-
-def told_grid(model: Any, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor) -> Grid | None:
-    """The grid that the model hands to its blocks, if it does (Swin, PVT, SegFormer, CvT). Text has none."""
-    told = call.get("input_dimensions") or call.get("feat_size") or (call.get("height"), call.get("width"))
-    rows, columns = told
-    return (rows, columns) if isinstance(rows, int) and isinstance(columns, int) else None
 
 
 @dataclass(frozen=True)

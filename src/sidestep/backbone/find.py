@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sidestep.backbone.facts import Facts, StackFacts
 from sidestep.backbone.families import Pool, family_of, prefix_tokens
-from sidestep.backbone.structure import Blocks, Named, convolves, find_blocks
+from sidestep.backbone.structure import Named, convolves
 from sidestep.backbone.trace import facts_of
 from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
 from sidestep.interface.sites import Place, Site
@@ -25,13 +25,15 @@ class Stack:
 
     Attributes:
         name: "encoder" or "decoder".
-        blocks: as they are laid out.
+        stages: the blocks of each stage, in the order of a pass.
+        head: whether the head reads this stack.
         facts: what a pass of it shows.
         norm: the final norm and its name within the trunk, or None.
     """
 
     name: str
-    blocks: Blocks
+    stages: tuple[tuple[Named, ...], ...]
+    head: bool
     facts: StackFacts
     norm: Named | None
 
@@ -42,15 +44,16 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     Raises:
         ValueError: if no repeated blocks are found, or several towers, or blocks that no fold can follow.
     """
-    trunk = trunk_of(model)
+    trunk, stacks = trunk_of(model), facts_of(model).stacks
     return [
         Stack(
             name=name,
-            blocks=blocks.visited(facts.visits),
+            stages=tuple(tuple((block, trunk.get_submodule(block)) for block in stage) for stage in facts.stages),
+            head=facts is list(stacks.values())[-1],
             facts=facts,
             norm=None if facts.norm is None else (facts.norm, trunk.get_submodule(facts.norm)),
         )
-        for blocks, (name, facts) in zip(find_blocks(model), facts_of(model).stacks.items(), strict=True)
+        for name, facts in stacks.items()
     ]
 
 
@@ -68,13 +71,16 @@ def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
     `BlockWeights` where the family table can fill them.
     """
     family = family_of(model)
-    prefix = prefix_tokens(trunk_of(model), family)
+    told = prefix_tokens(trunk_of(model), family)
     places: list[Place] = []
     for stack in find_stacks(model):
-        blocks, facts = stack.blocks, stack.facts
-        depth = len(blocks.all)
+        facts, depth = stack.facts, sum(map(len, stack.stages))
+        prefixes = facts.prefixes or ((told, told),) * len(stack.stages)
+        convolutional = facts.reshapes or all(convolves(block) for stage in stack.stages for _, block in stage)
         index = 0
-        for number, (stage, widths) in enumerate(zip(blocks.stages, facts.widths, strict=True)):
+        for number, (stage, widths, (given, prefix)) in enumerate(
+            zip(stack.stages, facts.widths, prefixes, strict=True)
+        ):
             site = Site(
                 kind="stage",
                 stack=stack.name,
@@ -85,12 +91,12 @@ def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
                 prefix=prefix,
                 causal=facts.causal != "no",
                 final_norm=stack.norm is not None,
-                head=blocks.head,
+                head=stack.head,
                 spatial=facts.spatial,
-                convolutional=all(convolves(block) for _, block in blocks.all),
+                convolutional=convolutional,
             )
             parts = [family.frozen_block(block) if with_blocks and family.frozen_block else None for _, block in stage]
-            first = replace(site, next_block=parts[0])
+            first = replace(site, next_block=parts[0], prefix=given)
             places.append(Place(site=first, name=stage[0][0], module=stage[0][1]))
             for (name, block), width, following in zip(stage, widths[1:], [*parts[1:], None], strict=True):
                 weights = family.block_weights(block) if with_blocks and family.block_weights else None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sidestep.backbone.families import Family, family_of
-from sidestep.backbone.trunk import is_encoder_decoder, tower_of, trunk_of
+from sidestep.backbone.families import DEFAULT, Family, family_of
+from sidestep.backbone.trunk import is_encoder_decoder, other_towers, reads_mixed, tower_of, trunk_of
 
 Named = tuple[str, nn.Module]
 """A module and its name within the trunk."""
@@ -26,28 +26,23 @@ class Blocks:
         root: the module whose call runs the stack, and its name within the trunk.
         stages: the blocks of every stage.
         head: whether the head reads this stack.
+        certain: whether the blocks are what such blocks are. Else each of them has to read what the one before gave.
     """
 
     name: str
     root: Named
     stages: tuple[tuple[Named, ...], ...]
     head: bool
+    certain: bool = True
 
     @property
     def all(self) -> list[Named]:
         """The blocks of all stages, in order."""
         return [block for stage in self.stages for block in stage]
 
-    def visited(self, names: Sequence[str] | None) -> Blocks:
-        """With each visit of a block as one of its own, where blocks share weights. None: each has one visit."""
-        if names is None:
-            return self
-        modules = dict(self.all)
-        return replace(self, stages=(tuple((name, modules[name]) for name in names),))
 
-
-def find_blocks(model: nn.Module) -> list[Blocks]:
-    """The stacks of a Hugging Face or timm model, in running order.
+def possible_blocks(model: nn.Module) -> Iterator[list[Blocks]]:
+    """The stacks of a Hugging Face or timm model in running order, as they may be, the likeliest first.
 
     Raises:
         ValueError: if no repeated blocks are found, or several towers.
@@ -55,30 +50,76 @@ def find_blocks(model: nn.Module) -> list[Blocks]:
     trunk, family = trunk_of(model), family_of(model)
     if is_encoder_decoder(model):
         encoder = _blocks("encoder", trunk, ("encoder", trunk.encoder), family, head=False)
-        return [encoder, _blocks("decoder", trunk, ("decoder", trunk.decoder), family, head=True)]
-    return [_blocks("encoder", trunk, tower_of(trunk), family, head=True)]
+        yield [encoder, _blocks("decoder", trunk, ("decoder", trunk.decoder), family, head=True)]
+        return
+    root = tower_of(trunk)
+    refusal: ValueError | None = None
+    try:
+        yield [_blocks("encoder", trunk, root, family, head=True)]
+    except ValueError as error:
+        refusal = error
+    others = [] if family.blocks is not None else _other_lists(trunk, root[1])
+    for lists in others:
+        yield [Blocks(name="encoder", root=root, stages=_stages(root[0], lists), head=True, certain=False)]
+    if refusal is not None:
+        raise refusal
 
 
 def _blocks(name: str, trunk: nn.Module, root: Named, family: Family, *, head: bool) -> Blocks:
-    containers = _block_lists(root[1], family)
+    containers = _block_lists(root[1], family, other_towers(trunk, root[1]) if reads_mixed(trunk) else ())
     if not containers:
         raise ValueError(
-            f"{type(trunk).__name__} holds no list of repeated blocks: Sidestep needs a Transformer (or a model "
-            "whose blocks stand in an nn.ModuleList or nn.Sequential), or a ResNet"
+            f"{type(trunk).__name__} holds no list of repeated blocks. Sidestep needs a Transformer or a convolutional "
+            "network, or another model whose blocks stand in an nn.ModuleList or nn.Sequential"
         )
-    owners = {path.rpartition(".")[0].rpartition(".")[0] for path in containers}
-    one_tower = len(containers) == 1 or (len(owners) == 1 and all(_is_indexed(path) for path in containers))
-    if family.blocks is None and not one_tower:
+    if family.blocks is None and not _is_one_tower(containers):
         raise ValueError(
             f"{type(trunk).__name__} has several towers of blocks ({', '.join(containers)}): "
             "attach to one of them (for example model.vision_model)"
         )
-    prefix = f"{root[0]}." if root[0] else ""
-    stages = tuple(
+    return Blocks(name=name, root=root, stages=_stages(root[0], containers), head=head)
+
+
+def _stages(root: str, containers: Mapping[str, nn.Module]) -> tuple[tuple[Named, ...], ...]:
+    prefix = f"{root}." if root else ""
+    return tuple(
         tuple((f"{prefix}{path}.{child}", block) for child, block in container.named_children())
         for path, container in containers.items()
     )
-    return Blocks(name=name, root=root, stages=stages, head=head)
+
+
+def _is_one_tower(containers: Iterable[str]) -> bool:
+    """Whether lists of blocks are one, or the numbered stages of one module."""
+    paths = list(containers)
+    owners = {path.rpartition(".")[0].rpartition(".")[0] for path in paths}
+    return len(paths) == 1 or (len(owners) == 1 and all(_is_indexed(path) for path in paths))
+
+
+def _other_lists(trunk: nn.Module, root: nn.Module) -> list[dict[str, nn.Module]]:
+    """Lists that may hold the blocks, where those of `_block_lists` do not: outermost ones.
+
+    First all that stand in one module, as its stages, then each alone, the largest first. Lists that were found, but do
+    not do, have to lie within such a list. Or they are of several towers, of which one reads the model's own input.
+    """
+    lists = {
+        path: module
+        for path, module in _lists(root).items()
+        if len(module) > 1 and all(any(True for _ in child.children()) for child in module)
+    }
+    towers = _block_lists(root, DEFAULT)
+    own = _block_lists(root, DEFAULT, other_towers(trunk, root))
+    if not _is_one_tower(towers) and own and _is_one_tower(own):
+        return [own]
+    outer = {
+        path: module
+        for path, module in lists.items()
+        if not any(path.startswith(f"{other}.") for other in lists if other != path)
+        and all(tower.startswith(f"{path}.") for tower in towers)
+    }
+    sizes = {path: sum(parameter.numel() for parameter in module.parameters()) for path, module in outer.items()}
+    owners = {path.rpartition(".")[0] for path in outer}
+    stages = [outer] if len(outer) > 1 and len(owners) == 1 else []
+    return [*stages, *(_of_stages({path: outer[path]}) for path in sorted(outer, key=lambda path: -sizes[path]))]
 
 
 def _is_indexed(path: str) -> bool:
@@ -86,14 +127,12 @@ def _is_indexed(path: str) -> bool:
     return any(part.isdigit() for part in path.split("."))
 
 
-def _block_lists(root: nn.Module, family: Family) -> dict[str, nn.Module]:
+def _block_lists(root: nn.Module, family: Family, but: Collection[str] = ()) -> dict[str, nn.Module]:
     """Lists of blocks by path: those that the family names, else Hugging Face's checkpointing layers (the innermost),
-    else lists named "blocks".
+    else lists named "blocks". None of them is inside of the parts `but`.
     """
-    lists: dict[str, Any] = {
-        path: module
-        for path, module in root.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
+    lists = {
+        path: module for path, module in _lists(root).items() if not any(path.startswith(f"{part}.") for part in but)
     }
     if family.blocks is not None:
         return {path: module for path, module in lists.items() if re.fullmatch(family.blocks, path)}
@@ -113,6 +152,14 @@ def _block_lists(root: nn.Module, family: Family) -> dict[str, nn.Module]:
     return _of_stages(named or _outermost_repeats(lists))
 
 
+def _lists(root: nn.Module) -> dict[str, Any]:
+    return {
+        path: module
+        for path, module in root.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
+    }
+
+
 def _attending(lists: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Without lists whose blocks do not attend, where others do: a front of convolutions is not the stack."""
     attending = {path: module for path, module in lists.items() if any(attends(part) for part in module.children())}
@@ -126,12 +173,14 @@ def _of_stages(lists: dict[str, nn.Module]) -> dict[str, nn.Module]:
         inner = {name: _blocks_within(child) for name, child in module.named_children()}
         if not all(inner.values()):
             return lists
-        found |= {f"{path}.{name}.{own[0]}": own[1] for name, own in inner.items() if own is not None}
+        found |= {".".join(filter(None, (path, name, own[0]))): own[1] for name, own in inner.items() if own}
     return found
 
 
 def _blocks_within(stage: nn.Module) -> Named | None:
     """The one list of blocks of a stage, or None if it is a block itself."""
+    if isinstance(stage, nn.ModuleList):
+        return "", stage
     lists = [
         (name, module)
         for name, module in stage.named_children()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from sidestep.backbone.dummies import Inputs, Side, Texts
 from sidestep.backbone.facts import Added, Causal, Layout, Left, as_tokens, said_causal
 from sidestep.backbone.stack import StackPass, read_stacks, unfit
 from sidestep.backbone.structure import Blocks
-from sidestep.backbone.trunk import trunk_of
+from sidestep.backbone.trunk import is_encoder_decoder, trunk_of
 from sidestep.backbone.untouched import untouched
 from sidestep.backbone.watch import Seen, attempt, watch
 
@@ -87,7 +87,8 @@ class TextPass:
 
     def added(self) -> list[Added]:
         """Where the texts stand, in each stack."""
-        return [self._added(number, stack) for number, stack in enumerate(self.stacks)]
+        found = [self._added(number, stack) for number, stack in enumerate(self.stacks)]
+        return [replace(found[0], pictures=True)] if found == [Added()] and self._pictures_stand_in_front() else found
 
     def _added(self, number: int, stack: StackPass) -> Added:
         """Where a text stands among a stack's tokens: where another last token moves what the first block gets.
@@ -153,20 +154,36 @@ class TextPass:
                     return True
         return False
 
+    @cached_property
+    def _pictured(self) -> tuple[Inputs, StackPass] | None:
+        """A batch of the text and a picture, with another last token in its second row, and its pass."""
+        rows = [self.text, self.texts.changed(self.text, -1)]
+        for texts in dummies.with_pictures(trunk_of(self.model), self.texts) if not self.texts.also else ():
+            inputs = texts.batch(rows)
+            if (stacks := self.again(inputs)) is not None:
+                return inputs, stacks[0]
+        return None
+
+    def _pictures_stand_in_front(self) -> bool:
+        """Whether a picture's tokens stand in front of the text, and in the model's own output too."""
+        if self._pictured is None:
+            return False
+        stack = self._pictured[1]
+        moved = (stack.first[0] != stack.first[1]).any(-1).nonzero().flatten().tolist()
+        tokens, own = stack.first.shape[1], None if stack.output is None else stack.output.shape[1]
+        return tokens > len(self.text) and moved == [tokens - 1] and own == tokens
+
     def _pictures_see_each_other(self) -> bool:
         """Whether the tokens of a picture in front of a text see each other both ways."""
-        trunk = trunk_of(self.model)
-        for texts in dummies.with_pictures(trunk, self.texts) if not self.texts.also else ():
-            inputs = texts.batch([self.text] * 2)
-            if (stacks := self.again(inputs)) is None:
-                continue
-            last = stacks[0].first.shape[1] - len(self.text) - 1
-            # where the stack gets it: a vision tower mixes a picture's tokens before
-            with untouched(trunk), _turned(self.blocks[0].all[0][1], stacks[0].layout, last):
-                seen = watch(trunk, self.blocks, inputs)
-            other = read_stacks(self.model, self.blocks, seen, rows=2)[0]
-            return last > 0 and _moves_before(stacks[0].last[0], other.last[0], last)
-        return False
+        if self._pictured is None:
+            return False
+        (inputs, stack), trunk = self._pictured, trunk_of(self.model)
+        last = stack.first.shape[1] - len(self.text) - 1
+        # where the stack gets it: a vision tower mixes a picture's tokens before
+        with untouched(trunk), _turned(self.blocks[0].all[0][1], stack.layout, last):
+            seen = watch(trunk, self.blocks, inputs)
+        other = read_stacks(self.model, self.blocks, seen, rows=2)[0]
+        return last > 0 and _moves_before(stack.last[0], other.last[0], last)
 
     # --- padding ----------------------------------------------------------------------------
 
@@ -214,17 +231,17 @@ class TextPass:
         return max(found)
 
 
-def caches(trunk: nn.Module, output: Any) -> tuple[str, ...]:
-    """What a model may return under a name that it takes again: its memory of the tokens so far."""
-    if not isinstance(output, ModelOutput):
+def caches(trunk: nn.Module, seen: Seen) -> tuple[str, ...]:
+    """What a model may return under a name that it takes again, but for its inputs: its memory of earlier tokens."""
+    if not isinstance(seen.output, ModelOutput):
         return ()
-    names = [field.name for field in fields(output) if not field.name.endswith("hidden_states")]
-    return tuple(name for name in names if name in argument_names(trunk))
+    names = [field.name for field in fields(seen.output) if not field.name.endswith("hidden_states")]
+    return tuple(name for name in names if name in argument_names(trunk) and name not in (*seen.inputs, "labels"))
 
 
 def said(model: nn.Module, stack: StackPass) -> Causal:
     """Whether a stack is causal, as far as the family table and transformers say."""
-    causal = stack.blocks.name == "decoder" if stack.blocks.root[0] else said_causal(model)
+    causal = stack.blocks.name == "decoder" if is_encoder_decoder(model) else said_causal(model)
     return "yes" if causal else "no"
 
 

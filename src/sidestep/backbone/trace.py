@@ -16,10 +16,11 @@ from sidestep.backbone.calls import argument_names
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.facts import FRAMES, Added, Causal, Facts, StackFacts, said_causal
 from sidestep.backbone.fakes import has_values, hollow, unlogged
-from sidestep.backbone.families import family_of, patch_grid
+from sidestep.backbone.families import family_of
+from sidestep.backbone.grids import patch_grid
 from sidestep.backbone.packs import packs
-from sidestep.backbone.stack import StackPass, read_stacks, unfit
-from sidestep.backbone.structure import Blocks, convolves, find_blocks, likely_norm, likely_widths
+from sidestep.backbone.stack import StackPass, check_rows, corner, read_stacks, unfit
+from sidestep.backbone.structure import Blocks, convolves, likely_norm, likely_widths, possible_blocks
 from sidestep.backbone.texts import TextPass, apart, caches, said
 from sidestep.backbone.trunk import SOUND_INPUTS, trunk_of
 from sidestep.backbone.untouched import undisturbed
@@ -42,11 +43,27 @@ def facts_of(model: nn.Module) -> Facts:
     known: tuple[str, Facts] | None = vars(trunk).get(KEPT_ON)
     if known is not None and known[0] == key and (known[1].source != "shapes" or not real):
         return known[1]
-    blocks = find_blocks(model)
-    found = _traced(model, blocks) if real else None
-    found = found or _shapes(model, blocks) or _guessed(model, blocks)
+    found = _found(model, real=real)
     vars(trunk)[KEPT_ON] = key, found
     return found
+
+
+def _found(model: nn.Module, *, real: bool) -> Facts:
+    """The facts of the likeliest lists of blocks that a fold can follow.
+
+    Raises:
+        ValueError: if it can follow none of them. The message is that of the likeliest.
+    """
+    first: ValueError | None = None
+    for blocks in possible_blocks(model):
+        try:
+            found = (_traced(model, blocks) if real else None) or _shapes(model, blocks)
+            if found is not None or all(own.certain for own in blocks):
+                return found or _guessed(model, blocks)
+        except ValueError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _key(trunk: Any) -> str:
@@ -77,7 +94,7 @@ def _of_texts(passed: TextPass) -> Facts:
     added = passed.added()
     stacks = _named(passed.model, passed.stacks, passed.causal(added), added, len(passed.text))
     padding, left = passed.padding(added)
-    names = caches(trunk_of(passed.model), passed.seen.output)
+    names = caches(trunk_of(passed.model), passed.seen)
     found = Facts(source="traced", stacks=stacks, padding=padding, left=left, caches=names)
     return replace(found, packs=found.is_causal and packs(passed.model))
 
@@ -86,11 +103,15 @@ def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
     """Facts of a model of images or sounds, whose parts are not tokens that could be changed one by one."""
     stacks = read_stacks(model, blocks, seen, dummies.ROWS)
     masked = _masked(model, blocks, seen, stacks)
+    if stacks[0].prefixes(model) is not None:
+        trunk = trunk_of(model)
+        turned = attempt(trunk, watch, trunk, blocks, corner(seen.inputs, stacks[0]))
+        check_rows(model, stacks[0], None if turned is None else read_stacks(model, blocks, turned, dummies.ROWS)[0])
     causal = [said(model, stack) for stack in stacks]
     named = _named(model, stacks, causal, [None] * len(stacks), 0)
     first = next(iter(named))
     named[first] = replace(named[first], **masked)
-    return Facts(source="traced", stacks=named, caches=caches(trunk_of(model), seen.output), read=_read(seen))
+    return Facts(source="traced", stacks=named, caches=caches(trunk_of(model), seen), read=_read(seen))
 
 
 def _read(seen: Seen) -> dict[str, tuple[int, ...]]:
@@ -110,18 +131,22 @@ def _named(
     """The facts of stacks by name, where a lone stack is a decoder if it is causal."""
     found: dict[str, StackFacts] = {}
     for stack, sees, place in zip(stacks, causal, added, strict=True):
-        norm, ends = stack.ending(place, tokens)
+        ending = stack.ending(place, tokens)
+        prefixes = stack.prefixes(model)
         name = "decoder" if len(stacks) == 1 and sees != "no" else stack.blocks.name
         found[name] = StackFacts(
             causal=sees,
             layout=stack.layout,
             element=stack.element,
+            stages=stack.names,
             widths=stack.widths,
-            spatial=stack.layout in ("grid", "channels") or any(stack.grids(model)),
-            norm=norm,
-            ends=ends,
+            reshapes=stack.reshapes,
+            spatial=stack.layout in ("grid", "channels") or any(stack.grids(model)) or prefixes is not None,
+            norm=ending.norm,
+            ends=ending.ends,
+            mixed=ending.mixed,
             added=place,
-            visits=stack.visits,
+            prefixes=prefixes,
             linear=stack.seen.linear,
         )
     return found
@@ -174,7 +199,7 @@ def _shapes(model: nn.Module, blocks: Sequence[Blocks]) -> Facts | None:
         for inputs, rows in _fake_inputs(copied, model, len(blocks)):
             if (seen := attempt(copied, watch, copied, blocks, inputs)) is not None:
                 stacks = _of_shapes(model, blocks, read_stacks(model, blocks, seen, rows))
-                return Facts(source="shapes", stacks=stacks, caches=caches(copied, seen.output), read=_read(seen))
+                return Facts(source="shapes", stacks=stacks, caches=caches(copied, seen), read=_read(seen))
     return None
 
 
@@ -216,6 +241,7 @@ def _guessed(model: nn.Module, blocks: Sequence[Blocks]) -> Facts:
         found["decoder" if len(blocks) == 1 and causal else stack.name] = StackFacts(
             causal="yes" if causal else "no",
             layout="channels" if all(convolves(block) for _, block in stack.all) else "tokens",
+            stages=tuple(tuple(name for name, _ in stage) for stage in stack.stages),
             widths=likely_widths(stack),
             spatial=family_of(model).grid is patch_grid or all(convolves(block) for _, block in stack.all),
             norm=likely_norm(stack),

@@ -43,10 +43,28 @@ def trunk_of(model: Any) -> Any:
 
 def tower_of(trunk: Any) -> tuple[str, Any]:
     """The module whose blocks are the stack, and its name. It is the trunk, or of a vision-language model a part."""
-    if getattr(getattr(trunk, "config", None), "model_type", None) in LANGUAGE_WITH_OTHERS:
+    if reads_mixed(trunk):
         decoder = trunk.get_decoder()
         return next((named for named in trunk.named_modules() if named[1] is decoder), ("", trunk))
     return "", trunk
+
+
+def other_towers(trunk: Any, root: nn.Module) -> list[str]:
+    """The names of a stack's parts that read pictures or sounds, where there are others that read texts."""
+    if getattr(trunk, "config", None) is None or not reads_texts(trunk):
+        return []
+    parts = ((name, part) for name, part in root.named_modules() if name and isinstance(part, PreTrainedModel))
+    return [name for name, part in parts if part.main_input_name != "input_ids"]
+
+
+def reads_texts(trunk: Any) -> bool:
+    """Whether a model reads texts, alone or with pictures or sounds among them."""
+    return trunk.main_input_name == "input_ids" or reads_mixed(trunk)
+
+
+def reads_mixed(trunk: Any) -> bool:
+    """Whether a model is a language model that reads pictures or sounds among its tokens."""
+    return getattr(getattr(trunk, "config", None), "model_type", None) in LANGUAGE_WITH_OTHERS
 
 
 def device_of(module: nn.Module) -> torch.device:

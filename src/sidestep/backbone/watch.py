@@ -17,6 +17,7 @@ from sidestep.backbone.calls import argument_names, bound, takes
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.structure import Blocks
 from sidestep.backbone.untouched import untouched
+from sidestep.interface.layers import is_linear
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -72,7 +73,7 @@ def watch(trunk: nn.Module, blocks: Sequence[Blocks], inputs: Inputs) -> Seen:
     handles = [_note(trunk.get_submodule(name), name, calls) for name in outside]
     linear: set[str] = set()
     for name, module in trunk.named_modules():
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             handles.append(module.register_forward_pre_hook(partial(_name, linear, name)))
     try:
         output = output_of(trunk, inputs)

@@ -16,14 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sidestep.backbone import Facts, StackFacts, as_given, as_tokens
 from sidestep.backbone.facts import FRAMES
-from sidestep.backbone.families import Pool, TokenGrid
+from sidestep.backbone.families import Pool
+from sidestep.backbone.grids import TokenGrid
 from sidestep.fold.caches import SideCache, claim
 from sidestep.fold.deferred import Ended, SecondStrand
 from sidestep.fold.group import GroupStrand
 from sidestep.fold.hooks import CARRIED
 from sidestep.fold.keeping import Keeping
 from sidestep.fold.padding import kept_tokens, own_tokens, read_token
-from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token, wrong_norm
+from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, grid_at, mean_tokens, single_token, wrong_norm
 from sidestep.fold.reads import Reads
 from sidestep.fold.stored import RecordedStrand, Recorder, States
 from sidestep.fold.strand import Strand
@@ -250,7 +251,9 @@ class Fold:
         """What a decoder block reads in the place of the encoder's output, or None to read the encoder's output."""
         if self.current is None:
             return None
-        return self.current[1].memory(self._seen(site, given, call))
+        memory = self.current[1].memory(self._seen(site, given, call))
+        first = self.facts.stacks["encoder"].layout == "tokens first"
+        return memory.transpose(0, 1) if first and memory is not None else memory
 
     def block(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
         """What goes on in the place of a block's output."""
@@ -338,7 +341,7 @@ class Fold:
         if site.kind == "stage":
             self._open_cache(passed, strand, site, call, tokens)
         if site.kind != "norm":
-            passed.grid = self._grid_at(facts, inputs, call, hidden)
+            passed.grid = grid_at(hidden, site, facts, inputs, self.grid(self.trunk, inputs, call, hidden))
         mask = inputs.get("decoder_attention_mask" if decoding else "attention_mask") if passed.grid is None else None
         matters = self.pools or not self.method.tokenwise
         if facts.frames is not None and mask is not None:
@@ -360,15 +363,6 @@ class Fold:
 
     def _is_decoding(self, site: Site) -> bool:
         return len(self.lengths) > 1 and site.stack == "decoder"
-
-    def _grid_at(
-        self, facts: StackFacts, inputs: Mapping[str, Any], call: Mapping[str, Any], hidden: Tensor
-    ) -> tuple[int, int] | None:
-        """Rows and columns of the tokens: those of the hidden state, or as the family says."""
-        if hidden.ndim == 4:
-            rows, columns = hidden.shape[2:] if facts.layout == "channels" else hidden.shape[1:3]
-            return rows, columns
-        return self.grid(self.trunk, inputs, call, hidden)
 
     def _memory_keep(self, carried: Tensor | None, mask: Any) -> Tensor | None:
         """Which of the encoder's tokens are real, as the method carries them."""

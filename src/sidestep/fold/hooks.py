@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
 from sidestep.backbone.calls import argument_names, bound, with_argument
+from sidestep.backbone.trunk import tower_of
 from sidestep.interface.sites import Place, Site
 
 #: Field of `encoder_outputs` in which an encoder's side state travels to the decoder.
@@ -126,10 +127,16 @@ class Hooks:
                 module.register_forward_pre_hook(Begin(driver, argument_names(module)), with_kwargs=True),
                 module.register_forward_hook(End(driver)),
             ]
+        tower = tower_of(self.trunk)[1]
+        if tower is not self.trunk:  # some models write by their language model alone (BLIP)
+            handles += [
+                tower.register_forward_pre_hook(BeginPart(driver, argument_names(tower)), with_kwargs=True),
+                tower.register_forward_hook(End(driver)),
+            ]
         if self._has_decoder:
             encoder = self.trunk.get_submodule("encoder")
             handles += [
-                encoder.register_forward_pre_hook(BeginEncoder(driver, argument_names(encoder)), with_kwargs=True),
+                encoder.register_forward_pre_hook(BeginPart(driver, argument_names(encoder)), with_kwargs=True),
                 encoder.register_forward_hook(EndEncoder(driver)),
             ]
         return handles
@@ -198,8 +205,8 @@ class CheckOutput(Hook):
 
 
 @dataclass(eq=False)
-class BeginEncoder(Hook):
-    """Before the encoder: `generate` runs it outside the trunk."""
+class BeginPart(Hook):
+    """Before a part of the trunk that `generate` may run alone: an encoder, or the language model."""
 
     names: list[str]
 

@@ -34,7 +34,7 @@ def kept_tokens(
         return None
     kept = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     if kept is None:
-        if text is None or tokens <= text or added.kept:
+        if text is None or tokens <= text or added.kept or added.pictures:
             return None
         # what a model adds of its own accord is padding to everybody else
         kept = torch.ones(states.shape[0], text, dtype=torch.bool, device=states.device)
@@ -45,10 +45,11 @@ def kept_tokens(
                 "token"
             )
         return kept[:, -tokens:]
-    behind = tokens - kept.shape[1] - added.before
-    if behind == 0 and added.before == 0:
+    before = tokens - kept.shape[1] if added.pictures else added.before
+    behind = tokens - kept.shape[1] - before
+    if behind == 0 and before == 0:
         return kept
-    return F.pad(F.pad(kept, (added.before, 0), value=True), (0, max(0, behind)), value=added.kept)
+    return F.pad(F.pad(kept, (before, 0), value=True), (0, max(0, behind)), value=added.kept)
 
 
 def own_tokens(tokens: int, text: int | None, added: Added | None) -> slice:
@@ -59,7 +60,7 @@ def own_tokens(tokens: int, text: int | None, added: Added | None) -> slice:
         text: of its text. None: the stack reads no text.
         added: where the text stands among them.
     """
-    if added is None or text is None or added.kept or tokens <= text:
+    if added is None or text is None or added.kept or added.pictures or tokens <= text:
         return slice(None)
     first = added.before if added.cropped else 0
     return slice(first, added.before + text)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sidestep.backbone import StackFacts
+from sidestep.backbone.grids import Grid, counted_grid, fits, sides
 from sidestep.interface.layers import masked_mean
 from sidestep.interface.sites import Site
 
@@ -117,6 +119,17 @@ class Pass:
         given = (self.inputs.get(name) for name in names)
         text = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim > 1), None)
         return None if text is None else text.shape[1]
+
+
+def grid_at(hidden: Tensor, site: Site, facts: StackFacts, inputs: Mapping[str, Any], told: Grid | None) -> Grid | None:
+    """Rows and columns of a hidden state's tokens: those that it has itself, or is told to have, or that are counted."""
+    if hidden.ndim == 4:
+        rows, columns = hidden.shape[2:] if facts.layout == "channels" else hidden.shape[1:3]
+        return rows, columns
+    image = sides(inputs)
+    if facts.prefixes is None or image is None or fits(told, hidden.shape[1]):
+        return told
+    return counted_grid(image, hidden.shape[1] - site.prefix)
 
 
 def mean_tokens(hidden: Tensor, site: Site) -> Tensor:

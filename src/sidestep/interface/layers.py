@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 ROTARY_BASE = 10_000.0
 
@@ -106,8 +107,26 @@ def regrid(
     tokens: Tensor,
     old: tuple[int, int],
     new: tuple[int, int],
+    prefixes: tuple[int, int] = (0, 0),
     pool: Callable[[Tensor, tuple[int, int]], Tensor] = F.adaptive_avg_pool2d,
 ) -> Tensor:
-    """Pool tokens (batch, rows x columns, width) from one grid to a coarser one, by their average, as patch merging."""
-    grid = rearrange(tokens, "b (h w) c -> b c h w", h=old[0])
-    return rearrange(pool(grid, new), "b c h w -> b (h w) c")
+    """Pool tokens (batch, prefix + rows x columns, width) from one grid to a coarser one, as patch merging does.
+
+    Args:
+        tokens: before.
+        old, new: rows and columns before and after.
+        prefixes: how many tokens stand before the grid, before and after. A new one begins as the mean of the grid.
+        pool: from one grid to the other. By default the average.
+    """
+    before, after = prefixes
+    grid = rearrange(tokens[:, before:], "b (h w) c -> b c h w", h=old[0])
+    pooled = rearrange(pool(grid, new), "b c h w -> b (h w) c")
+    if after == 0:
+        return pooled
+    made = pooled.mean(1, keepdim=True).expand(-1, max(0, after - before), -1)
+    return torch.cat([tokens[:, : min(before, after)], made, pooled], 1)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map: torch's, or that of GPT-2 and ImageGPT, whose weight is (in, out)."""
+    return isinstance(module, nn.Linear | Conv1D)

@@ -150,8 +150,9 @@ class Site:
         features: channels of the vector that a Sidestep head makes of the stack's output. A method may correct that
             vector.
         spatial: whether the tokens stand in a grid (images).
-        convolutional: whether the blocks are convolutions. Then tokens are positions. A stage's first block may change
-            the grid and width on the way, so the stage's input has those of the stage before.
+        convolutional: whether the blocks are convolutions, or change grid and width as those do. Then tokens are
+            positions. A stage's first block may change both on the way, so the stage's input has those of the stage
+            before.
         next_block: frozen parts of the block that this hidden state goes into, where there is one and the family table
             knows them.
         weights: those of the block whose output this is, where the family table knows them.

@@ -10,6 +10,7 @@ Cheaper than In-Context Learning", NeurIPS 2022 (IA3).
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sidestep.interface.config import MethodConfig
+from sidestep.interface.layers import is_linear
 from sidestep.interface.registry import register
 from sidestep.interface.sites import Place, Site
 from sidestep.interface.weight_delta import WeightDelta
@@ -161,7 +163,10 @@ class Lora(Adapter):
     def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
         """PEFT's LoRA tuner, or its DoRA tuner where the config is DoRA's."""
         table = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-        targets = self.config.targets or table.get(model_type) or self._usual(trunk)
+        known = table.get(model_type)
+        if isinstance(known, str):  # a pattern
+            known = tuple(name for name, _ in trunk.named_modules() if re.fullmatch(known, name))
+        targets = self.config.targets or known or self._usual(trunk)
         if not (targets and self._runs(trunk, tuple(targets))):
             targets = self._all(trunk)
         config = peft.LoraConfig(
@@ -177,7 +182,7 @@ class Lora(Adapter):
         """The linear maps that are changed: by the ends of their names, or by whole names where others end so too."""
         inside = self.inside(trunk, targets)
         others = any(
-            f".{name}".endswith(_ends(targets)) and isinstance(module, nn.Linear) and name not in inside
+            f".{name}".endswith(_ends(targets)) and is_linear(module) and name not in inside
             for name, module in trunk.named_modules()
         )
         return tuple(inside) if inside and others else targets
@@ -188,7 +193,7 @@ class Lora(Adapter):
         return [
             name
             for name, module in trunk.named_modules()
-            if id(module) in ids and isinstance(module, nn.Linear) and f".{name}".endswith(_ends(targets))
+            if id(module) in ids and is_linear(module) and f".{name}".endswith(_ends(targets))
         ]
 
     def _usual(self, trunk: nn.Module) -> tuple[str, ...]:
@@ -220,15 +225,17 @@ class Lora(Adapter):
         """All linear maps of the attentions that are called, or of the blocks, that read or give a hidden state."""
         widths, called = {place.site.width for place in self.blocks}, self._called
         parts = [part for place in self.blocks for part in place.module.modules()]
+        # fused kernels of state-space mixers read the weights of their last map themselves, and PEFT refuses it
+        fused = {id(part.out_proj) for part in parts if hasattr(part, "conv1d") and hasattr(part, "out_proj")}
         attentions = [part for part in parts if "attention" in type(part).__name__.lower()]
         for some in (attentions, parts):
-            ids = {id(module) for part in some for module in part.modules()}
+            ids = {id(module) for part in some for module in part.modules()} - fused
             found = tuple(
                 name
                 for name, module in trunk.named_modules()
                 if id(module) in ids
-                and isinstance(module, nn.Linear)
-                and widths & {module.in_features, module.out_features}
+                and is_linear(module)
+                and widths & set(module.weight.shape)
                 and (called is None or name in called)
             )
             if found:
@@ -314,7 +321,7 @@ def present(trunk: nn.Module, ends: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         ValueError: if no linear map's name has one of these ends.
     """
-    linear = [f".{name}" for name, module in trunk.named_modules() if isinstance(module, nn.Linear)]
+    linear = [f".{name}" for name, module in trunk.named_modules() if is_linear(module)]
     found = tuple(end for end in ends if any(name.endswith(f".{end}") for name in linear))
     if not found:
         raise ValueError(f"it has no linear map whose name ends in {', '.join(ends)}: name some with targets=(...)")

@@ -118,12 +118,16 @@ class Recurrence(nn.Module):
 
 @dataclass(frozen=True)
 class ReadState:
-    """What travels along a stack: the state, the sum of all states, the encoder's states and the present grid."""
+    """What travels along a stack.
+
+    These are the state, the sum of all states, the encoder's states, and the present grid with the tokens before it.
+    """
 
     hidden: Tensor | None = None
     total: Tensor | None = None
     source: Tensor | None = None
     grid: tuple[int, int] | None = None
+    prefix: int = 0
 
 
 @register("read", ReadConfig)
@@ -233,8 +237,9 @@ class Read(SideNet):
         return torch.add(hidden, self.out(read).to(hidden.dtype), alpha=self.config.scale)
 
     def _regrid(self, state: ReadState, site: Site) -> ReadState:
-        old, new = state.grid, site.grid
-        if old is None or new is None or old == new or state.hidden is None:
-            return replace(state, grid=new)
-        total = None if state.total is None else regrid(state.total, old, new)
-        return replace(state, hidden=regrid(state.hidden, old, new), total=total, grid=new)
+        old, new, prefixes = state.grid, site.grid, (state.prefix, site.prefix)
+        known = replace(state, grid=new, prefix=site.prefix)
+        if old is None or new is None or (old == new and len(set(prefixes)) == 1) or state.hidden is None:
+            return known
+        total = None if state.total is None else regrid(state.total, old, new, prefixes)
+        return replace(known, hidden=regrid(state.hidden, old, new, prefixes), total=total)

@@ -55,6 +55,10 @@ class Inputs:
             # models of texts and images bring their inputs to the precision of their weights themselves
             kwargs[self.main_name] = sounds.to(self.backbone.dtype)
         names = list(inspect.signature(type(entry).forward).parameters)[1:]
+        if entry is not self.backbone and not args and names[0] not in kwargs:
+            # so does the model itself, whose trunk has another name for what it reads (Perceiver)
+            for name in [name for name in kwargs if takes(self.backbone, name) and not takes(entry, name)]:
+                kwargs[names[0]] = kwargs.pop(name)
         # with a cache, transformers takes a row of several texts for one
         packed = self._is_packed({**dict(zip(names, args, strict=False)), **kwargs})
         if "past_key_values" not in kwargs and (self.headed or training or packed) and takes(entry, "use_cache"):
@@ -93,7 +97,7 @@ class Inputs:
                 "so that a text would be read otherwise in other batches. Pad on the right "
                 '(tokenizer.padding_side="right")'
             )
-        if self.facts.left == "moved" or ids is None or given.get("position_ids") is not None:
+        if self.facts.left == "moved" or ids is None or given.get("position_ids") is not None or _has_pictures(given):
             return kwargs
         padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
         places = (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)
@@ -142,3 +146,9 @@ def _pads_left(mask: Tensor) -> bool:
     if mask.is_meta or isinstance(mask, FakeTensor):
         return False
     return torch.compiler.is_compiling() or bool((mask[:, 0] == 0).any())
+
+
+def _has_pictures(given: dict[str, Any]) -> bool:
+    """Whether there are pictures or sounds beside texts. Their positions are for the model to tell (Hunyuan-VL)."""
+    others = (value for name, value in given.items() if not name.endswith(("inputs_embeds", "attention_mask")))
+    return any(isinstance(value, Tensor) and value.is_floating_point() for value in others)

@@ -99,9 +99,9 @@ class SideModel(Forward):
             side,
             self.facts,
             family_of(backbone).grid,
-            narrow=build.single_token(
-                backbone, side, self.delta, self._first_write(), sites, "own" if through else pool
-            ),
+            narrow=None
+            if self.facts.head.mixed
+            else build.single_token(backbone, side, self.delta, self._first_write(), sites, "own" if through else pool),
             mean_first=mean_first,
             through=through,
             frozen=self.delta is None,

@@ -46,7 +46,7 @@ class Trained:
         *,
         through: bool,
     ) -> None:
-        self.backbone, self.settings, self.through = backbone, settings, through
+        self.backbone, self.trunk, self.settings, self.through = backbone, trunk, settings, through
         # A Sidestep head does not run through the backbone's own, nor through its pooler unless it reads that.
         new, own = new_parameters(backbone), own_head(backbone, trunk)
         unread: set[int] = set()
@@ -83,8 +83,8 @@ class Trained:
                 parameter.requires_grad_(trained)
             if trained or name in new:
                 stored.append(name)
-        if delta is not None:
-            stored += _running_statistics(self.backbone)
+        if delta is not None or self.settings.head is None:
+            stored += _running_statistics(self.backbone, but=None if delta is not None else self.trunk)
         tensors = dict([*self.backbone.named_parameters(), *self.backbone.named_buffers()])
         # a backbone without values (a plan's, on the meta device) has none to keep
         place = "meta" if device_of(self.backbone).type == "meta" else "cpu"
@@ -185,8 +185,9 @@ def check_state(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
         )
 
 
-def _running_statistics(backbone: nn.Module) -> Iterator[str]:
-    """Batch norms' buffers, which move when a method trains the backbone in its own training mode."""
+def _running_statistics(backbone: nn.Module, but: nn.Module | None) -> Iterator[str]:
+    """Batch norms' buffers, which move in training mode. `but`: a part that stays in eval mode."""
+    still = set() if but is None else set(but.modules())
     for path, module in backbone.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in still:
             yield from (f"{path}.{name}" for name, _ in module.named_buffers(recurse=False))

@@ -209,7 +209,8 @@ class Maps:
         if old is None or grid is None or old == grid:
             return replace(self, grid=grid)
         pairs = (
-            (regrid(largest, old, grid, F.adaptive_max_pool2d), regrid(mean, old, grid)) for largest, mean in self.pairs
+            (regrid(largest, old, grid, pool=F.adaptive_max_pool2d), regrid(mean, old, grid))
+            for largest, mean in self.pairs
         )
         return Maps(tuple(pairs), grid)
 
