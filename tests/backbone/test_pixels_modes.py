@@ -13,8 +13,8 @@ from PIL import ImageCms
 
 from sidestep.backbone.pixels import to_rgb
 from sidestep.backbone.processors import TimmProcessor
-from sidestep.data import DataError, DataWarning, Fields, ImageTransform, drop_unreadable, encode_images
-from sidestep.data.images import decode
+from sidestep.data import DataError, DataWarning, Fields, ImageTransform, encode_images
+from sidestep.data.images import IMAGES
 
 GREY = np.array([[0, 1, 128], [200, 254, 255]], dtype=np.uint8)
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
@@ -27,7 +27,7 @@ def stored(image: PIL.Image.Image, form: str, **how: object) -> dict[str, object
 
 
 def values(cell: dict[str, object]) -> np.ndarray:
-    image = decode(cell, None)
+    image = IMAGES.decode(cell, None)
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -105,11 +105,11 @@ def test_white_may_be_zero() -> None:
 def test_numbers_without_a_known_white_are_refused_in_words(array: np.ndarray, said: str) -> None:
     cell = stored(PIL.Image.fromarray(array), "TIFF")
     with pytest.raises(DataError, match=f"image .* in row 3 cannot be read .*{said}.*Save it with 8 or 16 bits"):
-        decode({**cell, "path": "a.tif"}, 3)
+        IMAGES.decode({**cell, "path": "a.tif"}, 3)
     good = stored(PIL.Image.fromarray(GREY), "PNG")
     rows = Dataset.from_dict({"image": [cell, good]}, features=Features({"image": Image()}))
     with pytest.warns(DataWarning, match="1 of 2 images of the rows cannot be read"):
-        assert len(drop_unreadable(rows, "image")) == 1
+        assert len(IMAGES.drop_unreadable(rows, "image")) == 1
     with pytest.raises(DataError, match="row 1"):
         encode_images(rows, Fields(image="image"), ImageTransform(size=4), None)[0]
 

@@ -95,7 +95,7 @@ def test_bad_images_are_an_error_or_left_out(place: Path, tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     assert "Warning: 1 of 16 images of the training rows cannot be read and were left out: " in result.stderr
     data = json.loads((tmp_path / "task" / "results.json").read_text())["data"]
-    assert (data["train_rows"], data["skipped_images"]) == (15, 1)
+    assert (data["train_rows"], data["skipped_files"]) == (15, 1)
     for command in (["eval"], ["predict", "--output", tmp_path / "out.csv"]):
         source = [command[0], tmp_path / "task", "--data", folder, *command[1:]]
         assert run(*source).exit_code == 2

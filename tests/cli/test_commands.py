@@ -452,7 +452,7 @@ def test_a_task_saved_from_python_predicts_with_the_columns_that_are_named(place
     model.extras["processor"] = load_processor(place / "bert")
     model.save_pretrained(tmp_path / "task")
     asked = ("predict", tmp_path / "task", "--data", place / "dev.tsv", "--output", tmp_path / "out.csv")
-    assert "this task does not say which columns it reads: name them (--text or --image)" in refusal(*asked)
+    assert "this task does not say which columns it reads: name them (--text, --image or --audio)" in refusal(*asked)
     succeed(*asked, "--text", "text")
     with (tmp_path / "out.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -81,7 +81,10 @@ def test_flags_in_place_of_a_file(study: Path, tmp_path: Path) -> None:
         (["STUDY", "--no-costs"], "the file says what is compared. Set it there"),
         (["none.toml"], "Error: none.toml does not exist: check the path of the comparison"),
         (["STUDY", "--only", "lorra"], "Error: unknown contender 'lorra' (did you mean 'lora'?): choose one of probe"),
-        (["--backbone", "bert", "--train", "a.tsv"], "name one column, of texts (text) or of images (image)"),
+        (
+            ["--backbone", "bert", "--train", "a.tsv"],
+            "name one column, of texts (text), of images (image) or of sounds",
+        ),
     ],
 )
 def test_mistakes_are_answered_with_one_message(study: Path, arguments: list[str], said: str) -> None:

@@ -420,7 +420,7 @@ def test_images_and_texts_go_to_the_backbones_that_read_them(place: Path, tmp_pa
     assert {one.settings["rows"] for one in found if one.kind == "score"} == {12}
     with pytest.raises(ValueError, match="backbone 'vit' reads images, but no task has any"):
         pairs(replace(asked, tasks=asked.tasks[1:]))
-    with pytest.raises(ValueError, match="task 'photos' is of images, but no backbone reads them"):
+    with pytest.raises(ValueError, match="task 'photos' is of images, but no backbone reads images"):
         pairs(replace(asked, backbones=asked.backbones[:1]))
 
 

@@ -25,12 +25,12 @@ from sidestep.data import (
     DataWarning,
     Fields,
     ImageTransform,
-    drop_unreadable,
     encode_images,
     few_shot,
     label_space,
     read,
 )
+from sidestep.data.images import IMAGES
 from sidestep.kinds.prepare import TaskData, prepare
 from small_tasks import image_folder, tokenizer, write
 
@@ -136,7 +136,7 @@ def test_a_class_folder_without_an_image_is_named(tmp_path: Path) -> None:
     assert len(read(folder)) == 4
     (folder / "grey").mkdir()
     (folder / "grey" / "notes.txt").write_text("no image")
-    with pytest.raises(DataError, match="has 1 of 3 class folders without an image: 'grey': put images there"):
+    with pytest.raises(DataError, match="has 1 of 3 class folders without images: 'grey': put images there"):
         read(folder)
     # below the folder of a split too
     os.renames(folder, tmp_path / "all" / "train")
@@ -188,27 +188,27 @@ def test_a_file_of_zero_bytes_is_named_before_anything_is_computed(tmp_path: Pat
 def test_bad_images_are_left_out_counted_and_named(tmp_path: Path) -> None:
     rows = read(spoilt(tmp_path / "data"))
     with pytest.warns(DataWarning, match=r"3 of 12 images of the rows cannot be read .*bright/1\.png.*dark/2\.png"):
-        good = drop_unreadable(rows, "image")
+        good = IMAGES.drop_unreadable(rows, "image")
     assert paths(good) == ["0.png", "2.png", "3.png", "4.png", "5.png", "0.png", "1.png", "3.png", "5.png"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert drop_unreadable(good, "image") is good
+        assert IMAGES.drop_unreadable(good, "image") is good
 
 
 def test_prepare_leaves_bad_images_out_of_both_parts(tmp_path: Path) -> None:
     rows, dev = read(spoilt(tmp_path / "data")), read(image_folder(tmp_path / "dev", per_class=2))
     with pytest.warns(DataWarning, match="3 of 12 images of the training rows"):
-        data = prepare(rows, dev, FIELDS, SMALL, skip_bad_images=True)
-    assert (len(data.train), len(data.dev), data.handling["skipped_images"]) == (9, 4, 3)
+        data = prepare(rows, dev, FIELDS, SMALL, skip_bad_files=True)
+    assert (len(data.train), len(data.dev), data.handling["skipped_files"]) == (9, 4, 3)
     assert all(row["pixel_values"].shape == (3, 8, 8) for row in data.train)
     with pytest.warns(DataWarning, match="3 of 12 images of the dev rows"):
-        assert len(prepare(dev, rows, FIELDS, SMALL, skip_bad_images=True).dev) == 9
+        assert len(prepare(dev, rows, FIELDS, SMALL, skip_bad_files=True).dev) == 9
 
 
 def test_rows_without_a_good_image_are_refused(tmp_path: Path) -> None:
     rows = Dataset.from_dict({"image": [{"bytes": b"x", "path": None}]}, features=Features({"image": Image()}))
     with pytest.raises(DataError, match="none of 1 images of the rows can be read: 'row 1'"):
-        drop_unreadable(rows, "image")
+        IMAGES.drop_unreadable(rows, "image")
 
 
 def test_images_within_the_rows_need_no_files(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_images_within_the_rows_need_no_files(tmp_path: Path) -> None:
     features = Features({"image": Image(), "label": Value("string")})
     Dataset.from_dict({"image": cells, "label": ["a", "b"] * 2}, features=features).to_parquet(tmp_path / "a.parquet")
     rows = read(tmp_path / "a.parquet")
-    data = prepare(rows, rows, FIELDS, SMALL, skip_bad_images=True)
+    data = prepare(rows, rows, FIELDS, SMALL, skip_bad_files=True)
     assert torch.equal(data.train[0]["pixel_values"], SMALL(images=[picture()])["pixel_values"][0])
 
 
@@ -237,8 +237,8 @@ def test_every_mode_is_read_augmented_or_not(tmp_path: Path, mode: str) -> None:
 
 def test_what_is_for_images_is_refused_for_texts() -> None:
     rows, fields = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]}), Fields(text="text", label="label")
-    for asked in ({"skip_bad_images": True}, {"augment": "flip"}):
-        with pytest.raises(DataError, match="is for images, but a column of text is read: leave --"):
+    for asked in ({"skip_bad_files": True}, {"augment": "flip"}):
+        with pytest.raises(DataError, match=r"is for images.*, but a column of text is read: leave --"):
             prepare(rows, rows, fields, tokenizer(pad=True), **asked)
 
 

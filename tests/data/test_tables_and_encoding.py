@@ -315,7 +315,7 @@ def test_the_split_of_an_image_folder_is_its_subfolder(tmp_path):
 def test_a_folder_without_images_is_refused(tmp_path):
     assert "holds no images" in error_of(read, tmp_path)
     file(tmp_path, "a.txt", "text")
-    assert "one folder of images per class" in error_of(read, tmp_path)
+    assert "one folder of images or sounds per class" in error_of(read, tmp_path)
 
 
 def processor(size: int = 4) -> ViTImageProcessor:
@@ -407,7 +407,8 @@ def test_a_column_that_does_not_exist_is_answered_with_those_that_do():
 def test_fields_name_text_or_image_or_both():
     rows = rows_of(text=["a"], image=["b"])
     check_fields(rows, Fields(text="text", image="image"))
-    assert "name one column of text or one of images" in error_of(check_fields, rows, Fields())
+    assert "name one column of text, of images or of sounds" in error_of(check_fields, rows, Fields())
+    assert "name one column" in error_of(check_fields, rows, Fields(text="text", audio="image"))
     assert "text2='text' without text" in error_of(check_fields, rows, Fields(image="image", text2="text"))
 
 

@@ -23,7 +23,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 import sidestep as ss
 from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import load_pair_processor, load_processor
-from sidestep.data import Fields, images, read
+from sidestep.data import Fields, read
+from sidestep.data.media import Medium
 from sidestep.data.pairs import captioned
 from sidestep.disk import features as store_of_states
 from sidestep.disk.feature_options import FeatureOptions, default_folder
@@ -599,10 +600,10 @@ def test_an_image_processor_that_is_random_is_refused(place: Path) -> None:
     data = data_of(place, "vit")
     noisy, told = replace(data, processor=Noisy(data.processor)), []
     model = attached(place, data, backbone="vit")
-    with pytest.raises(ValueError, match="its processor makes other pixels of a picture each time"):
+    with pytest.raises(ValueError, match="its processor makes other inputs of a file each time"):
         keep(model, noisy, options("ram"))
     assert keep(model, noisy, options("auto"), told.append) is None
-    assert told == ["features: none, as its processor makes other pixels of a picture each time"]
+    assert told == ["features: none, as its processor makes other inputs of a file each time"]
 
 
 def test_another_image_processor_has_another_key(place: Path, tmp_path: Path) -> None:
@@ -625,13 +626,13 @@ def test_images_are_decoded_once_and_then_never(
     run: Callable[..., Run], place: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     data, decoded = data_of(place, "vit"), []
-    honest = images.decode
+    honest = Medium.decode
 
-    def decode(cell: dict[str, Any], row: int | None) -> Any:
+    def decode(medium: Medium, cell: dict[str, Any], row: int | None) -> Any:
         decoded.append(row)
-        return honest(cell, row)
+        return honest(medium, cell, row)
 
-    monkeypatch.setattr(images, "decode", decode)
+    monkeypatch.setattr(Medium, "decode", decode)
     few = 1 + LOOKED_AT + 3 * 2  # a run looks at a row, then at what is to be stored, and proves it
     for epochs, where, most in ((2, "disk", 20 + few), (4, "disk", few)):
         decoded.clear()

@@ -64,7 +64,8 @@ class StackFacts:
         ends: whether the stack's own output is what came out of that norm, or of the last block if the stack has no
             norm.
         mixed: whether the model mixes the last block's output with earlier ones on the way to that norm.
-        added: where the tokens of a text stand among the stack's. None: they cannot be told, and masks do not apply.
+        added: where the tokens of a text (or the masked frames of a sound) stand among the stack's. None: they cannot
+            be told, and masks do not apply.
         prefixes: of each stage, how many tokens stand before the grid in its input and behind its blocks, where tokens
             become fewer. None: as the family table says.
         linear: the names within the trunk of the blocks' linear maps that are called in a pass. None: not known.
@@ -102,6 +103,7 @@ class Facts:
         packs: whether a lone causal stack reads the texts of one row as if each were alone. Positions start again with
             each text, without a mask and a cache. None: not known yet.
         caches: names under which the model takes what it returned for the tokens before.
+        read: the shapes, without rows, of the images or sounds that were read in the pass, by the names of the inputs.
     """
 
     source: Source
@@ -110,6 +112,7 @@ class Facts:
     left: Left | None = None
     packs: bool | None = None
     caches: tuple[str, ...] = ()
+    read: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def is_causal(self) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sidestep.backbone.quantised import is_quantised
 
@@ -59,6 +62,18 @@ def hollow(model: nn.Module) -> nn.Module:
         for name in _AROUND & vars(module).keys():
             delattr(module, name)
     return copied
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Within it torch logs no tracebacks of what fails on fake tensors, which it raises anyway."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _plain(module: Any) -> nn.Linear:

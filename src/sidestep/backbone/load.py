@@ -44,6 +44,13 @@ from sidestep.backbone.timm_models import load_timm
 from sidestep.messages import some
 from sidestep.metrics import Written
 
+CLASSIFIERS = (
+    (transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, transformers.AutoModelForSequenceClassification),
+    (transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.AutoModelForImageClassification),
+    (transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING, transformers.AutoModelForAudioClassification),
+)
+"""Models with a classification head of their own, and the class that loads them."""
+
 
 def stored_vocabulary(source: Source) -> int | None:
     """How many tokens the config says that a backbone of this name has.
@@ -78,7 +85,7 @@ def load_backbone(
         dtype: precision of the weights, such as torch.bfloat16 or "bfloat16". None is the checkpoint's own. For
             quantised weights of a GGUF file, which are unpacked, None is float32.
         revision: branch, tag or commit of a hub id.
-        head: whether the model comes with a classification head of its own (text or images).
+        head: whether the model comes with a classification head of its own (text, images or sounds).
         num_labels: classes of that head. None: the checkpoint's.
         writes: "text2text" or "lm": the model comes with its language model head, as an encoder-decoder or a decoder.
         drop_path: rate of the last block's drop path, which grows with depth from 0. None: the model's own. It acts in
@@ -114,7 +121,7 @@ def load_backbone(
     elif str(name).startswith(VIT):
         kind = transformers.ViTForImageClassification if head else transformers.ViTModel
     else:
-        kind = _auto_class(config) if head else AutoModel
+        kind = classifier_of(config) if head else headless_of(config)
     return _load_transformers(kind, str(name), config, wanted, revision)
 
 
@@ -221,18 +228,26 @@ def _set_drop_path(name: str, config: Any, rate: float) -> None:
         warn_of_no_drop_path(name, f"transformers' {config.model_type!r} model", rate)
 
 
-def _auto_class(config: Any) -> Any:
-    """The auto class with a classification head for this config."""
-    text = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    images = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-    if type(config) in text:
-        return transformers.AutoModelForSequenceClassification
-    if type(config) in images:
-        return transformers.AutoModelForImageClassification
-    raise LoadError(
-        f"transformers has no classification model for {config.model_type!r}: load it without a "
-        "head of its own (head=False) and attach with ss.Classify"
-    )
+def headless_of(config: Any) -> Any:
+    """The auto class for this config, whose head is not used: of an encoder-decoder of sounds that of its encoder."""
+    of_two = getattr(config, "is_encoder_decoder", False)
+    hears = type(config) in transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
+    return transformers.AutoModelForAudioClassification if hears and of_two else AutoModel
+
+
+def classifier_of(config: Any) -> Any:
+    """The auto class with a classification head for this config.
+
+    Raises:
+        LoadError: if there is none.
+    """
+    found = next((kind for mapping, kind in CLASSIFIERS if type(config) in mapping), None)
+    if found is None:
+        raise LoadError(
+            f"transformers has no classification model for {config.model_type!r}: take it without a head of its own "
+            "(head=False, without --own-head), with ss.Classify"
+        )
+    return found
 
 
 def _writing_class(name: str, config: Any, writes: Written) -> Any:
@@ -287,10 +302,17 @@ def _load_transformers(
     return model.eval()
 
 
+def _without_heads(model: PreTrainedModel) -> nn.Module:
+    """The trunk. Of Whisper's encoder with a head, which transformers takes for a trunk as it is, the encoder."""
+    trunk = trunk_of(model)
+    of_two = getattr(trunk.config, "is_encoder_decoder", False)
+    return trunk.encoder if of_two and hasattr(trunk, "encoder") and not hasattr(trunk, "decoder") else trunk
+
+
 def _check_report(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
     """Refuse a backbone that did not come from the checkpoint, but accept new poolers and heads."""
     kind = type(model).__name__
-    trunk = {id(parameter) for parameter in trunk_of(model).parameters()}
+    trunk = {id(parameter) for parameter in _without_heads(model).parameters()}
     inside = [key for key, parameter in model.named_parameters() if id(parameter) in trunk]
     mismatched = {key: (tuple(given), tuple(own)) for key, given, own in report["mismatched_keys"]}
     if wrong := [key for key in inside if key in mismatched]:

@@ -1,4 +1,4 @@
-"""Tokenizers and image processors, by the name of their backbone or from a folder."""
+"""Tokenizers, image processors and feature extractors, by the name of their backbone or from a folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    AutoFeatureExtractor,
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    SequenceFeatureExtractor,
 )
 
 from sidestep.backbone.configs import asked, config_of, npz_as_load_error, read_config
@@ -27,23 +29,36 @@ from sidestep.backbone.gguf import (
 from sidestep.backbone.pixels import IMAGE_TRANSFORM, ImageTransform, to_rgb
 from sidestep.backbone.source import (
     CONFIG,
-    IMAGE_FILES,
+    PROCESSOR_FILES,
     TIMM,
     TIMM_PROCESSOR,
     TOKENIZER_FILES,
     VIT,
     LoadError,
+    Reads,
     as_load_error,
     quiet,
+    read_by_files,
     require_any,
 )
 from sidestep.backbone.timm_models import import_timm, timm_parts
+from sidestep.backbone.trunk import SOUND_INPUTS
 from sidestep.backbone.vision_language import VisionLanguageProcessor
 from sidestep.backbone.vit_npz import read_sizes
 
+LOADED_BY: Mapping[Reads, tuple[Any, str, tuple[str, ...]]] = {
+    "text": (AutoTokenizer, "tokenizer", TOKENIZER_FILES),
+    "image": (AutoImageProcessor, "image processor", PROCESSOR_FILES),
+    "audio": (AutoFeatureExtractor, "feature extractor", PROCESSOR_FILES),
+}
+"""The class that loads a processor, by what that reads, its name in words, and its files."""
+MAIN_INPUTS: Mapping[str, Reads] = {"pixel_values": "image", **dict.fromkeys(SOUND_INPUTS, "audio")}
+"""What models read whose first input is called so. Others read text."""
+IN_WORDS: Mapping[Reads, str] = {"text": "text", "image": "images", "audio": "sounds"}
+
 
 def load_processor(name: str | Path, *, revision: str | None = None, pictures: bool = False) -> Any:
-    """The tokenizer or image processor of a model of this name, or of a folder that one was saved in.
+    """The tokenizer, image processor or feature extractor of a model of this name, or of a folder with one alone.
 
     Args:
         name: of the model, as for `load_backbone`, or the folder.
@@ -68,7 +83,7 @@ def load_processor(name: str | Path, *, revision: str | None = None, pictures: b
             return ImageTransform.from_pretrained(folder)
     if _reads_both(str(name), folder, revision, pictures=pictures):
         return _load_vision_language(name, revision)
-    return _load_processor(name, _reads_images(str(name), folder, revision), revision)
+    return _load_processor(name, _reads(str(name), folder, revision), revision)
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -76,27 +91,34 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "text", processor)
 
 
+def read_by(processor: Any) -> Reads:
+    """What a processor reads."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return "text"
+    return "audio" if isinstance(processor, SequenceFeatureExtractor) else "image"
+
+
 def _load_vision_language(name: str | Path, revision: str | None) -> VisionLanguageProcessor:
     place, options = asked(str(name), revision)
     folder = Path(place)
     if folder.is_dir():
-        require_any(folder, IMAGE_FILES, "processor of pictures and texts")
+        require_any(folder, PROCESSOR_FILES, "processor of pictures and texts")
     with quiet(local=folder.is_dir()), as_load_error(str(name), "processor"):
         processor = VisionLanguageProcessor.of(AutoProcessor.from_pretrained(place, **options))
     _limit(processor.text, str(name), folder, revision)
     return processor
 
 
-def _load_processor(name: str | Path, images: bool, revision: str | None) -> Any:
-    """The image processor or the tokenizer of a transformers model."""
+def _load_processor(name: str | Path, reads: Reads, revision: str | None) -> Any:
+    """The processor of a transformers model."""
     place, options = asked(str(name), revision)
     folder = Path(place)
+    kind, what, files = LOADED_BY[reads]
     if folder.is_dir() and not is_gguf(name):
-        require_any(folder, IMAGE_FILES if images else TOKENIZER_FILES, "image processor" if images else "tokenizer")
-    kind = AutoImageProcessor if images else AutoTokenizer
-    with quiet(local=folder.is_dir()), as_load_error(str(name), "processor" if images else "tokenizer"):
+        require_any(folder, files, what)
+    with quiet(local=folder.is_dir()), as_load_error(str(name), what):
         processor = kind.from_pretrained(place, **options)
-    if not images:
+    if reads == "text":
         _limit(processor, str(name), folder, revision)
     return processor
 
@@ -140,13 +162,13 @@ def load_pair_processor(name: str, text_name: str | None = None, *, revision: st
     """
     if text_name is None:
         require_dual(name, config_of(name, revision).model_type)
-        return PairProcessor(*(_load_processor(name, images, revision) for images in (True, False)))
+        return PairProcessor(_load_processor(name, "image", revision), _load_processor(name, "text", revision))
     image, text = load_processor(name, revision=revision), load_processor(text_name)
-    for processor, wanted, given in ((image, False, name), (text, True, text_name)):
-        if isinstance(processor, PreTrainedTokenizerBase) != wanted:
+    for processor, wanted, given in ((image, "image", name), (text, "text", text_name)):
+        if (reads := read_by(processor)) != wanted:
             raise LoadError(
-                f"{given} reads {'images' if wanted else 'text'}: --backbone is the encoder of images and "
-                "--text-backbone that of texts"
+                f"{given} reads {IN_WORDS[reads]}: --backbone is the encoder of images and --text-backbone that of "
+                "texts"
             )
     return PairProcessor(image, text)
 
@@ -231,23 +253,23 @@ def _reads_both(name: str, folder: Path, revision: str | None, *, pictures: bool
     if is_gguf(name):
         return False
     if folder.is_dir() and not (folder / CONFIG).is_file():
-        return all(any((folder / file).is_file() for file in files) for files in (TOKENIZER_FILES, IMAGE_FILES))
-    if not pictures or _reads_images(name, folder, revision):
+        return all(any((folder / file).is_file() for file in files) for files in (TOKENIZER_FILES, PROCESSOR_FILES))
+    if not pictures or _reads(name, folder, revision) == "image":
         return False
     with quiet(local=folder.is_dir()), as_load_error(name, CONFIG):
         return type(read_config(name, revision)) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
-def _reads_images(name: str, folder: Path, revision: str | None) -> bool:
-    """Whether a model (or a folder of a processor alone) takes images rather than text."""
+def _reads(name: str, folder: Path, revision: str | None) -> Reads:
+    """What a model (or the processor in a folder that holds it alone) reads."""
     if is_gguf(name):
-        return False  # transformers reads language models alone from such files
+        return "text"  # transformers reads language models alone from such files
     if folder.is_dir() and not (folder / CONFIG).is_file():
-        return not any((folder / file).is_file() for file in TOKENIZER_FILES)
+        return read_by_files(folder) or "image"
     with quiet(local=folder.is_dir()), as_load_error(name, CONFIG):
         config = read_config(name, revision)
     mapping = transformers.MODEL_MAPPING
-    return type(config) in mapping and mapping[type(config)].main_input_name == "pixel_values"
+    return MAIN_INPUTS.get(mapping[type(config)].main_input_name, "text") if type(config) in mapping else "text"
 
 
 def _most_tokens(name: str, folder: Path, revision: str | None) -> int | None:

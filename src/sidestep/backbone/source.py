@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from sidestep.backbone.gguf import (
 from sidestep.messages import some
 
 Library = Literal["transformers", "timm"]
+Reads = Literal["text", "image", "audio"]
+"""What a backbone reads, as the field of a task's rows is called."""
 TIMM = "timm:"
 VIT = "vit:"
 NPZ = ".npz"
@@ -36,7 +39,10 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TIMM_PROCESSOR = "timm_processor.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Of image processors and of feature extractors of sounds."""
+EXTRACTOR, IMAGE_PROCESSOR = "feature_extractor_type", "image_processor_type"
+"""What such a file says of a feature extractor, and of an image processor. One of long ago says both."""
 
 
 class LoadError(ValueError):
@@ -196,6 +202,22 @@ def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not (isinstance(known, torch.dtype) and known.is_floating_point):
         raise LoadError(f"dtype={dtype!r}: choose float32, bfloat16, float16 or float64")
     return known
+
+
+def read_by_files(folder: Path) -> Reads | None:
+    """What a processor that was saved in a folder reads. None if the folder holds none.
+
+    Raises:
+        LoadError: if its file cannot be read.
+    """
+    if any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return "text"
+    found = next((folder / file for file in PROCESSOR_FILES if (folder / file).is_file()), None)
+    if found is None:
+        return None
+    with as_load_error(str(found), "processor"):
+        said = json.loads(found.read_text(encoding="utf-8"))
+        return "audio" if EXTRACTOR in said and IMAGE_PROCESSOR not in said else "image"
 
 
 def require_any(folder: Path, names: Sequence[str], what: str) -> None:

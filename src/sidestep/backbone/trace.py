@@ -15,14 +15,14 @@ from sidestep.backbone import dummies
 from sidestep.backbone.calls import argument_names
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.facts import FRAMES, Added, Causal, Facts, StackFacts, said_causal
-from sidestep.backbone.fakes import has_values, hollow
+from sidestep.backbone.fakes import has_values, hollow, unlogged
 from sidestep.backbone.families import family_of
 from sidestep.backbone.grids import patch_grid
 from sidestep.backbone.packs import packs
 from sidestep.backbone.stack import StackPass, check_rows, corner, read_stacks, unfit
 from sidestep.backbone.structure import Blocks, convolves, likely_norm, likely_widths, possible_blocks
 from sidestep.backbone.texts import TextPass, apart, caches, said
-from sidestep.backbone.trunk import trunk_of
+from sidestep.backbone.trunk import SOUND_INPUTS, trunk_of
 from sidestep.backbone.untouched import undisturbed
 from sidestep.backbone.watch import Seen, attempt, watch
 
@@ -102,7 +102,7 @@ def _of_texts(passed: TextPass) -> Facts:
 def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
     """Facts of a model of images or sounds, whose parts are not tokens that could be changed one by one."""
     stacks = read_stacks(model, blocks, seen, dummies.ROWS)
-    frames = _frames(model, blocks, seen, stacks)
+    masked = _masked(model, blocks, seen, stacks)
     if stacks[0].prefixes(model) is not None:
         trunk = trunk_of(model)
         turned = attempt(trunk, watch, trunk, blocks, corner(seen.inputs, stacks[0]))
@@ -110,8 +110,15 @@ def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
     causal = [said(model, stack) for stack in stacks]
     named = _named(model, stacks, causal, [None] * len(stacks), 0)
     first = next(iter(named))
-    named[first] = replace(named[first], frames=frames)
-    return Facts(source="traced", stacks=named, caches=caches(trunk_of(model), seen))
+    named[first] = replace(named[first], **masked)
+    return Facts(source="traced", stacks=named, caches=caches(trunk_of(model), seen), read=_read(seen))
+
+
+def _read(seen: Seen) -> dict[str, tuple[int, ...]]:
+    """The shapes, without rows, of images or sounds and their mask. Empty for texts."""
+    tensors = {name: value for name, value in seen.inputs.items() if isinstance(value, torch.Tensor)}
+    texts = not next(iter(tensors.values())).is_floating_point()
+    return {} if texts else {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
 
 
 def _named(
@@ -145,32 +152,35 @@ def _named(
     return found
 
 
-def _frames(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, stacks: Sequence[StackPass]) -> str | None:
-    """The module that brings a mask of samples or frames to the fewer tokens that are made of them, if one matters.
+def _masked(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, stacks: Sequence[StackPass]) -> dict[str, Any]:
+    """The facts of the first stack that say how a mask of sounds is brought to its tokens, if one matters.
 
     Raises:
-        ValueError: if it matters, and the model has no such module.
+        ValueError: if it matters, and the model has no module that brings it to fewer tokens.
     """
     trunk, mask, first = trunk_of(model), seen.inputs.get("attention_mask"), stacks[0].first
-    if mask is None or mask.shape[1] == first.shape[1]:
-        return None
+    if mask is None:
+        return {}
     shorter = mask.clone()
     shorter[0, mask.shape[1] // 2 :] = 0
     other = attempt(trunk, watch, trunk, blocks, {**seen.inputs, "attention_mask": shorter})
     if other is None:
-        return None  # its mask is none of samples or frames
+        return {}  # its mask is none of samples or frames
+    matters = apart(read_stacks(model, blocks, other, dummies.ROWS)[0].last, stacks[0].last) > MASK_MOVES
+    if mask.shape[1] == first.shape[1]:
+        return {"added": Added()} if matters else {}
     for name, module in trunk.named_modules():
         if hasattr(module, FRAMES):
             brought = attempt(trunk, getattr(module, FRAMES), first.shape[1], shorter)
             if brought is not None and brought.shape == (dummies.ROWS, first.shape[1]) and not brought.all():
-                return str(name)
-    if apart(read_stacks(model, blocks, other, dummies.ROWS)[0].last, stacks[0].last) > MASK_MOVES:
+                return {"frames": str(name)}
+    if matters:
         raise unfit(
             stacks[0].owner,
             f"its mask has {mask.shape[1]} positions, and its {stacks[0].blocks.name} makes {first.shape[1]} tokens of "
             "them: which tokens are padding cannot be told",
         )
-    return None
+    return {}
 
 
 # --- a pass without values ------------------------------------------------------------------------------------------
@@ -181,7 +191,7 @@ def _shapes(model: nn.Module, blocks: Sequence[Blocks]) -> Facts | None:
 
     None if the model cannot be run on fake tensors.
     """
-    with undisturbed(torch.device("cpu")), FakeTensorMode(allow_non_fake_inputs=True):
+    with undisturbed(torch.device("cpu")), unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
         try:
             copied = hollow(trunk_of(model))
         except Exception:  # of whatever holds what cannot be copied
@@ -189,7 +199,7 @@ def _shapes(model: nn.Module, blocks: Sequence[Blocks]) -> Facts | None:
         for inputs, rows in _fake_inputs(copied, model, len(blocks)):
             if (seen := attempt(copied, watch, copied, blocks, inputs)) is not None:
                 stacks = _of_shapes(model, blocks, read_stacks(model, blocks, seen, rows))
-                return Facts(source="shapes", stacks=stacks, caches=caches(copied, seen))
+                return Facts(source="shapes", stacks=stacks, caches=caches(copied, seen), read=_read(seen))
     return None
 
 
@@ -223,7 +233,7 @@ def _guessed(model: nn.Module, blocks: Sequence[Blocks]) -> Facts:
     Raises:
         ValueError: for a model of sounds, whose mask would not be understood.
     """
-    if dummies.main_input(model) in ("input_values", "input_features"):
+    if dummies.main_input(model) in SOUND_INPUTS:
         raise unfit(type(trunk_of(model)).__name__, "it takes none of the sounds that it was tried with")
     found: dict[str, StackFacts] = {}
     for stack in blocks:

@@ -21,6 +21,9 @@ IS_TRUNK = "_sidestep_is_trunk"
 """Attribute of a model: whether it is its own trunk, although transformers names a part of it. Looked at once, because
 a compiled forward pass asks for the trunk too."""
 
+SOUND_INPUTS = ("input_values", "input_features")
+"""What transformers calls the first input of models of sounds: samples, or frames of a spectrogram."""
+
 
 def trunk_of(model: Any) -> Any:
     """The backbone without its task head: a Hugging Face model's base model, or a timm model itself.

@@ -78,6 +78,7 @@ def run(
     text: opt.Text = None,
     text2: opt.Text2 = None,
     image: opt.Image = None,
+    audio: opt.Audio = None,
     split: opt.Split = "test",
     columns: opt.Columns = None,
     no_header: opt.NoHeader = False,
@@ -132,7 +133,7 @@ def run(
         for name in () if where else dict.fromkeys(names):
             refuse_inputs([output], stored_backbones_at(held.config(name)))
         with _loaded(held, dict.fromkeys(names), where) as loaded:
-            reads = Fields(text=text, text2=text2, image=image)
+            reads = Fields(text=text, text2=text2, image=image, audio=audio)
             if not several:
                 table = predict_each(
                     loaded,

@@ -61,7 +61,7 @@ DropPath = Annotated[float | None, _model(help="Rate of the backbone's drop path
 Dtype = Annotated[str | None, _model(help="Precision of the backbone. Default: its checkpoint's.")]
 Revision = Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")]
 
-SOURCE = "csv, tsv, json, jsonl or parquet file, folder or list (.txt) of images, or hub id"
+SOURCE = "csv, tsv, json, jsonl or parquet file, folder or list (.txt) of images or sounds, or hub id"
 Train = Annotated[str, _data(help=f"Training rows: {SOURCE}.", show_default=False)]
 Dev = Annotated[str | None, _data(help="Dev rows. Default: a share of the training rows is held out.")]
 Rows = Annotated[str, _data("--data", help=f"Rows: {SOURCE}.", show_default=False)]
@@ -81,6 +81,7 @@ Separator = Annotated[
 Image = Annotated[
     str | None, _data(help="Column of images, or of their paths. Of a vision-language model beside --text.")
 ]
+Audio = Annotated[str | None, _data(help="Column of sounds, or of their paths.")]
 Label = Annotated[
     str | None, _data("--label", "--target", "--completion", help="Column of the label, or of the text to write.")
 ]
@@ -95,7 +96,9 @@ Problem = Annotated[
 ]
 Shots = Annotated[int | None, _data(help="Training rows of each class. Default: all.")]
 ShotsSeed = Annotated[int | None, _data(help="Seed of their draw. Default: --seed.")]
-SkipBadImages = Annotated[bool, _data("--skip-bad-images", help="Leave out images that cannot be read.")]
+SkipBadFiles = Annotated[
+    bool, _data("--skip-bad-files", "--skip-bad-images", help="Leave out images and sounds that cannot be read.")
+]
 Normalize = Annotated[str | None, _data(help="imagenet or half. Default: the backbone's mean and deviation.")]
 Augment = Annotated[str, _data(help="Views of training images: none, flip, crop or randaugment.")]
 MaxLength = Annotated[int | None, _data(help="Tokens kept of a text. Default: the tokenizer's limit.")]
@@ -217,7 +220,9 @@ Planned = Annotated[
 ]
 Labels = Annotated[int, _model(help="Classes of the head.")]
 Batch = Annotated[int, _training("--batch", help="Rows of one step.")]
-Length = Annotated[int | None, _training(help="Tokens of a text. Default: 128.")]
+Length = Annotated[
+    int | None, _training(help="Tokens of a text (default: 128), or samples of a sound (default: 160000).")
+]
 ImageSize = Annotated[int | None, _data(help="Rows and columns of an image. Default: the model's.")]
 Gpu = Annotated[str | None, _training(help="Memory of the card to plan for, such as 16GB. Default: plan for the CPU.")]
 Precision = Annotated[

@@ -28,7 +28,8 @@ def evaluate(
     text: opt.Text = None,
     text2: opt.Text2 = None,
     image: opt.Image = None,
-    skip_bad_images: opt.SkipBadImages = False,
+    audio: opt.Audio = None,
+    skip_bad_files: opt.SkipBadFiles = False,
     label: opt.Label = None,
     split: opt.Split = "validation",
     columns: opt.Columns = None,
@@ -46,6 +47,7 @@ def evaluate(
 ) -> None:
     """Score a task on rows with labels."""
     with reporting(debug):
+        from sidestep.data import Fields
         from sidestep.disk.feature_options import FeatureOptions
         from sidestep.measure.plan import memory_of
         from sidestep.tasks import predict as predicting
@@ -55,8 +57,8 @@ def evaluate(
         kept = FeatureOptions(where=cast("Where", features), folder=features_folder, limit=memory_of(features_limit))
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone_named(backbone, gguf))
-        fields = _fields(model, text, text2, image, label)
-        found = _read(model, rows, table, split, fields, skip_bad_images=skip_bad_images)
+        fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio, label=label))
+        found = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         judged = predicting.judge(
             model, found, fields=fields, batch_size=batch_size, progress=not quiet, features=kept, tell=_tell(kept)
         )
@@ -71,7 +73,8 @@ def predict(
     text: opt.Text = None,
     text2: opt.Text2 = None,
     image: opt.Image = None,
-    skip_bad_images: opt.SkipBadImages = False,
+    audio: opt.Audio = None,
+    skip_bad_files: opt.SkipBadFiles = False,
     split: opt.Split = "test",
     columns: opt.Columns = None,
     no_header: opt.NoHeader = False,
@@ -92,8 +95,8 @@ def predict(
     if tasks is not None:
         from sidestep.cli.bank import run
 
-        if skip_bad_images:
-            raise typer.BadParameter("with --tasks there is no --skip-bad-images: take those rows out")
+        if skip_bad_files:
+            raise typer.BadParameter("with --tasks there is no --skip-bad-files: take those rows out")
         run(
             task,
             rows,
@@ -102,6 +105,7 @@ def predict(
             text=text,
             text2=text2,
             image=image,
+            audio=audio,
             split=split,
             columns=columns,
             no_header=no_header,
@@ -117,6 +121,7 @@ def predict(
         )
         return
     with reporting(debug):
+        from sidestep.data import Fields
         from sidestep.disk.table_files import check_table, write_table
         from sidestep.disk.task_folder import read_config
         from sidestep.tasks import predict as predicting
@@ -128,8 +133,8 @@ def predict(
         _refuse_inputs(output, task, rows, backbone_named(backbone, gguf))
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone_named(backbone, gguf))
-        fields = _fields(model, text, text2, image, None)
-        given = _read(model, rows, table, split, fields, skip_bad_images=skip_bad_images)
+        fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio))
+        given = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         found = predicting.predict(
             model,
             given,
@@ -170,9 +175,9 @@ def _load(task: Path, name: str | None) -> Attached:
 
 
 def _read(
-    model: Attached, rows: str, table: TableOptions, split: str, fields: Fields, *, skip_bad_images: bool
+    model: Attached, rows: str, table: TableOptions, split: str, fields: Fields, *, skip_bad_files: bool
 ) -> Dataset:
-    from sidestep.data import check_fields, drop_unreadable
+    from sidestep.data import check_fields
     from sidestep.kinds.base import kind_named
     from sidestep.kinds.prepare import read_rows
     from sidestep.tasks.predict import labels_of
@@ -180,19 +185,18 @@ def _read(
     kind = labels_of(model).kind
     found = read_rows(rows, fields, table, kind, split=split)
     show_many(len(found))
-    if not skip_bad_images:
+    if not skip_bad_files:
         return found
-    if fields.image is None:
-        raise ValueError("--skip-bad-images is for images, but the task reads text: leave it out")
+    if fields.files is None:
+        raise ValueError("--skip-bad-files is for images and sounds, but the task reads text: leave it out")
     if not kind_named(kind).dual:
         check_fields(found, replace(fields, label=None))
-    return drop_unreadable(found, fields.image)
+    medium, column = fields.files
+    return medium.drop_unreadable(found, column)
 
 
-def _fields(model: Attached, text: str | None, text2: str | None, image: str | None, label: str | None) -> Fields:
+def _fields(model: Attached, given: Fields) -> Fields:
     """The columns that the task was trained on, with the user's in their place."""
-    from sidestep.data import Fields
     from sidestep.kinds.prepare import chosen_fields
 
-    given = Fields(text=text, text2=text2, image=image, label=label)
     return chosen_fields(model.extras.get("preprocessing") or {}, given)

@@ -9,19 +9,19 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from sidestep.backbone import Digest, digest_of, pretrained_tensors
 from sidestep.backbone.families import Pool
 from sidestep.backbone.gguf import gguf_parts, is_gguf
 from sidestep.backbone.load import check_writes, load_backbone
-from sidestep.backbone.processors import load_processor
+from sidestep.backbone.processors import IN_WORDS, load_processor, read_by
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
 from sidestep.data import DataError, DataWarning, Fields, holdout
+from sidestep.data.media import undecoded
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.prepare import prepare, strata
 from sidestep.kinds.task_data import TaskData
@@ -41,7 +41,7 @@ class Bench:
     Attributes:
         spec: what was asked for.
         model: the backbone, on its device.
-        processor: its tokenizer or image processor.
+        processor: its tokenizer, image processor or feature extractor.
         known: the digest of its weights.
         precision: "bf16 autocast", or the dtype of the weights.
         attention: implementation.
@@ -88,8 +88,8 @@ class Bench:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the backbone reads texts (images otherwise)."""
-        return isinstance(self.processor, PreTrainedTokenizerBase)
+        """Whether the backbone reads texts (images or sounds otherwise)."""
+        return read_by(self.processor) == "text"
 
     @property
     def device(self) -> torch.device:
@@ -226,7 +226,7 @@ class Prepared:
 
     @classmethod
     def of(cls, rows: Rows, processor: Any, comparison: Comparison) -> Prepared:
-        """The rows as token ids or pixels.
+        """The rows as token ids, pixels or what is heard.
 
         Raises:
             DataError: if columns or labels are unusable. The message names the task.
@@ -259,28 +259,32 @@ def device() -> torch.device:
 
 
 def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
-    """The tasks of each backbone: those of texts, or those of images.
+    """The tasks of each backbone: those of texts, of images or of sounds.
 
     Raises:
-        LoadError: if a backbone has no tokenizer or image processor, or does not write what its tasks ask for.
+        LoadError: if a backbone has no tokenizer, image processor or feature extractor, or does not write what its
+            tasks ask for.
         ValueError: if nothing in the comparison reads a task, or a backbone has none, or tasks of several sorts.
     """
     found, used = {}, set()
     for backbone in comparison.backbones:
         processor = load_processor(backbone.model, revision=backbone.revision)
-        text = isinstance(processor, PreTrainedTokenizerBase)
-        tasks = tuple(task for task in comparison.tasks if (task.fields.text is not None) == text)
+        reads = read_by(processor)
+        tasks = tuple(task for task in comparison.tasks if task.reads == reads)
         if not tasks:
-            reads = "texts" if text else "images"
-            raise ValueError(f"backbone {backbone.name!r} reads {reads}, but no task has any: add one, or leave it out")
+            raise ValueError(
+                f"backbone {backbone.name!r} reads {IN_WORDS[reads]}, but no task has any: add one, or leave it out"
+            )
         if (writes := written_by(tasks)) is not None:
             check_writes(backbone.model, writes, revision=backbone.revision)
         found[backbone.name] = tasks
         used |= {task.name for task in tasks}
     for task in comparison.tasks:
         if task.name not in used:
-            holds = "texts" if task.fields.text is not None else "images"
-            raise ValueError(f"task {task.name!r} is of {holds}, but no backbone reads them: add one, or leave it out")
+            holds = IN_WORDS[task.reads]
+            raise ValueError(
+                f"task {task.name!r} is of {holds}, but no backbone reads {holds}: add one, or leave it out"
+            )
     return found
 
 
@@ -298,13 +302,14 @@ def written_by(tasks: Sequence[Task]) -> Written | None:
 
 
 def fingerprint(rows: Dataset, fields: Fields) -> str:
-    """12 hexadecimal digits of the cells that are read, in order. Of images, the files' bytes count."""
+    """12 hexadecimal digits of the cells that are read, in order. Of images and sounds, the files' bytes count."""
     digest = sha256()
     for name in (fields.text, fields.text2, fields.label):
         if name is not None:
             digest.update(repr(rows.with_format(None)[name][:]).encode())
-    if fields.image is not None:
-        for cell in rows.cast_column(fields.image, datasets.Image(decode=False))[fields.image]:
+    if fields.files is not None:
+        _, column = fields.files
+        for cell in undecoded(rows, column)[column]:
             digest.update(cell["bytes"] or Path(cell["path"]).read_bytes())
     return digest.hexdigest()[:12]
 

@@ -84,11 +84,11 @@ def _settings(
     batch: Mapping[str, Tensor],
     head: Classify | None,
 ) -> dict[str, Any]:
-    images = batch.get("pixel_values")
+    given, images = batch.get("input_ids", batch.get("input_values")), batch.get("pixel_values")
     return {
         **bench.settings(one),
         "batch": costs.batch,
-        "length": batch["input_ids"].shape[1] if images is None else None,
+        "length": None if given is None or given.ndim > 2 else given.shape[1],
         "image_size": None if images is None else images.shape[-1],
         "head": f"Classify(num_labels={head.num_labels}, pool={head.pool})" if head else "its language model head",
         "repeats": costs.repeats,

@@ -224,9 +224,9 @@ def _backbone(table: _Table, base: Path) -> Backbone:
 
 def _task(table: _Table, base: Path) -> Task:
     dev = table.get("dev", str)
-    text, text2, image = (table.get(name, str) for name in ("text", "text2", "image"))
-    if (text is None) == (image is None):
-        raise ValueError(f"{table.where}: name one column, of texts (text) or of images (image)")
+    text, text2, image, audio = (table.get(name, str) for name in ("text", "text2", "image", "audio"))
+    if sum(column is not None for column in (text, image, audio)) != 1:
+        raise ValueError(f"{table.where}: name one column, of texts (text), of images (image) or of sounds (audio)")
     options = table.made(
         TableOptions,
         columns=table.texts("columns"),
@@ -240,7 +240,7 @@ def _task(table: _Table, base: Path) -> Task:
         name=table.get("name", str) or _name_of(train, base).partition(".")[0],
         train=_resolved(train, base),
         dev=None if dev is None else _resolved(dev, base),
-        fields=Fields(text=text, text2=text2, image=image, label=table.get("label", str, "label")),
+        fields=Fields(text=text, text2=text2, image=image, audio=audio, label=table.get("label", str, "label")),
         problem=check_kind(table.get("kind", str) or table.get("problem", str)),
         options=options,
         train_split=table.get("train_split", str, "train"),

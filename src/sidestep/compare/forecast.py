@@ -20,7 +20,7 @@ TRAINED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that is to come: its contender, and its work in tokens (or images) of dev rows."""
+    """A run that is to come: its contender, and its work in tokens (or images, or samples) of dev rows."""
 
     contender: str
     work: float
@@ -84,5 +84,5 @@ def step_pace(cost: Record) -> float | None:
 
 
 def _size(rows: Any) -> float:
-    """Tokens of the rows, or how many images they are."""
+    """Tokens or samples of the rows, or how many images they are."""
     return float(sum(rows["length"][:])) if "length" in rows.column_names else float(len(rows))

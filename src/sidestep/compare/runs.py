@@ -329,8 +329,8 @@ def _trials(comparison: Comparison) -> int:
 
 
 def _about(task: Task) -> dict[str, Any]:
-    columns = {name: getattr(task.fields, name) for name in ("text", "text2", "image", "label")}
-    found = {"task": task.name, "columns": {name: column for name, column in columns.items() if column is not None}}
+    columns = {name: column for name, column in asdict(task.fields).items() if column is not None}
+    found = {"task": task.name, "columns": columns}
     return found if task.shots is None else {**found, "shots": task.shots}
 
 

@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from sidestep.backbone import Noise, check_noise
 from sidestep.backbone.families import Pool
+from sidestep.backbone.source import Reads
 from sidestep.data import Fields, Kind, TableOptions, holdout, read
 from sidestep.disk.feature_options import FeatureOptions
 from sidestep.interface.keep import ROUNDED, Keep, check_keep
@@ -66,7 +67,7 @@ class Task:
 
     Attributes:
         name: in the results.
-        train: file, folder of images or hub id.
+        train: file, folder of images or sounds, or hub id.
         dev: None: a fifth of the training rows, stratified.
         fields: the columns.
         problem: None: several labels a row where the column holds lists, else one. With "text2text" or "lm" the label
@@ -97,8 +98,15 @@ class Task:
             "problem",
             self.problem,
             self.problem is None or not kind_named(self.problem).dual,
-            "of one text or image a row, not of pairs",
+            "of one text, image or sound a row, not of pairs",
         )
+
+    @property
+    def reads(self) -> Reads:
+        """What a row is."""
+        if self.fields.files is not None:
+            return self.fields.files[0].field
+        return "text"
 
     def read(self) -> tuple[Dataset, Dataset]:
         """All training rows and all dev rows.

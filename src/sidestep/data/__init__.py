@@ -3,7 +3,7 @@
 from sidestep.backbone.pixels import ImageTransform
 from sidestep.data.augment import Augmentation
 from sidestep.data.encode import Collate, Fields, check_fields, encode_images, encode_text
-from sidestep.data.images import drop_unreadable
+from sidestep.data.encode_sounds import encode_sounds
 from sidestep.data.joins import Separators
 from sidestep.data.labels import Kind, LabelSpace, holdout, label_space
 from sidestep.data.messages import DataError, DataWarning
@@ -34,10 +34,10 @@ __all__ = [
     "TableOptions",
     "check_fields",
     "decoding",
-    "drop_unreadable",
     "encode_images",
     "encode_pictured",
     "encode_prompts",
+    "encode_sounds",
     "encode_targets",
     "encode_text",
     "few_shot",

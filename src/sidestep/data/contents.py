@@ -12,20 +12,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from sidestep.data.images import is_local
+from sidestep.data.media import is_local
 from sidestep.data.pairs import WithImages
 
-BATCH = 1000  # rows at a time: taken whole, the bytes of images would fill the memory
+BATCH = 1000  # rows at a time: taken whole, the bytes of files would fill the memory
 
 
 def content_hash(rows: Dataset) -> str:
-    """SHA-256 over all that encoded rows hold: token ids, labels, lengths, and images as their files' bytes.
+    """SHA-256 over all that encoded rows hold: token ids, labels, lengths, and the bytes of files.
 
-    Where an image's file lies does not count, so a folder of images may move. Each file is read once, and no image is
+    Where a file lies does not count, so a folder of images or sounds may move. Each file is read once, and none is
     decoded. Of a file that is not here (in a store, or deleted since) the name counts.
 
     Args:
-        rows: as `encode_text`, `encode_images`, `encode_pairs` or `with_targets` gives them.
+        rows: as `encode_text`, `encode_images`, `encode_sounds`, `encode_pairs` or `with_targets` gives them.
     """
     running = hashlib.sha256()
     for part in _parts(rows):
@@ -42,9 +42,9 @@ def row_ids(rows: Dataset, leaving: Collection[str]) -> list[bytes]:
             running = hashlib.blake2b(digest_size=16)
             for name in names:
                 cell = row[name]
-                is_image = isinstance(cell, dict) and cell.keys() == {"bytes", "path"}
+                is_file = isinstance(cell, dict) and cell.keys() == {"bytes", "path"}
                 running.update(f"{name} ".encode())
-                running.update(_of_image(cell) if is_image else f"{cell!r} ".encode(errors="surrogatepass"))
+                running.update(_of_file(cell) if is_file else f"{cell!r} ".encode(errors="surrogatepass"))
             found.append(running.digest())
     return found
 
@@ -64,14 +64,14 @@ def _of_column(column: pa.ChunkedArray) -> Iterator[bytes]:
         yield pc.list_value_length(column).to_numpy().astype(np.int64).tobytes()
         column = pc.list_flatten(column)
     if pa.types.is_struct(column.type) and {field.name for field in column.type} == {"bytes", "path"}:
-        yield from map(_of_image, column.to_pylist())
+        yield from map(_of_file, column.to_pylist())
     elif (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)) and not column.null_count:
         yield column.to_numpy().tobytes()
     else:
         yield repr(column.to_pylist()).encode(errors="surrogatepass")
 
 
-def _of_image(cell: dict[str, Any] | None) -> bytes:
+def _of_file(cell: dict[str, Any] | None) -> bytes:
     content = b"" if cell is None else _content(cell)
     return f"{len(content)} ".encode() + content
 

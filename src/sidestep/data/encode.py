@@ -1,60 +1,76 @@
-"""Rows as what a backbone reads: token ids or pixel values, and batches of them."""
+"""Rows as what a backbone reads: token ids, pixel values or what is heard, and batches of them."""
 
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
 
 import PIL.Image
 import torch
-from datasets import Dataset, Image, LargeList, List, Value
+from datasets import Dataset, Value
 from torch import Tensor
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from sidestep.backbone.processors import tokenizer_of
 from sidestep.backbone.vision_language import VisionLanguageProcessor
 from sidestep.data.augment import Augmentation
-from sidestep.data.images import decoded, numbered, refuse_absent
+from sidestep.data.images import IMAGES
 from sidestep.data.labels import LabelSpace
+from sidestep.data.media import TEXT_TYPES, Medium
 from sidestep.data.messages import DataError, DataWarning, listed, named_rows
+from sidestep.data.sounds import SOUNDS
 from sidestep.data.tables import check_column
 from sidestep.metrics import IGNORED
 
 NO_LIMIT = 10**6
 """A tokenizer that knows no limit says 10**30; no model reads this many tokens."""
-TEXT_TYPES = ("string", "large_string")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Which columns are read: `text` (with `text2` for a pair), `image` or both, and `label` where there is one."""
+    """Which columns are read: `text` (with `text2` for a pair), `image` or `audio`, and `label` where there is one.
+
+    A vision-language model reads `text` and `image`.
+    """
 
     text: str | None = None
     text2: str | None = None
     image: str | None = None
+    audio: str | None = None
     label: str | None = None
+
+    @property
+    def files(self) -> tuple[Medium, str] | None:
+        """The column of images or sounds, with which of the two it holds. None where texts alone are read."""
+        columns = ((IMAGES, self.image), (SOUNDS, self.audio))
+        return next(((medium, column) for medium, column in columns if column is not None), None)
 
 
 def check_fields(rows: Dataset, fields: Fields) -> None:
     """Refuses fields that the rows do not have, or that hold something else.
 
     Raises:
-        DataError: if neither text nor image is given, or a column does not exist. Also if a text column holds numbers
-            (by type, or text that is a number in every row) or missing values.
+        DataError: if none of text, image and audio is given, or audio with another. Also if a column does not exist. Also
+            if a text column holds numbers (by type, or text that is a number in every row) or missing values.
     """
-    if fields.text is None and fields.image is None:
-        raise DataError("text=None, image=None: name one column of text or one of images")
+    named = [column for column in (fields.text, fields.image, fields.audio) if column is not None]
+    if not named or (fields.audio is not None and len(named) > 1):
+        raise DataError(
+            f"text={fields.text!r}, image={fields.image!r}, audio={fields.audio!r}: name one column of text, of images "
+            "or of sounds"
+        )
     if fields.text2 is not None and fields.text is None:
         raise DataError(f"text2={fields.text2!r} without text: name the first text's column as text")
-    for name in (fields.text, fields.text2, fields.image, fields.label):
+    for name in asdict(fields).values():
         if name is not None:
             check_column(rows, name)
     for name in (fields.text, fields.text2):
         if name is not None:
             _check_text(rows, name)
-    if fields.image is not None:
-        _check_image(rows, fields.image)
+    if fields.files is not None:
+        medium, name = fields.files
+        medium.check(rows, name)
 
 
 def encode_text(
@@ -93,7 +109,7 @@ def encode_text(
     if fields.text is None:
         raise DataError("fields names no text column: use encode_images for images")
     limit = token_limit(tokenizer, max_length, pair=fields.text2 is not None)
-    targets = label_values(rows, fields, labels)
+    targets = targets_of(rows, fields, labels)
     encoded = rows.with_format(None).map(
         _Tokenize(tokenizer, fields.text, fields.text2, limit, separator, end),
         batched=True,
@@ -137,19 +153,15 @@ def encode_images(
     check_fields(rows, fields)
     if fields.image is None:
         raise DataError("fields names no image column: use encode_text for text")
-    targets = label_values(rows, fields, labels)
-    refuse_absent(rows, fields.image)
-    images = numbered(rows, fields.image)
-    if targets is not None:
-        images = images.add_column("labels", targets)
-    return images.with_transform(_Process(processor, augment))
+    targets = targets_of(rows, fields, labels)
+    return IMAGES.decoded(rows, fields.image, "pixel_values", _Pixels(processor, augment), targets)
 
 
 @dataclass
 class Collate:
-    """A Trainer's data collator: rows of `encode_text`, `encode_images` or `encode_pictured` as one batch.
+    """A Trainer's data collator: rows of one of this room's `encode_...` functions as one batch.
 
-    Texts are padded to the longest of the batch, and the padding is masked. Labels
+    Texts and sounds are padded to the longest of the batch, and the padding is masked. Labels
     become int64 (classes) or float32 (several classes, numbers). Other columns ("length") are dropped.
 
     A tokenizer without a pad token is copied, and the copy pads with id 0. The tokenizer that was given stays as it is.
@@ -157,17 +169,26 @@ class Collate:
     token by `config.pad_token_id` still needs that to be set.
 
     Attributes:
-        tokenizer: of texts. For rows of a picture and a text a `VisionLanguageProcessor`. None for images.
+        tokenizer: of texts. For rows of a picture and a text a `VisionLanguageProcessor`. None for images and sounds.
         pad_to_multiple_of: rounds the padded length up.
         padding_side: of texts. None: the tokenizer's. Beside pictures it is the right one: positions past padding on
             the left are plain numbers, and a picture's tokens may have rows and columns.
         features: gives what a store holds of the rows. None: rows hold all that a backbone reads.
+        extractor: the feature extractor of sounds.
     """
 
     tokenizer: Any = None
     pad_to_multiple_of: int | None = None
     padding_side: Literal["left", "right"] | None = None
     features: Callable[[Sequence[Mapping[str, Any]]], Any] | None = None
+    extractor: Any = None
+
+    @classmethod
+    def of(cls, fields: Fields, processor: Any) -> Self:
+        """Makes batches of rows that were read by these fields and this processor."""
+        if fields.audio is not None:
+            return cls(extractor=processor)
+        return cls(processor if fields.text is not None else None)
 
     def __post_init__(self) -> None:
         # not under the name `tokenizer`: the Trainer would store the copy in its checkpoints
@@ -182,15 +203,17 @@ class Collate:
         """Tensors with the rows along their first axis. With features, also their `States` as "features".
 
         Raises:
-            DataError: for token ids without a tokenizer, for rows with neither text nor image, and if the loss would
-                leave out all rows.
+            DataError: for token ids without a tokenizer, for rows with neither text nor image nor sound, and if the
+                loss would leave out all rows.
         """
         batch: dict[str, Any] = {}
         if "input_ids" in rows[0]:
             batch.update(self._pad(rows))
         batch.update(self._pixels(rows))
+        if self.extractor is not None and self.extractor.model_input_names[0] in rows[0]:
+            batch.update(self._pad_sounds(rows))
         if not batch and self.features is None:
-            raise DataError(f"rows hold {listed(rows[0])}: a batch needs input_ids or pixel_values")
+            raise DataError(f"rows hold {listed(rows[0])}: a batch needs input_ids, pixel_values or sounds")
         if "labels" in rows[0]:
             batch["labels"] = _stack_labels([row["labels"] for row in rows])
         if self.features is not None:
@@ -229,6 +252,17 @@ class Collate:
         if isinstance(self.tokenizer, VisionLanguageProcessor):
             return self.tokenizer.pixels(images)
         return {"pixel_values": torch.stack([torch.as_tensor(image) for image in images])}
+
+    def _pad_sounds(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        names = {*self.extractor.model_input_names} & rows[0].keys()
+        padded = self.extractor.pad(
+            [{name: row[name] for name in names} for row in rows],
+            padding=True,
+            # what has no mask alone has none in a batch: such models read zeros as silence
+            return_attention_mask="attention_mask" in names,
+            return_tensors="pt",
+        )
+        return dict(padded)
 
 
 def _beside(padded: Mapping[str, Tensor], rows: Sequence[Sequence[int]]) -> Tensor:
@@ -269,22 +303,15 @@ class _Tokenize:
 
 
 @dataclass(frozen=True)
-class _Process:
+class _Pixels:
     processor: Any
     augment: Augmentation | None
 
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
-        out: dict[str, Any] = {name: batch[name] for name in ("labels",) if name in batch}
-        if "pixel_values" in batch:
-            images = decoded(batch)
-            # the Trainer's column removal takes the row numbers away
-            out["pixel_values"] = self._pixels(images, batch.get("row", [None] * len(images)))
-        return out
-
-    def _pixels(self, images: list[PIL.Image.Image], rows: list[int | None]) -> Any:
+    def __call__(self, images: list[PIL.Image.Image], rows: list[int | None]) -> dict[str, Any]:
         if self.augment is None:
-            return self.processor(images=images, return_tensors="pt")["pixel_values"]
-        return torch.stack([self.augment(image, row) for image, row in zip(images, rows, strict=True)])
+            return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
+        views = [self.augment(image, row) for image, row in zip(images, rows, strict=True)]
+        return {"pixel_values": torch.stack(views)}
 
 
 def _check_text(rows: Dataset, name: str) -> None:
@@ -304,18 +331,6 @@ def _check_text(rows: Dataset, name: str) -> None:
             f"text column {name!r} holds only numbers ({listed(cells, limit=3)}): "
             f"choose a text column of {listed(rows.column_names)}"
         )
-
-
-def _check_image(rows: Dataset, name: str) -> None:
-    feature = rows.features[name]
-    if isinstance(feature, List | LargeList):
-        raise DataError(f"column {name!r} holds lists, and a row is read with one image: give each row one of them")
-    if not isinstance(feature, Image) and not (isinstance(feature, Value) and feature.dtype in TEXT_TYPES):
-        raise DataError(f"column {name!r} holds {feature}, not images or paths of images")
-    column = rows.select_columns([name]).with_format("arrow")[:].column(name)
-    missing = [index for index, valid in enumerate(column.is_valid().to_pylist()) if not valid]
-    if missing:
-        raise DataError(f"image column {name!r} has no image in {named_rows(missing)}: drop these rows")
 
 
 def _is_number(text: str) -> bool:
@@ -342,11 +357,11 @@ def token_limit(tokenizer: Any, max_length: int | None, *, pair: bool) -> int | 
     return max_length
 
 
-def label_values(rows: Dataset, fields: Fields, labels: LabelSpace | None) -> list[Any] | None:
-    """Each row's target, or None if there are no labels.
+def targets_of(rows: Dataset, fields: Fields, labels: LabelSpace | None) -> list[Any] | None:
+    """The labels of rows, as `LabelSpace.encode` gives them. None where there is no label space.
 
     Raises:
-        DataError: if no column is named as label, and as `LabelSpace.encode`.
+        DataError: for unusable labels.
     """
     if labels is None:
         return None

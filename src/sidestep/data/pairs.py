@@ -14,8 +14,8 @@ from datasets import Dataset, Features, Image, LargeList, List, Value
 from torch import Tensor
 
 from sidestep.data.augment import Augmentation
-from sidestep.data.encode import TEXT_TYPES, Collate, Fields, encode_images, encode_text
-from sidestep.data.images import is_local, undecoded
+from sidestep.data.encode import Collate, Fields, encode_images, encode_text
+from sidestep.data.media import TEXT_TYPES, is_local, undecoded
 from sidestep.data.messages import DataError, listed, named_rows
 from sidestep.data.tables import TableOptions, check_column, read
 

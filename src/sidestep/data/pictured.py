@@ -9,10 +9,14 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from sidestep.backbone.vision_language import VisionLanguageProcessor
-from sidestep.data.encode import Fields, check_fields, label_values, token_limit
-from sidestep.data.images import decode, decoded, numbered, refuse_absent, undecoded
+from sidestep.data.encode import Fields, check_fields, targets_of, token_limit
+from sidestep.data.images import IMAGES
 from sidestep.data.labels import LabelSpace
+from sidestep.data.media import Decode, numbered, undecoded
 from sidestep.data.messages import DataError, listed, named_rows
+
+PIXELS = "pixel_values"
+"""The name of a row's picture."""
 
 
 def encode_pictured(
@@ -47,10 +51,10 @@ def encode_pictured(
     check_fields(rows, fields)
     assert fields.text is not None
     assert fields.image is not None
-    refuse_absent(rows, fields.image)
+    IMAGES.refuse_absent(rows, fields.image)
     limit = token_limit(processor.text, max_length, pair=False)
     _refuse_placeholders(rows.with_format(None)[fields.text][:], fields.text, processor)
-    targets = label_values(rows, fields, labels)
+    targets = targets_of(rows, fields, labels)
     both = undecoded(rows, fields.image, fields.text)
     tokens = both.map(
         _Read(processor, fields.text, fields.image, end),
@@ -62,16 +66,16 @@ def encode_pictured(
     _refuse_long(tokens["length"][:], limit)
     if targets is not None:
         tokens = tokens.add_column("labels", targets)
-    return concatenate_datasets([numbered(rows, fields.image), tokens], axis=1)
+    return concatenate_datasets([numbered(rows, fields.image, PIXELS), tokens], axis=1)
 
 
 def decoding(rows: Dataset) -> Dataset:
     """The rows of `encode_pictured`, whose pictures are decoded when they are read."""
-    return rows.with_transform(_decode)
+    return rows.with_transform(Decode(IMAGES, PIXELS, _as_they_are))
 
 
-def _decode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
-    return {**batch, "pixel_values": decoded(batch)} if "pixel_values" in batch else dict(batch)
+def _as_they_are(pictures: list[Any], rows: list[int | None]) -> dict[str, Any]:
+    return {PIXELS: pictures}
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class _Read:
         return {name: [row[name] for row in found] for name in found[0]}
 
     def _row(self, text: str, cell: dict[str, Any], place: int) -> dict[str, Any]:
-        picture = decode(cell, place + 1)
+        picture = IMAGES.decode(cell, place + 1)
         try:
             row = self.processor.tokens(text + self.end, picture)
         except (ValueError, TypeError, IndexError) as error:

@@ -8,16 +8,16 @@ from pathlib import Path
 from datasets import Dataset
 
 from sidestep.data.encode import Fields
-from sidestep.data.images import undecoded
 from sidestep.data.labels import class_of_each, label_space
+from sidestep.data.media import undecoded
 from sidestep.data.messages import NAMED, DataError
 
 
 def few_shot(rows: Dataset, fields: Fields, shots: int, seed: int) -> Dataset:
     """So many rows of each class, in the order of the file.
 
-    A row is drawn by a hash of the seed, its text and its image file. So neither the order of the rows matters, nor
-    where a folder of images lies. The rows of fewer shots are among those of more.
+    A row is drawn by a hash of the seed, its text and its file. So neither the order of the rows matters, nor where a
+    folder of files lies. The rows of fewer shots are among those of more.
 
     Args:
         rows: with one class each.
@@ -48,16 +48,16 @@ def few_shot(rows: Dataset, fields: Fields, shots: int, seed: int) -> Dataset:
 
 
 def _contents(rows: Dataset, fields: Fields) -> list[str]:
-    """What tells a row from others: its texts, and what tells its image from others."""
+    """What tells a row from others: its texts, and what tells its file from others."""
     plain = rows.with_format(None)
     columns = [plain[name][:] for name in (fields.text, fields.text2) if name is not None]
-    if fields.image is not None:
-        columns.append(_images(rows, fields.image))
+    if fields.files is not None:
+        columns.append(_files(rows, fields.files[1]))
     return ["\0".join(parts) for parts in zip(*columns, strict=True)]
 
 
-def _images(rows: Dataset, column: str) -> list[str]:
-    """An image's path within the common folder, or its bytes' digest."""
+def _files(rows: Dataset, column: str) -> list[str]:
+    """A file's path within the common folder, or its bytes' digest."""
     cells = undecoded(rows, column)[column]
     found = [sha256(cell["bytes"]).hexdigest() if cell["bytes"] else cell["path"] for cell in cells]
     files = [cell["path"] for cell in cells if not cell["bytes"]]

@@ -1,4 +1,4 @@
-"""Whatever a user has (tables, json, parquet, image folders and lists, hub ids) as one `datasets.Dataset`.
+"""Whatever a user has (tables, json, parquet, folders and lists of files, hub ids) as one `datasets.Dataset`.
 
 Differs from `datasets.load_dataset("csv")`. That reader (pandas) turns the text "NA" into a missing value, and drops or
 shifts ragged rows. There a stray quote swallows the lines after it. Here every cell of a table stays the text it is,
@@ -25,8 +25,8 @@ from typing import Any, TextIO
 import datasets
 from datasets import Dataset, DatasetDict, Features, LargeList, List, Value
 
-from sidestep.data.image_files import read_folder, read_list
 from sidestep.data.json_files import FORM, read_json
+from sidestep.data.media_files import read_folder, read_list
 from sidestep.data.messages import DataError, DataWarning, listed
 from sidestep.data.splits import chosen_split
 
@@ -82,12 +82,12 @@ def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "
 
     Args:
         source: a .csv, .tsv, .json or .jsonl file (each may be .gz), or a .parquet file. Or a .txt file that lists
-            images, one "path label" a line, or a folder of class folders of images. Both have the columns "image" and
-            "label". Or a folder that `datasets` saved. Or a hub id, with a configuration after a colon where it has
-            several ("nyu-mll/glue:rte").
+            images or sounds, one "path label" a line, or a folder of class folders of them. Both have the columns
+            "image" (or "audio") and "label". Or a folder that `datasets` saved. Or a hub id, with a configuration after
+            a colon where it has several ("nyu-mll/glue:rte").
         options: how a table is written. Its cells all stay text. `columns` renames the columns of the other formats
             too.
-        split: which split of a hub id, of a saved folder, or of an image folder with folders of splits. "val", "dev"
+        split: which split of a hub id, of a saved folder, or of class folders in folders of splits. "val", "dev"
             and "valid" mean "validation". What has no splits is read whole.
 
     Returns:
@@ -98,7 +98,7 @@ def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "
             there.
 
     Warns:
-        DataWarning: if a split is read whose name only means the same, or images beside class folders are left out.
+        DataWarning: if a split is read whose name only means the same, or files beside class folders are left out.
         DataWarning: with the line numbers of ragged rows. If a row has too many fields, the extra ones are dropped and
             the row is kept. If it has too few, the row is skipped.
     """

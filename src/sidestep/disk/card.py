@@ -6,21 +6,19 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sidestep.backbone.pixels import IMAGE_TRANSFORM
-from sidestep.backbone.source import IMAGE_FILES, TOKENIZER_FILES
+from sidestep.backbone.source import PROCESSOR_FILES, TOKENIZER_FILES, Reads, read_by_files
 from sidestep.disk.atomic import whole
 
 CARD = "README.md"
 OURS = "library_name: sidestep"
-EXAMPLES = {"text": "a text", "text2": "a second text", "image": "photo.jpg"}
+EXAMPLES = {"text": "a text", "text2": "a second text", "image": "photo.jpg", "audio": "speech.wav"}
 """What stands in the card's row for each field that a task reads."""
 
 NUMBER = re.compile(r"(LABEL_)?[0-9]+")
 """A class without a name: as a column of numbers has it, or as transformers calls it."""
-
-Reads = Literal["text", "image"]
 
 
 def write_card(folder: Path, config: Mapping[str, Any]) -> None:
@@ -119,11 +117,11 @@ def _reads(folder: Path, config: Mapping[str, Any]) -> Reads | None:
 
     None if the folder has no processor, or one for both.
     """
-    files = {path.name for path in (folder / (config["files"].get("processor") or "processor")).glob("*")}
-    text, image = files & {*TOKENIZER_FILES}, files & {*IMAGE_FILES, IMAGE_TRANSFORM}
-    if text and image:
-        return None
-    return "text" if text else "image" if image else None
+    processor = folder / (config["files"].get("processor") or "processor")
+    if (processor / IMAGE_TRANSFORM).is_file():
+        return "image"
+    both = all(any((processor / file).is_file() for file in files) for files in (TOKENIZER_FILES, PROCESSOR_FILES))
+    return None if both else read_by_files(processor)
 
 
 def _score_table(scores: Mapping[str, Any]) -> list[str]:

@@ -271,13 +271,13 @@ class Look:
 
         return look
 
-    def route(self, recorder: Recorder, *, single: bool, images: bool) -> Route:
+    def route(self, recorder: Recorder, *, single: bool, unread: bool) -> Route:
         """The route, when the pass is over.
 
         Args:
             recorder: of the pass.
             single: whether the head reads one token, which alone the method is given.
-            images: whether the backbone reads images. They are not decoded any more, so a stack's input is stored too.
+            unread: whether the inputs are files that are not decoded any more, so that a stack's input is stored too.
         """
         over, places = {}, set(recorder.read)
         names = [place_name(place.site) for place in self.early]
@@ -297,8 +297,8 @@ class Look:
             if ends or seen.reshapes:
                 places.add(name)
         known = {place_name(place.site): place.site for place in self.places}
-        # what goes into a stage is made of what is passed on, but for pixels that nobody decodes
-        live = {name for name, site in known.items() if site.kind == "stage" and (site.stage > 0 or not images)}
+        # what goes into a stage is made of what is passed on, but for files that nobody decodes
+        live = {name for name, site in known.items() if site.kind == "stage" and (site.stage > 0 or not unread)}
         chosen = tuple(name for name in known if name in places - live and (name in names or "stage" in name))
         return Route(
             places=chosen,

@@ -28,6 +28,7 @@ from sidestep.data import (
     decoding,
     encode_images,
     encode_pictured,
+    encode_sounds,
     encode_text,
     few_shot,
     holdout,
@@ -37,7 +38,7 @@ from sidestep.data import (
 from sidestep.data.joins import NOTHING, separators_of
 from sidestep.interface.third_parties import import_third_parties
 from sidestep.kinds.assess import Assessment
-from sidestep.kinds.steps import check_asked, check_modality, views_of, without_bad_images
+from sidestep.kinds.steps import check_asked, check_modality, views_of, without_bad_files
 from sidestep.kinds.task_data import Asked, TaskData
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, Written, of_evaluation, scores
 from sidestep.model.attach import Attached
@@ -134,7 +135,7 @@ class TaskKind(ABC):
         *,
         separators: Separators = NOTHING,
     ) -> tuple[Dataset, int]:
-        """Rows as a backbone reads them (labels None: without labels), and how many texts were cut.
+        """Rows as a backbone reads them (labels None: without labels), and how many texts or sounds were cut.
 
         Raises:
             DataError: for unusable columns, cells or labels.
@@ -144,11 +145,13 @@ class TaskKind(ABC):
             return encode_images(rows, fields, processor, labels, augment), 0
         if fields.image is not None:
             return decoding(encode_pictured(rows, fields, processor, labels, max_length)), 0
+        if fields.audio is not None:
+            return encode_sounds(rows, fields, processor, labels)
         return encode_text(rows, fields, processor, labels, max_length, separator=separators.pair)
 
     def collate(self, fields: Fields, processor: Any) -> Collate:
         """Makes batches of encoded rows with labels."""
-        return Collate(processor if fields.text is not None else None)
+        return Collate.of(fields, processor)
 
     def prepare(self, train: Dataset, dev: Dataset | None, fields: Fields, processor: Any, asked: Asked) -> TaskData:
         """The rows as a task of this kind reads them. Arguments and errors as of `prepare.prepare`."""
@@ -160,15 +163,16 @@ class TaskKind(ABC):
         handling: dict[str, Any] = {}
         if dev is not None:
             check_fields(dev, fields)
-        if asked.skip_bad_images:
-            train, dev, handling["skipped_images"] = without_bad_images(train, dev, fields)
+        if asked.skip_bad_files:
+            train, dev, handling["skipped_files"] = without_bad_files(train, dev, fields)
         views = views_of(asked.augment, processor, fields, asked.seed)
         if views is not None:
             processor, handling["augment"], handling["augment_seed"] = views.transform, asked.augment, asked.seed
         if isinstance(processor, ImageTransform):
             handling["transform"] = processor.to_dict()
-        if fields.image is not None and self.writes and not (self.writes == "lm" and fields.text):
-            raise DataError(f"kind={self.name!r} is for texts, but {fields.image!r} is named as images: say --text")
+        if self.writes and fields.files is not None and not (self.writes == "lm" and fields.text and fields.image):
+            medium, column = fields.files
+            raise DataError(f"kind={self.name!r} is for texts, but {column!r} is named as {medium.name}s: say --text")
         labels = self.labels(train, fields.label)
         separators = separators_of(asked.separator, processor, kind=self.name, pair=fields.text2 is not None)
         source = f"{len(dev)} rows of their own" if dev is not None else ""

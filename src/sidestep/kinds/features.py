@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from sidestep.data import Collate
 from sidestep.data.contents import row_ids
+from sidestep.data.encode_sounds import inputs_of, noise
 from sidestep.disk.features import Entry, FeatureStore
 from sidestep.fold import Route, States
 from sidestep.kinds.task_data import TaskData
@@ -112,7 +113,7 @@ class Features:
         entry: where the states are stored.
         route: which they are.
         ids: of the training rows, then of the dev rows.
-        lengths: the same of their tokens. Of images 1.
+        lengths: the same of their tokens or samples. Of images 1.
         rounded: whether they are stored in bfloat16.
         batch_size: rows of one frozen pass.
         autocast: whether that pass runs under autocast to bfloat16.
@@ -145,10 +146,13 @@ class Features:
         ids = [*row_ids(data.train, leaving), *row_ids(data.dev, leaving)]
         lengths = [*_lengths(data.train), *_lengths(data.dev)]
         batch = data.collate([data.train[number] for number in range(min(LOOKED_AT, len(data.train)))])
+        if data.fields.audio is not None and len(set(lengths)) > 1 and "attention_mask" not in batch:
+            raise FeaturesRefused("its sounds differ in length and have no mask, so states depend on the whole batch")
         with _autocast(model, autocast):
-            route = find_route(model, _inputs(model, batch, writes=data.generation is not None))
+            inputs = _inputs(model, batch, writes=data.generation is not None)
+            route = find_route(model, inputs, unread=_of_one_size(data))
         key = key_of(model, data, route, rounded=rounded, autocast=autocast)
-        absent = stand_ins(model, route, batch)
+        absent = stand_ins(model, route, batch, unread=_of_one_size(data))
         return cls(model, data, store.entry(key), route, ids, lengths, rounded, batch_size, autocast, absent)
 
     def moved(self, store: FeatureStore) -> Features:
@@ -304,13 +308,12 @@ class Features:
     def _numbered(self, rows: Dataset, first: int) -> Dataset:
         if not len(rows):
             return rows
-        transform = rows.format["format_kwargs"].get("transform")
+        decoding = rows.format["format_kwargs"].get("transform")
         rows = rows.with_format(None)
         if self.absent or self._is_vector:
-            transform = None
-            rows = rows.remove_columns([name for name in rows.column_names if name not in LABELS])
+            rows, decoding = rows.remove_columns([name for name in rows.column_names if name not in LABELS]), None
         rows = rows.add_column(STORED, list(range(first, first + len(rows))))
-        return rows if transform is None else rows.with_transform(transform)
+        return rows if decoding is None else rows.with_transform(decoding)
 
 
 def key_of(model: SideModel, data: TaskData, route: Route, *, rounded: bool, autocast: bool) -> dict[str, Any]:
@@ -324,7 +327,9 @@ def key_of(model: SideModel, data: TaskData, route: Route, *, rounded: bool, aut
         "stored": "bfloat16" if rounded else "as given",
         "tokens": _vector_of(model) if route.places == (VECTOR,) else single or "all",
         "attention": getattr(getattr(backbone, "config", None), "_attn_implementation", None),
-        "pixels": None if data.fields.image is None else _pixels(data),
+        "pixels": None if data.fields.image is None else _hash_of(data, _pixels),
+        # what is new stands there only where it is read, so that what was stored before is found again
+        **({} if data.fields.audio is None else {"sounds": _hash_of(data, _heard)}),
         "device": model.device.type,
         "versions": {name: version_of(name) for name in ("torch", "transformers", "timm")},
         "model": type(model.trunk).__name__,
@@ -336,10 +341,19 @@ def _vector_of(model: SideModel) -> str:
     return f"vector, {model.pool if model.side.pooled_width is None else model.side.pooled_from}"
 
 
-def stand_ins(model: SideModel, route: Route, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Stand-ins for the inputs that need not be read: images, and texts of which one token is all that is read."""
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.zeros(()).expand(1, *batch["pixel_values"].shape[1:])}
+def _of_one_size(data: TaskData) -> bool:
+    """Whether rows are files that need no decoding once their states are stored: their inputs have one shape.
+
+    Of sounds of many lengths the model makes its masks.
+    """
+    return data.fields.files is not None and "length" not in data.train.column_names
+
+
+def stand_ins(model: SideModel, route: Route, batch: Mapping[str, Any], *, unread: bool = False) -> dict[str, Tensor]:
+    """Stand-ins for the inputs that need not be read: images, other files if `unread`, texts of which one token is."""
+    name = model.main_input_name
+    if unread or name == "pixel_values":
+        return {name: torch.zeros(()).expand(1, *batch[name].shape[1:])}
     alone = route.single and len(model.facts.stacks) == 1 and model.main_input_name == "input_ids"
     return {"input_ids": torch.zeros(1, 1, dtype=torch.long)} if alone else {}
 
@@ -355,25 +369,34 @@ def _structure(model: SideModel) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def _pixels(data: TaskData) -> str:
-    """A hash of what the processor makes of two pictures, which are always the same.
+def _hash_of(data: TaskData, makes: Callable[[Any], Iterator[Tensor]]) -> str:
+    """A hash of what the processor makes of two files, which are always the same.
 
     Raises:
         FeaturesRefused: if it makes something else of them each time.
     """
-    pictures = [Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 40).convert("RGB") for size in ((61, 37), (48, 90))]
-    first, again = (_processed(data.processor, pictures) for _ in range(2))
+    first, again = (_hash(makes(data.processor)) for _ in range(2))
     if first != again:
-        raise FeaturesRefused("its processor makes other pixels of a picture each time")
+        raise FeaturesRefused("its processor makes other inputs of a file each time")
     return first
 
 
-def _processed(processor: Any, pictures: list[Image.Image]) -> str:
+def _pixels(processor: Any) -> Iterator[Tensor]:
+    for size in ((61, 37), (48, 90)):
+        picture = Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 40).convert("RGB")
+        yield torch.as_tensor(np.asarray(processor(images=[picture], return_tensors="pt")["pixel_values"][0]))
+
+
+def _heard(extractor: Any) -> Iterator[Tensor]:
+    for samples in (extractor.sampling_rate // 2, extractor.sampling_rate):
+        yield from (torch.as_tensor(value) for value in inputs_of(extractor, noise(samples)).values())
+
+
+def _hash(tensors: Iterator[Tensor]) -> str:
     running = hashlib.sha256()
-    for picture in pictures:
-        pixels = torch.as_tensor(np.asarray(processor(images=[picture], return_tensors="pt")["pixel_values"][0]))
-        running.update(f"{tuple(pixels.shape)} {pixels.dtype}".encode())
-        running.update(pixels.contiguous().numpy().tobytes())
+    for tensor in tensors:
+        running.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        running.update(tensor.contiguous().numpy().tobytes())
     return running.hexdigest()[:16]
 
 

@@ -25,13 +25,13 @@ from sidestep.data import (
     TableOptions,
     holdout,
 )
-from sidestep.data.images import undecoded
 from sidestep.data.joins import NOTHING, separators_of
+from sidestep.data.media import undecoded
 from sidestep.data.pairs import CollatePairs, captioned, encode_pairs, read_pairs
 from sidestep.data.vocabulary import check_tokens
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import Probabilities, TaskKind, register
-from sidestep.kinds.steps import views_of, without_bad_images
+from sidestep.kinds.steps import views_of, without_bad_files
 from sidestep.kinds.task_data import Asked, TaskData
 from sidestep.measure.step import accepted
 from sidestep.metrics import METRICS, scores, similarities
@@ -135,8 +135,8 @@ class Retrieval(TaskKind):
             raise DataError(f"shots={asked.shots}: retrieval has no classes. Leave --shots out")
         train, dev = captioned(train, fields), None if dev is None else captioned(dev, fields)
         handling: dict[str, Any] = {}
-        if asked.skip_bad_images:
-            train, dev, handling["skipped_images"] = without_bad_images(train, dev, fields)
+        if asked.skip_bad_files:
+            train, dev, handling["skipped_files"] = without_bad_files(train, dev, fields)
         views = views_of(asked.augment, processor.image, fields, asked.seed)
         if views is not None:
             processor = replace(processor, image=views.transform)

@@ -38,7 +38,7 @@ def prepare(
     shots: int | None = None,
     shots_seed: int | None = None,
     augment: str = NONE,
-    skip_bad_images: bool = False,
+    skip_bad_files: bool = False,
     max_new_tokens: int | None = None,
     num_beams: int = 1,
     separator: str | None = None,
@@ -48,9 +48,9 @@ def prepare(
     Args:
         train: as `data.read` gives them.
         dev: None: a share of the training rows is held out.
-        fields: text (and text2) or image, and label (of a text to write, the text).
-        processor: tokenizer or image processor of the backbone, or an `ImageTransform`. A `PairProcessor` for
-            retrieval, whose rows are images and captions.
+        fields: text (and text2), image or audio, and label (of a text to write, the text).
+        processor: tokenizer, image processor or feature extractor of the backbone, or an `ImageTransform`. A
+            `PairProcessor` for retrieval, whose rows are images and captions.
         kind: None: several labels a row if the column holds lists, else one. A number or a text to write has to be
             asked for.
         max_length: tokens kept of a text. For a decoder it counts prompt and completion together.
@@ -59,7 +59,7 @@ def prepare(
         shots: training rows of each class, drawn from those that are not held out. None: all.
         shots_seed: of that draw. None: `seed`.
         augment: random views of the training images, see `Augmentation`. With "none" there are no such views.
-        skip_bad_images: whether images that cannot be read are left out. Each is decoded once to know.
+        skip_bad_files: whether images or sounds that cannot be read are left out. Each is decoded once to know.
         max_new_tokens: tokens that are written at most. None: as many as the longest target of the training rows has.
         num_beams: of beam search, where texts are written.
         separator: put between the two texts of a pair, and between a decoder's prompt and its answer. None: a newline
@@ -67,13 +67,13 @@ def prepare(
 
     Raises:
         DataError: for unusable columns or labels, or dev labels that training never had. For a backbone for images with
-            a column of text, or the reverse. For a class with fewer rows than shots, or completions that do not fit.
-            For a separator where there is nothing to separate.
+            a column of text or of sounds, and the like. For a class with fewer rows than shots, or completions that do
+            not fit. For a separator where there is nothing to separate.
         ValueError: for a processor whose images cannot be augmented.
 
     Warns:
-        DataWarning: if images were left out, a separator is dropped by the tokenizer, or answers stand behind their
-            prompts without white space.
+        DataWarning: if files were left out, or sounds are resampled or cut. Also if the tokenizer drops a separator, or
+            answers stand behind their prompts without white space.
     """
     asked = Asked(
         max_length=max_length,
@@ -82,7 +82,7 @@ def prepare(
         shots=shots,
         shots_seed=shots_seed,
         augment=augment,
-        skip_bad_images=skip_bad_images,
+        skip_bad_files=skip_bad_files,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         separator=separator,
@@ -160,10 +160,10 @@ def chosen_fields(preprocessing: Mapping[str, Any], given: Fields) -> Fields:
     """The columns that a saved task was trained on, with those that a user names in their place.
 
     Raises:
-        DataError: if the task does not say, and neither a text nor an image is named.
+        DataError: if the task does not say, and no column of text, images or sounds is named.
     """
     named = {name: column for name, column in asdict(given).items() if column is not None}
-    known = "fields" in preprocessing or (given.text is None and given.image is None)
+    known = "fields" in preprocessing or (given.text is None and given.files is None)
     return replace(stored_fields(preprocessing) if known else Fields(), **named)
 
 

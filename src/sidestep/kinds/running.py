@@ -19,6 +19,7 @@ from sidestep.backbone import picture_token
 from sidestep.backbone.processors import tokenizer_of
 from sidestep.data import Collate, DataError, Fields, Generation
 from sidestep.data.vocabulary import check_tokens
+from sidestep.kinds.sounds import check_sounds
 from sidestep.measure.step import accepted
 from sidestep.metrics import Written
 from sidestep.model.side_model import SideModel
@@ -39,12 +40,13 @@ def logits(
     With `collate` batches are made by it: of rows whose frozen part is stored.
 
     Raises:
-        DataError: for tokens that the backbone has no embeddings for.
+        DataError: as `check_encoded`.
     """
-    if fields.text is not None and collate is None:
-        check_tokens(model.backbone, encoded, model.extras["processor"])
+    processor = model.extras.get("processor")
+    if collate is None:
+        check_encoded(model, encoded, fields, processor)
     order = _by_length(encoded)
-    collate = collate or Collate(model.extras.get("processor") if fields.text else None)
+    collate = collate or Collate.of(fields, processor)
     batches = _batches(model, encoded, order, collate, batch_size=batch_size, workers=workers, progress=progress)
     model.eval()
     with torch.inference_mode():
@@ -53,6 +55,18 @@ def logits(
     back = np.empty_like(found)
     back[order] = found
     return back
+
+
+def check_encoded(model: SideModel, encoded: Dataset, fields: Fields, processor: Any) -> None:
+    """Refuses rows that a model cannot read.
+
+    Raises:
+        DataError: for tokens that the backbone has no embeddings for, and sounds that are too short for it.
+    """
+    if fields.text is not None:
+        check_tokens(model.backbone, encoded, processor)
+    if fields.audio is not None and "length" in encoded.column_names:
+        check_sounds(model, encoded, processor)
 
 
 def written(

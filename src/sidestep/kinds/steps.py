@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
+from sidestep.backbone.processors import IN_WORDS, read_by
+from sidestep.backbone.source import Reads
 from sidestep.backbone.vision_language import VisionLanguageProcessor
-from sidestep.data import Augmentation, DataError, Fields, ImageTransform, drop_unreadable
+from sidestep.data import Augmentation, DataError, Fields, ImageTransform
 from sidestep.data.augment import NONE
 from sidestep.kinds.task_data import Asked
 
 
 def check_modality(processor: Any, fields: Fields) -> None:
-    """Refuses a column of images for a backbone that reads text, and the reverse, and both for one that reads one.
+    """Refuses columns of text, of images or of sounds for a backbone that reads others.
 
     Raises:
         DataError: naming the processor and the column.
@@ -22,17 +23,20 @@ def check_modality(processor: Any, fields: Fields) -> None:
     if isinstance(processor, VisionLanguageProcessor):
         _check_both(processor.name, fields)
         return
-    kind, reads_text = type(processor).__name__, isinstance(processor, PreTrainedTokenizerBase)
-    if fields.text and fields.image:
-        reads, option = ("text", "--image") if reads_text else ("images", "--text")
+    kind, reads = type(processor).__name__, read_by(processor)
+    columns: dict[Reads, str | None] = {"text": fields.text, "image": fields.image, "audio": fields.audio}
+    named = [field for field, column in columns.items() if column]
+    if len(named) > 1:
+        others = " and ".join(f"--{field}" for field in named if field != reads)
         raise DataError(
-            f"the backbone reads {reads} ({kind}), but {fields.text!r} is named as text and {fields.image!r} as "
-            f"images: leave {option} out, or choose a vision-language model"
+            f"the backbone reads {IN_WORDS[reads]} ({kind}), but {fields.text!r} is named as text and {fields.image!r} "
+            f"as images: leave {others} out, or choose a vision-language model"
         )
-    if fields.text and not fields.image and not reads_text:
-        raise DataError(f"the backbone reads images ({kind}), but {fields.text!r} is named as text: say --image")
-    if fields.image and not fields.text and reads_text:
-        raise DataError(f"the backbone reads text ({kind}), but {fields.image!r} is named as images: say --text")
+    if named and named[0] != reads:
+        raise DataError(
+            f"the backbone reads {IN_WORDS[reads]} ({kind}), but {columns[named[0]]!r} is named as "
+            f"{IN_WORDS[named[0]]}: say --{reads}"
+        )
 
 
 def _check_both(kind: str, fields: Fields) -> None:
@@ -70,18 +74,21 @@ def check_asked(processor: Any, asked: Asked) -> None:
         )
 
 
-def without_bad_images(train: Dataset, dev: Dataset | None, fields: Fields) -> tuple[Dataset, Dataset | None, int]:
-    """Both without the images that cannot be read, and how many those are.
+def without_bad_files(train: Dataset, dev: Dataset | None, fields: Fields) -> tuple[Dataset, Dataset | None, int]:
+    """Both without the images or sounds that cannot be read, and how many those are.
 
     Raises:
-        DataError: if no images are read.
+        DataError: if texts alone are read.
     """
-    if fields.image is None:
-        raise DataError("skip_bad_images is for images, but a column of text is read: leave --skip-bad-images out")
+    if fields.files is None:
+        raise DataError(
+            "skip_bad_files is for images and sounds, but a column of text is read: leave --skip-bad-files out"
+        )
+    medium, column = fields.files
     before = len(train) + (0 if dev is None else len(dev))
-    train = drop_unreadable(train, fields.image, "training rows")
+    train = medium.drop_unreadable(train, column, "training rows")
     if dev is not None:
-        dev = drop_unreadable(dev, fields.image, "dev rows")
+        dev = medium.drop_unreadable(dev, column, "dev rows")
     return train, dev, before - len(train) - (0 if dev is None else len(dev))
 
 
@@ -94,6 +101,7 @@ def views_of(augment: str, processor: Any, fields: Fields, seed: int) -> Augment
     if augment == NONE:
         return None
     if fields.image is None:
-        raise DataError(f"augment={augment!r} is for images, but a column of text is read: leave --augment out")
+        what = "text" if fields.audio is None else "sounds"
+        raise DataError(f"augment={augment!r} is for images, but a column of {what} is read: leave --augment out")
     # ignored: a text may be other views, which Augmentation refuses
     return Augmentation(views=augment, transform=ImageTransform.of(processor), seed=seed)  # type: ignore[arg-type]

@@ -21,13 +21,13 @@ class TaskData:
         train, dev: encoded rows with "labels".
         labels: what is predicted.
         fields: the columns that were read.
-        processor: tokenizer or image processor.
+        processor: tokenizer, image processor or feature extractor.
         max_length: tokens kept of a text (of a prompt). None: the tokenizer's limit.
-        truncated: texts that were cut, of train and dev together.
+        truncated: texts or sounds that were cut, of train and dev together.
         dev_source: in words, where the dev rows come from.
         collator: of the kind of task. See `collate`.
         augment: of the training images. None: they are read as those of dev.
-        handling: what was asked for of the rows besides: shots, views of images, bad images left out, a transform in
+        handling: what was asked for of the rows besides: shots, views of images, bad files left out, a transform in
             the place of the backbone's processor. With seeds and counts, as JSON-ready values.
         generation: how texts are written. None: the task is no such.
         separators: what stands between texts that are put behind each other.
@@ -79,7 +79,7 @@ class Asked:
     shots: int | None = None
     shots_seed: int | None = None
     augment: str = NONE
-    skip_bad_images: bool = False
+    skip_bad_files: bool = False
     max_new_tokens: int | None = None
     num_beams: int = 1
     separator: str | None = None
@@ -92,7 +92,7 @@ def stored_fields(preprocessing: Mapping[str, Any]) -> Fields:
         DataError: if the task does not say.
     """
     if "fields" not in preprocessing:
-        raise DataError("this task does not say which columns it reads: name them (--text or --image)")
+        raise DataError("this task does not say which columns it reads: name them (--text, --image or --audio)")
     return Fields(**preprocessing["fields"])
 
 

@@ -76,8 +76,11 @@ def check_storable(model: Attached) -> SideModel:
     return model
 
 
-def find_route(model: SideModel, batch: Mapping[str, Any]) -> Route:
-    """The route of a model, by one live pass that is looked at."""
+def find_route(model: SideModel, batch: Mapping[str, Any], *, unread: bool = False) -> Route:
+    """The route of a model, by one live pass that is looked at.
+
+    Images are not read any more once their states are stored, nor (if `unread`) are other inputs.
+    """
     fold, elements = model.fold, {name: stack.element for name, stack in model.facts.stacks.items()}
     look, recorder = Look(fold.places, fold.keeping.border, elements), Recorder()
     if look.late and look.shares:
@@ -88,7 +91,9 @@ def find_route(model: SideModel, batch: Mapping[str, Any]) -> Route:
         with _evaluating(model):
             vector = model.vector(dict(batch))
         return Route(places=(VECTOR,), over={}, dtypes={VECTOR: vector.dtype}, single=True)
-    return look.route(recorder, single=fold.narrow is not None, images=model.main_input_name == "pixel_values")
+    return look.route(
+        recorder, single=fold.narrow is not None, unread=unread or model.main_input_name == "pixel_values"
+    )
 
 
 def record(model: SideModel, route: Route, batch: Mapping[str, Any]) -> Recorded:

@@ -1,4 +1,7 @@
-"""The inputs of a pass, completed: no cache where nothing is generated, a decoder's first token, positions."""
+"""The inputs of a pass, completed: no cache where nothing is generated, a decoder's first token, positions.
+
+Sounds are brought to the precision of the weights.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sidestep.backbone import Facts, is_encoder_decoder, packs, positions
 from sidestep.backbone.calls import takes
+from sidestep.backbone.trunk import SOUND_INPUTS
 from sidestep.fold.packing import is_packed, refusal
 from sidestep.methods import SideNet
 from sidestep.metrics import IGNORED
@@ -47,6 +51,9 @@ class Inputs:
         """
         if not isinstance(self.backbone, PreTrainedModel):
             return kwargs
+        if self.main_name in SOUND_INPUTS and isinstance(sounds := kwargs.get(self.main_name), Tensor):
+            # models of texts and images bring their inputs to the precision of their weights themselves
+            kwargs[self.main_name] = sounds.to(self.backbone.dtype)
         names = list(inspect.signature(type(entry).forward).parameters)[1:]
         if entry is not self.backbone and not args and names[0] not in kwargs:
             # so does the model itself, whose trunk has another name for what it reads (Perceiver)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, cast, get_args
 
-from datasets import ClassLabel, Dataset, Image
+from datasets import ClassLabel, Dataset
 
 from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace
+from sidestep.data.media import name_of, undecoded
 from sidestep.disk.feature_options import FeatureOptions
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import OWN, PROBABILITY, Probabilities, kind_named
@@ -135,7 +136,7 @@ def predict(
 
     Of retrieval, what is closest to each image and each caption (see `retrieval.neighbours`).
 
-    Several labels of a row are joined by "|". An image stays as its path. A text is as the model writes it.
+    Several labels of a row are joined by "|". An image or a sound stays as its path. A text is as the model writes it.
 
     Args:
         model: as for `evaluate`.
@@ -196,7 +197,9 @@ def first_answers(model: Attached, data: TaskData, count: int = 3) -> list[tuple
 def _reading(model: Attached, fields: Fields | None) -> tuple[Fields, LabelSpace]:
     preprocessing = model.extras.get("preprocessing") or {}
     if model.extras.get("processor") is None:
-        raise DataError("this task holds no tokenizer or image processor: set model.extras['processor']")
+        raise DataError(
+            "this task holds no tokenizer, image processor or feature extractor: set model.extras['processor']"
+        )
     return fields or stored_fields(preprocessing), labels_of_task(model)
 
 
@@ -248,14 +251,19 @@ def _generation(model: Attached) -> Generation:
 
 
 def _readable(rows: Dataset, fields: Fields) -> Dataset:
-    """The rows with an image as its path and a class number as its name."""
+    """The rows with an image or a sound as its path and a class number as its name."""
     rows = rows.with_format(None)
     for name, feature in rows.features.items():
         if isinstance(feature, ClassLabel):
             names = [None if index is None or index < 0 else feature.names[index] for index in rows[name][:]]
-            rows = rows.remove_columns(name).add_column(name, names)
-        elif name == fields.image and isinstance(feature, Image):
-            cells = rows.cast_column(name, Image(decode=False))[name][:]
-            paths = [cell["path"] or f"row {index + 1}" for index, cell in enumerate(cells)]
-            rows = rows.remove_columns(name).add_column(name, paths)
+            rows = _replaced(rows, name, names)
+        elif fields.files is not None and name == fields.files[1] and fields.files[0].holds(feature):
+            paths = [name_of(cell, index) for index, cell in enumerate(undecoded(rows, name)[name][:])]
+            rows = _replaced(rows, name, paths)
     return rows
+
+
+def _replaced(rows: Dataset, name: str, cells: list[Any]) -> Dataset:
+    """The rows with other cells in a column."""
+    beside = f"{name} in other words"  # first added, as a table without a column has no rows
+    return rows.add_column(beside, cells).remove_columns(name).rename_column(beside, name)

@@ -14,14 +14,13 @@ from torch import nn
 
 from sidestep.data import Collate, DataError, Fields, LabelSpace
 from sidestep.data.messages import listed
-from sidestep.data.vocabulary import check_tokens
 from sidestep.disk.feature_options import FeatureOptions
 from sidestep.disk.features import FeatureStore
 from sidestep.disk.task_folder import TaskError
 from sidestep.kinds.base import OWN, PREDICTION, kind_named
 from sidestep.kinds.from_logits import FromLogits
 from sidestep.kinds.prepare import chosen_fields, stored_labels
-from sidestep.kinds.running import logits
+from sidestep.kinds.running import check_encoded, logits
 from sidestep.measure.step import accepted
 from sidestep.messages import some
 from sidestep.model.attach import Attached
@@ -209,7 +208,7 @@ def readings(bank: Bank, names: Iterable[str], given: Fields | None, there: Sequ
     if lacking:
         raise DataError(
             f"there is no column {some(lacking)}: the columns are {listed(there, limit=30)}. Name the column that all "
-            "tasks are to read (--text, --text2, --image)"
+            "tasks are to read (--text, --text2, --image, --audio)"
         )
     return found
 
@@ -246,13 +245,12 @@ def _logits(
     model = bank.activate(names[0])
     assert isinstance(model, SideModel)
     encoded, processor = encoded_for(model, rows, fields), model.extras["processor"]
-    if fields.text is not None:
-        check_tokens(model.backbone, encoded, processor)
+    check_encoded(model, encoded, fields, processor)
     stored = {} if features is None else _from_store(bank, names, encoded, fields, batch_size, features)
     names = [name for name in names if name not in stored]
     if not names:
         return stored
-    collate = Collate(processor if fields.text is not None else None)
+    collate = Collate.of(fields, processor)
     lengths = encoded["length"][:] if "length" in encoded.column_names else range(len(encoded))
     order = np.argsort(lengths, kind="stable")
     parts: dict[str, list[NDArray[Any]]] = {name: [] for name in names}

@@ -13,6 +13,7 @@ from sidestep.data import DataError
 from sidestep.data.messages import named_rows
 from sidestep.data.vocabulary import check_tokens
 from sidestep.kinds.base import kind_named
+from sidestep.kinds.sounds import check_sounds
 from sidestep.kinds.task_data import TaskData
 from sidestep.measure.step import accepted
 from sidestep.model.attach import Attached
@@ -45,6 +46,9 @@ def check_run(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     if data.fields.image is not None and not pictured:
         reader = model.parts[0]
         check_image_size(reader.backbone, reader.trunk, data.train[0]["pixel_values"])
+    if data.fields.audio is not None:
+        for split, rows in (("training", data.train), ("dev", data.dev)):
+            check_sounds(model.parts[0], rows, data.processor, split)
     if data.fields.text is not None:
         _check_positions(model.parts[-1].backbone, data)
         _check_tokens(model, data)

@@ -39,10 +39,10 @@ class DataSpec:
 
     Attributes:
         train, dev: file, folder or hub id, or a data set. Without dev rows a share of the training rows is held out.
-        text, text2, image, label: the columns that are read. A vision-language model reads text and image.
+        text, text2, image, audio, label: the columns that are read. A vision-language model reads text and image.
         kind: of task (see `sidestep.kinds`). None: by the labels.
         table: how files are read.
-        train_split, dev_split: of a hub id or a folder of images.
+        train_split, dev_split: of a hub id or a folder of images or sounds.
         transform: used in the place of the backbone's image processor.
         image_size, normalize: what is changed in the image processor.
     """
@@ -52,6 +52,7 @@ class DataSpec:
     text: str | None = None
     text2: str | None = None
     image: str | None = None
+    audio: str | None = None
     label: str | None = "label"
     kind: str | None = None
     table: TableOptions = field(default_factory=TableOptions)
@@ -65,7 +66,7 @@ class DataSpec:
     image_size: int | None = None
     normalize: str | None = None
     augment: str = NONE
-    skip_bad_images: bool = False
+    skip_bad_files: bool = False
     max_new_tokens: int | None = None
     num_beams: int = 1
     separator: str | None = None
@@ -79,7 +80,8 @@ class DataSpec:
     def fields(self) -> Fields:
         """The columns."""
         dual = self.task_kind is not None and self.task_kind.dual
-        return Fields(text=self.text, text2=self.text2, image=self.image, label=None if dual else self.label)
+        label = None if dual else self.label
+        return Fields(text=self.text, text2=self.text2, image=self.image, audio=self.audio, label=label)
 
     def rows(self, source: str | Path | Dataset, split: str) -> Dataset:
         """The rows of `train` or `dev`."""
@@ -247,7 +249,7 @@ def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
         shots=asked.shots,
         shots_seed=asked.shots_seed,
         augment=asked.augment,
-        skip_bad_images=asked.skip_bad_images,
+        skip_bad_files=asked.skip_bad_files,
         max_new_tokens=asked.max_new_tokens,
         num_beams=asked.num_beams,
         separator=asked.separator,

@@ -39,7 +39,7 @@ from sidestep.training.settings import TrainSettings
 
 
 def largest_batch(data: TaskData, size: int) -> Any:
-    """The batch of the longest training texts (or of the first images)."""
+    """The batch of the longest training texts or sounds (or of the first images)."""
     rows = data.train
     order = np.argsort(rows["length"][:])[::-1] if "length" in rows.column_names else np.arange(len(rows))
     return data.collate([rows[int(index)] for index in order[:size]])
@@ -189,11 +189,16 @@ def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric:
         logging_nan_inf_filter=False,  # on, it puts an average where the loss was NaN
         report_to="none",  # TensorBoard is among the callbacks, with a folder of our choice
         disable_tqdm=not settings.progress,
-        train_sampling_strategy="random" if data.fields.image is not None else "group_by_length",
+        train_sampling_strategy="group_by_length" if _differ_in_length(data) else "random",
         remove_unused_columns=False,  # see _readable
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _differ_in_length(data: TaskData) -> bool:
+    """Whether rows are texts, or sounds that are not brought to one length."""
+    return data.fields.image is None and "length" in data.train.column_names
 
 
 def _writer(settings: TrainSettings, start: Path | None) -> Any:

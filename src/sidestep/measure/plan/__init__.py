@@ -92,7 +92,7 @@ def plan(
         method: for example `ReadConfig(rank=128)`.
         head: as in `attach`. None: a classification head of the backbone's own.
         batch: rows.
-        length: tokens of a text. None: 128, or what the model takes at most.
+        length: tokens of a text. None: 128, or what the model takes at most. Of a sound samples. None: 160,000.
         image_size: rows and columns of an image. None: what the model was made for.
         checkpoint, backbone_noise, keep, lm_loss: as in `attach`.
         writes: with head=None, "lm" or "text2text" for the backbone's own head that writes text. It is frozen, and all

@@ -9,14 +9,16 @@ from typing import Any, TypeAlias
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from sidestep.backbone import positions
 from sidestep.backbone.configs import config_of
 from sidestep.backbone.gguf import is_gguf
+from sidestep.backbone.load import classifier_of, headless_of
 from sidestep.backbone.pixels import image_shape
 from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
+from sidestep.backbone.trunk import SOUND_INPUTS
 from sidestep.metrics import Written
 from sidestep.model.side_model import SideModel
 
@@ -30,6 +32,8 @@ WRITING: tuple[tuple[Written, Any, Any], ...] = (
 IMAGE_SIZE = 224
 """Rows and columns where a model takes images of any size."""
 LENGTH = 128
+SAMPLES = 160_000
+"""Of a sound: ten seconds at the usual 16,000 a second."""
 TARGET = 4
 """Tokens of a text that an encoder-decoder writes: a word or two."""
 
@@ -66,7 +70,7 @@ def build(
     config = backbone if isinstance(backbone, PreTrainedConfig) else read_config(backbone, revision)
     if own_head and num_labels is not None:
         config.num_labels = num_labels
-    kind = _with_head(config) if own_head else _writing(config, writes) if writes else AutoModel
+    kind = classifier_of(config) if own_head else _writing(config, writes) if writes else headless_of(config)
     if own_head and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # by which a decoder's head finds the last token of a row
     try:
@@ -97,16 +101,6 @@ def read_config(name: str | Path, revision: str | None = None) -> Any:
         ) from error
 
 
-def _with_head(config: Any) -> Any:
-    for mapping, kind in (
-        (transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, transformers.AutoModelForSequenceClassification),
-        (transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.AutoModelForImageClassification),
-    ):
-        if type(config) in mapping:
-            return kind
-    raise LoadError(f"transformers has no classification model for {config.model_type!r}: plan it without its own head")
-
-
 def _writing(config: Any, writes: Written) -> Any:
     for able, mapping, kind in WRITING:
         if able == writes and type(config) in mapping:
@@ -126,9 +120,10 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
     """A batch without content, on the default device. It has labels and, for texts, padding.
 
     Args:
-        model: says whether it reads texts or images, and what its labels are.
+        model: says whether it reads texts, images or sounds, and what its labels are.
         rows: of the batch.
-        length: tokens of a text. None: `LENGTH`, or what the model takes at most.
+        length: tokens of a text. None: `LENGTH`, or what the model takes at most. Of a wave
+            samples, and None: `SAMPLES`. Spectrograms are as long as those that the model was tried with.
         image_size: rows and columns of an image. None: what the model was made for, or `IMAGE_SIZE`.
 
     Raises:
@@ -140,6 +135,10 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
         if length is not None:
             raise ValueError(f"length={length}, but {_name(model)} reads images: give image_size")
         inputs = {"pixel_values": torch.zeros(rows, *_image_shape(model, image_size))}
+    elif model.main_input_name in SOUND_INPUTS:
+        if image_size is not None:
+            raise ValueError(f"image_size={image_size}, but {_name(model)} reads sounds: give length")
+        inputs = _sounds(model, rows, length)
     else:
         if image_size is not None:
             raise ValueError(f"image_size={image_size}, but {_name(model)} reads texts: give length")
@@ -161,6 +160,24 @@ def _length(model: SideModel, asked: int | None) -> int:
     if length < 1 or (most is not None and length > most):
         raise ValueError(f"length={length}, but {_name(model)} takes 1 to {most or 'any number of'} tokens")
     return length
+
+
+def _sounds(model: SideModel, rows: int, length: int | None) -> dict[str, Tensor]:
+    """Silence. The last row of waves is half as long if the model takes a mask."""
+    name, read = model.main_input_name, model.facts.read
+    if name not in read:
+        raise ValueError(f"{_name(model)} does not say which sounds it takes: it cannot be planned for")
+    if len(read[name]) > 1:
+        if length is not None:
+            raise ValueError(f"length={length}, but {_name(model)} reads spectrograms of {read[name]}: leave it out")
+        return {name: torch.zeros(rows, *read[name])}
+    if length is not None and length < 1:
+        raise ValueError(f"length={length}, but it must be at least 1")
+    inputs = {name: torch.zeros(rows, length or SAMPLES)}
+    if "attention_mask" in read:
+        inputs["attention_mask"] = torch.ones(inputs[name].shape, dtype=torch.long)
+        inputs["attention_mask"][-1, inputs[name].shape[1] // 2 :] = 0
+    return inputs
 
 
 def _image_shape(model: SideModel, asked: int | None) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 
+from sidestep.backbone.fakes import unlogged
+from sidestep.backbone.source import Reads
 from sidestep.interface.keep import Keep
 from sidestep.measure.memory import by_kind_of_module, saved_bytes
 from sidestep.measure.plan.cuda import ALLOCATION, CudaKernels
@@ -67,7 +68,8 @@ class Plan:
         attention: the attention kernels that ran.
         method, config, checkpoint, keep, head: what was attached.
         parameters: how many values are trained.
-        batch, length, image_size: of the inputs. Length is None for images, image_size for texts.
+        batch, length, image_size: of the inputs. A length is of texts (tokens) and waves (samples), a size of images.
+        reads: what a row is.
         precision, optimizer, device: of the step.
         source: "traced", or "measured" by a real step with random weights.
         notes: what a reader should know besides.
@@ -94,6 +96,7 @@ class Plan:
     batch: int
     length: int | None
     image_size: int | None
+    reads: Reads
     precision: Precision
     optimizer: str
     device: Device
@@ -243,7 +246,7 @@ class Step:
 def facts(step: Step, saved: Mapping[str, int]) -> dict[str, Any]:
     """What a plan says besides its peak, after at least one step. `saved` is by module."""
     model, batch, settings = step.model, step.batch, step.model.settings
-    ids, images = batch.get("input_ids"), batch.get("pixel_values")
+    given, images = batch.get("input_ids", batch.get("input_values")), batch.get("pixel_values")
     state = [value for values in step.optimizer.state.values() for value in values.values()]
     return {
         "weights_bytes": bytes_of(model),
@@ -258,8 +261,9 @@ def facts(step: Step, saved: Mapping[str, int]) -> dict[str, Any]:
         "head": model.head_config,
         "parameters": sum(parameter.numel() for _, parameter in model.trained_parameters()),
         "batch": len(batch["labels"]),
-        "length": None if ids is None else ids.shape[1],
+        "length": None if given is None or given.ndim > 2 else given.shape[1],
         "image_size": None if images is None else images.shape[-1],
+        "reads": "text" if "input_ids" in batch else "audio" if images is None else "image",
         "precision": step.precision,
         "optimizer": step.name,
         "device": step.device,
@@ -286,12 +290,9 @@ def _tracing(step: Step) -> Iterator[None]:
     """Turn whatever fails into an error that names the module and the operation."""
     running: list[str] = []
     handles = [handle for name, module in step.model.named_modules() for handle in _follow(name, module, running)]
-    # it logs a traceback of what is raised anyway
-    log = logging.getLogger(FakeTensorMode.__module__)
-    level = log.level
-    log.setLevel(logging.CRITICAL)
     try:
-        yield
+        with unlogged():
+            yield
     except Exception as error:
         where = f"in {running[-1] or type(step.model.backbone).__name__}" if running else "in backward or the optimizer"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -300,7 +301,6 @@ def _tracing(step: Step) -> Iterator[None]:
             f"{where}, at the operation {step.ledger.op or 'none'} ({type(error).__name__}: {reason}): {INSTEAD}"
         ) from error
     finally:
-        log.setLevel(level)
         for handle in handles:
             handle.remove()
 
