@@ -51,8 +51,8 @@ def check_fields(rows: Dataset, fields: Fields) -> None:
     """Refuses fields that the rows do not have, or that hold something else.
 
     Raises:
-        DataError: if none of text, image and audio is given, or audio with another. Also if a column does not exist. Also
-            if a text column holds numbers (by type, or text that is a number in every row) or missing values.
+        DataError: if none of text, image and audio is given, or audio with another. Also if a column does not exist.
+            Also if a text column holds numbers (by type, or text that is a number in every row) or missing values.
     """
     named = [column for column in (fields.text, fields.image, fields.audio) if column is not None]
     if not named or (fields.audio is not None and len(named) > 1):

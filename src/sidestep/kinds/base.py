@@ -141,12 +141,12 @@ class TaskKind(ABC):
             DataError: for unusable columns, cells or labels.
         """
         check_modality(processor, fields)
+        if fields.audio is not None:
+            return encode_sounds(rows, fields, processor, labels)
         if fields.text is None:
             return encode_images(rows, fields, processor, labels, augment), 0
         if fields.image is not None:
             return decoding(encode_pictured(rows, fields, processor, labels, max_length)), 0
-        if fields.audio is not None:
-            return encode_sounds(rows, fields, processor, labels)
         return encode_text(rows, fields, processor, labels, max_length, separator=separators.pair)
 
     def collate(self, fields: Fields, processor: Any) -> Collate:
