@@ -31,10 +31,12 @@ SHORT, LONG = 9, 11
 ORDINARY = 64
 """How many different tokens dummy texts are made of, at most."""
 _SPECIAL = re.compile(r".*(token|pad|bos|eos|cls|sep|mask)_(id|ids|index)")
+QUESTION = "qformer_input_ids"
+"""The text that some models read a picture by (InstructBLIP)."""
 _CELLS = ((3, 5), (6, 10))
 """Patches along both sides of images that are smaller than those a model was made for."""
 _SIDES = (112, 128, 160, 192, 240, 256, 288, 384)
-"""Of images for models that were made for one size and do not tell it."""
+"""Of images for timm models that were made for another size than their name says, and do not tell it."""
 _BINS = ("num_mel_bins", "feature_size", "input_feat_per_channel", "mel_bins")
 """What configs call the channels of a spectrogram."""
 
@@ -126,7 +128,11 @@ def with_pictures(trunk: nn.Module, texts: Texts) -> Iterator[Texts]:
     if "pixel_values" not in texts.names:
         return
     for image in _images(trunk):
-        picture = {"pixel_values": lambda rows, length, image=image: image[:1].expand(rows, *image.shape[1:])}
+        picture: dict[str, Any] = {
+            "pixel_values": lambda rows, length, image=image: image[:1].expand(rows, *image.shape[1:])
+        }
+        if QUESTION in texts.names:
+            picture[QUESTION] = lambda rows, length: texts.text(length, seed=5).expand(rows, -1)
         yield replace(texts, also={**texts.also, **picture})
 
 
@@ -173,16 +179,15 @@ def _patches(image: Tensor, size: int) -> Inputs:
 
 
 def _images(trunk: Any, rows: int = ROWS) -> Iterator[Tensor]:
-    """Images of a few patches, which not every model takes. Then images of the size that the model was made for, and of
-    usual sizes.
-    """
+    """Images of a few patches, which not every model takes. Then images of the size that the model was made for."""
     own = _image_shape(trunk)
     channels = own[0] if own is not None else _channels(trunk)
     patch = _patch(trunk)
     rows_columns = (224, 224) if own is None else own[1:]
     small = [(high * patch, wide * patch) for high, wide in _CELLS]
     sizes = [*(size for size in small if own is None or prod(size) < prod(rows_columns)), rows_columns]
-    sizes += [(side, side) for side in _SIDES]
+    if not isinstance(trunk, PreTrainedModel):
+        sizes += [(side, side) for side in _SIDES]
     draw = torch.Generator().manual_seed(0)
     for high, wide in sizes:
         yield torch.randn(rows, channels, high, wide, generator=draw).to(_precision(trunk))

@@ -121,13 +121,13 @@ class Hooks:
 
     def _of_modules(self) -> list[RemovableHandle]:
         driver = self.driver
-        handles = [self.trunk.register_forward_hook(CheckOutput(driver))]
+        tower = tower_of(self.trunk)[1]
+        handles = [tower.register_forward_hook(CheckOutput(driver))]
         for module in (self.entry,) if self.entry is self.trunk else (self.entry, self.trunk):
             handles += [
                 module.register_forward_pre_hook(Begin(driver, argument_names(module)), with_kwargs=True),
                 module.register_forward_hook(End(driver)),
             ]
-        tower = tower_of(self.trunk)[1]
         if tower is not self.trunk:  # some models write by their language model alone (BLIP)
             handles += [
                 tower.register_forward_pre_hook(BeginPart(driver, argument_names(tower)), with_kwargs=True),
@@ -195,7 +195,7 @@ class End(Hook):
 
 @dataclass(eq=False)
 class CheckOutput(Hook):
-    """After the trunk's first pass: its last hidden state is what the driver took for it."""
+    """After the first pass of the trunk, or of its language model: its last hidden state is what was taken for it."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.driver.running and not torch.compiler.is_compiling():
