@@ -30,6 +30,7 @@ REFUSED: dict[tuple[str, str], str] = {
 #: The laws that the bare model keeps and an attached one refuses to be asked, and words of the reason.
 REFUSED_LAWS: dict[tuple[str, str], dict[str, str]] = {
     ("mamba2", "side_attention"): {"cache": "use_cache=False"},
+    ("blip", "side_attention"): {"cache": "use_cache=False"},
 }
 
 

@@ -151,4 +151,4 @@ def _pads_left(mask: Tensor) -> bool:
 def _has_pictures(given: dict[str, Any]) -> bool:
     """Whether there are pictures or sounds beside texts. Their positions are for the model to tell (Hunyuan-VL)."""
     others = (value for name, value in given.items() if not name.endswith(("inputs_embeds", "attention_mask")))
-    return any(isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2 for value in others)
+    return any(isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1 for value in others)
