@@ -15,9 +15,9 @@ from sweep.subject import Subject
 
 METHODS = ("read", "side_attention")
 #: Types that showed a fault once: states that are mixed before the norm, positions of pictures, masks that a model
-#: returns, grids that nobody tells, lists in lists, towers of pictures, patterns of names.
+#: returns, grids that nobody tells, lists in lists, towers of pictures, patterns of names, masks of frames.
 SHOWED = ("inkling2_text", "hunyuan_vl", "qwen2_audio", "pvt", "cvt", "mobilenet_v2", "git", "blip", "instructblip",
-          "modernvbert", "gemma4")  # fmt: skip
+          "modernvbert", "gemma4", "parakeet_ctc", "wav2vec2-bert")  # fmt: skip
 STAGES = "this backbone is hierarchical"
 #: What is refused at `attach`, and words of the reason.
 REFUSED: dict[tuple[str, str], str] = {

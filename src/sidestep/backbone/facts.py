@@ -7,6 +7,7 @@ own lists of classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,8 +23,11 @@ Layout = Literal["tokens", "tokens first", "width first", "grid", "channels"]
 """Axes of a hidden state: (batch, tokens, width), (tokens, batch, width), (batch, width, tokens), (batch, rows,
 columns, width) or (batch, width, rows, columns)."""
 Source = Literal["traced", "shapes", "guessed"]
-FRAMES = "_get_feature_vector_attention_mask"
-"""What transformers calls the method that brings a mask of samples or frames to tokens."""
+FRAMES: dict[str, Callable[[Any, int, Tensor], Tensor]] = {
+    "_get_feature_vector_attention_mask": lambda bring, tokens, mask: bring(tokens, mask),
+    "_get_output_attention_mask": lambda bring, tokens, mask: bring(mask, target_length=tokens),
+}
+"""What transformers calls the methods that bring a mask of samples or frames to tokens, and how each is called."""
 Causal = Literal["no", "yes", "partly"]
 Left = Literal["kept", "positions", "moved"]
 
@@ -142,6 +146,14 @@ def said_causal(model: nn.Module) -> bool:
         return bool(getattr(config, "is_decoder", False))
     # Whisper has such a class too, and its encoder reads sounds
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "input_ids" in argument_names(trunk_of(model))
+
+
+def mask_of_frames(module: nn.Module, tokens: int, mask: Tensor) -> Tensor | None:
+    """A mask (batch, samples or frames) brought to so many tokens by the module itself. None: it has no such method."""
+    for name, call in FRAMES.items():
+        if hasattr(module, name):
+            return call(getattr(module, name), tokens, mask).bool()
+    return None
 
 
 def as_tokens(hidden: Tensor, layout: Layout) -> Tensor:

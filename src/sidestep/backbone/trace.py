@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sidestep.backbone import dummies
 from sidestep.backbone.calls import argument_names
 from sidestep.backbone.dummies import Inputs
-from sidestep.backbone.facts import FRAMES, Added, Causal, Facts, StackFacts, said_causal
+from sidestep.backbone.facts import FRAMES, Added, Causal, Facts, StackFacts, mask_of_frames, said_causal
 from sidestep.backbone.fakes import has_values, hollow, unlogged
 from sidestep.backbone.families import family_of
 from sidestep.backbone.grids import patch_grid
@@ -170,8 +170,8 @@ def _masked(model: nn.Module, blocks: Sequence[Blocks], seen: Seen, stacks: Sequ
     if mask.shape[1] == first.shape[1]:
         return {"added": Added()} if matters else {}
     for name, module in trunk.named_modules():
-        if hasattr(module, FRAMES):
-            brought = attempt(trunk, getattr(module, FRAMES), first.shape[1], shorter)
+        if any(hasattr(module, method) for method in FRAMES):
+            brought = attempt(trunk, mask_of_frames, module, first.shape[1], shorter)
             if brought is not None and brought.shape == (dummies.ROWS, first.shape[1]) and not brought.all():
                 return {"frames": str(name)}
     if matters:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sidestep.backbone import Facts, as_given, as_tokens
-from sidestep.backbone.facts import FRAMES
+from sidestep.backbone.facts import mask_of_frames
 from sidestep.backbone.families import Pool
 from sidestep.backbone.grids import TokenGrid
 from sidestep.fold.caches import SideCache, claim
@@ -345,7 +345,7 @@ class Fold:
         mask = inputs.get("decoder_attention_mask" if decoding else "attention_mask") if passed.grid is None else None
         matters = self.pools or not self.method.tokenwise
         if facts.frames is not None and mask is not None:
-            kept = getattr(self.trunk.get_submodule(facts.frames), FRAMES)(tokens, mask).bool()
+            kept = mask_of_frames(self.trunk.get_submodule(facts.frames), tokens, mask)
             return site.during(keep=kept, key_keep=kept, memory_keep=None, grid=None, past=0, cache=None)
         if mask is not None and facts.added is not None and matters:
             self._check_mask(mask)
