@@ -76,7 +76,8 @@ def find_places(model: nn.Module, *, with_blocks: bool = True) -> list[Place]:
     for stack in find_stacks(model):
         facts, depth = stack.facts, sum(map(len, stack.stages))
         prefixes = facts.prefixes or ((told, told),) * len(stack.stages)
-        convolutional = facts.reshapes or all(convolves(block) for stage in stack.stages for _, block in stage)
+        maps = facts.layout in ("grid", "channels")
+        convolutional = facts.reshapes or (maps and all(convolves(b) for stage in stack.stages for _, b in stage))
         index = 0
         for number, (stage, widths, (given, prefix)) in enumerate(
             zip(stack.stages, facts.widths, prefixes, strict=True)

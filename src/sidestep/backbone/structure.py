@@ -217,8 +217,8 @@ def convolves(block: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm."""
-    return "Norm" in type(module).__name__ and not any(True for _ in module.children())
+    """Whether a module is a norm, with no more in it than an activation."""
+    return "Norm" in type(module).__name__ and not any(list(child.parameters()) for child in module.children())
 
 
 # --- guesses, for a model that cannot be run on anything that we know how to make -----------------------------------
