@@ -195,7 +195,7 @@ def test_the_results_go_where_the_file_says(tmp_path: Path) -> None:
         ),
         ({"contender": [{"method": "read", "set": {"rank": "8"}}]}, r"here, \[\[contender\]\] 1: "),
         ({"contender": [{"method": "read", "noise": "loud"}]}, "backbone_noise='loud'"),
-        ({"task": [{"train": "a.tsv"}]}, r"\[\[task\]\] 1: name one column, of texts \(text\) or of images"),
+        ({"task": [{"train": "a.tsv"}]}, r"\[\[task\]\] 1: name one column, of texts \(text\), of images"),
         ({"task": [{"train": "a.tsv", "text": "t", "shots": 0}]}, "shots=0, but it must be at least 1"),
         ({"task": [{"text": "text"}]}, r"\[\[task\]\] 1: train is missing"),
         ({"task": [{"train": "a.tsv", "text": "t", "split": "x"}]}, r"\[\[task\]\] 1: unknown field 'split'"),
