@@ -87,7 +87,8 @@ def _work(kind: ModelType, names: Sequence[str], write: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    most = _address_space() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     status = 1
     try:
         with os.fdopen(write, "w") as pipe:
@@ -97,6 +98,12 @@ def _work(kind: ModelType, names: Sequence[str], write: int) -> None:
         status = 0
     finally:
         os._exit(status)
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped. A child of a long test run begins with many."""
+    pages = Path("/proc/self/statm").read_text().split()[0]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _lines(read: int, child: int) -> Iterator[str]:
