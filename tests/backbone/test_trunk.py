@@ -149,7 +149,7 @@ def test_a_model_of_two_towers_is_refused_and_each_tower_taken() -> None:
 
 def test_a_model_without_blocks_is_refused() -> None:
     mlp = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match="Sequential holds no list of repeated blocks. Sidestep needs a Transformer"):
+    with pytest.raises(ValueError, match=r"Sequential holds no list of repeated blocks\. Sidestep needs a Transformer"):
         ss.attach(mlp, ss.ReadConfig(rank=2))
     assert all(parameter.requires_grad for parameter in mlp.parameters())
 

@@ -101,9 +101,9 @@ def _work(kind: ModelType, names: Sequence[str], write: int) -> None:
 
 
 def _address_space() -> int:
-    """Bytes that this process has mapped. A child of a long test run begins with many."""
-    pages = Path("/proc/self/statm").read_text().split()[0]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes that this process has mapped, where Linux tells. A child of a long test run begins with many."""
+    told = Path("/proc/self/statm")
+    return int(told.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else 0
 
 
 def _lines(read: int, child: int) -> Iterator[str]:
