@@ -137,7 +137,7 @@ def _unbuilt(records: Iterable[Record]) -> str:
     names = [record["type"] for record in records if "unbuildable" in record]
     if not names:
         return ""
-    return f"{len(names)} types could not be built, or took none of the batches that were tried: {_listed(names)}.\n"
+    return f"| not built, or took none of the batches | types |\n|---:|---|\n| {len(names)} | {_listed(names)} |\n"
 
 
 def _listed(names: list[str]) -> str:
