@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +24,9 @@ from torch import Tensor, nn
 from transformers import SmolVLMConfig, SmolVLMModel, Wav2Vec2Config, Wav2Vec2Model
 
 import sidestep as ss
+from keep_cost import bare_seconds, step
 from sidestep.measure.memory import mib
-from sidestep.measure.meters import attached, measure_memory
-from sidestep.measure.step import idle_optimizer, settle, train_step
+from sidestep.measure.meters import measure_memory
 from sidestep.model.settings import Settings
 from study import Results
 
@@ -104,26 +103,9 @@ def measured(case: Case) -> dict[str, Any]:
         labels = list(seconds)
         for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
             one = contenders(case.pool).get(label)
-            seconds[label].append(bare(backbone, inputs) if one is None else step(backbone, one, batch))
+            seconds[label].append(bare_seconds(backbone, inputs) if one is None else step(backbone, one, batch))
     rounds = {label: [round(value, 3) for value in values[1:]] for label, values in seconds.items()}
     return {"rows": case.rows, "kept": kept, "rounds_of": rounds}
-
-
-def bare(backbone: nn.Module, inputs: dict[str, Tensor]) -> float:
-    start = time.perf_counter()
-    with torch.no_grad():
-        backbone(**inputs)
-    return time.perf_counter() - start
-
-
-def step(backbone: nn.Module, contender: Settings, batch: dict[str, Tensor]) -> float:
-    with attached(backbone, contender) as model:
-        model.train()
-        with idle_optimizer(model) as optimizer:
-            settle(model, batch, optimizer, bf16=False)
-            start = time.perf_counter()
-            train_step(model, batch, optimizer, bf16=False)
-            return time.perf_counter() - start
 
 
 def table() -> None:

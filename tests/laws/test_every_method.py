@@ -21,19 +21,11 @@ from sidestep.disk.task_folder import TaskError
 from sidestep.interface.registry import Method
 from sidestep.methods import SideNet, UnsupportedBackbone, WeightDelta, methods
 from sidestep.methods.sherl.parts import PooledAggregation
+from sweep.methods import SETTINGS
 from tiny import ALL, FAMILIES, FURTHER, LABELS, TinyFamily, call, logits, randomize
 
 #: Settings that fit tiny models, where the defaults do not.
-TINY: dict[str, dict[str, Any]] = {
-    "diff_pruning": {"density": 0.05},
-    "dtl": {"rank": 4, "late_blocks": 2},
-    "late_lora": {"rank": 4, "blocks": 1},
-    "lst": {"reduction": 2, "heads": 2, "dropout": 0.0},
-    "sherl": {"reduction": 4, "dropout": 0.0},
-    "side_attention": {"rank": 4, "heads": 2, "dropout": 0.0},
-    "sparse": {"density": 0.05, "select": "random"},
-    "synqt": {"queries": 2, "hidden": 6, "attention_hidden": 3, "dropout": 0.0, "head_drop_path": 0.0},
-}
+TINY: dict[str, dict[str, Any]] = {**SETTINGS, "lst": {**SETTINGS["lst"], "reduction": 2}}
 #: Further settings of a method that run other code.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dtl+": ("dtl", {"rank": 4, "late_blocks": 2, "kernel": 2}),
