@@ -33,6 +33,8 @@ METRICS: dict[str, tuple[str, ...]] = {
     "text2text": ("exact_match", "token_f1"),
     "lm": ("exact_match", "token_f1"),
     "retrieval": (*(f"{way}_r{rank}" for way in DIRECTIONS for rank in RANKS), "rsum"),
+    "vqa": ("vqa_accuracy", "accuracy"),
+    "grounding": ("accuracy_iou50", "mean_iou"),
 }
 """The scores of each kind; "f1" exists for two classes only."""
 ARTICLES = ("a", "an", "the")

@@ -33,6 +33,8 @@ ORDINARY = 64
 _SPECIAL = re.compile(r".*(token|pad|bos|eos|cls|sep|mask)_(id|ids|index)")
 QUESTION = "qformer_input_ids"
 """The text that some models read a picture by (InstructBLIP)."""
+PATCHES = "image_embeds"
+"""A picture's patches as the blocks read them, which some models take in the place of its pixels."""
 _CELLS = ((3, 5), (6, 10))
 """Patches along both sides of images that are smaller than those a model was made for."""
 _SIDES = (112, 128, 160, 192, 240, 256, 288, 384)
@@ -123,7 +125,7 @@ def texts(trunk: nn.Module, model: Any) -> Iterator[Texts]:
     yield from (one for one in further if set(one.also) <= set(names))
 
 
-def with_pictures(trunk: nn.Module, texts: Texts) -> Iterator[Texts]:
+def with_pictures(trunk: Any, texts: Texts) -> Iterator[Texts]:
     """The same texts, each with a picture."""
     if "pixel_values" not in texts.names:
         return
@@ -134,6 +136,12 @@ def with_pictures(trunk: nn.Module, texts: Texts) -> Iterator[Texts]:
         if QUESTION in texts.names:
             picture[QUESTION] = lambda rows, length: texts.text(length, seed=5).expand(rows, -1)
         yield replace(texts, also={**texts.also, **picture})
+    if {PATCHES, "pixel_mask"} <= set(texts.names):  # where how many patches there are depends on values (ViLT)
+        patches: dict[str, Any] = {
+            PATCHES: lambda rows, length: torch.zeros(rows, SHORT, trunk.config.hidden_size).to(_precision(trunk)),
+            "pixel_mask": lambda rows, length: torch.ones(rows, SHORT, dtype=torch.long),
+        }
+        yield replace(texts, also={**texts.also, **patches})
 
 
 def others(trunk: nn.Module, rows: int = ROWS) -> Iterator[Inputs]:

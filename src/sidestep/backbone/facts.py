@@ -108,6 +108,7 @@ class Facts:
             each text, without a mask and a cache. None: not known yet.
         caches: names under which the model takes what it returned for the tokens before.
         read: the shapes, without rows, of the images or sounds that were read in the pass, by the names of the inputs.
+            Of a model of texts the pictures that it cannot do without.
     """
 
     source: Source

@@ -160,6 +160,7 @@ class Family:
         first_token_heads: model classes whose own head (or read-out, of a tower) reads the first token only.
         frozen_block: the parts of a block, for methods that replay it.
         block_weights: the weights of a block, for methods that start from them.
+        shuffles: whether the patches of a picture are drawn in a random order in each pass. See `in_order`.
     """
 
     pool: Pool = "mean"
@@ -170,6 +171,7 @@ class Family:
     first_token_heads: tuple[str, ...] = ()
     frozen_block: Callable[[nn.Module], FrozenBlock | None] | None = None
     block_weights: Callable[[nn.Module], BlockWeights | None] | None = None
+    shuffles: bool = False
 
 
 DEFAULT = Family()
@@ -208,6 +210,8 @@ FAMILIES: dict[str, Family] = {
     # among the causal language models, and told by a mask of its own which tokens come later
     "xlnet": Family(causal=False),
     "beit": Family(pool="cls", prefix=1, grid=patch_grid),
+    # text, then a class token and the patches of a picture. Its own heads read the text's first token
+    "vilt": Family(pool="cls", first_token_heads=("ViltForQuestionAnswering",), shuffles=True),
     "clip_vision_model": _CLIP_VISION,
     "chinese_clip_vision_model": _CLIP_VISION,
     "VisionTransformer": Family(pool="cls", prefix="num_prefix_tokens", grid=patch_grid, frozen_block=timm_block),

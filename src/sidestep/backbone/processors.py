@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,7 +44,7 @@ from sidestep.backbone.source import (
 )
 from sidestep.backbone.timm_models import import_timm, timm_parts
 from sidestep.backbone.trunk import SOUND_INPUTS
-from sidestep.backbone.vision_language import VisionLanguageProcessor
+from sidestep.backbone.vision_language import PicturedProcessor, pictured_processor
 from sidestep.backbone.vit_npz import read_sizes
 
 LOADED_BY: Mapping[Reads, tuple[Any, str, tuple[str, ...]]] = {
@@ -54,7 +55,7 @@ LOADED_BY: Mapping[Reads, tuple[Any, str, tuple[str, ...]]] = {
 """The class that loads a processor, by what that reads, its name in words, and its files."""
 MAIN_INPUTS: Mapping[str, Reads] = {"pixel_values": "image", **dict.fromkeys(SOUND_INPUTS, "audio")}
 """What models read whose first input is called so. Others read text."""
-IN_WORDS: Mapping[Reads, str] = {"text": "text", "image": "images", "audio": "sounds"}
+IN_WORDS: Mapping[Reads, str] = {"text": "text", "image": "images", "audio": "sounds", "both": "a picture with a text"}
 
 
 def load_processor(name: str | Path, *, revision: str | None = None, pictures: bool = False) -> Any:
@@ -63,8 +64,8 @@ def load_processor(name: str | Path, *, revision: str | None = None, pictures: b
     Args:
         name: of the model, as for `load_backbone`, or the folder.
         revision: branch, tag or commit of a hub id.
-        pictures: whether rows hold pictures. Then a vision-language model gives a `VisionLanguageProcessor`, and else
-            its tokenizer.
+        pictures: whether rows hold pictures. Then a model of pictures and texts gives a `PicturedProcessor`, and a dual
+            encoder a `PairProcessor`. Else both give their tokenizer.
 
     Raises:
         LoadError: if there is no such processor.
@@ -81,8 +82,10 @@ def load_processor(name: str | Path, *, revision: str | None = None, pictures: b
     if (folder / IMAGE_TRANSFORM).is_file():
         with as_load_error(str(folder / IMAGE_TRANSFORM), "processor"):
             return ImageTransform.from_pretrained(folder)
+    if pictures and reads_pairs(name, revision):
+        return load_pair_processor(str(name), revision=revision)
     if _reads_both(str(name), folder, revision, pictures=pictures):
-        return _load_vision_language(name, revision)
+        return _load_pictured(name, revision)
     return _load_processor(name, _reads(str(name), folder, revision), revision)
 
 
@@ -93,18 +96,30 @@ def tokenizer_of(processor: Any) -> Any:
 
 def read_by(processor: Any) -> Reads:
     """What a processor reads."""
+    if isinstance(processor, PicturedProcessor | PairProcessor):
+        return "both"
     if isinstance(processor, PreTrainedTokenizerBase):
         return "text"
     return "audio" if isinstance(processor, SequenceFeatureExtractor) else "image"
 
 
-def _load_vision_language(name: str | Path, revision: str | None) -> VisionLanguageProcessor:
+def reads_pairs(name: str | Path, revision: str | None = None) -> bool:
+    """Whether a name is of a dual encoder, as far as its config is at hand."""
+    if str(name).startswith((TIMM, VIT)) or is_gguf(name):
+        return False
+    if Path(name).is_dir() and not (Path(name) / CONFIG).is_file():
+        return False
+    with quiet(local=Path(name).is_dir()), as_load_error(str(name), CONFIG):
+        return read_config(str(name), revision).model_type in DUAL_FAMILIES
+
+
+def _load_pictured(name: str | Path, revision: str | None) -> PicturedProcessor:
     place, options = asked(str(name), revision)
     folder = Path(place)
     if folder.is_dir():
         require_any(folder, PROCESSOR_FILES, "processor of pictures and texts")
     with quiet(local=folder.is_dir()), as_load_error(str(name), "processor"):
-        processor = VisionLanguageProcessor.of(AutoProcessor.from_pretrained(place, **options))
+        processor = pictured_processor(AutoProcessor.from_pretrained(place, **options))
     _limit(processor.text, str(name), folder, revision)
     return processor
 
@@ -257,7 +272,11 @@ def _reads_both(name: str, folder: Path, revision: str | None, *, pictures: bool
     if not pictures or _reads(name, folder, revision) == "image":
         return False
     with quiet(local=folder.is_dir()), as_load_error(name, CONFIG):
-        return type(read_config(name, revision)) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        kind = type(read_config(name, revision))
+    if kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return True
+    mapping = transformers.MODEL_MAPPING
+    return kind in mapping and {"input_ids", "pixel_values"} <= signature(mapping[kind].forward).parameters.keys()
 
 
 def _reads(name: str, folder: Path, revision: str | None) -> Reads:

@@ -29,8 +29,8 @@ from sidestep.backbone.gguf import (
 from sidestep.messages import some
 
 Library = Literal["transformers", "timm"]
-Reads = Literal["text", "image", "audio"]
-"""What a backbone reads, as the field of a task's rows is called."""
+Reads = Literal["text", "image", "audio", "both"]
+"""What a backbone reads, as the field of a task's rows is called. "both" is a picture with a text."""
 TIMM = "timm:"
 VIT = "vit:"
 NPZ = ".npz"

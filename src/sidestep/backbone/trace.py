@@ -95,7 +95,8 @@ def _of_texts(passed: TextPass) -> Facts:
     stacks = _named(passed.model, passed.stacks, passed.causal(added), added, len(passed.text))
     padding, left = passed.padding(added)
     names = caches(trunk_of(passed.model), passed.seen)
-    found = Facts(source="traced", stacks=stacks, padding=padding, left=left, caches=names)
+    read = _read(passed.seen)
+    found = Facts(source="traced", stacks=stacks, padding=padding, left=left, caches=names, read=read)
     return replace(found, packs=found.is_causal and packs(passed.model))
 
 
@@ -115,10 +116,11 @@ def _of_others(model: nn.Module, blocks: Sequence[Blocks], seen: Seen) -> Facts:
 
 
 def _read(seen: Seen) -> dict[str, tuple[int, ...]]:
-    """The shapes, without rows, of images or sounds and their mask. Empty for texts."""
+    """The shapes, without rows, of images or sounds and their mask, or of the pictures that texts need beside them."""
     tensors = {name: value for name, value in seen.inputs.items() if isinstance(value, torch.Tensor)}
     texts = not next(iter(tensors.values())).is_floating_point()
-    return {} if texts else {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
+    read = {name: value for name, value in tensors.items() if not texts or value.is_floating_point()}
+    return {name: tuple(tensor.shape[1:]) for name, tensor in read.items()}
 
 
 def _named(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sidestep.backbone.calls import argument_names, bound, takes
 from sidestep.backbone.dummies import Inputs
+from sidestep.backbone.in_order import in_order
 from sidestep.backbone.structure import Blocks
 from sidestep.backbone.untouched import untouched
 from sidestep.interface.layers import is_linear
@@ -101,7 +102,8 @@ def _note(module: nn.Module, name: str, calls: list[Call]) -> Any:
 def output_of(trunk: Any, inputs: Inputs) -> Any:
     """What a trunk gives for inputs, without a cache."""
     if isinstance(trunk, PreTrainedModel):
-        return trunk(**inputs, **({"use_cache": False} if takes(trunk, "use_cache") else {}))
+        with in_order(trunk):
+            return trunk(**inputs, **({"use_cache": False} if takes(trunk, "use_cache") else {}))
     # timm's: the part in front of pooling and classifier
     return getattr(trunk, "forward_features", trunk)(*inputs.values())
 

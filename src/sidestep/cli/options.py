@@ -28,7 +28,9 @@ Backbone = Annotated[
 ]
 Gguf = Annotated[str | None, _model("--gguf", help="GGUF file in the folder or hub id of --backbone.")]
 OtherBackbone = Annotated[str | None, _model("--backbone", help="Where the backbone is, if it has moved.")]
-TextBackbone = Annotated[str | None, _model(help="Encoder of captions beside that of images, for --kind retrieval.")]
+TextBackbone = Annotated[
+    str | None, _model(help="Encoder of texts beside that of images, for --kind retrieval and vqa.")
+]
 Recipe = Annotated[str | None, _model(help="One of `sidestep recipes`: it sets what no option here does.")]
 Method = Annotated[str, _model(help="One of `sidestep methods`, or auto: it is chosen by trials.")]
 Set = Annotated[list[str] | None, _model("--set", help="name=value, a setting of the method. Repeatable.")]
@@ -78,9 +80,11 @@ Separator = Annotated[
         "pairs where the tokenizer puts nothing, else nothing."
     ),
 ]
-Image = Annotated[
-    str | None, _data(help="Column of images, or of their paths. Of a vision-language model beside --text.")
+Image = Annotated[str | None, _data(help="Column of images, or of their paths. Of a model of both beside --text.")]
+Answers = Annotated[
+    int | None, _data(help="How many of the most frequent answers are learned (--kind vqa). Default: all in 9 rows.")
 ]
+Boxes = Annotated[str, _data(help="Form of the boxes, in pixels (--kind grounding): xyxy or xywh.")]
 Audio = Annotated[str | None, _data(help="Column of sounds, or of their paths.")]
 Label = Annotated[
     str | None, _data("--label", "--target", "--completion", help="Column of the label, or of the text to write.")
@@ -91,7 +95,8 @@ Problem = Annotated[
         "--kind",
         "--task",
         "--problem",
-        help="single, multi, regress, text2text, lm or retrieval. Default: multi for lists, else single.",
+        help="single, multi, regress, text2text, lm, retrieval, vqa or grounding. Default: multi for lists, else "
+        "single.",
     ),
 ]
 Shots = Annotated[int | None, _data(help="Training rows of each class. Default: all.")]
@@ -234,7 +239,10 @@ PlannedDtype = Annotated[
 ]
 PlannedKind = Annotated[
     str | None,
-    _data("--kind", help="single, multi, regress, text2text or lm (all tokens have a label). Default: single."),
+    _data(
+        "--kind",
+        help="single, multi, regress, text2text, lm (all tokens have a label), vqa or grounding. Default: single.",
+    ),
 ]
 Optimizer = Annotated[str, _training(help="AdamW, 'AdamW (fused)', SGD or Adafactor.")]
 Measure = Annotated[bool, _running("--measure", help="Run steps with random weights here instead of predicting.")]

@@ -14,7 +14,6 @@ from sidestep.console import remark, show_facts, show_table
 
 if TYPE_CHECKING:
     from sidestep.measure.plan import Alternative, Plan
-    from sidestep.model.heads import HeadConfig
 
 GROUPS = 8
 RULE = (
@@ -56,7 +55,6 @@ def plan(
         from sidestep.measure.plan import alternatives, best_device, fastest, largest_batch, memory_of, ways_of_keeping
         from sidestep.measure.plan import plan as planned
         from sidestep.methods import method_named
-        from sidestep.model.heads import Classify, Regress
 
         limit = None if gpu is None else memory_of(gpu)
         if own_head and pool is not None:
@@ -68,13 +66,8 @@ def plan(
             raise ValueError("--kind retrieval has two towers, and a plan is of one backbone: plan each tower alone")
         if of.writes and (own_head or pool is not None):
             raise ValueError(f"--kind {of.name} is written by the backbone's own head: leave --own-head and --pool out")
-        reads: Any = {"pool": pool}  # a head refuses a pool that it does not know
-        if of.name == "regress":
-            head: HeadConfig = Regress(**reads)
-        else:
-            head = Classify(num_labels=labels, problem="multi" if of.name == "multi" else "single", **reads)
         settings: dict[str, Any] = {
-            "head": None if own_head or of.writes else head,
+            "head": None if own_head or of.writes else of.blank_head(labels, pool),
             "writes": of.writes,
             "lm_loss": lm_loss if of.writes else "own",
             "length": length,

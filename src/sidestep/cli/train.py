@@ -20,6 +20,7 @@ AUTO = "auto"
 
 if TYPE_CHECKING:
     from sidestep.backbone.recompute import Checkpoint
+    from sidestep.data.boxes import BoxForm
     from sidestep.interface.keep import Keep
     from sidestep.model.token_loss import LmLoss
 
@@ -65,6 +66,8 @@ def train(
     image_size: opt.ImageSize = None,
     normalize: opt.Normalize = None,
     augment: opt.Augment = "none",
+    answers: opt.Answers = None,
+    boxes: opt.Boxes = "xyxy",
     skip_bad_files: opt.SkipBadFiles = False,
     columns: opt.Columns = None,
     no_header: opt.NoHeader = False,
@@ -200,6 +203,8 @@ def train(
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             separator=unescaped(separator),
+            answers=answers,
+            boxes=cast("BoxForm", boxes),
         )
         chooses = asked["method"] == AUTO
         _check_auto(chosen.typed, chooses=chooses)

@@ -18,7 +18,7 @@ from sidestep.backbone import Digest, digest_of, pretrained_tensors
 from sidestep.backbone.families import Pool
 from sidestep.backbone.gguf import gguf_parts, is_gguf
 from sidestep.backbone.load import check_writes, load_backbone
-from sidestep.backbone.processors import IN_WORDS, load_processor, read_by
+from sidestep.backbone.processors import IN_WORDS, PairProcessor, load_processor, read_by
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
 from sidestep.data import DataError, DataWarning, Fields, holdout
 from sidestep.data.media import undecoded
@@ -64,6 +64,7 @@ class Bench:
         attention: Attention | None = None,
         bf16: bool = False,
         writes: Written | None = None,
+        tasks: Sequence[Task] = (),
     ) -> Bench:
         """The backbone on the accelerator, or on the CPU where there is none.
 
@@ -79,7 +80,7 @@ class Bench:
         return cls(
             spec=spec,
             model=model,
-            processor=load_processor(spec.model, revision=spec.revision),
+            processor=processor_for(spec, tasks),
             known=digest_of(pretrained_tensors(model)),
             precision="bf16 autocast" if bf16 else dtype,
             attention=getattr(getattr(model, "config", None), "_attn_implementation", None) or "timm's own",
@@ -88,8 +89,8 @@ class Bench:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the backbone reads texts (images or sounds otherwise)."""
-        return read_by(self.processor) == "text"
+        """Whether the backbone reads texts, alone or with pictures (images or sounds otherwise)."""
+        return read_by(self.processor) in ("text", "both")
 
     @property
     def device(self) -> torch.device:
@@ -238,6 +239,8 @@ class Prepared:
             "max_length": comparison.max_length,
             "shots": shots,
             "separator": rows.task.separator,
+            "answers": rows.task.answers,
+            "boxes": rows.task.boxes,
         }
         try:
             data = dict.fromkeys(comparison.seeds, prepare(rows.train, rows.dev, fields, processor, seed=seed, **how))
@@ -268,7 +271,7 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
     """
     found, used = {}, set()
     for backbone in comparison.backbones:
-        processor = load_processor(backbone.model, revision=backbone.revision)
+        processor = processor_for(backbone, comparison.tasks)
         reads = read_by(processor)
         tasks = tuple(task for task in comparison.tasks if task.reads == reads)
         if not tasks:
@@ -285,6 +288,23 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
             raise ValueError(
                 f"task {task.name!r} is of {holds}, but no backbone reads {holds}: add one, or leave it out"
             )
+    return found
+
+
+def processor_for(backbone: Backbone, tasks: Sequence[Task]) -> Any:
+    """What a backbone reads rows with. Pictures with texts, if a task is of both.
+
+    Raises:
+        LoadError: if it has no tokenizer, image processor or feature extractor.
+        ValueError: for a dual encoder, which has two backbones.
+    """
+    pictures = any(task.reads == "both" for task in tasks)
+    found = load_processor(backbone.model, revision=backbone.revision, pictures=pictures)
+    if isinstance(found, PairProcessor):
+        raise ValueError(
+            f"backbone {backbone.name!r} is a dual encoder, and a comparison is of methods on one backbone: choose an "
+            "encoder that reads pictures and texts together"
+        )
     return found
 
 

@@ -225,8 +225,12 @@ def _backbone(table: _Table, base: Path) -> Backbone:
 def _task(table: _Table, base: Path) -> Task:
     dev = table.get("dev", str)
     text, text2, image, audio = (table.get(name, str) for name in ("text", "text2", "image", "audio"))
-    if sum(column is not None for column in (text, image, audio)) != 1:
-        raise ValueError(f"{table.where}: name one column, of texts (text), of images (image) or of sounds (audio)")
+    named = [name for name, column in (("text", text), ("image", image), ("audio", audio)) if column is not None]
+    if len(named) != 1 and named != ["text", "image"]:
+        raise ValueError(
+            f"{table.where}: name one column, of texts (text), of images (image) or of sounds (audio). Of pictures "
+            "with texts name text and image"
+        )
     options = table.made(
         TableOptions,
         columns=table.texts("columns"),
@@ -248,6 +252,8 @@ def _task(table: _Table, base: Path) -> Task:
         rows=table.get("rows", int),
         shots=table.get("shots", int),
         separator=table.get("separator", str, empty=True),
+        answers=table.get("answers", int),
+        boxes=table.get("boxes", str, "xyxy"),
     )
     table.finish()
     return found

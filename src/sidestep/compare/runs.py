@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.backbone import Digest
-from sidestep.backbone.processors import load_processor
-from sidestep.compare.bench import Bench, Prepared, Rows, pairs, written_by
+from sidestep.compare.bench import Bench, Prepared, Rows, pairs, processor_for, written_by
 from sidestep.compare.budget import Search, Spent
 from sidestep.compare.costs import measure_costs
 from sidestep.compare.files import check_results
@@ -102,7 +101,8 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
         for spec in comparison.backbones:
             tasks = prepared[spec.name]
             writes = written_by([task.task for task in tasks])
-            bench = Bench.load(spec, attention=comparison.attention, bf16=comparison.bf16, writes=writes)
+            how: dict[str, Any] = {"attention": comparison.attention, "bf16": comparison.bf16, "writes": writes}
+            bench = Bench.load(spec, **how, tasks=[task.task for task in tasks])
             _Session(comparison, bench, ledger).run(tasks)
         return Outcome(records=list(ledger.touched.values()), ran=ledger.ran, broken=ledger.broken)
 
@@ -112,7 +112,7 @@ def _prepared(comparison: Comparison, tasks: Mapping[str, Sequence[Task]], tell:
     rows = {task.name: Rows.of(task, comparison) for task in comparison.tasks}
     found = {}
     for spec in comparison.backbones:
-        processor = load_processor(spec.model, revision=spec.revision)
+        processor = processor_for(spec, tasks[spec.name])
         found[spec.name] = [Prepared.of(rows[task.name], processor, comparison) for task in tasks[spec.name]]
         for task in found[spec.name]:
             if between := task.trial.separators.pair:
@@ -331,7 +331,8 @@ def _trials(comparison: Comparison) -> int:
 def _about(task: Task) -> dict[str, Any]:
     columns = {name: column for name, column in asdict(task.fields).items() if column is not None}
     found = {"task": task.name, "columns": columns}
-    return found if task.shots is None else {**found, "shots": task.shots}
+    usual = {"shots": None, "answers": None, "boxes": "xyxy"}
+    return found | {name: value for name in usual if (value := getattr(task, name)) != usual[name]}
 
 
 def _joined(data: TaskData) -> dict[str, Any]:

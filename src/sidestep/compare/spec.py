@@ -17,6 +17,7 @@ from sidestep.backbone import Noise, check_noise
 from sidestep.backbone.families import Pool
 from sidestep.backbone.source import Reads
 from sidestep.data import Fields, Kind, TableOptions, holdout, read
+from sidestep.data.boxes import BoxForm
 from sidestep.disk.feature_options import FeatureOptions
 from sidestep.interface.keep import ROUNDED, Keep, check_keep
 from sidestep.kinds.base import kind_named
@@ -77,6 +78,7 @@ class Task:
         rows: most training rows. None: the comparison's.
         shots: training rows of each class, drawn again with every seed. They replace `rows`. None: no such draw.
         separator: between texts that are put behind each other, as in `prepare`.
+        answers, boxes: as in `prepare`.
     """
 
     name: str
@@ -90,6 +92,8 @@ class Task:
     rows: int | None = None
     shots: int | None = None
     separator: str | None = None
+    answers: int | None = None
+    boxes: BoxForm = "xyxy"
 
     def __post_init__(self) -> None:
         _require("shots", self.shots, self.shots is None or self.shots >= 1, "at least 1, or not given")
@@ -104,6 +108,8 @@ class Task:
     @property
     def reads(self) -> Reads:
         """What a row is."""
+        if self.fields.text is not None and self.fields.image is not None:
+            return "both"
         if self.fields.files is not None:
             return self.fields.files[0].field
         return "text"

@@ -7,7 +7,7 @@ from sidestep.data.encode_sounds import encode_sounds
 from sidestep.data.joins import Separators
 from sidestep.data.labels import Kind, LabelSpace, holdout, label_space
 from sidestep.data.messages import DataError, DataWarning
-from sidestep.data.pictured import decoding, encode_pictured
+from sidestep.data.pictured import decoding, encode_beside, encode_pictured
 from sidestep.data.shots import few_shot
 from sidestep.data.tables import TableOptions, read
 from sidestep.data.written import (
@@ -34,6 +34,7 @@ __all__ = [
     "TableOptions",
     "check_fields",
     "decoding",
+    "encode_beside",
     "encode_images",
     "encode_pictured",
     "encode_prompts",

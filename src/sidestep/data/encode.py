@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from sidestep.backbone.processors import tokenizer_of
-from sidestep.backbone.vision_language import VisionLanguageProcessor
+from sidestep.backbone.vision_language import PicturedProcessor, VisionLanguageProcessor
 from sidestep.data.augment import Augmentation
 from sidestep.data.images import IMAGES
 from sidestep.data.labels import LabelSpace
@@ -169,7 +169,7 @@ class Collate:
     token by `config.pad_token_id` still needs that to be set.
 
     Attributes:
-        tokenizer: of texts. For rows of a picture and a text a `VisionLanguageProcessor`. None for images and sounds.
+        tokenizer: of texts. For rows of a picture and a text a `PicturedProcessor`. None for images and sounds.
         pad_to_multiple_of: rounds the padded length up.
         padding_side: of texts. None: the tokenizer's. Beside pictures it is the right one: positions past padding on
             the left are plain numbers, and a picture's tokens may have rows and columns.
@@ -196,7 +196,7 @@ class Collate:
         if self._padding is not None and self._padding.pad_token_id is None:
             self._padding = copy.deepcopy(self._padding)
             self._padding.pad_token = self._padding.convert_ids_to_tokens(0)
-        if isinstance(self.tokenizer, VisionLanguageProcessor):
+        if isinstance(self.tokenizer, PicturedProcessor):
             self.padding_side = self.padding_side or "right"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -249,7 +249,7 @@ class Collate:
         if "pixel_values" not in rows[0]:
             return {}
         images = [row["pixel_values"] for row in rows]
-        if isinstance(self.tokenizer, VisionLanguageProcessor):
+        if isinstance(self.tokenizer, PicturedProcessor):
             return self.tokenizer.pixels(images)
         return {"pixel_values": torch.stack([torch.as_tensor(image) for image in images])}
 

@@ -37,6 +37,10 @@ class LabelSpace:
         """Width of the head: one output per class, one for a number (no head for a text)."""
         return len(self.names) or 1
 
+    def stored(self) -> dict[str, Any]:
+        """What a task stores of it, as JSON-ready values."""
+        return {"problem": self.kind, "labels": list(self.names)}
+
     def encode(self, rows: Dataset, label_column: str) -> list[Any]:
         """Each row's target: an int (single), 0.0 or 1.0 per class (multi), a float (regress) or a text (written).
 

@@ -1,4 +1,4 @@
-"""Rows of a picture and a text: token ids with the picture's among them, and the picture until a batch is made."""
+"""Rows of a picture and a text: token ids, and the picture until a batch is made. Both stand apart, or in one row."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from sidestep.backbone.vision_language import VisionLanguageProcessor
-from sidestep.data.encode import Fields, check_fields, targets_of, token_limit
+from sidestep.backbone.vision_language import SideBySideProcessor, VisionLanguageProcessor
+from sidestep.data.encode import Fields, check_fields, encode_text, targets_of, token_limit
 from sidestep.data.images import IMAGES
 from sidestep.data.labels import LabelSpace
 from sidestep.data.media import Decode, numbered, undecoded
@@ -69,8 +69,25 @@ def encode_pictured(
     return concatenate_datasets([numbered(rows, fields.image, PIXELS), tokens], axis=1)
 
 
+def encode_beside(
+    rows: Dataset, fields: Fields, processor: SideBySideProcessor, labels: LabelSpace | None, max_length: int | None
+) -> tuple[Dataset, int]:
+    """The rows as token ids, with their undecoded pictures beside them, and how many texts were cut.
+
+    Arguments, rows and errors are those of `encode_pictured`. A text that is too long is cut, with a warning.
+    """
+    check_fields(rows, fields)
+    assert fields.image is not None
+    IMAGES.refuse_absent(rows, fields.image)
+    targets = targets_of(rows, fields, labels)
+    tokens, cut = encode_text(rows, Fields(text=fields.text), processor.text, None, max_length)
+    if targets is not None:
+        tokens = tokens.add_column("labels", targets)
+    return concatenate_datasets([numbered(rows, fields.image, PIXELS), tokens], axis=1), cut
+
+
 def decoding(rows: Dataset) -> Dataset:
-    """The rows of `encode_pictured`, whose pictures are decoded when they are read."""
+    """The rows of `encode_pictured` or `encode_beside`, whose pictures are decoded when they are read."""
     return rows.with_transform(Decode(IMAGES, PIXELS, _as_they_are))
 
 

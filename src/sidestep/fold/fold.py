@@ -18,6 +18,7 @@ from sidestep.backbone import Facts, as_given, as_tokens
 from sidestep.backbone.facts import mask_of_frames
 from sidestep.backbone.families import Pool
 from sidestep.backbone.grids import TokenGrid
+from sidestep.backbone.in_order import in_order
 from sidestep.fold.caches import SideCache, claim
 from sidestep.fold.deferred import Ended, SecondStrand
 from sidestep.fold.group import GroupStrand
@@ -105,7 +106,7 @@ class Fold:
         Raises:
             FoldError: if another call is running (one model serves one thread at a time), or the hooks were taken off.
         """
-        with self.turn:  # nobody takes the hooks or the diff off meanwhile
+        with self.turn, in_order(self.trunk):  # nobody takes the hooks or the diff off meanwhile
             self.require_attached()
             if self.diff is not None:
                 self.diff.write()
@@ -122,7 +123,7 @@ class Fold:
         Raises:
             FoldError: if another call is running, or the hooks were taken off.
         """
-        with self.turn, torch.no_grad(), reads.autocast():
+        with self.turn, in_order(self.trunk), torch.no_grad(), reads.autocast():
             self.require_attached()
             self.again = reads
             try:
@@ -342,6 +343,7 @@ class Fold:
             self._open_cache(passed, strand, site, call, tokens)
         if site.kind != "norm":
             passed.grid = grid_at(hidden, site, facts, inputs, self.grid(self.trunk, inputs, call, hidden))
+            passed.see_mask(call, tokens)
         mask = inputs.get("decoder_attention_mask" if decoding else "attention_mask") if passed.grid is None else None
         matters = self.pools or not self.method.tokenwise
         if facts.frames is not None and mask is not None:
@@ -351,7 +353,9 @@ class Fold:
             self._check_mask(mask)
         text, open_ended = passed.text_tokens(decoding=decoding), passed.cached or not matters
         past, uncached = passed.past, strand.cache is None
-        keep = kept_tokens(mask, states, tokens, text, facts.added, past if open_ended else None)
+        keep = passed.told
+        if keep is None:
+            keep = kept_tokens(mask, states, tokens, text, facts.added, past if open_ended else None)
         return site.during(
             keep=keep,
             key_keep=keep if uncached else kept_tokens(mask, states, past + tokens, None, facts.added, 0),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sidestep.backbone import StackFacts
@@ -56,6 +57,7 @@ class Pass:
         cache: the stack's key-value cache, if it counts tokens.
         past: how many tokens that held before this run.
         cached: whether the model remembers earlier tokens in any way.
+        told: (batch, tokens) bool: which tokens are real, as a block was told. None: no pictures are padded.
         output: what went on after the last site.
     """
 
@@ -67,6 +69,7 @@ class Pass:
     cache: Any = None
     past: int = 0
     cached: bool = False
+    told: Tensor | None = None
     output: Tensor | None = None
 
     def visit(self, site: Site, order: int) -> bool:
@@ -112,6 +115,12 @@ class Pass:
         self.cache = cache if cache is not None and _counts(cache) else None
         self.past = 0 if self.cache is None else self.cache.get_seq_length()
         self.cached |= self.cache is not None
+
+    def see_mask(self, call: Mapping[str, Any], tokens: int) -> None:
+        """Note which tokens a block is told are real, where pictures of several shapes are padded beside texts."""
+        mask = call.get("attention_mask")
+        if self.inputs.get("pixel_mask") is not None and isinstance(mask, Tensor) and mask.shape[1:] == (1, 1, tokens):
+            self.told = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0]
 
     def text_tokens(self, *, decoding: bool) -> int | None:
         """How many tokens a stack's text has, or None where the stack reads no text."""

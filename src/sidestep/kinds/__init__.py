@@ -2,11 +2,14 @@
 
 from sidestep.kinds.base import TaskKind, kind_named, kinds, register
 from sidestep.kinds.classes import Multi, Single
+from sidestep.kinds.grounding import Grounding
 from sidestep.kinds.numbers import Regression
 from sidestep.kinds.pairs import Retrieval
 from sidestep.kinds.texts import LanguageModel, Text2Text
+from sidestep.kinds.vqa import Vqa
 
 __all__ = [
+    "Grounding",
     "LanguageModel",
     "Multi",
     "Regression",
@@ -14,6 +17,7 @@ __all__ = [
     "Single",
     "TaskKind",
     "Text2Text",
+    "Vqa",
     "kind_named",
     "kinds",
     "register",

@@ -14,6 +14,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from sidestep.backbone.vision_language import SideBySideProcessor
 from sidestep.data import (
     Augmentation,
     Collate,
@@ -26,6 +27,7 @@ from sidestep.data import (
     TableOptions,
     check_fields,
     decoding,
+    encode_beside,
     encode_images,
     encode_pictured,
     encode_sounds,
@@ -42,7 +44,7 @@ from sidestep.kinds.steps import check_asked, check_modality, views_of, without_
 from sidestep.kinds.task_data import Asked, TaskData
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, Written, of_evaluation, scores
 from sidestep.model.attach import Attached
-from sidestep.model.heads import HeadConfig
+from sidestep.model.heads import Classify, HeadConfig
 
 PREDICTION = "prediction"
 PROBABILITY = "p_"
@@ -62,6 +64,7 @@ class TaskKind(ABC):
         best: which of them chooses the best epoch.
         writes: what of a language model head it needs, where its answers are texts.
         dual: whether it needs a dual encoder of images and texts.
+        pictured: whether its rows have a picture and a text. Then it may be on a dual encoder.
         smooths: whether the Trainer's label smoothing works with it.
         problem_type: of the config of a backbone whose own head is trained. None: transformers decides.
     """
@@ -72,6 +75,7 @@ class TaskKind(ABC):
     best: ClassVar[str]
     writes: ClassVar[Written | None] = None
     dual: ClassVar[bool] = False
+    pictured: ClassVar[bool] = False
     smooths: ClassVar[bool] = False
     problem_type: ClassVar[str | None] = None
 
@@ -93,9 +97,25 @@ class TaskKind(ABC):
         """
         return label_space(rows, column, self.name)
 
+    def labels_asked(self, rows: Dataset, fields: Fields, asked: Asked) -> LabelSpace:
+        """As `labels`, where what is predicted also depends on what was asked for.
+
+        Raises:
+            DataError: also for what was asked for and is of other kinds.
+        """
+        if asked.answers is not None or asked.boxes != Asked.boxes:
+            given = f"answers={asked.answers}" if asked.answers is not None else f"boxes={asked.boxes!r}"
+            raise DataError(f"{given} with kind={self.name!r}: it is for vqa or grounding. Leave it out")
+        assert fields.label is not None
+        return self.labels(rows, fields.label)
+
     def stored_labels(self, names: Sequence[str]) -> LabelSpace:
         """What `labels` gave, by the names of classes that a task stores."""
         return LabelSpace(self.name, tuple(names))
+
+    def labels_of(self, preprocessing: Mapping[str, Any]) -> LabelSpace:
+        """What `labels_asked` gave, by all that a task stores of how it reads rows."""
+        return self.stored_labels(preprocessing["labels"])
 
     def strata(self, fields: Fields) -> str | None:
         """The column by whose classes held-out rows are drawn. None for a random draw."""
@@ -145,6 +165,9 @@ class TaskKind(ABC):
             return encode_sounds(rows, fields, processor, labels)
         if fields.text is None:
             return encode_images(rows, fields, processor, labels, augment), 0
+        if fields.image is not None and isinstance(processor, SideBySideProcessor):
+            found, cut = encode_beside(rows, fields, processor, labels, max_length)
+            return decoding(found), cut
         if fields.image is not None:
             return decoding(encode_pictured(rows, fields, processor, labels, max_length)), 0
         return encode_text(rows, fields, processor, labels, max_length, separator=separators.pair)
@@ -173,7 +196,7 @@ class TaskKind(ABC):
         if self.writes and fields.files is not None and not (self.writes == "lm" and fields.text and fields.image):
             medium, column = fields.files
             raise DataError(f"kind={self.name!r} is for texts, but {column!r} is named as {medium.name}s: say --text")
-        labels = self.labels(train, fields.label)
+        labels = self.labels_asked(train, fields, asked)
         separators = separators_of(asked.separator, processor, kind=self.name, pair=fields.text2 is not None)
         source = f"{len(dev)} rows of their own" if dev is not None else ""
         if dev is None:
@@ -212,6 +235,14 @@ class TaskKind(ABC):
         Raises:
             ValueError: for a pool where there is nothing to choose.
         """
+
+    def blank_head(self, outputs: int, pool: Any = None) -> HeadConfig:
+        """The Sidestep head for so many classes or answers, before there are data. A plan needs no more.
+
+        Raises:
+            ValueError: for a pool or a number that a head does not take.
+        """
+        return Classify(num_labels=outputs, pool=pool)
 
     def check(self, model: Attached, batch_size: int) -> None:  # noqa: B027 - most kinds have nothing to refuse
         """Raise `ValueError` if a model or the rows of a batch do not fit."""

@@ -30,6 +30,10 @@ class Classes(FromLogits):
         """One output for each class."""
         return Classify(num_labels=data.labels.outputs, labels=data.labels.names, problem=self.problem, pool=pool)
 
+    def blank_head(self, outputs: int, pool: Any = None) -> Classify:
+        """One output for each class."""
+        return Classify(num_labels=outputs, problem=self.problem, pool=pool)
+
     def columns(
         self, labels: LabelSpace, found: NDArray[Any], probabilities: Probabilities = "all"
     ) -> dict[str, list[Any]]:

@@ -19,6 +19,7 @@ from sidestep.data import (
     read,
 )
 from sidestep.data.augment import NONE
+from sidestep.data.boxes import BoxForm
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.steps import check_modality
 from sidestep.kinds.task_data import Asked, TaskData, stored_fields
@@ -42,6 +43,8 @@ def prepare(
     max_new_tokens: int | None = None,
     num_beams: int = 1,
     separator: str | None = None,
+    answers: int | None = None,
+    boxes: BoxForm = "xyxy",
 ) -> TaskData:
     """The rows as a task reads them.
 
@@ -64,6 +67,8 @@ def prepare(
         num_beams: of beam search, where texts are written.
         separator: put between the two texts of a pair, and between a decoder's prompt and its answer. None: a newline
             between the texts of a pair, if the tokenizer puts nothing there. "": nothing anywhere.
+        answers: of VQA: how many of the most frequent answers are learned. None: those that are not rare.
+        boxes: of grounding: the form of the labels, and of predictions.
 
     Raises:
         DataError: for unusable columns or labels, or dev labels that training never had. For a backbone for images with
@@ -86,6 +91,8 @@ def prepare(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         separator=separator,
+        answers=answers,
+        boxes=boxes,
     )
     if kind is None:
         if fields.label is None:
@@ -169,7 +176,7 @@ def chosen_fields(preprocessing: Mapping[str, Any], given: Fields) -> Fields:
 
 def stored_labels(preprocessing: Mapping[str, Any]) -> LabelSpace:
     """What a task predicts that `sidestep train` has saved."""
-    return kind_named(preprocessing["problem"]).stored_labels(preprocessing["labels"])
+    return kind_named(preprocessing["problem"]).labels_of(preprocessing)
 
 
 def _number(cell: Any) -> float | None:

@@ -20,17 +20,17 @@ def check_modality(processor: Any, fields: Fields) -> None:
     Raises:
         DataError: naming the processor and the column.
     """
-    if isinstance(processor, VisionLanguageProcessor):
-        _check_both(processor.name, fields)
-        return
     kind, reads = type(processor).__name__, read_by(processor)
+    if reads == "both":
+        _check_both(getattr(processor, "name", kind), fields)
+        return
     columns: dict[Reads, str | None] = {"text": fields.text, "image": fields.image, "audio": fields.audio}
     named = [field for field, column in columns.items() if column]
     if len(named) > 1:
         others = " and ".join(f"--{field}" for field in named if field != reads)
         raise DataError(
             f"the backbone reads {IN_WORDS[reads]} ({kind}), but {fields.text!r} is named as text and {fields.image!r} "
-            f"as images: leave {others} out, or choose a vision-language model"
+            f"as images. Leave {others} out, or choose a model that reads a picture with a text"
         )
     if named and named[0] != reads:
         raise DataError(
@@ -60,13 +60,13 @@ def check_asked(processor: Any, asked: Asked) -> None:
     Raises:
         DataError: for views of images, and for a separator where the processor itself ends prompts.
     """
+    if read_by(processor) == "both" and asked.augment != NONE:
+        raise DataError(
+            f"augment={asked.augment!r} with pictures and texts: a text may be about what a view cuts away, or about "
+            "left and right. Leave --augment out"
+        )
     if not isinstance(processor, VisionLanguageProcessor):
         return
-    if asked.augment != NONE:
-        raise DataError(
-            f"augment={asked.augment!r} with pictures and texts: {processor.name} makes their pixels, and a text may "
-            "be about what a view cuts away. Leave --augment out"
-        )
     if asked.separator is not None and processor.parts.closes:
         raise DataError(
             f"separator={asked.separator!r}, but {processor.name} itself puts something between prompt and answer, "

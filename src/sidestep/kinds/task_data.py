@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from sidestep.data import Augmentation, Collate, DataError, Fields, Generation, LabelSpace, Separators
 from sidestep.data.augment import NONE
+from sidestep.data.boxes import BoxForm
 from sidestep.data.joins import NOTHING
 
 
@@ -57,8 +58,7 @@ class TaskData:
         stored: dict[str, Any] = {
             "fields": asdict(self.fields),
             "max_length": self.max_length,
-            "problem": self.labels.kind,
-            "labels": list(self.labels.names),
+            **self.labels.stored(),
         }
         if self.fields.text is not None and self.processor.pad_token_id is None:
             stored["padding"] = "the tokenizer has no pad token: token 0, masked"
@@ -83,6 +83,8 @@ class Asked:
     max_new_tokens: int | None = None
     num_beams: int = 1
     separator: str | None = None
+    answers: int | None = None
+    boxes: BoxForm = "xyxy"
 
 
 def stored_fields(preprocessing: Mapping[str, Any]) -> Fields:

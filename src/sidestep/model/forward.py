@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from sidestep import backbone as backbones
 from sidestep.backbone.families import Pool
+from sidestep.backbone.in_order import in_order
 from sidestep.fold import KEY_VALUES, Reading, Recorder, States, fed, recorded
 from sidestep.fold.packing import is_packed
 from sidestep.interface.registry import Method
@@ -146,7 +147,8 @@ class Forward(TrainerFace):
         inputs = self.inputs.completed(self.trunk, (), {**inputs}, training=False)
         if isinstance(self.backbone, PreTrainedModel):
             outputs.pop_return_dict(inputs, getattr(self, "config", None))
-            return self.trunk(**inputs)
+            with in_order(self.trunk):
+                return self.trunk(**inputs)
         outputs.refuse_timm_options(inputs, self.backbone)
         return self.trunk(*inputs.values())
 

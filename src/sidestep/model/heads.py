@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -202,6 +202,13 @@ class Retrieve(HeadConfig):
 
 
 HEADS: dict[str, type[HeadConfig]] = {"Classify": Classify, "Regress": Regress, "Retrieve": Retrieve}
+OfHead = TypeVar("OfHead", bound=type[HeadConfig])
+
+
+def register_head(config: OfHead) -> OfHead:
+    """Class decorator: tasks with this head can be stored and loaded."""
+    HEADS[config.__name__] = config
+    return config
 
 
 def head_from_dict(values: dict[str, Any]) -> HeadConfig:

@@ -217,8 +217,10 @@ def labels_of(model: Attached) -> LabelSpace:
     head, config = model.settings.head, getattr(model, "config", None)
     if isinstance(head, Classify):
         names = head.labels or map(str, range(head.num_labels))
-        return LabelSpace(head.kind, tuple(names))
-    if head is not None or getattr(config, "problem_type", None) == "regression":
+        return kind_named(head.kind).stored_labels(tuple(names))
+    if head is not None:
+        return kind_named(head.kind).stored_labels(())
+    if getattr(config, "problem_type", None) == "regression":
         return LabelSpace("regress", ())
     if config is None or not config.id2label:
         raise DataError("this task does not say what it predicts: train it with `sidestep train`, or a Sidestep head")

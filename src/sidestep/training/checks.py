@@ -8,7 +8,7 @@ from torch import nn
 
 from sidestep.backbone import positions
 from sidestep.backbone.pixels import check_image_size
-from sidestep.backbone.vision_language import VisionLanguageProcessor
+from sidestep.backbone.vision_language import PicturedProcessor
 from sidestep.data import DataError
 from sidestep.data.messages import named_rows
 from sidestep.data.vocabulary import check_tokens
@@ -42,7 +42,7 @@ def check_run(model: Attached, data: TaskData, settings: TrainSettings) -> None:
         )
     kind.check(model, settings.batch_size)
     check_sizes(model)  # before a long run, at whose end nothing could be saved
-    pictured = isinstance(data.processor, VisionLanguageProcessor)
+    pictured = isinstance(data.processor, PicturedProcessor)
     if data.fields.image is not None and not pictured:
         reader = model.parts[0]
         check_image_size(reader.backbone, reader.trunk, data.train[0]["pixel_values"])

@@ -16,6 +16,7 @@ from sidestep.backbone.processors import load_pair_processor, load_processor
 from sidestep.backbone.recompute import Checkpoint
 from sidestep.data import Fields, TableOptions
 from sidestep.data.augment import NONE
+from sidestep.data.boxes import BoxForm
 from sidestep.disk.atomic import refuse_inputs
 from sidestep.disk.features import FeatureStore
 from sidestep.disk.sources import backbones_at, rows_at
@@ -39,7 +40,7 @@ class DataSpec:
 
     Attributes:
         train, dev: file, folder or hub id, or a data set. Without dev rows a share of the training rows is held out.
-        text, text2, image, audio, label: the columns that are read. A vision-language model reads text and image.
+        text, text2, image, audio, label: the columns that are read. A model of pictures and texts reads text and image.
         kind: of task (see `sidestep.kinds`). None: by the labels.
         table: how files are read.
         train_split, dev_split: of a hub id or a folder of images or sounds.
@@ -70,6 +71,8 @@ class DataSpec:
     max_new_tokens: int | None = None
     num_beams: int = 1
     separator: str | None = None
+    answers: int | None = None
+    boxes: BoxForm = "xyxy"
 
     @property
     def task_kind(self) -> TaskKind | None:
@@ -253,6 +256,8 @@ def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
         max_new_tokens=asked.max_new_tokens,
         num_beams=asked.num_beams,
         separator=asked.separator,
+        answers=asked.answers,
+        boxes=asked.boxes,
     )
 
 
@@ -276,7 +281,7 @@ def attached(spec: RunSpec, data: TaskData, backbone: Any = None) -> Attached:
     }
     if own.own_head and own.pool is not None:
         raise ValueError(f"--pool {own.pool} with --own-head: the backbone's own head reads what it reads")
-    if own.own_head and (kind.dual or kind.writes is not None):
+    if own.own_head and (kind.dual or kind.pictured or kind.writes is not None):
         why = "the embeddings are Sidestep's" if kind.dual else "it is for classification"
         raise ValueError(f"--own-head with --kind {kind.name}: {why}. Leave it out")
     head = None if own.own_head else own.head or head_for(data, own.pool)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sidestep.backbone import positions
 from sidestep.backbone.configs import config_of
+from sidestep.backbone.dummies import PATCHES
+from sidestep.backbone.families import family_of
 from sidestep.backbone.gguf import is_gguf
 from sidestep.backbone.load import classifier_of, headless_of
 from sidestep.backbone.pixels import image_shape
@@ -20,6 +22,7 @@ from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
 from sidestep.backbone.trunk import SOUND_INPUTS
 from sidestep.metrics import Written
+from sidestep.model.attach import Attached
 from sidestep.model.side_model import SideModel
 
 Backbone: TypeAlias = str | Path | PreTrainedConfig | Callable[[], nn.Module]
@@ -124,7 +127,8 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
         rows: of the batch.
         length: tokens of a text. None: `LENGTH`, or what the model takes at most. Of a wave
             samples, and None: `SAMPLES`. Spectrograms are as long as those that the model was tried with.
-        image_size: rows and columns of an image. None: what the model was made for, or `IMAGE_SIZE`.
+        image_size: rows and columns of an image, or of a picture that texts need beside them. None: what the model was
+            made for, or `IMAGE_SIZE`.
 
     Raises:
         ValueError: if a size does not fit the model.
@@ -140,18 +144,36 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
             raise ValueError(f"image_size={image_size}, but {_name(model)} reads sounds: give length")
         inputs = _sounds(model, rows, length)
     else:
-        if image_size is not None:
+        pictured = bool(model.facts.read)
+        if image_size is not None and not pictured:
             raise ValueError(f"image_size={image_size}, but {_name(model)} reads texts: give length")
         shape = rows, _length(model, length)
         inputs = {name: torch.ones(shape, dtype=torch.long) for name in ("input_ids", "attention_mask")}
         # without any padding transformers would leave the mask out
         inputs["attention_mask"][-1, 1:] = 0
+        if pictured:
+            pixels = {"pixel_values": torch.zeros(rows, *_image_shape(model, image_size))}
+            inputs |= without_drawing(model, pixels)
     if model.settings.head is None and model.writes == "text2text":
         target = torch.ones(rows, TARGET, dtype=torch.long)
         return {**inputs, "decoder_input_ids": target, "labels": target.clone()}
     if model.settings.head is None and model.writes == "lm":
         return {**inputs, "labels": inputs["input_ids"].clone()}
     return {**inputs, "labels": _labels(model, rows)}
+
+
+def without_drawing(model: Attached, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs with a picture's patches in the place of its pixels, for models that draw the patches at random.
+
+    How many a model draws depends on values, which a plan has none of.
+    """
+    found = dict(inputs)
+    if not family_of(model.trunk).shuffles or "pixel_values" not in found:
+        return found
+    pixels, patch = found.pop("pixel_values"), model.trunk.config.patch_size
+    tokens = 1 + (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
+    patches = torch.zeros(len(pixels), tokens, model.trunk.config.hidden_size, dtype=model.dtype)
+    return {**found, PATCHES: patches, "pixel_mask": torch.ones(len(pixels), tokens, dtype=torch.long)}
 
 
 def _length(model: SideModel, asked: int | None) -> int:

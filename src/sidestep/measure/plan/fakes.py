@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sidestep.backbone.fakes import fake_like, fakes_of
+from sidestep.measure.plan.blank import without_drawing
 from sidestep.model.attach import Attached
 
 
@@ -27,7 +28,8 @@ def fake_copy(model: Attached) -> Attached:
 def fake_batch(model: Attached, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fake tensors in place of a batch, without the columns that the model does not take."""
     names = inspect.signature(model.forward).parameters
-    return {name: fake_like(tensor) for name, tensor in batch.items() if name in names}
+    given = {name: tensor for name, tensor in batch.items() if name in names}
+    return {name: fake_like(tensor) for name, tensor in without_drawing(model, given).items()}
 
 
 def bytes_of(model: nn.Module) -> int:
