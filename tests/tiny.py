@@ -33,6 +33,8 @@ from transformers import (
     Swinv2ForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
+    ViltConfig,
+    ViltForQuestionAnswering,
     ViTConfig,
     ViTForImageClassification,
     Wav2Vec2Config,
@@ -40,7 +42,8 @@ from transformers import (
 )
 
 from architectures import TEXT, VOCABULARY
-from sidestep.backbone import facts_of
+from sidestep.backbone import facts_of, trunk_of
+from sidestep.backbone.in_order import in_order
 
 PICTURE = VOCABULARY - 1
 """The token that stands for a part of a picture in a text."""
@@ -124,6 +127,11 @@ def llava() -> nn.Module:
     )
 
 
+def vilt() -> nn.Module:
+    """A class token and four patches of a picture of 8 pixels stand behind the text."""
+    return ViltForQuestionAnswering(ViltConfig(**WORDS, image_size=8, patch_size=4, num_labels=LABELS))
+
+
 def wav2vec2() -> nn.Module:
     """Its front makes one token of ten samples."""
     return Wav2Vec2ForSequenceClassification(
@@ -203,6 +211,7 @@ class TinyFamily:
     build: Callable[[], nn.Module]
     image: int | None = None
     picture: bool = False
+    beside: bool = False
     samples: int | None = None
     causal: bool = False
     encoder_decoder: bool = False
@@ -230,6 +239,9 @@ class TinyFamily:
         mask = torch.ones_like(ids)
         mask[-1, -2:], ids[-1, -2:] = 0, 0
         batch = {"input_ids": ids, "attention_mask": mask}
+        if self.beside:
+            batch["pixel_values"] = torch.randn(rows, 3, 8, 8, generator=generator)
+            batch["pixel_mask"] = torch.ones(rows, 8, 8, dtype=torch.long)
         if self.picture:
             place = torch.full((rows, 4), PICTURE)
             batch["input_ids"] = torch.cat([ids[:, :1], place, ids[:, 1:]], 1)
@@ -277,6 +289,7 @@ FURTHER = {
     family.name: family
     for family in (
         TinyFamily("llava", llava, causal=True, picture=True),
+        TinyFamily("vilt", vilt, beside=True),
         TinyFamily("wav2vec2", wav2vec2, samples=80),
         TinyFamily("swinv2", swinv2, image=32),
         TinyFamily("convnext", convnext, image=32),
@@ -294,8 +307,9 @@ def logits(output: Any) -> Tensor:
 
 
 def call(model: nn.Module, batch: dict[str, Tensor]) -> Any:
-    """A plain backbone's output (timm models take their input by position)."""
-    return model(*batch.values()) if not hasattr(model, "config") else model(**batch)
+    """A plain backbone's output (timm models take their input by position), with a picture's patches in their order."""
+    with in_order(trunk_of(model)):
+        return model(*batch.values()) if not hasattr(model, "config") else model(**batch)
 
 
 def randomize(model: nn.Module, seed: int = 2, scale: float = 0.2) -> None:

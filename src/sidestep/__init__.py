@@ -48,7 +48,9 @@ if TYPE_CHECKING:
     from sidestep.model.attach import attach, detach
     from sidestep.model.heads import Classify, Regress, Retrieve
     from sidestep.model.initialise import initialise
+    from sidestep.model.joint_model import JointModel
     from sidestep.model.pair_model import PairModel
+    from sidestep.model.pictured_heads import Answer, Box
     from sidestep.model.side_model import SideModel
     from sidestep.tasks.add_diff import DifferentBackbones, add_diff
     from sidestep.tasks.bank import TaskBank
@@ -60,8 +62,10 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 __all__ = [
+    "Answer",
     "BankError",
     "BitFitConfig",
+    "Box",
     "Classify",
     "DTLConfig",
     "DataSpec",
@@ -70,6 +74,7 @@ __all__ = [
     "DoraConfig",
     "FullConfig",
     "IA3Config",
+    "JointModel",
     "LSTConfig",
     "LateLoraConfig",
     "LoraConfig",
@@ -133,7 +138,9 @@ _HOMES = {
     ),
     "model.side_model": ("SideModel",),
     "model.attach": ("attach", "detach"),
+    "model.joint_model": ("JointModel",),
     "model.pair_model": ("PairModel",),
+    "model.pictured_heads": ("Answer", "Box"),
     "measure.plan": ("Plan", "plan"),
     "model.initialise": ("initialise",),
     "disk.task_folder": ("TaskError",),

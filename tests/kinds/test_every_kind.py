@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 import sidestep as ss
@@ -17,9 +18,11 @@ from sidestep.kinds import base, kind_named, kinds, register
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import PREDICTION
 from sidestep.kinds.numbers import Regression
+from sidestep.measure.plan.blank import blank_batch
 from sidestep.metrics import GREATER_IS_BETTER
 from sidestep.tasks.predict import evaluate, predict
 from small_tasks import reviews, text_backbone
+from tiny import FAMILIES
 
 
 @pytest.mark.parametrize("name", kinds())
@@ -33,6 +36,33 @@ def test_a_kind_says_what_it_is_scored_by_and_what_is_learned(name: str) -> None
     with pytest.raises(ValueError, match=f"metric='luck': two-class {name} problems have"):
         kind.best_by("luck", 2)
     assert kind.stored_labels(["a", "b"]).names == ("a", "b")
+
+
+@pytest.mark.parametrize("name", [name for name, kind in kinds().items() if not (kind.writes or kind.dual)])
+def test_a_head_of_every_kind_learns_and_comes_back_from_a_task(name: str, tmp_path: Path) -> None:
+    """It is enough that a plan can make the head: these laws then hold for it."""
+    family = FAMILIES["bert"]
+    torch.manual_seed(0)
+    model = ss.attach(family.model().base_model, ss.ReadConfig(rank=4), head=kind_named(name).blank_head(3)).train()
+    assert model.head is not None
+    assert model.head.config.kind == name
+    batch = blank_batch(model, 4, 8, None)
+    batch |= family.inputs(rows=4, tokens=8)
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.isfinite()
+    grads = {part: [p.grad for n, p in model.trained_parameters() if n.startswith(part)] for part in ("head.", "side.")}
+    assert all(grad is not None and grad.isfinite().all() for part in grads.values() for grad in part)
+    assert any(bool(grad.any()) for grad in grads["head."])
+    # the Trainer's count of labels makes two halves of a step one batch
+    items = batch["labels"].numel()
+    halves = [{key: value[rows] for key, value in batch.items()} for rows in (slice(2), slice(2, 4))]
+    both = sum(model(**half, num_items_in_batch=items).loss for half in halves)
+    torch.testing.assert_close(both, loss)
+    model.eval().save_pretrained(tmp_path / "task")
+    again = ss.load(tmp_path / "task", family.model().base_model)
+    del batch["labels"]
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
 def test_a_name_is_taken_once_and_unknown_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

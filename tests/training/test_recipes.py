@@ -72,7 +72,7 @@ def test_there_is_a_recipe_for_every_task_of_every_benchmark() -> None:
         name.replace("lst", "sherl") for name in recipes.names("lst")
     ]
     assert recipes.names("unipt") == ("unipt/vse/f30k", "unipt/vse/coco")
-    assert len(recipes.names()) == 2 * (19 + 19 + 25) + 19 + 2 * 3 * 8 + 2 * 2
+    assert len(recipes.names()) == 2 * (19 + 19 + 25) + 19 + 2 * 3 * 8 + 2 * 2 + 2
     assert recipes.names("dtl/vtab/svhn") == ("dtl/vtab/svhn",)
 
 
@@ -87,6 +87,7 @@ def test_every_recipe_can_be_followed(name: str, tmp_path: Path) -> None:
     assert (transform is None) == (recipe.problem is not None)
     assert transform is None or transform.shape == (224, 224)
     heads = {None: ss.Classify(num_labels=2), "retrieval": ss.Retrieve(), "text2text": None}
+    heads["vqa"] = ss.Answer(num_labels=2)
     assert recipe.problem != "text2text" or (recipe.pool, recipe.head) == (None, {})
     if (head := heads[recipe.problem]) is not None:
         assert replace(head, pool=recipe.pool, **recipe.head).pool == recipe.pool

@@ -154,7 +154,7 @@ def encode_images(
     if fields.image is None:
         raise DataError("fields names no image column: use encode_text for text")
     targets = targets_of(rows, fields, labels)
-    return IMAGES.decoded(rows, fields.image, "pixel_values", _Pixels(processor, augment), targets)
+    return IMAGES.decoded(rows, fields.image, "pixel_values", Pixels(processor, augment), targets)
 
 
 @dataclass
@@ -303,7 +303,14 @@ class _Tokenize:
 
 
 @dataclass(frozen=True)
-class _Pixels:
+class Pixels:
+    """Makes the "pixel_values" of images: by an image processor, or of random views of them.
+
+    Attributes:
+        processor: of images.
+        augment: of training images. None: there are no views.
+    """
+
     processor: Any
     augment: Augmentation | None
 

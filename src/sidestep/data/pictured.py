@@ -8,8 +8,9 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from sidestep.backbone.processors import PairProcessor
 from sidestep.backbone.vision_language import SideBySideProcessor, VisionLanguageProcessor
-from sidestep.data.encode import Fields, check_fields, encode_text, targets_of, token_limit
+from sidestep.data.encode import Fields, Pixels, check_fields, encode_text, targets_of, token_limit
 from sidestep.data.images import IMAGES
 from sidestep.data.labels import LabelSpace
 from sidestep.data.media import Decode, numbered, undecoded
@@ -70,7 +71,11 @@ def encode_pictured(
 
 
 def encode_beside(
-    rows: Dataset, fields: Fields, processor: SideBySideProcessor, labels: LabelSpace | None, max_length: int | None
+    rows: Dataset,
+    fields: Fields,
+    processor: SideBySideProcessor | PairProcessor,
+    labels: LabelSpace | None,
+    max_length: int | None,
 ) -> tuple[Dataset, int]:
     """The rows as token ids, with their undecoded pictures beside them, and how many texts were cut.
 
@@ -86,9 +91,13 @@ def encode_beside(
     return concatenate_datasets([numbered(rows, fields.image, PIXELS), tokens], axis=1), cut
 
 
-def decoding(rows: Dataset) -> Dataset:
-    """The rows of `encode_pictured` or `encode_beside`, whose pictures are decoded when they are read."""
-    return rows.with_transform(Decode(IMAGES, PIXELS, _as_they_are))
+def decoding(rows: Dataset, processor: Any = None) -> Dataset:
+    """The rows of `encode_pictured` or `encode_beside`, whose pictures are decoded when they are read.
+
+    A `PairProcessor` makes their pixels then. Those of other processors are made with the batch.
+    """
+    made = Pixels(processor.image, None) if isinstance(processor, PairProcessor) else _as_they_are
+    return rows.with_transform(Decode(IMAGES, PIXELS, made))
 
 
 def _as_they_are(pictures: list[Any], rows: list[int | None]) -> dict[str, Any]:

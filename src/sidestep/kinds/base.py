@@ -14,6 +14,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from sidestep.backbone.processors import PairProcessor
 from sidestep.backbone.vision_language import SideBySideProcessor
 from sidestep.data import (
     Augmentation,
@@ -165,9 +166,9 @@ class TaskKind(ABC):
             return encode_sounds(rows, fields, processor, labels)
         if fields.text is None:
             return encode_images(rows, fields, processor, labels, augment), 0
-        if fields.image is not None and isinstance(processor, SideBySideProcessor):
+        if fields.image is not None and isinstance(processor, SideBySideProcessor | PairProcessor):
             found, cut = encode_beside(rows, fields, processor, labels, max_length)
-            return decoding(found), cut
+            return decoding(found, processor), cut
         if fields.image is not None:
             return decoding(encode_pictured(rows, fields, processor, labels, max_length)), 0
         return encode_text(rows, fields, processor, labels, max_length, separator=separators.pair)

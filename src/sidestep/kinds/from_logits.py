@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from sidestep.data import Fields, Generation, LabelSpace
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import Probabilities, TaskKind, targets_of
-from sidestep.kinds.running import logits
+from sidestep.kinds.running import Headed, logits
 from sidestep.model.attach import Attached
-from sidestep.model.side_model import SideModel
 
 
 class FromLogits(TaskKind):
@@ -23,7 +22,7 @@ class FromLogits(TaskKind):
         self, model: Attached, encoded: Dataset, fields: Fields, labels: LabelSpace, generation: Generation, **how: Any
     ) -> Assessment:
         """Scores of the outputs."""
-        assert isinstance(model, SideModel)
+        assert isinstance(model, Headed)
         return self.assess(logits(model, encoded, fields, **how), targets_of(encoded), labels.names or None)
 
     def predict(
@@ -36,7 +35,7 @@ class FromLogits(TaskKind):
         **how: Any,
     ) -> dict[str, list[Any]]:
         """Columns of the outputs."""
-        assert isinstance(model, SideModel)
+        assert isinstance(model, Headed)
         return self.columns(labels, logits(model, rows, fields, **how), probabilities)
 
     @abstractmethod

@@ -22,11 +22,15 @@ from sidestep.data.vocabulary import check_tokens
 from sidestep.kinds.sounds import check_sounds
 from sidestep.measure.step import accepted
 from sidestep.metrics import Written
+from sidestep.model.joint_model import JointModel
 from sidestep.model.side_model import SideModel
+
+Headed = SideModel | JointModel
+"""Models with one head, whose outputs are scored."""
 
 
 def logits(
-    model: SideModel,
+    model: Headed,
     encoded: Dataset,
     fields: Fields,
     *,
@@ -57,16 +61,16 @@ def logits(
     return back
 
 
-def check_encoded(model: SideModel, encoded: Dataset, fields: Fields, processor: Any) -> None:
+def check_encoded(model: Headed, encoded: Dataset, fields: Fields, processor: Any) -> None:
     """Refuses rows that a model cannot read.
 
     Raises:
         DataError: for tokens that the backbone has no embeddings for, and sounds that are too short for it.
     """
     if fields.text is not None:
-        check_tokens(model.backbone, encoded, processor)
+        check_tokens(model.parts[-1].backbone, encoded, processor)
     if fields.audio is not None and "length" in encoded.column_names:
-        check_sounds(model, encoded, processor)
+        check_sounds(model.parts[0], encoded, processor)
 
 
 def written(
@@ -131,7 +135,7 @@ def prompt_collator(processor: Any, kind: Written) -> Collate:
 
 
 def _batches(
-    model: SideModel,
+    model: Headed,
     encoded: Dataset,
     order: NDArray[np.int64],
     collate: Collate,

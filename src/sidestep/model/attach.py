@@ -18,10 +18,12 @@ from sidestep.interface.keep import Keep
 from sidestep.methods import MethodConfig
 from sidestep.model.build import check_attachable
 from sidestep.model.heads import HeadConfig, Retrieve
+from sidestep.model.joint_model import JointModel
 from sidestep.model.pair_model import PairModel
 from sidestep.model.settings import Settings
 from sidestep.model.side_model import SideModel
 from sidestep.model.token_loss import LmLoss
+from sidestep.model.two_towers import TwoTowers
 
 
 # Retrieve is a HeadConfig too: mypy calls that an overlap, and takes the first that fits, which is what is meant.
@@ -50,7 +52,7 @@ def attach(
     checkpoint: Checkpoint | None = None,
     keep: Keep = "full",
     lm_loss: LmLoss = "own",
-) -> SideModel: ...
+) -> SideModel: ...  # or, on a dual encoder, a `JointModel`: what a backbone is, types do not tell
 
 
 def attach(
@@ -63,14 +65,14 @@ def attach(
     checkpoint: Checkpoint | None = None,
     keep: Keep = "full",
     lm_loss: LmLoss = "own",
-) -> SideModel | PairModel:
+) -> SideModel | PairModel | JointModel:
     """A model that tunes `method` (and a head) on a backbone. The backbone is frozen and in eval mode from here on.
 
     Args:
         backbone: a Hugging Face model, with or without a task head, or a timm model. With `Retrieve` a dual encoder, as
-            `CLIPModel` or `VisionTextDualEncoderModel`.
+            `CLIPModel` or `VisionTextDualEncoderModel`. On one, `Classify` and `Answer` read both towers together.
         method: for example `ReadConfig(rank=128)`. In a dual encoder each tower gets its own.
-        head: `Classify`, `Regress`, `Retrieve`, or None for the backbone's own head.
+        head: `Classify`, `Regress`, `Retrieve`, `Answer`, `Box`, or None for the backbone's own head.
         train_head: with head=None, whether the backbone's own head is trained. None: if it is new or the class is a
             For...Classification class. A pooler is trained if it is new.
         backbone_noise: "drop_path", "dropout" or "all" leave that noise on in training. None: eval mode. A method that
@@ -89,10 +91,13 @@ def attach(
         TypeError: if the backbone is no torch module.
     """
     settings = Settings(method, head, train_head, backbone_noise, checkpoint, keep, lm_loss)
-    if isinstance(backbone, PairModel):
+    if isinstance(backbone, TwoTowers):
         raise ValueError("this is an attached model already: call ss.detach(model) first, then attach again")
     check_attachable(backbone)
-    return PairModel(backbone, settings) if isinstance(head, Retrieve) else SideModel(backbone, settings)
+    if isinstance(head, Retrieve):
+        return PairModel(backbone, settings)
+    of_both = head is not None and dual_family_of(backbone) is not None
+    return JointModel(backbone, settings) if of_both else SideModel(backbone, settings)
 
 
 def detach(model: Attached) -> nn.Module:
@@ -107,5 +112,5 @@ def digests_of(backbone: nn.Module) -> list[Digest]:
     return [digest_of(pretrained_tensors(tower)) for tower in towers]
 
 
-Attached = SideModel | PairModel
+Attached = SideModel | PairModel | JointModel
 """What `attach` gives."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sidestep.fold import Look, Recorder, Route
-from sidestep.model.pair_model import PairModel
+from sidestep.model.two_towers import TwoTowers
 
 if TYPE_CHECKING:
     from sidestep.model.attach import Attached
@@ -63,8 +63,8 @@ def check_storable(model: Attached) -> SideModel:
     Raises:
         FeaturesRefused: saying why not.
     """
-    if isinstance(model, PairModel):
-        raise FeaturesRefused("retrieval trains on two backbones at once, whose states are not stored yet")
+    if isinstance(model, TwoTowers):
+        raise FeaturesRefused("a dual encoder's task is on two backbones at once, whose states are not stored yet")
     if model.sparse is not None or (model.delta is not None and not model.delta.late):
         raise FeaturesRefused(
             f"{model.record.name} changes the backbone's weights, so its states change with each step"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sidestep.backbone import Digest
 from sidestep.disk.task_folder import TaskError, read
-from sidestep.model.pair_model import PairModel
+from sidestep.model.two_towers import TwoTowers
 from sidestep.model.side_model import SideModel
 from sidestep.sparse.codec import POSITIONS, VALUES
 from sidestep.tasks.load import diff_of, dtype_mismatch
@@ -49,7 +49,7 @@ def add_diff(model: SideModel, folder: str | Path, scale: float = 1.0, *, allow_
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}, but it must be a finite number")
     task = read(folder)
-    for what, is_pair in (("the model", isinstance(model, PairModel)), (folder, "towers" in task.config["backbone"])):
+    for what, is_pair in (("the model", isinstance(model, TwoTowers)), (folder, "towers" in task.config["backbone"])):
         if is_pair:
             raise TaskError(f"{what} is of a dual encoder, and diffs of pairs cannot be added: give one backbone's")
     diff = model.sparse

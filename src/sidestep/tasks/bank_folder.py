@@ -22,8 +22,8 @@ from sidestep.disk.task_folder import DamagedTask, Task, TaskError
 from sidestep.messages import some
 from sidestep.model import saving
 from sidestep.model.attach import Attached
-from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
+from sidestep.model.two_towers import TwoTowers
 
 LOCK = ".lock"
 STAGING = ".moving-"
@@ -186,7 +186,7 @@ class BankFolder:
             raise BankError(
                 f"{name!r} cannot be a task's name: use letters, digits, '_', '-' and '.', at most {LONGEST} bytes"
             )
-        if not isinstance(task, SideModel | PairModel):
+        if not isinstance(task, SideModel | TwoTowers):
             task_folder.read(task)  # before anything is copied, so that the message names the folder that was given
             refuse_inputs([self.path / name], [Path(task)])
         with self._writing() as staging:
@@ -195,7 +195,7 @@ class BankFolder:
             if (self.path / name).exists():
                 raise BankError(f"{self.path / name} is there, and is no task: choose another name, or move it away")
             new = staging / name
-            if isinstance(task, SideModel | PairModel):
+            if isinstance(task, SideModel | TwoTowers):
                 saving.save(task, new)
             else:
                 task_folder.copy(task, new)

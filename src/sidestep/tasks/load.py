@@ -22,7 +22,7 @@ from sidestep.messages import some
 from sidestep.methods import UnsupportedBackbone, WeightDelta, method_of
 from sidestep.model.attach import Attached, attach, detach, digests_of
 from sidestep.model.build import check_attachable
-from sidestep.model.heads import Retrieve, named
+from sidestep.model.heads import named
 from sidestep.model.saving import diffs, portable_names, settings_of
 from sidestep.model.settings import Settings
 from sidestep.sparse.codec import POSITIONS, VALUES, DamagedDiff, decode
@@ -161,7 +161,7 @@ def can_rest(task: Task) -> bool:
     settings = settings_of(task)
     method = method_of(settings.method).implementation
     inserts = issubclass(method, WeightDelta) and method.remove is not WeightDelta.remove
-    return not inserts and not isinstance(settings.head, Retrieve)
+    return not inserts and "towers" not in task.config["backbone"]
 
 
 def check_fit(task: Task, blank: nn.Module) -> None:

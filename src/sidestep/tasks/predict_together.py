@@ -129,24 +129,31 @@ def predict_together(
         fields = tasks_of[names[0]].fields
         spaces = {name: tasks_of[name].labels or labels_of_task(bank.activate(name)) for name in names}
         kinds = {name: kind_named(space.kind) for name, space in spaces.items()}
-        heads = [name for name in names if isinstance(kinds[name], FromLogits)]
+        heads = [name for name in names if isinstance(kinds[name], FromLogits) and not _is_dual(bank, name)]
         outputs = _logits(bank, heads, rows.select(numbers), fields, batch_size, tally, features) if heads else {}
         where = {number: place for place, number in enumerate(numbers)}
         for name in names:
             kind = kinds[name]
-            if isinstance(kind, FromLogits):
+            if isinstance(kind, FromLogits) and name in outputs:
                 own = outputs[name][[where[number] for number in places[name]]]
                 found = kind.columns(spaces[name], own, "one")
             else:
                 part = rows.select(places[name])
-                table = predict(bank.activate(name), part, fields=fields, batch_size=batch_size)
-                found = {PREDICTION: table[PREDICTION][:]}
+                table = predict(
+                    bank.activate(name), part, fields=fields, batch_size=batch_size, probabilities="one"
+                )
+                found = {column: table[column][:] for column in (PREDICTION, OWN) if column in table.column_names}
             for place, number in enumerate(places[name]):
                 answers[number][name] = {column: values[place] for column, values in found.items()}
     ordered = [
         {name: found[name] for name in asked if name not in failed} for asked, found in zip(tasks, answers, strict=True)
     ]
     return Answers(ordered, tally.passes, tally.batches, failed)
+
+
+def _is_dual(bank: Bank, name: str) -> bool:
+    """Whether a task is on the two towers of a dual encoder. It runs in passes of its own."""
+    return "towers" in bank.store.config(name)["backbone"]
 
 
 @dataclass

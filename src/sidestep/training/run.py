@@ -12,7 +12,7 @@ from datasets import Dataset
 from sidestep.backbone import Noise
 from sidestep.backbone.load import check_writes, load_backbone, load_pair
 from sidestep.backbone.pixels import ImageTransform, adjusted
-from sidestep.backbone.processors import load_pair_processor, load_processor
+from sidestep.backbone.processors import PairProcessor, load_pair_processor, load_processor
 from sidestep.backbone.recompute import Checkpoint
 from sidestep.data import Fields, TableOptions
 from sidestep.data.augment import NONE
@@ -100,7 +100,7 @@ class ModelSpec:
     Attributes:
         backbone: hub id, folder or "timm:NAME" (see `load_backbone`). Of a dual encoder the whole, or its image tower.
         method: its config.
-        text_backbone: the text encoder, where the two encoders are not a pair yet.
+        text_backbone: the text encoder, where the two encoders are not a pair yet (of retrieval, and of VQA).
         head: of a dual encoder. None: by the data.
         pool: what a Sidestep head reads.
         own_head: whether the backbone's own head is trained instead.
@@ -225,18 +225,21 @@ def check_places(spec: RunSpec) -> None:
 def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
     """The rows of a run as its backbone reads them. Errors as of `train`."""
     asked, model, kind = spec.data, spec.model, spec.data.task_kind
-    if (kind is None or not kind.dual) and (model.text_backbone, model.head) != (None, None):
+    pictured = kind is not None and kind.pictured
+    if (kind is None or not kind.dual) and (model.text_backbone if not pictured else None, model.head) != (None, None):
         raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --kind retrieval")
     if kind is not None and kind.writes is not None:
         check_writes(model.name, kind.writes, revision=model.revision)
     processor: Any
-    if kind is not None and kind.dual:
+    if kind is not None and (kind.dual or (pictured and model.text_backbone is not None)):
         both = load_pair_processor(model.name, model.text_name, revision=model.revision)
         processor = replace(both, image=adjusted(both.image, size=asked.image_size, normalize=asked.normalize))
     else:
         pictures = asked.image is not None
         found = asked.transform or load_processor(model.name, revision=model.revision, pictures=pictures)
-        processor = adjusted(found, size=asked.image_size, normalize=asked.normalize)
+        how: dict[str, Any] = {"size": asked.image_size, "normalize": asked.normalize}
+        of_pair = isinstance(found, PairProcessor)
+        processor = replace(found, image=adjusted(found.image, **how)) if of_pair else adjusted(found, **how)
     rows = asked.rows(asked.train, asked.train_split)
     if watch is not None:
         watch.read(len(rows))
@@ -288,7 +291,7 @@ def attached(spec: RunSpec, data: TaskData, backbone: Any = None) -> Attached:
     torch.manual_seed(spec.training.seed)
     if backbone is not None:
         return attach(backbone, own.method, head=head, **how)
-    if kind.dual:
+    if kind.dual or own.text_name is not None:
         return attach(load_pair(**where, text_name=own.text_name), own.method, head=head, **how)
     outputs = data.labels.outputs if own.own_head else None
     backbone = load_backbone(**where, head=own.own_head, num_labels=outputs, writes=kind.writes)

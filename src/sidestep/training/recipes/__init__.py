@@ -60,7 +60,7 @@ class Recipe:
     backbone: str
     method: str
     method_settings: Mapping[str, Any]
-    problem: Literal["text2text", "retrieval"] | None
+    problem: Literal["text2text", "retrieval", "vqa"] | None
     pool: str | None
     head: Mapping[str, Any]
     noise: Literal["drop_path", "dropout", "all"] | None
