@@ -91,7 +91,7 @@ Problem = Annotated[
         "--kind",
         "--task",
         "--problem",
-        help="single, multi, regress, text2text, lm or retrieval. Default: multi for lists, else single.",
+        help="single, multi, regress, tokens, spans, text2text, lm or retrieval. Default: single, or multi for lists.",
     ),
 ]
 Shots = Annotated[int | None, _data(help="Training rows of each class. Default: all.")]
@@ -234,7 +234,7 @@ PlannedDtype = Annotated[
 ]
 PlannedKind = Annotated[
     str | None,
-    _data("--kind", help="single, multi, regress, text2text or lm (all tokens have a label). Default: single."),
+    _data("--kind", help="single, multi, regress, tokens, spans, text2text or lm (all tokens have a label)."),
 ]
 Optimizer = Annotated[str, _training(help="AdamW, 'AdamW (fused)', SGD or Adafactor.")]
 Measure = Annotated[bool, _running("--measure", help="Run steps with random weights here instead of predicting.")]

@@ -56,7 +56,6 @@ def plan(
         from sidestep.measure.plan import alternatives, best_device, fastest, largest_batch, memory_of, ways_of_keeping
         from sidestep.measure.plan import plan as planned
         from sidestep.methods import method_named
-        from sidestep.model.heads import Classify, Regress
 
         limit = None if gpu is None else memory_of(gpu)
         if own_head and pool is not None:
@@ -66,15 +65,12 @@ def plan(
         of = kind_named(kind or "single")
         if of.dual:
             raise ValueError("--kind retrieval has two towers, and a plan is of one backbone: plan each tower alone")
-        if of.writes and (own_head or pool is not None):
-            raise ValueError(f"--kind {of.name} is written by the backbone's own head: leave --own-head and --pool out")
-        reads: Any = {"pool": pool}  # a head refuses a pool that it does not know
-        if of.name == "regress":
-            head: HeadConfig = Regress(**reads)
-        else:
-            head = Classify(num_labels=labels, problem="multi" if of.name == "multi" else "single", **reads)
+        if of.writes and own_head:
+            raise ValueError(f"--kind {of.name} is written by the backbone's own head: leave --own-head out")
+        head: HeadConfig | None = of.blank_head(labels, pool)  # a head refuses a pool that it does not know
         settings: dict[str, Any] = {
-            "head": None if own_head or of.writes else head,
+            "head": None if own_head else head,
+            "own_head": of.own_head,
             "writes": of.writes,
             "lm_loss": lm_loss if of.writes else "own",
             "length": length,
