@@ -92,8 +92,8 @@ def load_backbone(
         dtype: precision of the weights, such as torch.bfloat16 or "bfloat16". None is the checkpoint's own. For
             quantised weights of a GGUF file, which are unpacked, None is float32.
         revision: branch, tag or commit of a hub id.
-        head: whether the model comes with a classification head of its own (text, images or sounds), or which one: of
-            each token, or of the two ends of an answer.
+        head: whether the model comes with a classification head of its own (text, images or sounds). "tokens" and
+            "spans" are its heads of each token, and of the two ends of an answer.
         num_labels: classes of that head. None: the checkpoint's.
         writes: "text2text" or "lm": the model comes with its language model head, as an encoder-decoder or a decoder.
         drop_path: rate of the last block's drop path, which grows with depth from 0. None: the model's own. It acts in
