@@ -46,11 +46,10 @@ if TYPE_CHECKING:
         methods,
     )
     from sidestep.model.attach import attach, detach
-    from sidestep.model.heads import Classify, Regress, Retrieve
+    from sidestep.model.heads import Answer, Box, Classify, Regress, Retrieve, Span, Tag
     from sidestep.model.initialise import initialise
     from sidestep.model.joint_model import JointModel
     from sidestep.model.pair_model import PairModel
-    from sidestep.model.pictured_heads import Answer, Box
     from sidestep.model.side_model import SideModel
     from sidestep.tasks.add_diff import DifferentBackbones, add_diff
     from sidestep.tasks.bank import TaskBank
@@ -91,8 +90,10 @@ __all__ = [
     "SherlConfig",
     "SideAttentionConfig",
     "SideModel",
+    "Span",
     "SparseConfig",
     "SynQTConfig",
+    "Tag",
     "TaskBank",
     "TaskError",
     "TrainSettings",
@@ -112,7 +113,7 @@ __all__ = [
 
 _HOMES = {
     "tasks.bank": ("BankError", "TaskBank"),
-    "model.heads": ("Classify", "Regress", "Retrieve"),
+    "model.heads": ("Answer", "Box", "Classify", "Regress", "Retrieve", "Span", "Tag"),
     "measure.memory": ("peak_memory", "saved_bytes"),
     "methods": (
         "BitFitConfig",
@@ -140,7 +141,6 @@ _HOMES = {
     "model.attach": ("attach", "detach"),
     "model.joint_model": ("JointModel",),
     "model.pair_model": ("PairModel",),
-    "model.pictured_heads": ("Answer", "Box"),
     "measure.plan": ("Plan", "plan"),
     "model.initialise": ("initialise",),
     "disk.task_folder": ("TaskError",),

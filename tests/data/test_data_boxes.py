@@ -72,7 +72,10 @@ def test_a_picture_on_its_side_has_the_size_that_one_looks_at(tmp_path: Path) ->
     [
         ([5, 5, 5, 9], r"boxes without a size in 1 of 2 rows, row 2 .*: \[5, 5, 5, 9\] by left, top, right and bottom"),
         ([9, 5, 5, 9], "boxes without a size in 1 of 2 rows, row 2"),
-        ([5, 5, 50, 9], r"boxes outside their pictures in 1 of 2 rows, row 2 .*: \[5, 5, 50, 9\] in a picture of 40 x 20"),
+        (
+            [5, 5, 50, 9],
+            r"boxes outside their pictures in 1 of 2 rows, row 2 .*: \[5, 5, 50, 9\] in a picture of 40 x 20",
+        ),
         ([-3, 5, 20, 9], "boxes outside their pictures in 1 of 2 rows, row 2"),
         ([5, 5, 9], "has no box in 1 of 2 rows, row 2"),
         (None, "has no box in 1 of 2 rows, row 2"),

@@ -30,6 +30,12 @@ def stored(model: ss.SideModel, batch: dict[str, Tensor]) -> dict[str, Any]:
     return {**({} if absent else batch), "features": States(route, hidden, absent=absent)}
 
 
+def inputs_of(family: str) -> dict[str, Tensor]:
+    """A batch. Where a picture stands behind the texts none is padded: what has padding in its middle is not stored."""
+    batch = ALL[family].inputs()
+    return {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])} if ALL[family].beside else batch
+
+
 def kept_loss(model: ss.SideModel, batch: dict[str, Any]) -> Tensor:
     """Random weights on the logits, without those of padding."""
     out, mask = logits(model(**batch)), batch.get("attention_mask")
@@ -43,9 +49,9 @@ def kept_loss(model: ss.SideModel, batch: dict[str, Any]) -> Tensor:
 def test_a_pass_from_features_has_the_outputs_and_gradients_of_a_live_one(method: str, family: str, head: bool) -> None:
     model = attach(method, ALL[family], head=head)
     randomize(model)
-    fed = stored(model, ALL[family].inputs())
+    fed = stored(model, inputs_of(family))
     torch.manual_seed(5)
-    live = kept_loss(model.train(), ALL[family].inputs())
+    live = kept_loss(model.train(), inputs_of(family))
     if not live.requires_grad:
         pytest.skip("nothing is trained")
     wanted = gradients(model, live)

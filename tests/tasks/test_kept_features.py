@@ -577,7 +577,9 @@ def test_retrieval_is_refused_or_runs_live(place: Path, tmp_path: Path) -> None:
     data = prepare(flat, None, fields, load_pair_processor(str(tmp_path / "clip")), kind="retrieval", dev_fraction=0.25)
     model = ss.attach(CLIPModel.from_pretrained(tmp_path / "clip"), ss.ReadConfig(rank=2), head=Retrieve())
     how: dict[str, Any] = {"epochs": 1, "batch_size": 4, "progress": False, "measure": False, "keep": "last"}
-    with pytest.raises(ValueError, match="a dual encoder's task is on two backbones at once, whose states are not stored yet"):
+    with pytest.raises(
+        ValueError, match="a dual encoder's task is on two backbones at once, whose states are not stored yet"
+    ):
         train(model, data, TrainSettings(output=tmp_path / "one", features="ram", **how))
     told: list[str] = []
     found = train(model, data, TrainSettings(output=tmp_path / "two", features="auto", **how), tell=told.append)

@@ -134,8 +134,11 @@ def test_taps_may_read_again_in_backward(place: Path, pool: Any) -> None:
         torch.testing.assert_close(found[1][name], grad)
 
 
-@pytest.mark.parametrize("head", [ss.Answer(num_labels=20), ss.Box(pool="mean")], ids=["vqa", "grounding"])
-@pytest.mark.parametrize("method", [ss.ReadConfig(rank=8), ss.SherlConfig(reduction=4), ss.LoraConfig(rank=4)])
+@pytest.mark.parametrize(
+    ("head", "method"),
+    [(ss.Answer(num_labels=20), ss.SherlConfig(reduction=4)), (ss.Box(pool="mean"), ss.ReadConfig(rank=8))],
+    ids=["vqa", "grounding"],
+)
 def test_a_plan_is_within_a_tenth_of_what_a_step_takes(head: Any, method: Any) -> None:
     sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
     config = ViltConfig(vocab_size=100, max_position_embeddings=16, image_size=96, patch_size=8, **sizes)
@@ -176,21 +179,24 @@ def test_training_learns_the_pictures_and_a_reloaded_task_answers_the_same(
     assert results.scores.keys() == set(METRICS[kind])
     again, dev = ss.load(tmp_path / "task"), rows(place, "dev")
     assert evaluate(again, dev) == pytest.approx(results.scores, rel=1e-6)
-    text, label = COLUMNS[kind]
+    label = COLUMNS[kind][1]
     found = predict(again, dev.remove_columns(label), batch_size=5)
     assert found["picture"][:] == dev["picture"][:]
     if kind == "vqa":
         names = again.extras["preprocessing"]["labels"]
         assert set(found["prediction"]) <= set(names)
         assert found.column_names[-3:] == [f"p_{name}" for name in names]
-        right = [people[0]["answer"].lower() == said for people, said in zip(dev["answers"], found["prediction"])]
+        right = [
+            people[0]["answer"].lower() == said
+            for people, said in zip(dev["answers"], found["prediction"], strict=True)
+        ]
         assert np.mean(right) == pytest.approx(results.scores["accuracy"])
         return
     for path, box in zip(found["picture"], found["prediction"], strict=True):
         with PIL.Image.open(path) as picture:
             assert 0 <= box[0] <= box[2] <= picture.width
             assert 0 <= box[1] <= box[3] <= picture.height
-    assert np.mean([overlap(*pair) for pair in zip(dev["box"], found["prediction"])]) == pytest.approx(
+    assert np.mean([overlap(*pair) for pair in zip(dev["box"], found["prediction"], strict=True)]) == pytest.approx(
         results.scores["mean_iou"], rel=1e-4
     )
 
@@ -205,8 +211,10 @@ def overlap(one: list[float], other: list[float]) -> float:
 
 
 def test_a_box_is_stored_and_predicted_in_its_own_form(place: Path, tmp_path: Path) -> None:
-    found = [{**row, "box": [row["box"][0], row["box"][1], row["box"][2] - row["box"][0], row["box"][3] - row["box"][1]]}
-             for row in rows(place).to_list()]  # fmt: skip
+    found = rows(place).to_list()
+    for row in found:
+        left, top, right, bottom = row["box"]
+        row["box"] = [left, top, right - left, bottom - top]
     fields = Fields(text="phrase", image="picture", label="box")
     processor = load_processor(place / "vilt", pictures=True)
     wide = prepare(Dataset.from_list(found), None, fields, processor, kind="grounding", boxes="xywh")
@@ -334,7 +342,7 @@ def test_a_comparison_has_both_kinds(place: Path, tmp_path: Path) -> None:
         f'label = "{label}"\nkind = "{kind}"\n'
         for kind, (text, label) in COLUMNS.items()
     )
-    how = 'epochs = 1\nseeds = [0]\nbatch_size = 8\n[costs]\nlength = 8\nrepeats = 1\n'
+    how = "epochs = 1\nseeds = [0]\nbatch_size = 8\n[costs]\nlength = 8\nrepeats = 1\n"
     contender = '[[contender]]\nmethod = "read"\nrates = [0.01]\n[contender.set]\nrank = 4\n'
     (place / "both.toml").write_text(f'{how}[[backbone]]\nmodel = "vilt"\n{tasks}{contender}')
     succeed("compare", place / "both.toml", "--output", tmp_path / "both.jsonl")
@@ -343,7 +351,7 @@ def test_a_comparison_has_both_kinds(place: Path, tmp_path: Path) -> None:
     assert scored.keys() == set(KINDS)
     assert all(scored[kind]["scores"].keys() == set(METRICS[kind]) for kind in KINDS)
     (cost,) = [line for line in lines if line["kind"] == "cost"]
-    assert cost["status"] == "done"
+    assert cost["status"] == "ok"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -358,20 +366,23 @@ def test_a_plan_is_made_of_a_config_alone(place: Path, kind: str) -> None:
 
 
 def test_what_does_not_fit_is_refused_before_training(place: Path, tmp_path: Path) -> None:
-    fields, processor = Fields(text="phrase", image="picture", label="box"), load_processor(place / "vilt", pictures=True)
+    fields, processor = (
+        Fields(text="phrase", image="picture", label="box"),
+        load_processor(place / "vilt", pictures=True),
+    )
     found = rows(place)
     with pytest.raises(DataError, match="kind='grounding' reads a picture and a text of each row: name both columns"):
         prepare(found, None, Fields(text="phrase", label="box"), processor, kind="grounding")
-    with pytest.raises(DataError, match="PreTrainedTokenizerFast reads one of them"):
+    with pytest.raises(DataError, match="TokenizersBackend reads one of them"):
         prepare(found, None, fields, load_processor(place / "vilt"), kind="grounding")
     with pytest.raises(DataError, match="answers=3 with kind='single': it is for vqa or grounding"):
         prepare(found, None, fields, processor, kind="single", answers=3)
     with pytest.raises(DataError, match="shots=2: vqa has no classes"):
         prepare(found, None, Fields(text="question", image="picture", label="answers"), processor, kind="vqa", shots=2)
-    cropped = image_processor()
     crop = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 24, "width": 24})
-    both = SideBySideProcessor.of(ViltProcessor(cropped, tokenizer()))
-    both.whole.image_processor = crop
+    whole = ViltProcessor(image_processor(), tokenizer())
+    whole.image_processor = crop
+    both = SideBySideProcessor.of(whole)
     with pytest.raises(DataError, match="ViltProcessor cuts edges off pictures, so boxes would not be where"):
         prepare(found, None, fields, both, kind="grounding")
     said = refusal(*asked(place, "grounding", tmp_path / "never"), "--boxes", "yxyx")
@@ -384,11 +395,16 @@ def test_a_picture_that_cannot_be_read_is_named_or_left_out(place: Path, tmp_pat
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     bad = [{**row, "picture": str(broken)} if number == 2 else row for number, row in enumerate(rows(place).to_list())]
-    fields, processor = Fields(text="phrase", image="picture", label="box"), load_processor(place / "vilt", pictures=True)
+    fields, processor = (
+        Fields(text="phrase", image="picture", label="box"),
+        load_processor(place / "vilt", pictures=True),
+    )
     with pytest.raises(DataError, match=r"broken.png' in row 3 cannot be read"):
         prepare(Dataset.from_list(bad), None, fields, processor, kind="grounding")
     with pytest.warns(match="1 of 36 images of the training rows cannot be read and were left out"):
-        data = prepare(Dataset.from_list(bad), rows(place, "dev"), fields, processor, kind="grounding", skip_bad_files=True)
+        data = prepare(
+            Dataset.from_list(bad), rows(place, "dev"), fields, processor, kind="grounding", skip_bad_files=True
+        )
     assert len(data.train) == 35
 
 
@@ -400,7 +416,8 @@ def test_dev_answers_that_training_never_had_are_counted_and_wrong(place: Path) 
         data = prepare(rows(place), both, fields, load_processor(place / "vilt", pictures=True), kind="vqa")
     model = attached(place, data)
     model.extras["processor"], model.extras["preprocessing"] = data.processor, data.preprocessing()
-    assert evaluate(model, both)["accuracy"] <= 0.75
+    with pytest.warns(match="They count as wrong"):
+        assert evaluate(model, both)["accuracy"] <= 0.75
 
 
 def test_rows_of_a_table_are_read(place: Path, tmp_path: Path) -> None:

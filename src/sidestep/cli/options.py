@@ -95,8 +95,8 @@ Problem = Annotated[
         "--kind",
         "--task",
         "--problem",
-        help="single, multi, regress, text2text, lm, retrieval, vqa or grounding. Default: multi for lists, else "
-        "single.",
+        help="single, multi, regress, tokens, spans, text2text, lm, retrieval, vqa or grounding. Default: single, or "
+        "multi for lists.",
     ),
 ]
 Shots = Annotated[int | None, _data(help="Training rows of each class. Default: all.")]
@@ -241,7 +241,7 @@ PlannedKind = Annotated[
     str | None,
     _data(
         "--kind",
-        help="single, multi, regress, text2text, lm (all tokens have a label), vqa or grounding. Default: single.",
+        help="single, multi, regress, tokens, spans, text2text, lm (all tokens have a label), vqa or grounding.",
     ),
 ]
 Optimizer = Annotated[str, _training(help="AdamW, 'AdamW (fused)', SGD or Adafactor.")]

@@ -64,10 +64,12 @@ def plan(
         of = kind_named(kind or "single")
         if of.dual:
             raise ValueError("--kind retrieval has two towers, and a plan is of one backbone: plan each tower alone")
-        if of.writes and (own_head or pool is not None):
-            raise ValueError(f"--kind {of.name} is written by the backbone's own head: leave --own-head and --pool out")
+        if of.writes and own_head:
+            raise ValueError(f"--kind {of.name} is written by the backbone's own head: leave --own-head out")
+        head = of.blank_head(labels, pool)  # a head refuses a pool that it does not know
         settings: dict[str, Any] = {
-            "head": None if own_head or of.writes else of.blank_head(labels, pool),
+            "head": None if own_head else head,
+            "own_head": of.own_head,
             "writes": of.writes,
             "lm_loss": lm_loss if of.writes else "own",
             "length": length,

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from sidestep.data.images import size_of
 from sidestep.data.labels import LabelSpace
 from sidestep.data.media import undecoded
-from sidestep.data.messages import DataError, listed, named_rows
+from sidestep.data.messages import DataError, named_rows
 from sidestep.data.tables import check_column
+from sidestep.messages import some
 
 BoxForm = Literal["xyxy", "xywh"]
 """Left, top, right and bottom, or left, top, width and height."""
@@ -139,4 +140,4 @@ def _refuse_outside(boxes: NDArray[Any], ends: NDArray[Any], column: str, form: 
 
 
 def _shown(boxes: NDArray[Any], rows: Sequence[int]) -> str:
-    return listed([[float(f"{number:.6g}") for number in boxes[row]] for row in rows], 3)
+    return some((f"[{', '.join(f'{number:g}' for number in boxes[row])}]" for row in rows), 3)

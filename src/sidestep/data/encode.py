@@ -315,6 +315,7 @@ class Pixels:
     augment: Augmentation | None
 
     def __call__(self, images: list[PIL.Image.Image], rows: list[int | None]) -> dict[str, Any]:
+        """The pixels of images of rows with these numbers."""
         if self.augment is None:
             return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
         views = [self.augment(image, row) for image, row in zip(images, rows, strict=True)]

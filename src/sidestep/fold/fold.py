@@ -343,7 +343,7 @@ class Fold:
             self._open_cache(passed, strand, site, call, tokens)
         if site.kind != "norm":
             passed.grid = grid_at(hidden, site, facts, inputs, self.grid(self.trunk, inputs, call, hidden))
-            passed.see_mask(call, tokens)
+            passed.see_mask(call, tokens, facts)
         mask = inputs.get("decoder_attention_mask" if decoding else "attention_mask") if passed.grid is None else None
         matters = self.pools or not self.method.tokenwise
         if facts.frames is not None and mask is not None:

@@ -116,10 +116,12 @@ class Pass:
         self.past = 0 if self.cache is None else self.cache.get_seq_length()
         self.cached |= self.cache is not None
 
-    def see_mask(self, call: Mapping[str, Any], tokens: int) -> None:
+    def see_mask(self, call: Mapping[str, Any], tokens: int, facts: StackFacts) -> None:
         """Note which tokens a block is told are real, where pictures of several shapes are padded beside texts."""
         mask = call.get("attention_mask")
-        if self.inputs.get("pixel_mask") is not None and isinstance(mask, Tensor) and mask.shape[1:] == (1, 1, tokens):
+        if self.inputs.get("pixel_mask") is None or facts.causal != "no" or not isinstance(mask, Tensor):
+            return
+        if mask.ndim == 4 and mask.shape[-1] == tokens:  # the same for all tokens that look
             self.told = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0]
 
     def text_tokens(self, *, decoding: bool) -> int | None:

@@ -6,6 +6,7 @@ from sidestep.kinds.grounding import Grounding
 from sidestep.kinds.numbers import Regression
 from sidestep.kinds.pairs import Retrieval
 from sidestep.kinds.texts import LanguageModel, Text2Text
+from sidestep.kinds.tokens import Tokens
 from sidestep.kinds.vqa import Vqa
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Single",
     "TaskKind",
     "Text2Text",
+    "Tokens",
     "Vqa",
     "kind_named",
     "kinds",

@@ -14,6 +14,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from sidestep.backbone.load import OwnHead
 from sidestep.backbone.processors import PairProcessor
 from sidestep.backbone.vision_language import SideBySideProcessor
 from sidestep.data import (
@@ -45,11 +46,14 @@ from sidestep.kinds.steps import check_asked, check_modality, views_of, without_
 from sidestep.kinds.task_data import Asked, TaskData
 from sidestep.metrics import GREATER_IS_BETTER, ComputeMetrics, Written, of_evaluation, scores
 from sidestep.model.attach import Attached
-from sidestep.model.heads import Classify, HeadConfig
+from sidestep.model.heads import HeadConfig
 
 PREDICTION = "prediction"
 PROBABILITY = "p_"
 OWN = "probability"
+
+UNREAD = ("labels", "length", "row", "target")
+"""Columns of encoded rows that no classifier's backbone reads."""
 
 Probabilities = Literal["all", "one", "none"]
 """A column of probabilities for each class, one for that of the prediction, or none."""
@@ -66,6 +70,8 @@ class TaskKind(ABC):
         writes: what of a language model head it needs, where its answers are texts.
         dual: whether it needs a dual encoder of images and texts.
         pictured: whether its rows have a picture and a text. Then it may be on a dual encoder.
+        beside: names of columns of encoded rows, besides `UNREAD`, which no backbone reads: scores and predictions do.
+        own_head: which head of the backbone's own is trained, where that is asked for.
         smooths: whether the Trainer's label smoothing works with it.
         problem_type: of the config of a backbone whose own head is trained. None: transformers decides.
     """
@@ -77,6 +83,8 @@ class TaskKind(ABC):
     writes: ClassVar[Written | None] = None
     dual: ClassVar[bool] = False
     pictured: ClassVar[bool] = False
+    beside: ClassVar[tuple[str, ...]] = ()
+    own_head: ClassVar[OwnHead] = "rows"
     smooths: ClassVar[bool] = False
     problem_type: ClassVar[str | None] = None
 
@@ -90,13 +98,21 @@ class TaskKind(ABC):
         """
         return read(source, options, split=split)
 
-    def labels(self, rows: Dataset, column: str) -> LabelSpace:
+    def check_columns(self, rows: Dataset, fields: Fields) -> None:
+        """Refuse columns that are not there, or that hold something else.
+
+        Raises:
+            DataError: as `data.check_fields`.
+        """
+        check_fields(rows, fields)
+
+    def labels(self, rows: Dataset, fields: Fields) -> LabelSpace:
         """What is to be predicted, by the training rows.
 
         Raises:
             DataError: as `data.label_space`.
         """
-        return label_space(rows, column, self.name)
+        return label_space(rows, fields.label or "", self.name)
 
     def labels_asked(self, rows: Dataset, fields: Fields, asked: Asked) -> LabelSpace:
         """As `labels`, where what is predicted also depends on what was asked for.
@@ -107,8 +123,7 @@ class TaskKind(ABC):
         if asked.answers is not None or asked.boxes != Asked.boxes:
             given = f"answers={asked.answers}" if asked.answers is not None else f"boxes={asked.boxes!r}"
             raise DataError(f"{given} with kind={self.name!r}: it is for vqa or grounding. Leave it out")
-        assert fields.label is not None
-        return self.labels(rows, fields.label)
+        return self.labels(rows, fields)
 
     def stored_labels(self, names: Sequence[str]) -> LabelSpace:
         """What `labels` gave, by the names of classes that a task stores."""
@@ -183,10 +198,10 @@ class TaskKind(ABC):
             raise DataError("no label column: training needs one (--label)")
         check_modality(processor, fields)
         check_asked(processor, asked)
-        check_fields(train, fields)
         handling: dict[str, Any] = {}
-        if dev is not None:
-            check_fields(dev, fields)
+        for part in (train, dev):
+            if part is not None:
+                self.check_columns(part, fields)
         if asked.skip_bad_files:
             train, dev, handling["skipped_files"] = without_bad_files(train, dev, fields)
         views = views_of(asked.augment, processor, fields, asked.seed)
@@ -237,13 +252,13 @@ class TaskKind(ABC):
             ValueError: for a pool where there is nothing to choose.
         """
 
-    def blank_head(self, outputs: int, pool: Any = None) -> HeadConfig:
-        """The Sidestep head for so many classes or answers, before there are data. A plan needs no more.
+    def blank_head(self, outputs: int, pool: Any = None) -> HeadConfig | None:
+        """The same without data, for a plan. `outputs` are classes, where there are any.
 
         Raises:
-            ValueError: for a pool or a number that a head does not take.
+            ValueError: for a pool where there is nothing to choose.
         """
-        return Classify(num_labels=outputs, pool=pool)
+        raise ValueError(f"kind={self.name!r} has no head that could be planned without data")
 
     def check(self, model: Attached, batch_size: int) -> None:  # noqa: B027 - most kinds have nothing to refuse
         """Raise `ValueError` if a model or the rows of a batch do not fit."""
@@ -256,19 +271,23 @@ class TaskKind(ABC):
         Raises:
             ValueError: if there is no such score.
         """
-        known = [name for name in self.metrics if name != "f1" or classes == 2]
+        known = self.scored(classes)
         if asked is not None and asked not in known:
             of = f"{'two-class ' if classes == 2 else ''}{self.name}"
             raise ValueError(f"metric={asked!r}: {of} problems have {', '.join(known)}")
         return asked or self.best
 
+    def scored(self, classes: int) -> Sequence[str]:
+        """The names of the scores of a task with so many classes."""
+        return self.metrics
+
     def greater_is_better(self, metric: str) -> bool:
         """Whether a larger score is the better one."""
         return GREATER_IS_BETTER.get(metric, True)
 
-    def compute_metrics(self, names: Sequence[str] = ()) -> Callable[[Any], dict[str, float]] | None:
-        """What a Trainer scores its evaluation with, by the names of classes. None where texts have to be written."""
-        return None if self.writes else ComputeMetrics(self.name, tuple(names) or None)
+    def compute_metrics(self, data: TaskData) -> Callable[[Any], dict[str, float]] | None:
+        """What a Trainer scores its evaluation of the dev rows with. None where texts have to be written."""
+        return None if self.writes else ComputeMetrics(self.name, data.labels.names or None)
 
     def assess(
         self, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None = None
@@ -276,9 +295,9 @@ class TaskKind(ABC):
         """The scores of logits, numbers or similarities, and what they are to be compared with."""
         return Assessment(scores=scores(self.name, predictions, targets, names))
 
-    def assess_evaluation(self, evaluation: Any, names: Sequence[str] | None = None) -> Assessment:
-        """The assessment of what a Trainer's evaluation gave."""
-        return self.assess(*of_evaluation(self.name, evaluation), names)
+    def assess_evaluation(self, evaluation: Any, data: TaskData) -> Assessment:
+        """The assessment of what a Trainer's evaluation of the dev rows gave."""
+        return self.assess(*of_evaluation(self.name, evaluation), data.labels.names or None)
 
     @abstractmethod
     def judge(
@@ -337,21 +356,24 @@ def kinds() -> Mapping[str, TaskKind]:
     return dict(_REGISTRY)
 
 
-REFUSED = ("token", "tokens", "ner", "tagging", "token-classification", "token_classification")
+OTHER_NAMES = {
+    **dict.fromkeys(("token", "ner", "pos", "tagging", "token-classification", "token_classification"), "tokens"),
+    **dict.fromkeys(("span", "squad", "qa", "question-answering", "question_answering"), "spans"),
+}
+"""What others call kinds."""
 
 
 def kind_named(name: str) -> TaskKind:
     """The kind of this name.
 
     Raises:
-        DataError: for one that is not supported (token classification by name) or unknown.
+        DataError: for an unknown one.
     """
     known = kinds()
     if name in known:
         return known[name]
-    if name in REFUSED:
-        raise DataError(f"kind={name!r}: token classification is not supported yet. Choose {', '.join(known)}")
-    raise DataError(f"kind={name!r}: choose {', '.join(known)}")
+    meant = f"{OTHER_NAMES[name]!r} is what you mean. It is one of " if name in OTHER_NAMES else "choose "
+    raise DataError(f"kind={name!r}: {meant}{', '.join(known)}")
 
 
 def targets_of(encoded: Dataset) -> NDArray[Any]:

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from sidestep.backbone.processors import PairProcessor, read_by
 from sidestep.backbone.vision_language import crops
 from sidestep.data import Augmentation, DataError, Fields, Generation, LabelSpace, Separators, decoding
 from sidestep.data.boxes import Boxes, shares_as_corners, sizes_of
@@ -22,7 +23,7 @@ from sidestep.kinds.running import logits
 from sidestep.kinds.task_data import Asked, TaskData
 from sidestep.metrics import METRICS, of_evaluation
 from sidestep.model.attach import Attached
-from sidestep.model.pictured_heads import Box
+from sidestep.model.heads import Box
 from sidestep.model.side_model import SideModel
 
 ENOUGH = 0.5
@@ -55,12 +56,12 @@ class Grounding(Pictured):
         Raises:
             DataError: for an image processor that cuts edges off, and for a dual encoder.
         """
-        if hasattr(processor, "image"):
+        if isinstance(processor, PairProcessor):
             raise DataError(
                 "a dual encoder makes one vector of a whole picture before it knows the phrase, and the phrase's "
                 "box cannot be read from it. Choose an encoder that reads both together, as ViLT does"
             )
-        if crops(processor):
+        if read_by(processor) == "both" and crops(processor):
             raise DataError(
                 f"{getattr(processor, 'name', type(processor).__name__)} cuts edges off pictures, so boxes "
                 "would not be where they are labelled. Turn that off in the backbone's preprocessor_config.json "
@@ -95,7 +96,7 @@ class Grounding(Pictured):
         """Four numbers, however many classes are named."""
         return Box(pool=pool)
 
-    def compute_metrics(self, names: Sequence[str] = ()) -> Callable[[Any], dict[str, float]]:
+    def compute_metrics(self, data: TaskData) -> Callable[[Any], dict[str, float]]:
         """What is made of the intersections over unions."""
         return lambda evaluation: self.assess(*of_evaluation(self.name, evaluation)).scores
 

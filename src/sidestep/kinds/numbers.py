@@ -31,7 +31,7 @@ class Regression(FromLogits):
         return Regress(pool=pool, center=float(np.mean(data.train.with_format(None)["labels"][:])))
 
     def blank_head(self, outputs: int, pool: Any = None) -> Regress:
-        """One output."""
+        """The same for a plan."""
         return Regress(pool=pool)
 
     def columns(

@@ -18,7 +18,7 @@ from sidestep.kinds.from_logits import FromLogits
 from sidestep.kinds.pictured import Pictured
 from sidestep.kinds.task_data import Asked, TaskData
 from sidestep.metrics import METRICS, of_evaluation
-from sidestep.model.pictured_heads import Answer
+from sidestep.model.heads import Answer
 
 COLUMNS = 50
 """Up to so many answers have a column of probabilities each. Of more, that of the predicted one is told."""
@@ -39,9 +39,9 @@ class Vqa(Pictured, FromLogits):
         assert fields.label is not None
         return Answers(self.name, answer_list(rows, fields.label, asked.answers))
 
-    def labels(self, rows: Dataset, column: str) -> LabelSpace:
+    def labels(self, rows: Dataset, fields: Fields) -> LabelSpace:
         """The answers that are not rare."""
-        return Answers(self.name, answer_list(rows, column, None))
+        return self.labels_asked(rows, fields, Asked())
 
     def stored_labels(self, names: Sequence[str]) -> LabelSpace:
         """The list of answers."""
@@ -70,7 +70,7 @@ class Vqa(Pictured, FromLogits):
             }
         return columns | {OWN: shares.max(axis=1).tolist()}
 
-    def compute_metrics(self, names: Sequence[str] = ()) -> Callable[[Any], dict[str, float]]:
+    def compute_metrics(self, data: TaskData) -> Callable[[Any], dict[str, float]]:
         """The two accuracies."""
         return lambda evaluation: self.assess(*of_evaluation(self.name, evaluation)).scores
 

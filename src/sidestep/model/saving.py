@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import sidestep.model.pictured_heads  # noqa: F401 - registers heads that tasks may have
 from sidestep.backbone import embedding_shapes, token_rows
 from sidestep.backbone.load import stored_vocabulary
 from sidestep.backbone.source import source_of

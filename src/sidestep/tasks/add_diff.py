@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sidestep.backbone import Digest
 from sidestep.disk.task_folder import TaskError, read
-from sidestep.model.two_towers import TwoTowers
 from sidestep.model.side_model import SideModel
+from sidestep.model.two_towers import TwoTowers
 from sidestep.sparse.codec import POSITIONS, VALUES
 from sidestep.tasks.load import diff_of, dtype_mismatch
 

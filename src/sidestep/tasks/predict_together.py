@@ -139,9 +139,7 @@ def predict_together(
                 found = kind.columns(spaces[name], own, "one")
             else:
                 part = rows.select(places[name])
-                table = predict(
-                    bank.activate(name), part, fields=fields, batch_size=batch_size, probabilities="one"
-                )
+                table = predict(bank.activate(name), part, fields=fields, batch_size=batch_size, probabilities="one")
                 found = {column: table[column][:] for column in (PREDICTION, OWN) if column in table.column_names}
             for place, number in enumerate(places[name]):
                 answers[number][name] = {column: values[place] for column, values in found.items()}

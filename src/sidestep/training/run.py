@@ -236,7 +236,7 @@ def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
         processor = replace(both, image=adjusted(both.image, size=asked.image_size, normalize=asked.normalize))
     else:
         pictures = asked.image is not None
-        found = asked.transform or load_processor(model.name, revision=model.revision, pictures=pictures)
+        found: Any = asked.transform or load_processor(model.name, revision=model.revision, pictures=pictures)
         how: dict[str, Any] = {"size": asked.image_size, "normalize": asked.normalize}
         of_pair = isinstance(found, PairProcessor)
         processor = replace(found, image=adjusted(found.image, **how)) if of_pair else adjusted(found, **how)
@@ -294,5 +294,5 @@ def attached(spec: RunSpec, data: TaskData, backbone: Any = None) -> Attached:
     if kind.dual or own.text_name is not None:
         return attach(load_pair(**where, text_name=own.text_name), own.method, head=head, **how)
     outputs = data.labels.outputs if own.own_head else None
-    backbone = load_backbone(**where, head=own.own_head, num_labels=outputs, writes=kind.writes)
+    backbone = load_backbone(**where, head=own.own_head and kind.own_head, num_labels=outputs, writes=kind.writes)
     return attach(backbone, own.method, head=head, **how)

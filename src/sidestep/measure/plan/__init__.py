@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sidestep.backbone import Noise
+from sidestep.backbone.load import OwnHead
 from sidestep.backbone.recompute import Checkpoint
 from sidestep.interface.keep import Keep
 from sidestep.measure.memory import peak_memory, saved_bytes
@@ -77,6 +78,7 @@ def plan(
     backbone_noise: Noise | None = None,
     keep: Keep = "full",
     writes: Written | None = None,
+    own_head: OwnHead = "rows",
     lm_loss: LmLoss = "own",
     precision: Precision = "float32",
     optimizer: str = "AdamW",
@@ -97,6 +99,7 @@ def plan(
         checkpoint, backbone_noise, keep, lm_loss: as in `attach`.
         writes: with head=None, "lm" or "text2text" for the backbone's own head that writes text. It is frozen, and all
             tokens of a decoder's texts have a label.
+        own_head: with head=None and without `writes`, what the backbone's own head gives answers for.
         precision: "float32", "bf16 autocast" (weights in float32), or "bfloat16" (the backbone's weights).
         optimizer: one of `OPTIMIZERS`.
         device: "cpu" or "cuda". The latter needs no GPU.
@@ -116,7 +119,7 @@ def plan(
     place = device if measure else "meta"
     with torch.random.fork_rng(None if place == "cuda" else []), torch.device(place):
         how = {"checkpoint": checkpoint, "backbone_noise": backbone_noise, "keep": keep, "lm_loss": lm_loss}
-        model = _attached(backbone, method, None if writes else head, writes, how, precision, revision)
+        model = _attached(backbone, method, None if writes else head, writes, own_head, how, precision, revision)
         inputs = blank_batch(model, batch, length, image_size)
         if measure:
             return _measured(model, inputs, precision, optimizer, device)
@@ -151,13 +154,15 @@ def _attached(
     method: MethodConfig,
     head: HeadConfig | None,
     writes: Written | None,
+    own_head: OwnHead,
     how: dict[str, Any],
     precision: Precision,
     revision: str | None,
 ) -> SideModel:
     """The attached model on the default device."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    made = build(backbone, own_head=head is None and writes is None, writes=writes, dtype=dtype, revision=revision)
+    own = own_head if head is None and writes is None else None
+    made = build(backbone, own_head=own, writes=writes, dtype=dtype, revision=revision)
     try:
         return attach(made, method, head=head, **how)
     except RuntimeError as error:  # what torch raises for an operation that needs values

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import sidestep as ss
 from sidestep.model.heads import head_from_dict
-from sidestep.model.pictured_heads import corners, soft_scores
+from sidestep.model.heads.pictured import corners, soft_scores
 
 WIDTH = 6
 

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 
 from sidestep.backbone.families import Pool
 from sidestep.metrics import Kind
-from sidestep.model.heads import Classify, Head, HeadConfig, named, register_head
+from sidestep.model.heads.base import Head, HeadConfig, named, register
+from sidestep.model.heads.pooled import ClassHead, Classify
 
 INDEX, SCORE = 0, 1
 """Where the number of an answer and its soft score stand, in what a row's labels tell of an answer."""
 
 
-@register_head
+@register
 @dataclass(frozen=True, kw_only=True)
 class Answer(Classify):
     """A question's answer, one of a list, learned by soft scores: those of VQA.
@@ -43,7 +44,7 @@ class Answer(Classify):
         return AnswerHead(self, width, pool)
 
 
-class AnswerHead(Head):
+class AnswerHead(ClassHead):
     """A logit for each answer."""
 
     def loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -73,7 +74,7 @@ def soft_scores(logits: Tensor, labels: Tensor) -> Tensor:
     return scores.scatter_add(1, labels[..., INDEX].long(), labels[..., SCORE].float())
 
 
-@register_head
+@register
 @dataclass(frozen=True, kw_only=True)
 class Box(HeadConfig):
     """One box of a picture: centre, width and height as shares of the picture's own.
@@ -104,11 +105,15 @@ class Box(HeadConfig):
         """A linear map to numbers between 0 and 1, with a loss on boxes."""
         return BoxHead(self, width, pool)
 
+    def blank_labels(self, rows: int, tokens: int) -> Tensor:
+        """The middle of the picture."""
+        return torch.full((rows, self.outputs), 0.5)
+
 
 class BoxHead(Head):
     """A linear map with a sigmoid: numbers between 0 and 1."""
 
-    def map(self, features: Tensor) -> Tensor:
+    def map(self, features: Tensor, keep: Tensor | None = None) -> Tensor:
         """(rows, 4): boxes."""
         return super().map(features).sigmoid()
 
