@@ -148,7 +148,7 @@ def test_columns_that_the_model_does_not_read(place: Path, tmp_path: Path, rows:
     assert "reads text (TokenizersBackend), but 'picture' is named as images: say --text" in said(text, image="picture")
     assert "reads images (ViTImageProcessor), but 'prompt' is named as text: say --image" in said(image, text="prompt")
     assert "'prompt' is named as text and 'picture' as images. Leave --image out" in said(text, **both)
-    assert "'prompt' is named as text and 'picture' as images: leave --text out" in said(image, **both)
+    assert "'prompt' is named as text and 'picture' as images. Leave --text out" in said(image, **both)
     alone = "reads a picture with a text (LlavaProcessor), but 'picture' alone is named: name the other column too"
     assert f"{alone} (--text)" in said(llava, image="picture")
     assert "'prompt' alone is named: name the other column too (--image)" in said(llava, text="prompt")
