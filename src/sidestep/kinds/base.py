@@ -71,6 +71,7 @@ class TaskKind(ABC):
         dual: whether it needs a dual encoder of images and texts.
         pictured: whether its rows have a picture and a text. Then it may be on a dual encoder.
         beside: names of columns of encoded rows, besides `UNREAD`, which no backbone reads: scores and predictions do.
+        of_tokens: whether its head reads every token.
         own_head: which head of the backbone's own is trained, where that is asked for.
         smooths: whether the Trainer's label smoothing works with it.
         problem_type: of the config of a backbone whose own head is trained. None: transformers decides.
@@ -84,6 +85,7 @@ class TaskKind(ABC):
     dual: ClassVar[bool] = False
     pictured: ClassVar[bool] = False
     beside: ClassVar[tuple[str, ...]] = ()
+    of_tokens: ClassVar[bool] = False
     own_head: ClassVar[OwnHead] = "rows"
     smooths: ClassVar[bool] = False
     problem_type: ClassVar[str | None] = None
