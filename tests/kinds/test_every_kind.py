@@ -24,7 +24,6 @@ from sidestep.tasks.predict import evaluate, predict
 from small_tasks import reviews, text_backbone
 from tiny import FAMILIES
 
-
 OF_A_ROW = [name for name, kind in kinds().items() if not (kind.writes or kind.dual or kind.of_tokens)]
 """Kinds with a Sidestep head that reads one vector of a row."""
 
