@@ -32,7 +32,7 @@ from sidestep.tasks.predict import evaluate, predict
 from sidestep.training.callbacks import StopIfDiverged
 from sidestep.training.settings import TrainSettings
 from sidestep.training.train import train
-from small_tasks import write
+from small_tasks import image_backbone, text_backbone, write
 from tiny import randomize
 
 COLUMNS = {"vqa": ("question", "answers"), "grounding": ("phrase", "box")}
@@ -46,6 +46,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("beside")
     vilt_backbone(folder / "vilt")
     llava_backbone(folder / "llava")
+    image_backbone(folder / "vit")
+    text_backbone(folder / "bert")
     clip().save_pretrained(folder / "clip")
     size = {"height": IMAGE["image_size"], "width": IMAGE["image_size"]}
     CLIPImageProcessor(size=size, do_center_crop=False).save_pretrained(folder / "clip")
@@ -316,17 +318,18 @@ def test_a_box_is_not_read_from_two_vectors(place: Path) -> None:
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def asked(place: Path, kind: str, output: Path, backbone: str = "vilt") -> list[object]:
+def asked(place: Path, kind: str, output: Path, backbone: str = "vilt", beside: str | None = None) -> list[object]:
     text, label = COLUMNS[kind]
     source = ["--train", place / "train.jsonl", "--dev", place / "dev.jsonl", "--output", output]
     columns = ["--text", text, "--image", "picture", "--label", label, "--kind", kind]
     how = ["--set", "rank=4", "--epochs", "1", "--batch-size", "8", "--quiet"]
-    return ["train", "--backbone", place / backbone, *source, *columns, *how]
+    two = [] if beside is None else ["--text-backbone", place / beside]
+    return ["train", "--backbone", place / backbone, *two, *source, *columns, *how]
 
 
-@pytest.mark.parametrize(("kind", "backbone"), [("vqa", "vilt"), ("grounding", "vilt"), ("vqa", "clip")])
-def test_the_commands_train_score_and_predict(place: Path, tmp_path: Path, kind: str, backbone: str) -> None:
-    succeed(*asked(place, kind, tmp_path / "task", backbone))
+@pytest.mark.parametrize(("kind", "backbones"), [("vqa", ("vit", "bert")), ("grounding", ("vilt",))])
+def test_the_commands_train_score_and_predict(place: Path, tmp_path: Path, kind: str, backbones: Any) -> None:
+    succeed(*asked(place, kind, tmp_path / "task", *backbones))
     results = json.loads((tmp_path / "task" / "results.json").read_text())
     shown = succeed("eval", tmp_path / "task", "--data", place / "dev.jsonl", "--quiet").output
     score = METRICS[kind][0]

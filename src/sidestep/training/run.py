@@ -225,21 +225,23 @@ def check_places(spec: RunSpec) -> None:
 def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
     """The rows of a run as its backbone reads them. Errors as of `train`."""
     asked, model, kind = spec.data, spec.model, spec.data.task_kind
-    pictured = kind is not None and kind.pictured
-    if (kind is None or not kind.dual) and (model.text_backbone if not pictured else None, model.head) != (None, None):
+    dual = kind is not None and kind.dual
+    of_two = dual or (kind is not None and kind.pictured and model.text_backbone is not None)
+    if (model.text_backbone is not None and not of_two) or (model.head is not None and not dual):
         raise ValueError("--text-backbone, --text-pool, --dim and --loss are for pairs: say --kind retrieval")
     if kind is not None and kind.writes is not None:
         check_writes(model.name, kind.writes, revision=model.revision)
     processor: Any
-    if kind is not None and (kind.dual or (pictured and model.text_backbone is not None)):
-        both = load_pair_processor(model.name, model.text_name, revision=model.revision)
-        processor = replace(both, image=adjusted(both.image, size=asked.image_size, normalize=asked.normalize))
+    if of_two:
+        processor = load_pair_processor(model.name, model.text_name, revision=model.revision)
     else:
         pictures = asked.image is not None
-        found: Any = asked.transform or load_processor(model.name, revision=model.revision, pictures=pictures)
-        how: dict[str, Any] = {"size": asked.image_size, "normalize": asked.normalize}
-        of_pair = isinstance(found, PairProcessor)
-        processor = replace(found, image=adjusted(found.image, **how)) if of_pair else adjusted(found, **how)
+        processor = asked.transform or load_processor(model.name, revision=model.revision, pictures=pictures)
+    how: dict[str, Any] = {"size": asked.image_size, "normalize": asked.normalize}
+    if isinstance(processor, PairProcessor):
+        processor = replace(processor, image=adjusted(processor.image, **how))
+    else:
+        processor = adjusted(processor, **how)
     rows = asked.rows(asked.train, asked.train_split)
     if watch is not None:
         watch.read(len(rows))
