@@ -378,7 +378,7 @@ def test_what_does_not_fit_is_refused_before_training(place: Path, tmp_path: Pat
         prepare(found, None, Fields(text="phrase", label="box"), processor, kind="grounding")
     with pytest.raises(DataError, match="TokenizersBackend reads one of them"):
         prepare(found, None, fields, load_processor(place / "vilt"), kind="grounding")
-    with pytest.raises(DataError, match="answers=3 with kind='single': it is for vqa or grounding"):
+    with pytest.raises(DataError, match="answers=3 with kind='single': it is for vqa"):
         prepare(found, None, fields, processor, kind="single", answers=3)
     with pytest.raises(DataError, match="shots=2: vqa has no classes"):
         prepare(found, None, Fields(text="question", image="picture", label="answers"), processor, kind="vqa", shots=2)

@@ -211,7 +211,7 @@ FAMILIES: dict[str, Family] = {
     "xlnet": Family(causal=False),
     "beit": Family(pool="cls", prefix=1, grid=patch_grid),
     # text, then a class token and the patches of a picture. Its own heads read the text's first token
-    "vilt": Family(pool="cls", first_token_heads=("ViltForQuestionAnswering",), shuffles=True),
+    "vilt": Family(pool="cls", shuffles=True),
     "clip_vision_model": _CLIP_VISION,
     "chinese_clip_vision_model": _CLIP_VISION,
     "VisionTransformer": Family(pool="cls", prefix="num_prefix_tokens", grid=patch_grid, frozen_block=timm_block),

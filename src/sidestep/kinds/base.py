@@ -70,6 +70,7 @@ class TaskKind(ABC):
         writes: what of a language model head it needs, where its answers are texts.
         dual: whether it needs a dual encoder of images and texts.
         pictured: whether its rows have a picture and a text. Then it may be on a dual encoder.
+        asks: fields of `Asked` that are of this kind alone.
         beside: names of columns of encoded rows, besides `UNREAD`, which no backbone reads: scores and predictions do.
         of_tokens: whether its head reads every token.
         own_head: which head of the backbone's own is trained, where that is asked for.
@@ -84,6 +85,7 @@ class TaskKind(ABC):
     writes: ClassVar[Written | None] = None
     dual: ClassVar[bool] = False
     pictured: ClassVar[bool] = False
+    asks: ClassVar[tuple[str, ...]] = ()
     beside: ClassVar[tuple[str, ...]] = ()
     of_tokens: ClassVar[bool] = False
     own_head: ClassVar[OwnHead] = "rows"
@@ -117,15 +119,20 @@ class TaskKind(ABC):
         return label_space(rows, fields.label or "", self.name)
 
     def labels_asked(self, rows: Dataset, fields: Fields, asked: Asked) -> LabelSpace:
-        """As `labels`, where what is predicted also depends on what was asked for.
+        """As `labels`, where what is predicted also depends on what was asked for."""
+        return self.labels(rows, fields)
+
+    def check_asked(self, asked: Asked) -> None:
+        """Refuse what was asked for and is of other kinds.
 
         Raises:
-            DataError: also for what was asked for and is of other kinds.
+            DataError: saying of which.
         """
-        if asked.answers is not None or asked.boxes != Asked.boxes:
-            given = f"answers={asked.answers}" if asked.answers is not None else f"boxes={asked.boxes!r}"
-            raise DataError(f"{given} with kind={self.name!r}: it is for vqa or grounding. Leave it out")
-        return self.labels(rows, fields)
+        for name in ("answers", "boxes"):
+            given = getattr(asked, name)
+            if given != getattr(Asked, name) and name not in self.asks:
+                takes = " or ".join(kind.name for kind in kinds().values() if name in kind.asks)
+                raise DataError(f"{name}={given!r} with kind={self.name!r}: it is for {takes}. Leave it out")
 
     def stored_labels(self, names: Sequence[str]) -> LabelSpace:
         """What `labels` gave, by the names of classes that a task stores."""

@@ -37,6 +37,7 @@ class Grounding(Pictured):
     name = "grounding"
     answer = "the box of what a phrase names in a picture"
     metrics, best = METRICS["grounding"], "accuracy_iou50"
+    asks = ("boxes",)
 
     def labels_asked(self, rows: Dataset, fields: Fields, asked: Asked) -> LabelSpace:
         """A box in the form of the labels."""

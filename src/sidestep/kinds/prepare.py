@@ -100,7 +100,9 @@ def prepare(
         check_modality(processor, fields)
         check_fields(train, fields)
         kind = guess_kind(train, fields.label)
-    return kind_named(kind).prepare(train, dev, fields, processor, asked)
+    found = kind_named(kind)
+    found.check_asked(asked)
+    return found.prepare(train, dev, fields, processor, asked)
 
 
 def guess_kind(rows: Dataset, label_column: str) -> str:

@@ -32,7 +32,7 @@ class Vqa(Pictured, FromLogits):
     name = "vqa"
     answer = "an answer to a question about a picture"
     metrics, best = METRICS["vqa"], "vqa_accuracy"
-    problem_type = "multi_label_classification"
+    asks = ("answers",)
 
     def labels_asked(self, rows: Dataset, fields: Fields, asked: Asked) -> LabelSpace:
         """The most frequent answers of the training rows."""
