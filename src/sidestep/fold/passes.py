@@ -121,8 +121,9 @@ class Pass:
         mask = call.get("attention_mask")
         if self.inputs.get("pixel_mask") is None or facts.causal != "no" or not isinstance(mask, Tensor):
             return
-        if mask.ndim == 4 and mask.shape[-1] == tokens:  # the same for all tokens that look
-            self.told = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0]
+        if mask.ndim == 4 and mask.shape[-1] == tokens:
+            seen = mask[:, 0, 0]  # the same for all tokens that look
+            self.told = seen.clone() if seen.dtype == torch.bool else seen == 0
 
     def text_tokens(self, *, decoding: bool) -> int | None:
         """How many tokens a stack's text has, or None where the stack reads no text."""
