@@ -147,7 +147,7 @@ def test_a_stopped_run_of_augmented_images_goes_on_bit_for_bit(
     ("changed", "said"),
     [
         ({"image": "images/none.png"}, "1 of 9 images are not there: 'images/none.png', looked for from"),
-        ({"caption": " "}, "1 of 17 rows have an image and no caption: "),
+        ({"caption": " "}, "1 of 17 rows have no caption for their image: "),
         ({"image": ""}, "1 of 17 rows have a caption and no image, row 17"),
     ],
 )

@@ -21,6 +21,7 @@ from sidestep.backbone.load import check_writes, load_backbone
 from sidestep.backbone.processors import IN_WORDS, load_processor, read_by
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
 from sidestep.data import DataError, DataWarning, Fields, holdout
+from sidestep.data.contents import content_of
 from sidestep.data.media import undecoded
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.prepare import prepare, strata
@@ -310,7 +311,7 @@ def fingerprint(rows: Dataset, fields: Fields) -> str:
     if fields.files is not None:
         _, column = fields.files
         for cell in undecoded(rows, column)[column]:
-            digest.update(cell["bytes"] or Path(cell["path"]).read_bytes())
+            digest.update(content_of(cell))
     return digest.hexdigest()[:12]
 
 

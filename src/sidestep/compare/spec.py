@@ -104,9 +104,10 @@ class Task:
     @property
     def reads(self) -> Reads:
         """What a row is."""
-        if self.fields.files is not None:
-            return self.fields.files[0].field
-        return "text"
+        if self.fields.files is None:
+            return "text"
+        field = self.fields.files[0].field
+        return "image" if field == "video" else field
 
     def read(self) -> tuple[Dataset, Dataset]:
         """All training rows and all dev rows.
