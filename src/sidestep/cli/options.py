@@ -229,6 +229,9 @@ Length = Annotated[
     int | None, _training(help="Tokens of a text (default: 128), or samples of a sound (default: 160000).")
 ]
 ImageSize = Annotated[int | None, _data(help="Rows and columns of an image. Default: the model's.")]
+PlannedFrames = Annotated[
+    int | None, _data("--frames", help="Frames of a video (--kind retrieval). Default: pairs are of images.")
+]
 Gpu = Annotated[str | None, _training(help="Memory of the card to plan for, such as 16GB. Default: plan for the CPU.")]
 Precision = Annotated[
     str | None,
@@ -239,7 +242,9 @@ PlannedDtype = Annotated[
 ]
 PlannedKind = Annotated[
     str | None,
-    _data("--kind", help="single, multi, regress, text2text or lm (all tokens have a label). Default: single."),
+    _data(
+        "--kind", help="single, multi, regress, text2text, lm (all tokens have a label) or retrieval. Default: single."
+    ),
 ]
 Optimizer = Annotated[str, _training(help="AdamW, 'AdamW (fused)', SGD or Adafactor.")]
 Measure = Annotated[bool, _running("--measure", help="Run steps with random weights here instead of predicting.")]
