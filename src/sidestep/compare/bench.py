@@ -14,11 +14,13 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from sidestep.backbone import Digest, digest_of, pretrained_tensors
-from sidestep.backbone.families import Pool
+from sidestep.backbone import Digest, joined
+from sidestep.backbone.configs import config_of
+from sidestep.backbone.families import DUAL_FAMILIES, Pool
 from sidestep.backbone.gguf import gguf_parts, is_gguf
-from sidestep.backbone.load import check_writes, load_backbone
-from sidestep.backbone.processors import IN_WORDS, load_processor, read_by
+from sidestep.backbone.load import check_writes, load_backbone, load_pair
+from sidestep.backbone.processors import IN_WORDS, PairProcessor, load_pair_processor, load_processor, read_by
+from sidestep.backbone.source import TIMM, Reads
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
 from sidestep.data import DataError, DataWarning, Fields, holdout
 from sidestep.data.contents import content_of
@@ -28,8 +30,8 @@ from sidestep.kinds.prepare import prepare, strata
 from sidestep.kinds.task_data import TaskData
 from sidestep.methods import WeightDelta, method_of
 from sidestep.metrics import Written
-from sidestep.model.attach import attach, detach
-from sidestep.model.heads import Classify, HeadConfig
+from sidestep.model.attach import Attached, attach, detach, digests_of
+from sidestep.model.heads import Classify, HeadConfig, Retrieve
 from sidestep.model.side_model import SideModel
 from sidestep.model.token_loss import LmLoss
 from sidestep.training.run import ModelSpec
@@ -43,7 +45,7 @@ class Bench:
         spec: what was asked for.
         model: the backbone, on its device.
         processor: its tokenizer, image processor or feature extractor.
-        known: the digest of its weights.
+        known: the digests of its weights, of a dual encoder those of each tower.
         precision: "bf16 autocast", or the dtype of the weights.
         attention: implementation.
         writes: the kind of its tasks if those are texts to write. The backbone has its language model head then.
@@ -52,7 +54,7 @@ class Bench:
     spec: Backbone
     model: nn.Module
     processor: Any
-    known: Digest
+    known: tuple[Digest, ...]
     precision: str
     attention: str
     writes: Written | None = None
@@ -72,7 +74,11 @@ class Bench:
             LoadError: if it cannot be loaded.
             ValueError: if its attention cannot be chosen.
         """
-        model = load_backbone(spec.model, dtype=spec.dtype, revision=spec.revision, writes=writes)
+        model: nn.Module
+        if is_dual(spec):
+            model = load_pair(spec.model, spec.text_model, dtype=spec.dtype, revision=spec.revision)
+        else:
+            model = load_backbone(spec.model, dtype=spec.dtype, revision=spec.revision, writes=writes)
         if attention is not None:
             _set_attention(model, attention, spec.name)
         model.to(device())
@@ -80,8 +86,8 @@ class Bench:
         return cls(
             spec=spec,
             model=model,
-            processor=load_processor(spec.model, revision=spec.revision),
-            known=digest_of(pretrained_tensors(model)),
+            processor=processor_of(spec),
+            known=tuple(digests_of(model)),
             precision="bf16 autocast" if bf16 else dtype,
             attention=getattr(getattr(model, "config", None), "_attn_implementation", None) or "timm's own",
             writes=writes,
@@ -89,15 +95,20 @@ class Bench:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the backbone reads texts (images or sounds otherwise)."""
-        return read_by(self.processor) == "text"
+        """Whether the backbone reads texts, alone or in pairs (images or sounds otherwise)."""
+        return self.is_dual or read_by(self.processor) == "text"
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether it is a dual encoder, which reads pairs."""
+        return isinstance(self.processor, PairProcessor)
 
     @property
     def device(self) -> torch.device:
         """Where the backbone is."""
         return next(self.model.parameters()).device
 
-    def attach(self, contender: Contender, head: HeadConfig | None, seed: int) -> SideModel:
+    def attach(self, contender: Contender, head: HeadConfig | None, seed: int) -> Attached:
         """The contender on the backbone, with weights of this seed. `detach` brings the backbone back."""
         torch.manual_seed(seed)
         return attach(
@@ -114,6 +125,7 @@ class Bench:
         """The contender as `sidestep train` would be asked for it."""
         return ModelSpec(
             backbone=self.spec.model,
+            text_backbone=self.spec.text_model,
             method=contender.config,
             pool=self.pool(contender),
             backbone_noise=contender.noise,
@@ -139,12 +151,17 @@ class Bench:
         except (ValueError, ModuleNotFoundError) as error:
             return str(error)
         try:
-            return model.untrained
+            return model.untrained if isinstance(model, SideModel) else None
         finally:
             detach(model)
 
-    def blank_head(self, contender: Contender, pool: Pool | None = None) -> Classify | None:
-        """A head for two classes that reads what the contender's reads (else `pool`). None if texts are written."""
+    def blank_head(self, contender: Contender, pool: Pool | None = None) -> Classify | Retrieve | None:
+        """A head for two classes that reads what the contender's reads (else `pool`). None if texts are written.
+
+        On a dual encoder the head of pairs.
+        """
+        if self.is_dual:
+            return Retrieve(pool=self.pool(contender))
         return None if self.writes else Classify(num_labels=2, pool=self.pool(contender) or pool)
 
     def settings(self, contender: Contender) -> dict[str, Any]:
@@ -153,7 +170,7 @@ class Bench:
         return {
             "backbone": self.spec.name,
             "model": self._model(),
-            "digest": self.known.exact[:16],
+            "digest": (joined(self.known) if self.is_dual else self.known[0]).exact[:16],
             "pool": self.pool(contender),
             "contender": contender.name,
             "method": contender.method,
@@ -170,6 +187,10 @@ class Bench:
 
     def _model(self) -> str:
         """The model's id. A folder is given by its class and its name, not by where it lies."""
+        if self.spec.text_model is not None:
+            both = (self.spec.model, self.spec.text_model)
+            names = " and ".join(Path(name).name if Path(name).exists() else name for name in both)
+            return f"{type(self.model).__name__} of {names}"
         folder = Path(self.spec.model)
         if is_gguf(self.spec.model):
             return f"{type(self.model).__name__} of {gguf_parts(self.spec.model)[1]}"
@@ -239,6 +260,7 @@ class Prepared:
             "max_length": comparison.max_length,
             "shots": shots,
             "separator": rows.task.separator,
+            "frames": rows.task.frames,
         }
         try:
             data = dict.fromkeys(comparison.seeds, prepare(rows.train, rows.dev, fields, processor, seed=seed, **how))
@@ -260,7 +282,7 @@ def device() -> torch.device:
 
 
 def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
-    """The tasks of each backbone: those of texts, of images or of sounds.
+    """The tasks of each backbone: those of texts, of images or of sounds, and for a dual encoder those of pairs.
 
     Raises:
         LoadError: if a backbone has no tokenizer, image processor or feature extractor, or does not write what its
@@ -269,12 +291,11 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
     """
     found, used = {}, set()
     for backbone in comparison.backbones:
-        processor = load_processor(backbone.model, revision=backbone.revision)
-        reads = read_by(processor)
+        reads = None if is_dual(backbone) else read_by(processor_of(backbone))
         tasks = tuple(task for task in comparison.tasks if task.reads == reads)
         if not tasks:
             raise ValueError(
-                f"backbone {backbone.name!r} reads {IN_WORDS[reads]}, but no task has any: add one, or leave it out"
+                f"backbone {backbone.name!r} reads {_worded(reads)}, but no task has any: add one, or leave it out"
             )
         if (writes := written_by(tasks)) is not None:
             check_writes(backbone.model, writes, revision=backbone.revision)
@@ -282,11 +303,33 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
         used |= {task.name for task in tasks}
     for task in comparison.tasks:
         if task.name not in used:
-            holds = IN_WORDS[task.reads]
+            holds = _worded(task.reads)
             raise ValueError(
                 f"task {task.name!r} is of {holds}, but no backbone reads {holds}: add one, or leave it out"
             )
     return found
+
+
+def is_dual(spec: Backbone) -> bool:
+    """Whether a backbone is a dual encoder, which reads pairs, or two encoders that become one."""
+    if spec.text_model is not None:
+        return True
+    return not spec.model.startswith(TIMM) and config_of(spec.model, spec.revision).model_type in DUAL_FAMILIES
+
+
+def processor_of(spec: Backbone) -> Any:
+    """The tokenizer, image processor or feature extractor of a backbone. Of a dual encoder a `PairProcessor`.
+
+    Raises:
+        LoadError: if there is none.
+    """
+    if is_dual(spec):
+        return load_pair_processor(spec.model, spec.text_model, revision=spec.revision)
+    return load_processor(spec.model, revision=spec.revision)
+
+
+def _worded(reads: Reads | None) -> str:
+    return "pairs" if reads is None else IN_WORDS[reads]
 
 
 def written_by(tasks: Sequence[Task]) -> Written | None:
