@@ -95,7 +95,7 @@ Problem = Annotated[
         "--kind",
         "--task",
         "--problem",
-        help="single, multi, regress, text2text, lm or retrieval. Default: multi for lists, else single.",
+        help="single, multi, regress, tokens, spans, text2text, lm or retrieval. Default: single, or multi for lists.",
     ),
 ]
 Shots = Annotated[int | None, _data(help="Training rows of each class. Default: all.")]
@@ -243,7 +243,7 @@ PlannedDtype = Annotated[
 PlannedKind = Annotated[
     str | None,
     _data(
-        "--kind", help="single, multi, regress, text2text, lm (all tokens have a label) or retrieval. Default: single."
+        "--kind", help="single, multi, regress, tokens, spans, text2text, lm (all tokens have a label) or retrieval."
     ),
 ]
 Optimizer = Annotated[str, _training(help="AdamW, 'AdamW (fused)', SGD or Adafactor.")]

@@ -58,7 +58,6 @@ def plan(
         from sidestep.measure.plan import alternatives, best_device, fastest, largest_batch, memory_of, ways_of_keeping
         from sidestep.measure.plan import plan as planned
         from sidestep.methods import method_named
-        from sidestep.model.heads import Classify, Regress, Retrieve
 
         limit = None if gpu is None else memory_of(gpu)
         if own_head and pool is not None:
@@ -70,18 +69,12 @@ def plan(
             raise ValueError("--frames and --text-backbone are for pairs: say --kind retrieval")
         if of.dual and own_head:
             raise ValueError("--own-head with --kind retrieval: the embeddings are Sidestep's. Leave it out")
-        if of.writes and (own_head or pool is not None):
-            raise ValueError(f"--kind {of.name} is written by the backbone's own head: leave --own-head and --pool out")
-        reads: Any = {"pool": pool}  # a head refuses a pool that it does not know
-        head: HeadConfig
-        if of.dual:
-            head = Retrieve(**reads)
-        elif of.name == "regress":
-            head = Regress(**reads)
-        else:
-            head = Classify(num_labels=labels, problem="multi" if of.name == "multi" else "single", **reads)
+        if of.writes and own_head:
+            raise ValueError(f"--kind {of.name} is written by the backbone's own head: leave --own-head out")
+        head: HeadConfig | None = of.blank_head(labels, pool)  # a head refuses a pool that it does not know
         settings: dict[str, Any] = {
-            "head": None if own_head or of.writes else head,
+            "head": None if own_head else head,
+            "own_head": of.own_head,
             "writes": of.writes,
             "lm_loss": lm_loss if of.writes else "own",
             "length": length,

@@ -209,6 +209,10 @@ class Retrieval(TaskKind):
         """An embedding for each tower."""
         return Retrieve(pool=pool)
 
+    def blank_head(self, outputs: int, pool: Any = None) -> Retrieve:
+        """An embedding for each tower."""
+        return Retrieve(pool=pool)
+
     def check(self, model: Attached, batch_size: int) -> None:
         """Refuse batches without negatives."""
         if batch_size < 2:

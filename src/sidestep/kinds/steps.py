@@ -59,6 +59,19 @@ def _check_both(kind: str, fields: Fields) -> None:
         )
 
 
+def check_text_alone(rows: Dataset, fields: Fields, kind: str) -> None:
+    """Refuses anything but one column of texts beside the labels.
+
+    Raises:
+        DataError: naming the column.
+    """
+    if fields.text is None:
+        raise DataError(f"kind={kind!r} reads texts: name their column (--text)")
+    for name in ("text2", "image", "audio"):
+        if (column := getattr(fields, name)) is not None:
+            raise DataError(f"{name}={column!r} with kind={kind!r}: one column of texts is read. Leave it out")
+
+
 def check_asked(processor: Any, asked: Asked) -> None:
     """Refuses frames without videos, and what does not go with rows of a picture and a text.
 

@@ -291,5 +291,5 @@ def attached(spec: RunSpec, data: TaskData, backbone: Any = None) -> Attached:
     if kind.dual:
         return attach(load_pair(**where, text_name=own.text_name), own.method, head=head, **how)
     outputs = data.labels.outputs if own.own_head else None
-    backbone = load_backbone(**where, head=own.own_head, num_labels=outputs, writes=kind.writes)
+    backbone = load_backbone(**where, head=own.own_head and kind.own_head, num_labels=outputs, writes=kind.writes)
     return attach(backbone, own.method, head=head, **how)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -16,7 +17,6 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from sidestep.data import LabelSpace
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.task_data import TaskData
@@ -54,6 +54,9 @@ def make_trainer(
 ) -> Trainer:
     """The Trainer of a run, or of its first stage with an `optimizer` of its own."""
     steps, writes = settings.steps_per_epoch(len(data.train)), data.generation is not None
+    if _differ_in_length(data):  # so that little is padding
+        order = np.argsort(data.dev.with_format(None)["length"][:], kind="stable")[::-1]
+        data = replace(data, dev=data.dev.select(order))
     callbacks: list[Any] = [
         ExactResume(settings.seed, steps, settings.save_steps),
         StopIfDiverged(),
@@ -78,9 +81,9 @@ def make_trainer(
         data_collator=data.collate.__call__,
         train_dataset=data.train,
         eval_dataset=data.dev,
-        compute_metrics=kind_named(data.labels.kind).compute_metrics(data.labels.names),
+        compute_metrics=kind_named(data.labels.kind).compute_metrics(data),
         callbacks=callbacks,
-        labels=data.labels,
+        data=data,
         judge_texts=(lambda: judge_run(model, data, settings)) if writes else None,
         make_optimizer=optimizer,
     )
@@ -107,14 +110,14 @@ class TaskTrainer(Trainer):
         settings: TrainSettings,
         factor: Callable[[int], float],
         *,
-        labels: LabelSpace,
+        data: TaskData,
         judge_texts: Callable[[], Assessment] | None,
         make_optimizer: Callable[[], Optimizer] | None,
         **given: Any,
     ) -> None:
         super().__init__(**given)
         self._settings, self._factor, self._make_optimizer = settings, factor, make_optimizer
-        self._labels, self._judge_texts = labels, judge_texts
+        self._data, self._judge_texts = data, judge_texts
         self._last: Callable[[], Assessment] | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
@@ -127,7 +130,7 @@ class TaskTrainer(Trainer):
         """The Trainer's loop, with the scores of written texts where the answers are texts."""
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._judge_texts is None:
-            self._last = partial(kind_named(self._labels.kind).assess_evaluation, found, self._labels.names or None)
+            self._last = partial(kind_named(self._data.labels.kind).assess_evaluation, found, self._data)
             return found
         judged = self._judge_texts()
         self._last = lambda: judged
@@ -149,6 +152,14 @@ class TaskTrainer(Trainer):
         if self._settings.decay == "all":
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The dev batches in the order of the rows, by which windows of a text are put together again."""
+        asked, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = asked
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches. Where the settings say so, a last one that is not whole is left out."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sidestep.backbone import Noise
+from sidestep.backbone.load import OwnHead
 from sidestep.backbone.recompute import Checkpoint
 from sidestep.interface.keep import Keep
 from sidestep.measure.memory import peak_memory, saved_bytes
@@ -78,6 +79,7 @@ def plan(
     backbone_noise: Noise | None = None,
     keep: Keep = "full",
     writes: Written | None = None,
+    own_head: OwnHead = "rows",
     lm_loss: LmLoss = "own",
     precision: Precision = "float32",
     optimizer: str = "AdamW",
@@ -100,6 +102,7 @@ def plan(
         checkpoint, backbone_noise, keep, lm_loss: as in `attach`.
         writes: with head=None, "lm" or "text2text" for the backbone's own head that writes text. It is frozen, and all
             tokens of a decoder's texts have a label.
+        own_head: with head=None and without `writes`, what the backbone's own head gives answers for.
         precision: "float32", "bf16 autocast" (weights in float32), or "bfloat16" (the backbone's weights).
         optimizer: one of `OPTIMIZERS`.
         device: "cpu" or "cuda". The latter needs no GPU.
@@ -120,7 +123,7 @@ def plan(
     with torch.random.fork_rng(None if place == "cuda" else []), torch.device(place):
         how = {"checkpoint": checkpoint, "backbone_noise": backbone_noise, "keep": keep, "lm_loss": lm_loss}
         made = (backbone, text_backbone)
-        model = _attached(made, method, None if writes else head, writes, how, precision, revision)
+        model = _attached(made, method, None if writes else head, writes, own_head, how, precision, revision)
         inputs = blank_batch(model, batch, length, image_size, frames)
         if measure:
             return _measured(model, inputs, precision, optimizer, device)
@@ -155,6 +158,7 @@ def _attached(
     method: MethodConfig,
     head: HeadConfig | None,
     writes: Written | None,
+    own_head: OwnHead,
     how: dict[str, Any],
     precision: Precision,
     revision: str | None,
@@ -162,10 +166,11 @@ def _attached(
     """The attached model on the default device. The second backbone is of texts, beside one of images."""
     one, text = backbone
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    own = own_head if head is None and writes is None else None
     if isinstance(head, Retrieve):
         made = build_pair(one, text, dtype=dtype, revision=revision)
     else:
-        made = build(one, own_head=head is None and writes is None, writes=writes, dtype=dtype, revision=revision)
+        made = build(one, own_head=own, writes=writes, dtype=dtype, revision=revision)
     try:
         return attach(made, method, head=head, **how)
     except RuntimeError as error:  # what torch raises for an operation that needs values
