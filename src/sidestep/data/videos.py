@@ -220,12 +220,12 @@ def _container(cell: Mapping[str, Any]) -> Iterator[Any]:
 
 def _packets(container: Any) -> tuple[int, float]:
     """How many packets of pictures there are, each of which is a frame as a rule, and the second at which all end."""
-    av, count, end = import_av(), 0, 0.0
+    av, count, end, pictures = import_av(), 0, 0.0, container.streams.video[0].index
     with suppress(av.FFmpegError):  # what can be decoded is found by decoding
         for packet in container.demux():
             if packet.size and packet.pts is not None:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            count += packet.size > 0 and packet.stream.type == "video"
+            count += packet.size > 0 and packet.stream_index == pictures
     return count, end
 
 
@@ -280,7 +280,7 @@ VIDEOS = Medium(
     field="video",
     feature=Video(decode=False),  # `datasets` decodes with torchcodec, which is not needed here
     extensions=frozenset(
-        (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".ts")
+        (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp")
     ),
     opened=evenly,
     is_there=_is_there,
