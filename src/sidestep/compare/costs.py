@@ -16,7 +16,7 @@ from sidestep.measure.meters import Cost, measure
 from sidestep.measure.plan import plan_for
 from sidestep.measure.plan.blank import blank_batch
 from sidestep.model.attach import Attached, detach
-from sidestep.model.heads import Classify, HeadConfig, Retrieve
+from sidestep.model.heads import HeadConfig, Retrieve
 from sidestep.model.settings import Settings
 from sidestep.model.side_model import SideModel
 
@@ -89,7 +89,7 @@ def _settings(
     bench: Bench,
     one: Contender,
     batch: Mapping[str, Tensor],
-    head: Classify | Retrieve | None,
+    head: HeadConfig | None,
 ) -> dict[str, Any]:
     given, images = batch.get("input_ids", batch.get("input_values")), batch.get("pixel_values")
     return {
@@ -105,10 +105,11 @@ def _settings(
     }
 
 
-def _worded(head: Classify | Retrieve | None) -> str:
+def _worded(head: HeadConfig | None) -> str:
     if head is None:
         return "its language model head"
-    return f"Classify(num_labels={head.num_labels}, pool={head.pool})" if isinstance(head, Classify) else "Retrieve"
+    classes = "" if isinstance(head, Retrieve) else "num_labels=2, "
+    return f"{type(head).__name__}({classes}pool={head.pool})"
 
 
 def _attached_with(bench: Bench, one: Contender, head: HeadConfig | None) -> Settings:

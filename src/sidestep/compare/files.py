@@ -232,7 +232,7 @@ def _task(table: _Table, base: Path) -> Task:
     label = table.get("label", str, "label")
     if problem is not None and kind_named(problem).dual:
         label = None
-        looked_for(Fields(text=text, text2=text2, image=image, audio=audio, video=video))
+        table.made(looked_for, fields=Fields(text=text, text2=text2, image=image, audio=audio, video=video))
     elif video is not None or sum(column is not None for column in (text, image, audio)) != 1:
         raise ValueError(
             f"{table.where}: name one column, of texts (text), of images (image) or of sounds (audio). Pairs of texts "
