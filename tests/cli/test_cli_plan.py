@@ -131,7 +131,7 @@ def test_a_measured_step(bert: Path) -> None:
         (("--dtype", "int4"), "--dtype int4"),
         (("--kind", "retrieval"), "no dual encoder (clip, "),
         (("--frames", "3"), "--frames and --text-backbone are for pairs: say --kind retrieval"),
-        (("--kind", "lm", "--own-head"), "leave --own-head and --pool out"),
+        (("--kind", "lm", "--own-head"), "leave --own-head out"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(bert: Path, arguments: tuple[str, ...], message: str) -> None:
