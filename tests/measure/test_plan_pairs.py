@@ -23,7 +23,6 @@ PAIRS, FRAMES = 3, 4
 METHODS: dict[str, MethodConfig] = {
     "read": ss.ReadConfig(rank=4),
     "sherl": ss.SherlConfig(pool_tokens=True, hidden=8),
-    "lora": ss.LoraConfig(),
 }
 
 
