@@ -300,7 +300,7 @@ def test_a_dual_encoder_answers_by_both_vectors_and_their_product(place: Path, t
     names = ("pixel_values", "input_ids", "attention_mask")
     out = [again(**{name: one[name] for name in names}).logits for one in (batch, other)]
     assert not torch.allclose(*out)
-    images, texts = again.embeddings(batch["pixel_values"], {name: batch[name] for name in names[1:]}, None)
+    images, texts = again.embeddings(batch["pixel_values"], {name: batch[name] for name in names[1:]})
     both = again.joint(images, texts)
     torch.testing.assert_close(both[:, 16:], both[:, :8] * both[:, 8:16])
     backbone = ss.detach(again)

@@ -74,7 +74,7 @@ class JointModel(TwoTowers):
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
         }
-        images, texts = self.embeddings(pixel_values, text, None)
+        images, texts = self.embeddings(pixel_values, text)
         if images is None or texts is None or len(images) != len(texts):
             counts = [0 if part is None else len(part) for part in (images, texts)]
             raise ValueError(f"{counts[0]} pictures with {counts[1]} texts: give each row one of both")

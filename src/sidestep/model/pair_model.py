@@ -22,7 +22,7 @@ class RetrievalOutput(ModelOutput):
 
     Attributes:
         loss: of training, where labels were given.
-        image_embeds: (pairs, dim) of length one. None without images.
+        image_embeds: (pairs, dim) of length one, of images or videos. None without them.
         text_embeds: (pairs, dim) of length one. None without texts.
     """
 
@@ -62,14 +62,16 @@ class PairModel(TwoTowers):
         position_ids: Tensor | None = None,
         image_index: Tensor | None = None,
         labels: Tensor | None = None,
+        frame_mask: Tensor | None = None,
     ) -> RetrievalOutput:
-        """Embeddings of images, of texts, or of both, and with labels the loss of the pairs.
+        """Embeddings of images or videos, of texts, or of both, and with labels the loss of the pairs.
 
         Args:
-            pixel_values: (images, channels, rows, columns).
+            pixel_values: (images, channels, rows, columns), or of videos (videos, frames, channels, rows, columns).
             input_ids, attention_mask, token_type_ids, position_ids: (texts, tokens), as the text tower takes them.
             image_index: (texts,) the number of each text's image in `pixel_values`. None: they stand in pairs.
             labels: (texts,) which image it is. Texts of the same image are no negatives of each other.
+            frame_mask: (videos, frames) bool, False where a video has no more frames. None: all have as many.
 
         Raises:
             ValueError: if there are labels without images and texts in pairs.
@@ -80,7 +82,7 @@ class PairModel(TwoTowers):
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
         }
-        images, texts = self.embeddings(pixel_values, text, image_index)
+        images, texts = self.embeddings(pixel_values, text, image_index, frame_mask)
         loss = None if labels is None else self._loss(images, texts, labels)
         return RetrievalOutput(loss=loss, image_embeds=images, text_embeds=texts)
 

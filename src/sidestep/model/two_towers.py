@@ -20,11 +20,13 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from sidestep.backbone import Digest, default_pool, freeze, joined, new_parameters
 from sidestep.backbone.families import DUAL_FAMILIES, Pool, dual_family_of
+from sidestep.backbone.frames import VIDEO_AXES
 from sidestep.interface.registry import Method
 from sidestep.methods import UnsupportedBackbone, method_of
 from sidestep.model import saving
 from sidestep.model.attached import AttachedModel
 from sidestep.model.before import Before
+from sidestep.model.frames import embed_videos
 from sidestep.model.heads import Retrieve
 from sidestep.model.settings import Settings
 from sidestep.model.side_model import SideModel
@@ -99,21 +101,35 @@ class TwoTowers(AttachedModel):
     # --- running ---------------------------------------------------------------------------------------------------
 
     def embeddings(
-        self, pixel_values: Tensor | None, text: Mapping[str, Tensor | None], image_index: Tensor | None
+        self,
+        pixel_values: Tensor | None,
+        text: Mapping[str, Tensor | None],
+        image_index: Tensor | None = None,
+        frame_mask: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Embeddings of images and of texts, of length one. None for what is not given.
+        """Embeddings of images or videos and of texts, of length one. None for what is not given.
 
         Args:
-            pixel_values: (images, channels, rows, columns).
+            pixel_values: (images, channels, rows, columns), or of videos (videos, frames, channels, rows, columns).
             text: what the text tower takes, by name.
             image_index: (texts,) the number of each text's image. None: they stand in pairs.
+            frame_mask: (videos, frames) bool, False where a video has no more frames. None: all have as many.
         """
         given = {name: value for name, value in text.items() if value is not None}
-        images = None if pixel_values is None else self.image(pixel_values=pixel_values).logits
+        images = None if pixel_values is None else self._embed(pixel_values, frame_mask)
         texts = None if "input_ids" not in given else self.text(**given).logits
         if image_index is not None and images is not None:
             images = images[image_index]
         return images, texts
+
+    def _embed(self, pixels: Tensor, frame_mask: Tensor | None) -> Tensor:
+        """The embeddings of images or videos."""
+
+        def embed(images: Tensor) -> Tensor:
+            embeds: Tensor = self.image(pixel_values=images).logits
+            return embeds
+
+        return embed_videos(embed, pixels, frame_mask) if pixels.ndim > VIDEO_AXES else embed(pixels)
 
     # --- what it holds: as of a `SideModel` ------------------------------------------------------------------------
 
