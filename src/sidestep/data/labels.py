@@ -27,10 +27,12 @@ class LabelSpace:
     Attributes:
         kind: one class of several, any number of them, a number, or a text that the model writes.
         names: the classes, in the order of the outputs. It is empty for a number or a text.
+        unanswerable: of answers that stand in texts, whether a question may have none.
     """
 
     kind: Kind
     names: tuple[str, ...]
+    unanswerable: bool = False
 
     @property
     def outputs(self) -> int:

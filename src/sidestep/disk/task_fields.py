@@ -135,6 +135,7 @@ PREPARED_TOO: Mapping[str, Any] = {
     "padding": str,
     "generation": dict[Literal["max_new_tokens", "num_beams"], AtLeast1],
     "separators": dict[Literal["pair", "answer"], str],
+    "unanswerable": bool,
 }
 
 

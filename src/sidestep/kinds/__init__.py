@@ -4,6 +4,7 @@ from sidestep.kinds.base import TaskKind, kind_named, kinds, register
 from sidestep.kinds.classes import Multi, Single
 from sidestep.kinds.numbers import Regression
 from sidestep.kinds.pairs import Retrieval
+from sidestep.kinds.spans import Spans
 from sidestep.kinds.texts import LanguageModel, Text2Text
 from sidestep.kinds.tokens import Tokens
 
@@ -13,6 +14,7 @@ __all__ = [
     "Regression",
     "Retrieval",
     "Single",
+    "Spans",
     "TaskKind",
     "Text2Text",
     "Tokens",

@@ -169,7 +169,8 @@ def chosen_fields(preprocessing: Mapping[str, Any], given: Fields) -> Fields:
 
 def stored_labels(preprocessing: Mapping[str, Any]) -> LabelSpace:
     """What a task predicts that `sidestep train` has saved."""
-    return kind_named(preprocessing["problem"]).stored_labels(preprocessing["labels"])
+    labels = kind_named(preprocessing["problem"]).stored_labels(preprocessing["labels"])
+    return replace(labels, unanswerable=preprocessing.get("unanswerable", False))
 
 
 def _number(cell: Any) -> float | None:

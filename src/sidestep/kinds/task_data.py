@@ -60,6 +60,8 @@ class TaskData:
             "problem": self.labels.kind,
             "labels": list(self.labels.names),
         }
+        if self.labels.unanswerable:
+            stored["unanswerable"] = True
         if self.fields.text is not None and self.processor.pad_token_id is None:
             stored["padding"] = "the tokenizer has no pad token: token 0, masked"
         if self.generation is not None:

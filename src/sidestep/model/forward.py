@@ -87,7 +87,7 @@ class Forward(TrainerFace):
                 output = self.token_loss.run(lambda **own: self.fold.run(backbone, **own)[0], labels, kwargs)
                 if output is not None:
                     return output
-            given = {} if labels is None else {"labels": labels}
+            given = {} if labels is None else outputs.own_labels(self.backbone, labels)
             items = kwargs.pop("num_items_in_batch", None) if self.scales_loss else None
             output = self.fold.run(backbone, *args, **given, **kwargs)[0]
             if items is None or labels is None:

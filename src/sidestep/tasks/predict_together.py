@@ -139,8 +139,10 @@ def predict_together(
                 found = kind.columns(spaces[name], own, "one")
             else:
                 part = rows.select(places[name])
-                table = predict(bank.activate(name), part, fields=fields, batch_size=batch_size)
-                found = {PREDICTION: table[PREDICTION][:]}
+                model = bank.activate(name)
+                table = predict(model, part, fields=fields, batch_size=batch_size, probabilities="one")
+                new = [column for column in table.column_names if column not in part.column_names]
+                found = {column: table[column][:] for column in (PREDICTION, OWN) if column in new}
             for place, number in enumerate(places[name]):
                 answers[number][name] = {column: values[place] for column, values in found.items()}
     ordered = [

@@ -20,6 +20,7 @@ from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
 from sidestep.backbone.trunk import SOUND_INPUTS
 from sidestep.metrics import Written
+from sidestep.model.outputs import gives_spans
 from sidestep.model.side_model import SideModel
 
 Backbone: TypeAlias = str | Path | PreTrainedConfig | Callable[[], nn.Module]
@@ -203,7 +204,7 @@ def _labels(model: SideModel, rows: int, inputs: dict[str, Tensor]) -> Tensor:
     own = type(model.backbone).__name__
     if own.endswith("ForTokenClassification"):
         return torch.zeros(rows, tokens, dtype=torch.long)
-    return torch.zeros((rows, 2) if own.endswith("ForQuestionAnswering") else (rows,), dtype=torch.long)
+    return torch.zeros((rows, 2) if gives_spans(model.backbone) else (rows,), dtype=torch.long)
 
 
 def _name(model: SideModel) -> str:
