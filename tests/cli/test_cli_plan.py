@@ -130,7 +130,7 @@ def test_a_measured_step(bert: Path) -> None:
         (("--precision", "float32", "--bf16"), "--precision with --bf16"),
         (("--dtype", "int4"), "--dtype int4"),
         (("--kind", "retrieval"), "plan each tower alone"),
-        (("--kind", "lm", "--own-head"), "leave --own-head and --pool out"),
+        (("--kind", "lm", "--own-head"), "leave --own-head out"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(bert: Path, arguments: tuple[str, ...], message: str) -> None:

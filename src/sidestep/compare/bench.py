@@ -28,7 +28,7 @@ from sidestep.kinds.task_data import TaskData
 from sidestep.methods import WeightDelta, method_of
 from sidestep.metrics import Written
 from sidestep.model.attach import attach, detach
-from sidestep.model.heads import Classify, HeadConfig
+from sidestep.model.heads import HeadConfig
 from sidestep.model.side_model import SideModel
 from sidestep.model.token_loss import LmLoss
 from sidestep.training.run import ModelSpec
@@ -46,6 +46,7 @@ class Bench:
         precision: "bf16 autocast", or the dtype of the weights.
         attention: implementation.
         writes: the kind of its tasks if those are texts to write. The backbone has its language model head then.
+        measured_as: the kind whose head is there when memory and time are measured.
     """
 
     spec: Backbone
@@ -55,6 +56,7 @@ class Bench:
     precision: str
     attention: str
     writes: Written | None = None
+    measured_as: str = "single"
 
     @classmethod
     def load(
@@ -64,6 +66,7 @@ class Bench:
         attention: Attention | None = None,
         bf16: bool = False,
         writes: Written | None = None,
+        measured_as: str = "single",
     ) -> Bench:
         """The backbone on the accelerator, or on the CPU where there is none.
 
@@ -84,6 +87,7 @@ class Bench:
             precision="bf16 autocast" if bf16 else dtype,
             attention=getattr(getattr(model, "config", None), "_attn_implementation", None) or "timm's own",
             writes=writes,
+            measured_as=measured_as,
         )
 
     @property
@@ -142,9 +146,9 @@ class Bench:
         finally:
             detach(model)
 
-    def blank_head(self, contender: Contender, pool: Pool | None = None) -> Classify | None:
+    def blank_head(self, contender: Contender, pool: Pool | None = None) -> HeadConfig | None:
         """A head for two classes that reads what the contender's reads (else `pool`). None if texts are written."""
-        return None if self.writes else Classify(num_labels=2, pool=self.pool(contender) or pool)
+        return None if self.writes else kind_named(self.measured_as).blank_head(2, self.pool(contender) or pool)
 
     def settings(self, contender: Contender) -> dict[str, Any]:
         """What a result says of backbone and contender."""
@@ -299,6 +303,13 @@ def written_by(tasks: Sequence[Task]) -> Written | None:
         told = ", ".join(f"{name}: {kind or 'none is written'}" for name, kind in kinds.items())
         raise ValueError(f"some tasks are texts to write and others are not ({told}): compare them one after the other")
     return next(iter(kinds.values()), None)
+
+
+def measured_as(tasks: Sequence[Task]) -> str:
+    """The kind whose head is measured: that of a backbone's tasks if it reads every token of them all, else classes."""
+    kinds = {task.problem for task in tasks}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return kind if kind is not None and kind_named(kind).of_tokens else "single"
 
 
 def fingerprint(rows: Dataset, fields: Fields) -> str:

@@ -15,7 +15,7 @@ from sidestep.measure.meters import Cost, measure
 from sidestep.measure.plan import plan_for
 from sidestep.measure.plan.blank import blank_batch
 from sidestep.model.attach import detach
-from sidestep.model.heads import Classify
+from sidestep.model.heads import HeadConfig
 from sidestep.model.settings import Settings
 from sidestep.model.side_model import SideModel
 
@@ -82,7 +82,7 @@ def _settings(
     bench: Bench,
     one: Contender,
     batch: Mapping[str, Tensor],
-    head: Classify | None,
+    head: HeadConfig | None,
 ) -> dict[str, Any]:
     given, images = batch.get("input_ids", batch.get("input_values")), batch.get("pixel_values")
     return {
@@ -90,14 +90,14 @@ def _settings(
         "batch": costs.batch,
         "length": None if given is None or given.ndim > 2 else given.shape[1],
         "image_size": None if images is None else images.shape[-1],
-        "head": f"Classify(num_labels={head.num_labels}, pool={head.pool})" if head else "its language model head",
+        "head": f"{type(head).__name__}(num_labels=2, pool={head.pool})" if head else "its language model head",
         "repeats": costs.repeats,
         "warmup": costs.warmup,
         "score_of": comparison.score_of(one),
     }
 
 
-def _attached_with(bench: Bench, one: Contender, head: Classify | None) -> Settings:
+def _attached_with(bench: Bench, one: Contender, head: HeadConfig | None) -> Settings:
     return Settings(
         one.config,
         head,

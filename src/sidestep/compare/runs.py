@@ -15,7 +15,7 @@ from typing import Any
 
 from sidestep.backbone import Digest
 from sidestep.backbone.processors import load_processor
-from sidestep.compare.bench import Bench, Prepared, Rows, pairs, written_by
+from sidestep.compare.bench import Bench, Prepared, Rows, measured_as, pairs, written_by
 from sidestep.compare.budget import Search, Spent
 from sidestep.compare.costs import measure_costs
 from sidestep.compare.files import check_results
@@ -102,7 +102,13 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
         for spec in comparison.backbones:
             tasks = prepared[spec.name]
             writes = written_by([task.task for task in tasks])
-            bench = Bench.load(spec, attention=comparison.attention, bf16=comparison.bf16, writes=writes)
+            bench = Bench.load(
+                spec,
+                attention=comparison.attention,
+                bf16=comparison.bf16,
+                writes=writes,
+                measured_as=measured_as([task.task for task in tasks]),
+            )
             _Session(comparison, bench, ledger).run(tasks)
         return Outcome(records=list(ledger.touched.values()), ran=ledger.ran, broken=ledger.broken)
 

@@ -67,6 +67,7 @@ class TaskKind(ABC):
         writes: what of a language model head it needs, where its answers are texts.
         dual: whether it needs a dual encoder of images and texts.
         beside: names of columns of encoded rows, besides `UNREAD`, which no backbone reads: scores and predictions do.
+        of_tokens: whether its head reads every token.
         own_head: which head of the backbone's own is trained, where that is asked for.
         smooths: whether the Trainer's label smoothing works with it.
         problem_type: of the config of a backbone whose own head is trained. None: transformers decides.
@@ -79,6 +80,7 @@ class TaskKind(ABC):
     writes: ClassVar[Written | None] = None
     dual: ClassVar[bool] = False
     beside: ClassVar[tuple[str, ...]] = ()
+    of_tokens: ClassVar[bool] = False
     own_head: ClassVar[OwnHead] = "rows"
     smooths: ClassVar[bool] = False
     problem_type: ClassVar[str | None] = None

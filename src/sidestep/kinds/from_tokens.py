@@ -10,11 +10,11 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from sidestep.data import Fields, Generation, LabelSpace
+from sidestep.data import DataError, Fields, Generation, LabelSpace
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import Probabilities, TaskKind
 from sidestep.kinds.running import token_logits
-from sidestep.kinds.task_data import TaskData
+from sidestep.kinds.task_data import Asked, TaskData
 from sidestep.model.attach import Attached
 from sidestep.model.side_model import SideModel
 
@@ -28,9 +28,17 @@ class FromTokens(TaskKind):
     Its encoded rows are windows, with what is needed to put them together again in columns besides.
     """
 
+    of_tokens = True
+
     def strata(self, fields: Fields) -> str | None:
         """None: rows are of no class."""
         return None
+
+    def prepare(self, train: Dataset, dev: Dataset | None, fields: Fields, processor: Any, asked: Asked) -> TaskData:
+        """The rows as windows."""
+        if asked.shots is not None:
+            raise DataError(f"shots={asked.shots}: kind={self.name!r} has no classes of rows. Leave --shots out")
+        return super().prepare(train, dev, fields, processor, asked)
 
     @abstractmethod
     def score(self, outputs: Outputs, encoded: Dataset, labels: LabelSpace) -> Assessment:

@@ -36,6 +36,8 @@ from sidestep.kinds.task_data import TaskData
 from sidestep.metrics import IGNORED, METRICS
 from sidestep.model.heads import Tag
 
+PREDICTED_TAGS = "predicted_tags"
+
 
 class Words(NamedTuple):
     """The words of one row of the user's.
@@ -171,7 +173,7 @@ class Tokens(FromTokens):
                 if probabilities != "none":
                     span["probability"] = float(row.shares[start:end].min())
                 spans[-1].append(span)
-        return {PREDICTION: spans, TAGS: tags}
+        return {PREDICTION: spans, PREDICTED_TAGS: tags}
 
 
 def _by_row(encoded: Dataset, outputs: Outputs, labels: LabelSpace) -> Iterator[Words]:

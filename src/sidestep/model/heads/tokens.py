@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +25,10 @@ class ReadsTokens(HeadConfig):
 
     pools: ClassVar[tuple[Pool, ...]] = ("all",)
     default: ClassVar[Pool | None] = "all"
+
+    @abstractmethod
+    def terms(self, labels: Sequence[int], tokens: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The tokens of a row that count, and the target of each, for a head that is solved token by token."""
 
 
 @register
@@ -64,6 +71,12 @@ class Tag(ReadsTokens):
         """With the cross-entropy of the tokens."""
         return TagHead(self, width, pool)
 
+    def terms(self, labels: Sequence[int], tokens: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Those with a label, and its number."""
+        numbers = np.asarray(labels, dtype=np.int64)
+        places = np.flatnonzero(numbers != IGNORED)
+        return places, numbers[places]
+
     def blank_labels(self, rows: int, tokens: int) -> Tensor:
         """The first class for each token."""
         return torch.zeros(rows, tokens, dtype=torch.long)
@@ -90,6 +103,11 @@ class Span(ReadsTokens):
     def build(self, width: int, pool: Pool) -> SpanHead:
         """With the cross-entropy of both over the tokens."""
         return SpanHead(self, width, pool)
+
+    def terms(self, labels: Sequence[int], tokens: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """All, each with whether an answer begins and whether one ends there."""
+        places = np.arange(tokens)
+        return places, np.stack([places == labels[0], places == labels[1]], axis=1).astype(np.int64)
 
     def blank_labels(self, rows: int, tokens: int) -> Tensor:
         """The first token."""
