@@ -20,10 +20,10 @@ from sidestep.backbone.gguf import gguf_parts, is_gguf
 from sidestep.backbone.load import check_writes, load_backbone
 from sidestep.backbone.processors import IN_WORDS, load_processor, read_by
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
-from sidestep.data import DataError, DataWarning, Fields, holdout
+from sidestep.data import DataError, DataWarning, Fields
 from sidestep.data.media import undecoded
 from sidestep.kinds.base import kind_named
-from sidestep.kinds.prepare import prepare, strata
+from sidestep.kinds.prepare import hold_out, prepare
 from sidestep.kinds.task_data import TaskData
 from sidestep.methods import WeightDelta, method_of
 from sidestep.metrics import Written
@@ -247,7 +247,7 @@ class Prepared:
             data = dict.fromkeys(comparison.seeds, prepare(rows.train, rows.dev, fields, processor, seed=seed, **how))
             for other in comparison.seeds[1:] if shots is not None else ():
                 data[other] = prepare(rows.train, rows.dev, fields, processor, seed=other, **how)
-            inner, outer = holdout(rows.train, strata(rows.task.problem, fields), comparison.holdout, seed)
+            inner, outer = hold_out(rows.train, rows.task.problem, fields, comparison.holdout, seed)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DataWarning)  # the same rows have been warned of
                 trial = prepare(inner, outer, fields, processor, seed=seed, **how)

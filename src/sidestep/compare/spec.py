@@ -16,11 +16,11 @@ from datasets import Dataset
 from sidestep.backbone import Noise, check_noise
 from sidestep.backbone.families import Pool
 from sidestep.backbone.source import Reads
-from sidestep.data import Fields, Kind, TableOptions, holdout, read
+from sidestep.data import Fields, Kind, TableOptions, read
 from sidestep.disk.feature_options import FeatureOptions
 from sidestep.interface.keep import ROUNDED, Keep, check_keep
 from sidestep.kinds.base import kind_named
-from sidestep.kinds.prepare import strata
+from sidestep.kinds.prepare import hold_out
 from sidestep.methods import MethodConfig, method_named, method_of, methods
 from sidestep.model.heads import HeadConfig
 from sidestep.training.settings import Schedule, TrainSettings
@@ -116,7 +116,7 @@ class Task:
         """
         train = read(self.train, self.options, split=self.train_split)
         if self.dev is None:
-            return holdout(train, strata(self.problem, self.fields), 0.2, seed=0)
+            return hold_out(train, self.problem, self.fields, 0.2, seed=0)
         return train, read(self.dev, self.options, split=self.dev_split)
 
 

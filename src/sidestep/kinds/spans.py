@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from sidestep.data import Augmentation, Collate, Fields, LabelSpace, Separators
+from sidestep.data import Augmentation, Collate, Fields, LabelSpace, Separators, holdout_whole
 from sidestep.data.joins import NOTHING
 from sidestep.data.spans import (
     ANSWERS,
@@ -63,6 +63,12 @@ class Spans(FromTokens):
         """The two outputs, and whether some of the training questions have no answer."""
         unanswerable = not all(answers_of(rows, fields))
         return LabelSpace(self.name, (START, END), unanswerable=unanswerable)
+
+    def hold_out(self, rows: Dataset, fields: Fields, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+        """Whole contexts are held out: the questions about one are in the same part."""
+        check_questions(rows, fields)
+        assert fields.text2 is not None
+        return holdout_whole(rows, fields.text2, fraction, seed)
 
     def encode(
         self,
