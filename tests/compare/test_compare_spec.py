@@ -216,7 +216,7 @@ def test_what_is_wrong_in_a_file_is_named(changes: dict[str, Any], said: str) ->
 
 
 def test_a_problem_that_is_not_supported_is_refused() -> None:
-    with pytest.raises(DataError, match="kind=.ner.: .tokens. is what you mean"):
+    with pytest.raises(DataError, match=r"kind=.ner.: .tokens. is what you mean"):
         comparison_from(values(task=[{"train": "a", "text": "t", "problem": "ner"}]), Path(), "here")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from sidestep.data import DataError, DataWarning, Fields
+from sidestep.data import DataError, DataWarning, Fields, read
 from sidestep.data.tagged import CollateTagged, Texts, encode_tagged, tag_space
 from sidestep.data.windows import ROW, Windows
 from small_tasks import WORDS, tokenizer
@@ -141,6 +142,19 @@ def test_batches_pad_labels_as_they_pad_texts() -> None:
     assert batch["labels"].tolist() == [[-100, 0, 1, -100], [-100, 0, -100, -100]]
     assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([4, 3]))
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels"} & set(batch)
+
+
+def test_a_file_of_the_shared_tasks_has_a_row_for_each_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "train.conll"
+    path.write_text("-DOCSTART- -X- O\n\nThe DT O\nfilm NN B-work\n\n\nGood JJ O\n")
+    found = read(path)
+    assert found["tokens"][:] == [["The", "film"], ["Good"]]
+    assert found["tags"][:] == [["O", "B-work"], ["O"]]
+    path.write_text("New York\tB-city\nis\tO\n")
+    assert read(path)["tokens"][:] == [["New York", "is"]]
+    path.write_text("a O\nb\n")
+    with pytest.raises(DataError, match="line 2 has 1 columns, where the first one has 2"):
+        read(path)
 
 
 class Slow:
