@@ -153,6 +153,14 @@ def test_the_backbones_own_head_is_trained_stored_and_used(place: Path, tmp_path
     assert results.history[-1]["dev_loss"] < results.history[0]["dev_loss"]
 
 
+def test_features_of_an_own_head_that_reads_padding_are_refused_before_they_are_computed(
+    place: Path, tmp_path: Path
+) -> None:
+    run = spec(place, tmp_path / "task", model={"own_head": True}, features="ram")
+    with pytest.raises(ValueError, match="the own head of BertForQuestionAnswering reads padding"):
+        ss.train(run)
+
+
 def test_an_own_head_that_was_loaded_is_trained_and_its_outputs_are_read(place: Path, tmp_path: Path) -> None:
     made = load_backbone(place / "bert", head="spans")
     made.save_pretrained(tmp_path / "qa")

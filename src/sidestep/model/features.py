@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sidestep.fold import Look, Recorder, Route
+from sidestep.model.outputs import gives_spans
 from sidestep.model.pair_model import PairModel
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ def check_storable(model: Attached) -> SideModel:
     if model.settings.backbone_noise is not None:
         raise FeaturesRefused(
             f"backbone_noise={model.settings.backbone_noise!r}: the states are other ones in each epoch"
+        )
+    if model.head is None and gives_spans(model.backbone):
+        raise FeaturesRefused(
+            f"the own head of {type(model.backbone).__name__} reads padding as a part of each text, and padding is not "
+            "stored. Sidestep's head (ss.Span, without --own-head) leaves it out"
         )
     return model
 
