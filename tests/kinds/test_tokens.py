@@ -19,9 +19,11 @@ from commands import refusal, succeed
 from sidestep.backbone.load import load_backbone
 from sidestep.data import DataError, DataWarning, Fields, LabelSpace
 from sidestep.data.tagged import encode_tagged
+from sidestep.data.windows import ROW
 from sidestep.disk.task_folder import WEIGHTS
 from sidestep.kinds import kind_named
 from sidestep.tasks.predict import evaluate, predict
+from sidestep.training.auto import _texts_apart
 from sidestep.training.callbacks import StopIfDiverged
 from small_tasks import SPECIAL, WORDS, text_backbone, tokenizer, write
 
@@ -224,6 +226,15 @@ def test_a_bank_answers_with_entities_beside_other_tasks(backbone: Path, tmp_pat
         answers = bank.predict([(["one", "two"], {"words": row["words"]}) for row in tagged(4, 9)])
         own = predict(bank.activate("two"), tagged(4, 9))["prediction"][:]
     assert [row["two"]["prediction"] for row in answers.rows] == own
+
+
+def test_windows_of_one_text_are_held_out_together() -> None:
+    rows = Dataset.from_list(tagged(40, longest=30))
+    windows, _ = encode_tagged(rows, FIELDS, tokenizer(pad=True), None, 8)
+    kept, apart = _texts_apart(windows, 0.2, 0)
+    assert len(kept) + len(apart) == len(windows) > 40
+    assert not set(kept[ROW][:]) & set(apart[ROW][:])
+    assert len(set(apart[ROW][:])) == 8
 
 
 def test_a_broken_scheme_is_read_as_beginnings_and_counted() -> None:

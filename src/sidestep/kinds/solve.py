@@ -30,6 +30,8 @@ RIDGES = tuple(10.0**power for power in np.arange(-5, 2.5, 0.5))
 """Penalties of a regression."""
 PENALTIES = tuple(10.0**power for power in np.arange(1, -5, -1.0))
 """Penalties of a logistic regression, each of which starts from the map of the one before."""
+WORSE = 1
+"""Penalties behind the best that are tried before no smaller one is."""
 HELD_OUT = 0.2
 HELD = 2**26
 """Values of coordinates that are held, 512 MiB. More are held in float32, up to a third of the free memory."""
@@ -366,5 +368,9 @@ def _chosen(rows: _Logistic, seed: int) -> float:
         count = max(round(HELD_OUT * len(order)), 1)
         held, kept = np.sort(order[:count]), np.sort(order[count:])
     apart = rows.coordinates(held)
-    losses = [rows.score(apart, len(held), weight, bias) for weight, bias, _ in rows.path(kept, PENALTIES)]
+    losses: list[float] = []
+    for weight, bias, _ in rows.path(kept, PENALTIES):
+        losses.append(rows.score(apart, len(held), weight, bias))
+        if len(losses) - int(np.argmin(losses)) > WORSE:  # smaller ones fit the kept rows more closely still
+            break
     return float(PENALTIES[int(np.argmin(losses))])
