@@ -14,20 +14,23 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from sidestep.backbone import Digest, digest_of, pretrained_tensors
-from sidestep.backbone.families import Pool
+from sidestep.backbone import Digest, joined
+from sidestep.backbone.configs import config_of
+from sidestep.backbone.families import DUAL_FAMILIES, Pool
 from sidestep.backbone.gguf import gguf_parts, is_gguf
-from sidestep.backbone.load import check_writes, load_backbone
-from sidestep.backbone.processors import IN_WORDS, load_processor, read_by
+from sidestep.backbone.load import check_writes, load_backbone, load_pair
+from sidestep.backbone.processors import IN_WORDS, PairProcessor, load_pair_processor, load_processor, read_by
+from sidestep.backbone.source import TIMM, Reads
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
 from sidestep.data import DataError, DataWarning, Fields
+from sidestep.data.contents import content_of
 from sidestep.data.media import undecoded
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.prepare import hold_out, prepare
 from sidestep.kinds.task_data import TaskData
 from sidestep.methods import WeightDelta, method_of
 from sidestep.metrics import Written
-from sidestep.model.attach import attach, detach
+from sidestep.model.attach import Attached, attach, detach, digests_of
 from sidestep.model.heads import HeadConfig
 from sidestep.model.side_model import SideModel
 from sidestep.model.token_loss import LmLoss
@@ -42,7 +45,7 @@ class Bench:
         spec: what was asked for.
         model: the backbone, on its device.
         processor: its tokenizer, image processor or feature extractor.
-        known: the digest of its weights.
+        known: the digests of its weights, of a dual encoder those of each tower.
         precision: "bf16 autocast", or the dtype of the weights.
         attention: implementation.
         writes: the kind of its tasks if those are texts to write. The backbone has its language model head then.
@@ -52,7 +55,7 @@ class Bench:
     spec: Backbone
     model: nn.Module
     processor: Any
-    known: Digest
+    known: tuple[Digest, ...]
     precision: str
     attention: str
     writes: Written | None = None
@@ -74,7 +77,11 @@ class Bench:
             LoadError: if it cannot be loaded.
             ValueError: if its attention cannot be chosen.
         """
-        model = load_backbone(spec.model, dtype=spec.dtype, revision=spec.revision, writes=writes)
+        model: nn.Module
+        if is_dual(spec):
+            model = load_pair(spec.model, spec.text_model, dtype=spec.dtype, revision=spec.revision)
+        else:
+            model = load_backbone(spec.model, dtype=spec.dtype, revision=spec.revision, writes=writes)
         if attention is not None:
             _set_attention(model, attention, spec.name)
         model.to(device())
@@ -82,8 +89,8 @@ class Bench:
         return cls(
             spec=spec,
             model=model,
-            processor=load_processor(spec.model, revision=spec.revision),
-            known=digest_of(pretrained_tensors(model)),
+            processor=processor_of(spec),
+            known=tuple(digests_of(model)),
             precision="bf16 autocast" if bf16 else dtype,
             attention=getattr(getattr(model, "config", None), "_attn_implementation", None) or "timm's own",
             writes=writes,
@@ -92,15 +99,20 @@ class Bench:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the backbone reads texts (images or sounds otherwise)."""
-        return read_by(self.processor) == "text"
+        """Whether the backbone reads texts, alone or in pairs (images or sounds otherwise)."""
+        return self.is_dual or read_by(self.processor) == "text"
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether it is a dual encoder, which reads pairs."""
+        return isinstance(self.processor, PairProcessor)
 
     @property
     def device(self) -> torch.device:
         """Where the backbone is."""
         return next(self.model.parameters()).device
 
-    def attach(self, contender: Contender, head: HeadConfig | None, seed: int) -> SideModel:
+    def attach(self, contender: Contender, head: HeadConfig | None, seed: int) -> Attached:
         """The contender on the backbone, with weights of this seed. `detach` brings the backbone back."""
         torch.manual_seed(seed)
         return attach(
@@ -117,6 +129,7 @@ class Bench:
         """The contender as `sidestep train` would be asked for it."""
         return ModelSpec(
             backbone=self.spec.model,
+            text_backbone=self.spec.text_model,
             method=contender.config,
             pool=self.pool(contender),
             backbone_noise=contender.noise,
@@ -142,12 +155,15 @@ class Bench:
         except (ValueError, ModuleNotFoundError) as error:
             return str(error)
         try:
-            return model.untrained
+            return model.untrained if isinstance(model, SideModel) else None
         finally:
             detach(model)
 
     def blank_head(self, contender: Contender, pool: Pool | None = None) -> HeadConfig | None:
-        """A head for two classes that reads what the contender's reads (else `pool`). None if texts are written."""
+        """A head for two classes that reads what the contender's reads (else `pool`). None if texts are written.
+
+        It is a head of pairs on a dual encoder, and one of every token where all tasks are such.
+        """
         return None if self.writes else kind_named(self.measured_as).blank_head(2, self.pool(contender) or pool)
 
     def settings(self, contender: Contender) -> dict[str, Any]:
@@ -156,7 +172,7 @@ class Bench:
         return {
             "backbone": self.spec.name,
             "model": self._model(),
-            "digest": self.known.exact[:16],
+            "digest": (joined(self.known) if self.is_dual else self.known[0]).exact[:16],
             "pool": self.pool(contender),
             "contender": contender.name,
             "method": contender.method,
@@ -173,6 +189,10 @@ class Bench:
 
     def _model(self) -> str:
         """The model's id. A folder is given by its class and its name, not by where it lies."""
+        if self.spec.text_model is not None:
+            both = (self.spec.model, self.spec.text_model)
+            names = " and ".join(Path(name).name if Path(name).exists() else name for name in both)
+            return f"{type(self.model).__name__} of {names}"
         folder = Path(self.spec.model)
         if is_gguf(self.spec.model):
             return f"{type(self.model).__name__} of {gguf_parts(self.spec.model)[1]}"
@@ -242,6 +262,7 @@ class Prepared:
             "max_length": comparison.max_length,
             "shots": shots,
             "separator": rows.task.separator,
+            "frames": rows.task.frames,
         }
         try:
             data = dict.fromkeys(comparison.seeds, prepare(rows.train, rows.dev, fields, processor, seed=seed, **how))
@@ -263,7 +284,7 @@ def device() -> torch.device:
 
 
 def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
-    """The tasks of each backbone: those of texts, of images or of sounds.
+    """The tasks of each backbone: those of texts, of images or of sounds, and for a dual encoder those of pairs.
 
     Raises:
         LoadError: if a backbone has no tokenizer, image processor or feature extractor, or does not write what its
@@ -272,12 +293,11 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
     """
     found, used = {}, set()
     for backbone in comparison.backbones:
-        processor = load_processor(backbone.model, revision=backbone.revision)
-        reads = read_by(processor)
+        reads = None if is_dual(backbone) else read_by(processor_of(backbone))
         tasks = tuple(task for task in comparison.tasks if task.reads == reads)
         if not tasks:
             raise ValueError(
-                f"backbone {backbone.name!r} reads {IN_WORDS[reads]}, but no task has any: add one, or leave it out"
+                f"backbone {backbone.name!r} reads {_worded(reads)}, but no task has any: add one, or leave it out"
             )
         if (writes := written_by(tasks)) is not None:
             check_writes(backbone.model, writes, revision=backbone.revision)
@@ -285,11 +305,33 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
         used |= {task.name for task in tasks}
     for task in comparison.tasks:
         if task.name not in used:
-            holds = IN_WORDS[task.reads]
+            holds = _worded(task.reads)
             raise ValueError(
                 f"task {task.name!r} is of {holds}, but no backbone reads {holds}: add one, or leave it out"
             )
     return found
+
+
+def is_dual(spec: Backbone) -> bool:
+    """Whether a backbone is a dual encoder, which reads pairs, or two encoders that become one."""
+    if spec.text_model is not None:
+        return True
+    return not spec.model.startswith(TIMM) and config_of(spec.model, spec.revision).model_type in DUAL_FAMILIES
+
+
+def processor_of(spec: Backbone) -> Any:
+    """The tokenizer, image processor or feature extractor of a backbone. Of a dual encoder a `PairProcessor`.
+
+    Raises:
+        LoadError: if there is none.
+    """
+    if is_dual(spec):
+        return load_pair_processor(spec.model, spec.text_model, revision=spec.revision)
+    return load_processor(spec.model, revision=spec.revision)
+
+
+def _worded(reads: Reads | None) -> str:
+    return "pairs" if reads is None else IN_WORDS[reads]
 
 
 def written_by(tasks: Sequence[Task]) -> Written | None:
@@ -306,10 +348,13 @@ def written_by(tasks: Sequence[Task]) -> Written | None:
 
 
 def measured_as(tasks: Sequence[Task]) -> str:
-    """The kind whose head is measured: that of a backbone's tasks if it reads every token of them all, else classes."""
+    """The kind whose head is measured: that of a backbone's tasks if it reads every token of them all or pairs.
+
+    Else classes.
+    """
     kinds = {task.problem for task in tasks}
     kind = kinds.pop() if len(kinds) == 1 else None
-    return kind if kind is not None and kind_named(kind).of_tokens else "single"
+    return kind if kind is not None and (kind_named(kind).of_tokens or kind_named(kind).dual) else "single"
 
 
 def fingerprint(rows: Dataset, fields: Fields) -> str:
@@ -321,7 +366,7 @@ def fingerprint(rows: Dataset, fields: Fields) -> str:
     if fields.files is not None:
         _, column = fields.files
         for cell in undecoded(rows, column)[column]:
-            digest.update(cell["bytes"] or Path(cell["path"]).read_bytes())
+            digest.update(content_of(cell))
     return digest.hexdigest()[:12]
 
 

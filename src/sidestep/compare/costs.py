@@ -8,20 +8,26 @@ from typing import Any
 
 from torch import Tensor
 
+from sidestep.backbone.frames import VIDEO_AXES
 from sidestep.compare.bench import Bench
 from sidestep.compare.ledger import Ledger
 from sidestep.compare.spec import Comparison, Contender, Costs
 from sidestep.measure.meters import Cost, measure
 from sidestep.measure.plan import plan_for
 from sidestep.measure.plan.blank import blank_batch
-from sidestep.model.attach import detach
-from sidestep.model.heads import HeadConfig
+from sidestep.model.attach import Attached, detach
+from sidestep.model.heads import HeadConfig, Retrieve
 from sidestep.model.settings import Settings
 from sidestep.model.side_model import SideModel
 
 
 def measure_costs(
-    comparison: Comparison, costs: Costs, bench: Bench, ledger: Ledger, refused: Mapping[str, str]
+    comparison: Comparison,
+    costs: Costs,
+    bench: Bench,
+    ledger: Ledger,
+    refused: Mapping[str, str],
+    frames: int | None = None,
 ) -> None:
     """Measure every contender on a backbone, unless each has its line already.
 
@@ -33,12 +39,13 @@ def measure_costs(
         bench: the backbone.
         ledger: where the lines go.
         refused: contenders that cannot be attached, with the reason.
+        frames: of the videos in its tasks. None: there are none.
     """
     plain = Contender.named("probe")
     probe = bench.attach(plain, bench.blank_head(plain), seed=0)
     try:
-        batch = blank_batch(probe, costs.batch, costs.length if bench.reads_text else None, None)
-        default = probe.pool
+        batch = blank_batch(probe, costs.batch, costs.length if bench.reads_text else None, None, frames)
+        default = probe.pool if isinstance(probe, SideModel) else None
     finally:
         detach(probe)
     batch = {name: value.to(bench.device) for name, value in batch.items()}
@@ -90,11 +97,19 @@ def _settings(
         "batch": costs.batch,
         "length": None if given is None or given.ndim > 2 else given.shape[1],
         "image_size": None if images is None else images.shape[-1],
-        "head": f"{type(head).__name__}(num_labels=2, pool={head.pool})" if head else "its language model head",
+        **({} if images is None or images.ndim <= VIDEO_AXES else {"frames": images.shape[1]}),
+        "head": _worded(head),
         "repeats": costs.repeats,
         "warmup": costs.warmup,
         "score_of": comparison.score_of(one),
     }
+
+
+def _worded(head: HeadConfig | None) -> str:
+    if head is None:
+        return "its language model head"
+    classes = "" if isinstance(head, Retrieve) else "num_labels=2, "
+    return f"{type(head).__name__}({classes}pool={head.pool})"
 
 
 def _attached_with(bench: Bench, one: Contender, head: HeadConfig | None) -> Settings:
@@ -108,7 +123,7 @@ def _attached_with(bench: Bench, one: Contender, head: HeadConfig | None) -> Set
     )
 
 
-def _planned(model: SideModel, batch: Mapping[str, Tensor], precision: str) -> int | None:
+def _planned(model: Attached, batch: Mapping[str, Tensor], precision: str) -> int | None:
     """What the planner predicts. None where it cannot, as for weights of another precision than it knows."""
     try:
         return plan_for(model, batch, precision=precision).peak_bytes  # type: ignore[arg-type]

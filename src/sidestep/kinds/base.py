@@ -179,6 +179,12 @@ class TaskKind(ABC):
         """Makes batches of encoded rows with labels."""
         return Collate.of(fields, processor)
 
+    def by_size(self, rows: Dataset) -> NDArray[np.int64]:
+        """The places of encoded rows, the longest first: the first of them make the largest batch."""
+        if "length" not in rows.column_names:
+            return np.arange(len(rows))
+        return np.argsort(rows["length"][:])[::-1]
+
     def prepare(self, train: Dataset, dev: Dataset | None, fields: Fields, processor: Any, asked: Asked) -> TaskData:
         """The rows as a task of this kind reads them. Arguments and errors as of `prepare.prepare`."""
         if fields.label is None:

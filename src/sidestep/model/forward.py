@@ -66,7 +66,7 @@ class Forward(TrainerFace):
         """
         self.fold.require_attached()
         self.fold.keeping.check_compiler()
-        if labels is not None:
+        if labels is not None and (self.head is None or self.head.config.kind != "regress"):
             check_labels(labels)
         entry = self.trunk if self.head is not None else self.backbone
         if features is not None and features.vector is None:

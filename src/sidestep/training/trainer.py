@@ -39,9 +39,8 @@ from sidestep.training.settings import TrainSettings
 
 def largest_batch(data: TaskData, size: int) -> Any:
     """The batch of the longest training texts or sounds (or of the first images)."""
-    rows = data.train
-    order = np.argsort(rows["length"][:])[::-1] if "length" in rows.column_names else np.arange(len(rows))
-    return data.collate([rows[int(index)] for index in order[:size]])
+    order = kind_named(data.labels.kind).by_size(data.train)
+    return data.collate([data.train[int(index)] for index in order[:size]])
 
 
 def make_trainer(
@@ -209,7 +208,8 @@ def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric:
 
 def _differ_in_length(data: TaskData) -> bool:
     """Whether rows are texts, or sounds that are not brought to one length."""
-    return data.fields.image is None and "length" in data.train.column_names
+    pictures = data.fields.image is not None or data.fields.video is not None
+    return not pictures and "length" in data.train.column_names
 
 
 def _writer(settings: TrainSettings, start: Path | None) -> Any:

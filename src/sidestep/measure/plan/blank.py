@@ -14,13 +14,16 @@ from transformers import AutoConfig, PreTrainedConfig
 from sidestep.backbone import positions
 from sidestep.backbone.configs import config_of
 from sidestep.backbone.gguf import is_gguf
-from sidestep.backbone.load import OwnHead, classifier_of, headless_of
+from sidestep.backbone.load import OwnHead, classifier_of, headless_of, paired
 from sidestep.backbone.pixels import image_shape
+from sidestep.backbone.processors import require_dual
 from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
 from sidestep.backbone.trunk import SOUND_INPUTS
 from sidestep.metrics import Written
+from sidestep.model.attach import Attached
 from sidestep.model.outputs import gives_spans
+from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
 
 Backbone: TypeAlias = str | Path | PreTrainedConfig | Callable[[], nn.Module]
@@ -83,6 +86,21 @@ def build(
         raise LoadError(f"transformers has no model for {type(config).__name__}: {_first_line(error)}") from error
 
 
+def build_pair(
+    backbone: Backbone, text: Backbone | None, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> nn.Module:
+    """A dual encoder with random weights, as `build` makes it, or of an encoder of images and one of texts.
+
+    Raises:
+        LoadError: as `build`. If there are no two towers.
+    """
+    made = build(backbone, dtype=dtype, revision=revision)
+    if text is not None:
+        return paired(made, build(text, dtype=dtype)).to(dtype)
+    require_dual(str(backbone), getattr(getattr(made, "config", None), "model_type", "timm model"))
+    return made
+
+
 def read_config(name: str | Path, revision: str | None = None) -> Any:
     """The config of a folder, a file, a hub id, "vit:FILE.npz" or "gguf:FOLDER@FILE". No weights are needed.
 
@@ -120,21 +138,29 @@ def _timm(name: str, classes: int | None) -> nn.Module:
         raise LoadError(f"{name!r} cannot be planned ({_first_line(error)}): see timm.list_models()") from error
 
 
-def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int | None) -> dict[str, Tensor]:
+def blank_batch(
+    model: Attached, rows: int, length: int | None, image_size: int | None, frames: int | None = None
+) -> dict[str, Tensor]:
     """A batch without content, on the default device. It has labels and, for texts, padding.
 
     Args:
-        model: says whether it reads texts, images or sounds, and what its labels are.
+        model: says whether it reads texts, images or sounds, or pairs, and what its labels are.
         rows: of the batch.
         length: tokens of a text. None: `LENGTH`, or what the model takes at most. Of a wave
             samples, and None: `SAMPLES`. Spectrograms are as long as those that the model was tried with.
         image_size: rows and columns of an image. None: what the model was made for, or `IMAGE_SIZE`.
+        frames: of the videos that pairs are of. None: they are of images.
 
     Raises:
         ValueError: if a size does not fit the model.
     """
-    if rows < 1:
-        raise ValueError(f"batch={rows}, but it must be at least 1")
+    for name, value in (("batch", rows), ("frames", frames)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}, but it must be at least 1")
+    if isinstance(model, PairModel):
+        return _pairs(model, rows, length, image_size, frames)
+    if frames is not None:
+        raise ValueError(f"frames={frames}, but {_name(model)} reads no videos: they are for a dual encoder (Retrieve)")
     if model.main_input_name == "pixel_values":
         if length is not None:
             raise ValueError(f"length={length}, but {_name(model)} reads images: give image_size")
@@ -146,16 +172,30 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
     else:
         if image_size is not None:
             raise ValueError(f"image_size={image_size}, but {_name(model)} reads texts: give length")
-        shape = rows, _length(model, length)
-        inputs = {name: torch.ones(shape, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-        # without any padding transformers would leave the mask out
-        inputs["attention_mask"][-1, 1:] = 0
+        inputs = _texts(model, rows, length)
     if model.settings.head is None and model.writes == "text2text":
         target = torch.ones(rows, TARGET, dtype=torch.long)
         return {**inputs, "decoder_input_ids": target, "labels": target.clone()}
     if model.settings.head is None and model.writes == "lm":
         return {**inputs, "labels": inputs["input_ids"].clone()}
     return {**inputs, "labels": _labels(model, rows, inputs)}
+
+
+def _pairs(
+    model: PairModel, rows: int, length: int | None, image_size: int | None, frames: int | None
+) -> dict[str, Tensor]:
+    """An image, or a video of so many frames, for each text."""
+    axes = () if frames is None else (frames,)
+    pixels, texts = torch.zeros(rows, *axes, *_image_shape(model.image, image_size)), _texts(model.text, rows, length)
+    return {"pixel_values": pixels, **texts, "labels": model.head.blank_labels(rows, texts["input_ids"].shape[1])}
+
+
+def _texts(model: SideModel, rows: int, length: int | None) -> dict[str, Tensor]:
+    shape = rows, _length(model, length)
+    inputs = {name: torch.ones(shape, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    # without any padding transformers would leave the mask out
+    inputs["attention_mask"][-1, 1:] = 0
+    return inputs
 
 
 def _length(model: SideModel, asked: int | None) -> int:
