@@ -53,7 +53,7 @@ def check_questions(rows: Dataset, fields: Fields) -> None:
     Raises:
         DataError: naming the column. For contexts without a text also the rows.
     """
-    for name in ("image", "audio"):
+    for name in ("image", "audio", "video"):
         if (column := getattr(fields, name)) is not None:
             raise DataError(f"{name}={column!r} with kind='spans': a question and a text are read. Leave it out")
     if fields.text is None or fields.text2 is None:

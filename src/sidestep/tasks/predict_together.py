@@ -55,7 +55,7 @@ class Answers:
     """Predictions for rows.
 
     Attributes:
-        rows: for each row, by the names of its tasks, the prediction and (for classes) its probability.
+        rows: for each row, by the names of its tasks, the prediction and (of classes and spans) its probability.
         passes: how many whole passes of the backbone were run over a batch, all batches together.
         batches: how many batches there were.
         failed: why tasks gave no answers, by name. Their files are damaged.
