@@ -6,6 +6,7 @@ What belongs to one forward pass lives in a `Pass` and a `Strand`, made at the b
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -53,7 +54,8 @@ class Fold:
             normed.
         through: whether a narrowed hidden state also goes on through the backbone's own norm and head. It does only
             where the family table knows that they take it. Else they get all tokens and their result is not used.
-        frozen: whether nothing before the method's first write may require a gradient.
+        frozen: whether nothing before the method's first write may require a gradient. If False the backbone's own
+            weights are trained, and no block is read.
         late: whether blocks come after that write. Then the keys and values of these blocks in a cache are of this task
             alone.
         border: the site of that write, or None.
@@ -97,7 +99,7 @@ class Fold:
         self.carries = type(method).carry is not SideNet.carry
         self.reads_memory, self.reads_raw = type(method).memory is not SideNet.memory, mean_first
         self.last_stack = places[-1].site.stack
-        self.lengths = _lengths(places)
+        self.lengths = Counter(place.site.stack for place in places)
 
     def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Reading | None]:
         """`call(*args, **kwargs)` with the method active: its result, and what the head reads of the last pass.
@@ -166,7 +168,7 @@ class Fold:
             passed, _ = self.current
             passed.inputs = passed.inputs if alone else {**passed.inputs, **inputs}
             return
-        self.current = Pass(inputs, module), self._strand(self._carried(inputs))
+        self.current = Pass(inputs, module, skips=not self.frozen), self._strand(self._carried(inputs))
 
     def _strand(self, carried: Tensor | None) -> Strand:
         if self.recorder is not None:
@@ -195,11 +197,12 @@ class Fold:
         return carried
 
     def end(self, module: nn.Module) -> None:
-        """Finish the pass that began at a module: every site of the last stack must have been seen."""
+        """Finish the pass that began at a module: every site of the last stack must have been seen, if one is read."""
         if self.current is None or self.current[0].began is not module:
             return
-        passed, _ = self.current
-        if passed.stack != self.last_stack or passed.visited != self.lengths[self.last_stack]:
+        passed, strand = self.current
+        complete = (passed.stack, passed.visited) == (self.last_stack, self.lengths[self.last_stack])
+        if not complete and not (passed.skips and (strand.reading is not None or not self.pools)):
             raise FoldError(
                 f"the backbone ended its pass after {passed.visited} of {self.lengths[self.last_stack]} sites of "
                 f"its {self.last_stack}. A model that skips blocks or its final norm cannot be folded over"
@@ -217,9 +220,15 @@ class Fold:
     def check(self, given: Tensor, training: bool) -> None:
         """Once, compare the hidden state after the last site with the trunk's last hidden state.
 
+        Where layer drop left out that site, the head reads the trunk's last hidden state.
+
         Raises:
             FoldError: if they differ: the final norm was found wrongly, so a head would read something else.
         """
+        if self.current is not None and self.current[0].skips and self.current[1].reading is None:
+            (passed, strand), site = self.current, self.places[-1].site
+            tokens = self._as_tokens(given, site)
+            strand.finish(tokens, tokens, self._seen(site, given, {}), self._own_tokens(passed, site))
         ours = next((one[0].output for one in (self.current, self.finished) if one is not None), None)
         if self.checked or training or ours is None:
             return  # in training, the trunk's own dropout may stand between the two
@@ -435,10 +444,3 @@ class Fold:
         """Tells which of a tensor's tokens are in the stack's own output."""
         text, added = passed.text_tokens(decoding=self._is_decoding(site)), self.facts.stacks[site.stack].added
         return lambda tokens: own_tokens(tokens.shape[1], text, added)
-
-
-def _lengths(places: Sequence[Place]) -> dict[str, int]:
-    lengths: dict[str, int] = {}
-    for place in places:
-        lengths[place.site.stack] = lengths.get(place.site.stack, 0) + 1
-    return lengths
