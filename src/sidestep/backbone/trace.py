@@ -145,6 +145,7 @@ def _named(
             norm=ending.norm,
             ends=ending.ends,
             mixed=ending.mixed,
+            again=ending.again,
             added=place,
             prefixes=prefixes,
             linear=stack.seen.linear,

@@ -244,7 +244,7 @@ class Fold:
     # --- its sites -----------------------------------------------------------------------------------------------
 
     def element(self, site: Site) -> int:
-        """Which element of a block's output its hidden state is, where that is a tuple."""
+        """Which element of a block's output its hidden state is, where that has several."""
         return self.facts.stacks[site.stack].element
 
     def stage(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
@@ -297,10 +297,13 @@ class Fold:
     def norm(self, site: Site, order: int, module: nn.Module, raw: Tensor, normed: Tensor) -> Tensor | None:
         """What goes on in the place of the final norm's output.
 
-        None if the norm is not called as the end of its stack.
+        None if the norm is not called as the end of its stack. The same again if the model asks for it twice.
         """
-        if self.current is None or not self.current[0].is_turn(site, order):
+        if self.current is None:
             return None
+        if not self.current[0].is_turn(site, order):
+            asked_again = self.facts.stacks[site.stack].again and self.current[0].is_turn(site, order + 1)
+            return self.current[0].output if asked_again else None
         passed, strand = self._visit(site, order)
         if raw.ndim < 3 or self._as_tokens(raw, site).shape[-1] != site.width:
             raise FoldError(wrong_norm(site.stack, f"it got a tensor of shape {tuple(raw.shape)}"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
-from sidestep.backbone.calls import argument_names, bound, with_argument
+from sidestep.backbone.calls import argument_names, bound, part_of, with_argument, with_part
 from sidestep.backbone.trunk import tower_of
 from sidestep.interface.sites import Place, Site
 
@@ -44,7 +44,7 @@ class Driver(Protocol):
     def reads_raw(self) -> bool: ...
 
     def element(self, site: Site) -> int:
-        """Which element of a block's output its hidden state is, where that is a tuple."""
+        """Which element of a block's output its hidden state is, where that has several."""
 
     def seen(self, stack: str) -> int:
         """How many sites of a stack this pass has come by."""
@@ -284,9 +284,9 @@ class AtBlock(AtSite):
         if self.waits():
             return None
         element = self.driver.element(self.site)
-        given = output[element] if isinstance(output, tuple) else output
+        given = part_of(output, element)
         written = self.driver.block(self.site, self.order, given, bound(self.names, args, kwargs))
-        return None if written is given else _with_element(output, element, written)
+        return None if written is given else with_part(output, element, written)
 
 
 @dataclass(eq=False)
@@ -312,11 +312,3 @@ class AtNorm(Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         return self.driver.norm(self.site, self.order, module, args[0], output) if self.driver.running else None
-
-
-def _with_element(output: Any, element: int, hidden: Tensor) -> Any:
-    """A block's output with another hidden state."""
-    if not isinstance(output, tuple):
-        return hidden
-    parts = (*output[:element], hidden, *output[element + 1 :])
-    return output._make(parts) if hasattr(output, "_make") else parts

@@ -86,7 +86,7 @@ class SharedFold:
     # --- what hooks bring ------------------------------------------------------------------------------------------
 
     def element(self, site: Site) -> int:
-        """Which element of a block's output its hidden state is, where that is a tuple."""
+        """Which element of a block's output its hidden state is, where that has several."""
         return self.facts.stacks[site.stack].element
 
     def seen(self, stack: str) -> int:
