@@ -187,7 +187,8 @@ def _show_plan(plan: Plan, limit: int | None, largest: int | None) -> None:
         fits = "fits" if plan.total_bytes <= limit else "does not fit"
         facts[f"on {format_bytes(limit)}"] = fits if largest is None else f"{fits}; largest batch {largest}"
     sounds = "spectrograms" if plan.length is None else f"{plan.length} samples"
-    what = {"text": f"{plan.length} tokens", "image": f"{plan.image_size} px", "audio": sounds}[plan.reads]
+    beside = ", a picture among them" if plan.pictured else ""
+    what = {"text": f"{plan.length} tokens{beside}", "image": f"{plan.image_size} px", "audio": sounds}[plan.reads]
     late = " with late blocks recomputed" if plan.checkpoint else ""
     late += f", keep={plan.keep}" if plan.keep != "full" else ""
     how = "predicted" if plan.source == "traced" else plan.source

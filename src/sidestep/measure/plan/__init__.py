@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sidestep.backbone import Noise
 from sidestep.backbone.recompute import Checkpoint
+from sidestep.backbone.trunk import reads_mixed
 from sidestep.interface.keep import Keep
 from sidestep.measure.memory import peak_memory, saved_bytes
-from sidestep.measure.plan.blank import Backbone, blank_batch, build
+from sidestep.measure.plan.blank import IMAGE_SIZE, Backbone, blank_batch, build
 from sidestep.measure.plan.fit import (
     Alternative,
     PlanWarning,
@@ -25,6 +26,7 @@ from sidestep.measure.plan.fit import (
     settle_keep,
     ways_of_keeping,
 )
+from sidestep.measure.plan.pictures import picture_of
 from sidestep.measure.plan.trace import (
     INSTEAD,
     OPTIMIZERS,
@@ -93,7 +95,8 @@ def plan(
         head: as in `attach`. None: a classification head of the backbone's own.
         batch: rows.
         length: tokens of a text. None: 128, or what the model takes at most. Of a sound samples. None: 160,000.
-        image_size: rows and columns of an image. None: what the model was made for.
+        image_size: rows and columns of an image. None: what the model was made for. A vision-language model whose
+            processor is there is given a picture with each text, of 224 if None. The picture's tokens come on top.
         checkpoint, backbone_noise, keep, lm_loss: as in `attach`.
         writes: with head=None, "lm" or "text2text" for the backbone's own head that writes text. It is frozen, and all
             tokens of a decoder's texts have a label.
@@ -117,7 +120,8 @@ def plan(
     with torch.random.fork_rng(None if place == "cuda" else []), torch.device(place):
         how = {"checkpoint": checkpoint, "backbone_noise": backbone_noise, "keep": keep, "lm_loss": lm_loss}
         model = _attached(backbone, method, None if writes else head, writes, how, precision, revision)
-        inputs = blank_batch(model, batch, length, image_size)
+        picture = picture_of(backbone, revision, image_size or IMAGE_SIZE) if reads_mixed(model.trunk) else None
+        inputs = blank_batch(model, batch, length, image_size, picture)
         if measure:
             return _measured(model, inputs, precision, optimizer, device)
     return plan_for(model, inputs, precision=precision, optimizer=optimizer, device=device)

@@ -18,7 +18,8 @@ from sidestep.backbone.load import classifier_of, headless_of
 from sidestep.backbone.pixels import image_shape
 from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
-from sidestep.backbone.trunk import SOUND_INPUTS
+from sidestep.backbone.trunk import SOUND_INPUTS, reads_mixed
+from sidestep.measure.plan.pictures import Picture
 from sidestep.metrics import Written
 from sidestep.model.side_model import SideModel
 
@@ -116,7 +117,9 @@ def _timm(name: str, classes: int | None) -> nn.Module:
         raise LoadError(f"{name!r} cannot be planned ({_first_line(error)}): see timm.list_models()") from error
 
 
-def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int | None) -> dict[str, Tensor]:
+def blank_batch(
+    model: SideModel, rows: int, length: int | None, image_size: int | None, picture: Picture | None = None
+) -> dict[str, Tensor]:
     """A batch without content, on the default device. It has labels and, for texts, padding.
 
     Args:
@@ -125,6 +128,7 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
         length: tokens of a text. None: `LENGTH`, or what the model takes at most. Of a wave
             samples, and None: `SAMPLES`. Spectrograms are as long as those that the model was tried with.
         image_size: rows and columns of an image. None: what the model was made for, or `IMAGE_SIZE`.
+        picture: that stands in front of each text.
 
     Raises:
         ValueError: if a size does not fit the model.
@@ -139,9 +143,12 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
         if image_size is not None:
             raise ValueError(f"image_size={image_size}, but {_name(model)} reads sounds: give length")
         inputs = _sounds(model, rows, length)
+    elif picture is not None:
+        inputs = picture.batch(rows, _length(model, length, len(picture.tokens["input_ids"]) - picture.text))
     else:
         if image_size is not None:
-            raise ValueError(f"image_size={image_size}, but {_name(model)} reads texts: give length")
+            what = "has no processor of pictures here: " if reads_mixed(model.trunk) else "reads texts: "
+            raise ValueError(f"image_size={image_size}, but {_name(model)} {what}give length")
         shape = rows, _length(model, length)
         inputs = {name: torch.ones(shape, dtype=torch.long) for name in ("input_ids", "attention_mask")}
         # without any padding transformers would leave the mask out
@@ -154,8 +161,10 @@ def blank_batch(model: SideModel, rows: int, length: int | None, image_size: int
     return {**inputs, "labels": _labels(model, rows)}
 
 
-def _length(model: SideModel, asked: int | None) -> int:
+def _length(model: SideModel, asked: int | None, beside: int = 0) -> int:
+    """Tokens of a text that stands beside so many others."""
     most, _ = positions(model.backbone)
+    most = None if most is None else most - beside
     length = asked if asked is not None else min(LENGTH, most or LENGTH)
     if length < 1 or (most is not None and length > most):
         raise ValueError(f"length={length}, but {_name(model)} takes 1 to {most or 'any number of'} tokens")
