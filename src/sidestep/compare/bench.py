@@ -18,8 +18,9 @@ from sidestep.backbone import Digest, digest_of, pretrained_tensors
 from sidestep.backbone.families import Pool
 from sidestep.backbone.gguf import gguf_parts, is_gguf
 from sidestep.backbone.load import check_writes, load_backbone
-from sidestep.backbone.processors import IN_WORDS, load_processor, read_by
-from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
+from sidestep.backbone.processors import load_processor, read_by
+from sidestep.backbone.vision_language import VisionLanguageProcessor
+from sidestep.compare.spec import HOLDS, Attention, Backbone, Comparison, Contender, Holds, Task
 from sidestep.data import DataError, DataWarning, Fields, holdout
 from sidestep.data.media import undecoded
 from sidestep.kinds.base import kind_named
@@ -42,6 +43,7 @@ class Bench:
         spec: what was asked for.
         model: the backbone, on its device.
         processor: its tokenizer, image processor or feature extractor.
+        pictured: whether some of its tasks are of pictures with texts.
         known: the digest of its weights.
         precision: "bf16 autocast", or the dtype of the weights.
         attention: implementation.
@@ -54,6 +56,7 @@ class Bench:
     known: Digest
     precision: str
     attention: str
+    pictured: bool = False
     writes: Written | None = None
 
     @classmethod
@@ -63,6 +66,7 @@ class Bench:
         *,
         attention: Attention | None = None,
         bf16: bool = False,
+        pictured: bool = False,
         writes: Written | None = None,
     ) -> Bench:
         """The backbone on the accelerator, or on the CPU where there is none.
@@ -83,6 +87,7 @@ class Bench:
             known=digest_of(pretrained_tensors(model)),
             precision="bf16 autocast" if bf16 else dtype,
             attention=getattr(getattr(model, "config", None), "_attn_implementation", None) or "timm's own",
+            pictured=pictured,
             writes=writes,
         )
 
@@ -259,7 +264,7 @@ def device() -> torch.device:
 
 
 def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
-    """The tasks of each backbone: those of texts, of images or of sounds.
+    """The tasks of each backbone: those of texts, of images, of sounds, or of pictures with texts.
 
     Raises:
         LoadError: if a backbone has no tokenizer, image processor or feature extractor, or does not write what its
@@ -267,25 +272,30 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
         ValueError: if nothing in the comparison reads a task, or a backbone has none, or tasks of several sorts.
     """
     found, used = {}, set()
+    pictured = any(task.pictured for task in comparison.tasks)
     for backbone in comparison.backbones:
-        processor = load_processor(backbone.model, revision=backbone.revision)
-        reads = read_by(processor)
-        tasks = tuple(task for task in comparison.tasks if task.reads == reads)
+        reads = _read_by(backbone, pictured=pictured)
+        tasks = tuple(task for task in comparison.tasks if task.holds in reads)
         if not tasks:
-            raise ValueError(
-                f"backbone {backbone.name!r} reads {IN_WORDS[reads]}, but no task has any: add one, or leave it out"
-            )
+            words = " and ".join(HOLDS[one] for one in reads)
+            raise ValueError(f"backbone {backbone.name!r} reads {words}, but no task has any: add one, or leave it out")
         if (writes := written_by(tasks)) is not None:
             check_writes(backbone.model, writes, revision=backbone.revision)
         found[backbone.name] = tasks
         used |= {task.name for task in tasks}
     for task in comparison.tasks:
         if task.name not in used:
-            holds = IN_WORDS[task.reads]
+            holds = HOLDS[task.holds]
             raise ValueError(
                 f"task {task.name!r} is of {holds}, but no backbone reads {holds}: add one, or leave it out"
             )
     return found
+
+
+def _read_by(backbone: Backbone, *, pictured: bool) -> tuple[Holds, ...]:
+    """What a backbone reads. Whether it reads pictures with texts is looked at only if some rows are `pictured`."""
+    processor = load_processor(backbone.model, revision=backbone.revision, pictures=pictured)
+    return ("text", "pictured") if isinstance(processor, VisionLanguageProcessor) else (read_by(processor),)
 
 
 def written_by(tasks: Sequence[Task]) -> Written | None:

@@ -13,7 +13,8 @@ from sidestep.compare.ledger import Ledger
 from sidestep.compare.spec import Comparison, Contender, Costs
 from sidestep.measure.meters import Cost, measure
 from sidestep.measure.plan import plan_for
-from sidestep.measure.plan.blank import blank_batch
+from sidestep.measure.plan.blank import IMAGE_SIZE, blank_batch
+from sidestep.measure.plan.pictures import picture_of
 from sidestep.model.attach import detach
 from sidestep.model.heads import Classify
 from sidestep.model.settings import Settings
@@ -37,7 +38,8 @@ def measure_costs(
     plain = Contender.named("probe")
     probe = bench.attach(plain, bench.blank_head(plain), seed=0)
     try:
-        batch = blank_batch(probe, costs.batch, costs.length if bench.reads_text else None, None)
+        picture = picture_of(bench.spec.model, bench.spec.revision, IMAGE_SIZE) if bench.pictured else None
+        batch = blank_batch(probe, costs.batch, costs.length if bench.reads_text else None, None, picture)
         default = probe.pool
     finally:
         detach(probe)
@@ -89,7 +91,7 @@ def _settings(
         **bench.settings(one),
         "batch": costs.batch,
         "length": None if given is None or given.ndim > 2 else given.shape[1],
-        "image_size": None if images is None else images.shape[-1],
+        "image_size": None if images is None or images.ndim < 4 else images.shape[-1],
         "head": f"Classify(num_labels={head.num_labels}, pool={head.pool})" if head else "its language model head",
         "repeats": costs.repeats,
         "warmup": costs.warmup,

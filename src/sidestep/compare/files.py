@@ -225,8 +225,12 @@ def _backbone(table: _Table, base: Path) -> Backbone:
 def _task(table: _Table, base: Path) -> Task:
     dev = table.get("dev", str)
     text, text2, image, audio = (table.get(name, str) for name in ("text", "text2", "image", "audio"))
-    if sum(column is not None for column in (text, image, audio)) != 1:
-        raise ValueError(f"{table.where}: name one column, of texts (text), of images (image) or of sounds (audio)")
+    named = [column for column in (text, image, audio) if column is not None]
+    if not named or (audio is not None and len(named) > 1):
+        raise ValueError(
+            f"{table.where}: name one column, of texts (text), of images (image) or of sounds (audio). For a "
+            "vision-language model name text and image"
+        )
     options = table.made(
         TableOptions,
         columns=table.texts("columns"),

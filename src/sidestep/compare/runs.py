@@ -102,7 +102,10 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
         for spec in comparison.backbones:
             tasks = prepared[spec.name]
             writes = written_by([task.task for task in tasks])
-            bench = Bench.load(spec, attention=comparison.attention, bf16=comparison.bf16, writes=writes)
+            pictured = any(task.task.pictured for task in tasks)
+            bench = Bench.load(
+                spec, attention=comparison.attention, bf16=comparison.bf16, pictured=pictured, writes=writes
+            )
             _Session(comparison, bench, ledger).run(tasks)
         return Outcome(records=list(ledger.touched.values()), ran=ledger.ran, broken=ledger.broken)
 
@@ -112,8 +115,13 @@ def _prepared(comparison: Comparison, tasks: Mapping[str, Sequence[Task]], tell:
     rows = {task.name: Rows.of(task, comparison) for task in comparison.tasks}
     found = {}
     for spec in comparison.backbones:
-        processor = load_processor(spec.model, revision=spec.revision)
-        found[spec.name] = [Prepared.of(rows[task.name], processor, comparison) for task in tasks[spec.name]]
+        processors = {
+            pictured: load_processor(spec.model, revision=spec.revision, pictures=pictured)
+            for pictured in {task.pictured for task in tasks[spec.name]}
+        }
+        found[spec.name] = [
+            Prepared.of(rows[task.name], processors[task.pictured], comparison) for task in tasks[spec.name]
+        ]
         for task in found[spec.name]:
             if between := task.trial.separators.pair:
                 tell(f"{spec.name}: between the two texts of a row of {task.task.name} stands {between!r}")

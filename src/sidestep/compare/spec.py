@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from sidestep.backbone import Noise, check_noise
 from sidestep.backbone.families import Pool
+from sidestep.backbone.processors import IN_WORDS
 from sidestep.backbone.source import Reads
 from sidestep.data import Fields, Kind, TableOptions, holdout, read
 from sidestep.disk.feature_options import FeatureOptions
@@ -36,6 +37,9 @@ Attention = Literal["sdpa", "eager"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 NEVER = 10**9  # steps between log entries: the loss is that of a whole epoch then, logged at its end
 AS_USUAL = TableOptions()
+Holds = Literal[Reads, "pictured"]
+HOLDS: Mapping[str, str] = {**IN_WORDS, "pictured": "pictures with texts"}
+"""What rows are, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +106,16 @@ class Task:
         )
 
     @property
-    def reads(self) -> Reads:
+    def holds(self) -> Holds:
         """What a row is."""
-        if self.fields.files is not None:
-            return self.fields.files[0].field
-        return "text"
+        if self.fields.files is None:
+            return "text"
+        return "pictured" if self.fields.text is not None else self.fields.files[0].field
+
+    @property
+    def pictured(self) -> bool:
+        """Whether a row is a picture with a text."""
+        return self.holds == "pictured"
 
     def read(self) -> tuple[Dataset, Dataset]:
         """All training rows and all dev rows.
