@@ -20,7 +20,7 @@ from sidestep.backbone.gguf import gguf_parts, is_gguf
 from sidestep.backbone.load import check_writes, load_backbone
 from sidestep.backbone.processors import load_processor, read_by
 from sidestep.backbone.vision_language import VisionLanguageProcessor
-from sidestep.compare.spec import HOLDS, Attention, Backbone, Comparison, Contender, Holds, Task
+from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Holds, Task, in_words
 from sidestep.data import DataError, DataWarning, Fields, holdout
 from sidestep.data.media import undecoded
 from sidestep.kinds.base import kind_named
@@ -277,7 +277,7 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
         reads = _read_by(backbone, pictured=pictured)
         tasks = tuple(task for task in comparison.tasks if task.holds in reads)
         if not tasks:
-            words = " and ".join(HOLDS[one] for one in reads)
+            words = " and ".join(in_words(one) for one in reads)
             raise ValueError(f"backbone {backbone.name!r} reads {words}, but no task has any: add one, or leave it out")
         if (writes := written_by(tasks)) is not None:
             check_writes(backbone.model, writes, revision=backbone.revision)
@@ -285,7 +285,7 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
         used |= {task.name for task in tasks}
     for task in comparison.tasks:
         if task.name not in used:
-            holds = HOLDS[task.holds]
+            holds = in_words(task.holds)
             raise ValueError(
                 f"task {task.name!r} is of {holds}, but no backbone reads {holds}: add one, or leave it out"
             )

@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -38,8 +38,12 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 NEVER = 10**9  # steps between log entries: the loss is that of a whole epoch then, logged at its end
 AS_USUAL = TableOptions()
 Holds = Literal[Reads, "pictured"]
-HOLDS: Mapping[str, str] = {**IN_WORDS, "pictured": "pictures with texts"}
-"""What rows are, in words."""
+"""What the rows of a task are: those of one sort, or pictures with texts."""
+
+
+def in_words(holds: Holds) -> str:
+    """What rows are, in words."""
+    return "pictures with texts" if holds == "pictured" else IN_WORDS[holds]
 
 
 @dataclass(frozen=True, kw_only=True)
