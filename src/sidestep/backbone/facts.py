@@ -67,6 +67,8 @@ class StackFacts:
         norm: the name of the final norm within the trunk, or None if there is no such norm.
         ends: whether the stack's own output is what came out of that norm, or of the last block if the stack has no
             norm.
+        after: where something follows, the width of the trunk's last hidden state, which a head can read (DINOv3's
+            ConvNeXt). None: nothing follows, or it gives no (batch, tokens, width).
         mixed: whether the model mixes the last block's output with earlier ones on the way to that norm.
         again: whether the model gives the last block's output to that norm more than once (DAB-DETR).
         added: where the tokens of a text (or the masked frames of a sound) stand among the stack's. None: they cannot
@@ -87,6 +89,7 @@ class StackFacts:
     spatial: bool = False
     norm: str | None
     ends: bool = True
+    after: int | None = None
     mixed: bool = False
     again: bool = False
     added: Added | None = None

@@ -32,6 +32,7 @@ class Ending(NamedTuple):
     ends: bool
     mixed: bool
     again: bool = False
+    after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,19 @@ class StackPass:
             if not outputs or _meet(_views(call.output, self.layout, added, tokens), outputs):
                 again = sum(other.name == call.name for other in fed) > 1
                 return Ending(call.name, True, call not in fed, again)
-        return Ending(None, not outputs, False)
+        return Ending(None, not outputs, False, after=self._width_after() if outputs else None)
+
+    @property
+    def is_reshaped(self) -> bool:
+        """Whether the stack's own output has other tokens or another width than what the last block gave."""
+        return self.output is not None and self.output.ndim == 3 and self.output.shape != self.last.shape
+
+    def _width_after(self) -> int | None:
+        """As `StackFacts.after`."""
+        own = self.output
+        if own is None or own.ndim != 3 or len(own) != len(self.first) or not isinstance(self.seen.output, ModelOutput):
+            return None
+        return own.shape[-1]
 
     def _is_norm(self, call: Call) -> bool:
         root, module = self.blocks.root

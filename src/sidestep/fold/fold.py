@@ -8,6 +8,7 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sidestep.backbone import Facts, as_given, as_tokens
 from sidestep.backbone.facts import mask_of_frames
 from sidestep.backbone.families import Pool
-from sidestep.backbone.grids import TokenGrid
+from sidestep.backbone.grids import TokenGrid, counted_prefix, sides
 from sidestep.fold.caches import SideCache, claim
 from sidestep.fold.deferred import Ended, SecondStrand
 from sidestep.fold.group import GroupStrand
 from sidestep.fold.hooks import CARRIED
 from sidestep.fold.keeping import Keeping
-from sidestep.fold.padding import kept_tokens, own_tokens, read_token
+from sidestep.fold.padding import check_mask, kept_tokens, own_tokens, read_token
 from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, grid_at, mean_tokens, single_token, wrong_norm
 from sidestep.fold.reads import Reads
 from sidestep.fold.stored import RecordedStrand, Recorder, States
@@ -98,6 +99,7 @@ class Fold:
         self.finished: tuple[Pass, Strand] | None = None
         self.carries = type(method).carry is not SideNet.carry
         self.reads_memory, self.reads_raw = type(method).memory is not SideNet.memory, mean_first
+        self.reads_output = pools and (not frozen or facts.head.after is not None)
         self.last_stack = places[-1].site.stack
         self.lengths = Counter(place.site.stack for place in places)
 
@@ -220,15 +222,9 @@ class Fold:
     def check(self, given: Tensor, training: bool) -> None:
         """Once, compare the hidden state after the last site with the trunk's last hidden state.
 
-        Where layer drop left out that site, the head reads the trunk's last hidden state.
-
         Raises:
             FoldError: if they differ: the final norm was found wrongly, so a head would read something else.
         """
-        if self.current is not None and self.current[0].skips and self.current[1].reading is None:
-            (passed, strand), site = self.current, self.places[-1].site
-            tokens = self._as_tokens(given, site)
-            strand.finish(tokens, tokens, self._seen(site, given, {}), self._own_tokens(passed, site))
         ours = next((one[0].output for one in (self.current, self.finished) if one is not None), None)
         if self.checked or training or ours is None:
             return  # in training, the trunk's own dropout may stand between the two
@@ -240,6 +236,16 @@ class Fold:
         if ours is given or isinstance(given, FakeTensor) or ours.shape != given.shape or torch.equal(ours, given):
             return
         raise FoldError(wrong_norm(self.last_stack, "the trunk's last hidden state is not what came out of it"))
+
+    def read_output(self, given: Tensor) -> None:
+        """Let the head read the trunk's own output, where something follows the last site, or it was left out."""
+        if self.current is None or (self.facts.head.after is None and self.current[1].reading is not None):
+            return
+        strand, site = self.current[1], self.places[-1].site
+        here, image = self._seen(site, given, {}), sides(self.current[0].inputs)
+        if image is not None and given.ndim == 3:
+            here = replace(here, prefix=counted_prefix(image, given.shape[1]))
+        strand.read_output(given if given.ndim == 3 else self._as_tokens(given, site), here)
 
     # --- its sites -----------------------------------------------------------------------------------------------
 
@@ -360,7 +366,7 @@ class Fold:
             kept = mask_of_frames(self.trunk.get_submodule(facts.frames), tokens, mask)
             return site.during(keep=kept, key_keep=kept, memory_keep=None, grid=None, past=0, cache=None)
         if mask is not None and facts.added is not None and matters:
-            self._check_mask(mask)
+            check_mask(mask, "the head reads" if self.method.tokenwise else f"{type(self.method).__name__} mixes")
         text, open_ended = passed.text_tokens(decoding=decoding), passed.cached or not matters
         past, uncached = passed.past, strand.cache is None
         keep = kept_tokens(mask, states, tokens, text, facts.added, past if open_ended else None)
@@ -382,16 +388,6 @@ class Fold:
         if carried is None:
             return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and added is not None else None
         return kept_tokens(mask, carried, carried.shape[1], None, added, None)
-
-    def _check_mask(self, mask: Any) -> None:
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            return
-        what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
-        who = "the head reads" if self.method.tokenwise else f"{type(self.method).__name__} mixes"
-        raise ValueError(
-            f"an attention_mask {what}, but {who} tokens and has to know which are padding. Give a mask of (batch, "
-            "tokens), 1 for tokens and 0 for padding"
-        )
 
     def _open_cache(self, passed: Pass, strand: Strand, site: Site, call: Mapping[str, Any], tokens: int) -> None:
         """Note what a stack's key-value cache holds, and what the method has in it.
