@@ -13,8 +13,8 @@ import sidestep as ss
 from parity_backbones import bert, depth, t5
 from parity_files import Names, Oracle, Reproduction, load, rename
 from sidestep.methods.sherl.parts import Aggregation, ConvAggregation, Maps, PooledAggregation
-from sidestep.model.gpo import GPO
 from sidestep.model.heads import unit
+from sidestep.model.heads.gpo import GPO
 
 MDETR_NORM_EPS = 1e-5
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         methods,
     )
     from sidestep.model.attach import attach, detach
-    from sidestep.model.heads import Classify, Regress, Retrieve
+    from sidestep.model.heads import Classify, Regress, Retrieve, Span, Tag
     from sidestep.model.initialise import initialise
     from sidestep.model.pair_model import PairModel
     from sidestep.model.side_model import SideModel
@@ -86,8 +86,10 @@ __all__ = [
     "SherlConfig",
     "SideAttentionConfig",
     "SideModel",
+    "Span",
     "SparseConfig",
     "SynQTConfig",
+    "Tag",
     "TaskBank",
     "TaskError",
     "TrainSettings",
@@ -107,7 +109,7 @@ __all__ = [
 
 _HOMES = {
     "tasks.bank": ("BankError", "TaskBank"),
-    "model.heads": ("Classify", "Regress", "Retrieve"),
+    "model.heads": ("Classify", "Regress", "Retrieve", "Span", "Tag"),
     "measure.memory": ("peak_memory", "saved_bytes"),
     "methods": (
         "BitFitConfig",

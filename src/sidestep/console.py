@@ -171,7 +171,8 @@ def score_facts(judged: Assessment | Results, before: str = "") -> dict[str, obj
         beside = "" if same is None else f" (one answer for all: {cell(same)})"
         facts[f"{before}{name}"] = f"{cell(value)}{beside}"
     for name, each in judged.classes.items() if len(judged.classes) <= FEW else ():
-        facts[f"recall of {name}"] = f"{cell(each.recall)} of {cell(each.rows)} rows" if each.rows else "no row"
+        found = f"{cell(each.recall)} of {cell(each.rows)} rows" if each.rows else "no row"
+        facts[f"recall of {name}"] = found if each.f1 is None else f"{found}, F1 {cell(each.f1)}"
     return facts
 
 

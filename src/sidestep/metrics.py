@@ -30,11 +30,13 @@ METRICS: dict[str, tuple[str, ...]] = {
     "single": ("accuracy", "f1", "f1_macro", "f1_micro", "matthews"),
     "multi": ("accuracy", "f1_macro", "f1_micro"),
     "regress": ("pearson", "spearman", "mse"),
+    "tokens": ("f1", "precision", "recall", "accuracy"),
+    "spans": ("exact_match", "f1"),
     "text2text": ("exact_match", "token_f1"),
     "lm": ("exact_match", "token_f1"),
     "retrieval": (*(f"{way}_r{rank}" for way in DIRECTIONS for rank in RANKS), "rsum"),
 }
-"""The scores of each kind; "f1" exists for two classes only."""
+"""The scores of each kind. Of kind "single", "f1" exists for two classes only."""
 ARTICLES = ("a", "an", "the")
 
 GREATER_IS_BETTER: dict[str, bool] = {name: name != "mse" for names in METRICS.values() for name in names}

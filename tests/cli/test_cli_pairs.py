@@ -23,6 +23,7 @@ from sidestep.data.pairs import captioned
 from sidestep.disk.task_folder import WEIGHTS
 from sidestep.kinds.prepare import prepare
 from sidestep.training.callbacks import TellEpoch
+from sidestep.training.trainer import largest_batch
 from small_tasks import SPECIAL, WORDS, image_backbone, image_folder, text_backbone, tokenizer, write
 
 FIELDS = Fields(image="image", text="caption")
@@ -147,7 +148,7 @@ def test_a_stopped_run_of_augmented_images_goes_on_bit_for_bit(
     ("changed", "said"),
     [
         ({"image": "images/none.png"}, "1 of 9 images are not there: 'images/none.png', looked for from"),
-        ({"caption": " "}, "1 of 17 rows have an image and no caption: "),
+        ({"caption": " "}, "1 of 17 rows have no caption for their image: "),
         ({"image": ""}, "1 of 17 rows have a caption and no image, row 17"),
     ],
 )
@@ -197,6 +198,17 @@ def test_an_image_stands_in_a_batch_once(place: Path) -> None:
     assert batch["labels"].tolist() == [0, 0, 2]
     assert batch["image_index"].tolist() == [0, 0, 1]
     assert len(batch["input_ids"]) == 3
+
+
+def test_the_largest_batch_has_an_image_for_each_caption(place: Path) -> None:
+    """It is planned and measured, so no batch of a run may be larger."""
+    given = captioned(Dataset.from_list(rows()), FIELDS, place)
+    data = prepare(given, None, FIELDS, load_pair_processor(str(place / "clip")), kind="retrieval", dev_fraction=0.25)
+    for size in (2, 6):
+        batch = largest_batch(data, size)
+        assert (len(batch["pixel_values"]), len(batch["input_ids"])) == (size, size)
+    assert len(largest_batch(data, 8)["pixel_values"]) == 6  # of so many images
+    assert batch["input_ids"].shape[1] == max(data.train["length"][:])
 
 
 def test_a_pair_from_python(place: Path) -> None:

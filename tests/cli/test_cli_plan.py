@@ -129,8 +129,9 @@ def test_a_measured_step(bert: Path) -> None:
         (("--keep", "replay", "--method", "lora"), "lora does not go with keep='replay'"),
         (("--precision", "float32", "--bf16"), "--precision with --bf16"),
         (("--dtype", "int4"), "--dtype int4"),
-        (("--kind", "retrieval"), "plan each tower alone"),
-        (("--kind", "lm", "--own-head"), "leave --own-head and --pool out"),
+        (("--kind", "retrieval"), "no dual encoder (clip, "),
+        (("--frames", "3"), "--frames and --text-backbone are for pairs: say --kind retrieval"),
+        (("--kind", "lm", "--own-head"), "leave --own-head out"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(bert: Path, arguments: tuple[str, ...], message: str) -> None:

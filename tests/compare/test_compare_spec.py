@@ -216,7 +216,7 @@ def test_what_is_wrong_in_a_file_is_named(changes: dict[str, Any], said: str) ->
 
 
 def test_a_problem_that_is_not_supported_is_refused() -> None:
-    with pytest.raises(DataError, match="token classification is not supported yet"):
+    with pytest.raises(DataError, match=r"kind=.ner.: .tokens. is what you mean"):
         comparison_from(values(task=[{"train": "a", "text": "t", "problem": "ner"}]), Path(), "here")
 
 
@@ -247,7 +247,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *(({"backbone": [{"model": "a", "dtype": value}]}, "dtype=") for value in ("int8", "float", "fp16", "nonsense")),
     ({"backbone": [{"model": "a", "pool": "own"}]}, "pool='own'"),
     *(({"task": [{"train": "a.csv", "text": "t", "rows": value}]}, "rows=") for value in (1, 0, -3)),
-    ({"task": [{"train": "a.csv", "text": "t", "problem": "retrieval"}]}, "problem='retrieval'"),
+    ({"task": [{"train": "a.csv", "text": "t", "problem": "retrieval"}]}, "retrieval reads pairs"),
+    ({"task": [{"train": "a.csv", "text": "t", "video": "v"}]}, "are for kind = retrieval"),
+    ({"task": [{"train": "a.csv", "text": "t", "frames": 0}]}, "frames=0"),
     *(({"task": [{"train": "a.csv", "text": "t", "encoding": value}]}, "encoding=") for value in ("x", "hex", "rot13")),
     ({"task": [{"train": "a.csv", "text": "t", "columns": ["a", "a"]}]}, "Every column needs a name of its own"),
     *(({name: []}, f"{name}=[] is empty") for name in ("methods", "seeds", "backbone", "task", "contender")),

@@ -315,7 +315,7 @@ def test_the_split_of_an_image_folder_is_its_subfolder(tmp_path):
 def test_a_folder_without_images_is_refused(tmp_path):
     assert "holds no images" in error_of(read, tmp_path)
     file(tmp_path, "a.txt", "text")
-    assert "one folder of images or sounds per class" in error_of(read, tmp_path)
+    assert "one folder of images, sounds or videos per class" in error_of(read, tmp_path)
 
 
 def processor(size: int = 4) -> ViTImageProcessor:

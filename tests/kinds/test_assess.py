@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import recall_score
 
+from sidestep.data import LabelSpace
 from sidestep.kinds import kind_named
 from sidestep.kinds.assess import FEW, OfClass, assess_texts
 from sidestep.metrics import Kind, scores, text_scores
@@ -118,4 +120,5 @@ class Evaluation:
 def test_the_first_output_of_a_trainers_evaluation_counts() -> None:
     predictions, targets = drawn("single", 3, 0)
     evaluation = Evaluation((predictions, np.zeros(3)), targets)
-    assert kind_named("single").assess_evaluation(evaluation) == kind_named("single").assess(predictions, targets)
+    data = SimpleNamespace(labels=LabelSpace("single", ()))
+    assert kind_named("single").assess_evaluation(evaluation, data) == kind_named("single").assess(predictions, targets)

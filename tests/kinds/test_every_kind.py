@@ -73,7 +73,7 @@ class Counts(Regression):
     answer = "a count"
     metrics, best = ("error",), "error"
 
-    def labels(self, rows: Dataset, column: str) -> LabelSpace:
+    def labels(self, rows: Dataset, fields: Any) -> LabelSpace:
         return Logarithms(self.name, ())
 
     def stored_labels(self, names: Any) -> LabelSpace:
@@ -82,7 +82,7 @@ class Counts(Regression):
     def greater_is_better(self, metric: str) -> bool:
         return False
 
-    def compute_metrics(self, names: Any = ()) -> Any:
+    def compute_metrics(self, data: Any) -> Any:
         return lambda found: self.assess(found.predictions, found.label_ids).scores
 
     def assess(self, predictions: Any, targets: Any, names: Any = None) -> Assessment:

@@ -25,7 +25,11 @@ def stored(model: ss.SideModel, batch: dict[str, Tensor]) -> dict[str, Any]:
     recorded = record(model, route, batch)
     absent = stand_ins(model, route, batch)
     if route.places == (VECTOR,):
-        return {"features": States(route, vector=torch.stack(recorded.rows(VECTOR))[:, 0])}
+        rows = recorded.rows(VECTOR)
+        if route.single:
+            return {"features": States(route, vector=torch.stack(rows)[:, 0])}
+        keep = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
+        return {"features": States(route, vector=pad_sequence(rows, batch_first=True), keep=keep)}
     hidden = {name: pad_sequence(recorded.rows(name), batch_first=True) for name in route.places}
     return {**({} if absent else batch), "features": States(route, hidden, absent=absent)}
 

@@ -588,8 +588,8 @@ def test_checkpointing_keeps_gradients_and_runs_late_blocks_twice(method: str, f
 # --- 9 ------------------------------------------------------------------------------------------------------
 
 
-# a method that changes weights has no code of its own in a pass: one with modules, and one with a diff
-@costly_pairs(list(METHODS), ["vit"], quick=[*SIDE, "lora", "diff_pruning"])
+# those whose code in a pass differs the most: reads, mixing, queries, writes of both kinds, and modules in the blocks
+@costly_pairs(list(METHODS), ["vit"], quick=["read", "side_attention", "synqt", "sherl", "dtl", "lora"])
 def test_compiled_equals_eager(method: str, family: str) -> None:
     torch._dynamo.reset()
     kind = ALL[family]

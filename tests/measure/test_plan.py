@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sidestep as ss
 from sidestep.backbone.source import LoadError
+from sidestep.interface.keep import Keep
 from sidestep.measure.plan import (
     PlanError,
     PlanWarning,
@@ -29,6 +30,7 @@ from sidestep.measure.plan import (
 )
 from sidestep.measure.step import announced, measure_step
 from sidestep.methods import MethodConfig
+from sidestep.model.heads import HeadConfig
 from tiny import FAMILIES, TinyFamily
 
 HEAD = ss.Classify(num_labels=3)
@@ -348,6 +350,20 @@ def test_rotary_positions_are_planned_for_any_length() -> None:
 def test_labels_follow_the_head() -> None:
     for head in (ss.Regress(), ss.Regress(targets=2), ss.Classify(num_labels=4, problem="multi")):
         assert plan(BERT, ss.ProbeConfig(), head=head, batch=2).head == {**head.to_dict(), "pool": "mean"}
+
+
+@pytest.mark.parametrize("head", [ss.Tag(num_labels=9), ss.Span()], ids=["tags", "spans"])
+@pytest.mark.parametrize("keep", ["full", "replay"])
+def test_heads_of_all_tokens_are_planned_as_they_are_measured(head: HeadConfig, keep: Keep) -> None:
+    how: dict[str, Any] = {"head": head, "batch": 16, "length": 64, "keep": keep}
+    config = t.BertConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256)
+    planned, measured = (plan(config, ss.ReadConfig(rank=16), measure=one, **how) for one in (False, True))
+    assert planned.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.1)
+
+
+def test_an_own_head_of_tokens_is_planned() -> None:
+    found = plan(BERT, ss.LoraConfig(), head=None, own_head="tokens", batch=2, length=16)
+    assert found.peak_bytes > 0
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ LEFT = RIGHT.flip(1)
 
 
 def head(pool: Pool = "mean", config: HeadConfig | None = None) -> Head:
-    return Head(config or ss.Classify(num_labels=3), WIDTH, pool)
+    return (config or ss.Classify(num_labels=3)).build(WIDTH, pool)
 
 
 def reading(hidden: Tensor, keep: Tensor | None = None, prefix: int = 0, pooled: Tensor | None = None) -> Reading:
@@ -159,8 +159,11 @@ def test_regression_starts_at_the_center() -> None:
         (lambda: ss.Classify(num_labels=0, problem="multi"), "num_labels=0: a multi-label head needs more"),
         (lambda: ss.Classify(num_labels=2, labels=("a",)), "num_labels=2, but 1 label names were given"),
         (lambda: ss.Classify(num_labels=2, pool="max"), "pool='max': choose None or one of cls, mean, "),
-        (lambda: ss.Classify(num_labels=2, problem="token"), "token classification is not supported yet"),
+        (lambda: ss.Classify(num_labels=2, problem="token"), "Take ss.Tag(num_labels=...)"),
         (lambda: ss.Classify(num_labels=2, problem="both"), 'problem=\'both\', but it must be "single" or "multi"'),
+        (lambda: ss.Tag(num_labels=1), "num_labels=1: a head of tags needs at least 2"),
+        (lambda: ss.Tag(num_labels=3, labels=("a",)), "num_labels=3, but 1 label names were given"),
+        (lambda: ss.Tag(num_labels=3, pool="cls"), "pool='cls': choose None or one of all"),
         (lambda: ss.Regress(targets=0), "targets=0: at least 1"),
         (lambda: head_from_dict({"head": "Rank"}), "unknown head 'Rank': this version knows Classify, Regress"),
     ],
@@ -176,6 +179,8 @@ def test_a_wrong_config_says_what_it_was_given(make: Any, says: str) -> None:
         ss.Classify(num_labels=2, labels=["no", "yes"], pool="last"),
         ss.Classify(num_labels=1, problem="multi"),
         ss.Regress(targets=3, center=-0.5, pool="cls"),
+        ss.Tag(num_labels=2, labels=["O", "B-PER"]),
+        ss.Span(),
     ],
 )
 def test_a_config_comes_back_from_json(config: HeadConfig) -> None:

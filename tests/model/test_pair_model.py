@@ -23,7 +23,7 @@ from sidestep.backbone.load import paired
 from sidestep.backbone.source import LoadError
 from sidestep.disk.task_folder import TaskError
 from sidestep.methods import MethodConfig
-from sidestep.model.gpo import GPO
+from sidestep.model.heads.gpo import GPO
 from sidestep.model.losses import contrastive_loss, triplet_loss
 from tiny import FAMILIES
 

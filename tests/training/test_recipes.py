@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import CLIPConfig, CLIPModel, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner, Result
 
 import sidestep as ss
@@ -71,8 +71,9 @@ def test_there_is_a_recipe_for_every_task_of_every_benchmark() -> None:
     assert [name for name in recipes.names("sherl") if "glue" in name] == [
         name.replace("lst", "sherl") for name in recipes.names("lst")
     ]
-    assert recipes.names("unipt") == ("unipt/vse/f30k", "unipt/vse/coco")
-    assert len(recipes.names()) == 2 * (19 + 19 + 25) + 19 + 2 * 3 * 8 + 2 * 2
+    videos = tuple(f"unipt/clip4clip/{name}" for name in ("msrvtt", "msvd"))
+    assert recipes.names("unipt") == (*videos, "unipt/vse/f30k", "unipt/vse/coco")
+    assert len(recipes.names()) == 2 * (19 + 19 + 25) + 19 + 2 * 3 * 8 + 2 * 2 + 2 * 2
     assert recipes.names("dtl/vtab/svhn") == ("dtl/vtab/svhn",)
 
 
@@ -235,6 +236,24 @@ def test_retrievals_numbers_are_those_of_the_releases(method: str) -> None:
     assert load(f"{method}/vse/coco").training == recipe.training
 
 
+@pytest.mark.parametrize("method", ["sherl", "unipt"])
+def test_the_numbers_of_videos_are_those_of_the_release(method: str) -> None:
+    recipe, other = (load(f"{method}/clip4clip/{name}") for name in ("msrvtt", "msvd"))
+    names = ("learning_rate", "batch_size", "epochs", "schedule", "max_grad_norm")
+    assert of(recipe.training, names) == of(other.training, names) == (1e-4, 128, 5, "cosine", 1.0)
+    assert (recipe.training["weight_decay"], other.training["weight_decay"]) == (0.01, 0)
+    assert (recipe.problem, recipe.pool, recipe.frames, recipe.max_length) == ("retrieval", "own", 12, 32)
+    assert recipe.method_settings["hidden"] == 512
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("msrvtt", 9_598_006), ("msvd", 9_598_006 - 26)])
+def test_sherl_beside_both_towers_of_clip_has_the_releases_parameters(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = ss.attach(CLIPModel(CLIPConfig()), load(f"sherl/clip4clip/{name}").config(), head=ss.Retrieve())
+    own = [parameter.numel() for tower in model.parts for parameter in tower.side.parameters()]
+    assert sum(own) == parameters
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -242,7 +261,7 @@ def test_retrievals_numbers_are_those_of_the_releases(method: str) -> None:
         ("dtl/fewshot/pets-3", r"dtl/fewshot has aircraft-1, .*cars-16$"),
         (
             "dtl/vtab",
-            r"names begin with dtl/fewshot, dtl/vtab, dtl/vtab-swin, dtlplus.*synqt/vtab, unipt/vse\. `sidestep",
+            r"names begin with dtl/fewshot, dtl/vtab, dtl/vtab-swin, dtlplus.*unipt/clip4clip, unipt/vse\. `sidestep",
         ),
         ("", r"there is no recipe ''"),
     ],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sidestep.backbone.grids import TokenGrid, patch_grid, told_grid
 from sidestep.interface.sites import AttentionWeights, BlockWeights, FrozenBlock, Projection
 
-Pool = Literal["cls", "mean", "mean_pre_norm", "last", "own", "gpo"]
+Pool = Literal["cls", "mean", "mean_pre_norm", "last", "own", "gpo", "all"]
 
 
 @dataclass(frozen=True)

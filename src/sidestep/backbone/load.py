@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -50,6 +50,13 @@ CLASSIFIERS = (
     (transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING, transformers.AutoModelForAudioClassification),
 )
 """Models with a classification head of their own, and the class that loads them."""
+OwnHead = Literal["rows", "tokens", "spans"]
+"""What a head of a model's own gives answers for: whole rows, each token, or the two ends of an answer."""
+OWN_HEADS: dict[OwnHead, tuple[tuple[Any, Any], ...]] = {
+    "rows": CLASSIFIERS,
+    "tokens": ((transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, transformers.AutoModelForTokenClassification),),
+    "spans": ((transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING, transformers.AutoModelForQuestionAnswering),),
+}
 
 
 def stored_vocabulary(source: Source) -> int | None:
@@ -71,7 +78,7 @@ def load_backbone(
     *,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
-    head: bool = False,
+    head: bool | OwnHead = False,
     num_labels: int | None = None,
     writes: Written | None = None,
     drop_path: float | None = None,
@@ -85,7 +92,8 @@ def load_backbone(
         dtype: precision of the weights, such as torch.bfloat16 or "bfloat16". None is the checkpoint's own. For
             quantised weights of a GGUF file, which are unpacked, None is float32.
         revision: branch, tag or commit of a hub id.
-        head: whether the model comes with a classification head of its own (text, images or sounds).
+        head: whether the model comes with a classification head of its own (text, images or sounds). "tokens" and
+            "spans" are its heads of each token, and of the two ends of an answer.
         num_labels: classes of that head. None: the checkpoint's.
         writes: "text2text" or "lm": the model comes with its language model head, as an encoder-decoder or a decoder.
         drop_path: rate of the last block's drop path, which grows with depth from 0. None: the model's own. It acts in
@@ -121,7 +129,7 @@ def load_backbone(
     elif str(name).startswith(VIT):
         kind = transformers.ViTForImageClassification if head else transformers.ViTModel
     else:
-        kind = classifier_of(config) if head else headless_of(config)
+        kind = classifier_of(config, "rows" if head is True else head) if head else headless_of(config)
     return _load_transformers(kind, str(name), config, wanted, revision)
 
 
@@ -235,17 +243,17 @@ def headless_of(config: Any) -> Any:
     return transformers.AutoModelForAudioClassification if hears and of_two else AutoModel
 
 
-def classifier_of(config: Any) -> Any:
-    """The auto class with a classification head for this config.
+def classifier_of(config: Any, head: OwnHead = "rows") -> Any:
+    """The auto class with such a head for this config.
 
     Raises:
         LoadError: if there is none.
     """
-    found = next((kind for mapping, kind in CLASSIFIERS if type(config) in mapping), None)
+    found = next((kind for mapping, kind in OWN_HEADS[head] if type(config) in mapping), None)
     if found is None:
         raise LoadError(
-            f"transformers has no classification model for {config.model_type!r}: take it without a head of its own "
-            "(head=False, without --own-head), with ss.Classify"
+            f"transformers has no {config.model_type!r} model with a head of {head}: take it without a head of its own "
+            "(head=False, without --own-head)"
         )
     return found
 

@@ -23,6 +23,7 @@ from transformers import (
 
 from sidestep.backbone.configs import asked, config_of, npz_as_load_error, read_config
 from sidestep.backbone.families import DUAL_FAMILIES
+from sidestep.backbone.frames import FRAMES_FILE, FrameProcessor
 from sidestep.backbone.gguf import (
     is_gguf,
 )
@@ -76,6 +77,9 @@ def load_processor(name: str | Path, *, revision: str | None = None, pictures: b
     folder = Path(name)
     if all((folder / part).is_dir() for part in PairProcessor.PARTS):
         return PairProcessor(*(load_processor(folder / part) for part in PairProcessor.PARTS))
+    if (folder / FRAMES_FILE).is_file():
+        with as_load_error(str(folder / FRAMES_FILE), "processor"):
+            return FrameProcessor.from_pretrained(folder, load_processor)
     if (folder / TIMM_PROCESSOR).is_file():
         return TimmProcessor.from_pretrained(folder)
     if (folder / IMAGE_TRANSFORM).is_file():
@@ -134,7 +138,7 @@ class PairProcessor:
     """What a dual encoder's images and texts are read with.
 
     Attributes:
-        image: image processor, or an `ImageTransform`.
+        image: image processor, or an `ImageTransform`. Of videos a `FrameProcessor`.
         text: tokenizer.
     """
 

@@ -73,6 +73,7 @@ def _values(recipe: Recipe, typed: Mapping[str, Any]) -> dict[str, Any]:
         **recipe.head,
         "problem": recipe.problem,
         "max_length": recipe.max_length,
+        "frames": recipe.frames,
         "backbone_noise": recipe.noise if not recipe.drop_path else None,  # which goes with the rate
         "drop_path": recipe.drop_path,
         "augment": recipe.augment or "none",

@@ -58,11 +58,11 @@ def recipes(prefix: opt.RecipePrefix = "", debug: opt.Debug = False) -> None:
             remark("sidestep recipes NAME shows them; sidestep train --recipe NAME/TASK follows one")
             return
         found = [load(name) for name in names(prefix) or (prefix,)]
-        columns = ("name", "method", "settings (--set)", "learning rate", "epochs", "drop path")
+        columns = ("name", "method", "settings (--set)", "learning rate", "epochs", "weight decay", "drop path")
         rows = []
         for each in found:
-            rate, epochs = f"{each.training['learning_rate']:g}", each.training["epochs"]
-            rows.append((each.name, each.method, each.method_settings, rate, epochs, each.drop_path))
+            own = (f"{each.training['learning_rate']:g}", each.training["epochs"], each.training["weight_decay"])
+            rows.append((each.name, each.method, each.method_settings, *own, each.drop_path))
         show_table("Recipes", columns, rows)
         for group in groups():
             if any(each.name in group.recipes for each in found):
@@ -72,7 +72,8 @@ def recipes(prefix: opt.RecipePrefix = "", debug: opt.Debug = False) -> None:
 def _show_shared(group: Group) -> None:
     """What all recipes of a group have in common."""
     first = next(iter(group.recipes.values()))
-    training = {name: value for name, value in first.training.items() if name not in ("learning_rate", "epochs")}
+    shown = ("learning_rate", "epochs", "weight_decay")
+    training = {name: value for name, value in first.training.items() if name not in shown}
     facts = {
         "source": first.source,
         "backbone": first.backbone,
@@ -84,6 +85,7 @@ def _show_shared(group: Group) -> None:
         "images": first.images or "the backbone's own processor",
         "augment": first.augment,
         "max length": first.max_length,
+        "frames": first.frames,
     }
     show_facts(f"All of {group.name}", facts)
 

@@ -61,7 +61,7 @@ DropPath = Annotated[float | None, _model(help="Rate of the backbone's drop path
 Dtype = Annotated[str | None, _model(help="Precision of the backbone. Default: its checkpoint's.")]
 Revision = Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")]
 
-SOURCE = "csv, tsv, json, jsonl or parquet file, folder or list (.txt) of images or sounds, or hub id"
+SOURCE = "csv, tsv, json, jsonl or parquet file, folder or list (.txt) of images, sounds or videos, or hub id"
 Train = Annotated[str, _data(help=f"Training rows: {SOURCE}.", show_default=False)]
 Dev = Annotated[str | None, _data(help="Dev rows. Default: a share of the training rows is held out.")]
 Rows = Annotated[str, _data("--data", help=f"Rows: {SOURCE}.", show_default=False)]
@@ -82,6 +82,10 @@ Image = Annotated[
     str | None, _data(help="Column of images, or of their paths. Of a vision-language model beside --text.")
 ]
 Audio = Annotated[str | None, _data(help="Column of sounds, or of their paths.")]
+Video = Annotated[
+    str | None, _data(help="Column of videos, or of paths of video files or folders of frames (--kind retrieval).")
+]
+Frames = Annotated[int | None, _data(help="Frames taken of a video, evenly spread. Default: 12.")]
 Label = Annotated[
     str | None, _data("--label", "--target", "--completion", help="Column of the label, or of the text to write.")
 ]
@@ -91,16 +95,17 @@ Problem = Annotated[
         "--kind",
         "--task",
         "--problem",
-        help="single, multi, regress, text2text, lm or retrieval. Default: multi for lists, else single.",
+        help="single, multi, regress, tokens, spans, text2text, lm or retrieval. Default: single, or multi for lists.",
     ),
 ]
 Shots = Annotated[int | None, _data(help="Training rows of each class. Default: all.")]
 ShotsSeed = Annotated[int | None, _data(help="Seed of their draw. Default: --seed.")]
 SkipBadFiles = Annotated[
-    bool, _data("--skip-bad-files", "--skip-bad-images", help="Leave out images and sounds that cannot be read.")
+    bool,
+    _data("--skip-bad-files", "--skip-bad-images", help="Leave out images, sounds and videos that cannot be read."),
 ]
 Normalize = Annotated[str | None, _data(help="imagenet or half. Default: the backbone's mean and deviation.")]
-Augment = Annotated[str, _data(help="Views of training images: none, flip, crop or randaugment.")]
+Augment = Annotated[str, _data(help="Views of training images or videos: none, flip, crop or randaugment.")]
 MaxLength = Annotated[int | None, _data(help="Tokens kept of a text. Default: the tokenizer's limit.")]
 MaxNewTokens = Annotated[
     int | None, _data(help="Tokens to write at most. Default: those of the longest training target.")
@@ -224,6 +229,9 @@ Length = Annotated[
     int | None, _training(help="Tokens of a text (default: 128), or samples of a sound (default: 160000).")
 ]
 ImageSize = Annotated[int | None, _data(help="Rows and columns of an image. Default: the model's, or 224.")]
+PlannedFrames = Annotated[
+    int | None, _data("--frames", help="Frames of a video (--kind retrieval). Default: pairs are of images.")
+]
 Gpu = Annotated[str | None, _training(help="Memory of the card to plan for, such as 16GB. Default: plan for the CPU.")]
 Precision = Annotated[
     str | None,
@@ -234,7 +242,9 @@ PlannedDtype = Annotated[
 ]
 PlannedKind = Annotated[
     str | None,
-    _data("--kind", help="single, multi, regress, text2text or lm (all tokens have a label). Default: single."),
+    _data(
+        "--kind", help="single, multi, regress, tokens, spans, text2text, lm (all tokens have a label) or retrieval."
+    ),
 ]
 Optimizer = Annotated[str, _training(help="AdamW, 'AdamW (fused)', SGD or Adafactor.")]
 Measure = Annotated[bool, _running("--measure", help="Run steps with random weights here instead of predicting.")]

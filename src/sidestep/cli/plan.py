@@ -39,6 +39,8 @@ def plan(
     batch: opt.Batch = 32,
     length: opt.Length = None,
     image_size: opt.ImageSize = None,
+    frames: opt.PlannedFrames = None,
+    text_backbone: opt.TextBackbone = None,
     gpu: opt.Gpu = None,
     kind: opt.PlannedKind = None,
     precision: opt.Precision = None,
@@ -56,7 +58,6 @@ def plan(
         from sidestep.measure.plan import alternatives, best_device, fastest, largest_batch, memory_of, ways_of_keeping
         from sidestep.measure.plan import plan as planned
         from sidestep.methods import method_named
-        from sidestep.model.heads import Classify, Regress
 
         limit = None if gpu is None else memory_of(gpu)
         if own_head and pool is not None:
@@ -64,21 +65,22 @@ def plan(
         config = config_from(method_named(method).config, set_ or [])
         check_keep(taps)
         of = kind_named(kind or "single")
-        if of.dual:
-            raise ValueError("--kind retrieval has two towers, and a plan is of one backbone: plan each tower alone")
-        if of.writes and (own_head or pool is not None):
-            raise ValueError(f"--kind {of.name} is written by the backbone's own head: leave --own-head and --pool out")
-        reads: Any = {"pool": pool}  # a head refuses a pool that it does not know
-        if of.name == "regress":
-            head: HeadConfig = Regress(**reads)
-        else:
-            head = Classify(num_labels=labels, problem="multi" if of.name == "multi" else "single", **reads)
+        if not of.dual and (frames, text_backbone) != (None, None):
+            raise ValueError("--frames and --text-backbone are for pairs: say --kind retrieval")
+        if of.dual and own_head:
+            raise ValueError("--own-head with --kind retrieval: the embeddings are Sidestep's. Leave it out")
+        if of.writes and own_head:
+            raise ValueError(f"--kind {of.name} is written by the backbone's own head: leave --own-head out")
+        head: HeadConfig | None = of.blank_head(labels, pool)  # a head refuses a pool that it does not know
         settings: dict[str, Any] = {
-            "head": None if own_head or of.writes else head,
+            "head": None if own_head else head,
+            "own_head": of.own_head,
             "writes": of.writes,
             "lm_loss": lm_loss if of.writes else "own",
             "length": length,
             "image_size": image_size,
+            "frames": frames,
+            "text_backbone": text_backbone,
             "backbone_noise": backbone_noise,
             "precision": _precision(precision, bf16, dtype),
             "optimizer": optimizer,
@@ -187,8 +189,13 @@ def _show_plan(plan: Plan, limit: int | None, largest: int | None) -> None:
         fits = "fits" if plan.total_bytes <= limit else "does not fit"
         facts[f"on {format_bytes(limit)}"] = fits if largest is None else f"{fits}; largest batch {largest}"
     sounds = "spectrograms" if plan.length is None else f"{plan.length} samples"
-    beside = ", a picture among them" if plan.pictured else ""
-    what = {"text": f"{plan.length} tokens{beside}", "image": f"{plan.image_size} px", "audio": sounds}[plan.reads]
+    image = f"{plan.image_size} px" if plan.frames is None else f"{plan.frames} frames of {plan.image_size} px"
+    text = f"{plan.length} tokens"
+    if plan.pictured:
+        text += ", a picture among them"
+    elif plan.image_size is not None:
+        text = f"({text}, {image})"
+    what = {"text": text, "image": image, "audio": sounds}[plan.reads]
     late = " with late blocks recomputed" if plan.checkpoint else ""
     late += f", keep={plan.keep}" if plan.keep != "full" else ""
     how = "predicted" if plan.source == "traced" else plan.source

@@ -29,6 +29,7 @@ def evaluate(
     text2: opt.Text2 = None,
     image: opt.Image = None,
     audio: opt.Audio = None,
+    video: opt.Video = None,
     skip_bad_files: opt.SkipBadFiles = False,
     label: opt.Label = None,
     split: opt.Split = "validation",
@@ -57,7 +58,7 @@ def evaluate(
         kept = FeatureOptions(where=cast("Where", features), folder=features_folder, limit=memory_of(features_limit))
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone_named(backbone, gguf))
-        fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio, label=label))
+        fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio, video=video, label=label))
         found = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         judged = predicting.judge(
             model, found, fields=fields, batch_size=batch_size, progress=not quiet, features=kept, tell=_tell(kept)
@@ -74,6 +75,7 @@ def predict(
     text2: opt.Text2 = None,
     image: opt.Image = None,
     audio: opt.Audio = None,
+    video: opt.Video = None,
     skip_bad_files: opt.SkipBadFiles = False,
     split: opt.Split = "test",
     columns: opt.Columns = None,
@@ -133,7 +135,7 @@ def predict(
         _refuse_inputs(output, task, rows, backbone_named(backbone, gguf))
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone_named(backbone, gguf))
-        fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio))
+        fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio, video=video))
         given = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         found = predicting.predict(
             model,
@@ -188,7 +190,7 @@ def _read(
     if not skip_bad_files:
         return found
     if fields.files is None:
-        raise ValueError("--skip-bad-files is for images and sounds, but the task reads text: leave it out")
+        raise ValueError("--skip-bad-files is for images, sounds and videos, but the task reads text: leave it out")
     if not kind_named(kind).dual:
         check_fields(found, replace(fields, label=None))
     medium, column = fields.files

@@ -14,22 +14,25 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from sidestep.backbone import Digest, digest_of, pretrained_tensors
-from sidestep.backbone.families import Pool
+from sidestep.backbone import Digest, joined
+from sidestep.backbone.configs import config_of
+from sidestep.backbone.families import DUAL_FAMILIES, Pool
 from sidestep.backbone.gguf import gguf_parts, is_gguf
-from sidestep.backbone.load import check_writes, load_backbone
-from sidestep.backbone.processors import load_processor, read_by
+from sidestep.backbone.load import check_writes, load_backbone, load_pair
+from sidestep.backbone.processors import PairProcessor, load_pair_processor, load_processor, read_by
+from sidestep.backbone.source import TIMM
 from sidestep.backbone.vision_language import VisionLanguageProcessor
 from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Holds, Task, in_words
 from sidestep.data import DataError, DataWarning, Fields, holdout
+from sidestep.data.contents import content_of
 from sidestep.data.media import undecoded
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.prepare import prepare, strata
 from sidestep.kinds.task_data import TaskData
 from sidestep.methods import WeightDelta, method_of
 from sidestep.metrics import Written
-from sidestep.model.attach import attach, detach
-from sidestep.model.heads import Classify, HeadConfig
+from sidestep.model.attach import Attached, attach, detach, digests_of
+from sidestep.model.heads import HeadConfig
 from sidestep.model.side_model import SideModel
 from sidestep.model.token_loss import LmLoss
 from sidestep.training.run import ModelSpec
@@ -44,20 +47,22 @@ class Bench:
         model: the backbone, on its device.
         processor: its tokenizer, image processor or feature extractor.
         pictured: whether some of its tasks are of pictures with texts.
-        known: the digest of its weights.
+        known: the digests of its weights, of a dual encoder those of each tower.
         precision: "bf16 autocast", or the dtype of the weights.
         attention: implementation.
         writes: the kind of its tasks if those are texts to write. The backbone has its language model head then.
+        measured_as: the kind whose head is there when memory and time are measured.
     """
 
     spec: Backbone
     model: nn.Module
     processor: Any
-    known: Digest
+    known: tuple[Digest, ...]
     precision: str
     attention: str
     pictured: bool = False
     writes: Written | None = None
+    measured_as: str = "single"
 
     @classmethod
     def load(
@@ -68,6 +73,7 @@ class Bench:
         bf16: bool = False,
         pictured: bool = False,
         writes: Written | None = None,
+        measured_as: str = "single",
     ) -> Bench:
         """The backbone on the accelerator, or on the CPU where there is none.
 
@@ -75,7 +81,11 @@ class Bench:
             LoadError: if it cannot be loaded.
             ValueError: if its attention cannot be chosen.
         """
-        model = load_backbone(spec.model, dtype=spec.dtype, revision=spec.revision, writes=writes)
+        model: nn.Module
+        if is_dual(spec):
+            model = load_pair(spec.model, spec.text_model, dtype=spec.dtype, revision=spec.revision)
+        else:
+            model = load_backbone(spec.model, dtype=spec.dtype, revision=spec.revision, writes=writes)
         if attention is not None:
             _set_attention(model, attention, spec.name)
         model.to(device())
@@ -83,25 +93,31 @@ class Bench:
         return cls(
             spec=spec,
             model=model,
-            processor=load_processor(spec.model, revision=spec.revision),
-            known=digest_of(pretrained_tensors(model)),
+            processor=processor_of(spec),
+            known=tuple(digests_of(model)),
             precision="bf16 autocast" if bf16 else dtype,
             attention=getattr(getattr(model, "config", None), "_attn_implementation", None) or "timm's own",
             pictured=pictured,
             writes=writes,
+            measured_as=measured_as,
         )
 
     @property
     def reads_text(self) -> bool:
-        """Whether the backbone reads texts (images or sounds otherwise)."""
-        return read_by(self.processor) == "text"
+        """Whether the backbone reads texts, alone or in pairs (images or sounds otherwise)."""
+        return self.is_dual or read_by(self.processor) == "text"
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether it is a dual encoder, which reads pairs."""
+        return isinstance(self.processor, PairProcessor)
 
     @property
     def device(self) -> torch.device:
         """Where the backbone is."""
         return next(self.model.parameters()).device
 
-    def attach(self, contender: Contender, head: HeadConfig | None, seed: int) -> SideModel:
+    def attach(self, contender: Contender, head: HeadConfig | None, seed: int) -> Attached:
         """The contender on the backbone, with weights of this seed. `detach` brings the backbone back."""
         torch.manual_seed(seed)
         return attach(
@@ -118,6 +134,7 @@ class Bench:
         """The contender as `sidestep train` would be asked for it."""
         return ModelSpec(
             backbone=self.spec.model,
+            text_backbone=self.spec.text_model,
             method=contender.config,
             pool=self.pool(contender),
             backbone_noise=contender.noise,
@@ -143,13 +160,16 @@ class Bench:
         except (ValueError, ModuleNotFoundError) as error:
             return str(error)
         try:
-            return model.untrained
+            return model.untrained if isinstance(model, SideModel) else None
         finally:
             detach(model)
 
-    def blank_head(self, contender: Contender, pool: Pool | None = None) -> Classify | None:
-        """A head for two classes that reads what the contender's reads (else `pool`). None if texts are written."""
-        return None if self.writes else Classify(num_labels=2, pool=self.pool(contender) or pool)
+    def blank_head(self, contender: Contender, pool: Pool | None = None) -> HeadConfig | None:
+        """A head for two classes that reads what the contender's reads (else `pool`). None if texts are written.
+
+        It is a head of pairs on a dual encoder, and one of every token where all tasks are such.
+        """
+        return None if self.writes else kind_named(self.measured_as).blank_head(2, self.pool(contender) or pool)
 
     def settings(self, contender: Contender) -> dict[str, Any]:
         """What a result says of backbone and contender."""
@@ -157,7 +177,7 @@ class Bench:
         return {
             "backbone": self.spec.name,
             "model": self._model(),
-            "digest": self.known.exact[:16],
+            "digest": (joined(self.known) if self.is_dual else self.known[0]).exact[:16],
             "pool": self.pool(contender),
             "contender": contender.name,
             "method": contender.method,
@@ -174,6 +194,10 @@ class Bench:
 
     def _model(self) -> str:
         """The model's id. A folder is given by its class and its name, not by where it lies."""
+        if self.spec.text_model is not None:
+            both = (self.spec.model, self.spec.text_model)
+            names = " and ".join(Path(name).name if Path(name).exists() else name for name in both)
+            return f"{type(self.model).__name__} of {names}"
         folder = Path(self.spec.model)
         if is_gguf(self.spec.model):
             return f"{type(self.model).__name__} of {gguf_parts(self.spec.model)[1]}"
@@ -243,6 +267,7 @@ class Prepared:
             "max_length": comparison.max_length,
             "shots": shots,
             "separator": rows.task.separator,
+            "frames": rows.task.frames,
         }
         try:
             data = dict.fromkeys(comparison.seeds, prepare(rows.train, rows.dev, fields, processor, seed=seed, **how))
@@ -264,7 +289,7 @@ def device() -> torch.device:
 
 
 def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
-    """The tasks of each backbone: those of texts, of images, of sounds, or of pictures with texts.
+    """The tasks of each backbone: those of texts, of images, of sounds, of pictures with texts, or of pairs.
 
     Raises:
         LoadError: if a backbone has no tokenizer, image processor or feature extractor, or does not write what its
@@ -294,8 +319,32 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
 
 def _read_by(backbone: Backbone, *, pictured: bool) -> tuple[Holds, ...]:
     """What a backbone reads. Whether it reads pictures with texts is looked at only if some rows are `pictured`."""
-    processor = load_processor(backbone.model, revision=backbone.revision, pictures=pictured)
+    processor = processor_of(backbone, pictured=pictured)
+    if isinstance(processor, PairProcessor):
+        return ("pairs",)
     return ("text", "pictured") if isinstance(processor, VisionLanguageProcessor) else (read_by(processor),)
+
+
+def is_dual(spec: Backbone) -> bool:
+    """Whether a backbone is a dual encoder, which reads pairs, or two encoders that become one."""
+    if spec.text_model is not None:
+        return True
+    return not spec.model.startswith(TIMM) and config_of(spec.model, spec.revision).model_type in DUAL_FAMILIES
+
+
+def processor_of(spec: Backbone, *, pictured: bool = False) -> Any:
+    """The tokenizer, image processor or feature extractor of a backbone. Of a dual encoder a `PairProcessor`.
+
+    Args:
+        spec: the backbone.
+        pictured: whether rows are pictures with texts, which a `VisionLanguageProcessor` reads.
+
+    Raises:
+        LoadError: if there is none.
+    """
+    if is_dual(spec):
+        return load_pair_processor(spec.model, spec.text_model, revision=spec.revision)
+    return load_processor(spec.model, revision=spec.revision, pictures=pictured)
 
 
 def written_by(tasks: Sequence[Task]) -> Written | None:
@@ -311,6 +360,16 @@ def written_by(tasks: Sequence[Task]) -> Written | None:
     return next(iter(kinds.values()), None)
 
 
+def measured_as(tasks: Sequence[Task]) -> str:
+    """The kind whose head is measured: that of a backbone's tasks if it reads every token of them all or pairs.
+
+    Else classes.
+    """
+    kinds = {task.problem for task in tasks}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return kind if kind is not None and (kind_named(kind).of_tokens or kind_named(kind).dual) else "single"
+
+
 def fingerprint(rows: Dataset, fields: Fields) -> str:
     """12 hexadecimal digits of the cells that are read, in order. Of images and sounds, the files' bytes count."""
     digest = sha256()
@@ -320,7 +379,7 @@ def fingerprint(rows: Dataset, fields: Fields) -> str:
     if fields.files is not None:
         _, column = fields.files
         for cell in undecoded(rows, column)[column]:
-            digest.update(cell["bytes"] or Path(cell["path"]).read_bytes())
+            digest.update(content_of(cell))
     return digest.hexdigest()[:12]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sidestep.backbone.frames import VIDEO_AXES
 from sidestep.compare.bench import Bench
 from sidestep.compare.ledger import Ledger
 from sidestep.compare.spec import Comparison, Contender, Costs
@@ -15,14 +16,19 @@ from sidestep.measure.meters import Cost, measure
 from sidestep.measure.plan import plan_for
 from sidestep.measure.plan.blank import IMAGE_SIZE, blank_batch
 from sidestep.measure.plan.pictures import picture_of
-from sidestep.model.attach import detach
-from sidestep.model.heads import Classify
+from sidestep.model.attach import Attached, detach
+from sidestep.model.heads import HeadConfig, Retrieve
 from sidestep.model.settings import Settings
 from sidestep.model.side_model import SideModel
 
 
 def measure_costs(
-    comparison: Comparison, costs: Costs, bench: Bench, ledger: Ledger, refused: Mapping[str, str]
+    comparison: Comparison,
+    costs: Costs,
+    bench: Bench,
+    ledger: Ledger,
+    refused: Mapping[str, str],
+    frames: int | None = None,
 ) -> None:
     """Measure every contender on a backbone, unless each has its line already.
 
@@ -34,13 +40,14 @@ def measure_costs(
         bench: the backbone.
         ledger: where the lines go.
         refused: contenders that cannot be attached, with the reason.
+        frames: of the videos in its tasks. None: there are none.
     """
     plain = Contender.named("probe")
     probe = bench.attach(plain, bench.blank_head(plain), seed=0)
     try:
         picture = picture_of(bench.spec.model, bench.spec.revision, IMAGE_SIZE) if bench.pictured else None
-        batch = blank_batch(probe, costs.batch, costs.length if bench.reads_text else None, None, picture)
-        default = probe.pool
+        batch = blank_batch(probe, costs.batch, costs.length if bench.reads_text else None, None, frames, picture)
+        default = probe.pool if isinstance(probe, SideModel) else None
     finally:
         detach(probe)
     batch = {name: value.to(bench.device) for name, value in batch.items()}
@@ -84,7 +91,7 @@ def _settings(
     bench: Bench,
     one: Contender,
     batch: Mapping[str, Tensor],
-    head: Classify | None,
+    head: HeadConfig | None,
 ) -> dict[str, Any]:
     given, images = batch.get("input_ids", batch.get("input_values")), batch.get("pixel_values")
     return {
@@ -92,14 +99,22 @@ def _settings(
         "batch": costs.batch,
         "length": None if given is None or given.ndim > 2 else given.shape[1],
         "image_size": None if images is None or images.ndim < 4 else images.shape[-1],
-        "head": f"Classify(num_labels={head.num_labels}, pool={head.pool})" if head else "its language model head",
+        **({} if images is None or images.ndim <= VIDEO_AXES else {"frames": images.shape[1]}),
+        "head": _worded(head),
         "repeats": costs.repeats,
         "warmup": costs.warmup,
         "score_of": comparison.score_of(one),
     }
 
 
-def _attached_with(bench: Bench, one: Contender, head: Classify | None) -> Settings:
+def _worded(head: HeadConfig | None) -> str:
+    if head is None:
+        return "its language model head"
+    classes = "" if isinstance(head, Retrieve) else "num_labels=2, "
+    return f"{type(head).__name__}({classes}pool={head.pool})"
+
+
+def _attached_with(bench: Bench, one: Contender, head: HeadConfig | None) -> Settings:
     return Settings(
         one.config,
         head,
@@ -110,7 +125,7 @@ def _attached_with(bench: Bench, one: Contender, head: Classify | None) -> Setti
     )
 
 
-def _planned(model: SideModel, batch: Mapping[str, Tensor], precision: str) -> int | None:
+def _planned(model: Attached, batch: Mapping[str, Tensor], precision: str) -> int | None:
     """What the planner predicts. None where it cannot, as for weights of another precision than it knows."""
     try:
         return plan_for(model, batch, precision=precision).peak_bytes  # type: ignore[arg-type]

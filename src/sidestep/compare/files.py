@@ -25,9 +25,11 @@ from sidestep.compare.spec import (
     require_known,
 )
 from sidestep.data import Fields, TableOptions
+from sidestep.data.pairs import looked_for
 from sidestep.disk.atomic import check_file, refuse_inputs
 from sidestep.disk.feature_options import FeatureOptions
 from sidestep.disk.sources import backbones_at, rows_at
+from sidestep.kinds.base import kind_named
 from sidestep.kinds.prepare import check_kind
 from sidestep.measure.plan import memory_of
 from sidestep.messages import duration_of
@@ -81,7 +83,7 @@ def check_results(comparison: Comparison, results: Path, *read: Path) -> None:
     """
     check_file(results)
     rows = [source for task in comparison.tasks for source in (task.train, task.dev)]
-    models = [backbone.model for backbone in comparison.backbones]
+    models = [model for backbone in comparison.backbones for model in (backbone.model, backbone.text_model) if model]
     refuse_inputs(places(results), [*read, *rows_at(*rows), *backbones_at(*models)])
 
 
@@ -214,6 +216,7 @@ def _backbone(table: _Table, base: Path) -> Backbone:
         Backbone,
         name=table.get("name", str) or _called(model, base),
         model=_resolved_backbone(model, base),
+        text_model=None if (text := table.get("text_model", str)) is None else _resolved_backbone(text, base),
         dtype=table.get("dtype", str),
         revision=table.get("revision", str),
         pool=table.get("pool", str),
@@ -224,12 +227,17 @@ def _backbone(table: _Table, base: Path) -> Backbone:
 
 def _task(table: _Table, base: Path) -> Task:
     dev = table.get("dev", str)
-    text, text2, image, audio = (table.get(name, str) for name in ("text", "text2", "image", "audio"))
+    text, text2, image, audio, video = (table.get(name, str) for name in ("text", "text2", "image", "audio", "video"))
+    problem = check_kind(table.get("kind", str) or table.get("problem", str))
+    label = table.get("label", str, "label")
     named = [column for column in (text, image, audio) if column is not None]
-    if not named or (audio is not None and len(named) > 1):
+    if problem is not None and kind_named(problem).dual:
+        label = None
+        table.made(looked_for, fields=Fields(text=text, text2=text2, image=image, audio=audio, video=video))
+    elif video is not None or not named or (audio is not None and len(named) > 1):
         raise ValueError(
             f"{table.where}: name one column, of texts (text), of images (image) or of sounds (audio). For a "
-            "vision-language model name text and image"
+            "vision-language model name text and image. Pairs of texts with images or videos are for kind = retrieval"
         )
     options = table.made(
         TableOptions,
@@ -244,14 +252,15 @@ def _task(table: _Table, base: Path) -> Task:
         name=table.get("name", str) or _name_of(train, base).partition(".")[0],
         train=_resolved(train, base),
         dev=None if dev is None else _resolved(dev, base),
-        fields=Fields(text=text, text2=text2, image=image, audio=audio, label=table.get("label", str, "label")),
-        problem=check_kind(table.get("kind", str) or table.get("problem", str)),
+        fields=Fields(text=text, text2=text2, image=image, audio=audio, video=video, label=label),
+        problem=problem,
         options=options,
         train_split=table.get("train_split", str, "train"),
         dev_split=table.get("dev_split", str, "validation"),
         rows=table.get("rows", int),
         shots=table.get("shots", int),
         separator=table.get("separator", str, empty=True),
+        frames=table.get("frames", int),
     )
     table.finish()
     return found

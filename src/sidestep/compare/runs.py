@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.backbone import Digest
-from sidestep.backbone.processors import load_processor
-from sidestep.compare.bench import Bench, Prepared, Rows, pairs, written_by
+from sidestep.compare.bench import Bench, Prepared, Rows, measured_as, pairs, processor_of, written_by
 from sidestep.compare.budget import Search, Spent
 from sidestep.compare.costs import measure_costs
 from sidestep.compare.files import check_results
@@ -30,7 +29,6 @@ from sidestep.messages import about, counted
 from sidestep.methods import method_of
 from sidestep.metrics import GREATER_IS_BETTER
 from sidestep.model.attach import Attached, detach
-from sidestep.model.side_model import SideModel
 from sidestep.training.results import Results
 from sidestep.training.run import DataSpec, RunSpec, train
 from sidestep.training.settings import TrainSettings
@@ -102,9 +100,13 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
         for spec in comparison.backbones:
             tasks = prepared[spec.name]
             writes = written_by([task.task for task in tasks])
-            pictured = any(task.task.pictured for task in tasks)
             bench = Bench.load(
-                spec, attention=comparison.attention, bf16=comparison.bf16, pictured=pictured, writes=writes
+                spec,
+                attention=comparison.attention,
+                bf16=comparison.bf16,
+                pictured=any(task.task.pictured for task in tasks),
+                writes=writes,
+                measured_as=measured_as([task.task for task in tasks]),
             )
             _Session(comparison, bench, ledger).run(tasks)
         return Outcome(records=list(ledger.touched.values()), ran=ledger.ran, broken=ledger.broken)
@@ -116,8 +118,7 @@ def _prepared(comparison: Comparison, tasks: Mapping[str, Sequence[Task]], tell:
     found = {}
     for spec in comparison.backbones:
         processors = {
-            pictured: load_processor(spec.model, revision=spec.revision, pictures=pictured)
-            for pictured in {task.pictured for task in tasks[spec.name]}
+            pictured: processor_of(spec, pictured=pictured) for pictured in {task.pictured for task in tasks[spec.name]}
         }
         found[spec.name] = [
             Prepared.of(rows[task.name], processors[task.pictured], comparison) for task in tasks[spec.name]
@@ -147,7 +148,8 @@ class _Session:
         self.total = len(prepared) * len(self.running) * (_trials(self.comparison) + len(self.comparison.seeds))
         self._refuse(prepared)
         if (costs := self.comparison.costs) is not None:
-            measure_costs(self.comparison, costs, self.bench, self.ledger, self.refused)
+            frames = max((task.trial.handling.get("frames", 0) for task in prepared), default=0)
+            measure_costs(self.comparison, costs, self.bench, self.ledger, self.refused, frames or None)
         self.forecast = self._forecast(prepared)
         chosen = {}
         for task in prepared:
@@ -270,7 +272,6 @@ class _Session:
         watch, backbone = _Known(self.bench.known), self.bench.model
         model, _, results = train(spec, watch, backbone=backbone, data=data, store=self.shared)
         try:
-            assert isinstance(model, SideModel)
             return _measured(results, model)
         finally:
             detach(model)
@@ -287,6 +288,7 @@ class _Session:
             **self.bench.settings(one),
             **_about(task.task),
             **_joined(data),
+            **{name: value for name, value in data.handling.items() if name == "frames"},
             "problem": data.labels.kind,
             "seed": seed,
             "rate": None if timed else rate,
@@ -314,17 +316,17 @@ class _Session:
 
 @dataclass(frozen=True)
 class _Known:
-    """Tells a model which backbone it is on, so that each run need not find out."""
+    """Tells a model which backbone (or towers) it is on, so that each run need not find out."""
 
-    digest: Digest
+    digests: tuple[Digest, ...]
 
     def read(self, rows: int) -> None:
         """Rows are prepared already."""
 
     def started(self, model: Attached, data: TaskData, settings: TrainSettings) -> None:
         """The weights are those that were loaded: `detach` brings them back to the bit."""
-        assert isinstance(model, SideModel)
-        model.digest = self.digest
+        for part, digest in zip(model.parts, self.digests, strict=True):
+            part.digest = digest
 
     def tell(self, line: str) -> None:
         """Nobody is told."""
@@ -359,7 +361,7 @@ def _best(trials: Mapping[Choice, Record]) -> Choice | None:
     return max(came_through, key=lambda choice: value(came_through[choice]), default=None)
 
 
-def _measured(results: Results, model: SideModel) -> dict[str, Any]:
+def _measured(results: Results, model: Attached) -> dict[str, Any]:
     """What is kept of a training run. For a sparse diff also its nonzeros, and for a first stage its outcome."""
     metric, first = results.metric, results.first_stage
     history = [
@@ -374,7 +376,8 @@ def _measured(results: Results, model: SideModel) -> dict[str, Any]:
     if not math.isfinite(results.scores[metric]):
         raise ValueError(f"{metric} on dev is {results.scores[metric]}, no finite number")
     pick = max if GREATER_IS_BETTER.get(metric, True) else min
-    further: dict[str, Any] = {} if model.sparse is None else {"nonzeros": len(model.sparse.values)}
+    nonzeros = [len(part.sparse.values) for part in model.parts if part.sparse is not None]
+    further: dict[str, Any] = {"nonzeros": sum(nonzeros)} if nonzeros else {}
     if first is not None:
         further["first_stage"] = {name: value for name, value in first.items() if name != "history"}
     return {

@@ -17,11 +17,11 @@ from sidestep.backbone import Noise, check_noise
 from sidestep.backbone.families import Pool
 from sidestep.backbone.processors import IN_WORDS
 from sidestep.backbone.source import Reads
-from sidestep.data import Fields, Kind, TableOptions, holdout, read
+from sidestep.data import Fields, Kind, TableOptions, holdout
 from sidestep.disk.feature_options import FeatureOptions
 from sidestep.interface.keep import ROUNDED, Keep, check_keep
 from sidestep.kinds.base import kind_named
-from sidestep.kinds.prepare import strata
+from sidestep.kinds.prepare import read_rows, strata
 from sidestep.methods import MethodConfig, method_named, method_of, methods
 from sidestep.model.heads import HeadConfig
 from sidestep.training.settings import Schedule, TrainSettings
@@ -37,12 +37,14 @@ Attention = Literal["sdpa", "eager"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 NEVER = 10**9  # steps between log entries: the loss is that of a whole epoch then, logged at its end
 AS_USUAL = TableOptions()
-Holds = Literal[Reads, "pictured"]
-"""What the rows of a task are: those of one sort, or pictures with texts."""
+Holds = Literal[Reads, "pictured", "pairs"]
+"""What the rows of a task are: of one sort, pictures with texts, or pairs, which a dual encoder reads."""
 
 
 def in_words(holds: Holds) -> str:
     """What rows are, in words."""
+    if holds == "pairs":
+        return "pairs"
     return "pictures with texts" if holds == "pictured" else IN_WORDS[holds]
 
 
@@ -53,6 +55,7 @@ class Backbone:
     Attributes:
         name: in the results.
         model: hub id, folder, timm:NAME or timm:NAME@FILE.
+        text_model: the encoder of texts beside one of images, where tasks are of pairs and the two are no pair yet.
         dtype: precision of the weights. None: the checkpoint's.
         revision: branch, tag or commit of a hub id.
         pool: what the heads read. None: the family's default.
@@ -60,6 +63,7 @@ class Backbone:
 
     name: str
     model: str
+    text_model: str | None = None
     dtype: str | None = None
     revision: str | None = None
     pool: Pool | None = None
@@ -75,16 +79,17 @@ class Task:
 
     Attributes:
         name: in the results.
-        train: file, folder of images or sounds, or hub id.
+        train: file, folder of images, sounds or videos, or hub id.
         dev: None: a fifth of the training rows, stratified.
         fields: the columns.
         problem: None: several labels a row where the column holds lists, else one. With "text2text" or "lm" the label
-            is a text to write.
+            is a text to write, and with "retrieval" a row is an image or a video with its captions.
         options: how the files are written.
         train_split, dev_split: of sources that have splits.
         rows: most training rows. None: the comparison's.
         shots: training rows of each class, drawn again with every seed. They replace `rows`. None: no such draw.
         separator: between texts that are put behind each other, as in `prepare`.
+        frames: taken of a video, as in `prepare`.
     """
 
     name: str
@@ -98,23 +103,21 @@ class Task:
     rows: int | None = None
     shots: int | None = None
     separator: str | None = None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         _require("shots", self.shots, self.shots is None or self.shots >= 1, "at least 1, or not given")
         _require("rows", self.rows, self.rows is None or self.rows >= 2, "at least 2, or not given")
-        _require(
-            "problem",
-            self.problem,
-            self.problem is None or not kind_named(self.problem).dual,
-            "of one text, image or sound a row, not of pairs",
-        )
+        _require("frames", self.frames, self.frames is None or self.frames >= 1, "at least 1, or not given")
 
     @property
     def holds(self) -> Holds:
         """What a row is."""
+        if self.problem is not None and kind_named(self.problem).dual:
+            return "pairs"
         if self.fields.files is None:
             return "text"
-        return "pictured" if self.fields.text is not None else self.fields.files[0].field
+        return "pictured" if self.fields.text is not None else cast("Reads", self.fields.files[0].field)
 
     @property
     def pictured(self) -> bool:
@@ -127,10 +130,10 @@ class Task:
         Raises:
             DataError: if they cannot be read.
         """
-        train = read(self.train, self.options, split=self.train_split)
+        train = read_rows(self.train, self.fields, self.options, self.problem, split=self.train_split)
         if self.dev is None:
             return holdout(train, strata(self.problem, self.fields), 0.2, seed=0)
-        return train, read(self.dev, self.options, split=self.dev_split)
+        return train, read_rows(self.dev, self.fields, self.options, self.problem, split=self.dev_split)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from datasets import Dataset
 
 from sidestep.data.media import is_local
 from sidestep.data.pairs import WithImages
+from sidestep.data.videos import frames_in
 
 BATCH = 1000  # rows at a time: taken whole, the bytes of files would fill the memory
 
@@ -21,8 +23,8 @@ BATCH = 1000  # rows at a time: taken whole, the bytes of files would fill the m
 def content_hash(rows: Dataset) -> str:
     """SHA-256 over all that encoded rows hold: token ids, labels, lengths, and the bytes of files.
 
-    Where a file lies does not count, so a folder of images or sounds may move. Each file is read once, and none is
-    decoded. Of a file that is not here (in a store, or deleted since) the name counts.
+    Where a file lies does not count, so a folder of files may move. Each file is read once, and none is decoded. Of a
+    file that is not here (in a store, or deleted since) the name counts.
 
     Args:
         rows: as `encode_text`, `encode_images`, `encode_sounds`, `encode_pairs` or `with_targets` gives them.
@@ -72,14 +74,17 @@ def _of_column(column: pa.ChunkedArray) -> Iterator[bytes]:
 
 
 def _of_file(cell: dict[str, Any] | None) -> bytes:
-    content = b"" if cell is None else _content(cell)
+    content = b"" if cell is None else content_of(cell)
     return f"{len(content)} ".encode() + content
 
 
-def _content(cell: dict[str, Any]) -> bytes:
+def content_of(cell: dict[str, Any]) -> bytes:
+    """The bytes of a file in a column. Of a folder of frames, a checksum of each. Of what is not here, the name."""
     if cell["bytes"] is not None:
         return bytes(cell["bytes"])
     try:
+        if is_local(cell["path"]) and os.path.isdir(cell["path"]):
+            return b"".join(hashlib.sha256(frame.read_bytes()).digest() for frame in frames_in(cell["path"]))
         if is_local(cell["path"]):
             return Path(cell["path"]).read_bytes()
     except OSError:

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -21,6 +21,7 @@ from sidestep.data.media import TEXT_TYPES, Medium
 from sidestep.data.messages import DataError, DataWarning, listed, named_rows
 from sidestep.data.sounds import SOUNDS
 from sidestep.data.tables import check_column
+from sidestep.data.videos import VIDEOS
 from sidestep.metrics import IGNORED
 
 NO_LIMIT = 10**6
@@ -31,19 +32,20 @@ NO_LIMIT = 10**6
 class Fields:
     """Which columns are read: `text` (with `text2` for a pair), `image` or `audio`, and `label` where there is one.
 
-    A vision-language model reads `text` and `image`.
+    A vision-language model reads `text` and `image`, retrieval `text` and `image` or `video`.
     """
 
     text: str | None = None
     text2: str | None = None
     image: str | None = None
     audio: str | None = None
+    video: str | None = None
     label: str | None = None
 
     @property
     def files(self) -> tuple[Medium, str] | None:
-        """The column of images or sounds, with which of the two it holds. None where texts alone are read."""
-        columns = ((IMAGES, self.image), (SOUNDS, self.audio))
+        """The column of images, sounds or videos, with which of them it holds. None where texts alone are read."""
+        columns = ((IMAGES, self.image), (SOUNDS, self.audio), (VIDEOS, self.video))
         return next(((medium, column) for medium, column in columns if column is not None), None)
 
 
@@ -307,9 +309,9 @@ class _Pixels:
     processor: Any
     augment: Augmentation | None
 
-    def __call__(self, images: list[PIL.Image.Image], rows: list[int | None]) -> dict[str, Any]:
+    def __call__(self, images: Iterable[PIL.Image.Image], rows: list[int | None]) -> dict[str, Any]:
         if self.augment is None:
-            return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
+            return {"pixel_values": self.processor(images=list(images), return_tensors="pt")["pixel_values"]}
         views = [self.augment(image, row) for image, row in zip(images, rows, strict=True)]
         return {"pixel_values": torch.stack(views)}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,7 @@ def refuse_shorter(lengths: Sequence[int], samples: int, rate: int, reader: str,
 class _Extract:
     extractor: Any
 
-    def __call__(self, sounds: list[Sound], rows: list[int | None]) -> dict[str, list[NDArray[Any]]]:
+    def __call__(self, sounds: Iterable[Sound], rows: list[int | None]) -> dict[str, list[NDArray[Any]]]:
         made = [inputs_of(self.extractor, sound.at(self.extractor.sampling_rate)) for sound in sounds]
         return {name: [one[name] for one in made] for name in made[0]}
 

@@ -1,10 +1,11 @@
-"""Columns of files, of images and of sounds alike: cells with "bytes" or a "path", named where they cannot be read."""
+"""Columns of files, of images, sounds and videos: cells with "bytes" or a "path", named where they cannot be read."""
 
+import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import pyarrow.compute as pc
 from datasets import Dataset, Image, LargeList, List, Value
@@ -12,6 +13,9 @@ from datasets import Dataset, Image, LargeList, List, Value
 from sidestep.data.messages import DataError, DataWarning, listed, named_rows
 
 TEXT_TYPES = ("string", "large_string")
+
+Make: TypeAlias = Callable[[Iterable[Any], list[int | None]], Mapping[str, Any]]
+"""Gives columns of decoded files, which are decoded as they are asked for, and of the numbers of their rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +29,16 @@ class Medium:
         extensions: of their names, in lower case.
         opened: gives what a processor reads, from the "bytes" or the "path" of a cell.
         errors: that `opened` raises for what it cannot read.
+        is_there: whether a path is of such a file. A video may be a folder.
     """
 
     name: str
-    field: Literal["image", "audio"]
+    field: Literal["image", "audio", "video"]
     feature: Any
     extensions: frozenset[str]
     opened: Callable[[dict[str, Any]], Any]
     errors: tuple[type[Exception], ...] = (OSError, ValueError)
+    is_there: Callable[[str], bool] = os.path.isfile
 
     def names(self, file: str | Path) -> bool:
         """Whether a file has the name of such a file."""
@@ -123,7 +129,7 @@ class Medium:
         Raises:
             DataError: naming the first of them.
         """
-        bad = [path for path in _local_paths(rows, column) if not _holds_something(Path(path))]
+        bad = [path for path in _local_paths(rows, column) if not (self.is_there(path) and _holds_something(path))]
         if bad:
             raise DataError(
                 f"{len(bad)} of {len(rows)} {self.name}s of column {column!r} are not there or empty (0 bytes): "
@@ -135,7 +141,7 @@ class Medium:
         rows: Dataset,
         column: str,
         name: str,
-        make: Callable[[list[Any], list[int | None]], Mapping[str, Any]],
+        make: Make,
         labels: Sequence[Any] | None,
     ) -> Dataset:
         """The rows with files that are decoded when they are read.
@@ -145,7 +151,7 @@ class Medium:
             column: its name.
             name: of what a backbone reads. The undecoded file has it too, so that it is kept where columns that a
                 backbone does not read are removed.
-            make: gives columns of decoded files and of the numbers of their rows.
+            make: see `Make`.
             labels: of the rows.
 
         Raises:
@@ -164,7 +170,7 @@ class Decode:
 
     medium: Medium
     name: str
-    make: Callable[[list[Any], list[int | None]], Mapping[str, Any]]
+    make: Make
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         """The batch with what was made.
@@ -177,7 +183,8 @@ class Decode:
             cells = batch[self.name]
             # the Trainer's column removal takes the row numbers away
             rows = batch.get("row", [None] * len(cells))
-            out |= self.make([self.medium.decode(cell, row) for cell, row in zip(cells, rows, strict=True)], rows)
+            # one after the other: the decoded files of a batch may not all fit into memory
+            out |= self.make((self.medium.decode(cell, row) for cell, row in zip(cells, rows, strict=True)), rows)
         return out
 
 
@@ -217,8 +224,8 @@ def _local_paths(rows: Dataset, column: str) -> Iterator[str]:
         yield from filter(is_local, outside.to_pylist())
 
 
-def _holds_something(path: Path) -> bool:
+def _holds_something(path: str) -> bool:
     try:
-        return path.stat().st_size > 0
+        return os.path.isdir(path) or os.stat(path).st_size > 0
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""Images or sounds in files: a folder of class folders, or a list of paths with labels as VTAB-1K has them."""
+"""Images, sounds or videos in files: a folder of class folders, or a list of paths with labels as VTAB-1K has them."""
 
 import os
 import warnings
@@ -14,19 +14,20 @@ from sidestep.data.media import Medium, undecoded
 from sidestep.data.messages import DataError, DataWarning, listed
 from sidestep.data.sounds import SOUNDS
 from sidestep.data.splits import chosen_split, is_split_name
+from sidestep.data.videos import VIDEOS
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 NAMING = "file_name"
-"""The column of a metadata file that names the images or sounds, relative to its folder."""
+"""The column of a metadata file that names the images, sounds or videos, relative to its folder."""
 ALLOWED = (
-    "give a folder with one folder of images or sounds per class (archives are not opened), a folder that "
+    "give a folder with one folder of images, sounds or videos per class (archives are not opened), a folder that "
     "datasets.save_to_disk made, or a file"
 )
-MEDIA = (IMAGES, SOUNDS)
+MEDIA = (IMAGES, SOUNDS, VIDEOS)
 
 
 def read_list(path: Path, lines: Iterable[str]) -> Dataset:
-    """The files that a list names, in columns "image" (or "audio") and "label".
+    """The files that a list names, in columns "image" (or "audio", "video") and "label".
 
     Args:
         path: of the list. The files' paths are relative to its folder.
@@ -42,7 +43,7 @@ def read_list(path: Path, lines: Iterable[str]) -> Dataset:
     if short:
         raise DataError(
             f"{path} has no label in {len(short)} of {len(rows)} lines (line {listed(short)}): a .txt file lists "
-            "images or sounds, one 'path label' a line"
+            "images, sounds or videos, one 'path label' a line"
         )
     folder = path.parent
     files = {name: folder / name for _, (name, _) in rows}
@@ -58,11 +59,11 @@ def read_list(path: Path, lines: Iterable[str]) -> Dataset:
 
 
 def read_folder(path: Path, split: str, table: Callable[[Path], Dataset]) -> Dataset:
-    """The files of class folders, in columns "image" (or "audio") and "label".
+    """The files of class folders, in columns "image" (or "audio", "video") and "label".
 
     A folder is a class with all that lies below it. Files that lie in no class folder have no "label". A file
-    "metadata.csv" (or .jsonl, .parquet) gives the columns in the place of the folders: its "file_name" names the image
-    or the sound. Where there are both images and sounds, the more numerous are read.
+    "metadata.csv" (or .jsonl, .parquet) gives the columns in the place of the folders: its "file_name" names the image,
+    the sound or the video. Where there are several sorts, the most numerous are read.
 
     Args:
         path: of the class folders, or of folders of splits that hold them.
@@ -92,7 +93,7 @@ def read_folder(path: Path, split: str, table: Callable[[Path], Dataset]) -> Dat
         _warn_of_unnamed(root, medium, found, rows)
         return rows
     if not found:
-        raise DataError(f"{path} holds no images and no sounds: {ALLOWED}")
+        raise DataError(f"{path} holds no images, no sounds and no videos: {ALLOWED}")
     _refuse_empty_classes(root, medium, found)
     return _labelled(root, medium, found)
 
@@ -132,7 +133,7 @@ def _is_read(file: Path) -> bool:
 
 
 def _prevailing(files: Iterable[Path]) -> Medium:
-    """What most of the files are. Images, if there are as many sounds."""
+    """What most of the files are. Of sorts of which there are as many, the first of `MEDIA`."""
     counts = Counter(medium.name for file in files for medium in MEDIA if medium.names(file))
     return max(MEDIA, key=lambda medium: counts[medium.name])
 

@@ -1,4 +1,7 @@
-"""Images and their captions: a row is an image with all its captions, and a batch of pairs holds an image once."""
+"""Images or videos and their captions: a row is an image with all its captions, and a batch holds an image once.
+
+What is said of images here is true of videos too.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,15 @@ from typing import Any
 import torch
 from datasets import Dataset, Features, Image, LargeList, List, Value
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from sidestep.backbone.frames import VIDEO_AXES, FrameProcessor
 from sidestep.data.augment import Augmentation
 from sidestep.data.encode import Collate, Fields, encode_images, encode_text
-from sidestep.data.media import TEXT_TYPES, is_local, undecoded
+from sidestep.data.media import TEXT_TYPES, Medium, is_local, undecoded
 from sidestep.data.messages import DataError, listed, named_rows
 from sidestep.data.tables import TableOptions, check_column, read
+from sidestep.data.videos import encode_videos
 
 
 def read_pairs(source: str, fields: Fields, options: TableOptions, *, split: str) -> Dataset:
@@ -40,28 +46,28 @@ def captioned(rows: Dataset, fields: Fields, folder: Path | None = None) -> Data
 
     Args:
         rows: with a column of images or of their paths, and one of captions: a text, or a list of texts.
-        fields: `image` and `text`.
+        fields: `image` or `video`, and `text`.
         folder: that relative paths begin at. None: the one that the command is run in.
 
     Raises:
         DataError: if a column is missing or holds something else, an image has no caption or a caption no image, or
             images are not there.
     """
-    if fields.image is None or fields.text is None or fields.text2 is not None:
-        raise DataError(
-            f"image={fields.image!r}, text={fields.text!r}, text2={fields.text2!r}: retrieval reads pairs, so name one "
-            "column of images (--image) and one of captions (--text)"
-        )
-    for name in (fields.image, fields.text):
+    medium, column = looked_for(fields)
+    assert fields.text is not None
+    for name in (column, fields.text):
         check_column(rows, name)
     captions = _captions(rows, fields.text)
-    cells = _cells(rows, fields.image)
+    cells = _cells(rows, column, medium)
     names = [_name(cell) for cell in cells]
     if lone := [place for place, name in enumerate(names) if not name]:
-        raise DataError(f"{len(lone)} of {len(rows)} rows have a caption and no image, {named_rows(lone)}: drop them")
+        raise DataError(
+            f"{len(lone)} of {len(rows)} rows have a caption and no {medium.name}, {named_rows(lone)}: drop them"
+        )
     if bare := [name for name, texts in zip(names, captions, strict=True) if not texts or not all(texts)]:
         raise DataError(
-            f"{len(bare)} of {len(rows)} rows have an image and no caption: {listed(bare)}. Give them one, or drop them"
+            f"{len(bare)} of {len(rows)} rows have no caption for their {medium.name}: {listed(bare)}. Give them one, "
+            "or drop them"
         )
     cells = [_located(cell, folder) for cell in cells]
     groups: dict[Hashable, list[str]] = {}
@@ -71,10 +77,29 @@ def captioned(rows: Dataset, fields: Fields, folder: Path | None = None) -> Data
         groups.setdefault(key, []).extend(texts)
         first.setdefault(key, place)
     images = [cells[place] for place in first.values()]
-    _refuse_missing(images, folder)
-    features = Features({fields.image: Image(decode=False), fields.text: List(Value("string"))})
-    found = Dataset.from_dict({fields.image: images, fields.text: list(groups.values())}, features=features)
-    return found.cast_column(fields.image, Image())
+    _refuse_missing(images, folder, medium)
+    features = Features({column: Image(decode=False), fields.text: List(Value("string"))})
+    found = Dataset.from_dict({column: images, fields.text: list(groups.values())}, features=features)
+    return found.cast_column(column, medium.feature)
+
+
+def looked_for(fields: Fields) -> tuple[Medium, str]:
+    """What captions are of, images or videos, and the column of them.
+
+    Raises:
+        DataError: unless there is one such column, and one of captions.
+    """
+    named = [column for column in (fields.image, fields.video) if column is not None]
+    if len(named) != 1 or fields.text is None or (fields.text2, fields.audio) != (None, None):
+        given = {"image": fields.image, "video": fields.video, "audio": fields.audio}
+        given |= {"text": fields.text, "text2": fields.text2}
+        told = ", ".join(f"{name}={column!r}" for name, column in given.items() if column is not None)
+        raise DataError(
+            f"{told or 'no columns'}: retrieval reads pairs, so name one column of images (--image) or of videos "
+            "(--video), and one of captions (--text)"
+        )
+    assert fields.files is not None
+    return fields.files
 
 
 def encode_pairs(
@@ -84,8 +109,8 @@ def encode_pairs(
 
     Args:
         rows: as `captioned` gives them.
-        fields: `image` and `text`.
-        processor: with `image`, an image processor, and `text`, a tokenizer.
+        fields: `image` or `video`, and `text`.
+        processor: with `image`, an image processor (of videos a `FrameProcessor`), and `text`, a tokenizer.
         max_length: tokens kept of a caption. None: the tokenizer's limit.
         augment: of training images. A view depends on the image, not on the caption.
 
@@ -94,10 +119,13 @@ def encode_pairs(
         number of the image. Images are decoded when they are read.
 
     Raises:
-        DataError: as `encode_images` and `encode_text`.
+        DataError: as `encode_images`, `encode_videos` and `encode_text`.
     """
     texts, owners, cut = encode_captions(rows, fields, processor.text, max_length)
-    images = encode_images(rows, Fields(image=fields.image), processor.image, None, augment)
+    if fields.video is not None:
+        images = encode_videos(rows, fields.video, FrameProcessor.of(processor.image), augment)
+    else:
+        images = encode_images(rows, Fields(image=fields.image), processor.image, None, augment)
     return texts.add_column("labels", owners).with_transform(WithImages(images)), cut
 
 
@@ -125,15 +153,24 @@ class CollatePairs(Collate):
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """What a `PairModel` takes: images, texts, `image_index` and `labels`."""
+        """What a `PairModel` takes: images or videos, texts, `image_index` and `labels`."""
         images = {row["labels"]: torch.as_tensor(row["pixel_values"]) for row in rows}
         places = {owner: place for place, owner in enumerate(images)}
         return {
-            "pixel_values": torch.stack(list(images.values())),
+            **_stacked(list(images.values())),
             **self._pad(rows),
             "image_index": torch.tensor([places[row["labels"]] for row in rows]),
             "labels": torch.tensor([row["labels"] for row in rows]),
         }
+
+
+def _stacked(images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Images, or videos padded to the same number of frames with what tells their own ones."""
+    counts = torch.tensor([len(image) for image in images])
+    if images[0].ndim < VIDEO_AXES or counts.min() == counts.max():
+        return {"pixel_values": torch.stack(list(images))}
+    frames = pad_sequence(list(images), batch_first=True)
+    return {"pixel_values": frames, "frame_mask": torch.arange(frames.shape[1]) < counts[:, None]}
 
 
 @dataclass(frozen=True)
@@ -162,10 +199,10 @@ def _captions(rows: Dataset, name: str) -> list[list[str]]:
     return [[(text or "").strip() for text in row] for row in texts]
 
 
-def _cells(rows: Dataset, name: str) -> list[dict[str, Any]]:
+def _cells(rows: Dataset, name: str, medium: Medium) -> list[dict[str, Any]]:
     feature = rows.features[name]
-    if not isinstance(feature, Image) and not (isinstance(feature, Value) and feature.dtype in TEXT_TYPES):
-        raise DataError(f"image column {name!r} holds {feature}, not images or paths of images")
+    if not medium.holds(feature) and not (isinstance(feature, Value) and feature.dtype in TEXT_TYPES):
+        raise DataError(f"{medium.name} column {name!r} holds {feature}, not {medium.name}s or paths of {medium.name}s")
     if isinstance(feature, Value):
         return [{"path": path, "bytes": None} for path in rows.with_format(None)[name][:]]
     return [cell or {"path": None, "bytes": None} for cell in undecoded(rows, name)[name][:]]
@@ -196,12 +233,12 @@ def _located(cell: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     return cell if folder is None or not _is_file(cell) else {**cell, "path": str(folder / cell["path"])}
 
 
-def _refuse_missing(images: Sequence[Mapping[str, Any]], folder: Path | None) -> None:
+def _refuse_missing(images: Sequence[Mapping[str, Any]], folder: Path | None, medium: Medium) -> None:
     files = [cell["path"] for cell in images if _is_file(cell)]
     where = (folder or Path.cwd()).resolve()
-    missing = [os.path.relpath(file, where) for file in files if not os.path.isfile(file)]
+    missing = [os.path.relpath(file, where) for file in files if not medium.is_there(file)]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(images)} images are not there: {listed(missing)}, looked for from {where}: paths "
-            "are relative to the file's folder, or absolute"
+            f"{len(missing)} of {len(images)} {medium.name}s are not there: {listed(missing)}, looked for from "
+            f"{where}: paths are relative to the file's folder, or absolute"
         )

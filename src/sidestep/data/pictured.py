@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,8 @@ def decoding(rows: Dataset) -> Dataset:
     return rows.with_transform(Decode(IMAGES, PIXELS, _as_they_are))
 
 
-def _as_they_are(pictures: list[Any], rows: list[int | None]) -> dict[str, Any]:
-    return {PIXELS: pictures}
+def _as_they_are(pictures: Iterable[Any], rows: list[int | None]) -> dict[str, Any]:
+    return {PIXELS: list(pictures)}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from typing import Any, TextIO
 import datasets
 from datasets import Dataset, DatasetDict, Features, LargeList, List, Value
 
+from sidestep.data.conll import FORM as CONLL
+from sidestep.data.conll import read_conll
 from sidestep.data.json_files import FORM, read_json
 from sidestep.data.media_files import read_folder, read_list
 from sidestep.data.messages import DataError, DataWarning, listed
@@ -81,8 +83,8 @@ def read(source: str | Path, options: TableOptions = DEFAULTS, *, split: str = "
     """The rows of a file, a folder or a hub id.
 
     Args:
-        source: a .csv, .tsv, .json or .jsonl file (each may be .gz), or a .parquet file. Or a .txt file that lists
-            images or sounds, one "path label" a line, or a folder of class folders of them. Both have the columns
+        source: a .csv, .tsv, .json, .jsonl or .conll file (each may be .gz), or a .parquet file. Or a .txt file that
+            lists images or sounds, one "path label" a line, or a folder of class folders of them. Both have the columns
             "image" (or "audio") and "label". Or a folder that `datasets` saved. Or a hub id, with a configuration after
             a colon where it has several ("nyu-mll/glue:rte").
         options: how a table is written. Its cells all stay text. `columns` renames the columns of the other formats
@@ -310,6 +312,14 @@ def _json(path: Path, options: TableOptions) -> Dataset:
         raise _corrupt(path, FORM, error) from error
 
 
+def _conll(path: Path, options: TableOptions) -> Dataset:
+    with _open(path, options.encoding) as file:
+        try:
+            return read_conll(file)
+        except ValueError as error:
+            raise _corrupt(path, CONLL, error) from error
+
+
 def _parquet(path: Path, _: TableOptions) -> Dataset:
     # `datasets` keeps what it read under the file's time, which a file may share with the one that it replaces
     with path.open("rb") as file:
@@ -351,6 +361,7 @@ READERS: dict[str, Callable[[Path, TableOptions], Dataset]] = {
     ".tsv": _table,
     ".json": _json,
     ".jsonl": _json,
+    ".conll": _conll,
     ".parquet": _parquet,
     ".txt": _list,
 }

@@ -14,7 +14,13 @@ from sidestep.disk.atomic import whole
 
 CARD = "README.md"
 OURS = "library_name: sidestep"
-EXAMPLES = {"text": "a text", "text2": "a second text", "image": "photo.jpg", "audio": "speech.wav"}
+EXAMPLES = {
+    "text": "a text",
+    "text2": "a second text",
+    "image": "photo.jpg",
+    "audio": "speech.wav",
+    "video": "clip.mp4",
+}
 """What stands in the card's row for each field that a task reads."""
 
 NUMBER = re.compile(r"(LABEL_)?[0-9]+")

@@ -125,7 +125,7 @@ CLOSED: Mapping[str, Mapping[str, Any]] = {
     "files": {"weights": Inside, "processor": Inside | None},
 }
 PREPARED: Mapping[str, Any] = {
-    "fields": dict[Literal["text", "text2", "image", "audio", "label"], str | None],
+    "fields": dict[Literal["text", "text2", "image", "audio", "video", "label"], str | None],
     "max_length": AtLeast1 | None,
     "problem": Kind,
     "labels": list[str],

@@ -70,21 +70,25 @@ class States:
     Attributes:
         route: which blocks these are.
         hidden: (batch, tokens, width) by the name of the place. One token if the route is of one.
-        vector: (batch, width) that the head reads, where the method reads nothing else. Then no part of the backbone
-            runs.
+        vector: (batch, width) that the head reads, where the method reads nothing else, or (batch, tokens, width). Then
+            no part of the backbone runs.
+        keep: (batch, tokens) bool, which of the tokens of `vector` are no padding. None: all.
         absent: (1, ...) stand-ins for inputs that are left out. What the model makes of them is not used.
     """
 
     route: Route
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
     vector: Tensor | None = None
+    keep: Tensor | None = None
     absent: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: Any, non_blocking: bool = False) -> States:
         """The states on a device."""
         hidden = {name: state.to(device, non_blocking=non_blocking) for name, state in self.hidden.items()}
-        vector = None if self.vector is None else self.vector.to(device, non_blocking=non_blocking)
-        return replace(self, hidden=hidden, vector=vector)
+        vector, keep = (
+            None if one is None else one.to(device, non_blocking=non_blocking) for one in (self.vector, self.keep)
+        )
+        return replace(self, hidden=hidden, vector=vector, keep=keep)
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """The stand-ins as inputs of this batch."""

@@ -61,6 +61,11 @@ class SideNet(nn.Module, ABC):
         """Whether `read` gives codes that are narrower than the hidden state, so that this state need not be kept."""
         return type(self).read is not SideNet.read
 
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether it gives a state for each token, for a head that reads them all."""
+        return self.pooled_width is None and not self.corrects
+
     @classmethod
     def check(cls, config: Any, sites: Sequence[Site]) -> None:
         """Raise `ValueError` with the reason if the method cannot work on these sites."""
@@ -130,7 +135,10 @@ class SideNet(nn.Module, ABC):
         return None
 
     def pooled(self, state: Any, site: Site) -> Tensor | None:
-        """(batch, pooled_width) for the head, when the method has a read-out of its own."""
+        """(batch, pooled_width) for the head, when the method has a read-out of its own.
+
+        (batch, tokens, pooled_width), if the head reads every token (`Site.per_token`) and the method `gives_tokens`.
+        """
         return None
 
     def correct(self, state: Any, site: Site, vector: Tensor) -> Tensor:

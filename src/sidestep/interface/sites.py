@@ -149,6 +149,7 @@ class Site:
         head: whether the head reads this stack's output.
         features: channels of the vector that a Sidestep head makes of the stack's output. A method may correct that
             vector.
+        per_token: whether that head reads every token, and no single vector.
         spatial: whether the tokens stand in a grid (images).
         convolutional: whether the blocks are convolutions, or change grid and width as those do. Then tokens are
             positions. A stage's first block may change both on the way, so the stage's input has those of the stage
@@ -177,6 +178,7 @@ class Site:
     final_norm: bool = False
     head: bool = True
     features: int = 0
+    per_token: bool = False
     spatial: bool = False
     convolutional: bool = False
     next_block: FrozenBlock | None = None

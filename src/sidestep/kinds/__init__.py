@@ -5,6 +5,7 @@ from sidestep.kinds.classes import Multi, Single
 from sidestep.kinds.numbers import Regression
 from sidestep.kinds.pairs import Retrieval
 from sidestep.kinds.texts import LanguageModel, Text2Text
+from sidestep.kinds.tokens import Tokens
 
 __all__ = [
     "LanguageModel",
@@ -14,6 +15,7 @@ __all__ = [
     "Single",
     "TaskKind",
     "Text2Text",
+    "Tokens",
     "kind_named",
     "kinds",
     "register",

@@ -22,10 +22,12 @@ class OfClass:
     Attributes:
         rows: how many are of the class.
         recall: the share of these rows that was predicted so. None if there are no such rows.
+        f1: of the class, where its rows are entities of texts.
     """
 
     rows: int
     recall: float | None
+    f1: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

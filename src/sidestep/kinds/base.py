@@ -14,6 +14,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from sidestep.backbone.load import OwnHead
 from sidestep.data import (
     Augmentation,
     Collate,
@@ -48,6 +49,9 @@ PREDICTION = "prediction"
 PROBABILITY = "p_"
 OWN = "probability"
 
+UNREAD = ("labels", "length", "row", "target")
+"""Columns of encoded rows that no classifier's backbone reads."""
+
 Probabilities = Literal["all", "one", "none"]
 """A column of probabilities for each class, one for that of the prediction, or none."""
 
@@ -62,6 +66,9 @@ class TaskKind(ABC):
         best: which of them chooses the best epoch.
         writes: what of a language model head it needs, where its answers are texts.
         dual: whether it needs a dual encoder of images and texts.
+        beside: names of columns of encoded rows, besides `UNREAD`, which no backbone reads: scores and predictions do.
+        of_tokens: whether its head reads every token.
+        own_head: which head of the backbone's own is trained, where that is asked for.
         smooths: whether the Trainer's label smoothing works with it.
         problem_type: of the config of a backbone whose own head is trained. None: transformers decides.
     """
@@ -72,6 +79,9 @@ class TaskKind(ABC):
     best: ClassVar[str]
     writes: ClassVar[Written | None] = None
     dual: ClassVar[bool] = False
+    beside: ClassVar[tuple[str, ...]] = ()
+    of_tokens: ClassVar[bool] = False
+    own_head: ClassVar[OwnHead] = "rows"
     smooths: ClassVar[bool] = False
     problem_type: ClassVar[str | None] = None
 
@@ -85,13 +95,21 @@ class TaskKind(ABC):
         """
         return read(source, options, split=split)
 
-    def labels(self, rows: Dataset, column: str) -> LabelSpace:
+    def check_columns(self, rows: Dataset, fields: Fields) -> None:
+        """Refuse columns that are not there, or that hold something else.
+
+        Raises:
+            DataError: as `data.check_fields`.
+        """
+        check_fields(rows, fields)
+
+    def labels(self, rows: Dataset, fields: Fields) -> LabelSpace:
         """What is to be predicted, by the training rows.
 
         Raises:
             DataError: as `data.label_space`.
         """
-        return label_space(rows, column, self.name)
+        return label_space(rows, fields.label or "", self.name)
 
     def stored_labels(self, names: Sequence[str]) -> LabelSpace:
         """What `labels` gave, by the names of classes that a task stores."""
@@ -153,16 +171,22 @@ class TaskKind(ABC):
         """Makes batches of encoded rows with labels."""
         return Collate.of(fields, processor)
 
+    def by_size(self, rows: Dataset) -> NDArray[np.int64]:
+        """The places of encoded rows, the longest first: the first of them make the largest batch."""
+        if "length" not in rows.column_names:
+            return np.arange(len(rows))
+        return np.argsort(rows["length"][:])[::-1]
+
     def prepare(self, train: Dataset, dev: Dataset | None, fields: Fields, processor: Any, asked: Asked) -> TaskData:
         """The rows as a task of this kind reads them. Arguments and errors as of `prepare.prepare`."""
         if fields.label is None:
             raise DataError("no label column: training needs one (--label)")
         check_modality(processor, fields)
         check_asked(processor, asked)
-        check_fields(train, fields)
         handling: dict[str, Any] = {}
-        if dev is not None:
-            check_fields(dev, fields)
+        for part in (train, dev):
+            if part is not None:
+                self.check_columns(part, fields)
         if asked.skip_bad_files:
             train, dev, handling["skipped_files"] = without_bad_files(train, dev, fields)
         views = views_of(asked.augment, processor, fields, asked.seed)
@@ -173,7 +197,7 @@ class TaskKind(ABC):
         if self.writes and fields.files is not None and not (self.writes == "lm" and fields.text and fields.image):
             medium, column = fields.files
             raise DataError(f"kind={self.name!r} is for texts, but {column!r} is named as {medium.name}s: say --text")
-        labels = self.labels(train, fields.label)
+        labels = self.labels(train, fields)
         separators = separators_of(asked.separator, processor, kind=self.name, pair=fields.text2 is not None)
         source = f"{len(dev)} rows of their own" if dev is not None else ""
         if dev is None:
@@ -213,6 +237,14 @@ class TaskKind(ABC):
             ValueError: for a pool where there is nothing to choose.
         """
 
+    def blank_head(self, outputs: int, pool: Any = None) -> HeadConfig | None:
+        """The same without data, for a plan. `outputs` are classes, where there are any.
+
+        Raises:
+            ValueError: for a pool where there is nothing to choose.
+        """
+        raise ValueError(f"kind={self.name!r} has no head that could be planned without data")
+
     def check(self, model: Attached, batch_size: int) -> None:  # noqa: B027 - most kinds have nothing to refuse
         """Raise `ValueError` if a model or the rows of a batch do not fit."""
 
@@ -224,19 +256,23 @@ class TaskKind(ABC):
         Raises:
             ValueError: if there is no such score.
         """
-        known = [name for name in self.metrics if name != "f1" or classes == 2]
+        known = self.scored(classes)
         if asked is not None and asked not in known:
             of = f"{'two-class ' if classes == 2 else ''}{self.name}"
             raise ValueError(f"metric={asked!r}: {of} problems have {', '.join(known)}")
         return asked or self.best
 
+    def scored(self, classes: int) -> Sequence[str]:
+        """The names of the scores of a task with so many classes."""
+        return self.metrics
+
     def greater_is_better(self, metric: str) -> bool:
         """Whether a larger score is the better one."""
         return GREATER_IS_BETTER.get(metric, True)
 
-    def compute_metrics(self, names: Sequence[str] = ()) -> Callable[[Any], dict[str, float]] | None:
-        """What a Trainer scores its evaluation with, by the names of classes. None where texts have to be written."""
-        return None if self.writes else ComputeMetrics(self.name, tuple(names) or None)
+    def compute_metrics(self, data: TaskData) -> Callable[[Any], dict[str, float]] | None:
+        """What a Trainer scores its evaluation of the dev rows with. None where texts have to be written."""
+        return None if self.writes else ComputeMetrics(self.name, data.labels.names or None)
 
     def assess(
         self, predictions: NDArray[Any], targets: NDArray[Any], names: Sequence[str] | None = None
@@ -244,9 +280,9 @@ class TaskKind(ABC):
         """The scores of logits, numbers or similarities, and what they are to be compared with."""
         return Assessment(scores=scores(self.name, predictions, targets, names))
 
-    def assess_evaluation(self, evaluation: Any, names: Sequence[str] | None = None) -> Assessment:
-        """The assessment of what a Trainer's evaluation gave."""
-        return self.assess(*of_evaluation(self.name, evaluation), names)
+    def assess_evaluation(self, evaluation: Any, data: TaskData) -> Assessment:
+        """The assessment of what a Trainer's evaluation of the dev rows gave."""
+        return self.assess(*of_evaluation(self.name, evaluation), data.labels.names or None)
 
     @abstractmethod
     def judge(
@@ -305,21 +341,24 @@ def kinds() -> Mapping[str, TaskKind]:
     return dict(_REGISTRY)
 
 
-REFUSED = ("token", "tokens", "ner", "tagging", "token-classification", "token_classification")
+OTHER_NAMES = {
+    **dict.fromkeys(("token", "ner", "pos", "tagging", "token-classification", "token_classification"), "tokens"),
+    **dict.fromkeys(("span", "squad", "qa", "question-answering", "question_answering"), "spans"),
+}
+"""What others call kinds."""
 
 
 def kind_named(name: str) -> TaskKind:
     """The kind of this name.
 
     Raises:
-        DataError: for one that is not supported (token classification by name) or unknown.
+        DataError: for an unknown one.
     """
     known = kinds()
     if name in known:
         return known[name]
-    if name in REFUSED:
-        raise DataError(f"kind={name!r}: token classification is not supported yet. Choose {', '.join(known)}")
-    raise DataError(f"kind={name!r}: choose {', '.join(known)}")
+    meant = f"{OTHER_NAMES[name]!r} is what you mean. It is one of " if name in OTHER_NAMES else "choose "
+    raise DataError(f"kind={name!r}: {meant}{', '.join(known)}")
 
 
 def targets_of(encoded: Dataset) -> NDArray[Any]:

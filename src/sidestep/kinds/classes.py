@@ -30,6 +30,10 @@ class Classes(FromLogits):
         """One output for each class."""
         return Classify(num_labels=data.labels.outputs, labels=data.labels.names, problem=self.problem, pool=pool)
 
+    def blank_head(self, outputs: int, pool: Any = None) -> Classify:
+        """The same for a plan."""
+        return Classify(num_labels=outputs, problem=self.problem, pool=pool)
+
     def columns(
         self, labels: LabelSpace, found: NDArray[Any], probabilities: Probabilities = "all"
     ) -> dict[str, list[Any]]:
@@ -99,6 +103,10 @@ class Single(Classes):
     answer = "one label of {names}"
     metrics, best = METRICS["single"], "accuracy"
     smooths = True
+
+    def scored(self, classes: int) -> Sequence[str]:
+        """F1 is there of two classes alone."""
+        return [name for name in self.metrics if name != "f1" or classes == 2]
 
     def shares(self, values: torch.Tensor) -> torch.Tensor:
         """They sum to one."""

@@ -24,6 +24,7 @@ from sidestep.data.contents import row_ids
 from sidestep.data.encode_sounds import inputs_of, noise
 from sidestep.disk.features import Entry, FeatureStore
 from sidestep.fold import Route, States
+from sidestep.kinds.base import UNREAD, kind_named
 from sidestep.kinds.task_data import TaskData
 from sidestep.measure.step import accepted, synchronize
 from sidestep.model.features import VECTOR, FeaturesRefused, Recorded, find_route, record
@@ -32,8 +33,6 @@ from sidestep.versions import version_of
 
 STORED = "stored"
 """Column with the number of a row among those that are stored."""
-LABELS = ("labels", "length", "row", "target", STORED)
-"""Columns that a classifier's backbone does not read."""
 SHARD = 64 * 2**20
 """Bytes of a shard, about. What is computed when a run is killed is lost up to so much."""
 LOOKED_AT = 4
@@ -71,10 +70,15 @@ class Feed:
 
     def states(self, ids: Sequence[bytes]) -> States:
         """The states of the rows with these ids."""
-        found = {name: self._padded([self.entry.state(row, name) for row in ids]) for name in self.route.places}
-        if self.route.places == (VECTOR,):
-            return States(self.route, vector=found[VECTOR][:, 0].to(self.route.dtypes[VECTOR]))
-        return States(self.route, found, absent=self.absent)
+        rows = {name: [self.entry.state(row, name) for row in ids] for name in self.route.places}
+        found = {name: self._padded(states) for name, states in rows.items()}
+        if self.route.places != (VECTOR,):
+            return States(self.route, found, absent=self.absent)
+        vector = found[VECTOR].to(self.route.dtypes[VECTOR])
+        if self.route.single:
+            return States(self.route, vector=vector[:, 0])
+        keep = self._padded([row.new_ones(len(row), 1, dtype=torch.bool) for row in rows[VECTOR]])[..., 0]
+        return States(self.route, vector=vector, keep=keep)
 
     def _padded(self, rows: list[Tensor]) -> Tensor:
         longest = max(len(row) for row in rows)
@@ -142,7 +146,7 @@ class Features:
         """
         if data.augment is not None:
             raise FeaturesRefused("its images are other views in each epoch (--augment)")
-        leaving = tuple(name for name in LABELS if not (data.generation is not None and name == "labels"))
+        leaving = tuple(name for name in _unread(data) if not (data.generation is not None and name == "labels"))
         ids = [*row_ids(data.train, leaving), *row_ids(data.dev, leaving)]
         lengths = [*_lengths(data.train), *_lengths(data.dev)]
         batch = data.collate([data.train[number] for number in range(min(LOOKED_AT, len(data.train)))])
@@ -311,9 +315,17 @@ class Features:
         decoding = rows.format["format_kwargs"].get("transform")
         rows = rows.with_format(None)
         if self.absent or self._is_vector:
-            rows, decoding = rows.remove_columns([name for name in rows.column_names if name not in LABELS]), None
+            rows, decoding = (
+                rows.remove_columns([name for name in rows.column_names if name not in _unread(self.data)]),
+                None,
+            )
         rows = rows.add_column(STORED, list(range(first, first + len(rows))))
         return rows if decoding is None else rows.with_transform(decoding)
+
+
+def _unread(data: TaskData) -> tuple[str, ...]:
+    """Columns that a classifier's backbone does not read."""
+    return (*UNREAD, *kind_named(data.labels.kind).beside, STORED)
 
 
 def key_of(model: SideModel, data: TaskData, route: Route, *, rounded: bool, autocast: bool) -> dict[str, Any]:

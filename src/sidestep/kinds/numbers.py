@@ -30,6 +30,10 @@ class Regression(FromLogits):
         """One output, which starts at the mean of the targets."""
         return Regress(pool=pool, center=float(np.mean(data.train.with_format(None)["labels"][:])))
 
+    def blank_head(self, outputs: int, pool: Any = None) -> Regress:
+        """The same for a plan."""
+        return Regress(pool=pool)
+
     def columns(
         self, labels: LabelSpace, found: NDArray[Any], probabilities: Probabilities = "all"
     ) -> dict[str, list[Any]]:

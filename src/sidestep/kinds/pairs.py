@@ -1,4 +1,7 @@
-"""What a dual encoder says about images and captions: recalls, and what is closest to what."""
+"""What a dual encoder says about images or videos and captions: recalls, and what is closest to what.
+
+What is said of images here is true of videos too.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader
 
+from sidestep.backbone.frames import FrameProcessor
 from sidestep.backbone.processors import PairProcessor
 from sidestep.data import (
     Augmentation,
@@ -27,11 +31,11 @@ from sidestep.data import (
 )
 from sidestep.data.joins import NOTHING, separators_of
 from sidestep.data.media import undecoded
-from sidestep.data.pairs import CollatePairs, captioned, encode_pairs, read_pairs
+from sidestep.data.pairs import CollatePairs, captioned, encode_pairs, looked_for, read_pairs
 from sidestep.data.vocabulary import check_tokens
 from sidestep.kinds.assess import Assessment
-from sidestep.kinds.base import Probabilities, TaskKind, register
-from sidestep.kinds.steps import views_of, without_bad_files
+from sidestep.kinds.base import Probabilities, TaskKind, register, targets_of
+from sidestep.kinds.steps import refuse_frames, views_of, without_bad_files
 from sidestep.kinds.task_data import Asked, TaskData
 from sidestep.measure.step import accepted
 from sidestep.metrics import METRICS, scores, similarities
@@ -90,23 +94,24 @@ def neighbours(model: Attached, rows: Dataset, fields: Fields, *, top: int = TOP
         top: how many are named for each.
 
     Returns:
-        Rows with "query" ("image" or "text"), "image", "text", "rank" (from 1) and "score" (the cosine).
+        Rows with "query" ("image" or "text"), "image", "text", "rank" (from 1) and "score" (the cosine). Of videos
+        "video" stands in the place of "image".
 
     Raises:
         DataError: for rows that are no pairs.
     """
-    assert fields.image is not None
-    rows = captioned(rows, fields)
+    medium, column = looked_for(fields)
+    rows, kind = captioned(rows, fields), medium.field
     length = (model.extras.get("preprocessing") or {}).get("max_length")
     by_text, _ = cosines(model, encode_pairs(rows, fields, model.extras["processor"], length)[0], **how)
-    cells = undecoded(rows, fields.image)[fields.image][:]
-    images = [cell["path"] or f"image {number + 1}" for number, cell in enumerate(cells)]
-    texts = [text for cell in rows[fields.text][:] for text in cell]
-    found: dict[str, list[Any]] = {name: [] for name in ("query", "image", "text", "rank", "score")}
-    for query, table in (("image", by_text.T), ("text", by_text)):
+    cells = undecoded(rows, column)[column][:]
+    images = [cell["path"] or f"{medium.name} {number + 1}" for number, cell in enumerate(cells)]
+    texts = [text for cell in rows.with_format(None)[fields.text][:] for text in cell]
+    found: dict[str, list[Any]] = {name: [] for name in ("query", kind, "text", "rank", "score")}
+    for query, table in ((kind, by_text.T), ("text", by_text)):
         for number, line in enumerate(table):
             for rank, other in enumerate(np.argsort(-line, kind="stable")[:top]):
-                image, text = (number, other) if query == "image" else (other, number)
+                image, text = (other, number) if query == "text" else (number, other)
                 values = (query, images[image], texts[text], rank + 1, float(line[other]))
                 for name, value in zip(found, values, strict=True):
                     found[name].append(value)
@@ -115,10 +120,10 @@ def neighbours(model: Attached, rows: Dataset, fields: Fields, *, top: int = TOP
 
 @register
 class Retrieval(TaskKind):
-    """Images and captions, which are looked for by each other."""
+    """Images (or videos) and captions, which are looked for by each other."""
 
     name = "retrieval"
-    answer = "an image and its captions"
+    answer = "an image or a video and its captions"
     metrics, best = METRICS["retrieval"], "rsum"
     dual = True
 
@@ -130,11 +135,16 @@ class Retrieval(TaskKind):
         self, train: Dataset, dev: Dataset | None, fields: Fields, processor: PairProcessor, asked: Asked
     ) -> TaskData:
         """The rows of images and captions. Whole images are held out."""
+        medium, _ = looked_for(fields)
         separators_of(asked.separator, processor, kind=self.name, pair=False)
         if asked.shots is not None:
             raise DataError(f"shots={asked.shots}: retrieval has no classes. Leave --shots out")
+        if fields.video is None:
+            refuse_frames(asked)
         train, dev = captioned(train, fields), None if dev is None else captioned(dev, fields)
         handling: dict[str, Any] = {}
+        frames = FrameProcessor.of(processor.image, asked.frames)
+        processor = replace(processor, image=frames.image)
         if asked.skip_bad_files:
             train, dev, handling["skipped_files"] = without_bad_files(train, dev, fields)
         views = views_of(asked.augment, processor.image, fields, asked.seed)
@@ -143,12 +153,16 @@ class Retrieval(TaskKind):
             handling["augment"], handling["augment_seed"] = asked.augment, asked.seed
         if isinstance(processor.image, ImageTransform):
             handling["transform"] = processor.image.to_dict()
-        source = "" if dev is None else f"{len(dev)} images of their own"
+        if fields.video is not None:
+            processor = replace(processor, image=replace(frames, image=processor.image))
+            handling["frames"] = frames.frames
+        many = f"{medium.name}s"
+        source = "" if dev is None else f"{len(dev)} {many} of their own"
         if dev is None:
             total = len(train)
             train, dev = holdout(train, None, asked.dev_fraction, asked.seed)
-            source = f"{len(dev)} of the {total} images, held out (no dev set was given; seed {asked.seed})"
-        handling["images"] = {"train": len(train), "dev": len(dev)}
+            source = f"{len(dev)} of the {total} {many}, held out (no dev set was given; seed {asked.seed})"
+        handling[many] = {"train": len(train), "dev": len(dev)}
         rows, cut = encode_pairs(train, fields, processor, asked.max_length, views)
         dev_rows, dev_cut = encode_pairs(dev, fields, processor, asked.max_length)
         return TaskData(
@@ -183,7 +197,19 @@ class Retrieval(TaskKind):
         """An image stands in a batch once."""
         return CollatePairs(processor.text)
 
+    def by_size(self, rows: Dataset) -> NDArray[np.int64]:
+        """The longest captions first, one of each image before a second of any."""
+        order = super().by_size(rows)
+        _, first = np.unique(targets_of(rows)[order], return_index=True)
+        later = np.ones(len(order), dtype=bool)
+        later[first] = False
+        return order[np.argsort(later, kind="stable")]
+
     def head(self, data: TaskData, pool: Any = None) -> Retrieve:
+        """An embedding for each tower."""
+        return Retrieve(pool=pool)
+
+    def blank_head(self, outputs: int, pool: Any = None) -> Retrieve:
         """An embedding for each tower."""
         return Retrieve(pool=pool)
 

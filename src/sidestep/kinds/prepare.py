@@ -42,15 +42,17 @@ def prepare(
     max_new_tokens: int | None = None,
     num_beams: int = 1,
     separator: str | None = None,
+    frames: int | None = None,
 ) -> TaskData:
     """The rows as a task reads them.
 
     Args:
         train: as `data.read` gives them.
         dev: None: a share of the training rows is held out.
-        fields: text (and text2), image or audio, and label (of a text to write, the text).
+        fields: text (and text2), image or audio, and label (of a text to write, the text). For retrieval text, and
+            image or video.
         processor: tokenizer, image processor or feature extractor of the backbone, or an `ImageTransform`. A
-            `PairProcessor` for retrieval, whose rows are images and captions.
+            `PairProcessor` for retrieval, whose rows are images or videos and captions.
         kind: None: several labels a row if the column holds lists, else one. A number or a text to write has to be
             asked for.
         max_length: tokens kept of a text. For a decoder it counts prompt and completion together.
@@ -59,11 +61,12 @@ def prepare(
         shots: training rows of each class, drawn from those that are not held out. None: all.
         shots_seed: of that draw. None: `seed`.
         augment: random views of the training images, see `Augmentation`. With "none" there are no such views.
-        skip_bad_files: whether images or sounds that cannot be read are left out. Each is decoded once to know.
+        skip_bad_files: whether images, sounds or videos that cannot be read are left out. Each is decoded once to know.
         max_new_tokens: tokens that are written at most. None: as many as the longest target of the training rows has.
         num_beams: of beam search, where texts are written.
         separator: put between the two texts of a pair, and between a decoder's prompt and its answer. None: a newline
             between the texts of a pair, if the tokenizer puts nothing there. "": nothing anywhere.
+        frames: taken of a video, evenly spread. None: `backbone.frames.FRAMES`.
 
     Raises:
         DataError: for unusable columns or labels, or dev labels that training never had. For a backbone for images with
@@ -86,6 +89,7 @@ def prepare(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         separator=separator,
+        frames=frames,
     )
     if kind is None:
         if fields.label is None:

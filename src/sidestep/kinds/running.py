@@ -47,14 +47,60 @@ def logits(
         check_encoded(model, encoded, fields, processor)
     order = _by_length(encoded)
     collate = collate or Collate.of(fields, processor)
-    batches = _batches(model, encoded, order, collate, batch_size=batch_size, workers=workers, progress=progress)
-    model.eval()
-    with torch.inference_mode():
-        parts = [model(**batch).logits.float().cpu().numpy() for batch in batches]
-    found = np.concatenate(parts)
+    how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    found = np.concatenate([*_outputs(model, encoded, order, collate, **how)])
     back = np.empty_like(found)
     back[order] = found
     return back
+
+
+def token_logits(
+    model: SideModel, encoded: Dataset, fields: Fields, *, collate: Collate, **how: Any
+) -> list[NDArray[Any]]:
+    """(tokens, outputs) of each row without padding, in the order of the rows.
+
+    Args:
+        model: with outputs for every token.
+        encoded: with "length".
+        fields: the columns that they were made of.
+        collate: pads texts on the right.
+        how: as of `logits`.
+
+    Raises:
+        DataError: as `check_encoded`.
+    """
+    if "input_ids" in encoded.column_names:
+        check_encoded(model, encoded, fields, model.extras.get("processor"))
+    order, lengths = _by_length(encoded), encoded.with_format(None)["length"][:]
+    found: list[NDArray[Any]] = [np.empty(0)] * len(encoded)
+    start = 0
+    for batch in _outputs(model, encoded, order, collate, **how):
+        for values in batch:
+            found[order[start]] = values[: lengths[order[start]]]
+            start += 1
+    return found
+
+
+def _outputs(
+    model: SideModel,
+    encoded: Dataset,
+    order: NDArray[np.int64],
+    collate: Collate,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: bool = False,
+) -> Iterator[NDArray[Any]]:
+    """The outputs of rows in this order, in batches."""
+    model.eval()
+    batches = _batches(model, encoded, order, collate, batch_size=batch_size, workers=workers, progress=progress)
+    for batch in batches:
+        with torch.inference_mode():
+            output = model(**batch)
+            found = (
+                torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
+            )
+        yield found.float().cpu().numpy()
 
 
 def check_encoded(model: SideModel, encoded: Dataset, fields: Fields, processor: Any) -> None:

@@ -30,9 +30,13 @@ RIDGES = tuple(10.0**power for power in np.arange(-5, 2.5, 0.5))
 """Penalties of a regression."""
 PENALTIES = tuple(10.0**power for power in np.arange(1, -5, -1.0))
 """Penalties of a logistic regression, each of which starts from the map of the one before."""
+WORSE = 1
+"""Penalties behind the best that are tried before no smaller one is."""
 HELD_OUT = 0.2
 HELD = 2**26
-"""Values of coordinates that are held, 512 MiB."""
+"""Values of coordinates that are held, 512 MiB. More are held in float32, up to a third of the free memory."""
+MOST_TRIED = 2**14
+"""Rows on which a penalty is chosen, at most."""
 LBFGS = {"maxiter": 1000, "maxfun": 2000, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-6}
 """When a logistic regression has converged, as scipy's L-BFGS-B takes it."""
 RANK = 1e-10
@@ -105,6 +109,7 @@ def solve(
     outputs: int,
     penalty: float | None = None,
     balanced: bool = False,
+    weights: Tensor | None = None,
     seed: int = 0,
 ) -> Solution:
     """The linear map of vectors that fits targets best.
@@ -118,6 +123,7 @@ def solve(
         penalty: weight of the map's squared norm, per row. None: a regression takes the one with the least error of
             rows that are left out, each in turn. Else it is chosen on a fifth of the rows.
         balanced: whether each class counts the same.
+        weights: (rows,) how much each row counts in the loss of classes. None: all the same.
         seed: of the draw of that fifth, and of the rows whose span is taken.
 
     Raises:
@@ -127,7 +133,9 @@ def solve(
     targets = targets.cpu()
     _check(targets, problem, outputs)
     basis = _basis(vectors, len(targets), seed)
-    weights = _weights(targets, problem, outputs) if balanced else torch.ones(len(targets), dtype=torch.float64)
+    weights = torch.ones(len(targets), dtype=torch.float64) if weights is None else weights.double()
+    if balanced:
+        weights = weights * _weights(targets, problem, outputs)
     if problem == "regress":
         weight, bias, chosen, loss = _ridge(vectors, basis, targets.double().view(len(targets), -1), penalty)
     else:
@@ -277,6 +285,7 @@ class _Logistic:
         They are held where they are few enough, and made again for each pass where not.
         """
         width = len(self.basis.mean) if self.basis.directions is None else self.basis.directions.shape[1]
+        many = self.basis.directions is None and len(rows) * width > HELD
 
         def made() -> Iterator[tuple[Values, Rows]]:
             for start in range(0, len(rows), CHUNK):
@@ -285,9 +294,9 @@ class _Logistic:
                 own = self.basis.rows(self.vectors, first, int(part[-1]) + 1)
                 yield own.numpy()[part - first], part
 
-        if self.basis.directions is None and len(rows) * width > HELD:
+        if many and 4 * len(rows) * width > psutil.virtual_memory().available / 3:
             return made
-        held = list(made())
+        held: list[tuple[Any, Rows]] = [(own.astype(np.float32) if many else own, part) for own, part in made()]
         return lambda: iter(held)
 
     def path(self, rows: Rows, penalties: Sequence[float]) -> Iterator[tuple[Values, Values, float]]:
@@ -307,7 +316,7 @@ class _Logistic:
 
     def score(self, chunks: Chunks, count: int, weight: Values, bias: Values) -> float:
         """The mean loss of rows."""
-        return sum(float(self._losses(x @ weight + bias, part)[0].sum()) for x, part in chunks()) / count
+        return sum(float(self._losses(_product(x, weight) + bias, part)[0].sum()) for x, part in chunks()) / count
 
     def _loss(
         self, chunks: Iterator[tuple[Values, Rows]], count: int, flat: Values, penalty: float
@@ -316,9 +325,9 @@ class _Logistic:
         total = 0.5 * penalty * float(np.square(weight).sum())
         of_weight, of_bias = penalty * weight, np.zeros_like(bias)
         for x, part in chunks:
-            losses, slopes = self._losses(x @ weight + bias, part)
+            losses, slopes = self._losses(_product(x, weight) + bias, part)
             total += float(losses.sum()) / count
-            of_weight, of_bias = of_weight + x.T @ slopes / count, of_bias + slopes.sum(0) / count
+            of_weight, of_bias = of_weight + _product(x.T, slopes) / count, of_bias + slopes.sum(0) / count
         return total, np.concatenate([of_weight.ravel(), of_bias])
 
     def _losses(self, logits: Values, rows: Rows) -> tuple[Values, Values]:
@@ -339,9 +348,14 @@ class _Logistic:
         return both[:-1], both[-1]
 
 
+def _product(left: Values, right: Values) -> Values:
+    """The product in the precision of the left, which may be held in float32."""
+    return (left @ right.astype(left.dtype, copy=False)).astype(np.float64, copy=False)
+
+
 def _chosen(rows: _Logistic, seed: int) -> float:
     """The penalty with the least loss on a fifth of the rows, of which each class has its share."""
-    order = np.random.default_rng(seed).permutation(len(rows.targets))
+    order = np.random.default_rng(seed).permutation(len(rows.targets))[:MOST_TRIED]
     if rows.problem == "single":
         classes = rows.targets[order]
         # so many rows of each class to either side, at least one of them
@@ -354,5 +368,9 @@ def _chosen(rows: _Logistic, seed: int) -> float:
         count = max(round(HELD_OUT * len(order)), 1)
         held, kept = np.sort(order[:count]), np.sort(order[count:])
     apart = rows.coordinates(held)
-    losses = [rows.score(apart, len(held), weight, bias) for weight, bias, _ in rows.path(kept, PENALTIES)]
+    losses: list[float] = []
+    for weight, bias, _ in rows.path(kept, PENALTIES):
+        losses.append(rows.score(apart, len(held), weight, bias))
+        if len(losses) - int(np.argmin(losses)) > WORSE:  # smaller ones fit the kept rows more closely still
+            break
     return float(PENALTIES[int(np.argmin(losses))])

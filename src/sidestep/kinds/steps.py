@@ -20,6 +20,11 @@ def check_modality(processor: Any, fields: Fields) -> None:
     Raises:
         DataError: naming the processor and the column.
     """
+    if fields.video is not None:
+        raise DataError(
+            f"{fields.video!r} is named as videos, which are read with their captions on a dual encoder: say --kind "
+            "retrieval, or leave --video out"
+        )
     if isinstance(processor, VisionLanguageProcessor):
         _check_both(processor.name, fields)
         return
@@ -54,12 +59,26 @@ def _check_both(kind: str, fields: Fields) -> None:
         )
 
 
-def check_asked(processor: Any, asked: Asked) -> None:
-    """Refuses what does not go with rows of a picture and a text.
+def check_text_alone(rows: Dataset, fields: Fields, kind: str) -> None:
+    """Refuses anything but one column of texts beside the labels.
 
     Raises:
-        DataError: for views of images, and for a separator where the processor itself ends prompts.
+        DataError: naming the column.
     """
+    if fields.text is None:
+        raise DataError(f"kind={kind!r} reads texts: name their column (--text)")
+    for name in ("text2", "image", "audio"):
+        if (column := getattr(fields, name)) is not None:
+            raise DataError(f"{name}={column!r} with kind={kind!r}: one column of texts is read. Leave it out")
+
+
+def check_asked(processor: Any, asked: Asked) -> None:
+    """Refuses frames without videos, and what does not go with rows of a picture and a text.
+
+    Raises:
+        DataError: for frames, views of pictures beside texts, and a separator where the processor itself ends prompts.
+    """
+    refuse_frames(asked)
     if not isinstance(processor, VisionLanguageProcessor):
         return
     if asked.augment != NONE:
@@ -74,15 +93,25 @@ def check_asked(processor: Any, asked: Asked) -> None:
         )
 
 
+def refuse_frames(asked: Asked) -> None:
+    """Refuses a number of frames where no videos are read.
+
+    Raises:
+        DataError: if one is given.
+    """
+    if asked.frames is not None:
+        raise DataError(f"frames={asked.frames} is for a column of videos (--video): leave --frames out")
+
+
 def without_bad_files(train: Dataset, dev: Dataset | None, fields: Fields) -> tuple[Dataset, Dataset | None, int]:
-    """Both without the images or sounds that cannot be read, and how many those are.
+    """Both without the images, sounds or videos that cannot be read, and how many those are.
 
     Raises:
         DataError: if texts alone are read.
     """
     if fields.files is None:
         raise DataError(
-            "skip_bad_files is for images and sounds, but a column of text is read: leave --skip-bad-files out"
+            "skip_bad_files is for images, sounds and videos, but a column of text is read: leave --skip-bad-files out"
         )
     medium, column = fields.files
     before = len(train) + (0 if dev is None else len(dev))
@@ -96,11 +125,11 @@ def views_of(augment: str, processor: Any, fields: Fields, seed: int) -> Augment
     """The random views of training images that a user named. None for none.
 
     Raises:
-        DataError: if no images are read.
+        DataError: if no images and no videos are read.
     """
     if augment == NONE:
         return None
-    if fields.image is None:
+    if fields.image is None and fields.video is None:
         what = "text" if fields.audio is None else "sounds"
         raise DataError(f"augment={augment!r} is for images, but a column of {what} is read: leave --augment out")
     # ignored: a text may be other views, which Augmentation refuses

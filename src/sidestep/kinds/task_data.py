@@ -83,6 +83,7 @@ class Asked:
     max_new_tokens: int | None = None
     num_beams: int = 1
     separator: str | None = None
+    frames: int | None = None
 
 
 def stored_fields(preprocessing: Mapping[str, Any]) -> Fields:
@@ -92,7 +93,9 @@ def stored_fields(preprocessing: Mapping[str, Any]) -> Fields:
         DataError: if the task does not say.
     """
     if "fields" not in preprocessing:
-        raise DataError("this task does not say which columns it reads: name them (--text, --image or --audio)")
+        raise DataError(
+            "this task does not say which columns it reads: name them (--text, --image, --audio or --video)"
+        )
     return Fields(**preprocessing["fields"])
 
 

@@ -107,6 +107,11 @@ class Texts(TaskKind):
                 f"pool={pool!r} with problem {self.name!r}: a language model head reads all tokens. Leave it out"
             )
 
+    def blank_head(self, outputs: int, pool: Any = None) -> None:
+        """The same for a plan."""
+        if pool is not None:
+            raise ValueError(f"--kind {self.name} is written by the backbone's own head: leave --pool out")
+
     def check(self, model: Attached, batch_size: int) -> None:
         """Refuse a model that does not write such texts, or of which nothing is trained."""
         assert isinstance(model, SideModel)

@@ -34,10 +34,9 @@ from sidestep.measure.step import (
     train_step,
 )
 from sidestep.methods import ProbeConfig, UnsupportedBackbone
-from sidestep.model.attach import attach, detach
+from sidestep.model.attach import Attached, attach, detach
 from sidestep.model.saving import packed
 from sidestep.model.settings import Settings
-from sidestep.model.side_model import SideModel
 
 __all__ = [
     "Cost",
@@ -66,7 +65,7 @@ DTYPES = {
 }
 
 Contenders = Mapping[str, Settings]
-Planned = Callable[[SideModel, Batch], int | None]
+Planned = Callable[[Attached, Batch], int | None]
 #: What ends the measurement of one contender, not of the others: a refusal, a missing library, too little memory.
 FAILURES = (UnsupportedBackbone, ModuleNotFoundError, torch.OutOfMemoryError, MemoryError)
 
@@ -208,7 +207,7 @@ def measure_memory(
     with same_random_numbers(backbone), attached(backbone, contender) as model:
         step = measure_step(model, batch, bf16=bf16)
         planned_bytes = None if planned is None else planned(model, batch)
-        model.place_anywhere()
+        _place(model)
         return Cost(
             **{field.name: getattr(step, field.name) for field in fields(StepCount)},
             parameters=sum(parameter.numel() for _, parameter in model.trained_parameters()),
@@ -299,7 +298,13 @@ def _check(contenders: Contenders, repeats: int, warmup: int) -> None:
         raise ValueError(f"repeats={repeats}, warmup={warmup}: at least one round is timed, after none or more others")
 
 
-def _step_seconds(model: SideModel, batch: Batch, bf16: bool) -> float:
+def _place(model: Attached) -> None:
+    """Give sparse diffs that have no positions yet some."""
+    for part in model.parts:
+        part.place_anywhere()
+
+
+def _step_seconds(model: Attached, batch: Batch, bf16: bool) -> float:
     model.train()
     inputs = accepted(model, batch)
     with idle_optimizer(model) as optimizer:
@@ -307,7 +312,7 @@ def _step_seconds(model: SideModel, batch: Batch, bf16: bool) -> float:
         return seconds_of(lambda: train_step(model, inputs, optimizer, bf16), model.device)
 
 
-def _inference_seconds(model: SideModel, batch: Batch, bf16: bool) -> float:
+def _inference_seconds(model: Attached, batch: Batch, bf16: bool) -> float:
     model.eval()
     inputs = accepted(model, batch)
     return seconds_of(lambda: predict(model, inputs, bf16), model.device)
@@ -332,12 +337,12 @@ def _device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def attached(backbone: nn.Module, contender: Settings) -> Iterator[SideModel]:
+def attached(backbone: nn.Module, contender: Settings) -> Iterator[Attached]:
     """The contender on the backbone, which is as before afterwards."""
     model = attach(backbone, **{field.name: getattr(contender, field.name) for field in fields(Settings)})
     try:
-        if not model.relaxes:
-            model.place_anywhere()
+        if not any(part.relaxes for part in model.parts):
+            _place(model)
         yield model
     finally:
         detach(model)

@@ -54,7 +54,10 @@ class ReadoutConfig(MethodConfig):
 class Readout(SideNet):
     """Readout: the pooled states of all levels, for a head that is solved.
 
-    Parameters: none. The head has 2d for each output and level of width d, and one for each output.
+    If the head reads every token, each token's own states of all levels are read.
+
+    Parameters: none. The head has 2d for each output and level of width d (d if it reads every token), and one for each
+    output.
     """
 
     solved = True
@@ -67,17 +70,28 @@ class Readout(SideNet):
         first = [site for site in own if site.kind == "stage" and site.stage == 0]
         read = [*first, *(site for site in own if site.kind == "block" and site.index in blocks)]
         self.names = tuple(map(_name, read))
-        self.pooled_from = f"own token and mean of {', '.join(self.names)}"
-        self.pooled_width = sum(site.width * (2 if _has_own(site) else 1) for site in read)
+        self.per_token = own[-1].per_token
+        self.pooled_from = f"{'each token' if self.per_token else 'own token and mean'} of {', '.join(self.names)}"
+        self.pooled_width = sum(site.width * (2 if _has_own(site) and not self.per_token else 1) for site in read)
+
+    @property
+    def gives_tokens(self) -> bool:
+        """The states of each token are its vector."""
+        return True
 
     def start(self, site: Site, carried: Tensor | None) -> tuple[Tensor, ...]:
         """Nothing yet."""
         return ()
 
     def read(self, hidden: Tensor, site: Site) -> Tensor | None:
-        """(batch, 2 width) of a level that is read, (batch, width) where no token stands for all. Else None."""
+        """(batch, 2 width) of a level that is read, (batch, width) where no token stands for all. Else None.
+
+        (batch, tokens, width), if the head reads every token.
+        """
         if not site.head or _name(site) not in self.names:
             return None
+        if self.per_token:
+            return hidden[:, site.prefix :]
         keep = None if site.keep is None else site.keep[:, site.prefix :]
         mean = masked_mean(hidden[:, site.prefix :], keep)
         if not _has_own(site):
@@ -90,7 +104,7 @@ class Readout(SideNet):
         return state if codes is None else (*state, codes)
 
     def pooled(self, state: tuple[Tensor, ...], site: Site) -> Tensor:
-        """(batch, pooled_width): all levels behind each other, in float32."""
+        """(batch, pooled_width), or of every token: all levels behind each other, in float32."""
         return torch.cat([level.float() for level in state], dim=-1)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from sidestep.backbone import Facts, prove_replay
+from sidestep.backbone import Facts, is_encoder_decoder, prove_replay
 from sidestep.backbone.families import Pool, family_of
 from sidestep.fold import is_hooked
 from sidestep.fold.deferred import same_place
@@ -64,13 +64,20 @@ def check_head(backbone: nn.Module, facts: Facts, head: HeadConfig | None) -> No
             f"pool='mean_pre_norm' reads what goes into the final norm, and {name} ends in something else: choose "
             "another pool"
         )
+    if head is not None and head.reads_all and is_encoder_decoder(backbone):
+        raise UnsupportedBackbone(
+            f"a {type(head).__name__} head does not work on {type(backbone).__name__}: it reads a state for each token "
+            "of the text, and this model's are its decoder's. Choose an encoder or a decoder (of T5 the "
+            "encoder alone, T5EncoderModel)"
+        )
 
 
 def with_features(places: Sequence[Place], head: HeadConfig | None, facts: Facts) -> list[Place]:
-    """The places with the width of the head's vector at their sites."""
+    """The places with what their sites tell of the head: the width of its vector, and whether it reads every token."""
     width = facts.head.after or places[-1].site.width
     features = width if head is None else head.features(width)
-    return [replace(place, site=replace(place.site, features=features)) for place in places]
+    every = head is not None and head.reads_all
+    return [replace(place, site=replace(place.site, features=features, per_token=every)) for place in places]
 
 
 def built_delta(
@@ -111,6 +118,11 @@ def built_side(record: Method, settings: Settings, backbone: nn.Module, sites: S
             f"{record.name} as configured starts by the loss of the backbone's own head on training rows, and "
             f"a {type(settings.head).__name__} head is none. Let the backbone write the labels as words, or "
             "choose a start without data"
+        )
+    if settings.head is not None and settings.head.reads_all and not side.gives_tokens:
+        raise ValueError(
+            f"{record.name} as configured gives one vector for a whole row, and a {type(settings.head).__name__} head "
+            "reads every token: choose another method"
         )
     if settings.head is None and (side.pooled_width is not None or side.corrects):
         raise ValueError(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sidestep.model.side_model import SideModel
 
 VECTOR = "head"
-"""The place of the vector that a head reads."""
+"""The place of the vector that a head reads, or of those of all tokens."""
 
 
 class FeaturesRefused(ValueError):
@@ -91,8 +91,8 @@ def find_route(model: SideModel, batch: Mapping[str, Any], *, unread: bool = Fal
         _run(model, recorder, batch)
     if _reads_vector(model):
         with _evaluating(model):
-            vector = model.vector(dict(batch))
-        return Route(places=(VECTOR,), over={}, dtypes={VECTOR: vector.dtype}, single=True)
+            vector, _ = model.vector(dict(batch))
+        return Route(places=(VECTOR,), over={}, dtypes={VECTOR: vector.dtype}, single=vector.ndim == 2)
     return look.route(
         recorder, single=fold.narrow is not None, unread=unread or model.main_input_name == "pixel_values"
     )
@@ -102,7 +102,7 @@ def record(model: SideModel, route: Route, batch: Mapping[str, Any]) -> Recorded
     """The states of a batch. The pass ends with the last of them."""
     if route.places == (VECTOR,):
         with _evaluating(model):
-            return _of_vector(model.vector(dict(batch)))
+            return _of_vector(*model.vector(dict(batch)))
     recorder = Recorder(route)
     _run(model, recorder, batch)
     return Recorded({name: recorder.taken[name] for name in route.places})
@@ -114,8 +114,8 @@ def _reads_vector(model: SideModel) -> bool:
     return model.head is not None and not learns and not model.side.corrects and model.fold.keeping.border is None
 
 
-def _of_vector(vector: Tensor) -> Recorded:
-    return Recorded({VECTOR: (vector[:, None], None)})
+def _of_vector(vector: Tensor, keep: Tensor | None) -> Recorded:
+    return Recorded({VECTOR: (vector[:, None], None) if vector.ndim == 2 else (vector, keep)})
 
 
 def _run(model: SideModel, recorder: Recorder, batch: Mapping[str, Any]) -> None:

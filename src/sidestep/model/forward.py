@@ -44,8 +44,9 @@ class Forward(TrainerFace):
 
     @property
     def pool(self) -> Pool:
-        """The read-out of the head, the family's default where the config leaves it open."""
-        asked = self.settings.head.pool if self.settings.head is not None else None
+        """The read-out of the head, the head's or the family's default where the config leaves it open."""
+        head = self.settings.head
+        asked = None if head is None else head.pool or head.default
         return asked or backbones.default_pool(self.backbone, self.facts)
 
     @property
@@ -65,7 +66,7 @@ class Forward(TrainerFace):
         """
         self.fold.require_attached()
         self.fold.keeping.check_compiler()
-        if labels is not None and (self.head is None or self.head.config.kind == "single"):
+        if labels is not None:
             check_labels(labels)
         entry = self.trunk if self.head is not None else self.backbone
         if features is not None and features.vector is None:
@@ -98,7 +99,7 @@ class Forward(TrainerFace):
         )
         if features is not None and features.vector is not None:
             assert self.head is not None
-            return self._answer(self.head.map(features.vector), None, labels, items, as_dict=as_dict)
+            return self._answer(self.head.map(features.vector, features.keep), None, labels, items, as_dict=as_dict)
         output, reading = self._read(args, kwargs, features)
         if self.head is None:
             loss = None if labels is None else nn.functional.cross_entropy(output, labels)
@@ -174,13 +175,16 @@ class Forward(TrainerFace):
         with torch.no_grad():
             self.fold.run(recorded(self.fold, recorder, entry), *args, **inputs)
 
-    def vector(self, inputs: dict[str, Any]) -> Tensor:
-        """(batch, width): what the Sidestep head reads of a batch, without gradients."""
+    def vector(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """What the Sidestep head reads of a batch, without gradients: (batch, width), or of every token.
+
+        Besides, which tokens are no padding (None: all).
+        """
         assert self.head is not None
         with torch.no_grad():
             reading = self._read((), self.inputs.completed(self.trunk, (), inputs, training=False), None)[1]
             assert reading is not None
-            return self.head.features(reading)
+            return self.head.features(reading), self.head.kept(reading)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's `generate` with the task active.

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import (
     ImageClassifierOutput,
     Seq2SeqSequenceClassifierOutput,
     SequenceClassifierOutput,
+    TokenClassifierOutput,
 )
 from transformers.utils import ModelOutput
 
@@ -32,6 +33,8 @@ def classified(
 ) -> ModelOutput:
     """The output of a Sidestep head, with what was asked for of the trunk's own (`output`) besides."""
     kind: type[ModelOutput] = ImageClassifierOutput if reads_images else SequenceClassifierOutput
+    if logits.ndim == 3:
+        kind = TokenClassifierOutput
     named = output if isinstance(output, ModelOutput) else {}
     extra = {name: named[name] for name in TRACES if named.get(name) is not None}
     if extra and is_encoder_decoder(backbone):
@@ -41,7 +44,15 @@ def classified(
 
 
 def check_rows(logits: Tensor, given: Any, backbone: nn.Module) -> None:
-    """Raise `FoldError` unless the head gave one row for each row of the batch, which `given` is an input of."""
+    """Raise `FoldError` unless the head gave a row for each row of the batch, and for each token if it reads them all.
+
+    `given` is an input of the backbone.
+    """
+    if isinstance(given, Tensor) and logits.ndim == 3 and logits.shape[1] != given.shape[1]:
+        raise FoldError(
+            f"the head gave outputs for {logits.shape[1]} tokens of texts of {given.shape[1]}. The last states of "
+            f"{type(backbone).__name__} do not belong to the tokens that it is given: choose another backbone"
+        )
     if isinstance(given, Tensor) and logits.shape[0] != given.shape[0]:
         raise FoldError(
             f"the head gave {logits.shape[0]} rows for a batch of {given.shape[0]}. The hidden states of "

@@ -26,11 +26,13 @@ from sidestep.backbone import (
     new_parameters,
 )
 from sidestep.backbone.families import DUAL_FAMILIES, Pool, dual_family_of
+from sidestep.backbone.frames import VIDEO_AXES
 from sidestep.interface.registry import Method
 from sidestep.methods import UnsupportedBackbone, method_of
 from sidestep.model import saving
 from sidestep.model.attached import AttachedModel
 from sidestep.model.before import Before
+from sidestep.model.frames import embed_videos
 from sidestep.model.heads import Retrieve
 from sidestep.model.losses import LARGEST_SCALE, contrastive_loss, triplet_loss
 from sidestep.model.settings import Settings
@@ -45,7 +47,7 @@ class RetrievalOutput(ModelOutput):
 
     Attributes:
         loss: of training, where labels were given.
-        image_embeds: (pairs, dim) of length one. None without images.
+        image_embeds: (pairs, dim) of length one, of images or videos. None without them.
         text_embeds: (pairs, dim) of length one. None without texts.
     """
 
@@ -136,14 +138,16 @@ class PairModel(AttachedModel):
         position_ids: Tensor | None = None,
         image_index: Tensor | None = None,
         labels: Tensor | None = None,
+        frame_mask: Tensor | None = None,
     ) -> RetrievalOutput:
-        """Embeddings of images, of texts, or of both, and with labels the loss of the pairs.
+        """Embeddings of images or videos, of texts, or of both, and with labels the loss of the pairs.
 
         Args:
-            pixel_values: (images, channels, rows, columns).
+            pixel_values: (images, channels, rows, columns), or of videos (videos, frames, channels, rows, columns).
             input_ids, attention_mask, token_type_ids, position_ids: (texts, tokens), as the text tower takes them.
             image_index: (texts,) the number of each text's image in `pixel_values`. None: they stand in pairs.
             labels: (texts,) which image it is. Texts of the same image are no negatives of each other.
+            frame_mask: (videos, frames) bool, False where a video has no more frames. None: all have as many.
 
         Raises:
             ValueError: if there are labels without images and texts in pairs.
@@ -155,12 +159,21 @@ class PairModel(AttachedModel):
             "position_ids": position_ids,
         }
         given = {name: value for name, value in text.items() if value is not None}
-        images = None if pixel_values is None else self.image(pixel_values=pixel_values).logits
+        images = None if pixel_values is None else self._embed(pixel_values, frame_mask)
         texts = None if input_ids is None else self.text(**given).logits
         if image_index is not None and images is not None:
             images = images[image_index]
         loss = None if labels is None else self._loss(images, texts, labels)
         return RetrievalOutput(loss=loss, image_embeds=images, text_embeds=texts)
+
+    def _embed(self, pixels: Tensor, frame_mask: Tensor | None) -> Tensor:
+        """The embeddings of images or videos."""
+
+        def embed(images: Tensor) -> Tensor:
+            embeds: Tensor = self.image(pixel_values=images).logits
+            return embeds
+
+        return embed_videos(embed, pixels, frame_mask) if pixels.ndim > VIDEO_AXES else embed(pixels)
 
     def _loss(self, images: Tensor | None, texts: Tensor | None, labels: Tensor) -> Tensor:
         if images is None or texts is None or not len(images) == len(texts) == len(labels):

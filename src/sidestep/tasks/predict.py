@@ -17,7 +17,7 @@ from sidestep.kinds.prepare import stored_labels
 from sidestep.kinds.running import written
 from sidestep.kinds.task_data import TaskData, stored_fields, stored_generation, stored_separators
 from sidestep.model.attach import Attached
-from sidestep.model.heads import Classify
+from sidestep.model.heads import Classify, Regress, Tag
 from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
 from sidestep.tasks.features import Tell, kept_features
@@ -215,9 +215,11 @@ def labels_of(model: Attached) -> LabelSpace:
     if model.writes is not None:
         return LabelSpace(model.writes, ())
     head, config = model.settings.head, getattr(model, "config", None)
-    if isinstance(head, Classify):
+    if isinstance(head, Classify | Tag):
         names = head.labels or map(str, range(head.num_labels))
         return LabelSpace(head.kind, tuple(names))
+    if head is not None and not isinstance(head, Regress):
+        return LabelSpace(head.kind, ())
     if head is not None or getattr(config, "problem_type", None) == "regression":
         return LabelSpace("regress", ())
     if config is None or not config.id2label:

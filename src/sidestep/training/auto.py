@@ -16,11 +16,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from datasets import Dataset
 from torch import nn
 
 from sidestep.backbone.load import load_backbone
 from sidestep.backbone.recompute import Checkpoint
 from sidestep.data import DataError, holdout
+from sidestep.data.windows import ROW
 from sidestep.disk.features import FeatureStore
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.task_data import TaskData
@@ -38,6 +41,8 @@ from sidestep.training.results import Results
 from sidestep.training.run import RunSpec, Watch, check_places, task_data, train
 from sidestep.training.solved import PROBLEMS
 
+JUDGED = (*PROBLEMS, "tokens")
+"""The kinds of task that methods are judged on."""
 HELD_OUT = 0.2
 FIRST, MORE = 2, 3
 """Epochs of the first round, and how many times more each later one has."""
@@ -142,9 +147,9 @@ def auto(
     if spec.model.own_head:
         raise ValueError("--own-head with --method auto: its candidates have heads of Sidestep's. Leave it out")
     data = task_data(spec, watch) if data is None else data
-    if data.labels.kind not in PROBLEMS:
+    if data.labels.kind not in JUDGED:
         raise ValueError(
-            f"auto judges methods for {', '.join(PROBLEMS)}, and the problem is {data.labels.kind!r}: name a method "
+            f"auto judges methods for {', '.join(JUDGED)}, and the problem is {data.labels.kind!r}: name a method "
             "(--method)"
         )
     if backbone is None:
@@ -388,5 +393,16 @@ def _apart(data: TaskData, seed: int) -> TaskData:
             f"auto holds out training rows of each class, and there are {counted(len(data.train), 'row')} for "
             f"{len(data.labels.names)} classes. Give at least two of each, or name a method (--method)"
         )
-    rows, apart = holdout(data.train, by, share, seed)
+    if kind_named(data.labels.kind).of_tokens:
+        rows, apart = _texts_apart(data.train, share, seed)
+    else:
+        rows, apart = holdout(data.train, by, share, seed)
     return replace(data, train=rows, dev=apart, dev_source=f"{share:.0%} of the training rows (seed {seed})")
+
+
+def _texts_apart(windows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """The windows in two parts, those of one text together."""
+    owners = np.array(windows.with_format(None)[ROW][:])
+    _, apart = holdout(Dataset.from_dict({ROW: np.unique(owners)}), None, share, seed)
+    inside = np.isin(owners, apart[ROW][:])
+    return windows.select(np.flatnonzero(~inside)), windows.select(np.flatnonzero(inside))

@@ -43,9 +43,9 @@ def check_run(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     kind.check(model, settings.batch_size)
     check_sizes(model)  # before a long run, at whose end nothing could be saved
     pictured = isinstance(data.processor, VisionLanguageProcessor)
-    if data.fields.image is not None and not pictured:
-        reader = model.parts[0]
-        check_image_size(reader.backbone, reader.trunk, data.train[0]["pixel_values"])
+    if (data.fields.image is not None and not pictured) or data.fields.video is not None:
+        reader, pixels = model.parts[0], data.train[0]["pixel_values"]
+        check_image_size(reader.backbone, reader.trunk, pixels if data.fields.video is None else pixels[0])
     if data.fields.audio is not None:
         for split, rows in (("training", data.train), ("dev", data.dev)):
             check_sounds(model.parts[0], rows, data.processor, split)

@@ -39,10 +39,11 @@ class DataSpec:
 
     Attributes:
         train, dev: file, folder or hub id, or a data set. Without dev rows a share of the training rows is held out.
-        text, text2, image, audio, label: the columns that are read. A vision-language model reads text and image.
+        text, text2, image, audio, video, label: the columns that are read. A vision-language model reads text and
+            image, retrieval text and image or video.
         kind: of task (see `sidestep.kinds`). None: by the labels.
         table: how files are read.
-        train_split, dev_split: of a hub id or a folder of images or sounds.
+        train_split, dev_split: of a hub id or a folder of images, sounds or videos.
         transform: used in the place of the backbone's image processor.
         image_size, normalize: what is changed in the image processor.
     """
@@ -53,6 +54,7 @@ class DataSpec:
     text2: str | None = None
     image: str | None = None
     audio: str | None = None
+    video: str | None = None
     label: str | None = "label"
     kind: str | None = None
     table: TableOptions = field(default_factory=TableOptions)
@@ -70,6 +72,7 @@ class DataSpec:
     max_new_tokens: int | None = None
     num_beams: int = 1
     separator: str | None = None
+    frames: int | None = None
 
     @property
     def task_kind(self) -> TaskKind | None:
@@ -81,7 +84,8 @@ class DataSpec:
         """The columns."""
         dual = self.task_kind is not None and self.task_kind.dual
         label = None if dual else self.label
-        return Fields(text=self.text, text2=self.text2, image=self.image, audio=self.audio, label=label)
+        files = {"image": self.image, "audio": self.audio, "video": self.video}
+        return Fields(text=self.text, text2=self.text2, label=label, **files)
 
     def rows(self, source: str | Path | Dataset, split: str) -> Dataset:
         """The rows of `train` or `dev`."""
@@ -253,6 +257,7 @@ def task_data(spec: RunSpec, watch: Watch | None = None) -> TaskData:
         max_new_tokens=asked.max_new_tokens,
         num_beams=asked.num_beams,
         separator=asked.separator,
+        frames=asked.frames,
     )
 
 
@@ -286,5 +291,5 @@ def attached(spec: RunSpec, data: TaskData, backbone: Any = None) -> Attached:
     if kind.dual:
         return attach(load_pair(**where, text_name=own.text_name), own.method, head=head, **how)
     outputs = data.labels.outputs if own.own_head else None
-    backbone = load_backbone(**where, head=own.own_head, num_labels=outputs, writes=kind.writes)
+    backbone = load_backbone(**where, head=own.own_head and kind.own_head, num_labels=outputs, writes=kind.writes)
     return attach(backbone, own.method, head=head, **how)

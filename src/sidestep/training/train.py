@@ -23,7 +23,7 @@ from sidestep.backbone.processors import tokenizer_of
 from sidestep.data import DataWarning
 from sidestep.data.contents import content_hash
 from sidestep.disk.features import FeatureStore
-from sidestep.kinds.base import kind_named
+from sidestep.kinds.base import UNREAD, kind_named
 from sidestep.kinds.prepare import head_for
 from sidestep.kinds.task_data import TaskData
 from sidestep.measure.plan import check_fits, settle_keep
@@ -181,7 +181,7 @@ def _readable(model: Attached, data: TaskData) -> TaskData:
     The Trainer's column removal is not used. It takes the lengths away before the sampler asks for them. It also takes
     the row numbers by which an unreadable image is named.
     """
-    names = {*inspect.signature(model.forward).parameters, "labels", "length", "row", "target"}
+    names = {*inspect.signature(model.forward).parameters, *UNREAD, *kind_named(data.labels.kind).beside}
 
     def prune(rows: Dataset) -> Dataset:
         return rows.remove_columns([name for name in rows.column_names if name not in names])

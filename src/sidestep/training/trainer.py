@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from sidestep.data import LabelSpace
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.task_data import TaskData
@@ -40,9 +39,8 @@ from sidestep.training.settings import TrainSettings
 
 def largest_batch(data: TaskData, size: int) -> Any:
     """The batch of the longest training texts or sounds (or of the first images)."""
-    rows = data.train
-    order = np.argsort(rows["length"][:])[::-1] if "length" in rows.column_names else np.arange(len(rows))
-    return data.collate([rows[int(index)] for index in order[:size]])
+    order = kind_named(data.labels.kind).by_size(data.train)
+    return data.collate([data.train[int(index)] for index in order[:size]])
 
 
 def make_trainer(
@@ -56,6 +54,9 @@ def make_trainer(
 ) -> Trainer:
     """The Trainer of a run, or of its first stage with an `optimizer` of its own."""
     steps, writes = settings.steps_per_epoch(len(data.train)), data.generation is not None
+    if _differ_in_length(data):  # so that little is padding
+        order = np.argsort(data.dev.with_format(None)["length"][:], kind="stable")[::-1]
+        data = replace(data, dev=data.dev.select(order))
     callbacks: list[Any] = [
         ExactResume(settings.seed, steps, settings.save_steps),
         StopIfDiverged(),
@@ -80,9 +81,9 @@ def make_trainer(
         data_collator=data.collate.__call__,
         train_dataset=data.train,
         eval_dataset=data.dev,
-        compute_metrics=kind_named(data.labels.kind).compute_metrics(data.labels.names),
+        compute_metrics=kind_named(data.labels.kind).compute_metrics(data),
         callbacks=callbacks,
-        labels=data.labels,
+        data=data,
         judge_texts=(lambda: judge_run(model, data, settings)) if writes else None,
         make_optimizer=optimizer,
     )
@@ -109,14 +110,14 @@ class TaskTrainer(Trainer):
         settings: TrainSettings,
         factor: Callable[[int], float],
         *,
-        labels: LabelSpace,
+        data: TaskData,
         judge_texts: Callable[[], Assessment] | None,
         make_optimizer: Callable[[], Optimizer] | None,
         **given: Any,
     ) -> None:
         super().__init__(**given)
         self._settings, self._factor, self._make_optimizer = settings, factor, make_optimizer
-        self._labels, self._judge_texts = labels, judge_texts
+        self._data, self._judge_texts = data, judge_texts
         self._last: Callable[[], Assessment] | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
@@ -129,7 +130,7 @@ class TaskTrainer(Trainer):
         """The Trainer's loop, with the scores of written texts where the answers are texts."""
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._judge_texts is None:
-            self._last = partial(kind_named(self._labels.kind).assess_evaluation, found, self._labels.names or None)
+            self._last = partial(kind_named(self._data.labels.kind).assess_evaluation, found, self._data)
             return found
         judged = self._judge_texts()
         self._last = lambda: judged
@@ -151,6 +152,14 @@ class TaskTrainer(Trainer):
         if self._settings.decay == "all":
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The dev batches in the order of the rows, by which windows of a text are put together again."""
+        asked, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = asked
 
     def get_train_dataloader(self) -> DataLoader:
         """The training batches. Where the settings say so, a last one that is not whole is left out."""
@@ -198,7 +207,8 @@ def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric:
 
 def _differ_in_length(data: TaskData) -> bool:
     """Whether rows are texts, or sounds that are not brought to one length."""
-    return data.fields.image is None and "length" in data.train.column_names
+    pictures = data.fields.image is not None or data.fields.video is not None
+    return not pictures and "length" in data.train.column_names
 
 
 def _writer(settings: TrainSettings, start: Path | None) -> Any:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from sidestep.backbone import Noise
+from sidestep.backbone.load import OwnHead
 from sidestep.backbone.recompute import Checkpoint
 from sidestep.backbone.trunk import reads_mixed
 from sidestep.interface.keep import Keep
 from sidestep.measure.memory import peak_memory, saved_bytes
-from sidestep.measure.plan.blank import IMAGE_SIZE, Backbone, blank_batch, build
+from sidestep.measure.plan.blank import IMAGE_SIZE, Backbone, blank_batch, build, build_pair
 from sidestep.measure.plan.fit import (
     Alternative,
     PlanWarning,
@@ -41,8 +42,8 @@ from sidestep.measure.plan.trace import (
 )
 from sidestep.methods import MethodConfig
 from sidestep.metrics import Written
-from sidestep.model.attach import attach
-from sidestep.model.heads import Classify, HeadConfig
+from sidestep.model.attach import Attached, attach
+from sidestep.model.heads import Classify, HeadConfig, Retrieve
 from sidestep.model.side_model import SideModel
 from sidestep.model.token_loss import LmLoss
 
@@ -75,10 +76,13 @@ def plan(
     batch: int = 32,
     length: int | None = None,
     image_size: int | None = None,
+    frames: int | None = None,
+    text_backbone: Backbone | None = None,
     checkpoint: Checkpoint | None = None,
     backbone_noise: Noise | None = None,
     keep: Keep = "full",
     writes: Written | None = None,
+    own_head: OwnHead = "rows",
     lm_loss: LmLoss = "own",
     precision: Precision = "float32",
     optimizer: str = "AdamW",
@@ -92,14 +96,17 @@ def plan(
         backbone: a folder with a config.json, such a file, a hub id, "timm:NAME", a transformers config, or a function
             that makes the model.
         method: for example `ReadConfig(rank=128)`.
-        head: as in `attach`. None: a classification head of the backbone's own.
+        head: as in `attach`. None: a classification head of the backbone's own. With `Retrieve` a row is a pair.
         batch: rows.
         length: tokens of a text. None: 128, or what the model takes at most. Of a sound samples. None: 160,000.
         image_size: rows and columns of an image. None: what the model was made for. A vision-language model whose
             processor is there is given a picture with each text, of 224 if None. The picture's tokens come on top.
+        frames: of a video, with `Retrieve`. None: pairs are of images.
+        text_backbone: the encoder of texts, with `Retrieve`, where the two encoders are no pair yet.
         checkpoint, backbone_noise, keep, lm_loss: as in `attach`.
         writes: with head=None, "lm" or "text2text" for the backbone's own head that writes text. It is frozen, and all
             tokens of a decoder's texts have a label.
+        own_head: with head=None and without `writes`, what the backbone's own head gives answers for.
         precision: "float32", "bf16 autocast" (weights in float32), or "bfloat16" (the backbone's weights).
         optimizer: one of `OPTIMIZERS`.
         device: "cpu" or "cuda". The latter needs no GPU.
@@ -119,16 +126,18 @@ def plan(
     place = device if measure else "meta"
     with torch.random.fork_rng(None if place == "cuda" else []), torch.device(place):
         how = {"checkpoint": checkpoint, "backbone_noise": backbone_noise, "keep": keep, "lm_loss": lm_loss}
-        model = _attached(backbone, method, None if writes else head, writes, how, precision, revision)
-        picture = picture_of(backbone, revision, image_size or IMAGE_SIZE) if reads_mixed(model.trunk) else None
-        inputs = blank_batch(model, batch, length, image_size, picture)
+        made = (backbone, text_backbone)
+        model = _attached(made, method, None if writes else head, writes, own_head, how, precision, revision)
+        mixed = isinstance(model, SideModel) and reads_mixed(model.trunk)
+        picture = picture_of(backbone, revision, image_size or IMAGE_SIZE) if mixed else None
+        inputs = blank_batch(model, batch, length, image_size, frames, picture)
         if measure:
             return _measured(model, inputs, precision, optimizer, device)
     return plan_for(model, inputs, precision=precision, optimizer=optimizer, device=device)
 
 
 def _measured(
-    model: SideModel, inputs: Mapping[str, Tensor], precision: Precision, optimizer: str, device: Device
+    model: Attached, inputs: Mapping[str, Tensor], precision: Precision, optimizer: str, device: Device
 ) -> Plan:
     """A plan of two real steps."""
     step = Step(model.train(), inputs, precision, optimizer, device)
@@ -151,17 +160,23 @@ def _measured(
 
 
 def _attached(
-    backbone: Backbone,
+    backbone: tuple[Backbone, Backbone | None],
     method: MethodConfig,
     head: HeadConfig | None,
     writes: Written | None,
+    own_head: OwnHead,
     how: dict[str, Any],
     precision: Precision,
     revision: str | None,
-) -> SideModel:
-    """The attached model on the default device."""
+) -> Attached:
+    """The attached model on the default device. The second backbone is of texts, beside one of images."""
+    one, text = backbone
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    made = build(backbone, own_head=head is None and writes is None, writes=writes, dtype=dtype, revision=revision)
+    own = own_head if head is None and writes is None else None
+    if isinstance(head, Retrieve):
+        made = build_pair(one, text, dtype=dtype, revision=revision)
+    else:
+        made = build(one, own_head=own, writes=writes, dtype=dtype, revision=revision)
     try:
         return attach(made, method, head=head, **how)
     except RuntimeError as error:  # what torch raises for an operation that needs values

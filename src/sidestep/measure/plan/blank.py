@@ -14,13 +14,16 @@ from transformers import AutoConfig, PreTrainedConfig
 from sidestep.backbone import positions
 from sidestep.backbone.configs import config_of
 from sidestep.backbone.gguf import is_gguf
-from sidestep.backbone.load import classifier_of, headless_of
+from sidestep.backbone.load import OwnHead, classifier_of, headless_of, paired
 from sidestep.backbone.pixels import image_shape
+from sidestep.backbone.processors import require_dual
 from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
 from sidestep.backbone.trunk import SOUND_INPUTS, reads_mixed
 from sidestep.measure.plan.pictures import Picture
 from sidestep.metrics import Written
+from sidestep.model.attach import Attached
+from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
 
 Backbone: TypeAlias = str | Path | PreTrainedConfig | Callable[[], nn.Module]
@@ -42,7 +45,7 @@ TARGET = 4
 def build(
     backbone: Backbone,
     *,
-    own_head: bool = False,
+    own_head: OwnHead | None = None,
     writes: Written | None = None,
     num_labels: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -53,7 +56,7 @@ def build(
     Args:
         backbone: a folder with a config.json, such a file, a hub id, "timm:NAME", "vit:FILE.npz",
             "gguf:FOLDER@FILE", a config, or what makes the model.
-        own_head: whether the backbone comes with a classification head of its own.
+        own_head: the head of its own for classification with which the backbone comes.
         writes: the head of its own that writes text with which it comes.
         num_labels: classes of the head for classification. None: the config's.
         dtype: of the weights.
@@ -65,19 +68,37 @@ def build(
     if isinstance(backbone, str | Path) and str(backbone).startswith(TIMM):
         if writes is not None:
             raise LoadError(f"{backbone} reads images and writes no text: leave --kind {writes} out")
-        return _timm(str(backbone), num_labels if own_head else 0).to(dtype)
+        return _timm(str(backbone), num_labels if own_head is not None else 0).to(dtype)
     if callable(backbone) and not isinstance(backbone, PreTrainedConfig):
         return backbone().to(dtype)
     config = backbone if isinstance(backbone, PreTrainedConfig) else read_config(backbone, revision)
-    if own_head and num_labels is not None:
+    if own_head is not None and num_labels is not None:
         config.num_labels = num_labels
-    kind = classifier_of(config) if own_head else _writing(config, writes) if writes else headless_of(config)
-    if own_head and getattr(config, "pad_token_id", None) is None:
+    if own_head is not None:
+        kind = classifier_of(config, own_head)
+    else:
+        kind = _writing(config, writes) if writes else headless_of(config)
+    if own_head is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # by which a decoder's head finds the last token of a row
     try:
         return kind.from_config(config, dtype=dtype)
     except ValueError as error:
         raise LoadError(f"transformers has no model for {type(config).__name__}: {_first_line(error)}") from error
+
+
+def build_pair(
+    backbone: Backbone, text: Backbone | None, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> nn.Module:
+    """A dual encoder with random weights, as `build` makes it, or of an encoder of images and one of texts.
+
+    Raises:
+        LoadError: as `build`. If there are no two towers.
+    """
+    made = build(backbone, dtype=dtype, revision=revision)
+    if text is not None:
+        return paired(made, build(text, dtype=dtype)).to(dtype)
+    require_dual(str(backbone), getattr(getattr(made, "config", None), "model_type", "timm model"))
+    return made
 
 
 def read_config(name: str | Path, revision: str | None = None) -> Any:
@@ -118,23 +139,34 @@ def _timm(name: str, classes: int | None) -> nn.Module:
 
 
 def blank_batch(
-    model: SideModel, rows: int, length: int | None, image_size: int | None, picture: Picture | None = None
+    model: Attached,
+    rows: int,
+    length: int | None,
+    image_size: int | None,
+    frames: int | None = None,
+    picture: Picture | None = None,
 ) -> dict[str, Tensor]:
     """A batch without content, on the default device. It has labels and, for texts, padding.
 
     Args:
-        model: says whether it reads texts, images or sounds, and what its labels are.
+        model: says whether it reads texts, images or sounds, or pairs, and what its labels are.
         rows: of the batch.
         length: tokens of a text. None: `LENGTH`, or what the model takes at most. Of a wave
             samples, and None: `SAMPLES`. Spectrograms are as long as those that the model was tried with.
         image_size: rows and columns of an image. None: what the model was made for, or `IMAGE_SIZE`.
+        frames: of the videos that pairs are of. None: they are of images.
         picture: that stands in front of each text.
 
     Raises:
         ValueError: if a size does not fit the model.
     """
-    if rows < 1:
-        raise ValueError(f"batch={rows}, but it must be at least 1")
+    for name, value in (("batch", rows), ("frames", frames)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}, but it must be at least 1")
+    if isinstance(model, PairModel):
+        return _pairs(model, rows, length, image_size, frames)
+    if frames is not None:
+        raise ValueError(f"frames={frames}, but {_name(model)} reads no videos: they are for a dual encoder (Retrieve)")
     if model.main_input_name == "pixel_values":
         if length is not None:
             raise ValueError(f"length={length}, but {_name(model)} reads images: give image_size")
@@ -149,16 +181,30 @@ def blank_batch(
         if image_size is not None:
             what = "has no processor of pictures here: " if reads_mixed(model.trunk) else "reads texts: "
             raise ValueError(f"image_size={image_size}, but {_name(model)} {what}give length")
-        shape = rows, _length(model, length)
-        inputs = {name: torch.ones(shape, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-        # without any padding transformers would leave the mask out
-        inputs["attention_mask"][-1, 1:] = 0
+        inputs = _texts(model, rows, length)
     if model.settings.head is None and model.writes == "text2text":
         target = torch.ones(rows, TARGET, dtype=torch.long)
         return {**inputs, "decoder_input_ids": target, "labels": target.clone()}
     if model.settings.head is None and model.writes == "lm":
         return {**inputs, "labels": inputs["input_ids"].clone()}
-    return {**inputs, "labels": _labels(model, rows)}
+    return {**inputs, "labels": _labels(model, rows, inputs)}
+
+
+def _pairs(
+    model: PairModel, rows: int, length: int | None, image_size: int | None, frames: int | None
+) -> dict[str, Tensor]:
+    """An image, or a video of so many frames, for each text."""
+    axes = () if frames is None else (frames,)
+    pixels, texts = torch.zeros(rows, *axes, *_image_shape(model.image, image_size)), _texts(model.text, rows, length)
+    return {"pixel_values": pixels, **texts, "labels": model.head.blank_labels(rows, texts["input_ids"].shape[1])}
+
+
+def _texts(model: SideModel, rows: int, length: int | None) -> dict[str, Tensor]:
+    shape = rows, _length(model, length)
+    inputs = {name: torch.ones(shape, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    # without any padding transformers would leave the mask out
+    inputs["attention_mask"][-1, 1:] = 0
+    return inputs
 
 
 def _length(model: SideModel, asked: int | None, beside: int = 0) -> int:
@@ -201,12 +247,15 @@ def _image_shape(model: SideModel, asked: int | None) -> tuple[int, int, int]:
     return own if asked is None else (own[0], asked, asked)
 
 
-def _labels(model: SideModel, rows: int) -> Tensor:
-    head = model.settings.head
-    if head is None or head.kind == "single":
-        return torch.zeros(rows, dtype=torch.long)
-    shape = (rows, head.outputs) if head.outputs > 1 or head.kind == "multi" else (rows,)
-    return torch.zeros(shape)
+def _labels(model: SideModel, rows: int, inputs: dict[str, Tensor]) -> Tensor:
+    head, ids = model.settings.head, inputs.get("input_ids")
+    tokens = 1 if ids is None else ids.shape[1]
+    if head is not None:
+        return head.blank_labels(rows, tokens)
+    own = type(model.backbone).__name__
+    if own.endswith("ForTokenClassification"):
+        return torch.zeros(rows, tokens, dtype=torch.long)
+    return torch.zeros((rows, 2) if own.endswith("ForQuestionAnswering") else (rows,), dtype=torch.long)
 
 
 def _name(model: SideModel) -> str:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 
 from sidestep.backbone.fakes import unlogged
+from sidestep.backbone.frames import VIDEO_AXES
 from sidestep.backbone.source import Reads
 from sidestep.interface.keep import Keep
 from sidestep.measure.memory import by_kind_of_module, saved_bytes
@@ -71,7 +72,8 @@ class Plan:
         parameters: how many values are trained.
         batch, length, image_size: of the inputs. A length is of texts (tokens, a picture's among them) and waves
             (samples), a size of images.
-        reads: what a row is.
+        frames: of a video. None: a row is no video with its caption.
+        reads: what a row is. A caption of an image or a video is a text.
         pictured: whether a picture stands among the tokens of each text.
         precision, optimizer, device: of the step.
         source: "traced", or "measured" by a real step with random weights.
@@ -99,6 +101,7 @@ class Plan:
     batch: int
     length: int | None
     image_size: int | None
+    frames: int | None
     reads: Reads
     pictured: bool
     precision: Precision
@@ -281,6 +284,7 @@ def facts(step: Step, saved: Mapping[str, int]) -> dict[str, Any]:
         "batch": len(batch["labels"]),
         "length": None if given is None or given.ndim > 2 else given.shape[1],
         "image_size": None if images is None or images.ndim < 4 else images.shape[-1],
+        "frames": None if images is None or images.ndim <= VIDEO_AXES else images.shape[1],
         "pictured": is_pictured(model, batch),
         "reads": "text" if "input_ids" in batch else "audio" if images is None else "image",
         "precision": step.precision,

@@ -51,6 +51,7 @@ class Recipe:
         training: fields of `TrainSettings`.
         images: fields of `ImageTransform`, for all images but augmented ones. Empty: the backbone's own processor.
         max_length: tokens that are kept of a text. None: as the tokenizer says.
+        frames: taken of a video. None: the recipe is for no videos.
         augment: random views of the training images. None: no such views.
         shots: training images of each class. None: all.
     """
@@ -68,6 +69,7 @@ class Recipe:
     training: Mapping[str, Any]
     images: Mapping[str, Any]
     max_length: int | None
+    frames: int | None
     augment: str | None
     shots: int | None
 
@@ -172,9 +174,9 @@ def _few_shot_rows(tasks: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
 def _recipe(name: str, shared: Mapping[str, Any], row: Mapping[str, Any]) -> Recipe:
     own = dict(row)
     # a published run trains all its epochs
-    training = {"patience": 0, **shared["training"], **_taken(own, ("learning_rate", "epochs"))}
+    training = {"patience": 0, **shared["training"], **_taken(own, ("learning_rate", "epochs", "weight_decay"))}
     plain: dict[str, Any] = {"problem": None, "pool": None, "drop_path": 0.0, "max_length": None}
-    plain |= {"augment": None, "shots": None}
+    plain |= {"frames": None, "augment": None, "shots": None}
     plain |= {key: value for key, value in shared.items() if not isinstance(value, dict)}
     plain |= _taken(own, ("drop_path", "shots"))
     plain.setdefault("noise", "drop_path" if plain["drop_path"] else None)
