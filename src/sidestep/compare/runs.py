@@ -104,6 +104,7 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
                 spec,
                 attention=comparison.attention,
                 bf16=comparison.bf16,
+                pictured=any(task.task.pictured for task in tasks),
                 writes=writes,
                 measured_as=measured_as([task.task for task in tasks]),
             )
@@ -116,8 +117,12 @@ def _prepared(comparison: Comparison, tasks: Mapping[str, Sequence[Task]], tell:
     rows = {task.name: Rows.of(task, comparison) for task in comparison.tasks}
     found = {}
     for spec in comparison.backbones:
-        processor = processor_of(spec)
-        found[spec.name] = [Prepared.of(rows[task.name], processor, comparison) for task in tasks[spec.name]]
+        processors = {
+            pictured: processor_of(spec, pictured=pictured) for pictured in {task.pictured for task in tasks[spec.name]}
+        }
+        found[spec.name] = [
+            Prepared.of(rows[task.name], processors[task.pictured], comparison) for task in tasks[spec.name]
+        ]
         for task in found[spec.name]:
             if between := task.trial.separators.pair:
                 tell(f"{spec.name}: between the two texts of a row of {task.task.name} stands {between!r}")

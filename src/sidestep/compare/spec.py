@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from sidestep.backbone import Noise, check_noise
 from sidestep.backbone.families import Pool
+from sidestep.backbone.processors import IN_WORDS
 from sidestep.backbone.source import Reads
 from sidestep.data import Fields, Kind, TableOptions
 from sidestep.disk.feature_options import FeatureOptions
@@ -36,6 +37,15 @@ Attention = Literal["sdpa", "eager"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 NEVER = 10**9  # steps between log entries: the loss is that of a whole epoch then, logged at its end
 AS_USUAL = TableOptions()
+Holds = Literal[Reads, "pictured", "pairs"]
+"""What the rows of a task are: of one sort, pictures with texts, or pairs, which a dual encoder reads."""
+
+
+def in_words(holds: Holds) -> str:
+    """What rows are, in words."""
+    if holds == "pairs":
+        return "pairs"
+    return "pictures with texts" if holds == "pictured" else IN_WORDS[holds]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +111,18 @@ class Task:
         _require("frames", self.frames, self.frames is None or self.frames >= 1, "at least 1, or not given")
 
     @property
-    def reads(self) -> Reads | None:
-        """What a row is. None for pairs, which a dual encoder reads."""
+    def holds(self) -> Holds:
+        """What a row is."""
         if self.problem is not None and kind_named(self.problem).dual:
-            return None
-        return cast("Reads", "text" if self.fields.files is None else self.fields.files[0].field)
+            return "pairs"
+        if self.fields.files is None:
+            return "text"
+        return "pictured" if self.fields.text is not None else cast("Reads", self.fields.files[0].field)
+
+    @property
+    def pictured(self) -> bool:
+        """Whether a row is a picture with a text."""
+        return self.holds == "pictured"
 
     def read(self) -> tuple[Dataset, Dataset]:
         """All training rows and all dev rows.

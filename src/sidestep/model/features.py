@@ -70,6 +70,8 @@ def check_storable(model: Attached) -> SideModel:
         raise FeaturesRefused(
             f"{model.record.name} changes the backbone's weights, so its states change with each step"
         )
+    if model.facts.head.after is not None and model.head is not None:
+        raise FeaturesRefused("its head reads what the model makes of its last block")
     if model.settings.backbone_noise is not None:
         raise FeaturesRefused(
             f"backbone_noise={model.settings.backbone_noise!r}: the states are other ones in each epoch"

@@ -140,7 +140,8 @@ class Forward(TrainerFace):
         """Whether a pass of the bare backbone is enough: nothing is written but behind the last block."""
         border = self.fold.keeping.border
         at_end = border is None or border.kind == "norm" or border.last
-        return self.head is not None and not self._reads_own and self.delta is None and at_end
+        reads_end = self.head is not None and not self._reads_own and self.facts.head.after is None
+        return reads_end and self.delta is None and at_end
 
     def bare(self, inputs: dict[str, Any]) -> Any:
         """What the trunk gives for inputs. Whoever has hooks on it follows the pass."""

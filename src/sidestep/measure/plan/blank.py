@@ -19,7 +19,8 @@ from sidestep.backbone.pixels import image_shape
 from sidestep.backbone.processors import require_dual
 from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
-from sidestep.backbone.trunk import SOUND_INPUTS
+from sidestep.backbone.trunk import SOUND_INPUTS, reads_mixed
+from sidestep.measure.plan.pictures import Picture
 from sidestep.metrics import Written
 from sidestep.model.attach import Attached
 from sidestep.model.outputs import gives_spans
@@ -139,7 +140,12 @@ def _timm(name: str, classes: int | None) -> nn.Module:
 
 
 def blank_batch(
-    model: Attached, rows: int, length: int | None, image_size: int | None, frames: int | None = None
+    model: Attached,
+    rows: int,
+    length: int | None,
+    image_size: int | None,
+    frames: int | None = None,
+    picture: Picture | None = None,
 ) -> dict[str, Tensor]:
     """A batch without content, on the default device. It has labels and, for texts, padding.
 
@@ -150,6 +156,7 @@ def blank_batch(
             samples, and None: `SAMPLES`. Spectrograms are as long as those that the model was tried with.
         image_size: rows and columns of an image. None: what the model was made for, or `IMAGE_SIZE`.
         frames: of the videos that pairs are of. None: they are of images.
+        picture: that stands in front of each text.
 
     Raises:
         ValueError: if a size does not fit the model.
@@ -169,9 +176,12 @@ def blank_batch(
         if image_size is not None:
             raise ValueError(f"image_size={image_size}, but {_name(model)} reads sounds: give length")
         inputs = _sounds(model, rows, length)
+    elif picture is not None:
+        inputs = picture.batch(rows, _length(model, length, len(picture.tokens["input_ids"]) - picture.text))
     else:
         if image_size is not None:
-            raise ValueError(f"image_size={image_size}, but {_name(model)} reads texts: give length")
+            what = "has no processor of pictures here: " if reads_mixed(model.trunk) else "reads texts: "
+            raise ValueError(f"image_size={image_size}, but {_name(model)} {what}give length")
         inputs = _texts(model, rows, length)
     if model.settings.head is None and model.writes == "text2text":
         target = torch.ones(rows, TARGET, dtype=torch.long)
@@ -198,8 +208,10 @@ def _texts(model: SideModel, rows: int, length: int | None) -> dict[str, Tensor]
     return inputs
 
 
-def _length(model: SideModel, asked: int | None) -> int:
+def _length(model: SideModel, asked: int | None, beside: int = 0) -> int:
+    """Tokens of a text that stands beside so many others."""
     most, _ = positions(model.backbone)
+    most = None if most is None else most - beside
     length = asked if asked is not None else min(LENGTH, most or LENGTH)
     if length < 1 or (most is not None and length > most):
         raise ValueError(f"length={length}, but {_name(model)} takes 1 to {most or 'any number of'} tokens")
