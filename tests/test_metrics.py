@@ -12,7 +12,9 @@ from sidestep.metrics import (
     METRICS,
     ComputeMetrics,
     ScoreWarning,
+    normalised,
     scores,
+    span_scores,
     text_scores,
 )
 
@@ -130,6 +132,37 @@ def test_written_texts_are_compared_whole_and_by_words() -> None:
     assert found == {"exact_match": 0.25, "token_f1": pytest.approx((1 + 1 + 2 / 3 + 1) / 4)}
     assert text_scores(["bad bad"], ["bad"])["token_f1"] == pytest.approx(2 / 3)
     assert text_scores([""], ["bad"]) == {"exact_match": 0.0, "token_f1": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("found", "answers", "match", "f1"),
+    [
+        ("the Normans!", ["Normans"], 1, 1),  # articles, case and punctuation do not count
+        ("10th and 11th centuries", ["in the 10th and 11th centuries"], 0, 2 * 4 / (4 + 5)),
+        ("Rollo", ["King Charles", "Rollo of Normandy", "Duke Rollo"], 0, 2 * 1 / (1 + 2)),  # the best of them
+        ("b b a", ["b c"], 0, 2 * 1 / (2 + 2)),  # a word counts as often as both have it
+        ("", [], 1, 1),
+        ("France", [], 0, 0),
+        ("", ["France"], 0, 0),
+        ("the", ["France"], 0, 0),
+        ("", ["the", "France"], 0, 0),  # "the" has no word, so it is no answer beside another
+        ("", ["the"], 1, 1),
+        ("well\u2013known", ["a\u2013known"], 0, 0),
+        ("a\u2013known", ["\u2013known"], 1, 1),  # an article ends where no letter follows
+    ],
+)
+def test_answers_are_compared_as_squads_evaluation_does(
+    found: str, answers: list[str], match: float, f1: float
+) -> None:
+    assert span_scores([found], [answers]) == {"exact_match": match, "f1": pytest.approx(f1)}
+
+
+def test_scores_of_answers_are_means_over_the_questions() -> None:
+    found = span_scores(["France", "in France", "", "Rollo"], [["France"], ["France"], [], ["France"]])
+    assert found == {"exact_match": 0.5, "f1": pytest.approx((1 + 2 / 3 + 1 + 0) / 4)}
+    assert normalised("The  Normans, of a land") == "normans of land"
+    with pytest.raises(ValueError, match="1 answers for 2 questions"):
+        span_scores(["a"], [["a"], ["b"]])
 
 
 def test_texts_and_targets_have_to_be_as_many() -> None:

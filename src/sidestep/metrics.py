@@ -3,6 +3,7 @@
 Both are imported where a score is computed. So a model can be attached, trained and measured without them.
 """
 
+import re
 import string
 import warnings
 from collections import Counter
@@ -39,7 +40,8 @@ METRICS: dict[str, tuple[str, ...]] = {
     "grounding": ("accuracy_iou50", "mean_iou"),
 }
 """The scores of each kind. Of kind "single", "f1" exists for two classes only."""
-ARTICLES = ("a", "an", "the")
+ARTICLE = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 GREATER_IS_BETTER: dict[str, bool] = {name: name != "mse" for names in METRICS.values() for name in names}
 """Whether a larger score is the better one."""
@@ -140,6 +142,40 @@ def text_scores(written: Sequence[str], targets: Sequence[str]) -> dict[str, flo
     }
 
 
+def span_scores(found: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """The scores of answers that were found in texts, over the questions, as SQuAD 2.0's evaluation has them.
+
+    Texts are compared by their words: in lower case, without punctuation and articles.
+
+    Args:
+        found: one text a question. An empty one says that the question has no answer.
+        answers: all right answers of each question. Empty if it has none. Those without a word are left out.
+
+    Returns:
+        exact_match: the share of questions for which one of the right answers was found.
+        f1: the mean over the questions of the F1 of the words, with the right answer that has most in common with what
+            was found. Where there is no answer, or none was found, it is 1 or 0.
+
+    Raises:
+        ValueError: if there are no questions, or not as many texts as questions.
+    """
+    if not answers or len(found) != len(answers):
+        raise ValueError(f"{len(found)} answers for {len(answers)} questions: give one for each, at least one")
+    rows = [
+        (_words(text), [words for words in map(_words, right) if words] or [[]])
+        for text, right in zip(found, answers, strict=True)
+    ]
+    return {
+        "exact_match": sum(words in right for words, right in rows) / len(rows),
+        "f1": sum(max(_token_f1(words, each) for each in right) for words, right in rows) / len(rows),
+    }
+
+
+def normalised(text: str) -> str:
+    """A text as SQuAD's evaluation compares it: in lower case, without punctuation and articles."""
+    return " ".join(_words(text))
+
+
 @dataclass(frozen=True)
 class ComputeMetrics:
     """`compute_metrics` of a `transformers.Trainer`: the scores of what a model gave for an evaluation set.
@@ -170,8 +206,7 @@ def of_evaluation(kind: Kind, evaluation: Any) -> tuple[NDArray[Any], NDArray[An
 
 
 def _words(text: str) -> list[str]:
-    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return [word for word in plain.split() if word not in ARTICLES]
+    return ARTICLE.sub(" ", text.lower().translate(PUNCTUATION)).split()
 
 
 def _token_f1(words: list[str], target: list[str]) -> float:

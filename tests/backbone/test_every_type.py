@@ -15,9 +15,10 @@ from sweep.subject import Subject
 
 METHODS = ("read", "side_attention")
 #: Types that showed a fault once: states that are mixed before the norm, positions of pictures, masks that a model
-#: returns, grids that nobody tells, lists in lists, towers of pictures, patterns of names, masks of frames.
+#: returns, grids that nobody tells, lists in lists, towers of pictures, patterns of names, masks of frames, outputs
+#: that are lists.
 SHOWED = ("inkling2_text", "hunyuan_vl", "qwen2_audio", "pvt", "cvt", "mobilenet_v2", "git", "blip", "instructblip",
-          "modernvbert", "gemma4", "parakeet_ctc", "wav2vec2-bert")  # fmt: skip
+          "modernvbert", "gemma4", "parakeet_ctc", "wav2vec2-bert", "openai-gpt")  # fmt: skip
 STAGES = "this backbone is hierarchical"
 #: What is refused at `attach`, and words of the reason.
 REFUSED: dict[tuple[str, str], str] = {
@@ -29,26 +30,37 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 #: The laws that the bare model keeps and an attached one refuses to be asked, and words of the reason.
 REFUSED_LAWS: dict[tuple[str, str], dict[str, str]] = {
-    ("mamba2", "side_attention"): {"cache": "use_cache=False"},
-    ("blip", "side_attention"): {"cache": "use_cache=False"},
+    (name, "side_attention"): {"cache": "use_cache=False"} for name in ("mamba2", "blip", "openai-gpt")
 }
+
+
+def built(name: str) -> Subject:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # transformers' own, on configs as small as these
+            return Subject(catalogue()[name])
+    except Exception as error:  # an older transformers may not have the type, or may have another config
+        pytest.skip(f"no tiny {name}: {type(error).__name__}: {error}")
 
 
 @pytest.fixture(params=(*MOST_USED, *SHOWED))
 def subject(request: pytest.FixtureRequest) -> Subject:
     """A tiny model of each type, built once for all methods."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # transformers' own, on configs as small as these
-            return Subject(catalogue()[request.param])
-    except Exception as error:  # an older transformers may not have the type, or may have another config
-        pytest.skip(f"no tiny {request.param}: {type(error).__name__}: {error}")
+    return built(request.param)
 
 
 def test_a_method_keeps_what_the_bare_model_does_or_is_refused_by_a_reason(subject: Subject) -> None:
     for method in METHODS:
         for use in subject.uses:
             check(subject.kind.name, method, outcome(subject, use, method))
+
+
+@pytest.mark.parametrize(("name", "method"), [("molmo2", "lora"), ("dab-detr", "sherl")])
+def test_what_once_failed_in_training_works(name: str, method: str) -> None:
+    """Types of tokens that a model wants in training, and a final norm that is asked twice."""
+    subject = built(name)
+    for use in subject.uses:
+        check(name, method, outcome(subject, use, method))
 
 
 def check(name: str, method: str, found: Outcome) -> None:

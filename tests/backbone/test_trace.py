@@ -289,13 +289,27 @@ IMAGES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "
 }
 
 
-def test_a_head_is_refused_where_the_models_last_hidden_state_comes_from_elsewhere() -> None:
-    """OPT-350m projects what its last block gives; its own head reads that."""
+class Pooled(t.BertModel):
+    """Its last hidden state is no row of tokens."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+        output.last_hidden_state = output.last_hidden_state.mean(1)
+        return output
+
+
+def test_a_head_is_refused_where_there_is_no_last_hidden_state_of_tokens() -> None:
+    model = Pooled(t.BertConfig(**TEXT), add_pooling_layer=False).eval()
+    with pytest.raises(ss.UnsupportedBackbone, match=r"a Classify head does not work on Pooled.*this model gives none"):
+        ss.attach(model, ss.ReadConfig(rank=2), head=ss.Classify(num_labels=2))
+
+
+def test_an_own_head_reads_what_follows_the_last_block() -> None:
+    """OPT-350m projects what its last block gives."""
     config = t.OPTConfig(**{**TEXT, "ffn_dim": 32, "word_embed_proj_dim": 8, "do_layer_norm_before": False})
     model = t.OPTForCausalLM(config).eval()
     assert not facts_of(model).head.ends
-    with pytest.raises(ss.UnsupportedBackbone, match=r"a Classify head does not work on OPTForCausalLM.*own head"):
-        ss.attach(model, ss.ReadConfig(rank=2), head=ss.Classify(num_labels=2))
+    assert facts_of(model).head.after == 8
     ids = texts()
     ss.attach(model, ss.ReadConfig(rank=2)).train()(input_ids=ids, labels=ids).loss.backward()
 

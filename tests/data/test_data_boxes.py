@@ -31,7 +31,7 @@ def rows(picture: str, *boxes: Any) -> Dataset:
 def test_shares_are_of_the_pictures_own_sides(picture: str) -> None:
     found = rows(picture, [10, 5, 30, 15])
     assert Boxes("grounding", ()).shares(found, "box", "picture") == [[0.5, 0.5, 0.5, 0.5]]
-    assert Boxes("grounding", (), "xywh").shares(found, "box", "picture") == [[0.625, 0.625, 0.75, 0.75]]
+    assert Boxes("grounding", (), form="xywh").shares(found, "box", "picture") == [[0.625, 0.625, 0.75, 0.75]]
 
 
 @pytest.mark.parametrize("text", ["10 5 30 15", "10, 5, 30, 15", "[10, 5, 30.0, 15]"])
@@ -49,7 +49,7 @@ def test_pixels_come_back_from_shares(data: st.DataObject, form: Any) -> None:
     box = [left, top, right, bottom] if form == "xyxy" else [left, top, right - left, bottom - top]
     image = PIL.Image.new("L", (width, height))
     given_rows = Dataset.from_list([{"picture": image, "box": box}])
-    space = Boxes("grounding", (), form)
+    space = Boxes("grounding", (), form=form)
     shares = np.array(space.shares(given_rows, "box", "picture"))
     assert space.pixels(shares, np.array([[width, height]]))[0] == pytest.approx(box, abs=1e-6)
 

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features
 
-from sidestep.data import Collate, CollateWritten, DataError, DataWarning, TableOptions, label_space, read
+from sidestep.data import (
+    Collate,
+    CollateWritten,
+    DataError,
+    DataWarning,
+    TableOptions,
+    holdout_whole,
+    label_space,
+    read,
+)
 from sidestep.data.encode import refuse_ignored
 from small_tasks import tokenizer
 
@@ -147,3 +156,24 @@ def test_a_zero_byte_in_a_text_is_no_encoding(tmp_path: Path) -> None:
     lines = tmp_path / "a.jsonl"
     lines.write_text(json.dumps({"text": "a\0b"}))
     assert read(lines)["text"][:] == ["a\0b"]
+
+
+# --- held-out rows that belong together --------------------------------------------------------------------
+
+
+def test_rows_with_the_same_cell_are_held_out_together() -> None:
+    rows = Dataset.from_dict({"context": [f"text {number % 10}" for number in range(40)], "row": list(range(40))})
+    train, dev = holdout_whole(rows, "context", 0.2, seed=3)
+    assert len(set(dev["context"][:])) == 2
+    assert not set(train["context"][:]) & set(dev["context"][:])
+    assert sorted(train["row"][:] + dev["row"][:]) == list(range(40))
+    assert train["row"][:] == sorted(train["row"][:])
+    assert holdout_whole(rows, "context", 0.2, seed=3)[1]["row"][:] == dev["row"][:]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "cells", "says"), [(0.1, ["a", "a"], "2 rows with 1 different cells in 'text'"), (1.5, ["a"], "=1.5")]
+)
+def test_what_cannot_be_divided_is_said(fraction: float, cells: list[str], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        holdout_whole(Dataset.from_dict({"text": cells}), "text", fraction, seed=0)

@@ -13,8 +13,8 @@ from sklearn.metrics import recall_score
 
 from sidestep.data import LabelSpace
 from sidestep.kinds import kind_named
-from sidestep.kinds.assess import FEW, OfClass, assess_texts
-from sidestep.metrics import Kind, scores, text_scores
+from sidestep.kinds.assess import FEW, OfClass, assess_answers, assess_texts
+from sidestep.metrics import Kind, scores, span_scores, text_scores
 
 
 def drawn(kind: Kind, classes: int, seed: int, rows: int = 40) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -102,6 +102,24 @@ def test_texts_are_seen_against_the_most_frequent_one() -> None:
 def test_texts_that_are_all_different_are_no_classes() -> None:
     targets = [str(number) for number in range(FEW + 1)]
     assert assess_texts(targets, targets).classes == {}
+
+
+def test_answers_are_seen_against_the_most_frequent_one() -> None:
+    right = [["Paris", "paris!"], ["the Seine", "Seine"], ["Paris, France", "Paris"], []]
+    found = assess_answers(["Paris", "Seine river", "", ""], right)
+    assert found.scores == {"exact_match": 0.5, "f1": pytest.approx((1 + 2 / 3 + 0 + 1) / 4)}
+    assert found.constant == span_scores(["Paris"] * 4, right) == {"exact_match": 0.5, "f1": 0.5}
+    assert found.classes == {
+        "answerable": OfClass(rows=3, recall=pytest.approx(1 / 3), f1=pytest.approx((1 + 2 / 3) / 3)),
+        "unanswerable": OfClass(rows=1, recall=1, f1=1),
+    }
+
+
+def test_no_answer_may_be_the_most_frequent_one() -> None:
+    found = assess_answers(["Paris", "Paris", "Paris"], [["Paris"], [], []])
+    assert found.constant == {"exact_match": pytest.approx(2 / 3), "f1": pytest.approx(2 / 3)}
+    assert assess_answers(["Paris"], [["Paris"]]).classes == {}
+    assert assess_answers(["Paris"], [[]]).classes["answerable"] == OfClass(rows=0, recall=None)
 
 
 def test_retrieval_has_scores_alone() -> None:

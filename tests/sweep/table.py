@@ -20,7 +20,7 @@ REASONS = (
     r"cannot be folded over: (.*?)\. Sidestep needs",
     r"(several towers of blocks)",
     r"(holds no list of repeated blocks)",
-    r"a \w+ head does not work on \w+: it (.*?)\. So this",
+    r"a \w+ head does not work on \w+: it (.*?)\. Train",
     r"does not work on \w+: (.*)",
 )
 """Where the reason stands in a message."""

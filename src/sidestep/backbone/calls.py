@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -58,3 +58,18 @@ def with_argument(
         return args, {**kwargs, name: value}
     position = list(names).index(name)
     return (*args[:position], value, *args[position + 1 :]), kwargs
+
+
+def part_of(output: Any, number: int) -> Any:
+    """The hidden state of a block's output: one of its elements, where it is a tuple or a list, else all of it."""
+    return output[number] if isinstance(output, tuple | list) else output
+
+
+def with_part(output: Any, number: int, hidden: Tensor) -> Any:
+    """A block's output with another hidden state."""
+    if not isinstance(output, tuple | list):
+        return hidden
+    parts = [*output[:number], hidden, *output[number + 1 :]]
+    if hasattr(output, "_make"):
+        return output._make(parts)
+    return parts if isinstance(output, list) else tuple(parts)

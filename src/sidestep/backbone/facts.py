@@ -57,7 +57,7 @@ class StackFacts:
     Attributes:
         causal: whether a token sees earlier ones only. "partly": in a text, but some kinds of token see each other.
         layout: the axes of the hidden states between its blocks.
-        element: which element of a block's tuple is the hidden state.
+        element: which element of a block's tuple or list is the hidden state.
         stages: the names of each stage's blocks within the trunk, in the order of a pass. A stage begins with a list of
             blocks, and where a block changes tokens or width. A block that runs several times has a name for each time
             (shared weights).
@@ -67,7 +67,10 @@ class StackFacts:
         norm: the name of the final norm within the trunk, or None if there is no such norm.
         ends: whether the stack's own output is what came out of that norm, or of the last block if the stack has no
             norm.
+        after: where something follows, the width of the trunk's last hidden state, which a head can read (DINOv3's
+            ConvNeXt). None: nothing follows, or it gives no (batch, tokens, width).
         mixed: whether the model mixes the last block's output with earlier ones on the way to that norm.
+        again: whether the model gives the last block's output to that norm more than once (DAB-DETR).
         added: where the tokens of a text (or the masked frames of a sound) stand among the stack's. None: they cannot
             be told, and masks do not apply.
         prefixes: of each stage, how many tokens stand before the grid in its input and behind its blocks, where tokens
@@ -86,7 +89,9 @@ class StackFacts:
     spatial: bool = False
     norm: str | None
     ends: bool = True
+    after: int | None = None
     mixed: bool = False
+    again: bool = False
     added: Added | None = None
     prefixes: tuple[tuple[int, int], ...] | None = None
     linear: frozenset[str] | None = field(default=None, repr=False)

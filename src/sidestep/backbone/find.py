@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sidestep.backbone.calls import part_of
 from sidestep.backbone.facts import Facts, StackFacts
 from sidestep.backbone.families import Pool, family_of, prefix_tokens
 from sidestep.backbone.structure import Named, convolves
@@ -130,7 +131,7 @@ def prove_replay(model: nn.Module, tokens: int = 5) -> None:
             continue
         with torch.no_grad(), _evaluating(place.module):
             out = place.module(hidden)
-            error = (block.replay(hidden) - (out[0] if isinstance(out, tuple) else out)).abs().max().item()
+            error = (block.replay(hidden) - part_of(out, 0)).abs().max().item()
         if error > (1e-4 if parameter.dtype in (torch.float32, torch.float64) else 0.1):
             raise ValueError(
                 f"block {place.site.index} ({type(place.module).__name__}) does not equal the sum of the parts that "

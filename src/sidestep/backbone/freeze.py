@@ -18,13 +18,15 @@ def freeze(model: nn.Module) -> None:
 def set_noise(trunk: nn.Module, noise: Noise | None) -> None:
     """Put a frozen trunk in eval mode, except for the noise that was asked for.
 
-    Batch norms stay in eval mode in any case: in training mode they would move the frozen model's buffers.
+    Batch norms stay in eval mode in any case: in training mode they would move the frozen model's buffers. So do
+    modules that would leave out blocks, because a method reads every block. So do wav2vec2's fronts, which would make
+    sounds require a gradient.
     """
     trunk.eval()
     if noise is None:
         return
     for module in trunk.modules():
-        if "BatchNorm" in type(module).__name__:
+        if "BatchNorm" in type(module).__name__ or _drops_layers(module) or vars(module).get("_requires_grad"):
             continue
         if noise == "all" or _is_drop_path(module) == (noise == "drop_path"):
             module.training = True
@@ -39,6 +41,14 @@ def drop_path_rate(trunk: nn.Module) -> float:
 def _is_drop_path(module: nn.Module) -> bool:
     kind = type(module).__name__
     return "DropPath" in kind or "StochasticDepth" in kind
+
+
+def _drops_layers(module: Any) -> bool:
+    """Whether a module runs blocks in a loop that leaves some out in training (layer drop)."""
+    if not any(isinstance(part, nn.ModuleList) for part in module.children()):
+        return False
+    owners = [vars(owner) for owner in (module, getattr(module, "config", None)) if owner is not None]
+    return any(rate for own in owners for name, rate in own.items() if name.endswith("layerdrop"))
 
 
 def check_noise(noise: str | None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.utils import ModelOutput
 
+from sidestep.backbone.calls import part_of
 from sidestep.backbone.dummies import Inputs
 from sidestep.backbone.facts import Added, Layout, as_tokens
 from sidestep.backbone.families import family_of, prefix_tokens
@@ -30,6 +31,8 @@ class Ending(NamedTuple):
     norm: str | None
     ends: bool
     mixed: bool
+    again: bool = False
+    after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class StackPass:
 
     def _given(self, call: Call) -> Tensor:
         """The hidden state that a block gave."""
-        state: Tensor = _element(call.output, self.element)
+        state: Tensor = part_of(call.output, self.element)
         return state
 
     def grids(self, model: nn.Module) -> list[Grid | None]:
@@ -157,8 +160,21 @@ class StackPass:
         fed = [call for call in norms if _meet(states, [call.given])]
         for call in fed if not outputs else (*fed, *norms):
             if not outputs or _meet(_views(call.output, self.layout, added, tokens), outputs):
-                return Ending(call.name, True, call not in fed)
-        return Ending(None, not outputs, False)
+                again = sum(other.name == call.name for other in fed) > 1
+                return Ending(call.name, True, call not in fed, again)
+        return Ending(None, not outputs, False, after=self._width_after() if outputs else None)
+
+    @property
+    def is_reshaped(self) -> bool:
+        """Whether the stack's own output has other tokens or another width than what the last block gave."""
+        return self.output is not None and self.output.ndim == 3 and self.output.shape != self.last.shape
+
+    def _width_after(self) -> int | None:
+        """As `StackFacts.after`."""
+        own = self.output
+        if own is None or own.ndim != 3 or len(own) != len(self.first) or not isinstance(self.seen.output, ModelOutput):
+            return None
+        return own.shape[-1]
 
     def _is_norm(self, call: Call) -> bool:
         root, module = self.blocks.root
@@ -192,7 +208,7 @@ def _check_chain(owner: str, blocks: Blocks, calls: Sequence[Call], element: int
     """
     number = {name: number for number, stage in enumerate(blocks.stages) for name, _ in stage}
     for call, following in pairwise(calls):
-        given, output = following.given, _element(call.output, element)
+        given, output = following.given, part_of(call.output, element)
         if number[call.name] == number[following.name] and not _same(output, given):
             raise unfit(owner, f"its block {following.name} does not run on what {call.name} gave")
 
@@ -202,7 +218,7 @@ def _stages(blocks: Blocks, calls: Sequence[Call], layout: Layout, element: int)
     number = {name: number for number, stage in enumerate(blocks.stages) for name, _ in stage}
     stages: list[list[Call]] = []
     for before, call in zip([None, *calls], calls, strict=False):
-        given, output = (as_tokens(state, layout) for state in (call.given, _element(call.output, element)))
+        given, output = (as_tokens(state, layout) for state in (call.given, part_of(call.output, element)))
         if before is None or number[before.name] != number[call.name] or _shape(given) != _shape(output):
             stages.append([])
         stages[-1].append(call)
@@ -225,15 +241,11 @@ def unfit(owner: str, why: str) -> ValueError:
 def _which_element(calls: Sequence[Call]) -> int:
     """Which element of the blocks' tuples the next block gets, or the first where no element is handed on as it is."""
     for call, following in pairwise(calls):
-        if isinstance(call.output, tuple) and isinstance(following.given, Tensor):
+        if isinstance(call.output, tuple | list) and isinstance(following.given, Tensor):
             for number, part in enumerate(call.output):
                 if isinstance(part, Tensor) and _equal(part, following.given):
                     return number
     return 0
-
-
-def _element(output: Any, number: int) -> Any:
-    return output[number] if isinstance(output, tuple) else output
 
 
 def _handed_on(owner: str, calls: Sequence[Call], element: int) -> list[tuple[str, Tensor]]:
@@ -244,7 +256,7 @@ def _handed_on(owner: str, calls: Sequence[Call], element: int) -> list[tuple[st
     """
     found: list[tuple[str, Tensor]] = []
     for call in calls:
-        for hidden in (call.given, _element(call.output, element)):
+        for hidden in (call.given, part_of(call.output, element)):
             if not isinstance(hidden, Tensor):
                 raise unfit(owner, f"its block {call.name} takes or gives {_what(hidden)}, no hidden state")
             # embeddings that were made to require one (enable_input_require_grads) are for the fold to judge

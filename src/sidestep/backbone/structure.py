@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sidestep.backbone.families import DEFAULT, Family, family_of
 from sidestep.backbone.trunk import is_encoder_decoder, other_towers, reads_mixed, tower_of, trunk_of
+from sidestep.interface.layers import is_linear
 
 Named = tuple[str, nn.Module]
 """A module and its name within the trunk."""
@@ -196,8 +197,8 @@ def _outermost_repeats(lists: dict[str, nn.Module]) -> dict[str, nn.Module]:
         path: module
         for path, module in lists.items()
         if len({type(child) for child in module.children()}) == 1
-        and any(isinstance(part, nn.Linear) for part in next(module.children()).modules())
-        and not isinstance(next(module.children()), nn.Linear)
+        and any(is_linear(part) for part in next(module.children()).modules())
+        and not is_linear(next(module.children()))
     }
     return {
         path: module

@@ -146,7 +146,9 @@ def _named(
             spatial=stack.layout in ("grid", "channels") or any(stack.grids(model)) or prefixes is not None,
             norm=ending.norm,
             ends=ending.ends,
+            after=ending.after,
             mixed=ending.mixed,
+            again=ending.again,
             added=place,
             prefixes=prefixes,
             linear=stack.seen.linear,
@@ -221,8 +223,8 @@ def _of_shapes(model: nn.Module, blocks: Sequence[Blocks], stacks: Sequence[Stac
     found = _named(model, stacks, [said(model, stack) for stack in stacks], added, read.shape[1])
     # without values, a hidden state that was copied on its way to the norm is not recognised behind it
     return {
-        name: facts if facts.ends else replace(facts, norm=likely_norm(own), ends=True)
-        for own, (name, facts) in zip(blocks, found.items(), strict=True)
+        name: facts if facts.ends or stack.is_reshaped else replace(facts, norm=likely_norm(own), ends=True, after=None)
+        for own, stack, (name, facts) in zip(blocks, stacks, found.items(), strict=True)
     }
 
 

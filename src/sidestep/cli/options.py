@@ -233,7 +233,7 @@ Batch = Annotated[int, _training("--batch", help="Rows of one step.")]
 Length = Annotated[
     int | None, _training(help="Tokens of a text (default: 128), or samples of a sound (default: 160000).")
 ]
-ImageSize = Annotated[int | None, _data(help="Rows and columns of an image. Default: the model's.")]
+ImageSize = Annotated[int | None, _data(help="Rows and columns of an image. Default: the model's, or 224.")]
 PlannedFrames = Annotated[
     int | None, _data("--frames", help="Frames of a video (--kind retrieval). Default: pairs are of images.")
 ]

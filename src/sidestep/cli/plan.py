@@ -189,7 +189,11 @@ def _show_plan(plan: Plan, limit: int | None, largest: int | None) -> None:
         facts[f"on {format_bytes(limit)}"] = fits if largest is None else f"{fits}; largest batch {largest}"
     sounds = "spectrograms" if plan.length is None else f"{plan.length} samples"
     image = f"{plan.image_size} px" if plan.frames is None else f"{plan.frames} frames of {plan.image_size} px"
-    text = f"{plan.length} tokens" if plan.image_size is None else f"({plan.length} tokens, {image})"
+    text = f"{plan.length} tokens"
+    if plan.pictured:
+        text += ", a picture among them"
+    elif plan.image_size is not None:
+        text = f"({text}, {image})"
     what = {"text": text, "image": image, "audio": sounds}[plan.reads]
     late = " with late blocks recomputed" if plan.checkpoint else ""
     late += f", keep={plan.keep}" if plan.keep != "full" else ""

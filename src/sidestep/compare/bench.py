@@ -19,14 +19,15 @@ from sidestep.backbone.configs import config_of
 from sidestep.backbone.families import DUAL_FAMILIES, Pool
 from sidestep.backbone.gguf import gguf_parts, is_gguf
 from sidestep.backbone.load import check_writes, load_backbone, load_pair
-from sidestep.backbone.processors import IN_WORDS, PairProcessor, load_pair_processor, load_processor, read_by
-from sidestep.backbone.source import TIMM, Reads
-from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Task
-from sidestep.data import DataError, DataWarning, Fields, holdout
+from sidestep.backbone.processors import PairProcessor, load_pair_processor, load_processor, read_by
+from sidestep.backbone.source import TIMM
+from sidestep.backbone.vision_language import PicturedProcessor, VisionLanguageProcessor
+from sidestep.compare.spec import Attention, Backbone, Comparison, Contender, Holds, Task, in_words
+from sidestep.data import DataError, DataWarning, Fields
 from sidestep.data.contents import content_of
 from sidestep.data.media import undecoded
 from sidestep.kinds.base import kind_named
-from sidestep.kinds.prepare import prepare, strata
+from sidestep.kinds.prepare import hold_out, prepare
 from sidestep.kinds.task_data import TaskData
 from sidestep.methods import WeightDelta, method_of
 from sidestep.metrics import Written
@@ -45,6 +46,7 @@ class Bench:
         spec: what was asked for.
         model: the backbone, on its device.
         processor: its tokenizer, image processor or feature extractor.
+        pictured: whether some of its tasks are of pictures with texts.
         known: the digests of its weights, of a dual encoder those of each tower.
         precision: "bf16 autocast", or the dtype of the weights.
         attention: implementation.
@@ -58,6 +60,7 @@ class Bench:
     known: tuple[Digest, ...]
     precision: str
     attention: str
+    pictured: bool = False
     writes: Written | None = None
     measured_as: str = "single"
 
@@ -68,9 +71,9 @@ class Bench:
         *,
         attention: Attention | None = None,
         bf16: bool = False,
+        pictured: bool = False,
         writes: Written | None = None,
         measured_as: str = "single",
-        tasks: Sequence[Task] = (),
     ) -> Bench:
         """The backbone on the accelerator, or on the CPU where there is none.
 
@@ -90,10 +93,11 @@ class Bench:
         return cls(
             spec=spec,
             model=model,
-            processor=processor_of(spec, tasks),
+            processor=processor_of(spec, pictured=pictured),
             known=tuple(digests_of(model)),
             precision="bf16 autocast" if bf16 else dtype,
             attention=getattr(getattr(model, "config", None), "_attn_implementation", None) or "timm's own",
+            pictured=pictured,
             writes=writes,
             measured_as=measured_as,
         )
@@ -271,7 +275,7 @@ class Prepared:
             data = dict.fromkeys(comparison.seeds, prepare(rows.train, rows.dev, fields, processor, seed=seed, **how))
             for other in comparison.seeds[1:] if shots is not None else ():
                 data[other] = prepare(rows.train, rows.dev, fields, processor, seed=other, **how)
-            inner, outer = holdout(rows.train, strata(rows.task.problem, fields), comparison.holdout, seed)
+            inner, outer = hold_out(rows.train, rows.task.problem, fields, comparison.holdout, seed)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DataWarning)  # the same rows have been warned of
                 trial = prepare(inner, outer, fields, processor, seed=seed, **how)
@@ -287,7 +291,7 @@ def device() -> torch.device:
 
 
 def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
-    """The tasks of each backbone: those of texts, of images or of sounds, and for a dual encoder those of pairs.
+    """The tasks of each backbone: those of texts, of images, of sounds, of pictures with texts, or of pairs.
 
     Raises:
         LoadError: if a backbone has no tokenizer, image processor or feature extractor, or does not write what its
@@ -295,24 +299,34 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Task, ...]]:
         ValueError: if nothing in the comparison reads a task, or a backbone has none, or tasks of several sorts.
     """
     found, used = {}, set()
+    pictured = any(task.pictured for task in comparison.tasks)
     for backbone in comparison.backbones:
-        reads = None if is_dual(backbone) else read_by(processor_of(backbone, comparison.tasks))
-        tasks = tuple(task for task in comparison.tasks if task.reads == reads)
+        reads = _read_by(backbone, pictured=pictured)
+        tasks = tuple(task for task in comparison.tasks if task.holds in reads)
         if not tasks:
-            raise ValueError(
-                f"backbone {backbone.name!r} reads {_worded(reads)}, but no task has any: add one, or leave it out"
-            )
+            words = " and ".join(in_words(one) for one in reads)
+            raise ValueError(f"backbone {backbone.name!r} reads {words}, but no task has any: add one, or leave it out")
         if (writes := written_by(tasks)) is not None:
             check_writes(backbone.model, writes, revision=backbone.revision)
         found[backbone.name] = tasks
         used |= {task.name for task in tasks}
     for task in comparison.tasks:
         if task.name not in used:
-            holds = _worded(task.reads)
+            holds = in_words(task.holds)
             raise ValueError(
                 f"task {task.name!r} is of {holds}, but no backbone reads {holds}: add one, or leave it out"
             )
     return found
+
+
+def _read_by(backbone: Backbone, *, pictured: bool) -> tuple[Holds, ...]:
+    """What a backbone reads. Whether it reads pictures with texts is looked at only if some rows are `pictured`."""
+    processor = processor_of(backbone, pictured=pictured)
+    if isinstance(processor, PairProcessor):
+        return ("pairs",)
+    if isinstance(processor, PicturedProcessor):
+        return ("text", "pictured") if isinstance(processor, VisionLanguageProcessor) else ("pictured",)
+    return (read_by(processor),)
 
 
 def is_dual(spec: Backbone) -> bool:
@@ -322,22 +336,19 @@ def is_dual(spec: Backbone) -> bool:
     return not spec.model.startswith(TIMM) and config_of(spec.model, spec.revision).model_type in DUAL_FAMILIES
 
 
-def processor_of(spec: Backbone, tasks: Sequence[Task]) -> Any:
+def processor_of(spec: Backbone, *, pictured: bool = False) -> Any:
     """The tokenizer, image processor or feature extractor of a backbone. Of a dual encoder a `PairProcessor`.
 
-    Of a model of pictures and texts it reads both, if a task is of both.
+    Args:
+        spec: the backbone.
+        pictured: whether rows are pictures with texts, which a `PicturedProcessor` reads.
 
     Raises:
         LoadError: if there is none.
     """
     if is_dual(spec):
         return load_pair_processor(spec.model, spec.text_model, revision=spec.revision)
-    pictures = any(task.reads == "both" for task in tasks)
-    return load_processor(spec.model, revision=spec.revision, pictures=pictures)
-
-
-def _worded(reads: Reads | None) -> str:
-    return "pairs" if reads is None else IN_WORDS[reads]
+    return load_processor(spec.model, revision=spec.revision, pictures=pictured)
 
 
 def written_by(tasks: Sequence[Task]) -> Written | None:

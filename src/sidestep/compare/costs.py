@@ -14,7 +14,8 @@ from sidestep.compare.ledger import Ledger
 from sidestep.compare.spec import Comparison, Contender, Costs
 from sidestep.measure.meters import Cost, measure
 from sidestep.measure.plan import plan_for
-from sidestep.measure.plan.blank import blank_batch
+from sidestep.measure.plan.blank import IMAGE_SIZE, blank_batch
+from sidestep.measure.plan.pictures import picture_of
 from sidestep.model.attach import Attached, detach
 from sidestep.model.heads import HeadConfig, Retrieve
 from sidestep.model.settings import Settings
@@ -44,7 +45,8 @@ def measure_costs(
     plain = Contender.named("probe")
     probe = bench.attach(plain, bench.blank_head(plain), seed=0)
     try:
-        batch = blank_batch(probe, costs.batch, costs.length if bench.reads_text else None, None, frames)
+        picture = picture_of(bench.spec.model, bench.spec.revision, IMAGE_SIZE) if bench.pictured else None
+        batch = blank_batch(probe, costs.batch, costs.length if bench.reads_text else None, None, frames, picture)
         default = probe.pool if isinstance(probe, SideModel) else None
     finally:
         detach(probe)
@@ -96,7 +98,7 @@ def _settings(
         **bench.settings(one),
         "batch": costs.batch,
         "length": None if given is None or given.ndim > 2 else given.shape[1],
-        "image_size": None if images is None else images.shape[-1],
+        "image_size": None if images is None or images.ndim < 4 else images.shape[-1],
         **({} if images is None or images.ndim <= VIDEO_AXES else {"frames": images.shape[1]}),
         "head": _worded(head),
         "repeats": costs.repeats,

@@ -230,14 +230,14 @@ def _task(table: _Table, base: Path) -> Task:
     text, text2, image, audio, video = (table.get(name, str) for name in ("text", "text2", "image", "audio", "video"))
     problem = check_kind(table.get("kind", str) or table.get("problem", str))
     label = table.get("label", str, "label")
-    named = [name for name, column in (("text", text), ("image", image), ("audio", audio)) if column is not None]
+    named = [column for column in (text, image, audio) if column is not None]
     if problem is not None and kind_named(problem).dual:
         label = None
         table.made(looked_for, fields=Fields(text=text, text2=text2, image=image, audio=audio, video=video))
-    elif video is not None or (len(named) != 1 and named != ["text", "image"]):
+    elif video is not None or not named or (audio is not None and len(named) > 1):
         raise ValueError(
-            f"{table.where}: name one column, of texts (text), of images (image) or of sounds (audio). Name text and "
-            "image for pictures with texts. Videos are for kind = retrieval"
+            f"{table.where}: name one column, of texts (text), of images (image) or of sounds (audio). For a "
+            "vision-language model name text and image. Pairs of texts with images or videos are for kind = retrieval"
         )
     options = table.made(
         TableOptions,

@@ -105,9 +105,9 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
                 spec,
                 attention=comparison.attention,
                 bf16=comparison.bf16,
+                pictured=any(task.task.pictured for task in tasks),
                 writes=writes,
                 measured_as=measured_as(own),
-                tasks=own,
             )
             _Session(comparison, bench, ledger).run(tasks)
         return Outcome(records=list(ledger.touched.values()), ran=ledger.ran, broken=ledger.broken)
@@ -118,8 +118,12 @@ def _prepared(comparison: Comparison, tasks: Mapping[str, Sequence[Task]], tell:
     rows = {task.name: Rows.of(task, comparison) for task in comparison.tasks}
     found = {}
     for spec in comparison.backbones:
-        processor = processor_of(spec, tasks[spec.name])
-        found[spec.name] = [Prepared.of(rows[task.name], processor, comparison) for task in tasks[spec.name]]
+        processors = {
+            pictured: processor_of(spec, pictured=pictured) for pictured in {task.pictured for task in tasks[spec.name]}
+        }
+        found[spec.name] = [
+            Prepared.of(rows[task.name], processors[task.pictured], comparison) for task in tasks[spec.name]
+        ]
         for task in found[spec.name]:
             if between := task.trial.separators.pair:
                 tell(f"{spec.name}: between the two texts of a row of {task.task.name} stands {between!r}")

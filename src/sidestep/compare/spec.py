@@ -15,13 +15,14 @@ from datasets import Dataset
 
 from sidestep.backbone import Noise, check_noise
 from sidestep.backbone.families import Pool
+from sidestep.backbone.processors import IN_WORDS
 from sidestep.backbone.source import Reads
-from sidestep.data import Fields, Kind, TableOptions, holdout
+from sidestep.data import Fields, Kind, TableOptions
 from sidestep.data.boxes import BoxForm
 from sidestep.disk.feature_options import FeatureOptions
 from sidestep.interface.keep import ROUNDED, Keep, check_keep
 from sidestep.kinds.base import kind_named
-from sidestep.kinds.prepare import read_rows, strata
+from sidestep.kinds.prepare import hold_out, read_rows
 from sidestep.methods import MethodConfig, method_named, method_of, methods
 from sidestep.model.heads import HeadConfig
 from sidestep.training.settings import Schedule, TrainSettings
@@ -37,6 +38,15 @@ Attention = Literal["sdpa", "eager"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 NEVER = 10**9  # steps between log entries: the loss is that of a whole epoch then, logged at its end
 AS_USUAL = TableOptions()
+Holds = Literal[Reads, "pictured", "pairs"]
+"""What the rows of a task are: of one sort, pictures with texts, or pairs, which a dual encoder reads."""
+
+
+def in_words(holds: Holds) -> str:
+    """What rows are, in words."""
+    if holds == "pairs":
+        return "pairs"
+    return "pictures with texts" if holds == "pictured" else IN_WORDS[holds]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +115,18 @@ class Task:
         _require("frames", self.frames, self.frames is None or self.frames >= 1, "at least 1, or not given")
 
     @property
-    def reads(self) -> Reads | None:
-        """What a row is. None for pairs, which a dual encoder reads."""
+    def holds(self) -> Holds:
+        """What a row is."""
         if self.problem is not None and kind_named(self.problem).dual:
-            return None
-        if self.fields.text is not None and self.fields.image is not None:
-            return "both"
-        return cast("Reads", "text" if self.fields.files is None else self.fields.files[0].field)
+            return "pairs"
+        if self.fields.files is None:
+            return "text"
+        return "pictured" if self.fields.text is not None else cast("Reads", self.fields.files[0].field)
+
+    @property
+    def pictured(self) -> bool:
+        """Whether a row is a picture with a text."""
+        return self.holds == "pictured"
 
     def read(self) -> tuple[Dataset, Dataset]:
         """All training rows and all dev rows.
@@ -121,7 +136,7 @@ class Task:
         """
         train = read_rows(self.train, self.fields, self.options, self.problem, split=self.train_split)
         if self.dev is None:
-            return holdout(train, strata(self.problem, self.fields), 0.2, seed=0)
+            return hold_out(train, self.problem, self.fields, 0.2, seed=0)
         return train, read_rows(self.dev, self.fields, self.options, self.problem, split=self.dev_split)
 
 

@@ -5,7 +5,7 @@ from sidestep.data.augment import Augmentation
 from sidestep.data.encode import Collate, Fields, check_fields, encode_images, encode_text
 from sidestep.data.encode_sounds import encode_sounds
 from sidestep.data.joins import Separators
-from sidestep.data.labels import Kind, LabelSpace, holdout, label_space
+from sidestep.data.labels import Kind, LabelSpace, holdout, holdout_whole, label_space
 from sidestep.data.messages import DataError, DataWarning
 from sidestep.data.pictured import decoding, encode_beside, encode_pictured
 from sidestep.data.shots import few_shot
@@ -43,6 +43,7 @@ __all__ = [
     "encode_text",
     "few_shot",
     "holdout",
+    "holdout_whole",
     "label_space",
     "prompt_limit",
     "read",

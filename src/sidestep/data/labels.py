@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import ClassLabel, Dataset, LargeList, List
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
 from sidestep.data.messages import NAMED, DataError, DataWarning, listed, named_rows
 from sidestep.data.tables import check_column
@@ -27,10 +27,12 @@ class LabelSpace:
     Attributes:
         kind: one class of several, any number of them, a number, or a text that the model writes.
         names: the classes, in the order of the outputs. It is empty for a number or a text.
+        unanswerable: of answers that stand in texts, whether a question may have none.
     """
 
     kind: Kind
     names: tuple[str, ...]
+    unanswerable: bool = False
 
     @property
     def outputs(self) -> int:
@@ -200,6 +202,26 @@ def holdout(rows: Dataset, label_column: str | None, fraction: float, seed: int)
         ) from error
     train = sorted(set(range(len(rows))) - set(dev))
     return rows.select(train), rows.select(sorted(dev))
+
+
+def holdout_whole(rows: Dataset, column: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """As `holdout`, but rows with the same cell in a column are in the same part. The share is one of such cells.
+
+    Raises:
+        DataError: if the fraction is out of range, or a part would have no row.
+    """
+    if not 0 < fraction < 1:
+        raise DataError(f"fraction={fraction}: choose a share between 0 and 1, for example 0.1")
+    cells = _cells(rows, column)
+    try:
+        split = GroupShuffleSplit(n_splits=1, test_size=fraction, random_state=seed)
+        train, dev = next(split.split(cells, groups=cells))
+    except ValueError as error:
+        raise DataError(
+            f"fraction={fraction} cannot divide {len(rows)} rows with {len(set(cells))} different cells in {column!r}, "
+            f"which are to stay whole ({error}): choose another fraction, or give a dev file"
+        ) from error
+    return rows.select(sorted(train)), rows.select(sorted(dev))
 
 
 def _strata(rows: Dataset, column: str) -> list[str] | None:

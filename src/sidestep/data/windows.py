@@ -54,6 +54,7 @@ class Windows:
         *,
         max_length: int | None,
         columns: str,
+        first: int = 0,
     ) -> Windows:
         """The windows of texts. The text `before` stands in front of each window whole.
 
@@ -63,6 +64,7 @@ class Windows:
             before: a question for each row, or None.
             max_length: tokens of a window, special ones included. None: the tokenizer's limit.
             columns: where the texts are from, for messages.
+            first: number of the first row there, for messages.
 
         Raises:
             DataError: for a tokenizer that does not tell places, a limit without room, and rows whose text in front
@@ -79,7 +81,7 @@ class Windows:
         if limit is not None:
             shared = limit // OVERLAP
             if before is not None:
-                _check_room(tokenizer, before, limit, columns)
+                _check_room(tokenizer, before, limit, columns, first)
                 shared = min(shared, _least_room(tokenizer, before, limit) // 2)
             shared = min(shared, max(limit - tokenizer.num_special_tokens_to_add(pair=pair) - 1, 0))
             how |= {
@@ -164,9 +166,9 @@ def _least_room(tokenizer: Any, before: Sequence[str], limit: int) -> int:
     return min(_room(tokenizer, before, limit))
 
 
-def _check_room(tokenizer: Any, before: Sequence[str], limit: int, columns: str) -> None:
+def _check_room(tokenizer: Any, before: Sequence[str], limit: int, columns: str, first: int) -> None:
     rooms = _room(tokenizer, before, limit)
-    if full := [row for row, room in enumerate(rooms) if room < 2]:
+    if full := [first + row for row, room in enumerate(rooms) if room < 2]:
         raise DataError(
             f"{columns}: the text in front has up to {limit - min(rooms)} tokens, special ones included, in "
             f"{named_rows(full)}. A window has {limit}, so no room is left behind it. Give a larger max_length "

@@ -136,6 +136,7 @@ PREPARED_TOO: Mapping[str, Any] = {
     "generation": dict[Literal["max_new_tokens", "num_beams"], AtLeast1],
     "separators": dict[Literal["pair", "answer"], str],
     "boxes": Literal["xyxy", "xywh"],
+    "unanswerable": bool,
 }
 
 

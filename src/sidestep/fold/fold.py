@@ -6,7 +6,9 @@ What belongs to one forward pass lives in a `Pass` and a `Strand`, made at the b
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,14 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sidestep.backbone import Facts, as_given, as_tokens
 from sidestep.backbone.facts import mask_of_frames
 from sidestep.backbone.families import Pool
-from sidestep.backbone.grids import TokenGrid
+from sidestep.backbone.grids import TokenGrid, counted_prefix, sides
 from sidestep.backbone.in_order import in_order
 from sidestep.fold.caches import SideCache, claim
 from sidestep.fold.deferred import Ended, SecondStrand
 from sidestep.fold.group import GroupStrand
 from sidestep.fold.hooks import CARRIED
 from sidestep.fold.keeping import Keeping
-from sidestep.fold.padding import kept_tokens, own_tokens, read_token
+from sidestep.fold.padding import check_mask, kept_tokens, own_tokens, read_token
 from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, grid_at, mean_tokens, single_token, wrong_norm
 from sidestep.fold.reads import Reads
 from sidestep.fold.stored import RecordedStrand, Recorder, States
@@ -54,7 +56,8 @@ class Fold:
             normed.
         through: whether a narrowed hidden state also goes on through the backbone's own norm and head. It does only
             where the family table knows that they take it. Else they get all tokens and their result is not used.
-        frozen: whether nothing before the method's first write may require a gradient.
+        frozen: whether nothing before the method's first write may require a gradient. If False the backbone's own
+            weights are trained, and no block is read.
         late: whether blocks come after that write. Then the keys and values of these blocks in a cache are of this task
             alone.
         border: the site of that write, or None.
@@ -97,8 +100,9 @@ class Fold:
         self.finished: tuple[Pass, Strand] | None = None
         self.carries = type(method).carry is not SideNet.carry
         self.reads_memory, self.reads_raw = type(method).memory is not SideNet.memory, mean_first
+        self.reads_output = pools and (not frozen or facts.head.after is not None)
         self.last_stack = places[-1].site.stack
-        self.lengths = _lengths(places)
+        self.lengths = Counter(place.site.stack for place in places)
 
     def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Reading | None]:
         """`call(*args, **kwargs)` with the method active: its result, and what the head reads of the last pass.
@@ -167,7 +171,7 @@ class Fold:
             passed, _ = self.current
             passed.inputs = passed.inputs if alone else {**passed.inputs, **inputs}
             return
-        self.current = Pass(inputs, module), self._strand(self._carried(inputs))
+        self.current = Pass(inputs, module, skips=not self.frozen), self._strand(self._carried(inputs))
 
     def _strand(self, carried: Tensor | None) -> Strand:
         if self.recorder is not None:
@@ -196,11 +200,12 @@ class Fold:
         return carried
 
     def end(self, module: nn.Module) -> None:
-        """Finish the pass that began at a module: every site of the last stack must have been seen."""
+        """Finish the pass that began at a module: every site of the last stack must have been seen, if one is read."""
         if self.current is None or self.current[0].began is not module:
             return
-        passed, _ = self.current
-        if passed.stack != self.last_stack or passed.visited != self.lengths[self.last_stack]:
+        passed, strand = self.current
+        complete = (passed.stack, passed.visited) == (self.last_stack, self.lengths[self.last_stack])
+        if not complete and not (passed.skips and (strand.reading is not None or not self.pools)):
             raise FoldError(
                 f"the backbone ended its pass after {passed.visited} of {self.lengths[self.last_stack]} sites of "
                 f"its {self.last_stack}. A model that skips blocks or its final norm cannot be folded over"
@@ -233,10 +238,20 @@ class Fold:
             return
         raise FoldError(wrong_norm(self.last_stack, "the trunk's last hidden state is not what came out of it"))
 
+    def read_output(self, given: Tensor) -> None:
+        """Let the head read the trunk's own output, where something follows the last site, or it was left out."""
+        if self.current is None or (self.facts.head.after is None and self.current[1].reading is not None):
+            return
+        strand, site = self.current[1], self.places[-1].site
+        here, image = self._seen(site, given, {}), sides(self.current[0].inputs)
+        if image is not None and given.ndim == 3:
+            here = replace(here, prefix=counted_prefix(image, given.shape[1]))
+        strand.read_output(given if given.ndim == 3 else self._as_tokens(given, site), here)
+
     # --- its sites -----------------------------------------------------------------------------------------------
 
     def element(self, site: Site) -> int:
-        """Which element of a block's output its hidden state is, where that is a tuple."""
+        """Which element of a block's output its hidden state is, where that has several."""
         return self.facts.stacks[site.stack].element
 
     def stage(self, site: Site, order: int, given: Tensor, call: Mapping[str, Any]) -> Tensor:
@@ -289,10 +304,13 @@ class Fold:
     def norm(self, site: Site, order: int, module: nn.Module, raw: Tensor, normed: Tensor) -> Tensor | None:
         """What goes on in the place of the final norm's output.
 
-        None if the norm is not called as the end of its stack.
+        None if the norm is not called as the end of its stack. The same again if the model asks for it twice.
         """
-        if self.current is None or not self.current[0].is_turn(site, order):
+        if self.current is None:
             return None
+        if not self.current[0].is_turn(site, order):
+            asked_again = self.facts.stacks[site.stack].again and self.current[0].is_turn(site, order + 1)
+            return self.current[0].output if asked_again else None
         passed, strand = self._visit(site, order)
         if raw.ndim < 3 or self._as_tokens(raw, site).shape[-1] != site.width:
             raise FoldError(wrong_norm(site.stack, f"it got a tensor of shape {tuple(raw.shape)}"))
@@ -350,7 +368,7 @@ class Fold:
             kept = mask_of_frames(self.trunk.get_submodule(facts.frames), tokens, mask)
             return site.during(keep=kept, key_keep=kept, memory_keep=None, grid=None, past=0, cache=None)
         if mask is not None and facts.added is not None and matters:
-            self._check_mask(mask)
+            check_mask(mask, "the head reads" if self.method.tokenwise else f"{type(self.method).__name__} mixes")
         text, open_ended = passed.text_tokens(decoding=decoding), passed.cached or not matters
         past, uncached = passed.past, strand.cache is None
         keep = passed.told
@@ -374,16 +392,6 @@ class Fold:
         if carried is None:
             return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and added is not None else None
         return kept_tokens(mask, carried, carried.shape[1], None, added, None)
-
-    def _check_mask(self, mask: Any) -> None:
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            return
-        what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
-        who = "the head reads" if self.method.tokenwise else f"{type(self.method).__name__} mixes"
-        raise ValueError(
-            f"an attention_mask {what}, but {who} tokens and has to know which are padding. Give a mask of (batch, "
-            "tokens), 1 for tokens and 0 for padding"
-        )
 
     def _open_cache(self, passed: Pass, strand: Strand, site: Site, call: Mapping[str, Any], tokens: int) -> None:
         """Note what a stack's key-value cache holds, and what the method has in it.
@@ -439,10 +447,3 @@ class Fold:
         """Tells which of a tensor's tokens are in the stack's own output."""
         text, added = passed.text_tokens(decoding=self._is_decoding(site)), self.facts.stacks[site.stack].added
         return lambda tokens: own_tokens(tokens.shape[1], text, added)
-
-
-def _lengths(places: Sequence[Place]) -> dict[str, int]:
-    lengths: dict[str, int] = {}
-    for place in places:
-        lengths[place.site.stack] = lengths.get(place.site.stack, 0) + 1
-    return lengths

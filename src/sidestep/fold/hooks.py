@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
-from sidestep.backbone.calls import argument_names, bound, with_argument
+from sidestep.backbone.calls import argument_names, bound, part_of, with_argument, with_part
 from sidestep.backbone.trunk import tower_of
 from sidestep.interface.sites import Place, Site
 
@@ -32,6 +32,7 @@ class Driver(Protocol):
         attached: whether the hooks are on the backbone.
         reads_memory: whether decoder blocks may be given another memory than the encoder's.
         reads_raw: whether what goes into the head's final norm is looked at before it.
+        reads_output: whether a head may read the trunk's own last hidden state.
     """
 
     attached: bool
@@ -42,9 +43,11 @@ class Driver(Protocol):
     def reads_memory(self) -> bool: ...
     @property
     def reads_raw(self) -> bool: ...
+    @property
+    def reads_output(self) -> bool: ...
 
     def element(self, site: Site) -> int:
-        """Which element of a block's output its hidden state is, where that is a tuple."""
+        """Which element of a block's output its hidden state is, where that has several."""
 
     def seen(self, stack: str) -> int:
         """How many sites of a stack this pass has come by."""
@@ -60,6 +63,9 @@ class Driver(Protocol):
 
     def check(self, given: Tensor, training: bool) -> None:
         """The trunk has given its last hidden state."""
+
+    def read_output(self, given: Tensor) -> None:
+        """The trunk has given a last hidden state that a head may read."""
 
     def encoded(self, module: nn.Module) -> Tensor | None:
         """An encoder that may have run alone has returned. The result goes along with its output."""
@@ -122,7 +128,8 @@ class Hooks:
     def _of_modules(self) -> list[RemovableHandle]:
         driver = self.driver
         tower = tower_of(self.trunk)[1]
-        handles = [tower.register_forward_hook(CheckOutput(driver))]
+        handles = [tower.register_forward_hook(ReadOutput(driver))] if driver.reads_output else []
+        handles.append(tower.register_forward_hook(CheckOutput(driver)))
         for module in (self.entry,) if self.entry is self.trunk else (self.entry, self.trunk):
             handles += [
                 module.register_forward_pre_hook(Begin(driver, argument_names(module)), with_kwargs=True),
@@ -198,10 +205,23 @@ class CheckOutput(Hook):
     """After the first pass of the trunk, or of its language model: its last hidden state is what was taken for it."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.driver.running and not torch.compiler.is_compiling():
-            given = output.get("last_hidden_state") if isinstance(output, ModelOutput) else None
-            if given is not None:
-                self.driver.check(given, module.training)
+        if not self.driver.running or torch.compiler.is_compiling():
+            return
+        if (given := _last_hidden(output)) is not None:
+            self.driver.check(given, module.training)
+
+
+@dataclass(eq=False)
+class ReadOutput(Hook):
+    """After each pass of the trunk, or of its language model: a head may read its last hidden state."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.driver.running and (given := _last_hidden(output)) is not None:
+            self.driver.read_output(given)
+
+
+def _last_hidden(output: Any) -> Tensor | None:
+    return output.get("last_hidden_state") if isinstance(output, ModelOutput) else None
 
 
 @dataclass(eq=False)
@@ -284,9 +304,9 @@ class AtBlock(AtSite):
         if self.waits():
             return None
         element = self.driver.element(self.site)
-        given = output[element] if isinstance(output, tuple) else output
+        given = part_of(output, element)
         written = self.driver.block(self.site, self.order, given, bound(self.names, args, kwargs))
-        return None if written is given else _with_element(output, element, written)
+        return None if written is given else with_part(output, element, written)
 
 
 @dataclass(eq=False)
@@ -312,11 +332,3 @@ class AtNorm(Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         return self.driver.norm(self.site, self.order, module, args[0], output) if self.driver.running else None
-
-
-def _with_element(output: Any, element: int, hidden: Tensor) -> Any:
-    """A block's output with another hidden state."""
-    if not isinstance(output, tuple):
-        return hidden
-    parts = (*output[:element], hidden, *output[element + 1 :])
-    return output._make(parts) if hasattr(output, "_make") else parts

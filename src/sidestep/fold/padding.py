@@ -14,6 +14,17 @@ from sidestep.interface.layers import last_kept, take_rows
 from sidestep.interface.sites import Site
 
 
+def check_mask(mask: Any, who: str) -> None:
+    """Raise `ValueError` unless a mask says of each token whether it is padding. `who` reads or mixes tokens."""
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return
+    what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
+    raise ValueError(
+        f"an attention_mask {what}, but {who} tokens and has to know which are padding. Give a mask of (batch, "
+        "tokens), 1 for tokens and 0 for padding"
+    )
+
+
 def kept_tokens(
     mask: Any, states: Tensor, tokens: int, text: int | None, added: Added | None, past: int | Tensor | None
 ) -> Tensor | None:

@@ -59,6 +59,7 @@ class Pass:
         cached: whether the model remembers earlier tokens in any way.
         told: (batch, tokens) bool: which tokens are real, as a block was told. None: no pictures are padded.
         output: what went on after the last site.
+        skips: whether blocks may be left out (layer drop), because no method reads them.
     """
 
     inputs: Mapping[str, Any]
@@ -71,22 +72,23 @@ class Pass:
     cached: bool = False
     told: Tensor | None = None
     output: Tensor | None = None
+    skips: bool = False
 
     def visit(self, site: Site, order: int) -> bool:
         """Count a site, and return whether it is the first of its stack.
 
         Raises:
-            FoldError: if sites come twice or out of order.
+            FoldError: if sites come twice or out of order, and a method reads them.
         """
-        starts = self.stack != site.stack and order == 0
+        starts = self.stack != site.stack and (order == 0 or self.skips)
         if starts:
             self.stack, self.visited = site.stack, 0
-        if self.stack != site.stack or self.visited != order:
+        if not self.skips and (self.stack != site.stack or self.visited != order):
             raise FoldError(
                 f"block {site.index} of the {site.stack} ran out of turn (site {order}, expected {self.visited})."
-                " Blocks that run twice (shared layers) or are skipped (layer drop) cannot be folded over"
+                " Blocks that run twice or are skipped where attach saw them run once cannot be folded over"
             )
-        self.visited += 1
+        self.visited = order + 1
         return starts
 
     def seen(self, stack: str) -> int:
@@ -96,9 +98,9 @@ class Pass:
     def is_turn(self, site: Site, order: int) -> bool:
         """Whether a norm is called as the end of its stack.
 
-        A model may use the same norm before its blocks too.
+        A model may use the same norm before its blocks too. Where no block is read, whatever comes last counts.
         """
-        return (self.stack, self.visited) == (site.stack, order)
+        return self.skips or (self.stack, self.visited) == (site.stack, order)
 
     def open_cache(self, site: Site, call: Mapping[str, Any], *, last: bool, names: tuple[str, ...]) -> None:
         """Note at a stack's start what its key-value cache holds, to which the blocks add this run's tokens on the way.

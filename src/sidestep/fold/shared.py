@@ -41,6 +41,7 @@ class SharedFold:
 
     reads_memory = False
     reads_raw = True
+    reads_output = False
 
     def __init__(self, trunk: nn.Module, places: Sequence[Place], facts: Facts, wanted: Collection[str] = ()) -> None:
         self.trunk, self.places, self.facts, self.wanted = trunk, places, facts, frozenset(wanted)
@@ -86,7 +87,7 @@ class SharedFold:
     # --- what hooks bring ------------------------------------------------------------------------------------------
 
     def element(self, site: Site) -> int:
-        """Which element of a block's output its hidden state is, where that is a tuple."""
+        """Which element of a block's output its hidden state is, where that has several."""
         return self.facts.stacks[site.stack].element
 
     def seen(self, stack: str) -> int:
@@ -105,6 +106,10 @@ class SharedFold:
 
     def check(self, given: Tensor, training: bool) -> None:
         """Nothing: the trunk's output is the bare model's, and not what a method has written."""
+
+    def read_output(self, given: Tensor) -> None:
+        """Nothing: it is the bare model's too, so such tasks do not share a pass."""
+        return
 
     def encoded(self, module: nn.Module) -> None:
         """Nothing: an encoder runs within its trunk's pass."""

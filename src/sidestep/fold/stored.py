@@ -259,7 +259,7 @@ class Look:
         def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = bound(names, args, kwargs)
             given = call[names[0]]
-            if not isinstance(output, tuple):
+            if not isinstance(output, tuple | list):
                 self.outputs[place_name(place.site)] = _Output(
                     PassedOver(tuple(names)), False, output.shape != given.shape
                 )

@@ -101,3 +101,15 @@ class Strand:
         carried = method.carry(state)
         self.carried = None if carried is None else carried[:, own(carried)]
         return output
+
+    def read_output(self, hidden: Tensor, site: Site) -> None:
+        """Note that the head reads the trunk's own output, (batch, tokens, any). A read-out of the method's own stays.
+
+        Args:
+            hidden: that output.
+            site: the end of the stack, with the padding and the prefix of these tokens.
+        """
+        if self.reading is None:
+            self.finish(hidden, hidden, site, lambda _: slice(None))
+        else:
+            self.reading = replace(self.reading, hidden=hidden, site=site)

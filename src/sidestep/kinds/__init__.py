@@ -5,6 +5,7 @@ from sidestep.kinds.classes import Multi, Single
 from sidestep.kinds.grounding import Grounding
 from sidestep.kinds.numbers import Regression
 from sidestep.kinds.pairs import Retrieval
+from sidestep.kinds.spans import Spans
 from sidestep.kinds.texts import LanguageModel, Text2Text
 from sidestep.kinds.tokens import Tokens
 from sidestep.kinds.vqa import Vqa
@@ -16,6 +17,7 @@ __all__ = [
     "Regression",
     "Retrieval",
     "Single",
+    "Spans",
     "TaskKind",
     "Text2Text",
     "Tokens",

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
-from sidestep.metrics import text_scores
+from sidestep.metrics import normalised, span_scores, text_scores
 
 FEW = 10
 """Up to so many classes are shown one by one, and so many different texts count as classes."""
@@ -22,7 +23,7 @@ class OfClass:
     Attributes:
         rows: how many are of the class.
         recall: the share of these rows that was predicted so. None if there are no such rows.
-        f1: of the class, where its rows are entities of texts.
+        f1: of the class, where its rows are entities of texts. Of questions, the mean F1 of their answers.
     """
 
     rows: int
@@ -60,6 +61,23 @@ def assess_texts(written: Sequence[str], targets: Sequence[str]) -> Assessment:
         constant=text_scores([usual] * len(targets), targets),
         classes={name: OfClass(rows=counts[name], recall=right[name] / counts[name]) for name in few},
     )
+
+
+def assess_answers(found: Sequence[str], answers: Sequence[Sequence[str]]) -> Assessment:
+    """The assessment of answers that stand in texts. Arguments and errors as of `metrics.span_scores`.
+
+    Where some questions have no answer, those with and those without one are the classes.
+    """
+    scores = span_scores(found, answers)
+    # each right answer of a question once, as the scores compare them. "": none
+    right = [set(filter(None, map(normalised, own))) or {""} for own in answers]
+    usual, _ = Counter(answer for own in right for answer in sorted(own)).most_common(1)[0]
+    parts = {"answerable": [own != {""} for own in right], "unanswerable": [own == {""} for own in right]}
+    classes = {}
+    for name, keep in parts.items() if any(parts["unanswerable"]) else ():
+        part = span_scores([*compress(found, keep)], [*compress(answers, keep)]) if any(keep) else {}
+        classes[name] = OfClass(rows=sum(keep), recall=part.get("exact_match"), f1=part.get("f1"))
+    return Assessment(scores=scores, constant=span_scores([usual] * len(answers), answers), classes=classes)
 
 
 def _spaced(text: str) -> str:

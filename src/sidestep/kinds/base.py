@@ -146,6 +146,14 @@ class TaskKind(ABC):
         """The column by whose classes held-out rows are drawn. None for a random draw."""
         return fields.label
 
+    def hold_out(self, rows: Dataset, fields: Fields, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+        """A training and a dev part of the rows.
+
+        Raises:
+            DataError: as `data.holdout`.
+        """
+        return holdout(rows, self.strata(fields), fraction, seed)
+
     def generation(
         self,
         train: Dataset,
@@ -232,7 +240,7 @@ class TaskKind(ABC):
         source = f"{len(dev)} rows of their own" if dev is not None else ""
         if dev is None:
             total = len(train)
-            train, dev = holdout(train, self.strata(fields), asked.dev_fraction, asked.seed)
+            train, dev = self.hold_out(train, fields, asked.dev_fraction, asked.seed)
             source = f"{len(dev)} of the {total} training rows, held out (no dev set was given; seed {asked.seed})"
         if asked.shots is not None:
             seed = asked.seed if asked.shots_seed is None else asked.shots_seed

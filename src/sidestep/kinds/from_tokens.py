@@ -60,7 +60,8 @@ class FromTokens(TaskKind):
         if isinstance(found, tuple):  # an own head of spans: beginnings and ends
             found = np.stack(found[:2], axis=-1)
         lengths = data.dev.with_format(None)["length"][:]
-        return self.score([row[:length] for row, length in zip(found, lengths, strict=True)], data.dev, data.labels)
+        outputs = [row[:length] for row, length in zip(found, lengths, strict=True)]
+        return self.score(finite(outputs), data.dev, data.labels)
 
     def judge(
         self, model: Attached, encoded: Dataset, fields: Fields, labels: LabelSpace, generation: Generation, **how: Any
@@ -68,7 +69,7 @@ class FromTokens(TaskKind):
         """Scores of the outputs."""
         assert isinstance(model, SideModel)
         collate = how.pop("collate", None) or self.collate(fields, model.extras["processor"])
-        return self.score(token_logits(model, encoded, fields, collate=collate, **how), encoded, labels)
+        return self.score(finite(token_logits(model, encoded, fields, collate=collate, **how)), encoded, labels)
 
     def predict(
         self,
@@ -82,5 +83,19 @@ class FromTokens(TaskKind):
         """Columns of the outputs."""
         assert isinstance(model, SideModel)
         collate = self.collate(fields, model.extras["processor"])
-        outputs = token_logits(model, rows, fields, collate=collate, **how)
+        outputs = finite(token_logits(model, rows, fields, collate=collate, **how))
         return self.columns(outputs, rows, labels, probabilities)
+
+
+def finite(outputs: Outputs) -> Outputs:
+    """The outputs, if all are finite numbers.
+
+    Raises:
+        ValueError: if some are not.
+    """
+    if bad := sum(not np.isfinite(each).all() for each in outputs):
+        raise ValueError(
+            f"predictions are not finite in {bad} of {len(outputs)} windows: the model may have diverged. Train with a "
+            "lower learning rate, or in fp32"
+        )
+    return outputs

@@ -41,7 +41,7 @@ class Grounding(Pictured):
 
     def labels_asked(self, rows: Dataset, fields: Fields, asked: Asked) -> LabelSpace:
         """A box in the form of the labels."""
-        return Boxes(self.name, (), asked.boxes)
+        return Boxes(self.name, (), form=asked.boxes)
 
     def stored_labels(self, names: Sequence[str]) -> LabelSpace:
         """A box by its corners."""
@@ -49,7 +49,7 @@ class Grounding(Pictured):
 
     def labels_of(self, preprocessing: Mapping[str, Any]) -> LabelSpace:
         """A box in the form that the task was trained with."""
-        return Boxes(self.name, (), preprocessing.get("boxes", "xyxy"))
+        return Boxes(self.name, (), form=preprocessing.get("boxes", "xyxy"))
 
     def prepare(self, train: Dataset, dev: Dataset | None, fields: Fields, processor: Any, asked: Asked) -> TaskData:
         """As of every kind, for pictures that are read whole.

@@ -16,6 +16,7 @@ from sidestep.data import (
     LabelSpace,
     TableOptions,
     check_fields,
+    holdout,
     read,
 )
 from sidestep.data.augment import NONE
@@ -148,9 +149,15 @@ def check_kind(kind: str | None) -> str | None:
     return None if kind is None else kind_named(kind).name
 
 
-def strata(kind: str | None, fields: Fields) -> str | None:
-    """The column by whose classes held-out rows are drawn. None for a random draw."""
-    return fields.label if kind is None else kind_named(kind).strata(fields)
+def hold_out(rows: Dataset, kind: str | None, fields: Fields, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """A training and a dev part of the rows, as their kind divides them. None: by the classes of the label.
+
+    Raises:
+        DataError: as `data.holdout`.
+    """
+    if kind is None:
+        return holdout(rows, fields.label, fraction, seed)
+    return kind_named(kind).hold_out(rows, fields, fraction, seed)
 
 
 def collator(fields: Fields, processor: Any, kind: str) -> Collate:
@@ -182,7 +189,8 @@ def chosen_fields(preprocessing: Mapping[str, Any], given: Fields) -> Fields:
 
 def stored_labels(preprocessing: Mapping[str, Any]) -> LabelSpace:
     """What a task predicts that `sidestep train` has saved."""
-    return kind_named(preprocessing["problem"]).labels_of(preprocessing)
+    labels = kind_named(preprocessing["problem"]).labels_of(preprocessing)
+    return replace(labels, unanswerable=preprocessing.get("unanswerable", False))
 
 
 def _number(cell: Any) -> float | None:

@@ -60,6 +60,8 @@ class TaskData:
             "max_length": self.max_length,
             **self.labels.stored(),
         }
+        if self.labels.unanswerable:
+            stored["unanswerable"] = True
         if self.fields.text is not None and self.processor.pad_token_id is None:
             stored["padding"] = "the tokenizer has no pad token: token 0, masked"
         if self.generation is not None:

@@ -74,7 +74,7 @@ def attach(
         method: for example `ReadConfig(rank=128)`. In a dual encoder each tower gets its own.
         head: `Classify`, `Regress`, `Retrieve`, `Answer`, `Box`, or None for the backbone's own head.
         train_head: with head=None, whether the backbone's own head is trained. None: if it is new or the class is a
-            For...Classification class. A pooler is trained if it is new.
+            For...Classification or ForQuestionAnswering class. A pooler is trained if it is new.
         backbone_noise: "drop_path", "dropout" or "all" leave that noise on in training. None: eval mode. A method that
             changes the backbone's weights trains with the backbone's own noise in any case.
         checkpoint: "late" recomputes the blocks after the method's first write in backward.

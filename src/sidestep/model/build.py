@@ -46,16 +46,23 @@ def check_attachable(backbone: nn.Module) -> None:
 
 
 def check_head(backbone: nn.Module, facts: Facts, head: HeadConfig | None) -> None:
-    """Refuse a Sidestep head where it would read something else than the model's last hidden state.
+    """Refuse a Sidestep head where it could not read the model's last hidden state.
 
     Raises:
         UnsupportedBackbone: saying what to do instead.
     """
-    if head is not None and not facts.head.ends:
+    if head is None or facts.head.ends:
+        return
+    name = type(backbone).__name__
+    if facts.head.after is None:
         raise UnsupportedBackbone(
-            f"a {type(head).__name__} head does not work on {type(backbone).__name__}: it reads what the last "
-            "block or a final norm gives, and here something else follows. So this is not the model's last "
-            "hidden state. Train the model's own head (head=None, on a For...Classification class)"
+            f"a {type(head).__name__} head does not work on {name}: it reads a last hidden state of (batch, tokens, "
+            "width), and this model gives none. Train the model's own head (head=None, on a For...Classification class)"
+        )
+    if head.pool == "mean_pre_norm":
+        raise UnsupportedBackbone(
+            f"pool='mean_pre_norm' reads what goes into the final norm, and {name} ends in something else: choose "
+            "another pool"
         )
     if head is not None and head.reads_all and is_encoder_decoder(backbone):
         raise UnsupportedBackbone(
@@ -65,9 +72,9 @@ def check_head(backbone: nn.Module, facts: Facts, head: HeadConfig | None) -> No
         )
 
 
-def with_features(places: Sequence[Place], head: HeadConfig | None) -> list[Place]:
+def with_features(places: Sequence[Place], head: HeadConfig | None, facts: Facts) -> list[Place]:
     """The places with what their sites tell of the head: the width of its vector, and whether it reads every token."""
-    width = places[-1].site.width
+    width = facts.head.after or places[-1].site.width
     features = width if head is None else head.features(width)
     every = head is not None and head.reads_all
     return [replace(place, site=replace(place.site, features=features, per_token=every)) for place in places]
@@ -190,10 +197,10 @@ def single_token(
     return "cls" if type(backbone).__name__ in family_of(backbone).first_token_heads else None
 
 
-def head_width(side: SideNet, sites: Sequence[Site]) -> int:
+def head_width(side: SideNet, sites: Sequence[Site], facts: Facts) -> int:
     """Channels of what the head reads."""
     own = side.pooled_width
-    return own if own is not None else next(site.width for site in reversed(sites) if site.head)
+    return own if own is not None else facts.head.after or next(site.width for site in reversed(sites) if site.head)
 
 
 @contextmanager

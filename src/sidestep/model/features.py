@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sidestep.fold import Look, Recorder, Route
+from sidestep.model.outputs import gives_spans
 from sidestep.model.two_towers import TwoTowers
 
 if TYPE_CHECKING:
@@ -69,9 +70,16 @@ def check_storable(model: Attached) -> SideModel:
         raise FeaturesRefused(
             f"{model.record.name} changes the backbone's weights, so its states change with each step"
         )
+    if model.facts.head.after is not None and model.head is not None:
+        raise FeaturesRefused("its head reads what the model makes of its last block")
     if model.settings.backbone_noise is not None:
         raise FeaturesRefused(
             f"backbone_noise={model.settings.backbone_noise!r}: the states are other ones in each epoch"
+        )
+    if model.head is None and gives_spans(model.backbone):
+        raise FeaturesRefused(
+            f"the own head of {type(model.backbone).__name__} reads padding as a part of each text, and padding is not "
+            "stored. Sidestep's head (ss.Span, without --own-head) leaves it out"
         )
     return model
 

@@ -67,7 +67,7 @@ class Forward(TrainerFace):
         """
         self.fold.require_attached()
         self.fold.keeping.check_compiler()
-        if labels is not None:
+        if labels is not None and (self.head is None or self.head.config.kind != "regress"):
             check_labels(labels)
         entry = self.trunk if self.head is not None else self.backbone
         if features is not None and features.vector is None:
@@ -88,7 +88,7 @@ class Forward(TrainerFace):
                 output = self.token_loss.run(lambda **own: self.fold.run(backbone, **own)[0], labels, kwargs)
                 if output is not None:
                     return output
-            given = {} if labels is None else {"labels": labels}
+            given = {} if labels is None else outputs.own_labels(self.backbone, labels)
             items = kwargs.pop("num_items_in_batch", None) if self.scales_loss else None
             output = self.fold.run(backbone, *args, **given, **kwargs)[0]
             if items is None or labels is None:
@@ -141,7 +141,8 @@ class Forward(TrainerFace):
         """Whether a pass of the bare backbone is enough: nothing is written but behind the last block."""
         border = self.fold.keeping.border
         at_end = border is None or border.kind == "norm" or border.last
-        return self.head is not None and not self._reads_own and self.delta is None and at_end
+        reads_end = self.head is not None and not self._reads_own and self.facts.head.after is None
+        return reads_end and self.delta is None and at_end
 
     def bare(self, inputs: dict[str, Any]) -> Any:
         """What the trunk gives for inputs. Whoever has hooks on it follows the pass."""

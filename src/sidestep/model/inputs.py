@@ -20,6 +20,9 @@ from sidestep.fold.packing import is_packed, refusal
 from sidestep.methods import SideNet
 from sidestep.metrics import IGNORED
 
+TYPES = "mm_token_type_ids"
+"""Name of the input that says which tokens are of a text (0), of a picture or of a sound."""
+
 
 class Inputs:
     """What is done to inputs before the backbone sees them.
@@ -69,7 +72,17 @@ class Inputs:
             if first is not None and kwargs.get("decoder_input_ids") is None:
                 start = torch.full((first.shape[0], 1), self._decoder_start(), device=first.device)
                 kwargs["decoder_input_ids"] = start
+        if training and takes(entry, TYPES):
+            kwargs = self._with_types(args, kwargs, names)
         return self._with_positions(args, kwargs, names)
+
+    def _with_types(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> dict[str, Any]:
+        """The inputs with the types of tokens that are no picture's. Molmo 2 wants them in training."""
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        ids = given.get("input_ids")
+        if ids is None or given.get(TYPES) is not None or _has_pictures(given):
+            return kwargs
+        return {**kwargs, TYPES: torch.zeros_like(ids)}
 
     def _is_packed(self, inputs: dict[str, Any]) -> bool:
         """Whether rows hold several texts each, which are then read as if each were alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from transformers.utils import ModelOutput
 from sidestep.backbone import is_encoder_decoder
 from sidestep.fold import FoldError
 
+SPAN = ("start_positions", "end_positions")
+"""The labels of a head of a model's own for the ends of an answer."""
 TRACES = (
     "hidden_states",
     "attentions",
@@ -41,6 +44,16 @@ def classified(
         kind = Seq2SeqSequenceClassifierOutput
     fields = kind.__dataclass_fields__
     return kind(loss=loss, logits=logits, **{name: value for name, value in extra.items() if name in fields})
+
+
+def gives_spans(backbone: nn.Module) -> bool:
+    """Whether a model's own head gives the two ends of an answer (BertForQuestionAnswering and the like)."""
+    return SPAN[0] in inspect.signature(type(backbone).forward).parameters
+
+
+def own_labels(backbone: nn.Module, labels: Tensor) -> dict[str, Tensor]:
+    """Labels by the names that a model with a head of its own takes."""
+    return dict(zip(SPAN, labels.unbind(-1), strict=True)) if gives_spans(backbone) else {"labels": labels}
 
 
 def check_rows(logits: Tensor, given: Any, backbone: nn.Module) -> None:

@@ -63,7 +63,7 @@ class SideModel(Forward):
         self.facts = backbones.facts_of(backbone)
         build.check_head(backbone, self.facts, settings.head)
 
-        self.places = build.with_features(backbones.find_places(backbone), settings.head)
+        self.places = build.with_features(backbones.find_places(backbone), settings.head, self.facts)
         sites = [place.site for place in self.places]
         before, snapshot = Before.of(backbone), backbones.Snapshot(backbone)
         try:
@@ -89,7 +89,7 @@ class SideModel(Forward):
         pool, through = self.pool, self._reads_own
         self.head = None
         if settings.head is not None:
-            self.head = settings.head.build(build.head_width(side, sites), pool).to(device=device)
+            self.head = settings.head.build(build.head_width(side, sites, self.facts), pool).to(device=device)
         self.inputs = Inputs(backbone, self.facts, side, headed=self.head is not None)
         self.trained = Trained(self.record, settings, backbone, trunk, self.delta, through=through)
         self.sparse = self.trained.sparse
@@ -100,7 +100,7 @@ class SideModel(Forward):
             self.facts,
             family_of(backbone).grid,
             narrow=None
-            if self.facts.head.mixed
+            if self.facts.head.mixed or self.facts.head.after is not None
             else build.single_token(backbone, side, self.delta, self._first_write(), sites, "own" if through else pool),
             mean_first=mean_first,
             through=through,

@@ -13,6 +13,7 @@ from sidestep.interface.registry import Method
 from sidestep.messages import some
 from sidestep.methods import WeightDelta
 from sidestep.model.build import naming
+from sidestep.model.outputs import gives_spans
 from sidestep.model.settings import Settings
 from sidestep.sparse.diff import SparseDiff
 
@@ -98,7 +99,8 @@ class Trained:
         if self.settings.train_head is not None:
             return self.settings.train_head and (own or name in new)
         timm = not isinstance(self.backbone, PreTrainedModel)
-        return name in new or (own and (timm or "Classification" in type(self.backbone).__name__))
+        known = "Classification" in type(self.backbone).__name__ or gives_spans(self.backbone)
+        return name in new or (own and (timm or known))
 
     @property
     def stored(self) -> dict[str, Tensor]:

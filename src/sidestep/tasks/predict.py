@@ -18,6 +18,7 @@ from sidestep.kinds.running import written
 from sidestep.kinds.task_data import TaskData, stored_fields, stored_generation, stored_separators
 from sidestep.model.attach import Attached
 from sidestep.model.heads import Classify, Tag
+from sidestep.model.outputs import gives_spans
 from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
 from sidestep.tasks.features import Tell, kept_features
@@ -220,6 +221,8 @@ def labels_of(model: Attached) -> LabelSpace:
         return kind_named(head.kind).stored_labels(tuple(names))
     if head is not None:
         return kind_named(head.kind).stored_labels(())
+    if gives_spans(model.backbone):
+        return LabelSpace("spans", ())
     if getattr(config, "problem_type", None) == "regression":
         return LabelSpace("regress", ())
     if config is None or not config.id2label:

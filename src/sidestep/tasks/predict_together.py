@@ -55,7 +55,7 @@ class Answers:
     """Predictions for rows.
 
     Attributes:
-        rows: for each row, by the names of its tasks, the prediction and (for classes) its probability.
+        rows: for each row, by the names of its tasks, the prediction and (of classes and spans) its probability.
         passes: how many whole passes of the backbone were run over a batch, all batches together.
         batches: how many batches there were.
         failed: why tasks gave no answers, by name. Their files are damaged.
@@ -139,8 +139,10 @@ def predict_together(
                 found = kind.columns(spaces[name], own, "one")
             else:
                 part = rows.select(places[name])
-                table = predict(bank.activate(name), part, fields=fields, batch_size=batch_size, probabilities="one")
-                found = {column: table[column][:] for column in (PREDICTION, OWN) if column in table.column_names}
+                model = bank.activate(name)
+                table = predict(model, part, fields=fields, batch_size=batch_size, probabilities="one")
+                new = [column for column in table.column_names if column not in part.column_names]
+                found = {column: table[column][:] for column in (PREDICTION, OWN) if column in new}
             for place, number in enumerate(places[name]):
                 answers[number][name] = {column: values[place] for column, values in found.items()}
     ordered = [

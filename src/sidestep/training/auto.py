@@ -41,7 +41,7 @@ from sidestep.training.results import Results
 from sidestep.training.run import RunSpec, Watch, check_places, task_data, train
 from sidestep.training.solved import PROBLEMS
 
-JUDGED = (*PROBLEMS, "tokens")
+JUDGED = (*PROBLEMS, "tokens", "spans")
 """The kinds of task that methods are judged on."""
 HELD_OUT = 0.2
 FIRST, MORE = 2, 3

@@ -11,9 +11,10 @@ from torch import Tensor
 from sidestep.backbone import Noise
 from sidestep.backbone.load import OwnHead
 from sidestep.backbone.recompute import Checkpoint
+from sidestep.backbone.trunk import reads_mixed
 from sidestep.interface.keep import Keep
 from sidestep.measure.memory import peak_memory, saved_bytes
-from sidestep.measure.plan.blank import Backbone, blank_batch, build, build_pair
+from sidestep.measure.plan.blank import IMAGE_SIZE, Backbone, blank_batch, build, build_pair
 from sidestep.measure.plan.fit import (
     Alternative,
     PlanWarning,
@@ -26,6 +27,7 @@ from sidestep.measure.plan.fit import (
     settle_keep,
     ways_of_keeping,
 )
+from sidestep.measure.plan.pictures import picture_of
 from sidestep.measure.plan.trace import (
     INSTEAD,
     OPTIMIZERS,
@@ -42,6 +44,7 @@ from sidestep.methods import MethodConfig
 from sidestep.metrics import Written
 from sidestep.model.attach import Attached, attach
 from sidestep.model.heads import Classify, HeadConfig, Retrieve
+from sidestep.model.side_model import SideModel
 from sidestep.model.token_loss import LmLoss
 
 __all__ = [
@@ -96,7 +99,8 @@ def plan(
         head: as in `attach`. None: a classification head of the backbone's own. With `Retrieve` a row is a pair.
         batch: rows.
         length: tokens of a text. None: 128, or what the model takes at most. Of a sound samples. None: 160,000.
-        image_size: rows and columns of an image. None: what the model was made for.
+        image_size: rows and columns of an image. None: what the model was made for. A vision-language model whose
+            processor is there is given a picture with each text, of 224 if None. The picture's tokens come on top.
         frames: of a video, with `Retrieve`. None: pairs are of images.
         text_backbone: the encoder of texts, with `Retrieve`, where the two encoders are no pair yet.
         checkpoint, backbone_noise, keep, lm_loss: as in `attach`.
@@ -124,7 +128,9 @@ def plan(
         how = {"checkpoint": checkpoint, "backbone_noise": backbone_noise, "keep": keep, "lm_loss": lm_loss}
         made = (backbone, text_backbone)
         model = _attached(made, method, None if writes else head, writes, own_head, how, precision, revision)
-        inputs = blank_batch(model, batch, length, image_size, frames)
+        mixed = isinstance(model, SideModel) and reads_mixed(model.trunk)
+        picture = picture_of(backbone, revision, image_size or IMAGE_SIZE) if mixed else None
+        inputs = blank_batch(model, batch, length, image_size, frames, picture)
         if measure:
             return _measured(model, inputs, precision, optimizer, device)
     return plan_for(model, inputs, precision=precision, optimizer=optimizer, device=device)

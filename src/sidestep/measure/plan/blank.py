@@ -21,9 +21,11 @@ from sidestep.backbone.pixels import image_shape
 from sidestep.backbone.processors import require_dual
 from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
-from sidestep.backbone.trunk import SOUND_INPUTS
+from sidestep.backbone.trunk import SOUND_INPUTS, reads_mixed
+from sidestep.measure.plan.pictures import Picture
 from sidestep.metrics import Written
 from sidestep.model.attach import Attached
+from sidestep.model.outputs import gives_spans
 from sidestep.model.side_model import SideModel
 from sidestep.model.two_towers import TwoTowers
 
@@ -140,7 +142,12 @@ def _timm(name: str, classes: int | None) -> nn.Module:
 
 
 def blank_batch(
-    model: Attached, rows: int, length: int | None, image_size: int | None, frames: int | None = None
+    model: Attached,
+    rows: int,
+    length: int | None,
+    image_size: int | None,
+    frames: int | None = None,
+    picture: Picture | None = None,
 ) -> dict[str, Tensor]:
     """A batch without content, on the default device. It has labels and, for texts, padding.
 
@@ -152,6 +159,7 @@ def blank_batch(
         image_size: rows and columns of an image, or of a picture that texts need beside them. None: what the model was
             made for, or `IMAGE_SIZE`.
         frames: of the videos that pairs are of. None: they are of images.
+        picture: that stands in front of each text.
 
     Raises:
         ValueError: if a size does not fit the model.
@@ -171,10 +179,13 @@ def blank_batch(
         if image_size is not None:
             raise ValueError(f"image_size={image_size}, but {_name(model)} reads sounds: give length")
         inputs = _sounds(model, rows, length)
+    elif picture is not None:
+        inputs = picture.batch(rows, _length(model, length, len(picture.tokens["input_ids"]) - picture.text))
     else:
         pictured = bool(model.facts.read)
         if image_size is not None and not pictured:
-            raise ValueError(f"image_size={image_size}, but {_name(model)} reads texts: give length")
+            what = "has no processor of pictures here: " if reads_mixed(model.trunk) else "reads texts: "
+            raise ValueError(f"image_size={image_size}, but {_name(model)} {what}give length")
         inputs = _texts(model, rows, length)
         if pictured:
             pixels = {"pixel_values": torch.zeros(rows, *_image_shape(model, image_size))}
@@ -219,8 +230,10 @@ def without_drawing(model: Attached, inputs: Mapping[str, Tensor]) -> dict[str, 
     return {**found, PATCHES: patches, "pixel_mask": torch.ones(len(pixels), tokens, dtype=torch.long)}
 
 
-def _length(model: SideModel, asked: int | None) -> int:
+def _length(model: SideModel, asked: int | None, beside: int = 0) -> int:
+    """Tokens of a text that stands beside so many others."""
     most, _ = positions(model.backbone)
+    most = None if most is None else most - beside
     length = asked if asked is not None else min(LENGTH, most or LENGTH)
     if length < 1 or (most is not None and length > most):
         raise ValueError(f"length={length}, but {_name(model)} takes 1 to {most or 'any number of'} tokens")
@@ -265,7 +278,7 @@ def _labels(model: SideModel, rows: int, inputs: dict[str, Tensor]) -> Tensor:
     own = type(model.backbone).__name__
     if own.endswith("ForTokenClassification"):
         return torch.zeros(rows, tokens, dtype=torch.long)
-    return torch.zeros((rows, 2) if own.endswith("ForQuestionAnswering") else (rows,), dtype=torch.long)
+    return torch.zeros((rows, 2) if gives_spans(model.backbone) else (rows,), dtype=torch.long)
 
 
 def _name(model: SideModel) -> str:

@@ -20,6 +20,7 @@ from sidestep.measure.memory import by_kind_of_module, saved_bytes
 from sidestep.measure.plan.cuda import ALLOCATION, CudaKernels
 from sidestep.measure.plan.fakes import bytes_of, fake_batch, fake_copy
 from sidestep.measure.plan.ledger import Ledger
+from sidestep.measure.plan.pictures import Prepare, is_pictured, without_pictures, without_values
 from sidestep.measure.step import announced
 from sidestep.model.attach import Attached
 from sidestep.model.side_model import SideModel
@@ -69,9 +70,11 @@ class Plan:
         attention: the attention kernels that ran.
         method, config, checkpoint, keep, head: what was attached.
         parameters: how many values are trained.
-        batch, length, image_size: of the inputs. A length is of texts (tokens) and waves (samples), a size of images.
+        batch, length, image_size: of the inputs. A length is of texts (tokens, a picture's among them) and waves
+            (samples), a size of images.
         frames: of a video. None: a row is no video with its caption.
         reads: what a row is. A caption of an image or a video is a text.
+        pictured: whether a picture stands among the tokens of each text.
         precision, optimizer, device: of the step.
         source: "traced", or "measured" by a real step with random weights.
         notes: what a reader should know besides.
@@ -100,6 +103,7 @@ class Plan:
     image_size: int | None
     frames: int | None
     reads: Reads
+    pictured: bool
     precision: Precision
     optimizer: str
     device: Device
@@ -142,7 +146,8 @@ def plan_for(
     # forking leaves the caller's random numbers as they were. It stays outside, where its tensors are real
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), _kernels(device):
         fake = fake_copy(model).train()
-        step = Step(fake, fake_batch(model, batch), precision, optimizer, device)
+        given = fake_batch(model, batch)
+        step = Step(fake, given, precision, optimizer, device, without_values(fake, given))
         with _tracing(step), step.ledger, saved_bytes(fake) as saved:
             loss = step.forward()
         with _tracing(step), step.ledger:
@@ -176,6 +181,8 @@ CONVOLUTION_NOTE = (
     "convolutions take memory to work in that a plan does not see: the peak may be higher, above all with a small batch"
 )
 
+PICTURES_NOTE = "the tower that reads the pictures is not counted, because its code depends on values"
+
 STAGE_NOTE = (
     "this is the memory of the first stage, in which all weights are trained; the second one trains a few of them and "
     "needs less"
@@ -187,6 +194,8 @@ def _notes(model: Attached, step: Step, device: Device) -> Iterator[str]:
         yield GPU_NOTE
     if step.is_first_stage:
         yield STAGE_NOTE
+    if step.prepare is without_pictures:
+        yield f"{PICTURES_NOTE}: {INSTEAD}"
     convolutional = any(place.site.convolutional for part in model.parts for place in part.places)
     if convolutional and "convolution_backward" in step.ledger.ops:
         yield CONVOLUTION_NOTE
@@ -196,14 +205,22 @@ class Step:
     """Training steps of a model on one batch, phase by phase.
 
     Attributes:
+        prepare: makes what the model is given of the batch, in each pass. None: the batch itself.
         is_first_stage: whether they are those of a stage in which all weights are free, which has its own optimizer.
         ledger: told where the phases end.
     """
 
     def __init__(
-        self, model: Attached, batch: Mapping[str, Tensor], precision: Precision, optimizer: str, device: Device
+        self,
+        model: Attached,
+        batch: Mapping[str, Tensor],
+        precision: Precision,
+        optimizer: str,
+        device: Device,
+        prepare: Prepare | None = None,
     ) -> None:
         self.model, self.batch, self.precision, self.device = model, batch, precision, device
+        self.prepare = prepare
         for part in model.parts:
             part.fold.keeping.on_gpu = device == "cuda" and part.device.type != "cuda"
         first = model if isinstance(model, SideModel) and model.relaxes else None
@@ -230,7 +247,8 @@ class Step:
         kind = self.batch["labels"].device.type
         bf16 = torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16 autocast")
         with announced(self.model, self.optimizer), bf16:
-            loss = self.model(**self.batch).loss
+            batch, _held = (self.batch, None) if self.prepare is None else self.prepare(self.batch)
+            loss = self.model(**batch).loss
         self.ledger.end_forward()
         return loss
 
@@ -265,8 +283,9 @@ def facts(step: Step, saved: Mapping[str, int]) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for _, parameter in model.trained_parameters()),
         "batch": len(batch["labels"]),
         "length": None if given is None or given.ndim > 2 else given.shape[1],
-        "image_size": None if images is None else images.shape[-1],
+        "image_size": None if images is None or images.ndim < 4 else images.shape[-1],
         "frames": None if images is None or images.ndim <= VIDEO_AXES else images.shape[1],
+        "pictured": is_pictured(model, batch),
         "reads": "text" if "input_ids" in batch else "audio" if images is None else "image",
         "precision": step.precision,
         "optimizer": step.name,
