@@ -306,7 +306,7 @@ def test_columns_that_do_not_exist(place: Path) -> None:
     assert "the columns are 'text', 'other', 'label', 'score'" in said
     assert "there is no column 'gold'" in refused_training(place, "--label", "gold")
     said = refused_training(place, "--image", "a", "--text", "b")
-    assert "the backbone reads text (TokenizersBackend), but 'b' is named as text and 'a' as images: leave" in said
+    assert "the backbone reads text (TokenizersBackend), but 'b' is named as text and 'a' as images. Leave" in said
 
 
 def test_labels_that_training_never_had(place: Path, tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ def test_an_unknown_method_or_setting(place: Path) -> None:
         (["--dev-fraction", "2"], "fraction=2.0: choose a share between 0 and 1"),
         (["--own-head", "--pool", "cls"], "--pool cls with --own-head"),
         (["--resume"], "holds no run to resume"),
-        (["--problem", "rank"], "kind='rank': choose single, multi, regress"),
+        (["--problem", "rank"], "kind='rank': choose single, multi, "),
         (["--budget", "5m"], "--budget 5m is for --method auto: leave it out"),
         (["--method", "auto", "--lr", "1"], "with --method auto: its candidates have their own"),
     ],
@@ -373,8 +373,8 @@ def test_values_out_of_range(place: Path, options: list[str], said: str) -> None
 
 
 @pytest.mark.parametrize("name", ["token", "ner", "token-classification"])
-def test_token_classification_is_refused_by_name(place: Path, name: str) -> None:
-    assert "token classification is not supported yet" in refused_training(place, "--task", name)
+def test_other_names_of_a_kind_are_told_its_own(place: Path, name: str) -> None:
+    assert f"kind={name!r}: 'tokens' is what you mean" in refused_training(place, "--task", name)
 
 
 def test_an_output_folder_with_another_task_is_left_alone(place: Path) -> None:
@@ -452,7 +452,9 @@ def test_a_task_saved_from_python_predicts_with_the_columns_that_are_named(place
     model.extras["processor"] = load_processor(place / "bert")
     model.save_pretrained(tmp_path / "task")
     asked = ("predict", tmp_path / "task", "--data", place / "dev.tsv", "--output", tmp_path / "out.csv")
-    assert "this task does not say which columns it reads: name them (--text, --image or --audio)" in refusal(*asked)
+    assert "this task does not say which columns it reads: name them (--text, --image, --audio or --video)" in refusal(
+        *asked
+    )
     succeed(*asked, "--text", "text")
     with (tmp_path / "out.csv").open() as file:
         rows = list(csv.DictReader(file))
