@@ -17,7 +17,7 @@ from sidestep.model.heads import HEADS, head_from_dict
 #: The classes, and how they are made of what JSON holds.
 CONFIGS = {method.config: method.config.from_dict for method in methods().values()}
 CONFIGS |= dict.fromkeys(HEADS.values(), head_from_dict)
-REQUIRED = {HEADS[name]: {"num_labels": 2} for name in ("Classify", "Tag")}
+REQUIRED = {HEADS[name]: {"num_labels": 2} for name in ("Answer", "Classify", "Tag")}
 PLAIN: dict[Any, st.SearchStrategy[Any]] = {
     int: st.integers(-1, 40) | st.integers() | st.integers(-1, 40).map(float),
     float: st.floats(0, 2) | st.floats() | st.integers(),

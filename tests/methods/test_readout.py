@@ -20,7 +20,7 @@ HEAD = ss.Classify(num_labels=3)
 
 def vector(family: str, config: ReadoutConfig, batch: dict[str, Tensor]) -> tuple[ss.SideModel, Tensor]:
     model = ss.attach(FAMILIES[family].model(), config, head=HEAD)
-    return model, model.vector(dict(batch))
+    return model, model.vector(dict(batch))[0]
 
 
 def test_of_each_level_the_first_token_and_the_mean_of_the_kept_ones_are_read() -> None:

@@ -237,8 +237,10 @@ DUAL_FAMILIES: dict[str, DualFamily] = {
 
 
 def dual_family_of(model: nn.Module) -> DualFamily | None:
-    """The row for a dual encoder, or None for other models."""
+    """The row for a dual encoder, or None for other models. One tower alone (CLIPForImageClassification) is none."""
     config = getattr(model, "config", None)
+    if not all(hasattr(model, tower) for tower in ("vision_model", "text_model")):
+        return None
     return DUAL_FAMILIES.get(getattr(config, "model_type", ""))
 
 

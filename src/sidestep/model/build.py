@@ -51,9 +51,14 @@ def check_head(backbone: nn.Module, facts: Facts, head: HeadConfig | None) -> No
     Raises:
         UnsupportedBackbone: saying what to do instead.
     """
+    name = type(backbone).__name__
+    if head is not None and head.reads_all and is_encoder_decoder(backbone):
+        raise UnsupportedBackbone(
+            f"a {type(head).__name__} head does not work on {name}: it reads a state for each token of the text, and "
+            "this model's are its decoder's. Choose an encoder or a decoder (of T5 the encoder alone, T5EncoderModel)"
+        )
     if head is None or facts.head.ends:
         return
-    name = type(backbone).__name__
     if facts.head.after is None:
         raise UnsupportedBackbone(
             f"a {type(head).__name__} head does not work on {name}: it reads a last hidden state of (batch, tokens, "
@@ -63,12 +68,6 @@ def check_head(backbone: nn.Module, facts: Facts, head: HeadConfig | None) -> No
         raise UnsupportedBackbone(
             f"pool='mean_pre_norm' reads what goes into the final norm, and {name} ends in something else: choose "
             "another pool"
-        )
-    if head is not None and head.reads_all and is_encoder_decoder(backbone):
-        raise UnsupportedBackbone(
-            f"a {type(head).__name__} head does not work on {type(backbone).__name__}: it reads a state for each token "
-            "of the text, and this model's are its decoder's. Choose an encoder or a decoder (of T5 the "
-            "encoder alone, T5EncoderModel)"
         )
 
 
