@@ -31,7 +31,7 @@ from sidestep.model.settings import Settings
 from study import Results
 
 RESULTS = Results(Path(__file__).parent / "results" / "other_inputs.jsonl")
-ROUNDS = 4
+ROUNDS = 3
 PICTURE, TOKENS, SECONDS, RATE = 49190, 128, 5, 16000
 
 
