@@ -16,6 +16,7 @@ from sweep.build import LABELS
 from sweep.catalogue import catalogue
 from sweep.inputs import Batch
 from sweep.subject import Subject
+from tiny import ALL
 
 #: Encoders of sounds with a final norm and without one, decoders, and encoder-decoders of either kind.
 TYPES = ("wav2vec2", "wavlm", "wav2vec2-bert", "whisper+asr", "opt", "bart", "mbart")
@@ -108,3 +109,16 @@ def _without_cache(subject: Subject) -> Batch | dict[str, bool]:
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)  # wav2vec2 draws from here
+
+
+@pytest.mark.parametrize(
+    ("method", "kept"), [(ss.LoraConfig(rank=2), False), (ss.FullConfig(), True)], ids=["lora", "full"]
+)
+def test_a_front_without_trained_weights_is_out_of_the_graph(method: Any, kept: bool) -> None:
+    family = ALL["wav2vec2"]
+    model = ss.attach(family.model(), method, head=ss.Classify(num_labels=3)).train()
+    seen: list[bool] = []
+    front = model.trunk.feature_extractor
+    front.register_forward_hook(lambda module, given, out: seen.append(out.requires_grad))
+    model(**family.inputs(), labels=family.labels()).loss.backward()
+    assert seen == [kept]

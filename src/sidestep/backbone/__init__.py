@@ -13,7 +13,7 @@ from sidestep.backbone.digest import (
 from sidestep.backbone.facts import Facts, StackFacts, as_given, as_tokens, said_causal
 from sidestep.backbone.fakes import without_values
 from sidestep.backbone.find import Stack, default_pool, find_places, find_stacks, prove_replay
-from sidestep.backbone.freeze import Noise, check_noise, drop_path_rate, freeze, set_noise
+from sidestep.backbone.freeze import Noise, check_noise, drop_path_rate, freeze, hold_fronts, set_noise
 from sidestep.backbone.packs import packs
 from sidestep.backbone.recompute import CheckpointedForward, checkpoint_blocks, uncheckpoint_blocks
 from sidestep.backbone.trace import facts_of
@@ -53,6 +53,7 @@ __all__ = [
     "find_stacks",
     "freeze",
     "head_tensors",
+    "hold_fronts",
     "in_pooler",
     "is_encoder_decoder",
     "joined",

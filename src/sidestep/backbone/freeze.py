@@ -43,6 +43,16 @@ def _is_drop_path(module: nn.Module) -> bool:
     return "DropPath" in kind or "StochasticDepth" in kind
 
 
+def hold_fronts(trunk: nn.Module) -> None:
+    """Put fronts that would make sounds require a gradient (wav2vec2's) in eval mode, if nothing of them is trained.
+
+    In training mode all that they compute would be kept for backward, for no weight.
+    """
+    for module in trunk.modules():
+        if vars(module).get("_requires_grad") and not any(part.requires_grad for part in module.parameters()):
+            module.eval()
+
+
 def _drops_layers(module: Any) -> bool:
     """Whether a module runs blocks in a loop that leaves some out in training (layer drop)."""
     if not any(isinstance(part, nn.ModuleList) for part in module.children()):

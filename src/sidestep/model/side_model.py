@@ -150,6 +150,8 @@ class SideModel(Forward):
             self.trunk.eval()
             for block in self.late_blocks():
                 block.train(mode)
+        else:
+            backbones.hold_fronts(self.trunk)
         return self
 
     # --- which backbone it is on -------------------------------------------------------------------------------------
