@@ -94,7 +94,7 @@ def test_a_pixel_too_far_is_rounding(picture: str) -> None:
 
 def test_a_form_is_known_and_an_unreadable_picture_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="boxes='cxcywh': choose xyxy or xywh"):
-        Boxes("grounding", (), form="cxcywh")  # type: ignore[arg-type]
+        Boxes("grounding", (), form="cxcywh")  # type: ignore[arg-type]  # which is refused
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"broken.png' in row 1 cannot be read"):
         Boxes("grounding", ()).shares(rows(str(tmp_path / "broken.png"), [1, 1, 4, 4]), "box", "picture")

@@ -63,6 +63,9 @@ def test_plain_tags_are_runs_and_those_without_an_outside_stand_alone() -> None:
     ]
     parts = Scheme(("NOUN", "VERB"))
     assert parts.each
+    found, true = [["NOUN", "VERB", "VERB"], ["NOUN"]], [["NOUN", "NOUN", "VERB"], ["VERB"]]
+    slow = entity_scores([*map(parts.entities, found)], [*map(parts.entities, true)])
+    assert parts.scores(found, true) == slow
     assert parts.entities(["NOUN", "NOUN", "VERB"]) == [
         Entity("NOUN", 0, 1),
         Entity("NOUN", 1, 2),

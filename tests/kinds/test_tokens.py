@@ -248,7 +248,7 @@ def test_parts_of_speech_are_scored_word_by_word() -> None:
     labels = LabelSpace("tokens", ("ADJ", "NOUN"))
     encoded, _ = encode_tagged(data, FIELDS, tokenizer(pad=True), labels, None)
     logits = np.array([[9, 0], [9, 0], [0, 9], [0, 9], [9, 0]], float)
-    found = kind_named("tokens").score([logits], encoded, labels)  # type: ignore[attr-defined]
+    found = kind_named("tokens").score([logits], encoded, labels)  # type: ignore[attr-defined]  # of FromTokens
     assert found.scores["accuracy"] == pytest.approx(2 / 3)
     assert found.scores["f1"] == pytest.approx(2 / 3)
     assert found.constant["accuracy"] == pytest.approx(2 / 3)

@@ -16,6 +16,8 @@ from sidestep.data.media import Medium, is_local
 TURNED = (5, 6, 7, 8)
 """Orientations, as cameras tell them, of pictures that are looked at on their side."""
 ERRORS: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
+UNOPENED: tuple[type[Exception], ...] = (*ERRORS, TypeError)
+"""What opening a cell raises that has neither a file here nor bytes, too."""
 """What Pillow raises for an image that it cannot read."""
 
 
@@ -56,7 +58,7 @@ def size_of(cell: dict[str, Any], row: int) -> tuple[int, int]:
         with PIL.Image.open(cell["path"] if given is None else BytesIO(given)) as image:
             turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) in TURNED
             return image.size[::-1] if turned else image.size
-    except (*ERRORS, TypeError):  # type: ignore[misc]
+    except UNOPENED:
         return IMAGES.decode(cell, row).size  # of what lies in a store, or the error that names it
 
 

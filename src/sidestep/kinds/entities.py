@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 from sidestep.data.tagged import OUTSIDE, is_scheme
@@ -68,6 +68,12 @@ class Scheme:
             last, last_type = prefix, name
         return found
 
+    def scores(self, found: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -> EntityScores:
+        """The scores of rows of tags against the true ones."""
+        if self.each:  # words of a long text would all be compared with each other
+            return word_scores([*chain(*found)], [*chain(*true)])
+        return entity_scores([*map(self.entities, found)], [*map(self.entities, true)])
+
     def broken(self, tags: Sequence[str]) -> int:
         """How many words go on with what did not begin."""
         if not self.prefixed:
@@ -115,6 +121,17 @@ def entity_scores(found: Sequence[Sequence[Entity]], true: Sequence[Sequence[Ent
         f1=float(whole.f1),
         of_type={name: (float(one.recall), float(one.f1)) for name, one in by_type.items()},
     )
+
+
+def word_scores(found: Sequence[str], true: Sequence[str]) -> EntityScores:
+    """The scores of words that stand each for itself. Over all, each wrong one is one too many and one too few."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    types = sorted({*found, *true})
+    _, recalls, f1s, _ = precision_recall_fscore_support(true, found, labels=types, zero_division=0)
+    share = sum(own == other for own, other in zip(found, true, strict=True)) / len(true)
+    of_type = {name: (float(recall), float(f1)) for name, recall, f1 in zip(types, recalls, f1s, strict=True)}
+    return EntityScores(share, share, share, of_type)
 
 
 def _as_given(row: Sequence[Entity]) -> list[dict[str, Any]]:

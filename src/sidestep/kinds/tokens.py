@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from sidestep.data import Augmentation, DataError, DataWarning, Fields, LabelSpace, Separators
 from sidestep.data.joins import NOTHING
@@ -29,7 +30,7 @@ from sidestep.data.tagged import (
 from sidestep.data.windows import ROW
 from sidestep.kinds.assess import Assessment, OfClass
 from sidestep.kinds.base import PREDICTION, Probabilities, register
-from sidestep.kinds.entities import Scheme, entity_scores
+from sidestep.kinds.entities import Scheme
 from sidestep.kinds.from_tokens import FromTokens, Outputs
 from sidestep.kinds.steps import check_text_alone
 from sidestep.kinds.task_data import TaskData
@@ -120,8 +121,6 @@ class Tokens(FromTokens):
             [[names[number] for number in part[keep]] for part, keep in zip(parts, kept, strict=True)]
             for parts in ([row.found for row in rows], [row.true for row in rows])
         )
-        entities = [[scheme.entities(tags) for tags in part] for part in (found, true)]
-        scored = entity_scores(*entities)
         flat = [tag for tags in true for tag in tags]
         if not flat:
             raise DataError("no word has a label, so there is nothing to score")
@@ -131,9 +130,9 @@ class Tokens(FromTokens):
             for own, other in zip(tags, others, strict=True)
         )
         usual, count = Counter(flat).most_common(1)[0]
-        usual_entities = [scheme.entities([usual] * len(tags)) for tags in true]
-        constant = entity_scores(usual_entities, entities[1])
-        counts = Counter(entity.type for row in entities[1] for entity in row)
+        scored = scheme.scores(found, true)
+        constant = scheme.scores([[usual] * len(tags) for tags in true], true)
+        counts = Counter(entity.type for tags in true for entity in scheme.entities(tags))
         return Assessment(
             scores={
                 "f1": scored.f1,
@@ -188,7 +187,7 @@ def _by_row(encoded: Dataset, outputs: Outputs, labels: LabelSpace) -> Iterator[
     for own in windows.values():
         words: list[tuple[int, int, float, int, int, int]] = []
         for window in own:
-            shares = _shares(outputs[window])
+            shares = softmax(outputs[window].astype(np.float64), axis=-1)
             last = -1
             true = columns[TAGS][window] if TAGS in columns else [IGNORED] * len(columns[WORDS][window])
             parts = (columns[WORDS][window], columns[PLACES][window], columns[STARTS][window], columns[ENDS][window])
@@ -210,12 +209,6 @@ def _by_row(encoded: Dataset, outputs: Outputs, labels: LabelSpace) -> Iterator[
             text=columns[TEXT][first],
             split=columns[SPLIT][first],
         )
-
-
-def _shares(logits: NDArray[Any]) -> NDArray[Any]:
-    """Probabilities of tags, (tokens, tags)."""
-    grown = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return grown / grown.sum(axis=-1, keepdims=True)
 
 
 def _going_on(names: tuple[str, ...], tag: int) -> int:

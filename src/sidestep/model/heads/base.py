@@ -162,5 +162,5 @@ class Head(nn.Module):
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
     def losses(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        """The loss of a batch, as its "mean" or its "sum"."""
+        """The loss of a batch, as its "mean" or its "sum". A tower's head has none: embeddings are learned by pairs."""
         raise NotImplementedError(f"a {type(self.config).__name__} head has no loss of its own")
