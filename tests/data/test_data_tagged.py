@@ -110,6 +110,7 @@ def test_spans_within_words_are_read_as_the_words_and_counted() -> None:
     data = Dataset.from_list([{"words": "good films", "tags": [{"start": 5, "end": 8, "label": "a"}]}])
     with pytest.warns(DataWarning, match="1 spans begin or end within a word"):
         assert Texts.of(data, "words").tags(data, "tags") == [["O", "B-a"]]
+    tag_space(data, FIELDS, "tokens")  # says nothing: the rows are told of once, when they are encoded
 
 
 def test_a_word_without_a_token_is_predicted_as_nothing_and_still_counts() -> None:

@@ -78,8 +78,10 @@ class Texts:
             words.append(places)
         return cls([" ".join(cell) for cell in cells], words, split=True)
 
-    def tags(self, rows: Dataset, column: str) -> list[list[str | None]]:
+    def tags(self, rows: Dataset, column: str, *, tell: bool = True) -> list[list[str | None]]:
         """The tag of each word of each row, by its list or by spans of its text. None: without a label.
+
+        With `tell` False there is no warning.
 
         Raises:
             DataError: for another column, a number of tags that is not that of the words, spans outside of their text
@@ -98,7 +100,7 @@ class Texts:
                     f"rows, {named_rows(odd)} ({told}): give each word one tag"
                 )
             return tags
-        return _from_spans(rows, column, self)
+        return _from_spans(rows, column, self, tell=tell)
 
 
 def tags_of(rows: Dataset, column: str) -> list[list[str | None]]:
@@ -138,7 +140,7 @@ def tag_space(rows: Dataset, fields: Fields, kind: str) -> LabelSpace:
     assert fields.text is not None
     assert fields.label is not None
     texts = Texts.of(rows, fields.text)
-    found = {tag for row in texts.tags(rows, fields.label) for tag in row if tag is not None}
+    found = {tag for row in texts.tags(rows, fields.label, tell=False) for tag in row if tag is not None}
     feature = rows.features[fields.label]
     if isinstance(feature, List | LargeList) and isinstance(feature.feature, ClassLabel):
         return LabelSpace(kind, tuple(feature.feature.names))
@@ -161,7 +163,7 @@ def is_scheme(tags: Sequence[str] | set[str]) -> bool:
 # --- spans of texts ---------------------------------------------------------------------------------------------------
 
 
-def _from_spans(rows: Dataset, column: str, texts: Texts) -> list[list[str | None]]:
+def _from_spans(rows: Dataset, column: str, texts: Texts, *, tell: bool) -> list[list[str | None]]:
     cells = rows.with_format(None)[column][:]
     check_column(rows, column)
     if any(isinstance(cell, str) for cell in cells):
@@ -201,7 +203,7 @@ def _from_spans(rows: Dataset, column: str, texts: Texts) -> list[list[str | Non
             f"column {column!r} has spans over each other in {named_rows(sorted({*across}))}: a word has one tag. Keep "
             "one of them"
         )
-    if moved:
+    if moved and tell:
         warnings.warn(
             f"column {column!r}: {moved} spans begin or end within a word, or at a space. They are read as the words "
             "that they touch",
