@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sidestep.backbone.quantised import as_loaded
 from sidestep.backbone.trunk import trunk_of
+from sidestep.interface.offload import retie, values_in
 
 
 def new_parameters(model: nn.Module) -> set[str]:
@@ -61,11 +62,12 @@ def pretrained_tensors(
     """Names (relative to the base model, sorted) and values of the pretrained weights that identify a backbone.
 
     Left out are heads and poolers (a class of model may lack them) and tensors that the checkpoint did not have. The
-    second name of a tied tensor is left out too. `originals` stand in for tensors (by the model's names) that a method
+    second name of a tied tensor is left out too. An offloaded tensor is read when it is its turn. `originals` stand in for tensors (by the model's names) that a method
     moved. `plain_name` gives back the names that tensors had before a method inserted modules, or None for the method's
     own.
     """
-    trunk, missing = trunk_of(model), new_parameters(model)
+    retie(model)
+    trunk, missing, value_of = trunk_of(model), new_parameters(model), values_in(model)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     new = {id(tensors[name]) for name in missing}
     before = {id(tensors[name]): value for name, value in (originals or {}).items()}
@@ -76,7 +78,7 @@ def pretrained_tensors(
     for name, tensor in sorted(plain, key=lambda item: item[0]):
         if id(tensor) not in skip and not in_pooler(name):
             skip.add(id(tensor))
-            yield name, as_loaded(before.get(id(tensor), tensor))
+            yield name, as_loaded(before.get(id(tensor), value_of(tensor)))
 
 
 def in_pooler(name: str) -> bool:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sidestep.backbone import Widened, device_of, head_tensors, in_pooler, new_parameters
+from sidestep.interface.offload import offloaded_tensors
 from sidestep.interface.registry import Method
 from sidestep.messages import some
-from sidestep.methods import WeightDelta
+from sidestep.methods import UnsupportedBackbone, WeightDelta
 from sidestep.model.build import naming
 from sidestep.model.outputs import gives_spans
 from sidestep.model.settings import Settings
@@ -73,13 +74,18 @@ class Trained:
         self, unread: set[int], own: set[int], new: set[str], moved: set[int], delta: WeightDelta | None
     ) -> dict[str, nn.Parameter]:
         """Unfreeze what is trained and keep its values. Returns the trained parameters of an own head."""
-        stored, heads = [], {}
+        stored, heads, elsewhere = [], {}, offloaded_tensors(self.backbone)
         for name, parameter in self.backbone.named_parameters():
             if id(parameter) in unread:
                 continue
             if head := self._trains_head(name, id(parameter) in own, new):
                 heads[name] = parameter
             trained = head or id(parameter) in moved
+            if trained and id(parameter) in elsewhere:
+                raise UnsupportedBackbone(
+                    f"{name} of {type(self.backbone).__name__} would be trained, and it is offloaded: place it in memory "
+                    "(device_map), train a head of Sidestep's (head=ss.Classify(...)), or pass train_head=False"
+                )
             if self.sparse is None or not self.sparse.covers(parameter):
                 parameter.requires_grad_(trained)
             if trained or name in new:
@@ -160,7 +166,7 @@ def tensors_beyond_trunk(
     """Tensors behind the last hidden state, `own` heads included, but for some names. Sorted by name."""
     beyond = beyond_trunk(backbone, trunk) - (set() if own else own_head(backbone, trunk))
     named = sorted(backbone.named_parameters())
-    return [(name, parameter.detach()) for name, parameter in named if id(parameter) in beyond and name not in but]
+    return [(name, parameter) for name, parameter in named if id(parameter) in beyond and name not in but]
 
 
 def precisions(backbone: nn.Module, trunk: nn.Module, delta: WeightDelta | None, wide: Widened) -> str:

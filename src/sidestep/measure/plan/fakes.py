@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sidestep.backbone.fakes import fake_like, fakes_of
+from sidestep.backbone.fakes import fake_like, fakes_of, unhooked, without_hooks
 from sidestep.measure.plan.blank import without_drawing
 from sidestep.model.attach import Attached
 
@@ -22,7 +22,8 @@ def fake_copy(model: Attached) -> Attached:
     """
     # by its memo, deepcopy takes these for what they stand for: nothing large is copied
     memo: dict[int, Any] = {id(model.extras): {}, **{id(part.trained.originals): {} for part in model.parts}}
-    return copy.deepcopy(model, fakes_of(model, memo))
+    copied: Any = without_hooks(copy.deepcopy(model, fakes_of(model, unhooked(memo, model))))
+    return copied
 
 
 def fake_batch(model: Attached, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
