@@ -62,9 +62,9 @@ def pretrained_tensors(
     """Names (relative to the base model, sorted) and values of the pretrained weights that identify a backbone.
 
     Left out are heads and poolers (a class of model may lack them) and tensors that the checkpoint did not have. The
-    second name of a tied tensor is left out too. An offloaded tensor is read when it is its turn. `originals` stand in for tensors (by the model's names) that a method
-    moved. `plain_name` gives back the names that tensors had before a method inserted modules, or None for the method's
-    own.
+    second name of a tied tensor is left out too. An offloaded tensor is read when it is its turn. `originals` stand in
+    for tensors (by the model's names) that a method moved. `plain_name` gives back the names that tensors had before a
+    method inserted modules, or None for the method's own.
     """
     retie(model)
     trunk, missing, value_of = trunk_of(model), new_parameters(model), values_in(model)

@@ -188,7 +188,9 @@ def load_class(
 
 def _refuse_placement(name: str, placement: Placement | None) -> None:
     if placement is not None:
-        raise LoadError(f"{name} with device_map={placement.device_map!r}: models of timm are loaded whole. Leave it out")
+        raise LoadError(
+            f"{name} with device_map={placement.device_map!r}: models of timm are loaded whole. Leave it out"
+        )
 
 
 def _config_of(kind: type[PreTrainedModel], source: Source, fields: Mapping[str, Any]) -> Any:

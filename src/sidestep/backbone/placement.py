@@ -31,6 +31,7 @@ MaxMemory: TypeAlias = Mapping[str | int, str | int]
 COMPUTED = ("auto", "balanced", "balanced_low_0", "sequential")
 """Names of maps that accelerate makes of the memory there is."""
 DISK = "disk"
+EXAMPLE = '{"model": "cpu", "lm_head": "disk"}'
 HOST_SHARE = 0.9
 """Of the host's free memory that a computed map fills, where nobody says how much it may."""
 
@@ -40,9 +41,9 @@ class Placement:
     """Where weights go, as accelerate's `device_map` says it.
 
     Attributes:
-        device_map: "auto", "balanced", "balanced_low_0" or "sequential" (made of the memory there is), a device, "disk",
-            the devices by names of modules, such as {"model.layers.0": 0, "lm_head": "disk"}, or a .json file or text
-            with such names.
+        device_map: "auto", "balanced", "balanced_low_0" or "sequential" (made of the memory there is), a device, or
+            "disk". Or the devices by names of modules, such as {"model.layers.0": 0, "lm_head": "disk"}, or the same as
+            a .json file or text.
         offload_folder: where weights are written that are offloaded to disk and cannot be read from their checkpoint.
         max_memory: the most that a computed map puts on a device: {0: "10GiB", "cpu": "600MiB"}. Numbers are bytes.
 
@@ -106,7 +107,9 @@ class Placement:
         else:
             return {"": asked}
         main = next((device for device in found.values() if device not in ("cpu", DISK)), "cpu")
-        return {name: main if device == DISK and _is_trained_head(blank, name) else device for name, device in found.items()}
+        return {
+            name: main if device == DISK and _is_trained_head(blank, name) else device for name, device in found.items()
+        }
 
     def _memory(self, blank: nn.Module) -> Any:
         limits = None if self.max_memory is None else dict(self.max_memory)
@@ -151,8 +154,7 @@ class Placement:
         _make(folder)
         if (free := shutil.disk_usage(folder).free) < size:
             raise LoadError(
-                f"{text}, and {folder} has {free / 2**30:.2f} GiB left: choose another offload folder, free some space, "
-                "or save the model as safetensors once, from which weights are read without a copy"
+                f"{text}, and {folder} has {free / 2**30:.2f} GiB left: choose another offload folder, or make room"
             )
 
 
@@ -197,16 +199,16 @@ def _read(text: str) -> DeviceMap:
             torch.device(text)
         except RuntimeError as error:
             raise LoadError(
-                f"device_map={text!r}: choose {', '.join(COMPUTED)}, {DISK}, a device such as cpu or cuda:0, or devices "
-                "by names of modules, as a .json file or text"
+                f"device_map={text!r}: choose {', '.join(COMPUTED)}, {DISK}, a device such as cpu or cuda:0, or JSON "
+                "with devices by names of modules, as a .json file or text"
             ) from error
         return text
     try:
         found = json.loads(Path(text).read_text(encoding="utf-8") if text.endswith(".json") else text)
     except (OSError, ValueError) as error:
-        raise LoadError(f"device_map={text!r} cannot be read ({error}): give JSON such as {{\"lm_head\": \"disk\"}}") from error
+        raise LoadError(f"device_map={text!r} cannot be read ({error}): give JSON such as {EXAMPLE}") from error
     if not isinstance(found, dict) or not all(isinstance(device, str | int) for device in found.values()):
-        raise LoadError(f"device_map={text!r} holds no devices by names of modules: write for example {{\"lm_head\": \"disk\"}}")
+        raise LoadError(f"device_map={text!r} holds no devices by names of modules: write for example {EXAMPLE}")
     return {name: _device(device) for name, device in found.items()}
 
 

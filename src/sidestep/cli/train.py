@@ -11,7 +11,7 @@ import typer
 from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
-from sidestep.cli.values import backbone_named, config_from, feature_options, table_options, unescaped, value_of
+from sidestep.cli.values import backbone_named, config_from, feature_options, placed, table_options, unescaped, value_of
 from sidestep.console import Shown, hush, show_answers, show_results
 from sidestep.messages import duration_of
 
@@ -47,6 +47,9 @@ def train(
     drop_path: opt.DropPath = None,
     dtype: opt.Dtype = None,
     revision: opt.Revision = None,
+    device_map: opt.DeviceMap = None,
+    offload_folder: opt.OffloadFolder = None,
+    max_memory: opt.MaxMemory = None,
     text: opt.Text = None,
     text2: opt.Text2 = None,
     separator: opt.Separator = None,
@@ -77,7 +80,7 @@ def train(
     encoding: opt.Encoding = "utf-8",
     epochs: opt.Epochs = 10,
     batch_size: opt.BatchSize = 32,
-    eval_batch_size: opt.EvalBatchSize = 64,
+    eval_batch_size: opt.EvalBatchSize = None,
     accumulate: opt.Accumulate = 1,
     drop_last: opt.DropLast = False,
     learning_rate: opt.Rate = None,
@@ -228,6 +231,7 @@ def train(
             drop_path=asked["drop_path"],
             dtype=dtype,
             revision=revision,
+            **placed(device_map, offload_folder, max_memory),
         )
         spec = RunSpec(data=data, model=model, training=settings, recipe=chosen.record())
         if chooses:

@@ -1,6 +1,6 @@
 """Frozen weights that accelerate keeps elsewhere, on disk or in the host's memory, and brings for each call.
 
-Between calls such a weight is an empty tensor on the meta device. A call of its module needs nothing else. Whoever reads
+Between calls such a weight is an empty tensor on the meta device. A call of its module needs nothing else. Who reads
 the weight itself reads it here.
 """
 
@@ -51,8 +51,14 @@ def offloaded_tensors(model: nn.Module) -> set[int]:
     return {id(tensor) for part in parts for tensor in part.parameters(recurse=False) if tensor.is_meta}
 
 
+def offloaded_size(model: nn.Module) -> int:
+    """Bytes of a model's weights that are kept elsewhere at present."""
+    elsewhere = offloaded_tensors(model)
+    return sum(tensor.nbytes for tensor in model.parameters() if id(tensor) in elsewhere)
+
+
 def retie(model: nn.Module) -> None:
-    """Make tied weights that are kept elsewhere one tensor again. Each call leaves a tensor of its own for each name."""
+    """Make tied weights that are kept elsewhere one tensor again, as each call leaves one for each name."""
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         (module, name), (owner, own) = (_owner(model, path) for path in (target, source))
         if getattr(module, name).is_meta and getattr(owner, own).is_meta:

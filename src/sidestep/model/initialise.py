@@ -97,7 +97,7 @@ def _fisher(model: SideModel, batches: Iterable[Mapping[str, Tensor]]) -> tuple[
     """Sums of squared gradients by row and by column of each weight in a block, and the number of batches."""
     if is_offloaded(model.backbone):
         raise ValueError(
-            f"{model.record.name} as configured starts by gradients of the backbone's weights, and these are offloaded: "
+            f"{model.record.name} as configured starts by gradients of the backbone's weights, which are offloaded: "
             'choose a start without data (init="magnitude" or "random"), or leave the weights in memory'
         )
     weights = [p for place in model.places if place.site.kind == "block" for p in place.module.parameters()]

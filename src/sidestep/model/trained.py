@@ -83,7 +83,7 @@ class Trained:
             trained = head or id(parameter) in moved
             if trained and id(parameter) in elsewhere:
                 raise UnsupportedBackbone(
-                    f"{name} of {type(self.backbone).__name__} would be trained, and it is offloaded: place it in memory "
+                    f"{name} of {type(self.backbone).__name__} would be trained, and is offloaded: place it in memory "
                     "(device_map), train a head of Sidestep's (head=ss.Classify(...)), or pass train_head=False"
                 )
             if self.sparse is None or not self.sparse.covers(parameter):

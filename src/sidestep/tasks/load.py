@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sidestep.backbone import Digest, joined
 from sidestep.backbone.load import load_class, paired
+from sidestep.backbone.placement import DeviceMap, MaxMemory, Placement
 from sidestep.backbone.processors import load_processor
 from sidestep.backbone.source import LoadError, OtherModel, Source, source_of
 from sidestep.disk.card import backbone_text
@@ -127,7 +128,9 @@ def load(
     settings_of(task)  # what cannot be used is refused before a backbone is loaded
     placement = Placement.of(device_map, offload_folder, max_memory)
     if placement is not None and (backbone is not None or device is not None):
-        raise TaskError("device_map with a backbone or a device: it is for a backbone that is loaded here. Leave it out")
+        raise TaskError(
+            "device_map with a backbone or a device: it is for a backbone that is loaded here. Leave it out"
+        )
     if backbone is None:
         backbone = stored_backbone(folder, dtype=dtype, placement=placement)
     elif dtype is not None:

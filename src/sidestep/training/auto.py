@@ -154,7 +154,13 @@ def auto(
         )
     if backbone is None:
         backbone = load_backbone(
-            spec.model.name, dtype=spec.model.dtype, revision=spec.model.revision, drop_path=spec.model.drop_path
+            spec.model.name,
+            dtype=spec.model.dtype,
+            revision=spec.model.revision,
+            drop_path=spec.model.drop_path,
+            device_map=spec.model.device_map,
+            offload_folder=spec.model.offload_folder,
+            max_memory=spec.model.max_memory,
         )
     tell = (lambda line: None) if watch is None else watch.tell
     tell(f"auto: {len(candidates)} candidates in {about(budget)}: {'; '.join(one.name for one in candidates)}")

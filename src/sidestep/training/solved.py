@@ -69,7 +69,7 @@ def solve_run(
     judged = judge_run(model, data if kept is None else kept.data, settings)
     model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=judged.scores)
     scored = {f"dev_{name}": value for name, value in judged.scores.items()}
-    loss = _dev_loss(model, data if kept is None else kept.data, settings.eval_batch_size)
+    loss = _dev_loss(model, data if kept is None else kept.data, settings.eval_rows)
     results = Results(
         **told_of(model, data, settings, recipe, judged),
         metric=metric,
@@ -109,7 +109,7 @@ def _kept(
         data,
         options,
         passes=1,
-        batch_size=settings.eval_batch_size,
+        batch_size=settings.eval_rows,
         autocast=settings.bf16,
         tell=tell,
         progress=settings.progress,
@@ -222,8 +222,8 @@ def _token_vectors(
     starts = np.searchsorted(rows, np.arange(len(data.train) + 1))
     order = np.argsort(data.train.with_format(None)["length"][:], kind="stable")
     model.eval()
-    for begin in range(0, len(order), settings.eval_batch_size):
-        numbers = order[begin : begin + settings.eval_batch_size].tolist()
+    for begin in range(0, len(order), settings.eval_rows):
+        numbers = order[begin : begin + settings.eval_rows].tolist()
         batch = accepted(model, data.collate([data.train[number] for number in numbers]))
         found, _ = model.vector({name: value for name, value in batch.items() if name != "labels"})
         for vectors, number in zip(found, numbers, strict=True):
