@@ -13,19 +13,22 @@ from transformers import PreTrainedModel
 
 from sidestep.backbone.quantised import as_loaded
 from sidestep.backbone.trunk import trunk_of
-from sidestep.interface.offload import retie, values_in
+from sidestep.interface.offload import offloaded_tensors, retie, values_in
 
 
 def new_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters that the checkpoint did not have (random at every load).
 
     transformers marks what it loads. A model that never went through `from_pretrained` has no marks and counts as
-    loaded whole.
+    loaded whole. An offloaded parameter comes from a file, though accelerate drops its mark.
     """
     marked = {
         name: bool(getattr(parameter, "_is_hf_initialized", False)) for name, parameter in model.named_parameters()
     }
-    return {name for name, loaded in marked.items() if not loaded} if any(marked.values()) else set()
+    if not any(marked.values()):
+        return set()
+    elsewhere = offloaded_tensors(model)
+    return {name for name, p in model.named_parameters() if not marked[name] and id(p) not in elsewhere}
 
 
 @dataclass(frozen=True)

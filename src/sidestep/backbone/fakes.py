@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sidestep.backbone.quantised import is_quantised
-from sidestep.interface.offload import HOOK, is_dispatched
+from sidestep.interface.offload import HOOK, is_dispatched, offloaded_tensors
 
 
 def without_values(model: nn.Module) -> nn.Module:
     """A copy on the meta device: a task can be tried on it, and it takes no memory for weights."""
-    memo = unhooked({}, model)
+    memo, elsewhere = unhooked({}, model), offloaded_tensors(model)
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         memo[id(parameter)].__dict__.update(parameter.__dict__)  # transformers' mark of what was loaded
+        if id(parameter) in elsewhere:  # which comes from a file, and has lost the mark
+            memo[id(parameter)]._is_hf_initialized = True
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return without_hooks(copy.deepcopy(model, memo))

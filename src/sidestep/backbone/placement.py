@@ -163,15 +163,11 @@ def offloaded_bytes(blank: nn.Module, device_map: Mapping[str, Any]) -> int:
     return sum(p.nbytes for name, p in blank.named_parameters() if _placed(name, device_map) == DISK)
 
 
-def resident_bytes(blank: nn.Module, device_map: Mapping[str, Any]) -> int:
-    """Bytes that stay in memory during a step: all but what is on disk, and the largest module that comes from there.
-
-    Buffers stay in any case.
-    """
+def away_bytes(blank: nn.Module, device_map: Mapping[str, Any]) -> int:
+    """Bytes of weights that are not in memory during a pass: those on disk but for the largest module's own."""
     disk = {id(p) for name, p in blank.named_parameters() if _placed(name, device_map) == DISK}
-    stays = sum(p.nbytes for p in blank.parameters() if id(p) not in disk) + sum(b.nbytes for b in blank.buffers())
-    comes = (sum(p.nbytes for p in part.parameters(recurse=False) if id(p) in disk) for part in blank.modules())
-    return stays + max(comes, default=0)
+    own = (sum(p.nbytes for p in part.parameters(recurse=False) if id(p) in disk) for part in blank.modules())
+    return offloaded_bytes(blank, device_map) - max(own, default=0)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sidestep.backbone import Noise
 from sidestep.backbone.load import OwnHead
+from sidestep.backbone.placement import Placement, away_bytes
 from sidestep.backbone.recompute import Checkpoint
 from sidestep.backbone.trunk import reads_mixed
 from sidestep.interface.keep import Keep
@@ -40,7 +42,7 @@ from sidestep.measure.plan.trace import (
     facts,
     plan_for,
 )
-from sidestep.methods import MethodConfig
+from sidestep.methods import MethodConfig, UnsupportedBackbone
 from sidestep.metrics import Written
 from sidestep.model.attach import Attached, attach
 from sidestep.model.heads import Classify, HeadConfig, Retrieve
@@ -65,6 +67,10 @@ __all__ = [
     "ways_of_keeping",
 ]
 
+OFFLOAD_NOTE = (
+    "weights on disk are counted one module at a time. Where a gradient flows through late blocks, backward needs "
+    "theirs too, and pages of mapped files are counted by nobody"
+)
 TWO_CLASSES = Classify(num_labels=2)
 
 
@@ -89,6 +95,7 @@ def plan(
     device: Device = "cpu",
     revision: str | None = None,
     measure: bool = False,
+    placement: Placement | None = None,
 ) -> Plan:
     """The memory that a training step will take, from the backbone's config alone.
 
@@ -113,9 +120,10 @@ def plan(
         revision: branch, tag or commit of a hub id.
         measure: run two real steps on this machine instead, with random weights, and take the allocator's count. With
             "cuda" there has to be a GPU then.
+        placement: where the backbone's weights go. Those on disk are counted as they are brought: one module at a time.
 
     Raises:
-        LoadError: if there is no such config.
+        LoadError: if there is no such config, or weights cannot be placed as asked.
         UnsupportedBackbone: if the method cannot work on this backbone.
         PlanError: if the model cannot be traced.
         ValueError: if a setting is unknown or out of range.
@@ -123,6 +131,8 @@ def plan(
     check_choices(precision, optimizer, device)
     if measure and device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' cannot be measured, because CUDA is not available: measure on 'cpu', or plan")
+    if measure and placement is not None:
+        raise ValueError("--measure runs with random weights, of which none are on disk: leave --device-map out")
     place = device if measure else "meta"
     with torch.random.fork_rng(None if place == "cuda" else []), torch.device(place):
         how = {"checkpoint": checkpoint, "backbone_noise": backbone_noise, "keep": keep, "lm_loss": lm_loss}
@@ -133,7 +143,13 @@ def plan(
         inputs = blank_batch(model, batch, length, image_size, frames, picture)
         if measure:
             return _measured(model, inputs, precision, optimizer, device)
-    return plan_for(model, inputs, precision=precision, optimizer=optimizer, device=device)
+    found = plan_for(model, inputs, precision=precision, optimizer=optimizer, device=device)
+    if placement is None:
+        return found
+    away = away_bytes(model.backbone, placement.map_of(model.backbone))
+    if away and any(part.delta is not None for part in model.parts):
+        raise UnsupportedBackbone(f"{model.record.name} changes weights, and some of them are on disk")
+    return replace(found, weights_bytes=found.weights_bytes - away, notes=(*found.notes, OFFLOAD_NOTE))
 
 
 def _measured(

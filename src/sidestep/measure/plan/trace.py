@@ -61,7 +61,8 @@ class Plan:
         peak_bytes: how far the step rises above model, optimizer state and batch: what `memory.peak_memory` measures.
         gradient_bytes, kept_bytes, temporary_bytes: what is alive at that moment: parameters' gradients, what the
             forward pass kept for backward, and the rest. They sum to `peak_bytes`. None in a measured plan.
-        weights_bytes: parameters and buffers of the backbone, the method and the head.
+        weights_bytes: parameters and buffers of the backbone, the method and the head. Of an offloaded backbone what
+            stays in memory, and the largest module that is brought from disk.
         optimizer_bytes: the optimizer's state.
         batch_bytes: the inputs.
         peak_phase, peak_op: "forward", "backward" or "optimizer", and the operation at which the peak is reached.
