@@ -51,10 +51,13 @@ def offloaded_tensors(model: nn.Module) -> set[int]:
     return {id(tensor) for part in parts for tensor in part.parameters(recurse=False) if tensor.is_meta}
 
 
-def offloaded_size(model: nn.Module) -> int:
-    """Bytes of a model's weights that are kept elsewhere at present."""
+def offloaded_size(model: nn.Module, *, at_once: bool = False) -> int:
+    """Bytes of a model's weights that are kept elsewhere at present. `at_once`: those of the largest module alone."""
     elsewhere = offloaded_tensors(model)
-    return sum(tensor.nbytes for tensor in model.parameters() if id(tensor) in elsewhere)
+    if not at_once:
+        return sum(tensor.nbytes for tensor in model.parameters() if id(tensor) in elsewhere)
+    own = (part.parameters(recurse=False) for part in model.modules())
+    return max((sum(tensor.nbytes for tensor in tensors if id(tensor) in elsewhere) for tensors in own), default=0)
 
 
 def retie(model: nn.Module) -> None:

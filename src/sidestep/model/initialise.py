@@ -98,7 +98,7 @@ def _fisher(model: SideModel, batches: Iterable[Mapping[str, Tensor]]) -> tuple[
     if is_offloaded(model.backbone):
         raise ValueError(
             f"{model.record.name} as configured starts by gradients of the backbone's weights, which are offloaded: "
-            'choose a start without data (init="magnitude" or "random"), or leave the weights in memory'
+            'choose init="magnitude" or "random", or leave the weights in memory'
         )
     weights = [p for place in model.places if place.site.kind == "block" for p in place.module.parameters()]
     flags = {weight: weight.requires_grad for weight in weights}

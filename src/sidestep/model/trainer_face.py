@@ -176,7 +176,7 @@ class TrainerFace(DenseStage):
             if hook is not None and id(hook) not in memo:
                 raise ValueError(
                     f"{type(self.backbone).__name__} is placed by accelerate (device_map), and a copy would run the "
-                    "original's hooks: load the backbone again and attach to that, or load the saved task"
+                    "original's hooks: load the backbone again and attach to that"
                 )
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))

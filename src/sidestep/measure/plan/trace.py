@@ -16,6 +16,7 @@ from sidestep.backbone.fakes import unlogged
 from sidestep.backbone.frames import VIDEO_AXES
 from sidestep.backbone.source import Reads
 from sidestep.interface.keep import Keep
+from sidestep.interface.offload import offloaded_size
 from sidestep.measure.memory import by_kind_of_module, saved_bytes
 from sidestep.measure.plan.cuda import ALLOCATION, CudaKernels
 from sidestep.measure.plan.fakes import bytes_of, fake_batch, fake_copy
@@ -160,6 +161,8 @@ def plan_for(
         with step.ledger:
             step.update()
         top = step.ledger.highest()
+        known = facts(step, saved.by_module())
+        known["weights_bytes"] -= offloaded_size(model) - offloaded_size(model, at_once=True)
         return Plan(
             peak_bytes=top.bytes,
             gradient_bytes=top.gradient_bytes,
@@ -169,7 +172,7 @@ def plan_for(
             peak_op=top.op,
             attention=tuple(sorted({name for op, name in ATTENTION.items() if op in step.ledger.ops})),
             notes=tuple(_notes(model, step, device)),
-            **facts(step, saved.by_module()),
+            **known,
         )
 
 
