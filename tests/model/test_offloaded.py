@@ -18,6 +18,7 @@ from sidestep.backbone import facts_of, new_parameters, without_values
 from sidestep.backbone.load import load_backbone
 from sidestep.backbone.placement import Placement
 from sidestep.backbone.source import LoadError
+from sidestep.disk.task_folder import read_config
 from sidestep.interface.offload import is_dispatched, is_offloaded, offloaded_size
 from sidestep.measure.plan import plan, plan_for
 from sidestep.measure.rows import ROWS, rows_at_once
@@ -97,7 +98,7 @@ def test_a_step_from_disk_is_the_plain_one_to_the_bit(name: str, saved: Any) -> 
         assert own is gradient is None or torch.equal(own, gradient), key
     assert disk.digest == plain.digest
     assert disk.head_digest == plain.head_digest
-    assert all(parameter.is_meta for parameter in disk.trunk.parameters())
+    assert offloaded_size(disk.trunk) == sum(parameter.nbytes for parameter in disk.trunk.parameters())
 
 
 def test_a_task_goes_from_disk_to_memory_and_back(saved: Any, tmp_path: Path) -> None:
@@ -111,12 +112,12 @@ def test_a_task_goes_from_disk_to_memory_and_back(saved: Any, tmp_path: Path) ->
     again = ss.load(tmp_path / "b", device_map="disk")
     assert is_offloaded(again.backbone)
     assert torch.equal(again(**BATCH).logits, disk(**BATCH).logits)
-    assert "device_map" not in (tmp_path / "a" / "config.json").read_text()
+    assert "device_map" not in str(read_config(tmp_path / "a"))
 
 
 def test_a_map_may_leave_a_part_in_memory(saved: Any) -> None:
     folder = saved(llama)
-    plain, part = backbone(folder), load_backbone(folder, device_map="auto", max_memory={"cpu": "8KiB"})
+    plain, part = backbone(folder), load_backbone(folder, device_map="auto", max_memory={"cpu": "20KiB"})
     assert 0 < offloaded_size(part) < sum(parameter.nbytes for parameter in part.parameters())
     assert new_parameters(part) == new_parameters(without_values(part)) == set()
     method = ss.ReadConfig(rank=4)

@@ -46,13 +46,16 @@ def values_in(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def offloaded_tensors(model: nn.Module) -> set[int]:
-    """Identities of a model's weights that are kept elsewhere at present."""
+    """Identities that a model's weights have at present which are kept elsewhere between calls.
+
+    A recomputed block may end in the middle of a module. That module's weights then stay until its next call.
+    """
     parts = (part for part in model.modules() if _kept(part) is not None)
-    return {id(tensor) for part in parts for tensor in part.parameters(recurse=False) if tensor.is_meta}
+    return {id(tensor) for part in parts for tensor in part.parameters(recurse=False)}
 
 
 def offloaded_size(model: nn.Module, *, at_once: bool = False) -> int:
-    """Bytes of a model's weights that are kept elsewhere at present. `at_once`: those of the largest module alone."""
+    """Bytes of a model's weights that are kept elsewhere between calls. `at_once`: those of the largest module alone."""
     elsewhere = offloaded_tensors(model)
     if not at_once:
         return sum(tensor.nbytes for tensor in model.parameters() if id(tensor) in elsewhere)
