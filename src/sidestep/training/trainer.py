@@ -66,8 +66,6 @@ def make_trainer(
     ]
     if ranks.is_first():
         callbacks.append(TensorBoardCallback(_writer(settings, start)))
-    if ranks.count() > 1:
-        shares.keep_apart(model)
     moving = [part for part in model.parts if part.sparse is not None]
     if moving:
         callbacks.append(MoveSupport(moving))
@@ -130,6 +128,8 @@ class TaskTrainer(Trainer):
         """AdamW, or the optimizer of a first stage."""
         if self.optimizer is None and self._make_optimizer is not None:
             self.optimizer = self._make_optimizer()
+        if ranks.count() > 1:  # not sooner: that optimizer decides what is trained
+            shares.keep_apart(self._model)
         return super().create_optimizer(model)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
