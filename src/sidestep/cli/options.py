@@ -165,6 +165,11 @@ FeaturesPrecision = Annotated[
     str, _running("--features-precision", help="same, or bf16: half the size of float32, rounded.")
 ]
 
+FeaturesOnly = Annotated[
+    bool,
+    _running("--features-only", help="Fill the folder of features, and train nothing. Several jobs share the rows."),
+]
+
 FeaturesNames = Annotated[list[str] | None, typer.Argument(help="Names as listed, or their beginnings. Default: all.")]
 
 Output = Annotated[Path, _output(help="Folder for the task.", show_default=False)]

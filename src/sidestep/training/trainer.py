@@ -199,7 +199,7 @@ def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric:
         report_to="none",  # TensorBoard is among the callbacks, with a folder of our choice
         disable_tqdm=not settings.progress,
         train_sampling_strategy="group_by_length" if _differ_in_length(data) else "random",
-        remove_unused_columns=False,  # see _readable
+        remove_unused_columns=False,  # see `train.readable`
         label_names=["labels"],  # whatever the heads of models call them
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
