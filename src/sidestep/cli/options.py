@@ -228,6 +228,9 @@ NoCosts = Annotated[bool, _running("--no-costs", help="Measure no memory and tim
 Only = Annotated[str | None, _running("--only", help="Contenders to run, of those compared: read,lora.")]
 Quick = Annotated[bool, _running("--quick", help="One seed, few rows, epochs and rates: ends in minutes.")]
 DryRun = Annotated[bool, _running("--dry-run", help="List the runs and stop.")]
+Share = Annotated[
+    bool, _running("--share", help="Share the runs with other processes that run the same comparison with --share.")
+]
 Results = Annotated[Path | None, _output("--output", help="Results file to write or continue (.jsonl).")]
 
 Planned = Annotated[
