@@ -29,9 +29,11 @@ from sidestep.methods import MethodConfig
 from sidestep.model.attach import Attached, attach, detach
 from sidestep.model.heads import Retrieve
 from sidestep.model.token_loss import LmLoss
+from sidestep.tasks.features import kept_features
 from sidestep.training.checkpoints import as_begun, check_output, parts_of
 from sidestep.training.results import Results
 from sidestep.training.settings import TrainSettings
+from sidestep.training.train import readable
 from sidestep.training.train import train as train_model
 
 
@@ -220,6 +222,46 @@ def _train(
             detach(model)
         raise
     return model, data, results
+
+
+def store_features(spec: RunSpec, watch: Watch | None = None, *, backbone: Any = None) -> dict[str, Any]:
+    """Store what the backbone's frozen part gives for the rows of a run, and train nothing.
+
+    Processes that do this for the same rows at the same time share them. A process that is stopped leaves what it has
+    stored, and the next one goes on. `train` of the same run finds it all.
+
+    Args:
+        spec: the run. Its features go to the disk, and its output is not touched.
+        watch, backbone: as of `train`.
+
+    Returns:
+        What was stored, as results.json of a run has it.
+
+    Raises:
+        ValueError: if the run keeps no features on the disk, or they cannot be kept. Errors else as of `train`.
+    """
+    settings = spec.training
+    if settings.features != "disk":
+        raise ValueError(f"--features {settings.features} with --features-only: it fills a folder. Say --features disk")
+    data = task_data(spec, watch)
+    model = attached(spec, data, backbone)
+    try:
+        kept = kept_features(
+            model,
+            readable(model, data),
+            settings.feature_options,
+            passes=settings.epochs,
+            batch_size=settings.eval_batch_size,
+            autocast=settings.bf16,
+            tell=None if watch is None else watch.tell,
+            progress=settings.progress,
+        )
+    finally:
+        if backbone is not None:
+            detach(model)
+    if kept is None:
+        raise ValueError(f"the features do not fit on the disk of {settings.feature_options.place}: see the warning")
+    return kept.told
 
 
 def check_places(spec: RunSpec) -> None:

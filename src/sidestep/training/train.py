@@ -111,7 +111,7 @@ def _train(
     tell: Callable[[str], object] | None,
     store: FeatureStore | None,
 ) -> Results:
-    data, settings = _readable(model, data), checkpoints.as_begun(settings)
+    data, settings = readable(model, data), checkpoints.as_begun(settings)
     check_run(model, data, settings)
     _describe(model, data)
     metric = kind_named(data.labels.kind).best_by(settings.metric, len(data.labels.names))
@@ -210,7 +210,7 @@ def _kept(
     )
 
 
-def _readable(model: Attached, data: TaskData) -> TaskData:
+def readable(model: Attached, data: TaskData) -> TaskData:
     """The data without columns that the model's forward does not take.
 
     The Trainer's column removal is not used. It takes the lengths away before the sampler asks for them. It also takes

@@ -229,7 +229,7 @@ def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric:
         disable_tqdm=not settings.progress,
         train_sampling_strategy="group_by_length" if _differ_in_length(data) else "random",
         ddp_find_unused_parameters=False,
-        remove_unused_columns=False,  # see _readable
+        remove_unused_columns=False,  # see `train.readable`
         label_names=["labels"],  # whatever the heads of models call them
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
