@@ -1,4 +1,6 @@
-"""What `test_ranks.py` compares between one process and two: this file is run by both. Two then train until one is killed.
+"""What `test_ranks.py` compares between one process and two: this file is run by both.
+
+Two then train until one of them is killed.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/training/rank_cases.py FOLDER
 """

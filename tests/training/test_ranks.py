@@ -44,7 +44,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 @pytest.fixture(scope="module")
 def found(pair: Pair) -> Found:
     """What one process and two have computed."""
-    folder, process = pair
+    folder, _ = pair
     rank_cases.run_all(folder)
     one, two = (folder / f"of {count}" / rank_cases.FOUND for count in (1, 2))
     wait_for(two.exists, pair)
