@@ -93,7 +93,12 @@ def has_values(model: nn.Module) -> bool:
     # by name, because torch may be built without what shards
     if any(tensor.is_meta or type(tensor).__name__ in ("FakeTensor", "DTensor") for tensor in tensors):
         return False
-    return not any("_hf_hook" in vars(module) or is_quantised(module) for module in model.modules())
+    return not is_dispatched(model) and not any(is_quantised(module) for module in model.modules())
+
+
+def is_dispatched(model: nn.Module) -> bool:
+    """Whether accelerate moves or offloads parts of a model as they are called."""
+    return any("_hf_hook" in vars(module) for module in model.modules())
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
