@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sidestep as ss
 from sidestep.backbone import digest_of, pretrained_tensors
-from sidestep.model.sharding import is_shard, shard, shard_bytes
+from sidestep.backbone.shards import is_shard, shard_bytes
+from sidestep.model.sharding import shard
 from tiny import FAMILIES, LABELS, logits, randomize
 
 ROWS = 4

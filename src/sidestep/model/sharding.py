@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from sidestep.backbone.fakes import is_dispatched
 from sidestep.backbone.quantised import is_quantised
+from sidestep.backbone.shards import is_shard, is_sharded
 from sidestep.fold.sharded import Root
 from sidestep.methods import UnsupportedBackbone
 from sidestep.model.initialise import samples_of
@@ -64,23 +65,6 @@ def shard(model: Attached, mesh: DeviceMesh | None = None) -> Attached:
     names = [name for name, parameter in model.named_parameters() if is_shard(parameter)]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     return model
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether weights of a model are sharded."""
-    return any(is_shard(parameter) for parameter in model.parameters())
-
-
-def is_shard(tensor: Tensor) -> bool:
-    """Whether a tensor is one process's part of a whole one."""
-    return type(tensor).__name__ == "DTensor"  # by name, because torch may be built without
-
-
-def shard_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of the sharded weights that this process holds, and of the whole of them."""
-    shards: list[Any] = [parameter for parameter in model.parameters() if is_shard(parameter)]
-    here = sum(one.to_local().numel() * one.dtype.itemsize for one in shards)
-    return here, sum(one.numel() * one.dtype.itemsize for one in shards)
 
 
 def _all_processes() -> DeviceMesh:
