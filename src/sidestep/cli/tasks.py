@@ -47,7 +47,8 @@ def evaluate(
     debug: opt.Debug = False,
 ) -> None:
     """Score a task on rows with labels."""
-    with reporting(debug):
+    with reporting(debug, shared=True):
+        from sidestep import ranks
         from sidestep.data import Fields
         from sidestep.disk.feature_options import FeatureOptions
         from sidestep.measure.plan import memory_of
@@ -61,7 +62,13 @@ def evaluate(
         fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio, video=video, label=label))
         found = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         judged = predicting.judge(
-            model, found, fields=fields, batch_size=batch_size, progress=not quiet, features=kept, tell=_tell(kept)
+            model,
+            found,
+            fields=fields,
+            batch_size=batch_size,
+            progress=not quiet and ranks.is_first(),
+            features=kept,
+            tell=_tell(kept),
         )
         show_facts(f"{task} on {rows}", {"rows": len(found), **score_facts(judged)}, piped=NARROW)
 
@@ -122,7 +129,8 @@ def predict(
             debug=debug,
         )
         return
-    with reporting(debug):
+    with reporting(debug, shared=True):
+        from sidestep import ranks
         from sidestep.data import Fields
         from sidestep.disk.table_files import check_table, write_table
         from sidestep.disk.task_folder import read_config
@@ -131,7 +139,7 @@ def predict(
         hush()
         check_batch(batch_size)
         shares = predicting.check_probabilities(probabilities)
-        check_table(output, overwrite=overwrite)
+        ranks.first(lambda: check_table(output, overwrite=overwrite))
         _refuse_inputs(output, task, rows, backbone_named(backbone, gguf))
         table = table_options(columns, no_header, no_quoting, encoding)
         model = _load(task, backbone_named(backbone, gguf))
@@ -142,10 +150,11 @@ def predict(
             given,
             fields=fields,
             batch_size=batch_size,
-            progress=not quiet,
+            progress=not quiet and ranks.is_first(),
             probabilities=shares,
         )
-        write_table(found, output, shares=predicting.share_columns(found, given), overwrite=overwrite)
+        columns_ = predicting.share_columns(found, given)
+        ranks.first(lambda: write_table(found, output, shares=columns_, overwrite=overwrite))
         remark(f"{len(found)} rows written to {output}")
         show_unnamed(read_config(task))
 

@@ -111,7 +111,8 @@ def train(
     debug: opt.Debug = False,
 ) -> None:
     """Train a task and save it in a folder."""
-    with reporting(debug):
+    with reporting(debug, shared=True):
+        from sidestep import ranks
         from sidestep.kinds.base import kind_named
         from sidestep.methods import method_named
         from sidestep.model.heads import Retrieve
@@ -231,11 +232,15 @@ def train(
         )
         spec = RunSpec(data=data, model=model, training=settings, recipe=chosen.record())
         if chooses:
+            if ranks.count() > 1:
+                raise ValueError(f"--method auto with {ranks.count()} processes: it is chosen in one. Name a method")
             trained, rows, results = auto(spec, budget=duration_of(budget), watch=Shown(spec.recipe))
         else:
             trained, rows, results = run(spec, Shown(spec.recipe))
-        show_answers(trained, rows)
-        show_results(results, Path(output))
+        if ranks.is_first():
+            with ranks.alone():
+                show_answers(trained, rows)
+            show_results(results, Path(output))
 
 
 def _check_auto(typed: Mapping[str, Any], *, chooses: bool) -> None:

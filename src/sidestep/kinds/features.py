@@ -19,6 +19,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sidestep import ranks
 from sidestep.data import Collate
 from sidestep.data.contents import row_ids
 from sidestep.data.encode_sounds import inputs_of, noise
@@ -35,6 +36,8 @@ STORED = "stored"
 """Column with the number of a row among those that are stored."""
 SHARD = 64 * 2**20
 """Bytes of a shard, about. What is computed when a run is killed is lost up to so much."""
+EXCHANGED = 256
+"""Rows whose states are sent to other processes at one time."""
 LOOKED_AT = 4
 """Rows of the pass that is looked at, to see what is to be stored."""
 OF_TASKS = (
@@ -176,6 +179,14 @@ class Features:
         Raises:
             FeatureError: if there is no room for it.
         """
+        if self.entry.folder is None:  # each process has a memory of its own
+            own = self._forecast()
+            return ranks.first(lambda: own)
+        found = ranks.first(self._forecast)
+        self.entry.refresh()
+        return found
+
+    def _forecast(self) -> Forecast:
         order = self.lacking
         if not order:
             return Forecast(rows=0, size=0, seconds=0.0, fetching=0.0)
@@ -200,12 +211,32 @@ class Features:
     # --- computing --------------------------------------------------------------------------------------------------
 
     def fill(self, *, progress: bool) -> None:
-        """Compute and store what is lacking, the shortest rows first.
+        """Compute and store what is lacking, the shortest rows first. Each process computes its share of the rows.
 
         Raises:
             FeatureError: if there is no room for it.
         """
-        order = self.lacking
+        own = ranks.own(ranks.first(lambda: self.lacking))
+        ranks.each(lambda: self._fill(own, progress=progress and ranks.is_first()))
+        if self.entry.folder is not None:
+            self.entry.refresh()
+        elif ranks.count() > 1:
+            self._exchange(own)
+
+    def _exchange(self, own: Sequence[int]) -> None:
+        """Send the states of these rows to all other processes, and add theirs."""
+        mine = [self.ids[number] for number in own]
+        for sender in range(ranks.count()):
+            rows = ranks.from_one(sender, mine)
+            for start in range(0, len(rows), EXCHANGED):
+                part = rows[start : start + EXCHANGED]
+                if sender == ranks.rank():
+                    sent = {name: [self.entry.state(row, name).clone() for row in part] for name in self.route.places}
+                    ranks.from_one(sender, sent)
+                else:
+                    self.entry.add(part, ranks.from_one(sender, {}), 0.0)
+
+    def _fill(self, order: Sequence[int], *, progress: bool) -> None:
         taken: dict[str, list[Tensor]] = {name: [] for name in self.route.places}
         rows: list[bytes] = []
         size, begin = 0, time.perf_counter()

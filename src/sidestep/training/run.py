@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from datasets import Dataset
 
+from sidestep import ranks
 from sidestep.backbone import Noise
 from sidestep.backbone.load import check_writes, load_backbone, load_pair
 from sidestep.backbone.pixels import ImageTransform, adjusted
@@ -198,7 +199,14 @@ def train(
         ValueError: if settings do not go together.
         TrainError: if training diverges or memory runs out. Checkpoints stay.
     """
-    check_places(spec)
+    with ranks.together():
+        return _train(spec, watch if ranks.is_first() else None, backbone, data, store)
+
+
+def _train(
+    spec: RunSpec, watch: Watch | None, backbone: Any, data: TaskData | None, store: FeatureStore | None
+) -> tuple[Attached, TaskData, Results]:
+    ranks.first(lambda: check_places(spec))
     settings = as_begun(spec.training)
     data = task_data(spec, watch) if data is None else data
     model = attached(spec, data, backbone)
