@@ -108,6 +108,7 @@ __all__ = [
     "peak_memory",
     "plan",
     "saved_bytes",
+    "shard",
     "train",
 ]
 
@@ -141,6 +142,7 @@ _HOMES = {
     "model.attach": ("attach", "detach"),
     "model.joint_model": ("JointModel",),
     "model.pair_model": ("PairModel",),
+    "model.sharding": ("shard",),
     "measure.plan": ("Plan", "plan"),
     "model.initialise": ("initialise",),
     "disk.task_folder": ("TaskError",),

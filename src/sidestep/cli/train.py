@@ -47,6 +47,7 @@ def train(
     drop_path: opt.DropPath = None,
     dtype: opt.Dtype = None,
     revision: opt.Revision = None,
+    shard: opt.Shard = False,
     text: opt.Text = None,
     text2: opt.Text2 = None,
     separator: opt.Separator = None,
@@ -229,6 +230,7 @@ def train(
             drop_path=asked["drop_path"],
             dtype=dtype,
             revision=revision,
+            shard=shard,
         )
         spec = RunSpec(data=data, model=model, training=settings, recipe=chosen.record())
         if chooses:
@@ -237,9 +239,9 @@ def train(
             trained, rows, results = auto(spec, budget=duration_of(budget), watch=Shown(spec.recipe))
         else:
             trained, rows, results = run(spec, Shown(spec.recipe))
+        with ranks.alone():  # each of them, because those that share a sharded backbone make the same passes
+            show_answers(trained, rows)
         if ranks.is_first():
-            with ranks.alone():
-                show_answers(trained, rows)
             show_results(results, Path(output))
 
 

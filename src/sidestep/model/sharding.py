@@ -111,7 +111,7 @@ def _check(part: SideModel) -> None:
 def _shard(part: SideModel, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    blocks = _blocks(part)
+    blocks: list[Any] = _blocks(part)
     whole = _kept_whole(part, blocks)
     units = [unit for unit in [*_tables(part, blocks), *blocks] if any(p not in whole for p in unit.parameters())]
     part.attachment.hooks.remove()  # they are put on again behind FSDP's, so that a pass may end at any of them
@@ -122,6 +122,9 @@ def _shard(part: SideModel, mesh: DeviceMesh) -> None:
     fully_shard(root, mesh=mesh, ignored_params=whole)
     part.attachment.hooks.put()
     root(lambda: None, again=False)  # the first call tells FSDP what the root is
+    for unit in units:  # whole weights that are first made under inference_mode could not be used in training
+        unit.unshard()
+        unit.reshard()
     part.fold.within = root.run
     part.backbone._is_fsdp_managed_module = True  # transformers' `generate` waits for the longest text of all processes
 

@@ -28,8 +28,10 @@ from sidestep.kinds.task_data import TaskData
 from sidestep.methods import MethodConfig
 from sidestep.model.attach import Attached, attach, detach
 from sidestep.model.heads import Retrieve
+from sidestep.model.sharding import shard
 from sidestep.model.token_loss import LmLoss
 from sidestep.training.checkpoints import as_begun, check_output, parts_of
+from sidestep.training.launchers import asks_for_fsdp, check_shardable
 from sidestep.training.results import Results
 from sidestep.training.settings import TrainSettings
 from sidestep.training.train import train as train_model
@@ -111,6 +113,8 @@ class ModelSpec:
         own_head: whether the backbone's own head is trained instead.
         backbone_noise, checkpoint, keep, lm_loss: as of `attach`.
         drop_path, dtype, revision: as of `load_backbone`.
+        shard: whether the blocks' weights are shared out among the processes (see `model.sharding.shard`). An FSDP
+            config of accelerate's launcher asks for that too.
     """
 
     backbone: str | Path
@@ -126,6 +130,7 @@ class ModelSpec:
     drop_path: float | None = None
     dtype: str | None = None
     revision: str | None = None
+    shard: bool = False
 
     @property
     def name(self) -> str:
@@ -206,10 +211,15 @@ def train(
 def _train(
     spec: RunSpec, watch: Watch | None, backbone: Any, data: TaskData | None, store: FeatureStore | None
 ) -> tuple[Attached, TaskData, Results]:
+    if asks_for_fsdp():
+        spec = replace(spec, model=replace(spec.model, shard=True))
     ranks.first(lambda: check_places(spec))
     settings = as_begun(spec.training)
     data = task_data(spec, watch) if data is None else data
     model = attached(spec, data, backbone)
+    if spec.model.shard:
+        check_shardable(model, data, spec.training)
+        shard(model)
     try:
         if watch is not None:
             watch.started(model, data, settings)
