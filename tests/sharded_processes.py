@@ -1,16 +1,17 @@
-"""What `tests/model/test_sharding.py` looks at: started by torchrun, every process trains and saves sharded models.
+"""What `tests/model/test_sharding.py` looks at: processes that shard, train and save models.
 
     torchrun --nproc-per-node 2 tests/sharded_processes.py FOLDER
 
-Process 0 writes FOLDER/found.json: what was found for each case, and what all cases have in common.
+Process 0 writes FOLDER/found.json, a list of what each process has found. FOLDER/bert, FOLDER/llama, FOLDER/texts.csv
+and FOLDER/answers.jsonl are there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sidestep as ss
 from sidestep.backbone import digest_of, pretrained_tensors
-from sidestep.backbone.shards import is_shard, shard_bytes
-from sidestep.model.sharding import shard
+from sidestep.backbone.shards import is_shard, is_sharded, shard_bytes
+from sidestep.model.features import check_storable
 from tiny import FAMILIES, LABELS, logits, randomize
 
 ROWS = 4
@@ -34,14 +35,19 @@ CASES: dict[str, tuple[str, ss.MethodConfig, dict[str, Any], torch.dtype]] = {
     "read, replayed": ("bert", ss.ReadConfig(rank=4), {"keep": "replay"}, torch.float32),
     "read, int8": ("bert", ss.ReadConfig(rank=4), {"keep": "int8"}, torch.float32),
     "read on an LM": ("llama", ss.ReadConfig(rank=4), {"keep": "replay", "lm_loss": "chunked"}, torch.float32),
-    "sherl": ("bert", ss.SherlConfig(reduction=4), {}, torch.float32),
-    "sherl, replayed": ("bert", ss.SherlConfig(reduction=4), {"keep": "replay"}, torch.float32),
+    "sherl": ("bert", ss.SherlConfig(reduction=4, dropout=0.0), {}, torch.float32),
+    "sherl, replayed": ("bert", ss.SherlConfig(reduction=4, dropout=0.0), {"keep": "replay"}, torch.float32),
     "dtl": ("bert", ss.DTLConfig(rank=4, late_blocks=2), {}, torch.float32),
     "dtl, replayed": ("bert", ss.DTLConfig(rank=4, late_blocks=2), {"keep": "replay"}, torch.float32),
     "dtl, recomputed": ("bert", ss.DTLConfig(rank=4, late_blocks=2), {"checkpoint": "late"}, torch.float32),
-    "lst on t5": ("t5", ss.LSTConfig(reduction=2), {}, torch.float32),
-    "lst": ("bert", ss.LSTConfig(reduction=2), {"keep": "replay"}, torch.float32),
-    "side_attention": ("llama", ss.SideAttentionConfig(rank=4, heads=2), {"keep": "replay"}, torch.float32),
+    "lst on t5": ("t5", ss.LSTConfig(reduction=2, dropout=0.0), {}, torch.float32),
+    "lst": ("bert", ss.LSTConfig(reduction=2, dropout=0.0), {"keep": "replay"}, torch.float32),
+    "side_attention": (
+        "llama",
+        ss.SideAttentionConfig(rank=4, heads=2, dropout=0.0),
+        {"keep": "replay"},
+        torch.float32,
+    ),
     "lora": ("bert", ss.LoraConfig(rank=4), {}, torch.float32),
     "lora, recomputed": ("llama", ss.LoraConfig(rank=4), {"checkpoint": "late"}, torch.float32),
     "bitfit": ("bert", ss.BitFitConfig(), {}, torch.float32),
@@ -92,10 +98,14 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours) / size
 
 
-def gathered_units(model: nn.Module) -> int:
+def blocks_of(model: ss.SideModel) -> set[nn.Module]:
+    """The blocks of a model."""
+    return {place.module for place in model.places if place.site.kind == "block"}
+
+
+def whole_blocks(model: ss.SideModel) -> int:
     """How many blocks' weights are whole in this process now."""
-    places = {place.module for place in model.places if place.site.kind == "block"}
-    return sum(not any(is_shard(p) for p in block.parameters()) for block in places)
+    return sum(not any(is_shard(parameter) for parameter in block.parameters()) for block in blocks_of(model))
 
 
 def case_of(case: str, folder: Path) -> dict[str, Any]:
@@ -107,30 +117,41 @@ def case_of(case: str, folder: Path) -> dict[str, Any]:
         wanted_output = logits(plain.eval()(**inputs))
     plain.train()
     # in low precision a batch's rows are rounded otherwise in a larger batch
+    if plain.delta is not None:
+        plain.eval()  # without dropout
     wanted = gradients(plain, plain, *(halves(batch) if low else [batch]))
     wanted_digest = digest_of(pretrained_tensors(plain.backbone, plain.trained.originals, plain_name(plain)))
 
     model = attached(case)
-    shard(model)
+    ss.shard(model)
+    model.eval()
+    with torch.inference_mode():  # what is made in it could not be used in training
+        before = logits(model(**inputs))
+    model.train(model.delta is None)
     here, whole = shard_bytes(model)
     parallel = DistributedDataParallel(model)
     mine = list(halves(batch))[rank]
     first = distance(gradients(model, parallel, mine), wanted)
-    left_whole = gathered_units(model)
+    left_whole = whole_blocks(model)
     second = distance(gradients(model, parallel, mine), wanted)
     with torch.no_grad():
         output = logits(model.eval()(**inputs))
     found = {
         "first": first,
         "second": second,
-        "left whole": [left_whole, gathered_units(model)],
-        "outputs": bool(torch.equal(output, wanted_output)),
+        "left whole": [left_whole, whole_blocks(model)],
+        "outputs": bool(torch.equal(before, wanted_output) and torch.equal(output, wanted_output)),
         "share": here / whole,
-        "blocks": len({place.module for place in model.places if place.site.kind == "block"}),
+        "blocks": len(blocks := blocks_of(model)),
+        "sharded blocks": sum(any(is_shard(parameter) for parameter in block.parameters()) for block in blocks),
         "digest": model.digest == wanted_digest,
-        "again": digest_of(pretrained_tensors(model.backbone, model.trained.originals, plain_name(model)))
+        "gathered digest": digest_of(pretrained_tensors(model.backbone, model.trained.originals, plain_name(model)))
         == wanted_digest,
     }
+    # each process's own values: what is saved by the first is what all of them have
+    same = [None] * dist.get_world_size()
+    dist.all_gather_object(same, {name: value.tolist() for name, value in model.state_dict().items()})
+    found["own values"] = all(one == same[0] for one in same)
     saved = folder / case
     if rank == 0:
         model.save_pretrained(saved)
@@ -148,14 +169,94 @@ def plain_name(model: ss.SideModel) -> Callable[[str], str | None]:
     return str if model.delta is None else model.delta.plain_name
 
 
-@contextmanager
-def refused() -> Iterator[dict[str, str]]:
-    """Notes the error that is raised within."""
-    told: dict[str, str] = {}
+def refusals() -> dict[str, str]:
+    """What is said where weights cannot be sharded, by what was tried."""
+    bert, head = FAMILIES["bert"], ss.Classify(num_labels=LABELS)
+    tried: dict[str, tuple[ss.MethodConfig, dict[str, Any]]] = {
+        "synqt": (ss.SynQTConfig(), {}),
+        "diff_pruning": (ss.SparseConfig(), {}),
+        "full": (ss.FullConfig(), {}),
+        "auto": (ss.ReadConfig(rank=4), {"keep": "auto"}),
+    }
+    told = {}
+    for name, (method, how) in tried.items():
+        model = ss.attach(bert.model(), method, head=head, **how)
+        told[name] = error_of(lambda model=model: ss.shard(model))  # type: ignore[misc]
+    sharded = ss.shard(ss.attach(bert.model(), ss.ReadConfig(rank=4), head=head))
+    told["twice"] = error_of(lambda: ss.shard(sharded))
+    packed = ss.attach(bert.model(), ss.ReadConfig(rank=4), head=head)
+    packed.backbone.bert.encoder.layer[0].output.dense.weight = nn.Parameter(
+        torch.zeros(16, 32, dtype=torch.uint8), requires_grad=False
+    )
+    told["packed"] = error_of(lambda: ss.shard(packed))
+    return told
+
+
+def error_of(call: Callable[[], object]) -> str:
+    """What a call refuses."""
     try:
-        yield told
+        call()
     except ValueError as error:
-        told["error"] = str(error)
+        return str(error)
+    return ""
+
+
+def read_out() -> dict[str, Any]:
+    """Whether what a solved head reads is the same of a sharded backbone, and whether its store is refused."""
+    vectors, inputs = [], FAMILIES["bert"].inputs(rows=ROWS)
+    for sharded in (False, True):
+        model = ss.attach(FAMILIES["bert"].model(), ss.ReadoutConfig(), head=ss.Classify(num_labels=LABELS))
+        vectors.append((ss.shard(model) if sharded else model).eval().vector(dict(inputs))[0])
+    return {"equal": bool(torch.equal(*vectors)), "stored": error_of(lambda: check_storable(model))}
+
+
+def after_an_error() -> float:
+    """How far gradients are from one process's, after a pass that failed in the middle of the blocks."""
+    wanted = gradients(plain := attached("dtl"), plain, batch := batch_of("dtl"))
+    model = attached("dtl")
+    ss.shard(model)
+    failing = next(place.module for place in reversed(model.places) if place.site.kind == "block")
+    handle = failing.register_forward_pre_hook(lambda *_: 1 / 0)
+    try:
+        model(**batch)
+    except ZeroDivisionError:
+        handle.remove()
+    mine = list(halves(batch))[dist.get_rank()]
+    return distance(gradients(model, DistributedDataParallel(model), mine), wanted)
+
+
+def run(folder: Path, name: str, *, sharded: bool) -> dict[str, Any]:
+    """The scores and losses of a run, and its weights as numbers. Rows are odd in number."""
+    writes = name == "llama"
+    rows = folder / ("answers.jsonl" if writes else "texts.csv")
+    data = ss.DataSpec(
+        train=rows,
+        dev=rows,
+        text="text",
+        label="answer" if writes else "label",
+        kind="lm" if writes else None,
+        max_new_tokens=3 if writes else None,
+    )
+    model = ss.ModelSpec(
+        backbone=folder / name,
+        method=ss.LoraConfig(rank=2) if writes else ss.DTLConfig(rank=4, late_blocks=1),
+        keep="full" if writes else "replay",
+        shard=sharded,
+    )
+    settings = ss.TrainSettings(
+        output=folder / f"{name} {sharded} {os.environ.get('ACCELERATE_USE_FSDP')}",
+        epochs=1,
+        batch_size=4,
+        eval_batch_size=4,
+        drop_last=True,
+        learning_rate=0.01,
+        measure=False,
+        features="off",
+        progress=False,
+    )
+    trained, _, results = ss.train(ss.RunSpec(data=data, model=model, training=settings))
+    weights = {key: value.double().sum().item() for key, value in trained.state_dict().items()}
+    return {"history": results.history, "weights": weights, "sharded": is_sharded(trained)}
 
 
 def main(folder: Path) -> None:
@@ -164,7 +265,13 @@ def main(folder: Path) -> None:
     transformers.logging.set_verbosity_error()
     dist.init_process_group("gloo")
     cases = sys.argv[2:] or CASES
-    found: dict[str, Any] = {case: case_of(case, folder) for case in cases}
+    found: dict[str, Any] = {"cases": {case: case_of(case, folder) for case in cases}}
+    found |= {"refusals": refusals(), "read-out": read_out(), "after an error": after_an_error()}
+    for name in ("bert", "llama"):
+        found[name] = run(folder, name, sharded=False)
+        if name == "bert":  # as accelerate's launcher would ask for it
+            os.environ["ACCELERATE_USE_FSDP"] = "true"
+        found[f"{name}, sharded"] = run(folder, name, sharded=name != "bert")
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, found)
     if dist.get_rank() == 0:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from sidestep.model.initialise import initialise
     from sidestep.model.joint_model import JointModel
     from sidestep.model.pair_model import PairModel
+    from sidestep.model.sharding import shard
     from sidestep.model.side_model import SideModel
     from sidestep.tasks.add_diff import DifferentBackbones, add_diff
     from sidestep.tasks.bank import TaskBank
