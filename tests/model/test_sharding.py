@@ -1,4 +1,4 @@
-"""Sharded backbones: what two processes with gloo find, in one launch. The processes run `tests/sharded_processes.py`."""
+"""Sharded backbones: what two processes with gloo find, in one launch of `tests/sharded_processes.py`."""
 
 from __future__ import annotations
 
