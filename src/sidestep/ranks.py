@@ -232,14 +232,14 @@ def check_seen(folder: Path) -> None:
     """
     if count() == 1:
         return
-    token = secrets.token_hex(8)
-    place = folder / f".{token}.rank"
 
-    def write() -> None:
+    def written() -> str:
         folder.mkdir(parents=True, exist_ok=True)
-        place.write_text(token, encoding="utf-8")
+        name = f".{secrets.token_hex(8)}.rank"
+        (folder / name).touch()
+        return name
 
-    first(write)
+    place = folder / first(written)
     blind = [f"rank {number}" for number, sees in enumerate(each(place.is_file)) if not sees]
     first(lambda: place.unlink(missing_ok=True))
     if blind:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sidestep import ranks
 from sidestep.data import DataError
 from sidestep.disk.features import FeatureStore
 from sidestep.kinds.features import Feed

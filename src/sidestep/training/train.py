@@ -186,7 +186,7 @@ def _train(
 def _keep_alike(model: Attached, chosen: str | None) -> str | None:
     """Have all processes keep the inputs of taps in the first one's way. Returns what is said of it."""
     keepings = [part.fold.keeping for part in model.parts]
-    for keeping, way in zip(keepings, ranks.first(lambda: [keeping.way for keeping in keepings]), strict=True):
+    for keeping, way in zip(keepings, ranks.first(lambda: [each.way for each in keepings]), strict=True):
         keeping.way = way
     return chosen
 
