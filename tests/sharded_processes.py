@@ -19,12 +19,16 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sidestep as ss
+from dual_encoders import clip
 from sidestep.backbone import digest_of, pretrained_tensors
 from sidestep.backbone.shards import is_shard, is_sharded, shard_bytes
 from sidestep.model.features import check_storable
+from sidestep.tasks.predict import predict
+from small_tasks import reviews
 from tiny import FAMILIES, LABELS, logits, randomize
 
 ROWS = 4
@@ -210,8 +214,29 @@ def read_out() -> dict[str, Any]:
     return {"equal": bool(torch.equal(*vectors)), "stored": error_of(lambda: check_storable(model))}
 
 
-def after_an_error() -> float:
-    """How far gradients are from one process's, after a pass that failed in the middle of the blocks."""
+def two_towers() -> dict[str, Any]:
+    """Whether a sharded pair learns and answers as a whole one does, of the same pairs in every process."""
+    batch = FAMILIES["llama"].inputs(rows=ROWS) | FAMILIES["vit"].inputs(rows=ROWS)
+    found, models = [], []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = ss.attach(clip(), ss.DTLConfig(rank=4, late_blocks=1), head=ss.Retrieve(), keep="replay")
+        for part in model.parts:
+            randomize(part)
+        models.append(ss.shard(model) if sharded else model)
+        model.train()
+        output = model(**batch)
+        output.loss.backward()
+        found.append([output.text_embeds, *(p.grad for _, p in model.trained_parameters())])
+    equal = [torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True)]
+    return {"equal": all(equal), "shares": [here / whole for here, whole in map(shard_bytes, models[1].parts)]}
+
+
+def after_an_error() -> dict[str, Any]:
+    """How far gradients are from one process's, after a pass that failed in the middle of the blocks.
+
+    And how many passes FSDP has noted after one and after several that had no backward.
+    """
     wanted = gradients(plain := attached("dtl"), plain, batch := batch_of("dtl"))
     model = attached("dtl")
     ss.shard(model)
@@ -222,7 +247,13 @@ def after_an_error() -> float:
     except ZeroDivisionError:
         handle.remove()
     mine = list(halves(batch))[dist.get_rank()]
-    return distance(gradients(model, DistributedDataParallel(model), mine), wanted)
+    off = distance(gradients(model, DistributedDataParallel(model), mine), wanted)
+    noted = []
+    with torch.no_grad():
+        for _ in range(3):
+            model(**batch)
+            noted.append(len(fully_shard.state(model.fold.within.__self__)._comm_ctx.post_forward_order))
+    return {"off": off, "noted": noted}
 
 
 def run(folder: Path, name: str, *, sharded: bool) -> dict[str, Any]:
@@ -255,8 +286,9 @@ def run(folder: Path, name: str, *, sharded: bool) -> dict[str, Any]:
         progress=False,
     )
     trained, _, results = ss.train(ss.RunSpec(data=data, model=model, training=settings))
+    answers = predict(trained, [{"text": row["text"]} for row in reviews(9)], batch_size=2)["prediction"][:]
     weights = {key: value.double().sum().item() for key, value in trained.state_dict().items()}
-    return {"history": results.history, "weights": weights, "sharded": is_sharded(trained)}
+    return {"history": results.history, "weights": weights, "answers": answers, "sharded": is_sharded(trained)}
 
 
 def main(folder: Path) -> None:
@@ -266,7 +298,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     cases = sys.argv[2:] or CASES
     found: dict[str, Any] = {"cases": {case: case_of(case, folder) for case in cases}}
-    found |= {"refusals": refusals(), "read-out": read_out(), "after an error": after_an_error()}
+    found |= {"refusals": refusals(), "read-out": read_out(), "after an error": after_an_error(), "two towers": two_towers()}
     for name in ("bert", "llama"):
         found[name] = run(folder, name, sharded=False)
         if name == "bert":  # as accelerate's launcher would ask for it

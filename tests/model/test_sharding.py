@@ -97,7 +97,16 @@ def test_a_solved_head_reads_the_same(found: list[dict[str, Any]]) -> None:
 
 
 def test_a_pass_that_failed_leaves_nothing_behind(found: list[dict[str, Any]]) -> None:
-    assert all(one["after an error"] < CLOSE for one in found)
+    for one in found:
+        after = one["after an error"]
+        assert after["off"] < CLOSE
+        assert len(set(after["noted"])) == 1, "what FSDP notes of passes grows"
+
+
+def test_both_towers_of_a_pair_are_sharded(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        assert one["two towers"]["equal"]
+        assert one["two towers"]["shares"] == pytest.approx([1 / PROCESSES] * 2, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -108,6 +117,7 @@ def test_a_sharded_run_is_that_of_whole_backbones(found: list[dict[str, Any]], n
         assert (plain["sharded"], sharded["sharded"]) == (False, True)
         assert sharded["history"] == plain["history"]
         assert sharded["weights"] == plain["weights"]
+        assert sharded["answers"] == plain["answers"]
     assert found[0][f"{name}, sharded"] == found[1][f"{name}, sharded"]
 
 

@@ -101,7 +101,7 @@ def _check(part: SideModel) -> None:
     elif samples_of(part):
         why = "starts from gradients of all weights. Choose a start without data"
     elif part.settings.keep == "auto":
-        why = "with keep='auto' would choose in each process by its own memory. Choose keep='replay' or 'full'"
+        why = "would choose in each process by that one's memory (keep='auto'). Choose keep='replay' or 'full'"
     elif not any(_frozen(part, block) for block in _blocks(part)):
         why = "trains all weights of the blocks. Full fine-tuning is sharded by transformers' own Trainer (fsdp=)"
     if why is not None:

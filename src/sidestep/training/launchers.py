@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 
 from sidestep import ranks
-from sidestep.kinds.base import kind_named
-from sidestep.kinds.task_data import TaskData
 from sidestep.model.attach import Attached
+from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
 from sidestep.training.settings import TrainSettings
 
@@ -24,19 +23,28 @@ def asks_for_fsdp() -> bool:
     return os.environ.pop(FSDP, "false").lower() in ("1", "true") and ranks.count() > 1
 
 
-def check_shardable(model: Attached, data: TaskData, settings: TrainSettings) -> None:
-    """Refuse runs in which the processes would not make the same passes of a sharded backbone.
+def check_passes(model: Attached) -> None:
+    """Refuse a model of which processes that share rows would not make the same passes, as a sharded one needs.
 
     Raises:
         ValueError: saying what to do instead.
     """
+    if isinstance(model, PairModel):
+        raise ValueError("--shard with --kind retrieval: pairs are not shared out evenly yet. Leave --shard out")
+
+
+def check_shardable(model: Attached, settings: TrainSettings) -> None:
+    """Refuse a run on a sharded backbone that would store what frozen blocks give, besides what `check_passes` does.
+
+    Raises:
+        ValueError: saying what to do instead.
+    """
+    check_passes(model)
     if isinstance(model, SideModel) and model.side.solved:
         raise ValueError(
             f"--shard with --method {model.record.name}: it is solved from stored features, and those of a sharded "
             "backbone are not stored. Choose another method, or leave --shard out"
         )
-    if kind_named(data.labels.kind).dual:
-        raise ValueError(f"--shard with --kind {data.labels.kind}: two encoders are not sharded yet. Leave --shard out")
     if settings.features in ("ram", "disk"):
         raise ValueError(
             f"--shard with --features {settings.features}: what a sharded backbone gives is not stored. "

@@ -218,7 +218,7 @@ def _train(
     data = task_data(spec, watch) if data is None else data
     model = attached(spec, data, backbone)
     if spec.model.shard:
-        check_shardable(model, data, spec.training)
+        check_shardable(model, spec.training)
         shard(model)
     try:
         if watch is not None:
