@@ -6,7 +6,7 @@ what one process would do.
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +25,14 @@ from sidestep.messages import duration_of
 TIMEOUT = "SIDESTEP_TIMEOUT"
 """Environment variable: how long a process waits for the others, such as 90s or 10m."""
 WAIT = "30m"
-ENDED = "sidestep/ended"
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "Socket closed", "Socket Timeout")
 """What torch.distributed says where another process is gone, or does not come."""
 
 T = TypeVar("T")
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+_RUNS = itertools.count()
+_NOTE: ContextVar[str | None] = ContextVar("note", default=None)
+"""Where in the launcher's store the end of a process is noted. None outside of `together`."""
 
 
 class RankEnded(RuntimeError):
@@ -267,34 +269,35 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Join the others. Within it the first error of any process is noted, and those that wait for it name it.
+    """Join the others. Within it an error of a process is noted, and those that wait for that process name it.
 
     Raises:
         RankEnded: where this process failed because another one has ended.
     """
     begin()
-    if count() == 1:
+    if count() == 1 or _NOTE.get() is not None:
         yield
         return
+    token = _NOTE.set(f"sidestep/ended/{next(_RUNS)}")
     try:
         yield
     except Exception as error:
         if (why := _other_end(error)) is not None:
             raise RankEnded(why) from error
         raise
+    finally:
+        _NOTE.reset(token)
 
 
 def _other_end(error: Exception) -> str | None:
     """Which other process has ended, if that is why this one fails. Else this one's error is noted for the others."""
-    lost, told = any(text in str(error) for text in LOST), f"{type(error).__name__}: {error}"
-    noted = ""
+    note, lost = str(_NOTE.get()), any(text in str(error) for text in LOST)
     with suppress(RuntimeError):  # the launcher's store may be gone too
         store = dist.distributed_c10d._get_default_store()
-        mine = "" if lost else json.dumps([rank(), told])
-        noted = store.compare_set(ENDED, "", mine).decode() if mine or store.check([ENDED]) else ""
-    if noted:
-        number, reason = json.loads(noted)
-        return None if number == rank() or reason == told else f"rank {number} of {count()} ended: {reason}"
+        if not lost:
+            store.set(note, f"rank {rank()} of {count()} ended: {type(error).__name__}: {error}")
+        elif store.check([note]):
+            return str(store.get(note).decode())
     if not lost:
         return None
     who = f"rank {1 - rank()}" if count() == 2 else "another rank"

@@ -1,18 +1,19 @@
 """What `test_ranks.py` compares between one process and two: this file is run by both.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/training/rank_cases.py FOLDER
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/training/rank_cases.py FOLDER
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import datasets
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -140,7 +141,7 @@ def settings_of(output: Path, **changes: Any) -> TrainSettings:
     return TrainSettings(output=output, **{**how, **changes})
 
 
-def trained(folder: Path, name: str, place: Path) -> dict[str, Any]:
+def trained(name: str, folder: Path, place: Path) -> dict[str, Any]:
     """The losses and gradients of a case's steps, and the bytes of its checkpoint."""
     case, seen = CASES[name], Seen()
     data = data_of(folder, case.kind)
@@ -297,7 +298,8 @@ def refused(folder: Path, place: Path) -> dict[str, str]:
     said = {}
     case, number = CASES["read"], ranks.rank()
     own = {"data": 27 - number, "settings": 27, "shares": 27, "rows": 27}
-    changes = {"settings": {"learning_rate": 1e-3 * (1 + number)}, "shares": {"batch_size": 13}, "rows": {"batch_size": 1}}
+    changes = {"settings": {"learning_rate": 1e-3 * (1 + number)}, "shares": {"batch_size": 13}}
+    changes["rows"] = {"batch_size": 1}
     for name, rows in own.items():
         data = data_of(folder, "single", rows)
         try:
@@ -316,17 +318,15 @@ def refused(folder: Path, place: Path) -> dict[str, str]:
     return said
 
 
-def run_all(folder: Path) -> None:
+def run_all(folder: Path, only: Sequence[str] = ()) -> None:
     """All of it. What was found is written to a file of the first process."""
     place = folder / f"of {ranks.count()}"
     ranks.first(lambda: place.mkdir())
-    found: dict[str, Any] = {name: trained(folder, name, place / name) for name in CASES}
-    found["retrieval"] = retrieved(folder, place)
-    others = {"solved": solved, "kept": kept, "resumed": resumed, "answers": answers}
+    checks: dict[str, Callable[[Path, Path], Any]] = {name: partial(trained, name) for name in CASES}
+    checks |= {"retrieval": retrieved, "solved": solved, "kept": kept, "resumed": resumed, "answers": answers}
     if ranks.count() > 1:
-        others["refused"] = refused
-    for name, check in others.items():
-        found[name] = check(folder, place / name)
+        checks["refused"] = refused
+    found = {name: check(folder, place / name) for name, check in checks.items() if not only or name in only}
     if ranks.is_first():
         torch.save(found, place / "found.pt")
     if ranks.count() > 1:
@@ -335,7 +335,7 @@ def run_all(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    np.seterr(all="ignore")
+    datasets.disable_progress_bars()
     ranks.begin()
-    run_all(Path(sys.argv[1]))
+    run_all(Path(sys.argv[1]), sys.argv[2:])
     ranks.end()
