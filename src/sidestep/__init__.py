@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from sidestep.tasks.bank import TaskBank
     from sidestep.tasks.bank_folder import BankError
     from sidestep.tasks.load import load
-    from sidestep.training.run import DataSpec, ModelSpec, RunSpec, train
+    from sidestep.training.run import DataSpec, ModelSpec, RunSpec, store_features, train
     from sidestep.training.settings import TrainSettings
 
 __version__ = VERSION
@@ -109,7 +109,11 @@ __all__ = [
     "peak_memory",
     "plan",
     "saved_bytes",
+<<<<<<< HEAD
     "shard",
+=======
+    "store_features",
+>>>>>>> dp
     "train",
 ]
 
@@ -148,7 +152,7 @@ _HOMES = {
     "model.initialise": ("initialise",),
     "disk.task_folder": ("TaskError",),
     "tasks.load": ("load",),
-    "training.run": ("DataSpec", "ModelSpec", "RunSpec", "train"),
+    "training.run": ("DataSpec", "ModelSpec", "RunSpec", "store_features", "train"),
     "training.settings": ("TrainSettings",),
     "tasks.add_diff": ("DifferentBackbones", "add_diff"),
 }

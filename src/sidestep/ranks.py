@@ -70,7 +70,12 @@ def end() -> None:
 
 def count() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() and not _ALONE.get() else 1
+    return 1 if _ALONE.get() else started()
+
+
+def started() -> int:
+    """The same, also within `alone`."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:

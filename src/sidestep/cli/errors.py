@@ -52,7 +52,7 @@ def _ranks(shared: bool) -> Iterator[None]:
     if not shared:
         raise ValueError(
             f"{os.environ['WORLD_SIZE']} processes were started, and this command is for one: start it without "
-            "torchrun or accelerate launch. train, eval and predict are for several"
+            "torchrun or accelerate launch. train, eval, predict and compare are for several"
         )
     from sidestep import ranks
 

@@ -166,6 +166,11 @@ FeaturesPrecision = Annotated[
     str, _running("--features-precision", help="same, or bf16: half the size of float32, rounded.")
 ]
 
+FeaturesOnly = Annotated[
+    bool,
+    _running("--features-only", help="Fill the folder of features, and train nothing. Several jobs share the rows."),
+]
+
 FeaturesNames = Annotated[list[str] | None, typer.Argument(help="Names as listed, or their beginnings. Default: all.")]
 
 Output = Annotated[Path, _output(help="Folder for the task.", show_default=False)]
@@ -224,6 +229,9 @@ NoCosts = Annotated[bool, _running("--no-costs", help="Measure no memory and tim
 Only = Annotated[str | None, _running("--only", help="Contenders to run, of those compared: read,lora.")]
 Quick = Annotated[bool, _running("--quick", help="One seed, few rows, epochs and rates: ends in minutes.")]
 DryRun = Annotated[bool, _running("--dry-run", help="List the runs and stop.")]
+Share = Annotated[
+    bool, _running("--share", help="Share the runs with other processes that run the same comparison with --share.")
+]
 Results = Annotated[Path | None, _output("--output", help="Results file to write or continue (.jsonl).")]
 
 Planned = Annotated[

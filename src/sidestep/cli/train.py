@@ -12,7 +12,7 @@ from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import backbone_named, config_from, feature_options, table_options, unescaped, value_of
-from sidestep.console import Shown, hush, show_answers, show_results
+from sidestep.console import Shown, hush, remark, show_answers, show_results
 from sidestep.messages import duration_of
 
 AUTO = "auto"
@@ -106,6 +106,7 @@ def train(
     features_folder: opt.FeaturesFolder = None,
     features_limit: opt.FeaturesLimit = "50GB",
     features_precision: opt.FeaturesPrecision = "same",
+    features_only: opt.FeaturesOnly = False,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = False,
@@ -118,7 +119,7 @@ def train(
         from sidestep.methods import method_named
         from sidestep.model.heads import Retrieve
         from sidestep.training.auto import CANDIDATES, auto
-        from sidestep.training.run import DataSpec, ModelSpec, RunSpec
+        from sidestep.training.run import DataSpec, ModelSpec, RunSpec, store_features
         from sidestep.training.run import train as run
         from sidestep.training.settings import TrainSettings
 
@@ -233,6 +234,12 @@ def train(
             shard=shard,
         )
         spec = RunSpec(data=data, model=model, training=settings, recipe=chosen.record())
+        if features_only:
+            if chooses:
+                raise ValueError("--features-only with --method auto: name the method whose features are to be stored")
+            told = store_features(spec, Shown(spec.recipe))
+            remark(f"{told['rows']} rows are stored. The same command without --features-only trains from them")
+            return
         if chooses:
             if ranks.count() > 1:
                 raise ValueError(f"--method auto with {ranks.count()} processes: it is chosen in one. Name a method")

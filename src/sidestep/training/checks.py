@@ -16,7 +16,7 @@ from sidestep.data.vocabulary import check_tokens
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.sounds import check_sounds
 from sidestep.kinds.task_data import TaskData
-from sidestep.measure.step import accepted
+from sidestep.measure.step import accepted, sparse_deltas
 from sidestep.messages import counted
 from sidestep.model.attach import Attached
 from sidestep.model.saving import check_sizes
@@ -61,7 +61,7 @@ def check_run(model: Attached, data: TaskData, settings: TrainSettings) -> None:
             f"drop_last with {len(data.train)} training rows and batch_size={settings.batch_size}: no batch would be "
             "left. Lower the batch size, or train on the last batch too"
         )
-    _check_shares(data, settings)
+    _check_shares(model, data, settings)
     _check_rows(model, data, settings)
     if torch.cuda.is_available() and torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
         raise ValueError(
@@ -88,9 +88,14 @@ def _check_pictures(model: Attached, data: TaskData) -> None:
         ) from error
 
 
-def _check_shares(data: TaskData, settings: TrainSettings) -> None:
+def _check_shares(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     """Refuse batches, the last one of an epoch included, and dev rows of which a process would get none."""
     processes, given = ranks.count(), f"{ranks.count()} processes"
+    if processes > 1 and any(delta.wanders for delta, _ in sparse_deltas(model.parts)):
+        raise ValueError(
+            f"{model.record.name} as configured moves its entries by the gradients of one process, and there are "
+            f'{processes}: choose select="fisher", "magnitude" or "random", or start one process'
+        )
     if settings.batch_size < processes:
         raise ValueError(
             f"batch_size={settings.batch_size} with {given}: it is the rows of all of them together. Choose at least "

@@ -112,7 +112,7 @@ def _train(
     tell: Callable[[str], object] | None,
     store: FeatureStore | None,
 ) -> Results:
-    data, settings = _readable(model, data), checkpoints.as_begun(settings)
+    data, settings = readable(model, data), checkpoints.as_begun(settings)
     if is_sharded(model):
         # plans copy the model, and passes whose number depends on the clock would not be the same everywhere
         settings = replace(settings, measure=False)
@@ -214,7 +214,7 @@ def _kept(
     )
 
 
-def _readable(model: Attached, data: TaskData) -> TaskData:
+def readable(model: Attached, data: TaskData) -> TaskData:
     """The data without columns that the model's forward does not take.
 
     The Trainer's column removal is not used. It takes the lengths away before the sampler asks for them. It also takes

@@ -69,8 +69,6 @@ def make_trainer(
     ]
     if ranks.is_first():
         callbacks.append(TensorBoardCallback(_writer(settings, start)))
-    if ranks.count() > 1:
-        shares.keep_apart(model)
     moving = [part for part in model.parts if part.sparse is not None]
     if moving:
         callbacks.append(MoveSupport(moving))
@@ -134,6 +132,8 @@ class TaskTrainer(Trainer):
         """AdamW, or the optimizer of a first stage."""
         if self.optimizer is None and self._make_optimizer is not None:
             self.optimizer = self._make_optimizer()
+        if ranks.count() > 1:  # not sooner: that optimizer decides what is trained
+            shares.keep_apart(self._model)
         return super().create_optimizer(model)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -241,7 +241,7 @@ def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric:
         disable_tqdm=not settings.progress,
         train_sampling_strategy="group_by_length" if _differ_in_length(data) else "random",
         ddp_find_unused_parameters=False,
-        remove_unused_columns=False,  # see _readable
+        remove_unused_columns=False,  # see `train.readable`
         label_names=["labels"],  # whatever the heads of models call them
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
