@@ -298,7 +298,12 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     cases = sys.argv[2:] or CASES
     found: dict[str, Any] = {"cases": {case: case_of(case, folder) for case in cases}}
-    found |= {"refusals": refusals(), "read-out": read_out(), "after an error": after_an_error(), "two towers": two_towers()}
+    found |= {
+        "refusals": refusals(),
+        "read-out": read_out(),
+        "after an error": after_an_error(),
+        "two towers": two_towers(),
+    }
     for name in ("bert", "llama"):
         found[name] = run(folder, name, sharded=False)
         if name == "bert":  # as accelerate's launcher would ask for it

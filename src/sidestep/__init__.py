@@ -109,11 +109,8 @@ __all__ = [
     "peak_memory",
     "plan",
     "saved_bytes",
-<<<<<<< HEAD
     "shard",
-=======
     "store_features",
->>>>>>> dp
     "train",
 ]
 
