@@ -27,6 +27,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -362,6 +363,26 @@ def _plan(run: Run, one: Contender, scale: Scale, measured: int) -> Row:
     return {"planned_bytes": found, "planned_over_measured": found / measured}
 
 
+# --- several cards -----------------------------------------------------------------------------------------------
+
+
+def sharded(run: Run, rows: list[Row]) -> None:
+    """Memory of each card and seconds of a step, with whole blocks and with shards: `gpu_sharded.py` on all cards."""
+    cards = torch.cuda.device_count() if run.device.type == "cuda" else 0
+    if cards < 2:
+        rows.append({"status": f"left out: it needs several cards, and there are {cards}"})
+        return
+    script, found = Path(__file__).with_name("gpu_sharded.py"), run.path.with_suffix(".sharded.json")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cards))
+    given = ("--output", str(found), *(("--small",) if run.small else ()))
+    try:
+        subprocess.run([sys.executable, *launch, str(script), *given], check=True)
+    finally:
+        if found.exists():
+            rows += json.loads(found.read_text())
+            found.unlink()
+
+
 # --- the run -----------------------------------------------------------------------------------------------------
 
 
@@ -460,6 +481,7 @@ PARTS: dict[str, tuple[float, Callable[[Run, list[Row]], None]]] = {
     "t5-base": (0.8, partial(costs, "t5-base")),
     "banks": (0.88, banks),
     "plans": (0.95, plans),
+    "sharded": (0.98, sharded),
 }
 """The parts in order, with the share of the time by whose end each has ended."""
 
@@ -506,6 +528,8 @@ def tables(content: Mapping[str, Any]) -> str:
             "|---|---|---|---|",
         ]
         found += [_bank_line(row) for row in held]
+    for row in parts.get("sharded", {}).get("rows", ()):
+        found += ["", json.dumps(row)]
     planned = {(row["backbone"], row["contender"]): row for row in parts.get("plans", {}).get("rows", ())}
     for name in SCALES:
         if name in parts:
