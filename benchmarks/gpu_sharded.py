@@ -1,4 +1,4 @@
-"""What sharding a backbone costs and saves: memory of each card and seconds of a step, with whole blocks and with shards.
+"""What sharding a backbone costs and saves: memory of each card and seconds of a step, sharded and whole.
 
     torchrun --nproc-per-node 2 benchmarks/gpu_sharded.py --output FILE             # on two cards; `gpu.py` starts it
     torchrun --nproc-per-node 2 benchmarks/gpu_sharded.py --output FILE --small     # whether it runs at all, on a CPU

@@ -21,11 +21,13 @@ import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import BertConfig, BertModel
 
 import sidestep as ss
 from dual_encoders import clip
 from sidestep.backbone import digest_of, pretrained_tensors
 from sidestep.backbone.shards import is_shard, is_sharded, shard_bytes
+from sidestep.measure.memory import peak_memory
 from sidestep.model.features import check_storable
 from sidestep.tasks.predict import predict
 from small_tasks import reviews
@@ -232,6 +234,33 @@ def two_towers() -> dict[str, Any]:
     return {"equal": all(equal), "shares": [here / whole for here, whole in map(shard_bytes, models[1].parts)]}
 
 
+def rises() -> dict[str, float]:
+    """By how much more memory rises in a step with shards than with whole weights, in blocks of one of 12."""
+    methods: dict[str, tuple[ss.MethodConfig, dict[str, Any]]] = {
+        "read": (ss.ReadConfig(rank=4), {"keep": "replay"}),
+        "dtl": (ss.DTLConfig(rank=4, late_blocks=6), {"keep": "replay"}),
+    }
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 50}
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.zeros(1, dtype=torch.long)}
+    found = {}
+    for name, (method, how) in methods.items():
+        peaks = []
+        for sharded in (False, True):
+            backbone = BertModel(BertConfig(num_hidden_layers=12, **sizes), add_pooling_layer=False)
+            block = sum(parameter.nbytes for parameter in backbone.encoder.layer[0].parameters())
+            model = ss.attach(backbone, method, head=ss.Classify(num_labels=2), **how).train()
+            model = ss.shard(model) if sharded else model
+
+            def step(model: nn.Module = model) -> None:
+                model(**batch).loss.backward()
+                model.zero_grad()
+
+            step()  # which compares the two passes
+            peaks.append(peak_memory(step).allocated)
+        found[name] = (peaks[1] - peaks[0]) / block
+    return found
+
+
 def after_an_error() -> dict[str, Any]:
     """How far gradients are from one process's, after a pass that failed in the middle of the blocks.
 
@@ -304,6 +333,7 @@ def main(folder: Path) -> None:
         "after an error": after_an_error(),
         "two towers": two_towers(),
     }
+    found["rises"] = rises()
     for name in ("bert", "llama"):
         found[name] = run(folder, name, sharded=False)
         if name == "bert":  # as accelerate's launcher would ask for it

@@ -78,6 +78,13 @@ def test_what_is_saved_is_the_task_by_the_digest_of_the_plain_backbone(found: li
     assert first["saved"] < 2 * first["task"] + 4096  # a header besides
 
 
+def test_a_step_gathers_few_blocks_at_a_time(found: list[dict[str, Any]]) -> None:
+    """Of 12. FSDP gathers into a buffer, copies out of it, and in backward gathers the next block ahead."""
+    for one in found:
+        assert 0 < one["rises"]["read"] < 3.5
+        assert 0 < one["rises"]["dtl"] < 5.5
+
+
 def test_what_cannot_be_sharded_is_refused_by_name(found: list[dict[str, Any]]) -> None:
     for one in found:
         told = one["refusals"]

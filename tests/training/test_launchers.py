@@ -35,5 +35,5 @@ def test_runs_that_would_not_keep_step_are_refused(tmp_path: Path) -> None:
         check_shardable(ss.attach(clip(), ss.ReadConfig(rank=4), head=ss.Retrieve()), settings)
     read = ss.attach(FAMILIES["bert"].model(), ss.ReadConfig(rank=4), head=head)
     check_shardable(read, settings)
-    with pytest.raises(ValueError, match="--shard with --features ram: .* Choose --features off"):
+    with pytest.raises(ValueError, match=r"--shard with --features ram: .* Choose --features off"):
         check_shardable(read, ss.TrainSettings(output=tmp_path, features="ram"))

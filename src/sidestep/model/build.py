@@ -55,10 +55,10 @@ def refuse_zero3() -> None:
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError(
-            "DeepSpeed's ZeRO-3 frees frozen weights in a second pass of the backbone, as keep='replay' and "
-            "checkpoint='late' need it (DeepSpeed#8130, transformers#47254), and was not tried without one. Choose "
-            "ZeRO-1 or ZeRO-2 (zero_optimization.stage). Or shard the frozen blocks instead: `sidestep train --shard`, "
-            "or ss.shard(model)"
+            "DeepSpeed's ZeRO-3 frees frozen weights in a second pass of the backbone (DeepSpeed#8130, "
+            "transformers#47254). keep='replay' and checkpoint='late' make one, and ZeRO-3 was not tried without. "
+            "Choose ZeRO-1 or ZeRO-2 (zero_optimization.stage). Or shard the frozen blocks instead: "
+            "`sidestep train --shard`, or ss.shard(model)"
         )
 
 

@@ -86,8 +86,8 @@ def _check(part: SideModel) -> None:
         raise ValueError(f"{kind} is sharded already: attach before you shard, and shard once")
     if any(is_quantised(module) for module in part.backbone.modules()):
         raise UnsupportedBackbone(
-            f"{kind} has quantised weights, and sharded they may silently give wrong outputs (accelerate#3983): load "
-            "it in bfloat16 and shard that, or leave sharding out, so that each process holds the quantised model"
+            f"{kind} has quantised weights, and as shards they may silently give wrong outputs (accelerate#3983). "
+            "Load it in bfloat16 and shard that, or leave sharding out: then each process holds the quantised model"
         )
     if is_dispatched(part.backbone):
         raise UnsupportedBackbone(

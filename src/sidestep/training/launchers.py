@@ -17,8 +17,8 @@ FSDP = "ACCELERATE_USE_FSDP"
 def asks_for_fsdp() -> bool:
     """Whether accelerate's config asks several processes for FSDP. accelerate itself is told no more of that.
 
-    It would shard what is trained too, and load the weights in the first process alone, so that the others would not
-    know what the backbone is.
+    It would shard what is trained too. It would also load the weights in the first process alone, so the others could
+    not see what the backbone is.
     """
     return os.environ.pop(FSDP, "false").lower() in ("1", "true") and ranks.count() > 1
 
