@@ -29,6 +29,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -326,6 +327,37 @@ def _bank(run: Run, scale: Scale, method: ss.MethodConfig, pool: Any, count: int
     return {f"{name}_seconds": value for name, value in median.items()}
 
 
+# --- several cards -----------------------------------------------------------------------------------------------
+
+
+def cards(run: Run, rows: list[Row]) -> None:
+    """Steps that two cards share (`rank_steps.py`): gradients beside those of one, and rows a second."""
+    row: Row = {"status": LEFT_OUT}
+    rows.append(row)
+    run.guarded(row, partial(_on_two, run, "rank_steps.py"))
+
+
+def shards(run: Run, rows: list[Row]) -> None:
+    """Memory of each of two cards and seconds of a step, with whole blocks and with shards (`shard_steps.py`)."""
+    row: Row = {"status": LEFT_OUT}
+    rows.append(row)
+    run.guarded(row, partial(_on_two, run, "shard_steps.py"))
+
+
+def _on_two(run: Run, script: str) -> Row:
+    """What a script finds that is started on two cards."""
+    count = torch.cuda.device_count() if run.device.type == "cuda" else 0
+    if count < 2:
+        raise ValueError(f"{count} cards, and two processes need a card each")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "steps.json"
+        command = [*launcher, str(Path(__file__).with_name(script)), str(file)]
+        left = max(run.ends - time.monotonic(), 1)
+        subprocess.run([*command, *(["--small"] if run.small else [])], check=True, timeout=left)
+        return {"steps": json.loads(file.read_text())}
+
+
 # --- plans -------------------------------------------------------------------------------------------------------
 
 
@@ -361,26 +393,6 @@ def _plan(run: Run, one: Contender, scale: Scale, measured: int) -> Row:
             batch = scale.batch(small=run.small)
             found = plan_for(model, batch, optimizer="AdamW (fused)", device=kind).peak_bytes
     return {"planned_bytes": found, "planned_over_measured": found / measured}
-
-
-# --- several cards -----------------------------------------------------------------------------------------------
-
-
-def sharded(run: Run, rows: list[Row]) -> None:
-    """Memory of each card and seconds of a step, with whole blocks and with shards: `gpu_sharded.py` on all cards."""
-    cards = torch.cuda.device_count() if run.device.type == "cuda" else 0
-    if cards < 2:
-        rows.append({"status": f"left out: it needs several cards, and there are {cards}"})
-        return
-    script, found = Path(__file__).with_name("gpu_sharded.py"), run.path.with_suffix(".sharded.json")
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cards))
-    given = ("--output", str(found), *(("--small",) if run.small else ()))
-    try:
-        subprocess.run([sys.executable, *launch, str(script), *given], check=True)
-    finally:
-        if found.exists():
-            rows += json.loads(found.read_text())
-            found.unlink()
 
 
 # --- the run -----------------------------------------------------------------------------------------------------
@@ -480,8 +492,9 @@ PARTS: dict[str, tuple[float, Callable[[Run, list[Row]], None]]] = {
     "llama-1b": (0.68, partial(costs, "llama-1b")),
     "t5-base": (0.8, partial(costs, "t5-base")),
     "banks": (0.88, banks),
-    "plans": (0.95, plans),
-    "sharded": (0.98, sharded),
+    "plans": (0.93, plans),
+    "cards": (0.97, cards),
+    "shards": (0.99, shards),
 }
 """The parts in order, with the share of the time by whose end each has ended."""
 
@@ -528,8 +541,6 @@ def tables(content: Mapping[str, Any]) -> str:
             "|---|---|---|---|",
         ]
         found += [_bank_line(row) for row in held]
-    for row in parts.get("sharded", {}).get("rows", ()):
-        found += ["", json.dumps(row)]
     planned = {(row["backbone"], row["contender"]): row for row in parts.get("plans", {}).get("rows", ())}
     for name in SCALES:
         if name in parts:

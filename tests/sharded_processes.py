@@ -190,6 +190,10 @@ def refusals() -> dict[str, str]:
         told[name] = error_of(lambda model=model: ss.shard(model))  # type: ignore[misc]
     sharded = ss.shard(ss.attach(bert.model(), ss.ReadConfig(rank=4), head=head))
     told["twice"] = error_of(lambda: ss.shard(sharded))
+    bare, inputs = ss.detach(sharded), bert.inputs()
+    with torch.no_grad():
+        told["detached"] = str(torch.equal(logits(bare(**inputs)), logits(bert.model()(**inputs))))
+    told["attached"] = error_of(lambda: ss.attach(bare, ss.ReadConfig(rank=4), head=head))
     packed = ss.attach(bert.model(), ss.ReadConfig(rank=4), head=head)
     packed.backbone.bert.encoder.layer[0].output.dense.weight = nn.Parameter(
         torch.zeros(16, 32, dtype=torch.uint8), requires_grad=False
@@ -310,7 +314,7 @@ def run(folder: Path, name: str, *, sharded: bool) -> dict[str, Any]:
         eval_batch_size=4,
         drop_last=True,
         learning_rate=0.01,
-        measure=False,
+        measure=sharded,  # which a sharded run leaves out
         features="off",
         progress=False,
     )

@@ -93,6 +93,8 @@ def test_what_cannot_be_sharded_is_refused_by_name(found: list[dict[str, Any]]) 
         assert "full cannot be sharded: it trains all weights of the blocks" in told["full"]
         assert "keep='auto'" in told["auto"]
         assert "BertForSequenceClassification is sharded already" in told["twice"]
+        assert told["detached"] == "True"  # the sharded backbone alone runs on
+        assert "attach to a whole backbone first, and then call ss.shard(model)" in told["attached"]
         assert "quantised weights" in told["packed"]
         assert "accelerate#3983" in told["packed"]
 

@@ -1,5 +1,7 @@
 """What `test_ranks.py` compares between one process and two: this file is run by both.
 
+Two then train until one of them is killed.
+
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/training/rank_cases.py FOLDER
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +36,7 @@ from sidestep.training.settings import TrainSettings
 from small_tasks import reviews, text_backbone
 from written_tasks import answered, llama_backbone, t5_backbone
 
+FOUND, GO = "found.pt", "go"
 STILL = 1e-9
 """A learning rate at which weights stay, so that all steps are compared at the same weights."""
 
@@ -135,8 +139,8 @@ def attached(folder: Path, case: Case, data: TaskData) -> Any:
 
 
 def settings_of(output: Path, **changes: Any) -> TrainSettings:
-    """Two epochs with a step's loss in each log entry."""
-    how = {"epochs": 2, "batch_size": 8, "learning_rate": STILL, "schedule": "constant", "warmup": 0.0, "log_steps": 1}
+    """One epoch with a step's loss in each log entry."""
+    how = {"epochs": 1, "batch_size": 8, "learning_rate": STILL, "schedule": "constant", "warmup": 0.0, "log_steps": 1}
     how |= {"progress": False, "measure": False, "max_grad_norm": 0.0, "keep": "last"}
     return TrainSettings(output=output, **{**how, **changes})
 
@@ -328,9 +332,16 @@ def run_all(folder: Path, only: Sequence[str] = ()) -> None:
         checks["refused"] = refused
     found = {name: check(folder, place / name) for name, check in checks.items() if not only or name in only}
     if ranks.is_first():
-        torch.save(found, place / "found.pt")
-    if ranks.count() > 1:
-        ranks.first(lambda: None)
+        torch.save(found, place / "new.pt")
+        (place / "new.pt").rename(place / FOUND)
+
+
+def go_on_for_ever(folder: Path) -> None:
+    """Train, once `GO` is there, until somebody ends it."""
+    while not (folder / GO).exists():
+        time.sleep(0.1)
+    data = data_of(folder, "single")
+    training.train(attached(folder, CASES["read"], data), data, settings_of(folder / GO / "run", epochs=10**6))
 
 
 if __name__ == "__main__":
@@ -338,4 +349,4 @@ if __name__ == "__main__":
     datasets.disable_progress_bars()
     ranks.begin()
     run_all(Path(sys.argv[1]), sys.argv[2:])
-    ranks.end()
+    go_on_for_ever(Path(sys.argv[1]))

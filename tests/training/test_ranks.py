@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +18,47 @@ from typer.testing import CliRunner
 
 from sidestep import ranks
 from sidestep.cli import app
-from small_tasks import reviews, write
 
 ROUNDING = 1e-6
 """How far sums in another order may be apart, relative to the largest entry."""
+Pair = tuple[Path, "subprocess.Popen[str]"]
 Found = tuple[Path, dict[str, Any], dict[str, Any]]
 
 
-def launched(*arguments: str, wait: float | None = None) -> subprocess.Popen[str]:
-    """Two processes of this Python."""
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes that run `rank_cases`, and their folder. They are launched once."""
+    folder, tests = tmp_path_factory.mktemp("ranks"), Path(__file__).parent
+    rank_cases.backbones(folder)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    tests = Path(__file__).parent
-    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", ""), *sys.path]
-    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    own |= {} if wait is None else {ranks.TIMEOUT: f"{wait:g}s"}
-    return subprocess.Popen(
-        [*launcher, *arguments], env={**os.environ, **own}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    paths = [str(tests), str(tests.parent), *sys.path]
+    own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", ranks.TIMEOUT: "5m"}
+    with (folder / "said").open("w") as said:
+        command = [*launcher, rank_cases.__file__, str(folder)]
+        process = subprocess.Popen(command, env={**os.environ, **own}, stdout=said, stderr=said, text=True)
+    yield folder, process
+    process.terminate()
+    process.wait()
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What one process and two have computed, in one launch of two."""
-    folder = tmp_path_factory.mktemp("ranks")
-    rank_cases.backbones(folder)
-    pair = launched(str(Path(rank_cases.__file__)), str(folder))
+def found(pair: Pair) -> Found:
+    """What one process and two have computed."""
+    folder, _ = pair
     rank_cases.run_all(folder)
-    said, _ = pair.communicate(timeout=600)
-    assert pair.returncode == 0, said[-6000:]
-    one, two = (torch.load(folder / f"of {count}" / "found.pt") for count in (1, 2))
-    return folder, one, two
+    one, two = (folder / f"of {count}" / rank_cases.FOUND for count in (1, 2))
+    wait_for(two.exists, pair)
+    return folder, torch.load(one), torch.load(two)
+
+
+def wait_for(there: Callable[[], object], pair: Pair) -> None:
+    """Wait until something is there, while the two run."""
+    folder, process = pair
+    deadline = time.monotonic() + 600
+    while not there():
+        assert process.poll() is None, (folder / "said").read_text()[-6000:]
+        assert time.monotonic() < deadline, (folder / "said").read_text()[-6000:]
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("name", [*rank_cases.CASES, "retrieval"])
@@ -120,32 +132,17 @@ def test_what_does_not_fit_is_refused_by_all_before_the_first_step(
         assert part in said
 
 
-def arguments_of(folder: Path, output: Path) -> list[str]:
-    """A run of the command that takes a while."""
-    data = {"--train": write(folder / "train.csv", reviews(64)), "--dev": write(folder / "dev.csv", reviews(12, 1))}
-    given = [str(part) for option in data.items() for part in option]
-    how = ["--text", "text", "--backbone", str(folder / "bert"), "--output", str(output), "--epochs", "2000"]
-    return ["train", *given, *how, "--batch-size", "8", "--patience", "0", "--features", "off", "--quiet"]
-
-
-def test_one_that_is_killed_ends_the_other(found: Found, tmp_path: Path) -> None:
-    folder, output = found[0], tmp_path / "task"
-    pair = launched("-m", "sidestep.cli", *arguments_of(folder, output), wait=60)
-    try:
-        deadline = time.monotonic() + 300
-        while not list(output.glob("checkpoints/checkpoint-*/trainer_state.json")):
-            assert pair.poll() is None, pair.communicate()[0][-4000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        started = psutil.Process(pair.pid).children(recursive=True)
-        next(process for process in started if process.environ().get("RANK") == "1").kill()
-        said, _ = pair.communicate(timeout=120)
-    finally:
-        pair.kill()
-    assert pair.returncode != 0
+def test_one_that_is_killed_ends_the_other(found: Found, pair: Pair) -> None:
+    folder, process = pair
+    (folder / rank_cases.GO).mkdir()
+    wait_for(lambda: list(folder.glob("go/run/checkpoints/checkpoint-*/trainer_state.json")), pair)
+    started = psutil.Process(process.pid).children(recursive=True)
+    next(one for one in started if one.environ().get("RANK") == "1").kill()
+    assert process.wait(timeout=120) != 0
+    said = (folder / "said").read_text()
     assert "rank      : 1" in said
     assert "Signal 9 (SIGKILL)" in said
-    assert not any(process.is_running() for process in started)
+    assert not any(one.is_running() for one in started)
 
 
 def test_a_command_for_one_process_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,8 +123,8 @@ NoQuoting = Annotated[bool, _data("--no-quoting", help="Quotes in the table are 
 Encoding = Annotated[str, _data(help="Encoding of the table, such as latin-1.")]
 
 Epochs = Annotated[int, _training(help="Passes over the training rows.")]
-BatchSize = Annotated[int, _training(help="Rows of one step.")]
-EvalBatchSize = Annotated[int, _training(help="Rows of one pass over the dev rows.")]
+BatchSize = Annotated[int, _training(help="Rows of one step, of all processes.")]
+EvalBatchSize = Annotated[int, _training(help="Rows of one pass over the dev rows, of all processes.")]
 Accumulate = Annotated[int, _training(help="Batches for one optimizer step.")]
 Rate = Annotated[float | None, _training("--lr", help="Learning rate. Default: the method's.")]
 Schedule = Annotated[str, _training(help="What the rate does: linear, cosine, cosine_epochs, step or constant.")]

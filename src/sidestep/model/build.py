@@ -11,6 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sidestep.backbone import Facts, is_encoder_decoder, prove_replay
 from sidestep.backbone.families import Pool, family_of
+from sidestep.backbone.shards import is_sharded
 from sidestep.fold import is_hooked
 from sidestep.fold.deferred import same_place
 from sidestep.interface.keep import Keep
@@ -24,7 +25,7 @@ from sidestep.model.trainer_face import TrainerFace
 
 
 def check_attachable(backbone: nn.Module) -> None:
-    """Raise unless nothing is attached to the backbone, it is not compiled, and DeepSpeed leaves it whole.
+    """Raise unless nothing is attached to the backbone, it is whole, and it is not compiled.
 
     Raises:
         ValueError: if it is.
@@ -35,6 +36,10 @@ def check_attachable(backbone: nn.Module) -> None:
         raise ValueError("this is an attached model already: call ss.detach(model) first, then attach again")
     if not isinstance(backbone, nn.Module):
         raise TypeError(f"{type(backbone).__name__} is no torch module: pass a Hugging Face or timm model")
+    if is_sharded(backbone):
+        raise ValueError(
+            f"{type(backbone).__name__} is sharded: attach to a whole backbone first, and then call ss.shard(model)"
+        )
     for module in backbone.modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(

@@ -1,7 +1,7 @@
 """What sharding a backbone costs and saves: memory of each card and seconds of a step, sharded and whole.
 
-    torchrun --nproc-per-node 2 benchmarks/gpu_sharded.py --output FILE             # on two cards; `gpu.py` starts it
-    torchrun --nproc-per-node 2 benchmarks/gpu_sharded.py --output FILE --small     # whether it runs at all, on a CPU
+    torchrun --nproc-per-node 2 benchmarks/shard_steps.py FILE             # on two cards; `gpu.py` starts it
+    torchrun --nproc-per-node 2 benchmarks/shard_steps.py FILE --small     # whether it runs at all, on a CPU
 
 Every process runs the whole batch, so a step of N cards does N times the work of one.
 """
@@ -78,7 +78,7 @@ def row_of(name: str, label: str, device: torch.device, *, sharded: bool, small:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory of each card and seconds of a step, sharded and whole.")
-    parser.add_argument("--output", type=Path, required=True, help="a JSON file of rows")
+    parser.add_argument("file", type=Path, help="of rows, as JSON")
     parser.add_argument("--small", action="store_true", help="tiny sizes: whether it runs at all")
     given = parser.parse_args()
     ranks.begin()
@@ -95,7 +95,7 @@ def main() -> None:
                 except ValueError as error:
                     rows.append({"backbone": name, "contender": label, "sharded": sharded, "status": str(error)})
                 if ranks.is_first():
-                    with whole(given.output) as path:
+                    with whole(given.file) as path:
                         path.write_text(json.dumps(rows, indent=1))
     dist.destroy_process_group()
 
