@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -151,3 +152,35 @@ def test_a_command_for_one_process_is_refused_under_a_launcher(monkeypatch: pyte
     result = CliRunner().invoke(app, ["bank", "list", "nowhere"])
     assert result.exit_code == 2
     assert "rank 1 of 2: Error: 2 processes were started" in result.output
+
+
+FAILS = """
+import torch
+from sidestep import ranks
+
+with ranks.together():
+    ranks.agree({"rows": 3})
+    if ranks.rank() == 1:
+        raise ValueError("row 17 cannot be read")
+    ranks.total(torch.ones(1))
+"""
+
+
+def test_who_waits_for_one_that_failed_names_it_and_its_reason() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    group |= {"PYTHONPATH": os.pathsep.join(sys.path), ranks.TIMEOUT: "2m"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILS],
+            env={**os.environ, **group, "RANK": str(number), "LOCAL_RANK": str(number)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    assert "RankEnded: rank 1 of 2 ended: ValueError: row 17 cannot be read" in said[0]
+    assert "RankEnded" not in said[1]
