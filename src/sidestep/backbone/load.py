@@ -22,11 +22,13 @@ from transformers import (
 from sidestep.backbone import said_causal, trunk_of
 from sidestep.backbone.configs import asked, config_of, read_config, read_npz
 from sidestep.backbone.families import dual_family_of
+from sidestep.backbone.formats import Quantize, own_head_of, quantization_for
 from sidestep.backbone.gguf import (
     is_gguf,
     unpacking,
 )
 from sidestep.backbone.processors import require_dual
+from sidestep.backbone.quantised import format_text, stored_quantization
 from sidestep.backbone.source import (
     CONFIG,
     TIMM,
@@ -82,6 +84,7 @@ def load_backbone(
     num_labels: int | None = None,
     writes: Written | None = None,
     drop_path: float | None = None,
+    quantize: Quantize | None = None,
 ) -> nn.Module:
     """The pretrained model of this name, in eval mode.
 
@@ -98,6 +101,8 @@ def load_backbone(
         writes: "text2text" or "lm": the model comes with its language model head, as an encoder-decoder or a decoder.
         drop_path: rate of the last block's drop path, which grows with depth from 0. None: the model's own. It acts in
             training alone, with `attach(..., backbone_noise="drop_path")`.
+        quantize: "4bit", "8bit", "int8" or "int4" (see `Format`), or a quantization config of transformers. None: as
+            the checkpoint is, quantised or not.
 
     Raises:
         LoadError: if there is no such model, files are missing or unreadable, or the weights are of another
@@ -119,6 +124,8 @@ def load_backbone(
             raise LoadError(f"{name} reads images and writes no text: choose problem single, multi or regress")
         if revision is not None:
             raise LoadError(f"revision={revision!r}: timm names its versions by tag, as in timm:NAME.TAG")
+        if quantize is not None:
+            quantization_for(quantize, str(name), torch.float32)  # which says what to do
         classes = num_labels if head else 0
         return load_timm(str(name), wanted, classes, drop_path)
     config = config_of(str(name), revision, {} if num_labels is None else {"num_labels": num_labels})
@@ -130,7 +137,8 @@ def load_backbone(
         kind = transformers.ViTForImageClassification if head else transformers.ViTModel
     else:
         kind = classifier_of(config, "rows" if head is True else head) if head else headless_of(config)
-    return _load_transformers(kind, str(name), config, wanted, revision)
+    plain = own_head_of(kind, config) if head and quantize is not None else ()
+    return _load_transformers(kind, str(name), config, wanted, revision, quantize, plain)
 
 
 def check_writes(name: str | Path, writes: Written, *, revision: str | None = None) -> None:
@@ -166,7 +174,10 @@ def load_class(
             "load the backbone yourself and pass it"
         )
     loaded = _config_of(kind, source, config)
-    return _load_transformers(kind, source.id, loaded, wanted, source.revision)
+    own = stored_quantization(loaded)  # a checkpoint that is quantised already says so itself
+    return _load_transformers(
+        kind, source.id, loaded, wanted, source.revision, source.quantization if own is None else None
+    )
 
 
 def _config_of(kind: type[PreTrainedModel], source: Source, fields: Mapping[str, Any]) -> Any:
@@ -194,15 +205,16 @@ def load_pair(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     drop_path: float | None = None,
+    quantize: Quantize | None = None,
 ) -> nn.Module:
     """A dual encoder by its name, or of an encoder of images and one of texts, with new projections.
 
     Raises:
         LoadError: if it cannot be loaded, is no dual encoder, or an encoder is timm's.
     """
-    model = load_backbone(name, dtype=dtype, revision=revision, drop_path=drop_path)
+    model = load_backbone(name, dtype=dtype, revision=revision, drop_path=drop_path, quantize=quantize)
     if text_name is not None:
-        return paired(model, load_backbone(text_name, dtype=dtype))
+        return paired(model, load_backbone(text_name, dtype=dtype, quantize=quantize))
     require_dual(name, getattr(getattr(model, "config", None), "model_type", "timm model"))
     return model
 
@@ -287,10 +299,18 @@ def _is_decoder(config: Any) -> bool:
 
 
 def _load_transformers(
-    kind: Any, name: str, config: Any, dtype: torch.dtype | None, revision: str | None
+    kind: Any,
+    name: str,
+    config: Any,
+    dtype: torch.dtype | None,
+    revision: str | None,
+    quantize: Quantize | None = None,
+    plain: tuple[str, ...] = (),
 ) -> PreTrainedModel:
     weights = read_npz(name.removeprefix(VIT)).for_transformers() if name.startswith(VIT) else None
     place, options = asked(name, revision)
+    if quantize is not None:
+        options |= _quantising(quantize, name, config, dtype, plain)
     with quiet(local=weights is not None or Path(place).is_dir()), as_load_error(name, "weights"):
         model, report = kind.from_pretrained(
             None if weights else place,
@@ -308,6 +328,19 @@ def _load_transformers(
     # what `source_of` reads: from_pretrained sets it to what it was given
     model.config._name_or_path = name
     return model.eval()
+
+
+def _quantising(
+    quantize: Quantize, name: str, config: Any, dtype: torch.dtype | None, plain: tuple[str, ...]
+) -> dict[str, Any]:
+    """What tells `from_pretrained` to quantise weights as they are loaded.
+
+    Raises:
+        LoadError: if they are quantised already, or cannot be.
+    """
+    if (own := stored_quantization(config)) is not None:
+        raise LoadError(f"quantize={quantize!r}: {name} is quantised already ({format_text(own)}). Leave quantize out")
+    return {"quantization_config": quantization_for(quantize, name, dtype or config.dtype or torch.float32, plain)}
 
 
 def _without_heads(model: PreTrainedModel) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 from sidestep.backbone import Noise
+from sidestep.backbone.formats import Quantize
 from sidestep.backbone.load import check_writes, load_backbone, load_pair
 from sidestep.backbone.pixels import ImageTransform, adjusted
 from sidestep.backbone.processors import PairProcessor, load_pair_processor, load_processor
@@ -109,7 +110,7 @@ class ModelSpec:
         pool: what a Sidestep head reads.
         own_head: whether the backbone's own head is trained instead.
         backbone_noise, checkpoint, keep, lm_loss: as of `attach`.
-        drop_path, dtype, revision: as of `load_backbone`.
+        drop_path, dtype, revision, quantize: as of `load_backbone`.
     """
 
     backbone: str | Path
@@ -125,6 +126,7 @@ class ModelSpec:
     drop_path: float | None = None
     dtype: str | None = None
     revision: str | None = None
+    quantize: Quantize | None = None
 
     @property
     def name(self) -> str:
@@ -282,6 +284,7 @@ def attached(spec: RunSpec, data: TaskData, backbone: Any = None) -> Attached:
         "dtype": own.dtype,
         "revision": own.revision,
         "drop_path": own.drop_path,
+        "quantize": own.quantize,
     }
     how: dict[str, Any] = {
         "backbone_noise": own.backbone_noise or ("drop_path" if own.drop_path else None),
