@@ -73,12 +73,12 @@ def pretrained_tensors(
     skip = new | head_tensors(trunk)
     # Every name of a tied tensor is looked at, so that the one it goes by does not depend on the order of registration.
     named = [*trunk.named_parameters(remove_duplicate=False), *_persistent_buffers(trunk)]
-    plain = [(own, tensor) for name, tensor in named if (own := plain_name(name)) is not None]
-    owners = {id(tensor): module for module in trunk.modules() for tensor in _own_tensors(module)}
-    for name, tensor in sorted(plain, key=lambda item: item[0]):
+    plain = [(own, path, tensor) for path, tensor in named if (own := plain_name(path)) is not None]
+    for name, path, tensor in sorted(plain, key=lambda item: item[0]):
         if id(tensor) not in skip and not in_pooler(name):
             skip.add(id(tensor))
-            yield from identity_of(name, before.get(id(tensor), tensor), owners[id(tensor)])
+            owner = trunk.get_submodule(path.rpartition(".")[0])
+            yield from identity_of(name, before.get(id(tensor), tensor), owner)
 
 
 def in_pooler(name: str) -> bool:
@@ -99,11 +99,6 @@ def head_tensors(trunk: Any) -> set[int]:
     outside = [module for module in trunk.modules() if module not in inside]
     shared = {id(p) for module in outside for p in module.parameters(recurse=False)}
     return {id(p) for module in inside for p in module.parameters(recurse=False)} - shared
-
-
-def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
-    held = (*module._parameters.values(), *module._buffers.values())
-    return (tensor for tensor in held if tensor is not None)
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

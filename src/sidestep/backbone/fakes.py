@@ -20,8 +20,10 @@ def without_values(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         # a packed one cannot be emptied alike
-        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta") if is_packed(parameter) else (
-            torch.empty_like(parameter, device="meta")
+        empty = (
+            torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            if is_packed(parameter)
+            else (torch.empty_like(parameter, device="meta"))
         )
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         memo[id(parameter)].__dict__.update(parameter.__dict__)  # transformers' mark of what was loaded

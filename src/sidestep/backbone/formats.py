@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
@@ -82,7 +82,7 @@ def quantization_for(
     try:
         found = _config(quantize, dtype)
     except ImportError as error:
-        package = FORMATS[quantize][0] if isinstance(quantize, str) else "the package of this config"
+        package = FORMATS[cast("Format", quantize)][0] if isinstance(quantize, str) else "the package of this config"
         raise LoadError(
             f"quantize={_shown(quantize)} needs {package}, which cannot be imported ({error}): "
             'pip install "sidestep[quantize]"'
@@ -97,7 +97,7 @@ def quantization_for(
 
 def _config(quantize: Quantize, dtype: torch.dtype) -> QuantizationConfigMixin:
     if isinstance(quantize, str):
-        return FORMATS[quantize][1](dtype)
+        return FORMATS[cast("Format", quantize)][1](dtype)
     if isinstance(quantize, QuantizationConfigMixin):
         return quantize
     if bad := [text for text in _named(quantize) if not CLASS.fullmatch(text)]:
@@ -131,14 +131,17 @@ def check_quantizable(quantize: Quantize, name: str) -> None:
 
 
 def own_head_of(kind: Any, config: Any) -> tuple[str, ...]:
-    """The names of a class's parts outside its trunk. They are trained, so they cannot be codes."""
+    """`trained_parts` of a model of such a class."""
     with torch.device("meta"):
-        model = kind.from_config(config) if not _is_model(kind) else kind(config)
-    return tuple(name for name, _ in model.named_children() if name != model.base_model_prefix)
+        is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+        return trained_parts(kind(config) if is_model else kind.from_config(config))
 
 
-def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+def trained_parts(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of a model's head and pooler. Where they are trained they cannot be codes."""
+    heads = (name for name, _ in model.named_children() if name != model.base_model_prefix)
+    poolers = (name for name, _ in model.named_modules() if name.endswith("pooler"))
+    return *heads, *poolers
 
 
 def _named(value: Any) -> Iterator[str]:

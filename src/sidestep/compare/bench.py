@@ -83,9 +83,13 @@ class Bench:
         """
         model: nn.Module
         if is_dual(spec):
-            model = load_pair(spec.model, spec.text_model, dtype=spec.dtype, revision=spec.revision, quantize=spec.quantize)
+            model = load_pair(
+                spec.model, spec.text_model, dtype=spec.dtype, revision=spec.revision, quantize=spec.quantize
+            )
         else:
-            model = load_backbone(spec.model, dtype=spec.dtype, revision=spec.revision, writes=writes, quantize=spec.quantize)
+            model = load_backbone(
+                spec.model, dtype=spec.dtype, revision=spec.revision, writes=writes, quantize=spec.quantize
+            )
         if attention is not None:
             _set_attention(model, attention, spec.name)
         model.to(device())

@@ -128,8 +128,8 @@ def plan(
         raise ValueError("device='cuda' cannot be measured, because CUDA is not available: measure on 'cpu', or plan")
     if measure and quantize is not None:
         raise ValueError(
-            f"quantize={quantize!r} cannot be measured with random weights: plan without measuring, or load the backbone, "
-            "attach the method, and use peak_memory"
+            f"quantize={quantize!r} cannot be measured with random weights: plan without measuring, or load the "
+            "backbone, attach the method, and use peak_memory"
         )
     place = device if measure else "meta"
     with torch.random.fork_rng(None if place == "cuda" else []), torch.device(place):

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sidestep.backbone.fakes import fake_like, fakes_of
 from sidestep.measure.plan.blank import without_drawing

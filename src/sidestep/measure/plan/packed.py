@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from sidestep.backbone.formats import INT4_GROUP, Format
+from sidestep.backbone.formats import INT4_GROUP, Format, trained_parts
 from sidestep.backbone.quantised import format_text, is_packed, is_quantised, stored_quantization, stored_tensors
 from sidestep.backbone.source import LoadError
 
@@ -22,22 +22,21 @@ BLOCK = 64
 TILE = 8, 1024
 """Rows and columns to multiples of which torchao fills up weights of 4 bits."""
 
-Sizes = Callable[[int, int, torch.dtype], tuple[Tensor, ...]]
 
-
-def _nf4(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _nf4(rows: int, columns: int) -> tuple[Tensor, ...]:
     values = rows * columns
     return torch.empty(-(-values // 2), 1, dtype=torch.uint8), torch.empty(-(-values // BLOCK)), torch.empty(16)
 
 
-def _by_rows(scale: torch.dtype | None) -> Sizes:
-    def made(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1, dtype=scale or dtype)
-
-    return made
+def _llm_int8(rows: int, columns: int) -> tuple[Tensor, ...]:
+    return torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows)
 
 
-def _int4(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _int8(rows: int, columns: int) -> tuple[Tensor, ...]:
+    return *_llm_int8(rows, columns), torch.empty(rows, dtype=torch.int8)
+
+
+def _int4(rows: int, columns: int) -> tuple[Tensor, ...]:
     rows, columns = (-(-size // tile) * tile for size, tile in zip((rows, columns), TILE, strict=True))
     return (
         torch.empty(rows * columns // 2, dtype=torch.uint8),
@@ -45,10 +44,10 @@ def _int4(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     )
 
 
-SIZES: Mapping[Format, Sizes] = {
+SIZES: Mapping[Format, Callable[[int, int], tuple[Tensor, ...]]] = {
     "4bit": _nf4,
-    "8bit": _by_rows(torch.float32),
-    "int8": _by_rows(None),
+    "8bit": _llm_int8,
+    "int8": _int8,
     "int4": _int4,
 }
 """Empty tensors of a format: the codes of a map of so many rows and columns, and all that stands beside them."""
@@ -83,15 +82,15 @@ class PackedLinear(nn.Linear):
         self.weight = nn.Parameter(codes, requires_grad=False)
         for number, tensor in enumerate(beside):
             self.register_buffer(f"beside{number}", tensor)
-        self.bias = bias
+        self.register_parameter("bias", bias)
         self.kept = kept
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """(..., rows) of (..., columns)."""
         shape = self.out_features, self.in_features
         if self.kept:
-            return nn.functional.linear(input, input.new_empty(shape), self.bias)
-        output = _WrittenOut.apply(input, shape)
+            return nn.functional.linear(hidden, hidden.new_empty(shape), self.bias)
+        output = _WrittenOut.apply(hidden, shape)
         return output if self.bias is None else output + self.bias
 
 
@@ -99,12 +98,12 @@ class _WrittenOut(torch.autograd.Function):
     """A product with weights that are there while it is computed."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, shape: tuple[int, int]) -> Tensor:
         ctx.shape = shape
-        return nn.functional.linear(input, input.new_empty(shape))
+        return nn.functional.linear(hidden, hidden.new_empty(shape))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ gradient.new_empty(ctx.shape), None
 
 
@@ -123,8 +122,8 @@ def pack(model: PreTrainedModel, quantize: Format | None, *, own_head: bool) -> 
     if quantize is None and said is None:
         return model
     quantize = quantize or _said(said or {})
-    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix] if own_head else []
-    plain = [*get_keys_to_not_convert(model), *heads, *((said or {}).get("llm_int8_skip_modules") or ())]
+    skipped = trained_parts(model) if own_head else (said or {}).get("llm_int8_skip_modules")
+    plain = get_keys_to_not_convert(model) if skipped is None else [*skipped]
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | Conv1D) and should_convert_module(name, plain):
             model.set_submodule(name, _packed(module, quantize))
@@ -148,7 +147,7 @@ def _said(quantization: Mapping[str, Any]) -> Format:
 
 def _packed(module: Any, quantize: Format) -> PackedLinear:
     rows, columns = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
-    codes, *beside = SIZES[quantize](rows, columns, module.weight.dtype)
+    codes, *beside = SIZES[quantize](rows, columns)
     return PackedLinear((rows, columns), codes, beside, module.bias, kept=quantize == "int8")
 
 
@@ -157,7 +156,8 @@ def stand_ins(model: nn.Module, memo: dict[int, Any]) -> None:
 
     To be called under a `FakeTensorMode`.
     """
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if isinstance(module, PackedLinear) or not (is_quantised(module) and hasattr(module, "in_features")):
             continue
         stored = (one for one in stored_tensors(module) if one is not module.bias)
