@@ -249,6 +249,19 @@ class Dora(Lora):
 
     starts_as_identity = False  # up to rounding only: the weights are divided and multiplied by their lengths
 
+    def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
+        """PEFT's DoRA tuner.
+
+        Raises:
+            ValueError: if the backbone is in bitsandbytes' 8 bits.
+        """
+        if any(type(parameter).__name__ == "Int8Params" for parameter in trunk.parameters()):
+            raise ValueError(
+                "PEFT loses the scales of 8-bit codes where it reads the weights' lengths: choose lora, or load the "
+                "backbone in 4 bit"
+            )
+        return super().build(peft, trunk, model_type)
+
 
 @register("late_lora", LateLoraConfig)
 class LateLora(Lora):
