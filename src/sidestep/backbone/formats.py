@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sidestep.backbone.gguf import is_gguf
@@ -65,39 +68,58 @@ SKIPPED = {BitsAndBytesConfig: "llm_int8_skip_modules", TorchAoConfig: "modules_
 
 
 def quantization_for(
-    quantize: Quantize, name: str, dtype: torch.dtype, plain: tuple[str, ...] = ()
+    quantize: Quantize, dtype: torch.dtype, plain: Callable[[], list[str]]
 ) -> QuantizationConfigMixin:
     """The quantization config that a backbone is loaded with.
 
     Args:
-        quantize: what was asked for.
-        name: of the backbone.
+        quantize: what was asked for (see `check_quantizable`).
         dtype: of its other weights, in which 4-bit weights are multiplied.
-        plain: names of modules that are not quantised, beside those that a config names. Empty: transformers chooses.
+        plain: names of the modules that are not quantised (`left_plain`), where a config does not name them.
 
     Raises:
-        LoadError: if there is no such format, its package is missing, or the backbone cannot be loaded in it.
+        LoadError: if its package is missing, or it does not run on this machine or in this precision.
     """
-    check_quantizable(quantize, name)
-    try:
-        found = _config(quantize, dtype)
-    except ImportError as error:
-        package = FORMATS[cast("Format", quantize)][0] if isinstance(quantize, str) else "the package of this config"
-        raise LoadError(
-            f"quantize={_shown(quantize)} needs {package}, which cannot be imported ({error}): "
-            'pip install "sidestep[quantize]"'
-        ) from error
-    if isinstance(quantize, str) and plain:
-        setattr(found, SKIPPED[type(found)], list(plain))
+    found = _config(quantize, dtype)
+    field = SKIPPED.get(type(found))
+    if field is not None and getattr(found, field) is None:
+        found = copy.deepcopy(found)
+        setattr(found, field, plain())
     if getattr(found, "load_in_8bit", False):
         # said at every call of every linear map
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return found
 
 
+def left_plain(model: PreTrainedModel, *, own_head: bool) -> list[str]:
+    """The names of what is not quantised of a model: what transformers leaves as it is, and poolers.
+
+    A checkpoint may lack a pooler, and random weights are never quantised. With `own_head` the head is left too, because
+    it is trained.
+    """
+    heads = (name for name, _ in model.named_children() if own_head and name != model.base_model_prefix)
+    poolers = (name for name, _ in model.named_modules() if name.endswith("pooler"))
+    return sorted({*get_keys_to_not_convert(model), *heads, *poolers})
+
+
+def without_weights(kind: Any, config: Any) -> PreTrainedModel:
+    """A model of a class, or of an auto class, on the meta device."""
+    with torch.device("meta"):
+        return kind(config) if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else kind.from_config(config)
+
+
 def _config(quantize: Quantize, dtype: torch.dtype) -> QuantizationConfigMixin:
     if isinstance(quantize, str):
-        return FORMATS[cast("Format", quantize)][1](dtype)
+        package, made = FORMATS[cast("Format", quantize)]
+        try:
+            import_module(package)
+        except ImportError as error:
+            extra = {"bitsandbytes": "quantize"}.get(package, package)
+            raise LoadError(
+                f"quantize={quantize!r} needs {package}, which cannot be imported ({error}): "
+                f'pip install "sidestep[{extra}]"'
+            ) from error
+        return made(dtype)
     if isinstance(quantize, QuantizationConfigMixin):
         return quantize
     if bad := [text for text in _named(quantize) if not CLASS.fullmatch(text)]:
@@ -128,20 +150,6 @@ def check_quantizable(quantize: Quantize, name: str) -> None:
             f"quantize={_shown(quantize)} with {name}: a GGUF file is unpacked as it is loaded. Save the model "
             "(load_backbone(...).save_pretrained(FOLDER)), and give that folder"
         )
-
-
-def own_head_of(kind: Any, config: Any) -> tuple[str, ...]:
-    """`trained_parts` of a model of such a class."""
-    with torch.device("meta"):
-        is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
-        return trained_parts(kind(config) if is_model else kind.from_config(config))
-
-
-def trained_parts(model: PreTrainedModel) -> tuple[str, ...]:
-    """The names of a model's head and pooler. Where they are trained they cannot be codes."""
-    heads = (name for name, _ in model.named_children() if name != model.base_model_prefix)
-    poolers = (name for name, _ in model.named_modules() if name.endswith("pooler"))
-    return *heads, *poolers
 
 
 def _named(value: Any) -> Iterator[str]:

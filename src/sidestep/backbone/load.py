@@ -22,7 +22,7 @@ from transformers import (
 from sidestep.backbone import said_causal, trunk_of
 from sidestep.backbone.configs import asked, config_of, read_config, read_npz
 from sidestep.backbone.families import dual_family_of
-from sidestep.backbone.formats import Quantize, own_head_of, quantization_for
+from sidestep.backbone.formats import Quantize, check_quantizable, left_plain, quantization_for, without_weights
 from sidestep.backbone.gguf import (
     is_gguf,
     unpacking,
@@ -118,14 +118,14 @@ def load_backbone(
         )
     if drop_path is not None and not 0 <= drop_path < 1:
         raise LoadError(f"drop_path={drop_path}: it is a rate from 0 to below 1")
+    if quantize is not None:
+        check_quantizable(quantize, str(name))
     wanted = named_dtype(dtype)
     if str(name).startswith(TIMM):
         if writes is not None:
             raise LoadError(f"{name} reads images and writes no text: choose problem single, multi or regress")
         if revision is not None:
             raise LoadError(f"revision={revision!r}: timm names its versions by tag, as in timm:NAME.TAG")
-        if quantize is not None:
-            quantization_for(quantize, str(name), torch.float32)  # which says what to do
         classes = num_labels if head else 0
         return load_timm(str(name), wanted, classes, drop_path)
     config = config_of(str(name), revision, {} if num_labels is None else {"num_labels": num_labels})
@@ -137,8 +137,7 @@ def load_backbone(
         kind = transformers.ViTForImageClassification if head else transformers.ViTModel
     else:
         kind = classifier_of(config, "rows" if head is True else head) if head else headless_of(config)
-    plain = own_head_of(kind, config) if head and quantize is not None else ()
-    return _load_transformers(kind, str(name), config, wanted, revision, quantize, plain)
+    return _load_transformers(kind, str(name), config, wanted, revision, quantize, own_head=bool(head))
 
 
 def check_writes(name: str | Path, writes: Written, *, revision: str | None = None) -> None:
@@ -305,12 +304,13 @@ def _load_transformers(
     dtype: torch.dtype | None,
     revision: str | None,
     quantize: Quantize | None = None,
-    plain: tuple[str, ...] = (),
+    *,
+    own_head: bool = False,
 ) -> PreTrainedModel:
     weights = read_npz(name.removeprefix(VIT)).for_transformers() if name.startswith(VIT) else None
     place, options = asked(name, revision)
     if quantize is not None:
-        options |= _quantising(quantize, name, config, dtype, plain)
+        options |= _quantising(quantize, name, kind, config, dtype, own_head)
     with quiet(local=weights is not None or Path(place).is_dir()), as_load_error(name, "weights"):
         model, report = kind.from_pretrained(
             None if weights else place,
@@ -331,7 +331,7 @@ def _load_transformers(
 
 
 def _quantising(
-    quantize: Quantize, name: str, config: Any, dtype: torch.dtype | None, plain: tuple[str, ...]
+    quantize: Quantize, name: str, kind: Any, config: Any, dtype: torch.dtype | None, own_head: bool
 ) -> dict[str, Any]:
     """What tells `from_pretrained` to quantise weights as they are loaded.
 
@@ -340,7 +340,12 @@ def _quantising(
     """
     if (own := stored_quantization(config)) is not None:
         raise LoadError(f"quantize={quantize!r}: {name} is quantised already ({format_text(own)}). Leave quantize out")
-    return {"quantization_config": quantization_for(quantize, name, dtype or config.dtype or torch.float32, plain)}
+    found = quantization_for(
+        quantize,
+        dtype or config.dtype or torch.float32,
+        lambda: left_plain(without_weights(kind, config), own_head=own_head),
+    )
+    return {"quantization_config": found}
 
 
 def _without_heads(model: PreTrainedModel) -> nn.Module:

@@ -128,6 +128,8 @@ def _scales_of_blocks(state: Any) -> Tensor:
 
 def _scales_of_rows(tensor: Tensor, owner: nn.Module) -> Tensor | None:
     """The scale of each row of bitsandbytes' 8-bit codes. They move from the weight to its module at the first pass."""
+    if tensor.dtype is not torch.int8:  # a bias
+        return None
     scales = getattr(tensor, "SCB", None)
     return getattr(getattr(owner, "state", None), "SCB", None) if scales is None else scales
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from sidestep.backbone.formats import INT4_GROUP, Format, trained_parts
+from sidestep.backbone.formats import INT4_GROUP, Format, left_plain
 from sidestep.backbone.quantised import format_text, is_packed, is_quantised, stored_quantization, stored_tensors
 from sidestep.backbone.source import LoadError
 
@@ -122,8 +121,7 @@ def pack(model: PreTrainedModel, quantize: Format | None, *, own_head: bool) -> 
     if quantize is None and said is None:
         return model
     quantize = quantize or _said(said or {})
-    skipped = trained_parts(model) if own_head else (said or {}).get("llm_int8_skip_modules")
-    plain = get_keys_to_not_convert(model) if skipped is None else [*skipped]
+    plain = (said or {}).get("llm_int8_skip_modules") or left_plain(model, own_head=own_head)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | Conv1D) and should_convert_module(name, plain):
             model.set_submodule(name, _packed(module, quantize))
