@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sidestep as ss
 from commands import FAST, refusal, succeed, table

@@ -70,7 +70,8 @@ def test_a_plan_knows_the_format_of_a_config(folder: Path, tmp_path: Path) -> No
     load_backbone(folder, quantize="4bit").save_pretrained(tmp_path)
     own, asked = planned(tmp_path, ss.ReadConfig(rank=4)), planned(folder, ss.ReadConfig(rank=4), quantize="4bit")
     assert own.weights_bytes == asked.weights_bytes
-    config = t.BertConfig.from_pretrained(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    config = t.BertConfig.from_pretrained(folder)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(LoadError, match="quantised by gptq: a plan from a config knows 4bit, 8bit, int8, int4"):
         plan(config, ss.ReadConfig(rank=4), head=TWO, batch=ROWS)
 

@@ -67,9 +67,7 @@ SKIPPED = {BitsAndBytesConfig: "llm_int8_skip_modules", TorchAoConfig: "modules_
 """The field with the names of what is left as it is."""
 
 
-def quantization_for(
-    quantize: Quantize, dtype: torch.dtype, plain: Callable[[], list[str]]
-) -> QuantizationConfigMixin:
+def quantization_for(quantize: Quantize, dtype: torch.dtype, plain: Callable[[], list[str]]) -> QuantizationConfigMixin:
     """The quantization config that a backbone is loaded with.
 
     Args:
@@ -94,8 +92,8 @@ def quantization_for(
 def left_plain(model: PreTrainedModel, *, own_head: bool) -> list[str]:
     """The names of what is not quantised of a model: what transformers leaves as it is, and poolers.
 
-    A checkpoint may lack a pooler, and random weights are never quantised. With `own_head` the head is left too, because
-    it is trained.
+    A checkpoint may lack a pooler, and random weights are never quantised. With `own_head` the head is left too,
+    because it is trained.
     """
     heads = (name for name, _ in model.named_children() if own_head and name != model.base_model_prefix)
     poolers = (name for name, _ in model.named_modules() if name.endswith("pooler"))
@@ -105,7 +103,9 @@ def left_plain(model: PreTrainedModel, *, own_head: bool) -> list[str]:
 def without_weights(kind: Any, config: Any) -> PreTrainedModel:
     """A model of a class, or of an auto class, on the meta device."""
     with torch.device("meta"):
-        return kind(config) if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else kind.from_config(config)
+        return (
+            kind(config) if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else kind.from_config(config)
+        )
 
 
 def _config(quantize: Quantize, dtype: torch.dtype) -> QuantizationConfigMixin:
