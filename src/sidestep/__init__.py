@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from sidestep.model.initialise import initialise
     from sidestep.model.joint_model import JointModel
     from sidestep.model.pair_model import PairModel
+    from sidestep.model.sharding import shard
     from sidestep.model.side_model import SideModel
     from sidestep.tasks.add_diff import DifferentBackbones, add_diff
     from sidestep.tasks.bank import TaskBank
@@ -108,6 +109,7 @@ __all__ = [
     "peak_memory",
     "plan",
     "saved_bytes",
+    "shard",
     "store_features",
     "train",
 ]
@@ -142,6 +144,7 @@ _HOMES = {
     "model.attach": ("attach", "detach"),
     "model.joint_model": ("JointModel",),
     "model.pair_model": ("PairModel",),
+    "model.sharding": ("shard",),
     "measure.plan": ("Plan", "plan"),
     "model.initialise": ("initialise",),
     "disk.task_folder": ("TaskError",),

@@ -61,7 +61,11 @@ LmLoss = Annotated[
 Noise = Annotated[str | None, _model(help="Noise of the frozen backbone: drop_path, dropout or all.")]
 DropPath = Annotated[float | None, _model(help="Rate of the backbone's drop path. Turns that noise on in training.")]
 Dtype = Annotated[str | None, _model(help="Precision of the backbone. Default: its checkpoint's.")]
+Quantize = Annotated[
+    str | None, _model("--quantize", help="Quantise the backbone: 4bit, 8bit (bitsandbytes), int8 or int4 (torchao).")
+]
 Revision = Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")]
+Shard = Annotated[bool, _model("--shard", help="Share the frozen blocks out among the processes of torchrun (FSDP2).")]
 
 SOURCE = "csv, tsv, json, jsonl or parquet file, folder or list (.txt) of images, sounds or videos, or hub id"
 Train = Annotated[str, _data(help=f"Training rows: {SOURCE}.", show_default=False)]

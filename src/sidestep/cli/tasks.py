@@ -39,6 +39,7 @@ def evaluate(
     encoding: opt.Encoding = "utf-8",
     backbone: opt.OtherBackbone = None,
     gguf: opt.Gguf = None,
+    shard: opt.Shard = False,
     batch_size: opt.BatchSize = 64,
     features: opt.Features = "auto",
     features_folder: opt.FeaturesFolder = None,
@@ -58,7 +59,7 @@ def evaluate(
         check_batch(batch_size)
         kept = FeatureOptions(where=cast("Where", features), folder=features_folder, limit=memory_of(features_limit))
         table = table_options(columns, no_header, no_quoting, encoding)
-        model = _load(task, backbone_named(backbone, gguf))
+        model = _load(task, backbone_named(backbone, gguf), sharded=shard)
         fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio, video=video, label=label))
         found = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         judged = predicting.judge(
@@ -91,6 +92,7 @@ def predict(
     encoding: opt.Encoding = "utf-8",
     backbone: opt.OtherBackbone = None,
     gguf: opt.Gguf = None,
+    shard: opt.Shard = False,
     batch_size: opt.BatchSize = 64,
     probabilities: opt.Probabilities = "all",
     overwrite: opt.Overwrite = False,
@@ -142,7 +144,7 @@ def predict(
         ranks.first(lambda: check_table(output, overwrite=overwrite))
         _refuse_inputs(output, task, rows, backbone_named(backbone, gguf))
         table = table_options(columns, no_header, no_quoting, encoding)
-        model = _load(task, backbone_named(backbone, gguf))
+        model = _load(task, backbone_named(backbone, gguf), sharded=shard)
         fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio, video=video))
         given = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         found = predicting.predict(
@@ -175,12 +177,18 @@ def _refuse_inputs(output: Path, task: Path, rows: str, backbone: str | None) ->
     refuse_inputs([output], [*rows_at(rows), *parts_of(task), *models])
 
 
-def _load(task: Path, name: str | None) -> Attached:
-    """The model of a task, on its backbone or one from elsewhere, on a GPU if there is one."""
+def _load(task: Path, name: str | None, *, sharded: bool = False) -> Attached:
+    """The model of a task, on its backbone or one from elsewhere, on a GPU if there is one, or shared out among all."""
     import torch
 
+    from sidestep.model.sharding import shard
     from sidestep.tasks import load as loading
+    from sidestep.training.launchers import asks_for_fsdp, check_passes
 
+    if asks_for_fsdp() or sharded:
+        model = loading.load(task, loading.stored_backbone(task, moved_to=name))
+        check_passes(model)
+        return shard(model)
     device = "cuda" if torch.cuda.is_available() else None
     return loading.load(task, loading.stored_backbone(task, moved_to=name), device=device)
 

@@ -19,6 +19,7 @@ AUTO = "auto"
 """In the place of a method: it is chosen."""
 
 if TYPE_CHECKING:
+    from sidestep.backbone.formats import Format
     from sidestep.backbone.recompute import Checkpoint
     from sidestep.data.boxes import BoxForm
     from sidestep.interface.keep import Keep
@@ -46,7 +47,9 @@ def train(
     backbone_noise: opt.Noise = None,
     drop_path: opt.DropPath = None,
     dtype: opt.Dtype = None,
+    quantize: opt.Quantize = None,
     revision: opt.Revision = None,
+    shard: opt.Shard = False,
     text: opt.Text = None,
     text2: opt.Text2 = None,
     separator: opt.Separator = None,
@@ -229,7 +232,9 @@ def train(
             backbone_noise=asked["backbone_noise"],
             drop_path=asked["drop_path"],
             dtype=dtype,
+            quantize=cast("Format | None", quantize),
             revision=revision,
+            shard=shard,
         )
         spec = RunSpec(data=data, model=model, training=settings, recipe=chosen.record())
         if features_only:
@@ -244,9 +249,9 @@ def train(
             trained, rows, results = auto(spec, budget=duration_of(budget), watch=Shown(spec.recipe))
         else:
             trained, rows, results = run(spec, Shown(spec.recipe))
+        with ranks.alone():  # each of them, because those that share a sharded backbone make the same passes
+            show_answers(trained, rows)
         if ranks.is_first():
-            with ranks.alone():
-                show_answers(trained, rows)
             show_results(results, Path(output))
 
 

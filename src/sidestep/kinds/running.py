@@ -58,7 +58,8 @@ def logits(
     shares = ranks.each(lambda: found)
     back = np.empty((len(order), *found.shape[1:]), found.dtype)
     for number, part in enumerate(shares):
-        back[order[number :: len(shares)]] = part
+        rows = order[number :: len(shares)]
+        back[rows] = part[: len(rows)]
     return back
 
 
@@ -198,18 +199,23 @@ def _batches(
 def _share(order: NDArray[np.int64]) -> NDArray[np.int64]:
     """The rows of this process, in their order.
 
+    All processes get as many, because those that share a sharded backbone have to make the same passes. So the last row
+    may be there twice, and `_back` leaves the second out.
+
     Raises:
         DataError: if there are fewer rows than processes.
     """
     if len(order) < ranks.count():
         raise DataError(f"{len(order)} rows for {ranks.count()} processes: start at most {max(len(order), 1)}")
-    return order[ranks.rank() :: ranks.count()]
+    own = order[ranks.rank() :: ranks.count()]
+    return own if len(own) == ranks.share(len(order)) else np.append(own, own[-1])
 
 
 def _back(order: NDArray[np.int64], own: list[T]) -> list[T]:
     """What each process has found of its share, in the order of the rows."""
     found: list[Any] = [None] * len(order)
-    for row, value in zip(order, ranks.woven(ranks.each(lambda: own)), strict=True):
+    mine = own[: len(order[ranks.rank() :: ranks.count()])]
+    for row, value in zip(order, ranks.woven(ranks.each(lambda: mine)), strict=True):
         found[row] = value
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
@@ -18,11 +19,13 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.integrations import TensorBoardCallback
 
 from sidestep import ranks
+from sidestep.backbone.shards import is_sharded
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.task_data import TaskData
 from sidestep.metrics import IGNORED
 from sidestep.model.attach import Attached
+from sidestep.model.build import refuse_zero3
 from sidestep.model.pair_model import PairModel
 from sidestep.training import checkpoints, shares
 from sidestep.training.callbacks import (
@@ -90,6 +93,7 @@ def make_trainer(
         judge_texts=(lambda: judge_run(model, data, settings)) if writes else None,
         make_optimizer=optimizer,
     )
+    refuse_zero3()  # which a launcher's config may ask for: it is read where the Trainer is made
     for printer in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printer)
     if settings.progress and ranks.is_first():
@@ -146,6 +150,14 @@ class TaskTrainer(Trainer):
     def judged(self, history: list[dict[str, float]]) -> Assessment | None:
         """The result of the last evaluation, with the scores that the history ends with. None: there was none here."""
         return None if self._last is None else replace(self._last(), scores=last_scores(history))
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """The model with its gradients averaged over the processes. accelerate refuses to do that for shards."""
+        if not training or not is_sharded(self._model) or model is not self._model:
+            return super()._wrap_model(model, training, dataloader)
+        # what accelerate does besides, which is autocast
+        prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        return DistributedDataParallel(prepared)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's step, with the gradients that its wrapper does not see averaged over the processes."""
