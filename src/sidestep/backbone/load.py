@@ -214,8 +214,8 @@ def load_pair(
     """
     if text_name is None and quantize in ("int8", "int4"):
         raise LoadError(
-            f"quantize={quantize!r} with {name}: transformers loads no dual encoder in torchao's formats. Choose 4bit or "
-            "8bit"
+            f"quantize={quantize!r} with {name}: transformers loads no dual encoder in torchao's formats. "
+            "Choose 4bit or 8bit"
         )
     model = load_backbone(name, dtype=dtype, revision=revision, drop_path=drop_path, quantize=quantize)
     if text_name is not None:
