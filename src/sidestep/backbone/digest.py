@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sidestep.backbone.quantised import identity_of
+from sidestep.backbone.shards import whole
 from sidestep.backbone.trunk import trunk_of
 
 
@@ -127,11 +128,11 @@ _NARROWER = (torch.bfloat16, torch.float16)
 
 
 def digest_of(named: Iterable[tuple[str, Tensor]]) -> Digest:
-    """The digest of tensors with their names."""
+    """The digest of tensors with their names. Shards are gathered one tensor at a time."""
     exact, rounded = hashlib.sha256(), {dtype: hashlib.sha256() for dtype in _NARROWER}
     dtypes: set[torch.dtype] = set()
     for name, tensor in named:
-        value = tensor.cpu().contiguous()
+        value = whole(tensor).cpu().contiguous()
         exact.update(_record(name, value))
         if value.is_floating_point():
             dtypes.add(value.dtype)

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sidestep.backbone.quantised import is_packed, is_quantised
+from sidestep.backbone.shards import is_shard
 
 
 def without_values(model: nn.Module) -> nn.Module:
@@ -95,10 +96,14 @@ def has_values(model: nn.Module) -> bool:
     Not on the meta device, sharded, dispatched by accelerate, quantised, or of fake tensors.
     """
     tensors = (*model.parameters(), *model.buffers())
-    # by name, because torch may be built without what shards
-    if any(tensor.is_meta or type(tensor).__name__ in ("FakeTensor", "DTensor") for tensor in tensors):
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor) or is_shard(tensor) for tensor in tensors):
         return False
-    return not any("_hf_hook" in vars(module) or is_quantised(module) for module in model.modules())
+    return not is_dispatched(model) and not any(is_quantised(module) for module in model.modules())
+
+
+def is_dispatched(model: nn.Module) -> bool:
+    """Whether accelerate moves or offloads parts of a model as they are called."""
+    return any("_hf_hook" in vars(module) for module in model.modules())
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

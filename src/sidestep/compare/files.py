@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sidestep.backbone.gguf import GGUF, gguf_name, gguf_parts, is_gguf
 from sidestep.backbone.source import TIMM, VIT
-from sidestep.compare.ledger import places
+from sidestep.compare.claims import places
 from sidestep.compare.spec import (
     CHECKPOINT,
     Backbone,

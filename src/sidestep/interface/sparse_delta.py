@@ -42,6 +42,11 @@ class SparseDelta(WeightDelta):
 
     samples: int = 0
 
+    @property
+    def wanders(self) -> bool:
+        """Whether positions change while the diff is trained."""
+        return False
+
     def moves(self, name: str, parameter: Tensor) -> bool:
         """Every floating-point weight may be changed."""
         return parameter.is_floating_point()

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from sidestep import ranks
 from sidestep.backbone.source import source_of
 from sidestep.data import Generation
 from sidestep.disk.task_folder import WEIGHTS
@@ -69,6 +70,7 @@ def told_of(
         "task_bytes": (settings.output / WEIGHTS).stat().st_size,
         "device": device_name(model.device),
         "versions": versions(PACKAGES),
+        "processes": ranks.started(),
         "seed": settings.seed,
         "learning_rate": settings.rate(model.record.config),
         "settings": settings.to_dict(),
