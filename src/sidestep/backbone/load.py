@@ -24,12 +24,14 @@ from transformers import (
 from sidestep.backbone import said_causal, trunk_of
 from sidestep.backbone.configs import asked, config_of, read_config, read_npz
 from sidestep.backbone.families import dual_family_of
+from sidestep.backbone.formats import Quantize, check_quantizable, left_plain, quantization_for, without_weights
 from sidestep.backbone.gguf import (
     is_gguf,
     unpacking,
 )
 from sidestep.backbone.placement import DISK, DeviceMap, MaxMemory, Placement, unwarned
 from sidestep.backbone.processors import require_dual
+from sidestep.backbone.quantised import format_text, stored_quantization
 from sidestep.backbone.source import (
     CONFIG,
     TIMM,
@@ -86,6 +88,7 @@ def load_backbone(
     num_labels: int | None = None,
     writes: Written | None = None,
     drop_path: float | None = None,
+    quantize: Quantize | None = None,
     device_map: DeviceMap | None = None,
     offload_folder: str | Path | None = None,
     max_memory: MaxMemory | None = None,
@@ -105,6 +108,8 @@ def load_backbone(
         writes: "text2text" or "lm": the model comes with its language model head, as an encoder-decoder or a decoder.
         drop_path: rate of the last block's drop path, which grows with depth from 0. None: the model's own. It acts in
             training alone, with `attach(..., backbone_noise="drop_path")`.
+        quantize: "4bit", "8bit", "int8" or "int4" (see `Format`), or a quantization config of transformers. None: as
+            the checkpoint is, quantised or not.
         device_map, offload_folder, max_memory: where the weights go (`Placement`). "auto" fills the devices there are,
             then memory, then the disk. None: memory.
 
@@ -123,6 +128,8 @@ def load_backbone(
         )
     if drop_path is not None and not 0 <= drop_path < 1:
         raise LoadError(f"drop_path={drop_path}: it is a rate from 0 to below 1")
+    if quantize is not None:
+        check_quantizable(quantize, str(name))
     wanted, placement = named_dtype(dtype), Placement.of(device_map, offload_folder, max_memory)
     if str(name).startswith(TIMM):
         _refuse_placement(str(name), placement)
@@ -141,7 +148,7 @@ def load_backbone(
         kind = transformers.ViTForImageClassification if head else transformers.ViTModel
     else:
         kind = classifier_of(config, "rows" if head is True else head) if head else headless_of(config)
-    return _load_transformers(kind, str(name), config, wanted, revision, placement)
+    return _load_transformers(kind, str(name), config, wanted, revision, quantize, placement, own_head=bool(head))
 
 
 def check_writes(name: str | Path, writes: Written, *, revision: str | None = None) -> None:
@@ -183,7 +190,10 @@ def load_class(
             "load the backbone yourself and pass it"
         )
     loaded = _config_of(kind, source, config)
-    return _load_transformers(kind, source.id, loaded, wanted, source.revision, placement)
+    own = stored_quantization(loaded)  # a checkpoint that is quantised already says so itself
+    return _load_transformers(
+        kind, source.id, loaded, wanted, source.revision, source.quantization if own is None else None, placement
+    )
 
 
 def _refuse_placement(name: str, placement: Placement | None) -> None:
@@ -218,6 +228,7 @@ def load_pair(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     drop_path: float | None = None,
+    quantize: Quantize | None = None,
     device_map: DeviceMap | None = None,
     offload_folder: str | Path | None = None,
     max_memory: MaxMemory | None = None,
@@ -225,15 +236,20 @@ def load_pair(
     """A dual encoder by its name, or of an encoder of images and one of texts, with new projections.
 
     Raises:
-        LoadError: if it cannot be loaded, is no dual encoder, or an encoder is timm's. Also if two encoders are to be
-            placed on devices.
+        LoadError: if it cannot be loaded, is no dual encoder, or an encoder is timm's. Also if one model of both is
+            asked for in torchao's formats, or two encoders are to be placed on devices.
     """
+    if text_name is None and quantize in ("int8", "int4"):
+        raise LoadError(
+            f"quantize={quantize!r} with {name}: transformers loads no dual encoder in torchao's formats. "
+            "Choose 4bit or 8bit"
+        )
     if text_name is not None and device_map is not None:
         raise LoadError(f"device_map={device_map!r} with two encoders, which are put together in memory: leave it out")
-    placed: dict[str, Any] = {"device_map": device_map, "offload_folder": offload_folder, "max_memory": max_memory}
-    model = load_backbone(name, dtype=dtype, revision=revision, drop_path=drop_path, **placed)
+    how: dict[str, Any] = {"device_map": device_map, "offload_folder": offload_folder, "max_memory": max_memory}
+    model = load_backbone(name, dtype=dtype, revision=revision, drop_path=drop_path, quantize=quantize, **how)
     if text_name is not None:
-        return paired(model, load_backbone(text_name, dtype=dtype))
+        return paired(model, load_backbone(text_name, dtype=dtype, quantize=quantize))
     require_dual(name, getattr(getattr(model, "config", None), "model_type", "timm model"))
     return model
 
@@ -323,15 +339,24 @@ def _load_transformers(
     config: Any,
     dtype: torch.dtype | None,
     revision: str | None,
+    quantize: Quantize | None = None,
     placement: Placement | None = None,
+    *,
+    own_head: bool = False,
 ) -> PreTrainedModel:
     weights = read_npz(name.removeprefix(VIT)).for_transformers() if name.startswith(VIT) else None
     place, options = asked(name, revision)
+    if quantize is not None:
+        options |= _quantising(quantize, name, kind, config, dtype, own_head)
     placed: dict[str, Any] = {}
     if placement is not None:
         wide = dtype or getattr(config, "dtype", None) or torch.float32
         blank = partial(getattr(kind, "from_config", None) or kind._from_config, copy.deepcopy(config), dtype=wide)
         placed = placement.options(name, blank, packed=weights is not None or is_gguf(name))
+        if quantize is not None and DISK in placed["device_map"].values():
+            raise LoadError(
+                f"quantize={quantize!r} with weights on {DISK}, which are not quantised: leave one out"
+            )
     with quiet(local=weights is not None or Path(place).is_dir()), as_load_error(name, "weights"), unwarned():
         model, report = kind.from_pretrained(
             None if weights else place,
@@ -361,6 +386,24 @@ def _check_new(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> 
             f"device_map puts {some(lost)} on {DISK}, which {name} does not have (new weights of a head): place these "
             "modules on cpu, or say auto"
         )
+
+
+def _quantising(
+    quantize: Quantize, name: str, kind: Any, config: Any, dtype: torch.dtype | None, own_head: bool
+) -> dict[str, Any]:
+    """What tells `from_pretrained` to quantise weights as they are loaded.
+
+    Raises:
+        LoadError: if they are quantised already, or cannot be.
+    """
+    if (own := stored_quantization(config)) is not None:
+        raise LoadError(f"quantize={quantize!r}: {name} is quantised already ({format_text(own)}). Leave quantize out")
+    found = quantization_for(
+        quantize,
+        dtype or config.dtype or torch.float32,
+        lambda: left_plain(without_weights(kind, config), own_head=own_head),
+    )
+    return {"quantization_config": found}
 
 
 def _without_heads(model: PreTrainedModel) -> nn.Module:

@@ -55,7 +55,7 @@ def offloaded_tensors(model: nn.Module) -> set[int]:
 
 
 def offloaded_size(model: nn.Module, *, at_once: bool = False) -> int:
-    """Bytes of a model's weights that are kept elsewhere between calls. `at_once`: those of the largest module alone."""
+    """Bytes of a model's weights that are kept elsewhere between calls. `at_once`: the largest module's alone."""
     elsewhere = offloaded_tensors(model)
     if not at_once:
         return sum(tensor.nbytes for tensor in model.parameters() if id(tensor) in elsewhere)

@@ -16,7 +16,7 @@ from sidestep import backbone as backbones
 from sidestep.backbone import Digest
 from sidestep.backbone.families import family_of
 from sidestep.fold import Fold, Hooks
-from sidestep.interface.offload import retie, values_in
+from sidestep.interface.offload import retie
 from sidestep.interface.registry import Method
 from sidestep.interface.sites import Site
 from sidestep.methods import SideNet, method_of
@@ -184,9 +184,8 @@ class SideModel(Forward):
             return None
         retie(self.backbone)
         kept = tensors_beyond_trunk(self.backbone, self.trunk, own=self.head is None, but=self.trained.originals)
-        value_of = values_in(self.backbone)
         with self._without_diff():
-            return backbones.digest_of((name, value_of(tensor).detach()) for name, tensor in kept) if kept else None
+            return backbones.digest_of(kept) if kept else None
 
     @contextmanager
     def _without_diff(self) -> Iterator[None]:

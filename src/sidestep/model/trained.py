@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sidestep.backbone import Widened, device_of, head_tensors, in_pooler, new_parameters
-from sidestep.interface.offload import offloaded_tensors
+from sidestep.backbone.quantised import identity_of
+from sidestep.interface.offload import offloaded_tensors, values_in
 from sidestep.interface.registry import Method
 from sidestep.messages import some
 from sidestep.methods import UnsupportedBackbone, WeightDelta
@@ -165,8 +166,13 @@ def tensors_beyond_trunk(
 ) -> list[tuple[str, Tensor]]:
     """Tensors behind the last hidden state, `own` heads included, but for some names. Sorted by name."""
     beyond = beyond_trunk(backbone, trunk) - (set() if own else own_head(backbone, trunk))
-    named = sorted(backbone.named_parameters())
-    return [(name, parameter) for name, parameter in named if id(parameter) in beyond and name not in but]
+    value_of = values_in(backbone)
+    return [
+        part
+        for name, parameter in sorted(backbone.named_parameters(), key=lambda item: item[0])
+        if id(parameter) in beyond and name not in but
+        for part in identity_of(name, value_of(parameter), backbone.get_submodule(name.rpartition(".")[0]))
+    ]
 
 
 def precisions(backbone: nn.Module, trunk: nn.Module, delta: WeightDelta | None, wide: Widened) -> str:

@@ -161,6 +161,7 @@ def auto(
             device_map=spec.model.device_map,
             offload_folder=spec.model.offload_folder,
             max_memory=spec.model.max_memory,
+            quantize=spec.model.quantize,
         )
     tell = (lambda line: None) if watch is None else watch.tell
     tell(f"auto: {len(candidates)} candidates in {about(budget)}: {'; '.join(one.name for one in candidates)}")

@@ -33,9 +33,9 @@ class TrainSettings:
     Attributes:
         output: the task folder. Checkpoints, logs and results.json go there too.
         epochs: passes over the training rows.
-        batch_size: rows of one forward and backward pass.
-        eval_batch_size: rows of one forward pass over the dev rows, and of a frozen pass. None: 64, or with an
-            offloaded backbone as many as memory has room for.
+        batch_size: rows of one forward and backward pass, of all processes together.
+        eval_batch_size: rows of one forward pass over the dev rows and of a frozen pass, of all processes together.
+            None: 64, or with an offloaded backbone as many as memory has room for.
         learning_rate: None: the `rate` of the method's config.
         weight_decay: AdamW's.
         decay: which weights it acts on. "weights" are all but biases and norms, "all" is whatever is trained.
