@@ -354,9 +354,7 @@ def _load_transformers(
         blank = partial(getattr(kind, "from_config", None) or kind._from_config, copy.deepcopy(config), dtype=wide)
         placed = placement.options(name, blank, packed=weights is not None or is_gguf(name))
         if quantize is not None and DISK in placed["device_map"].values():
-            raise LoadError(
-                f"quantize={quantize!r} with weights on {DISK}, which are not quantised: leave one out"
-            )
+            raise LoadError(f"quantize={quantize!r} with weights on {DISK}, which are not quantised: leave one out")
     with quiet(local=weights is not None or Path(place).is_dir()), as_load_error(name, "weights"), unwarned():
         model, report = kind.from_pretrained(
             None if weights else place,

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from accelerate import infer_auto_device_map
-from accelerate.utils import convert_file_size_to_int, get_balanced_memory, get_max_memory
 from torch import nn
 from transformers.conversion_mapping import WeightConverter, get_model_conversion_mapping
 
@@ -103,6 +101,8 @@ class Placement:
         if asked == DISK:
             found = {name: DISK for name, _ in (*blank.named_children(), *blank.named_parameters(recurse=False))}
         elif asked in COMPUTED:
+            from accelerate import infer_auto_device_map  # only a placement needs it
+
             found = dict(infer_auto_device_map(blank, self._memory(blank), sorted(_whole(blank))))
         else:
             return {"": asked}
@@ -112,6 +112,8 @@ class Placement:
         }
 
     def _memory(self, blank: nn.Module) -> Any:
+        from accelerate.utils import get_balanced_memory, get_max_memory
+
         limits = None if self.max_memory is None else dict(self.max_memory)
         if limits is None:
             limits = get_max_memory()
@@ -214,6 +216,8 @@ def _device(given: str | int) -> str | int:
 
 
 def _bytes(given: str | int) -> int:
+    from accelerate.utils import convert_file_size_to_int
+
     try:
         return convert_file_size_to_int(given)
     except ValueError as error:
