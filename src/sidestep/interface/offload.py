@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 HOOK = "_hf_hook"
@@ -23,6 +24,14 @@ def is_dispatched(model: nn.Module) -> bool:
 def is_offloaded(module: nn.Module) -> bool:
     """Whether any weight of a module or of its parts is kept elsewhere between calls."""
     return any(_kept(part) is not None for part in module.modules())
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Where accelerate runs the modules of a model. Nothing if it brings none."""
+    hooks: list[Any] = [vars(module).get(HOOK) for module in model.modules()]
+    own = [one for hook in hooks if hook is not None for one in getattr(hook, "hooks", (hook,))]
+    asked = [getattr(one, "execution_device", None) for one in own]
+    return {torch.device(device) for device in asked if device is not None}
 
 
 def value_of(module: nn.Module, name: str) -> Any:

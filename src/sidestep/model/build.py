@@ -15,7 +15,7 @@ from sidestep.backbone.shards import is_sharded
 from sidestep.fold import is_hooked
 from sidestep.fold.deferred import same_place
 from sidestep.interface.keep import Keep
-from sidestep.interface.offload import is_offloaded
+from sidestep.interface.offload import devices_of, is_offloaded
 from sidestep.interface.registry import Method
 from sidestep.interface.sites import Place, Site
 from sidestep.messages import some
@@ -66,6 +66,19 @@ def refuse_zero3() -> None:
             "transformers#47254). keep='replay' and checkpoint='late' make one, and ZeRO-3 was not tried without. "
             "Choose ZeRO-1 or ZeRO-2 (zero_optimization.stage). Or shard the frozen blocks instead: "
             "`sidestep train --shard`, or ss.shard(model)"
+        )
+
+
+def check_one_device(backbone: nn.Module) -> None:
+    """Refuse a backbone whose modules run on several devices: a side network would read states of all of them.
+
+    Raises:
+        UnsupportedBackbone: naming them.
+    """
+    if len(devices := devices_of(backbone)) > 1:
+        raise UnsupportedBackbone(
+            f"the modules of {type(backbone).__name__} run on {some(sorted(map(str, devices)))}, and a side network "
+            "needs one device. Show one card (CUDA_VISIBLE_DEVICES=0) and place the rest on cpu or disk, or use --shard"
         )
 
 

@@ -61,6 +61,7 @@ class SideModel(Forward):
         self.record: Method = method_of(settings.method)
         self.extras: dict[str, Any] = {}
         self._digest: Digest | None = None
+        build.check_one_device(backbone)
         retie(backbone)
         self.facts = backbones.facts_of(backbone)
         build.check_head(backbone, self.facts, settings.head)
