@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from sidestep.backbone.quantised import is_quantised
+from sidestep.backbone.quantised import is_packed, is_quantised
 from sidestep.backbone.shards import is_shard
 
 
@@ -20,7 +20,12 @@ def without_values(model: nn.Module) -> nn.Module:
     """A copy on the meta device: a task can be tried on it, and it takes no memory for weights."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
+        # a packed one cannot be emptied alike
+        empty = (
+            torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            if is_packed(parameter)
+            else (torch.empty_like(parameter, device="meta"))
+        )
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         memo[id(parameter)].__dict__.update(parameter.__dict__)  # transformers' mark of what was loaded
     for buffer in model.buffers():

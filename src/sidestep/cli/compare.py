@@ -29,6 +29,7 @@ def compare(
     backbone: opt.ComparedBackbone = None,
     gguf: opt.Gguf = None,
     text_backbone: opt.TextBackbone = None,
+    quantize: opt.Quantize = None,
     methods: opt.Methods = None,
     train: opt.ComparedRows = None,
     dev: opt.ComparedDev = None,
@@ -95,7 +96,9 @@ def compare(
                 "encoding": encoding,
             }
             values = {
-                "backbone": [{"model": backbone_named(backbone, gguf), "text_model": text_backbone}],
+                "backbone": [
+                    {"model": backbone_named(backbone, gguf), "text_model": text_backbone, "quantize": quantize}
+                ],
                 "task": [task],
                 "methods": _listed(methods),
                 "seeds": list(range(seeds)),

@@ -61,6 +61,9 @@ LmLoss = Annotated[
 Noise = Annotated[str | None, _model(help="Noise of the frozen backbone: drop_path, dropout or all.")]
 DropPath = Annotated[float | None, _model(help="Rate of the backbone's drop path. Turns that noise on in training.")]
 Dtype = Annotated[str | None, _model(help="Precision of the backbone. Default: its checkpoint's.")]
+Quantize = Annotated[
+    str | None, _model("--quantize", help="Quantise the backbone: 4bit, 8bit (bitsandbytes), int8 or int4 (torchao).")
+]
 Revision = Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")]
 Shard = Annotated[bool, _model("--shard", help="Share the frozen blocks out among the processes of torchrun (FSDP2).")]
 

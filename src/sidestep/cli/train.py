@@ -19,6 +19,7 @@ AUTO = "auto"
 """In the place of a method: it is chosen."""
 
 if TYPE_CHECKING:
+    from sidestep.backbone.formats import Format
     from sidestep.backbone.recompute import Checkpoint
     from sidestep.data.boxes import BoxForm
     from sidestep.interface.keep import Keep
@@ -46,6 +47,7 @@ def train(
     backbone_noise: opt.Noise = None,
     drop_path: opt.DropPath = None,
     dtype: opt.Dtype = None,
+    quantize: opt.Quantize = None,
     revision: opt.Revision = None,
     shard: opt.Shard = False,
     text: opt.Text = None,
@@ -230,6 +232,7 @@ def train(
             backbone_noise=asked["backbone_noise"],
             drop_path=asked["drop_path"],
             dtype=dtype,
+            quantize=cast("Format | None", quantize),
             revision=revision,
             shard=shard,
         )

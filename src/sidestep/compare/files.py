@@ -219,6 +219,7 @@ def _backbone(table: _Table, base: Path) -> Backbone:
         text_model=None if (text := table.get("text_model", str)) is None else _resolved_backbone(text, base),
         dtype=table.get("dtype", str),
         revision=table.get("revision", str),
+        quantize=table.get("quantize", str),
         pool=table.get("pool", str),
     )
     table.finish()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def told_of(
         "constant": judged.constant,
         "classes": judged.classes,
         "head": model.head_config,
-        "backbone": {**asdict(source_of(model.backbone)), "dtype": model.precisions, "digest": model.digest.exact},
+        "backbone": {**source_of(model.backbone).to_dict(), "dtype": model.precisions, "digest": model.digest.exact},
         "keep": "/".join(dict.fromkeys(part.fold.keeping.way for part in model.parts)),
         "labels": list(data.labels.names),
         "data": {

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from sidestep import ranks
 from sidestep.backbone import Noise
+from sidestep.backbone.formats import Quantize
 from sidestep.backbone.load import check_writes, load_backbone, load_pair
 from sidestep.backbone.pixels import ImageTransform, adjusted
 from sidestep.backbone.processors import PairProcessor, load_pair_processor, load_processor
@@ -114,7 +115,7 @@ class ModelSpec:
         pool: what a Sidestep head reads.
         own_head: whether the backbone's own head is trained instead.
         backbone_noise, checkpoint, keep, lm_loss: as of `attach`.
-        drop_path, dtype, revision: as of `load_backbone`.
+        drop_path, dtype, revision, quantize: as of `load_backbone`.
         shard: whether the blocks' weights are shared out among the processes (see `model.sharding.shard`). An FSDP
             config of accelerate's launcher asks for that too.
     """
@@ -133,6 +134,7 @@ class ModelSpec:
     dtype: str | None = None
     revision: str | None = None
     shard: bool = False
+    quantize: Quantize | None = None
 
     @property
     def name(self) -> str:
@@ -348,6 +350,7 @@ def attached(spec: RunSpec, data: TaskData, backbone: Any = None) -> Attached:
         "dtype": own.dtype,
         "revision": own.revision,
         "drop_path": own.drop_path,
+        "quantize": own.quantize,
     }
     how: dict[str, Any] = {
         "backbone_noise": own.backbone_noise or ("drop_path" if own.drop_path else None),
