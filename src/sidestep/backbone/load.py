@@ -209,8 +209,14 @@ def load_pair(
     """A dual encoder by its name, or of an encoder of images and one of texts, with new projections.
 
     Raises:
-        LoadError: if it cannot be loaded, is no dual encoder, or an encoder is timm's.
+        LoadError: if it cannot be loaded, is no dual encoder, or an encoder is timm's. Also if one model of both is
+            asked for in torchao's formats.
     """
+    if text_name is None and quantize in ("int8", "int4"):
+        raise LoadError(
+            f"quantize={quantize!r} with {name}: transformers loads no dual encoder in torchao's formats. "
+            "Choose 4bit or 8bit"
+        )
     model = load_backbone(name, dtype=dtype, revision=revision, drop_path=drop_path, quantize=quantize)
     if text_name is not None:
         return paired(model, load_backbone(text_name, dtype=dtype, quantize=quantize))
