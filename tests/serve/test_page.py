@@ -117,7 +117,11 @@ def test_one_text_is_answered_by_all_chosen_tasks(visit: Callable[..., Any]) -> 
     page.fill("#in-text", 'Good "film" \u2013 <b>really</b>')
     page.click("#send")
     page.wait_for_selector("#found > li")
-    asked = {"tasks": ["mood", "stars"], "inputs": [{"text": 'Good "film" \u2013 <b>really</b>'}], "probabilities": "all"}
+    asked = {
+        "tasks": ["mood", "stars"],
+        "inputs": [{"text": 'Good "film" \u2013 <b>really</b>'}],
+        "probabilities": "all",
+    }
     assert server.asked == [asked]
     assert page.locator("#found h3").all_inner_texts() == ["mood", "stars"]
     assert page.locator("#found .said").all_inner_texts() == [EVIL, "3.512"], "a label is text and no markup"

@@ -351,10 +351,14 @@ def _body(answer: httpx2.Response) -> Any:
     if answer.is_success:
         raise ServerError(f"{answer.url} answered with {answer.headers.get('content-type')}: is it a Sidestep server?")
     problem = found if isinstance(found, Mapping) else {}
-    told = problem.get("detail") or problem.get("title") or answer.reason_phrase
-    raise ServerError(f"{told} ({answer.status_code})", answer.status_code, problem)
+    raise ServerError(f"{told(problem, answer.reason_phrase)} ({answer.status_code})", answer.status_code, problem)
+
+
+def told(problem: Mapping[str, Any], otherwise: str = "no answer") -> str:
+    """What a problem says: what happened, and what to do."""
+    return ". ".join(problem[part] for part in ("detail", "advice") if problem.get(part)) or otherwise
 
 
 def _unreachable(http: httpx2.Client | httpx2.AsyncClient, error: httpx2.HTTPError) -> ServerError:
-    told = str(error) or type(error).__name__
-    return ServerError(f"no answer from {http.base_url}: {told}. Is the server running (`sidestep serve`)?")
+    why = str(error) or type(error).__name__
+    return ServerError(f"no answer from {http.base_url}: {why}. Is the server running (`sidestep serve`)?")
