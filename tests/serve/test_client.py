@@ -1,4 +1,4 @@
-"""The client against a server that is told what to answer: requests, retries, errors. What a real one says is elsewhere."""
+"""The client against a server that is told what to answer: requests, retries, errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import sidestep as ss
 
 Told = tuple[int, dict[str, str], Any]
 BUSY: Told = (429, {"retry-after": "0"}, {"title": "Too many rows are waiting", "detail": "the queue is full"})
-ANSWER = {"results": [{"mood": {"prediction": "good"}}], "usage": {"tokens": 4}, "milliseconds": {"run": 1.5}}
+ANSWER = {"results": [{"mood": {"prediction": "good"}}], "usage": {"tokens": 4}, "timings": {"run_ms": 1.5}}
 FINE: Told = (200, {}, ANSWER)
 
 
@@ -119,7 +119,7 @@ def test_a_busy_server_is_asked_again(server: Stub, when: str) -> None:
 
 
 def test_patience_ends(server: Stub) -> None:
-    server.answers = [BUSY[:1] + ({"retry-after": "3600"},) + BUSY[2:]]
+    server.answers = [(429, {"retry-after": "3600"}, BUSY[2])]
     for patience in (0, 60):
         with ss.Client(server.url, patience=patience) as client, pytest.raises(ss.ServerError, match="queue is full"):
             client.predict("a", "mood")

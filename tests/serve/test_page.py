@@ -1,4 +1,4 @@
-"""The server's page in headless Chromium. What the server would say is told by the tests, so that no server is needed."""
+"""The server's page in headless Chromium. The tests tell what the server would say, so that none is needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIGHT, DARK = "rgb(255, 254, 251)", "rgb(27, 26, 24)"
 TASKS = [
     {"name": "mood", "method": "readout", "labels": ["bad", "good", EVIL], "reads": {"text": "text"}},
     {"name": "stars", "method": "read", "labels": None, "reads": {"text": "text"}},
-    {"name": "pair", "method": "read", "labels": ["no", "yes"], "reads": {"text": "text", "text2": "other"}},
+    {"name": "pair", "method": "read", "labels": ["no", "yes"], "reads": {"text": "one", "text2": "other"}},
     {"name": "shape", "method": "dtl", "labels": ["ring", "square"], "reads": {"image": "image"}},
 ]
 ANSWERS = {
@@ -61,12 +61,12 @@ class Server:
         elif self.key and request.headers.get("authorization") != f"Bearer {self.key}":
             route.fulfill(status=401, json={"title": "No key", "detail": "this server asks for a key"})
         elif request.url == f"{HOME}v1/tasks":
-            route.fulfill(json={"tasks": TASKS})
+            route.fulfill(json={"tasks": TASKS, "unreadable": [{"name": "torn", "reason": "its weights are damaged"}]})
         else:
             body = json.loads(request.post_data)
             self.asked.append(body)
             results = [{name: ANSWERS[name] for name in body["tasks"]}]
-            route.fulfill(json={"results": results, "usage": {"tokens": 7}, "milliseconds": {"model": 4.26}})
+            route.fulfill(json={"results": results, "usage": {"tokens": 7}, "timings": {"run_ms": 4.26}})
 
 
 @pytest.fixture
@@ -111,7 +111,8 @@ def test_it_refers_to_nothing_outside() -> None:
 def test_one_text_is_answered_by_all_chosen_tasks(visit: Callable[..., Any]) -> None:
     page = visit(server := Server())
     page.wait_for_selector("html[data-ready]")
-    assert page.inner_text("#chosen") == "4 of 4 chosen"
+    assert page.inner_text("#chosen") == "4 of 5 chosen"
+    assert page.is_disabled("input[value=torn]"), "a task that cannot be read stops no other"
     choose(page, "mood", "stars")
     assert page.locator("#inputs > div").count() == 1, "no column of tasks that are not chosen"
     page.fill("#in-text", 'Good "film" \u2013 <b>really</b>')
@@ -128,7 +129,7 @@ def test_one_text_is_answered_by_all_chosen_tasks(visit: Callable[..., Any]) -> 
     assert page.locator(".bars dt").all_inner_texts() == [EVIL, "good", "bad"], "the likeliest first"
     widths = page.locator(".track i").evaluate_all("bars => bars.map((bar) => bar.style.width)")
     assert widths == ["70%", "20%", "10%"]
-    assert re.fullmatch(r"2 tasks, 7 tokens, \d+ ms \(model 4.3 ms\)", page.inner_text("#status"))
+    assert re.fullmatch(r"2 tasks, 7 tokens, \d+ ms \(of these the server's: run 4.3\)", page.inner_text("#status"))
     assert '"mood"' in page.text_content("#request")
 
 
@@ -136,16 +137,16 @@ def test_a_column_is_asked_for_once_and_an_empty_one_is_named(visit: Callable[..
     page = visit(server := Server())
     page.wait_for_selector("html[data-ready]")
     choose(page, "mood", "pair")
-    assert page.locator("#inputs label").all_inner_texts() == ["Text", "other"]
+    assert page.locator("#inputs label").all_inner_texts() == ["Text", "Second text"]
     page.fill("#in-text", "one")
     page.press("#in-text", "Control+Enter")
     assert page.inner_text("#status") == "Type a text first."
-    assert page.evaluate("document.activeElement.id") == "in-other"
+    assert page.evaluate("document.activeElement.id") == "in-text2"
     assert server.asked == []
-    page.fill("#in-other", "two")
-    page.press("#in-other", "Control+Enter")
+    page.fill("#in-text2", "two")
+    page.press("#in-text2", "Control+Enter")
     page.wait_for_selector("#found > li")
-    assert server.asked[0]["inputs"] == [{"text": "one", "other": "two"}]
+    assert server.asked[0]["inputs"] == [{"text": "one", "text2": "two"}]
 
 
 def test_a_picture_goes_along_and_its_error_is_shown(visit: Callable[..., Any]) -> None:
@@ -169,7 +170,7 @@ def test_a_key_is_asked_for_and_sent(visit: Callable[..., Any]) -> None:
     page.fill("#key", "sesame")
     page.press("#key", "Enter")
     page.wait_for_selector("html[data-ready]")
-    assert page.locator("#tasks li").count() == 4
+    assert page.locator("#tasks li").count() == 5
     assert page.is_hidden("#key-part")
 
 
@@ -195,7 +196,7 @@ def test_every_field_has_a_name_and_the_keyboard_reaches_all(visit: Callable[...
         "fields => fields.filter((field) => !field.labels.length).length"
     )
     assert unnamed == 0
-    page.focus("#in-other")
+    page.focus("#in-text2")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "send"
     assert page.get_attribute("#status", "aria-live") == "polite"

@@ -52,14 +52,15 @@ class Predictions:
 
     Attributes:
         rows: for each row, by the names of its tasks, "prediction" and (of classes) "probability" and "probabilities".
-            A task that could not answer a row has an "error" in their place, and so has a row.
+            A task that could not answer a row has an "error" in their place.
         tokens: how many were read.
-        milliseconds: what the answer took, by part.
+        milliseconds: "read" until all rows were read, "wait" of the longest for its batch, "run" of all batches, and
+            "total".
     """
 
     rows: list[dict[str, dict[str, Any]]]
     tokens: int
-    milliseconds: dict[str, float] = field(default_factory=dict)
+    milliseconds: dict[str, float]
 
 
 class Client(AbstractContextManager["Client"]):
@@ -102,9 +103,9 @@ class Client(AbstractContextManager["Client"]):
         """
         return self._ask(_predict(inputs, tasks, probabilities, too_long))
 
-    def embeddings(self, inputs: str | Sequence[str], task: str) -> list[list[float]]:
-        """A vector for each text, as a task's head reads it."""
-        return self._ask(_embeddings(inputs, task))
+    def embeddings(self, inputs: str | Sequence[str], model: str) -> list[list[float]]:
+        """A vector for each text, of a task of retrieval or of the backbone by its name (`info`)."""
+        return self._ask(_embeddings(inputs, model))
 
     def tasks(self) -> list[dict[str, Any]]:
         """The tasks that are there, with their methods, kinds and labels."""
@@ -172,9 +173,9 @@ class AsyncClient(AbstractAsyncContextManager["AsyncClient"]):
         """As `Client.predict`."""
         return await self._ask(_predict(inputs, tasks, probabilities, too_long))
 
-    async def embeddings(self, inputs: str | Sequence[str], task: str) -> list[list[float]]:
+    async def embeddings(self, inputs: str | Sequence[str], model: str) -> list[list[float]]:
         """As `Client.embeddings`."""
-        return await self._ask(_embeddings(inputs, task))
+        return await self._ask(_embeddings(inputs, model))
 
     async def tasks(self) -> list[dict[str, Any]]:
         """As `Client.tasks`."""
@@ -248,8 +249,8 @@ def _predict(
     return _Call("POST", "/v1/predict", _predictions, {"json": body})
 
 
-def _embeddings(inputs: str | Sequence[str], task: str) -> _Call[list[list[float]]]:
-    body = {"model": task, "input": inputs if isinstance(inputs, str) else list(inputs)}
+def _embeddings(inputs: str | Sequence[str], model: str) -> _Call[list[list[float]]]:
+    body = {"model": model, "input": inputs if isinstance(inputs, str) else list(inputs)}
     return _Call("POST", "/v1/embeddings", lambda found: [one["embedding"] for one in found["data"]], {"json": body})
 
 
@@ -290,7 +291,8 @@ def _archive(folder: Path) -> bytes:
 
 
 def _predictions(found: Any) -> Predictions:
-    return Predictions(found["results"], found["usage"]["tokens"], found.get("milliseconds", {}))
+    times = {name.removesuffix("_ms"): value for name, value in found["timings"].items()}
+    return Predictions(found["results"], found["usage"]["tokens"], times)
 
 
 # --- what comes back -------------------------------------------------------------------------------------------------
@@ -314,9 +316,9 @@ class _Patience:
 
     def wait(self, answer: httpx2.Response) -> float | None:
         """Seconds until the call is made again. None: it is not."""
-        if answer.status_code not in BUSY:
-            return None
         seconds = _retry_after(answer)
+        if answer.status_code not in BUSY and not (answer.status_code == 409 and seconds is not None):
+            return None  # 409 with a time: another process is changing the bank
         if seconds is None:
             seconds, self._next = self._next, 2 * self._next
         if seconds > self._left:
