@@ -28,6 +28,7 @@ ROOMS = [
     "measure",
     "kinds",
     "tasks",
+    "serve",
     "training",
     "compare",
     "console",

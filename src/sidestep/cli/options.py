@@ -255,3 +255,8 @@ PlannedKind = Annotated[
 ]
 Optimizer = Annotated[str, _training(help="AdamW, 'AdamW (fused)', SGD or Adafactor.")]
 Measure = Annotated[bool, _running("--measure", help="Run steps with random weights here instead of predicting.")]
+
+Host = Annotated[str, _running("--host", help="Address to listen on. Others than this machine need keys.")]
+Port = Annotated[int, _running("--port", help="Port to listen on. 0: one that is free.", min=0, max=65535)]
+KeysFile = Annotated[Path | None, _running("--keys", help="File with lines 'use KEY' and 'change KEY'.")]
+Root = Annotated[Path | None, _running("--root", help="Folder that tasks are added from by path. Default: the bank.")]
