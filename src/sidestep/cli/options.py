@@ -178,6 +178,7 @@ Debug = Annotated[bool, _running("--debug", help="Show an error's traceback, and
 
 RecipePrefix = Annotated[str, typer.Argument(help="Such as dtl, dtl/vtab or dtl/vtab/svhn.")]
 Task = Annotated[Path, typer.Argument(help="Folder of a task.", show_default=False)]
+TaskOrBank = Annotated[Path | None, typer.Argument(help="Folder of a task, or of a bank.", show_default=False)]
 Bank = Annotated[Path, typer.Argument(help="Folder of a bank.", show_default=False, parser=path)]
 BankName = Annotated[str, typer.Argument(help="Name of a task in the bank.", show_default=False)]
 OneTask = Annotated[str | None, _data("--task", help="Name of the task that all rows are for.")]
@@ -260,3 +261,8 @@ Host = Annotated[str, _running("--host", help="Address to listen on. Others than
 Port = Annotated[int, _running("--port", help="Port to listen on. 0: one that is free.", min=0, max=65535)]
 KeysFile = Annotated[Path | None, _running("--keys", help="File with lines 'use KEY' and 'change KEY'.")]
 Root = Annotated[Path | None, _running("--root", help="Folder that tasks are added from by path. Default: the bank.")]
+Url = Annotated[str | None, _model("--url", help="Server (`sidestep serve`) whose tasks label the rows.")]
+Key = Annotated[
+    str | None,
+    _model("--key", envvar="SIDESTEP_KEY", show_envvar=True, help="Of the server. Better in the variable than here."),
+]

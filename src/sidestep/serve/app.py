@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi import Request as Http
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from sidestep.backbone import device_of
@@ -22,6 +22,7 @@ from sidestep.serve.guard import Guard, headers_of
 from sidestep.serve.keys import Keys
 from sidestep.serve.metrics import Metrics
 from sidestep.serve.openapi import describe, problems
+from sidestep.serve.page import page, page_headers
 from sidestep.serve.problems import MEDIA_TYPE, Problem
 from sidestep.serve.tasks import tasks
 from sidestep.versions import version_of
@@ -76,6 +77,10 @@ def create_app(core: Core, *, keys: Keys | None = None) -> FastAPI:
     def counts() -> Response:
         metrics.queued(core.waiting)
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", include_in_schema=False)
+    def home() -> HTMLResponse:
+        return HTMLResponse(page(), headers=page_headers())
 
     def count(path: str, method: str, status: int) -> None:
         metrics.http.labels(path, method, str(status)).inc()

@@ -128,11 +128,12 @@ class Client(AbstractContextManager["Client"]):
         return self._ask(_INFO)
 
     def health(self) -> bool:
-        """Whether there is a server that answers."""
-        try:
-            return self._http.get("/health").is_success
-        except httpx2.TransportError:
-            return False
+        """Whether there is a server that works."""
+        return self._is("/health")
+
+    def ready(self) -> bool:
+        """Whether its tasks are read, so that it answers now."""
+        return self._is("/ready")
 
     def close(self) -> None:
         """Ends the connections."""
@@ -140,6 +141,12 @@ class Client(AbstractContextManager["Client"]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _is(self, path: str) -> bool:
+        try:
+            return self._http.get(path).is_success
+        except httpx2.TransportError:
+            return False
 
     def _ask(self, call: _Call[Answer]) -> Answer:
         patience = _Patience(self._patience)
@@ -195,10 +202,11 @@ class AsyncClient(AbstractAsyncContextManager["AsyncClient"]):
 
     async def health(self) -> bool:
         """As `Client.health`."""
-        try:
-            return (await self._http.get("/health")).is_success
-        except httpx2.TransportError:
-            return False
+        return await self._is("/health")
+
+    async def ready(self) -> bool:
+        """As `Client.ready`."""
+        return await self._is("/ready")
 
     async def close(self) -> None:
         """Ends the connections."""
@@ -206,6 +214,12 @@ class AsyncClient(AbstractAsyncContextManager["AsyncClient"]):
 
     async def __aexit__(self, *error: object) -> None:
         await self.close()
+
+    async def _is(self, path: str) -> bool:
+        try:
+            return (await self._http.get(path)).is_success
+        except httpx2.TransportError:
+            return False
 
     async def _ask(self, call: _Call[Answer]) -> Answer:
         patience = _Patience(self._patience)

@@ -26,7 +26,6 @@ def page_headers() -> dict[str, str]:
     hashes = {name: _hash(_content(name)) for name in ("script", "style")}
     return {
         "content-security-policy": POLICY.format_map(hashes),
-        "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
         "cache-control": "no-cache",
     }
