@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
@@ -26,24 +24,24 @@ def serve(
     folder: opt.Bank,
     backbone: opt.OtherBackbone = None,
     gguf: opt.Gguf = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1. Default: a GPU if there is one.")] = None,
-    keep: Annotated[int | None, typer.Option(help="Most tasks that rest in memory. Default: all.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile each block of the backbone.")] = False,
+    device: opt.Device = None,
+    keep: opt.KeepTasks = None,
+    compiled: opt.Compiled = False,
     host: opt.Host = "127.0.0.1",
     port: opt.Port = 8000,
     keys: opt.KeysFile = None,
     root: opt.Root = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a batch, padding included.")] = 16384,
-    max_rows: Annotated[int, typer.Option(help="Rows of a batch.")] = 64,
-    max_wait_ms: Annotated[float, typer.Option(help="How long a row waits for others to fill its batch.")] = 2.0,
-    queue: Annotated[int, typer.Option(help="Rows that may wait. Then requests are refused.")] = 1024,
-    request_rows: Annotated[int, typer.Option(help="Most rows of a request.")] = 256,
-    request_tokens: Annotated[int, typer.Option(help="Most tokens of a request.")] = 131072,
-    body_mib: Annotated[int, typer.Option(help="Most MiB of a body.")] = 32,
-    upload_mib: Annotated[int, typer.Option(help="Most MiB of an uploaded task, packed and unpacked.")] = 1024,
-    seconds: Annotated[float, typer.Option(help="Until a request has to be answered.")] = 60.0,
-    drain_seconds: Annotated[float, typer.Option(help="For what waits when the server is stopped.")] = 30.0,
-    quiet: opt.Quiet = False,
+    max_tokens: opt.MaxTokens = 16384,
+    max_rows: opt.MaxRows = 64,
+    max_wait_ms: opt.MaxWait = 2.0,
+    queue: opt.Queue = 1024,
+    request_rows: opt.RequestRows = 256,
+    request_tokens: opt.RequestTokens = 131072,
+    body_mib: opt.BodyMib = 32,
+    upload_mib: opt.UploadMib = 1024,
+    seconds: opt.Seconds = 60.0,
+    drain_seconds: opt.DrainSeconds = 30.0,
+    quiet: opt.NoLog = False,
     debug: opt.Debug = False,
 ) -> None:
     """Answer requests over HTTP from the tasks of a bank, which may be added and removed meanwhile."""

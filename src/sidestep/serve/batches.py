@@ -56,11 +56,19 @@ class Lanes:
 
     def drop(self) -> list[Waiting]:
         """The rows that nobody waits for, which leave their lanes."""
-        return self._remove(lambda row: row.request.gone)
+        gone: list[Waiting] = []
+        for lane in self._lanes.values():
+            for key in [*lane]:
+                gone += [row for row in lane[key] if row.request.gone]
+                lane[key] = [row for row in lane[key] if not row.request.gone]
+                if not lane[key]:
+                    del lane[key]
+        return gone
 
-    def clear(self) -> list[Waiting]:
-        """All rows, which leave their lanes."""
-        return self._remove(lambda row: True)
+    def clear(self) -> None:
+        """Have all rows leave their lanes."""
+        for lane in self._lanes.values():
+            lane.clear()
 
     def take(self, *, hurry: bool = False) -> list[Waiting]:
         """The next batch. Empty if no row waits, or all may wait for others.
@@ -108,13 +116,3 @@ class Lanes:
         else:
             del lane[first.form.key]
         return batch
-
-    def _remove(self, goes: Callable[[Waiting], bool]) -> list[Waiting]:
-        gone: list[Waiting] = []
-        for lane in self._lanes.values():
-            for key in [*lane]:
-                gone += [row for row in lane[key] if goes(row)]
-                lane[key] = [row for row in lane[key] if not goes(row)]
-                if not lane[key]:
-                    del lane[key]
-        return gone

@@ -46,6 +46,7 @@ class Core:
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._change = threading.Condition()
         self._room, self._rate = self.settings.queue, 0.0
+        self._open: set[Request] = set()
         self._state: Literal["new", "open", "draining", "closed"] = "new"
         self._warm = False
         self._readers = ThreadPoolExecutor(self.settings.readers, "sidestep-read")
@@ -91,8 +92,9 @@ class Core:
             self._change.notify_all()
             self._change.wait_for(lambda: self._room == self.settings.queue, self.settings.drain_seconds)
             self._state = "closed"
-            for waiting in self._lanes.clear():
-                waiting.request.fail(_stopping())
+            self._lanes.clear()
+            for request in self._open:
+                request.fail(_stopping())
             self._change.notify_all()
         self._readers.shutdown(wait=True, cancel_futures=True)
         for thread in self._threads:
@@ -122,6 +124,7 @@ class Core:
                     retry_after=seconds,
                 )
             self._room -= len(request.rows)
+            self._open.add(request)
         self.watch.queued(self.waiting)
         try:
             self._readers.submit(self._read, request)
@@ -334,13 +337,19 @@ class Core:
         request = row.request
         request.settle(row.row, answers)
         if request.left == 0:
+            if not request.gone:
+                self.watch.answered(request)
             request.finish()
-            self.watch.answered(request)
-            self._room += len(request.rows)
-            self._change.notify_all()
+            self._leave(request)
 
     def _give_back(self, request: Request) -> None:
         with self._change:
+            self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        """A request makes room for others. The lock is held."""
+        if request in self._open:
+            self._open.discard(request)
             self._room += len(request.rows)
             self._change.notify_all()
 

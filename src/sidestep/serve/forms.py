@@ -16,7 +16,7 @@ from sidestep.backbone import device_of
 from sidestep.backbone.processors import tokenizer_of
 from sidestep.data import DataError, Fields, LabelSpace, Separators
 from sidestep.data.encode import Pixels, Tokenize, token_limit
-from sidestep.data.images import IMAGES
+from sidestep.data.images import IMAGES, size_of
 from sidestep.data.windows import ROW
 from sidestep.kinds.base import OWN, PREDICTION, PROBABILITY, Probabilities, TaskKind
 from sidestep.kinds.from_logits import FromLogits
@@ -27,6 +27,8 @@ from sidestep.tasks.bank import TaskBank
 from sidestep.tasks.predict import predict
 
 Answer = dict[str, Any]
+PIXELS = 50_000_000
+"""Of a picture. A small file can hold very many."""
 NOT_FINITE = Problem(
     "internal", "the task's outputs are not finite numbers", "Train the task with a lower learning rate, or in float32"
 )
@@ -201,7 +203,7 @@ class Rows(Reading):
             found = self.tokenize(cells)
             return [self._text(found, place) for place in range(len(cells))]
         if fields.image is not None and fields.text is None:
-            images = [IMAGES.decode(each[fields.image], None) for each in cells]
+            images = [_picture(each[fields.image]) for each in cells]
             pixels = Pixels(self.processor, None)(images, [None] * len(images))["pixel_values"]
             return [Piece([{"pixel_values": each}]) for each in pixels]
         return [self._other(row) for row in _encoded(self, cells)]
@@ -295,7 +297,7 @@ class Alone(Reading):
         fields = self.fields
         if fields.image is not None:
             for each in cells:
-                IMAGES.decode(each[fields.image], None)
+                _picture(each[fields.image])
         if fields.text is None:
             return [Piece([each]) for each in cells]
         found = self.tokenize(cells)
@@ -330,6 +332,14 @@ def answer_at(columns: Mapping[str, Sequence[Any]], place: int) -> Answer:
         else:
             answer[name] = values[place]
     return {**answer, "probabilities": shares} if shares else answer
+
+
+def _picture(cell: dict[str, Any]) -> Any:
+    """A picture, if its header does not tell of too many pixels to open."""
+    width, height = size_of(cell, 1)
+    if width * height > PIXELS:
+        raise Problem("bad-row", f"the picture has {width} x {height} pixels", f"Send one of at most {PIXELS} pixels")
+    return IMAGES.decode(cell, None)
 
 
 def _columns(known: Known, logits: NDArray[Any], mode: Probabilities) -> dict[str, list[Any]]:

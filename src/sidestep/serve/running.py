@@ -67,7 +67,7 @@ def _usable(form: Form, names: Sequence[str], known: KnownTasks) -> tuple[dict[s
     for name in names:
         try:
             task = known.learn(name) if name != known.backbone or name in known.bank.names else known.pooled()
-            if form not in (task.form, task.embeds):
+            if form.key not in [each.key for each in (task.form, task.embeds) if each is not None]:
                 raise Problem("task-removed", f"another task has the name {name!r} now", "Send the request again")
             good[name] = task
         except Problem as problem:

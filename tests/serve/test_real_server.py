@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 
 import sidestep as ss
 from commands import refusal, run, succeed, table
-from small_bank import KINDS, LABELS, METHODS, SINGLE, make_bank, save_task, serving
+from served import KINDS, LABELS, METHODS, SINGLE, make_bank, save_task, serving
 from sidestep.backbone.load import load_backbone
 from sidestep.serve.keys import Keys
 from small_tasks import text_backbone, write
