@@ -1,4 +1,4 @@
-"""Banks of random tasks on all-MiniLM-L6-v2, and servers on them as processes of their own, for the studies of serving."""
+"""Banks of random tasks on all-MiniLM-L6-v2, and servers on them as processes of their own, for studies of serving."""
 
 from __future__ import annotations
 

@@ -157,17 +157,19 @@ def test_what_is_no_server_of_sidestep_is_told(server: Stub) -> None:
     assert unreachable.value.status == 0
 
 
-def test_a_task_folder_goes_as_an_archive(server: Stub, tmp_path: Path) -> None:
+def test_a_task_goes_as_an_archive_without_what_lies_beside_it(server: Stub, tmp_path: Path) -> None:
     task = tmp_path / "task"
-    (task / "tokenizer").mkdir(parents=True)
-    (task / "sidestep.json").write_text("{}")
-    (task / "tokenizer" / "vocab.txt").write_text("a\n")
+    for folder in ("processor", "checkpoints"):
+        (task / folder).mkdir(parents=True)
+        (task / folder / "vocab.txt").write_text("a\n")
+    (task / "w.safetensors").write_bytes(b"w")
+    (task / "sidestep.json").write_text(json.dumps({"files": {"weights": "w.safetensors", "processor": "processor"}}))
     server.answers = [(201, {}, {"name": "mood"})]
     both(server, lambda client: client.add("mo od", task))
     line, _, body = server.asked[-1]
     assert line == "PUT /v1/tasks/mo%20od"
     with tarfile.open(fileobj=io.BytesIO(body)) as archive:
-        assert archive.getnames() == ["sidestep.json", "tokenizer/vocab.txt"]
+        assert archive.getnames() == ["sidestep.json", "w.safetensors", "processor", "processor/vocab.txt"]
     with ss.Client(server.url) as client, pytest.raises(ValueError, match="no folder with a task"):
         client.add("mood", tmp_path / "nothing")
 

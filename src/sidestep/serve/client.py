@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ Row: TypeAlias = str | Mapping[str, Any]
 """A text, or the columns that the tasks read. The bytes of an image, or the path of its file, go along as base64."""
 Answer = TypeVar("Answer")
 
+CONFIG = "sidestep.json"
+"""Of a task folder. It names the other files."""
 BUSY = {429, 503}
 """Answers after which the same request may succeed."""
 SHORTEST = 0.05
@@ -293,14 +296,23 @@ def _value(value: Any) -> Any:
 
 
 def _archive(folder: Path) -> bytes:
-    """A task folder as a tar file, with its files and nothing else."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-    if not files:
-        raise ValueError(f"{folder} is no folder with a task: name one that `sidestep train` or `save_pretrained` made")
+    """A task as a tar file, without the checkpoints and logs that a training leaves beside it.
+
+    Raises:
+        ValueError: if the folder holds no task.
+        OSError: if a file of it cannot be read.
+    """
+    try:
+        files = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["files"]
+        parts = [CONFIG, *(files[part] for part in ("weights", "processor") if files.get(part))]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder} is no folder with a task: name one that `sidestep train` or `save_pretrained` made"
+        ) from error
     held = io.BytesIO()
     with tarfile.open(fileobj=held, mode="w", dereference=True) as archive:
-        for path in files:
-            archive.add(path, path.relative_to(folder).as_posix())
+        for part in parts:
+            archive.add(folder / part, part)
     return held.getvalue()
 
 

@@ -13,6 +13,7 @@ from sidestep.disk.task_folder import CONFIG
 from sidestep.serve.problems import Problem
 from sidestep.serve.settings import ServeSettings
 
+ZIP = b"PK\x03\x04"
 CHUNK = 1024**2
 DEEPEST = 8
 """Folders within each other in an archive."""
@@ -31,7 +32,7 @@ def unpack(archive: Path, target: Path, settings: ServeSettings) -> Path:
             the limits, or if it holds no task.
     """
     try:
-        if zipfile.is_zipfile(archive):
+        if _begins(archive, ZIP):
             with zipfile.ZipFile(archive) as packed:
                 _write(_zipped(packed), target, settings)
         else:
@@ -75,6 +76,12 @@ def task_at(path: str, root: Path) -> Path:
     if not (found / CONFIG).is_file():
         _refuse(f"there is no {CONFIG} at this path")
     return found
+
+
+def _begins(archive: Path, with_: bytes) -> bool:
+    """Whether a file begins so. A tar file may end as a zip file does, where its last file is one."""
+    with archive.open("rb") as file:
+        return file.read(len(with_)) == with_
 
 
 def _zipped(packed: zipfile.ZipFile) -> Iterator[tuple[str, IO[bytes]]]:
