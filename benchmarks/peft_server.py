@@ -1,7 +1,7 @@
 """Many LoRA tasks served by hand: PEFT's adapters of one model, switched by `set_adapter`, behind FastAPI.
 
-Started by `serve_load.py`. It takes the requests that the study sends, and answers in the form of `sidestep serve`. Each
-request has the model for itself, because an adapter is active for all rows of a call. All heads have one size.
+Started by `serve_load.py`. It takes the requests that the study sends, and answers in the form of `sidestep serve`.
+Each request has the model for itself, because an adapter is active for all rows of a call. All heads have one size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A server for the tests of this folder, which know its address alone."""
+"""A server for the tests of this folder, which know its address alone. With `--engine ray` it is a Ray Serve cluster."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from served import KINDS, METHODS, make_bank, make_tasks, serving
+from served_on_ray import on_ray
 
 SERVED = (*METHODS, *KINDS, "short")
 
@@ -36,9 +37,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    tasks: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[Server]:
     bank = make_bank(tasks, tmp_path_factory.mktemp("bank"), SERVED)
-    with serving(bank, tasks / "bert") as url:
+    start = on_ray if pytestconfig.getoption("--engine") == "ray" else serving
+    with start(bank, tasks / "bert") as url:
         yield Server(url, tasks, bank.path)
 
 

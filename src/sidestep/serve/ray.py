@@ -1,8 +1,8 @@
 """The server on a cluster: the same app as a Ray Serve deployment.
 
 Each replica holds the backbone and the bank, and runs all tasks of a batch in one pass. So a task is a name in a
-request and no model of its own. Nothing is multiplexed. The bank's folder is where replicas agree. A task that one of them adds
-or removes is on the others from their next look at the folder, which also comes with each request.
+request and no model of its own. Nothing is multiplexed. The bank's folder is where replicas agree. A task that one of
+them adds or removes is on the others from their next look at the folder, which also comes with each request.
 
     serve run sidestep.serve.ray:deployment bank=/shared/tasks replicas=2
 """
