@@ -6,8 +6,9 @@
 
 Tasks are READ of rank 128 with random values and 2 to 8 classes. 16 clients in one process send one row each and wait
 for the answer, for SECONDS (20) behind a second of warming up. The server, the clients and the model share the cores
-of the machine. "one" is a request to one task at random, as teams with a task each send them. "all" asks all tasks for a row.
-The rival is a FastAPI server by hand, `peft_server.py`: LoRA of rank 8 on query and value, by `set_adapter`.
+of the machine. CPU time is the server's own, whatever else runs. "one" is a request to one task at random, as teams
+with a task each send them. "all" asks all tasks for a row. The rival is a FastAPI server by hand, `peft_server.py`: LoRA of
+rank 8 on query and value, by `set_adapter`.
 """
 
 from __future__ import annotations
@@ -41,20 +42,22 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-async def load(url: str, names: list[str], mode: str) -> dict[str, float]:
+async def load(server: Process, names: list[str], mode: str) -> dict[str, float]:
     """Clients that ask in a closed loop."""
     latencies: list[float] = []
-    began = time.perf_counter()
+    every, cpu, began = 0, server.cpu_seconds, time.perf_counter()
     start, end = began + WARMING, began + WARMING + SECONDS
 
     async def ask(number: int) -> None:
+        nonlocal every
         chance = random.Random(number)
-        async with ss.AsyncClient(url) as client:
+        async with ss.AsyncClient(server.url) as client:
             while (sent := time.perf_counter()) < end:
                 asked = [chance.choice(names)] if mode == "one" else names
                 found = await client.predict([TEXT], asked)
                 if sorted(found.rows[0]) != sorted(asked) or any("error" in one for one in found.rows[0].values()):
                     raise RuntimeError(f"{asked} were asked, and the answer is {found.rows[0]}")
+                every += 1
                 if sent >= start:
                     latencies.append(time.perf_counter() - sent)
 
@@ -63,6 +66,7 @@ async def load(url: str, names: list[str], mode: str) -> dict[str, float]:
         "requests_per_second": len(latencies) / SECONDS,
         "answers_per_second": len(latencies) / SECONDS * (1 if mode == "one" else len(names)),
         **{f"p{share}_ms": 1000 * quantile(latencies, share / 100) for share in (50, 95, 99)},
+        "cpu_ms_per_request": 1000 * (server.cpu_seconds - cpu) / every,
         "requests": len(latencies),
     }
 
@@ -111,24 +115,26 @@ def study(place: Path) -> None:
                 if memory:
                     note("memory", "sidestep", count, None, {"mib": server.mib})
                 for mode in modes:
-                    note("load", "sidestep", count, mode, asyncio.run(load(server.url, names[:count], mode)))
+                    note("load", "sidestep", count, mode, asyncio.run(load(server, names[:count], mode)))
                 if starts:
                     note("cold", "sidestep", count, None, cold(server, tasks[-COLD:]))
         rivals = [mode for mode in MODES if count in TASKS and ("load", "peft", count, mode) not in done]
         if rivals:
             with by_hand(count, log) as server:
                 for mode in rivals:
-                    note("load", "peft", count, mode, asyncio.run(load(server.url, names[:count], mode)))
+                    note("load", "peft", count, mode, asyncio.run(load(server, names[:count], mode)))
 
 
 def table() -> None:
     found: list[dict[str, Any]] = lines_of(FILE)
-    print("| server | tasks | a request asks | requests/s | answers/s | p50, ms | p95, ms | p99, ms |")
-    print("|---|---:|---|---:|---:|---:|---:|---:|")
+    print("| server | tasks | asked | requests/s | answers/s | p50, ms | p95, ms | p99, ms | CPU, ms a request |")
+    print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
     for line in (line for line in found if line["study"] == "load"):
         times = " | ".join(f"{line[f'p{share}_ms']:.0f}" for share in (50, 95, 99))
         rates = f"{line['requests_per_second']:.1f} | {line['answers_per_second']:.0f}"
-        print(f"| {line['server']} | {line['tasks']} | {line['mode']} | {rates} | {times} |")
+        print(
+            f"| {line['server']} | {line['tasks']} | {line['mode']} | {rates} | {times} | {line['cpu_ms_per_request']:.1f} |"
+        )
     for line in (line for line in found if line["study"] == "memory"):
         print(f"{line['tasks']} tasks: {line['mib']:.0f} MiB resident")
     for line in (line for line in found if line["study"] == "cold"):

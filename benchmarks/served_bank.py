@@ -102,6 +102,12 @@ class Process:
         """Resident memory."""
         return float(psutil.Process(self.process.pid).memory_info().rss / 2**20)
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all its threads since it started. Other work on the machine does not count."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
+
     def wait_until_ready(self) -> float:
         """Seconds until it answers."""
         began = time.perf_counter()

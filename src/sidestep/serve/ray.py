@@ -1,8 +1,8 @@
 """The server on a cluster: the same app as a Ray Serve deployment.
 
 Each replica holds the backbone and the bank, and runs all tasks of a batch in one pass. So a task is a name in a
-request and no model of its own. Nothing is multiplexed. The bank's folder is where replicas agree. A task that one of
-them adds or removes is on the others from their next look at the folder, which also comes with each request.
+request and no model of its own. Nothing is multiplexed. The bank's folder is where replicas agree. Each request looks
+at the folder. So a task that one replica adds or removes is on the others with their next request.
 
     serve run sidestep.serve.ray:deployment bank=/shared/tasks replicas=2
 """
@@ -92,8 +92,8 @@ def deployment(args: Arguments) -> Application:
     settings = settings_of(args)
     if not args.without_keys and Keys.found(None if args.keys is None else Path(args.keys), os.environ) is None:
         raise ValueError(
-            "there are no keys, and the proxy of a cluster can be reached by others: give keys=FILE, set SIDESTEP_KEYS "
-            "and SIDESTEP_CHANGE_KEYS, or say without_keys=true if nobody else can reach it"
+            "there are no keys, and others may reach the proxy of a cluster: give keys=FILE, set SIDESTEP_KEYS, or say "
+            "without_keys=true"
         )
     scaling = {
         "min_replicas": args.replicas,
