@@ -167,6 +167,7 @@ class Soak:
             self.server.kill()
             self.server.start()
             seconds = await asyncio.to_thread(self.server.wait_until_ready)
+            self.end += seconds  # the minutes are those in which there is a server
             self.counts["killed"] += 1
             print(f"killed, and ready again after {seconds:.1f} s", flush=True)
             await self.look()
@@ -200,9 +201,9 @@ class Soak:
 
 
 def level(memory: list[tuple[float, float]], until: float, span: float) -> float:
-    """Mean MiB in the span before a moment."""
+    """Mean MiB in the span before a moment, or the nearest sample."""
     found = [mib for when, mib in memory if until - span <= when <= until]
-    return sum(found) / len(found)
+    return sum(found) / len(found) if found else min(memory, key=lambda sample: abs(sample[0] - until))[1]
 
 
 def main(minutes: float) -> list[str]:
@@ -215,8 +216,8 @@ def main(minutes: float) -> list[str]:
             began = time.monotonic()
             soak = Soak(server, tasks, began, began + 60 * minutes, set(names[:STAYING]))
             asyncio.run(soak.run())
-    seconds = 60 * minutes
-    mark = min(300.0, max(0.25, KILLS[-1] + 0.1) * seconds)
+    seconds = soak.end - began
+    mark = min(300.0, (KILLS[-1] + 0.1) * seconds)
     span = min(30.0, 0.1 * seconds)
     levels = level(soak.memory, mark, span), level(soak.memory, soak.memory[-1][0], span)
     if levels[1] > (1 + GROWTH) * levels[0]:
