@@ -228,7 +228,7 @@ def test_a_request_that_is_cancelled_makes_room(core: Core) -> None:
     request = Request([{"text": "good"}] * 250, [["read"]] * 250)
     core.ask(request)
     core.cancel(request)
-    core._readers.submit(lambda: None).result(60)
+    request.done.result(60)
     other = core.ask(Request([{"text": "good"}] * 100, [["read"]] * 100))
     go.set()
     held.result(60)
