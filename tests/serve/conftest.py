@@ -37,9 +37,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(
-    tasks: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> Iterator[Server]:
+def server(tasks: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Server]:
     bank = make_bank(tasks, tmp_path_factory.mktemp("bank"), SERVED)
     start = on_ray if pytestconfig.getoption("--engine") == "ray" else serving
     with start(bank, tasks / "bert") as url:

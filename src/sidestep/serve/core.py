@@ -212,13 +212,9 @@ class Core:
                     f"{request.tokens} tokens, and a request may have {limit}",
                     "Send the rows in several requests, or shorten them",
                 )
-        except Problem as problem:
-            request.fail(problem)
-            self._give_back(request)
-            return
         except Exception as error:
-            request.fail(failure(error))
             self._give_back(request)
+            request.fail(error if isinstance(error, Problem) else failure(error))
             return
         request.times["read"] = 1000 * (time.monotonic() - request.began)
         with self._change:
@@ -229,8 +225,8 @@ class Core:
                 self._lanes.put(rows)
                 self._change.notify_all()
                 return
-        request.finish()
         self._give_back(request)
+        request.finish()
 
     def _encoded(self, request: Request) -> list[Waiting]:
         """The rows as their tasks read them. Problems of rows and tasks are in the results."""

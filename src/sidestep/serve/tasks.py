@@ -58,7 +58,10 @@ def tasks(core: Core) -> APIRouter:
         return JSONResponse({"tasks": found, "unreadable": bad})
 
     @router.get(
-        "/v1/tasks/{name}", response_model=schemas.TaskBody, responses=problems("unknown-task"), summary="One task"
+        "/v1/tasks/{name}",
+        response_model=schemas.TaskBody,
+        responses=problems("unknown-task", "invalid-request"),
+        summary="One task",
     )
     def one_task(name: Name) -> JSONResponse:
         with _told(core, name):
@@ -110,7 +113,7 @@ def tasks(core: Core) -> APIRouter:
         "/v1/tasks/{name}",
         status_code=204,
         response_class=Response,
-        responses=problems("unknown-task", *CHANGING),
+        responses=problems("unknown-task", "invalid-request", *CHANGING),
         summary="Remove a task",
     )
     async def remove(name: Name) -> Response:

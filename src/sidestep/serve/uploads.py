@@ -5,14 +5,17 @@ from __future__ import annotations
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path, PurePosixPath
-from typing import IO, NoReturn
+from typing import IO, NoReturn, TypeAlias
 
 from sidestep.disk.task_folder import CONFIG
 from sidestep.serve.problems import Problem
 from sidestep.serve.settings import ServeSettings
 
+Contents: TypeAlias = Generator[tuple[str, IO[bytes]], None, None]
+"""Names and contents of the files in an archive."""
 ZIP = b"PK\x03\x04"
 CHUNK = 1024**2
 DEEPEST = 8
@@ -84,7 +87,7 @@ def _begins(archive: Path, with_: bytes) -> bool:
         return file.read(len(with_)) == with_
 
 
-def _zipped(packed: zipfile.ZipFile) -> Iterator[tuple[str, IO[bytes]]]:
+def _zipped(packed: zipfile.ZipFile) -> Contents:
     """Names and contents of the files in a zip archive."""
     for info in packed.infolist():
         if info.flag_bits & 1:
@@ -98,7 +101,7 @@ def _zipped(packed: zipfile.ZipFile) -> Iterator[tuple[str, IO[bytes]]]:
             yield info.filename, content
 
 
-def _tarred(packed: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
+def _tarred(packed: tarfile.TarFile) -> Contents:
     """Names and contents of the files in a tar archive."""
     for info in packed:
         if info.isdir():
@@ -110,20 +113,21 @@ def _tarred(packed: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
         yield info.name, content
 
 
-def _write(files: Iterator[tuple[str, IO[bytes]]], target: Path, settings: ServeSettings) -> None:
+def _write(files: Contents, target: Path, settings: ServeSettings) -> None:
     """Write files below a folder, counted as they come: what an archive says of its sizes is not believed."""
     room = settings.upload_bytes
-    for number, (name, content) in enumerate(files, start=1):
-        if number > settings.upload_files:
-            _refuse(f"the archive holds more than {settings.upload_files} files")
-        path = target.joinpath(*_parts(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:  # a name that stands there twice is an error
-            while chunk := content.read(CHUNK):
-                room -= len(chunk)
-                if room < 0:
-                    _refuse(f"the archive is larger than {settings.upload_bytes} bytes when it is unpacked")
-                file.write(chunk)
+    with closing(files):  # a zip archive's file stays open as long as one of its contents does
+        for number, (name, content) in enumerate(files, start=1):
+            if number > settings.upload_files:
+                _refuse(f"the archive holds more than {settings.upload_files} files")
+            path = target.joinpath(*_parts(name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as file:  # a name that stands there twice is an error
+                while chunk := content.read(CHUNK):
+                    room -= len(chunk)
+                    if room < 0:
+                        _refuse(f"the archive is larger than {settings.upload_bytes} bytes when it is unpacked")
+                    file.write(chunk)
 
 
 def _parts(name: str) -> tuple[str, ...]:
