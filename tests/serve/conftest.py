@@ -1,4 +1,4 @@
-"""A server for the tests of this folder, which know its address alone. With `--engine ray` it is a Ray Serve cluster."""
+"""A server for the tests of this folder, which know its address alone. With `--engine ray` it is one on Ray Serve."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from commands import refusal, run, succeed, table
 from served import KINDS, LABELS, METHODS, SINGLE, make_bank, save_task, serving
 from sidestep.backbone.load import load_backbone
 from sidestep.serve.keys import Keys
+from sidestep.serve.settings import ServeSettings
+from sidestep.serve.uploads import unpack
 from small_tasks import text_backbone, write
 
 USE, CHANGE = "use-" + 20 * "u", "change-" + 20 * "c"
@@ -150,3 +154,16 @@ def test_the_page_shows_the_answers_of_a_real_server(url: str) -> None:
         assert page.locator("#found h3").all_inner_texts() == sorted(SERVED)
         assert set(page.locator("#found .said").all_inner_texts()) <= {*LABELS}
         assert page.inner_text("#status").startswith("4 tasks, ")
+
+
+def test_a_tar_file_that_ends_as_a_zip_file_does_is_a_tar_file(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "weights.pth", "w") as packed:
+        packed.writestr("data", "0")
+    (tmp_path / "sidestep.json").write_text("{}")
+    with tarfile.open(tmp_path / "task.tar", "w") as archive:
+        for name in ("sidestep.json", "weights.pth"):
+            archive.add(tmp_path / name, name)
+    assert zipfile.is_zipfile(tmp_path / "task.tar"), "or the case is none"
+    (target := tmp_path / "target").mkdir()
+    assert unpack(tmp_path / "task.tar", target, ServeSettings()) == target
+    assert sorted(path.name for path in target.iterdir()) == ["sidestep.json", "weights.pth"]
