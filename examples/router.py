@@ -39,9 +39,8 @@ for table in sorted(Path(sys.argv[1]).glob("*.train.csv")):
     model, _, results = ss.train(ss.RunSpec(data=rows, model=method, training=settings), backbone=backbone)
     ss.detach(model)
     bank.add(task, folder / task)
-    print(
-        f"{task}: dev accuracy {results.scores['accuracy']:.3f}, always the same class {results.constant['accuracy']:.3f}"
-    )
+    own, constant = results.scores["accuracy"], results.constant["accuracy"]
+    print(f"{task}: dev accuracy {own:.3f}, of one answer for all {constant:.3f}")
 
 server = uvicorn.Server(uvicorn.Config(create_app(Core(bank)), port=0, log_level="warning"))
 thread = threading.Thread(target=server.run)
@@ -51,9 +50,7 @@ while not server.started:
 with ss.Client(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", patience=60) as client:
     found = client.predict(TEXTS, bank.names)
 for text, row in zip(TEXTS, found.rows, strict=True):
-    print(
-        text, {task: f"{answer['prediction']} {answer['probability']:.2f}" for task, answer in row.items()}, sep="\n  "
-    )
+    print(text, *(f"{task}: {one['prediction']} {one['probability']:.2f}" for task, one in row.items()), sep="\n    ")
 print(f"{len(TEXTS)} texts, {len(bank.names)} tasks, one call: {found.milliseconds['run']:.0f} ms in the model")
 server.should_exit = True
 thread.join()
