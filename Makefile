@@ -36,7 +36,7 @@ laws-all: $(READY)
 # the suite of tests/serve against two replicas on Ray Serve; imports in many processes make it too slow for `make test`
 test-ray: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
-	$(BIN)/python -m pytest --engine ray tests/serve/test_conformance.py
+	$(BIN)/python -m pytest --engine ray -W default tests/serve/test_conformance.py
 
 # The oldest versions that pyproject.toml allows; run by hand, the date of the last run is in CONTRIBUTING.md.
 test-lowest:

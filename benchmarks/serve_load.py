@@ -7,8 +7,8 @@
 Tasks are READ of rank 128 with random values and 2 to 8 classes. 16 clients in one process send one row each and wait
 for the answer, for SECONDS (20) behind a second of warming up. The server, the clients and the model share the cores
 of the machine. CPU time is the server's own, whatever else runs. "one" is a request to one task at random, as teams
-with a task each send them. "all" asks all tasks for a row. The rival is `peft_server.py`, a FastAPI server by hand: LoRA of
-rank 8 on query and value, by `set_adapter`.
+with a task each send them. "all" asks all tasks for a row. The rival is `peft_server.py`, a FastAPI server by hand:
+LoRA of rank 8 on query and value, by `set_adapter`.
 """
 
 from __future__ import annotations

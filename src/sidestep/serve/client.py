@@ -193,7 +193,7 @@ class AsyncClient(AbstractAsyncContextManager["AsyncClient"]):
 
     async def add(self, name: str, folder: str | Path) -> dict[str, Any]:
         """As `Client.add`."""
-        return await self._ask(_add(name, folder))
+        return await self._ask(await asyncio.to_thread(_add, name, folder))
 
     async def remove(self, name: str) -> None:
         """As `Client.remove`."""
