@@ -9,7 +9,6 @@ at the folder. So a task that one replica adds or removes is on the others with 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,7 @@ class Replica:
 
         arguments = Arguments(**given)
         torch.set_num_threads(max(1, int(arguments.cpus)))
-        keys = None if arguments.keys is None else Path(arguments.keys)
-        self.keys = Keys.found(keys)
+        self.keys = keys_of(arguments)  # again, because another node has other variables
         device = None if arguments.gpus else "cpu"
         bank = open_bank(BankFolder(arguments.bank), moved_to=arguments.backbone, device=device)
         self.core = Core(bank, settings_of(arguments), Metrics())
@@ -90,11 +88,7 @@ def deployment(args: Arguments) -> Application:
         ValueError: for settings that there are not, or if there are no keys and nobody said so.
     """
     settings = settings_of(args)
-    if not args.without_keys and Keys.found(None if args.keys is None else Path(args.keys), os.environ) is None:
-        raise ValueError(
-            "there are no keys, and others may reach the proxy of a cluster: give keys=FILE, set SIDESTEP_KEYS, or say "
-            "without_keys=true"
-        )
+    keys_of(args)
     scaling = {
         "min_replicas": args.replicas,
         "max_replicas": max(args.replicas, args.most_replicas or args.replicas),
@@ -111,6 +105,21 @@ def deployment(args: Arguments) -> Application:
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
     )
     return made.bind(args.model_dump())
+
+
+def keys_of(args: Arguments) -> Keys | None:
+    """The keys of a file and of this machine's variables.
+
+    Raises:
+        ValueError: if there are none, and nobody said so.
+    """
+    keys = Keys.found(None if args.keys is None else Path(args.keys))
+    if keys is None and not args.without_keys:
+        raise ValueError(
+            "there are no keys, and others may reach the proxy of a cluster: give keys=FILE, set SIDESTEP_KEYS, or say "
+            "without_keys=true"
+        )
+    return keys
 
 
 def settings_of(args: Arguments) -> ServeSettings:
