@@ -81,20 +81,37 @@ def save_task(
     *,
     seed: int,
     max_length: int | None = None,
+    processor: Any = None,
+    **stored: Any,
 ) -> None:
-    """A task with random values, which no training has made."""
+    """A task with random values, which no training has made.
+
+    Args:
+        folder: that it is saved in.
+        backbone: that it is for.
+        method: its config.
+        head: None: the backbone's own.
+        kind: of its answers.
+        names: of its classes.
+        columns: that it reads. With a `processor` these alone, else a text besides.
+        seed: of its values.
+        max_length: tokens that it reads.
+        processor: None: the tokenizer of small_tasks.
+        stored: what else it says of how it reads rows.
+    """
     torch.manual_seed(seed)
     model = ss.attach(backbone, method, head=head)
     with torch.no_grad():
         for _, parameter in model.trained_parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    fields = Fields(**{"text": "text", **columns})
-    model.extras["processor"] = tokenizer(pad=True)
+    fields = Fields(**(columns if processor is not None else {"text": "text", **columns}))
+    model.extras["processor"] = processor or tokenizer(pad=True)
     model.extras["preprocessing"] = {
         "fields": asdict(fields),
         "max_length": max_length,
         "problem": kind,
         "labels": list(names),
+        **stored,
     }
     model.save_pretrained(folder)
     ss.detach(model)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from sidestep.cli import options as opt
@@ -92,7 +94,11 @@ def serve(
             )
             address = taken.getsockname()
             remark(f"{_told(core, known)} on http://{f'[{host}]' if ':' in host else host}:{address[1]}")
-            uvicorn.Server(config).run(sockets=[taken])
+            # uvicorn stops gracefully, and then sends itself the signal again
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            with suppress(KeyboardInterrupt):
+                uvicorn.Server(config).run(sockets=[taken])
+            remark("Stopped: all requests that were waiting have been answered or refused")
 
 
 LOGS = {
