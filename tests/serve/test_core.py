@@ -19,6 +19,7 @@ from sidestep.serve.forms import Form, Piece
 from sidestep.serve.problems import Problem
 from sidestep.serve.requests import Request
 from sidestep.serve.settings import ServeSettings
+from sidestep.tasks.bank_folder import BankFolder
 from sidestep.tasks.open_bank import open_bank
 
 NAMES = ("read", "probe", "number", "lora", "tags")
@@ -193,6 +194,24 @@ def test_a_task_that_goes_while_rows_wait_is_an_error_of_its_own(core: Core, tas
     found = future.result(60).results[0]
     assert found["guest"].name in ("task-removed", "unknown-task")
     assert "prediction" in found["read"]
+
+
+def test_a_task_that_another_process_removes_in_the_middle_is_an_error_of_its_own(
+    core: Core, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core.change(lambda bank: bank.add("guest", tasks / "read")).result(60)
+    expected = answers(core, ["number", "guest"], ["good"])[0]
+    run = forms.Rows.run
+
+    def removing(form: Any, bank: Any, *rest: Any) -> Any:
+        if "guest" in bank.names:  # behind the look at which tasks there are
+            BankFolder(bank.store.path).remove("guest")
+        return run(form, bank, *rest)
+
+    monkeypatch.setattr(forms.Rows, "run", removing)
+    found = answers(core, ["number", "guest"], ["good"])[0]
+    assert found["guest"].name == "task-removed"
+    assert found["number"]["prediction"] == pytest.approx(expected["number"]["prediction"], abs=1e-5)
 
 
 def test_a_damaged_task_fails_alone(core: Core, tasks: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-pytestmark = pytest.mark.filterwarnings("default")  # Ray's own, at its import
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, at its import
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
 from sidestep.serve.app import create_app
 from sidestep.serve.core import Core
+from sidestep.serve.guard import App, Message, Receive, Scope, Send
 from sidestep.serve.keys import Keys
 from sidestep.serve.metrics import Metrics
 from sidestep.serve.settings import ServeSettings
@@ -58,6 +58,23 @@ class Arguments(BaseModel):
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
+class WithoutId:
+    """The app without the ids of requests in its headers. Ray's proxy gives each request its id, and sends it back."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+            await send(message)
+
+        await self.app(scope, receive, tell)
+
+
 @serve.ingress()
 class Replica:
     """A bank on its backbone, which the app is built on when the replica starts."""
@@ -72,8 +89,9 @@ class Replica:
         bank = open_bank(BankFolder(arguments.bank), moved_to=arguments.backbone, device=device)
         self.core = Core(bank, settings_of(arguments), Metrics())
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.core, keys=self.keys)
+    def __serve_build_asgi_app__(self) -> WithoutId:
+        """The app, on the replica's own bank."""
+        return WithoutId(create_app(self.core, keys=self.keys))
 
     def check_health(self) -> None:
         """Ray replaces a replica for which this raises an error."""
@@ -100,6 +118,7 @@ def deployment(args: Arguments) -> Application:
         autoscaling_config=scaling,
         # more than its load, so that the bank's own queue puts them together and refuses what is too much
         max_ongoing_requests=4 * args.ongoing,
+        max_queued_requests=8 * args.ongoing,
         health_check_period_s=HEALTH_SECONDS,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
@@ -128,8 +147,9 @@ def settings_of(args: Arguments) -> ServeSettings:
     Raises:
         ValueError: for one that there is not, or out of range.
     """
+    root = args.settings.get("root")
     try:
-        return ServeSettings(**args.settings)
+        return ServeSettings(**{**args.settings, "root": None if root is None else Path(root)})
     except TypeError as error:
         known = ", ".join(ServeSettings.__dataclass_fields__)
         raise ValueError(f"settings={args.settings}: {error}. There are {known}") from error

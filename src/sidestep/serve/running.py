@@ -13,6 +13,7 @@ from sidestep.kinds.base import Probabilities
 from sidestep.serve.forms import Answer, Form, Known, Piece
 from sidestep.serve.known import KnownTasks
 from sidestep.serve.problems import Problem
+from sidestep.tasks.bank_folder import NoSuchTask
 
 log = logging.getLogger("sidestep.serve")
 TELLING = (RuntimeError, MemoryError, OSError)
@@ -56,8 +57,7 @@ def _answers(
             for name, one in wanted.items():
                 found |= _answers(form, batch, {name: one}, known)[0]
             return [found]
-        problem = failure(error)
-        return [dict.fromkeys(wanted, problem)]
+        return [{name: unusable(name, error, known) for name in wanted}]
 
 
 def _usable(form: Form, names: Sequence[str], known: KnownTasks) -> tuple[dict[str, Known], dict[str, Problem]]:
@@ -78,8 +78,8 @@ def _usable(form: Form, names: Sequence[str], known: KnownTasks) -> tuple[dict[s
 
 
 def unusable(name: str, error: Exception, known: KnownTasks) -> Problem:
-    """Why a task that was there cannot answer."""
-    if name not in known.bank.names:
+    """Why a task that was there cannot answer. Another process may have removed it meanwhile."""
+    if isinstance(error, NoSuchTask) or name not in known.bank.names:
         return Problem(
             "task-removed", f"the task {name!r} was removed while the request waited", "See /v1/tasks for those there"
         )

@@ -36,6 +36,7 @@ from sidestep.tasks.bank_folder import (
     BankError,
     BankFolder,
     Entry,
+    NoSuchTask,
     OtherWeights,
     digest_in,
     identity_of,
@@ -259,7 +260,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
                 if before != self.active:
                     self._leave()
                     if before is not None:
-                        self._switch(before)
+                        with suppress(NoSuchTask):  # another process has removed it
+                            self._switch(before)
 
     def predict(
         self,
