@@ -138,9 +138,9 @@ def test_minilm_gives_its_sentence_embeddings_and_a_tasks_answers(tmp_path: Path
     path = str(get_model_path())
     backbone, made = load_backbone(path), load_processor(path)
     how: Any = {"seed": 0, "processor": made}
-    for name, method in (("read", ss.ReadConfig(rank=8)), ("lora", ss.LoraConfig())):
+    for name, method in (("read", ss.ReadConfig(rank=8)), ("sherl", ss.SherlConfig())):
         save_task(tmp_path / name, backbone, method, SINGLE, "single", LABELS, {"text": "text"}, **how)
-    held = make_bank(tmp_path, tmp_path / "bank", ["read", "lora"])
+    held = make_bank(tmp_path, tmp_path / "bank", ["read", "sherl"])
     texts = ["A pleasure to read.", "It fell apart on the second day, and nobody answered.", "Worth it"]
     batch = made(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_minilm_gives_its_sentence_embeddings_and_a_tasks_answers(tmp_path: Path
     with serving(held, Path(path)) as url:
         told = httpx.get(f"{url}/info").json()["backbone"]["name"]
         data = called(url, "/v1/embeddings", json={"model": told, "input": texts})["data"]
-        found = called(url, "/v1/predict", json={"tasks": ["read", "lora"], "inputs": texts})["results"]
+        found = called(url, "/v1/predict", json={"tasks": ["read", "sherl"], "inputs": texts})["results"]
     assert np.array([row["embedding"] for row in data]) == pytest.approx(expected.numpy(), abs=1e-5)
     for name, table in tables.items():
         assert [row[name]["prediction"] for row in found] == table["prediction"][:]

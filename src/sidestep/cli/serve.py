@@ -121,8 +121,8 @@ def check_host(host: str, keys: Keys | None) -> None:
     """
     if keys is None and host not in LOOPBACK:
         raise ValueError(
-            f"--host {host} can be reached by others, and there are no keys: name a file with them (--keys), set "
-            f"SIDESTEP_KEYS and SIDESTEP_CHANGE_KEYS, or listen on {LOOPBACK[0]}"
+            f"--host {host} can be reached by others, and there are no keys: name a file with them (--keys), or listen "
+            f"on {LOOPBACK[0]}. SIDESTEP_KEYS and SIDESTEP_CHANGE_KEYS may hold keys too"
         )
 
 

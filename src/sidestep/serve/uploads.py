@@ -31,8 +31,8 @@ def unpack(archive: Path, target: Path, settings: ServeSettings) -> Path:
         settings: with limits of what may be unpacked.
 
     Raises:
-        Problem: if the archive is none, is damaged, has links, devices or names that lead out of it, or is larger than
-            the limits, or if it holds no task.
+        Problem: if the archive is none, is damaged, or holds no task. If it has links, devices or names that lead out
+            of it, or is larger than the limits.
     """
     try:
         if _begins(archive, ZIP):
