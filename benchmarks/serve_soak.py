@@ -33,6 +33,8 @@ from served_bank import RESULTS, TEXT, Process, make_bank, make_tasks, serving, 
 
 FILE = Path(os.environ.get("RESULTS", RESULTS / "serve_soak.jsonl"))
 STAYING, MOVING, CLIENTS, MOST = 32, 8, 8, 8
+UNKNOWN = 0.1
+"""Share of the requests that also name a task that may not be there."""
 KILLS = (0.1, 0.2)
 """When the server is killed, as shares of the time."""
 GROWTH = 0.05
@@ -78,10 +80,12 @@ class Soak:
         return time.monotonic() < self.end
 
     async def asker(self, number: int) -> None:
-        chance, names = random.Random(number), list(self.tasks)
+        chance, moving = random.Random(number), list(self.tasks)[STAYING:]
         async with ss.AsyncClient(self.server.url) as client:
             while self.running:
-                asked = chance.sample(names, chance.randint(1, MOST))
+                asked = chance.sample(sorted(self.there), chance.randint(1, MOST))
+                if chance.random() < UNKNOWN:
+                    asked = list(dict.fromkeys([*asked, chance.choice(moving)]))
                 text = " ".join(chance.choices(TEXT.split(), k=chance.randint(1, 60)))
                 before, was_down = set(self.there), self.down
                 try:
