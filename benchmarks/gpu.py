@@ -27,7 +27,9 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -325,6 +327,37 @@ def _bank(run: Run, scale: Scale, method: ss.MethodConfig, pool: Any, count: int
     return {f"{name}_seconds": value for name, value in median.items()}
 
 
+# --- several cards -----------------------------------------------------------------------------------------------
+
+
+def cards(run: Run, rows: list[Row]) -> None:
+    """Steps that two cards share (`rank_steps.py`): gradients beside those of one, and rows a second."""
+    row: Row = {"status": LEFT_OUT}
+    rows.append(row)
+    run.guarded(row, partial(_on_two, run, "rank_steps.py"))
+
+
+def shards(run: Run, rows: list[Row]) -> None:
+    """Memory of each of two cards and seconds of a step, with whole blocks and with shards (`shard_steps.py`)."""
+    row: Row = {"status": LEFT_OUT}
+    rows.append(row)
+    run.guarded(row, partial(_on_two, run, "shard_steps.py"))
+
+
+def _on_two(run: Run, script: str) -> Row:
+    """What a script finds that is started on two cards."""
+    count = torch.cuda.device_count() if run.device.type == "cuda" else 0
+    if count < 2:
+        raise ValueError(f"{count} cards, and two processes need a card each")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "steps.json"
+        command = [*launcher, str(Path(__file__).with_name(script)), str(file)]
+        left = max(run.ends - time.monotonic(), 1)
+        subprocess.run([*command, *(["--small"] if run.small else [])], check=True, timeout=left)
+        return {"steps": json.loads(file.read_text())}
+
+
 # --- plans -------------------------------------------------------------------------------------------------------
 
 
@@ -459,7 +492,9 @@ PARTS: dict[str, tuple[float, Callable[[Run, list[Row]], None]]] = {
     "llama-1b": (0.68, partial(costs, "llama-1b")),
     "t5-base": (0.8, partial(costs, "t5-base")),
     "banks": (0.88, banks),
-    "plans": (0.95, plans),
+    "plans": (0.93, plans),
+    "cards": (0.97, cards),
+    "shards": (0.99, shards),
 }
 """The parts in order, with the share of the time by whose end each has ended."""
 

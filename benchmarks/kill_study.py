@@ -2,12 +2,16 @@
 
     python benchmarks/kill_study.py         # runs, and writes results/kill_study.jsonl. Continues where it was stopped
     python benchmarks/kill_study.py table   # the table alone
+    python benchmarks/kill_study.py --processes 2   # two processes, one of which is killed (results/kill_study_2.jsonl)
 
 A small BERT (random weights, MiniLM's vocabulary) on disk learns 64 rows of SST-2 by `sidestep train --method
 diff_pruning`. It takes 8 steps in the first stage and 32 in the third, with a checkpoint every 2. In each round a run
 is killed (SIGKILL) after a random share of the time that the undisturbed one took. It is resumed, and compared with the
 undisturbed run by the task's config and all bytes of its tensors. A kill that comes after the end of a run does not
 count. Runs are forked from one process, which has imported what they need.
+
+With `--processes 2` torchrun starts each run, and a random one of its two processes is killed. The other has to end
+within `LIMIT` seconds. The run is then resumed by two.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +32,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.utils.tensorboard
 from safetensors.torch import load_file
@@ -39,7 +45,10 @@ from sidestep.training import dense_stage as relax
 from text_tasks import TASKS, encoder
 
 RESULTS = Path(__file__).parent / "results" / "kill_study.jsonl"
-KILLS = 40
+OF_TWO = RESULTS.with_stem("kill_study_2")
+KILLS, KILLS_OF_TWO = 40, 20
+LIMIT = 60
+"""Seconds in which a process ends after another one was killed."""
 FORK = multiprocessing.get_context("fork")
 IMPORTED = (torch.utils.tensorboard, train)  # by a run when it needs them
 
@@ -84,6 +93,50 @@ def _run(arguments: list[str]) -> None:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nothing.fileno(), stream.fileno())
         app(arguments)
+
+
+def started_together(arguments: list[str], output: Path) -> subprocess.Popen[bytes]:
+    """As `started`, by two processes. The returned one is torchrun."""
+    resume = ["--resume"] if (output / checkpoints.FOLDER / checkpoints.RUN).is_file() else []
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "sidestep.cli", *arguments, "--output", str(output), *resume]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_one_of_two() -> None:
+    """The rounds of two processes that are missing."""
+    done = rounds(OF_TWO)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        arguments, output = prepare(folder), folder / "killed"
+        begin = time.perf_counter()
+        if started_together(arguments, folder / "whole").wait():
+            raise RuntimeError("the undisturbed run failed")
+        whole = time.perf_counter() - begin
+        expected = task(folder / "whole")
+        for number in itertools.count(1 + max((one["number"] for one in done), default=-1)):
+            if len(done) >= KILLS_OF_TWO:
+                break
+            shutil.rmtree(output, ignore_errors=True)
+            chance, launcher = random.Random(number), started_together(arguments, output)
+            delay, rank = chance.uniform(0, whole), chance.randrange(2)
+            time.sleep(delay)
+            found = {one.environ().get("RANK"): one for one in psutil.Process(launcher.pid).children(recursive=True)}
+            if launcher.poll() is not None or str(rank) not in found:
+                launcher.wait()
+                continue
+            found[str(rank)].kill()
+            begin = time.perf_counter()
+            _, alive = psutil.wait_procs([psutil.Process(launcher.pid), *found.values()], timeout=LIMIT)
+            seconds, stage = round(time.perf_counter() - begin, 1), stage_of(output)
+            if alive:
+                raise RuntimeError(f"round {number}: {len(alive)} processes were alive after {LIMIT} s")
+            if started_together(arguments, output).wait():
+                raise RuntimeError(f"round {number}: the resumed run failed")
+            one = {"number": number, "after": round(delay / whole, 3), "stage": stage, "rank": rank}
+            done.append({**one, "seconds": seconds, "equal": task(output) == expected, "date": f"{date.today()}"})
+            with OF_TWO.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(done[-1]) + "\n")
 
 
 def ended(process: Any) -> None:
@@ -142,14 +195,14 @@ def task(folder: Path) -> tuple[str, dict[str, bytes]]:
     return (folder / task_folder.CONFIG).read_text(), {name: value.numpy().tobytes() for name, value in tensors.items()}
 
 
-def rounds() -> list[dict[str, Any]]:
+def rounds(results: Path = RESULTS) -> list[dict[str, Any]]:
     """What has been run."""
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
 
 
-def table() -> None:
+def table(results: Path = RESULTS) -> None:
     """Kills and equal tasks by stage."""
-    done = rounds()
+    done = rounds(results)
     equal = Counter(one["stage"] for one in done if one["equal"])
     print("| killed when | kills | tasks equal to the undisturbed run's |\n|---|---|---|")
     for stage, kills in Counter(one["stage"] for one in done).items():
@@ -157,6 +210,7 @@ def table() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["table"]:
-        main()
-    table()
+    together = sys.argv[1:3] == ["--processes", "2"]
+    if "table" not in sys.argv:
+        (kill_one_of_two if together else main)()
+    table(OF_TWO if together else RESULTS)

@@ -16,6 +16,7 @@ ROOT = Path(sidestep.__file__).parent
 ROOMS = [
     "messages",
     "versions",
+    "ranks",
     "metrics",
     "sparse",
     "interface",

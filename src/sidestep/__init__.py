@@ -50,12 +50,13 @@ if TYPE_CHECKING:
     from sidestep.model.initialise import initialise
     from sidestep.model.joint_model import JointModel
     from sidestep.model.pair_model import PairModel
+    from sidestep.model.sharding import shard
     from sidestep.model.side_model import SideModel
     from sidestep.tasks.add_diff import DifferentBackbones, add_diff
     from sidestep.tasks.bank import TaskBank
     from sidestep.tasks.bank_folder import BankError
     from sidestep.tasks.load import load
-    from sidestep.training.run import DataSpec, ModelSpec, RunSpec, train
+    from sidestep.training.run import DataSpec, ModelSpec, RunSpec, store_features, train
     from sidestep.training.settings import TrainSettings
 
 __version__ = VERSION
@@ -108,6 +109,8 @@ __all__ = [
     "peak_memory",
     "plan",
     "saved_bytes",
+    "shard",
+    "store_features",
     "train",
 ]
 
@@ -141,11 +144,12 @@ _HOMES = {
     "model.attach": ("attach", "detach"),
     "model.joint_model": ("JointModel",),
     "model.pair_model": ("PairModel",),
+    "model.sharding": ("shard",),
     "measure.plan": ("Plan", "plan"),
     "model.initialise": ("initialise",),
     "disk.task_folder": ("TaskError",),
     "tasks.load": ("load",),
-    "training.run": ("DataSpec", "ModelSpec", "RunSpec", "train"),
+    "training.run": ("DataSpec", "ModelSpec", "RunSpec", "store_features", "train"),
     "training.settings": ("TrainSettings",),
     "tasks.add_diff": ("DifferentBackbones", "add_diff"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,6 +34,8 @@ EXAMPLE = 80
 
 def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, piped: int = 140) -> None:
     """Print a table, numbers to the right. It is as wide as the terminal at most, or `piped` without a terminal."""
+    if not is_first():
+        return
     names, lines = list(columns), [list(row) for row in rows]
     table = Table(show_header=any(names))
     for place, name in enumerate(names):
@@ -68,7 +71,13 @@ def cell(value: object) -> str:
 
 def remark(text: str) -> None:
     """Print a line that is no result."""
-    print(text, file=sys.stderr, flush=True)
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def is_first() -> bool:
+    """Whether this process prints: the only one, or the first of several."""
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def hush() -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ import torch
 import sidestep as ss
 from sidestep.compare import bench, runs
 from sidestep.compare.bench import Bench, Prepared, Rows, fingerprint, pairs
+from sidestep.compare.claims import claims
 from sidestep.compare.files import comparison_from
-from sidestep.compare.records import Record, read
+from sidestep.compare.records import Record, append, read
 from sidestep.compare.runs import planned, run
 from sidestep.compare.spec import Comparison, Contender
 from sidestep.compare.summary import summary
@@ -309,8 +311,8 @@ from pathlib import Path
 from sidestep.compare.files import comparison_from
 from sidestep.compare.runs import run
 torch.set_num_threads(1)
-file, place, output = map(Path, sys.argv[1:])
-run(comparison_from(json.loads(file.read_text()), place, "x"), output)
+file, place, output = map(Path, sys.argv[1:4])
+run(comparison_from(json.loads(file.read_text()), place, "x"), output, shared=len(sys.argv) > 4)
 """
 
 
@@ -340,6 +342,67 @@ def test_a_second_process_is_refused_and_the_first_is_not_disturbed(place: Path,
         assert first.returncode == 0, said
     assert [(one.settings["seed"], one.status) for one in read(output)[0]] == [(0, "ok"), (1, "ok")]
     assert run(comparison(place, **few), output, tell=silent).ran == 0
+
+
+def wait_for(lines: int, output: Path) -> None:
+    deadline = time.monotonic() + 600
+    while len(read(output)[0]) < lines:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_processes_share_the_runs_and_each_ends_with_all_results(place: Path, finished: Path, tmp_path: Path) -> None:
+    output, file = tmp_path / "results.jsonl", tmp_path / "values.json"
+    file.write_text(json.dumps(values()))
+    command = [sys.executable, "-c", RUNNING, *map(str, (file, place, output)), "share"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as other:
+        wait_for(1, output)
+        with pytest.raises(OutputError, match=r"other processes share the runs of .*: join them with --share"):
+            run(comparison(place), output, tell=silent)
+        own = run(comparison(place), output, tell=silent, shared=True)
+        said, _ = other.communicate(timeout=600)
+        assert other.returncode == 0, said
+    found = read(output)[0]
+    assert len(own.records) == len(found) == 8
+    assert own.ran < 8
+    assert outcome(found) == outcome(read(finished)[0])
+    assert {file.name for file in tmp_path.glob(".*")} == {".results.jsonl.lock"}
+
+
+@pytest.mark.parametrize("ends", ["well", "badly", "killed"])
+def test_what_another_process_runs_is_waited_for(place: Path, finished: Path, tmp_path: Path, ends: str) -> None:
+    """Its result is taken, also if it failed. If the process ended before, the run is done here."""
+    output, found = tmp_path / "results.jsonl", read(finished)[0]
+    theirs = found[1]
+    with claims(output, shared=True) as other:
+        with other.of(theirs.key, wait=False):
+            results: list[Any] = []
+            here = Thread(target=lambda: results.append(run(comparison(place), output, tell=silent, shared=True)))
+            here.start()
+            wait_for(3, output)  # all other trials
+            if ends != "killed":
+                failed = (
+                    replace(theirs, measured=None, status="failed", reason="of memory") if ends == "badly" else theirs
+                )
+                append(output, failed)
+        here.join(600)
+    (outcome_here,) = results
+    assert outcome_here.ran == (8 if ends == "killed" else 7)
+    status = [one.status for one in outcome_here.records if one.key == theirs.key]
+    assert status == ["failed" if ends == "badly" else "ok"]
+
+
+def test_equal_time_is_shared_contender_by_contender(place: Path, tmp_path: Path) -> None:
+    output, timed = tmp_path / "results.jsonl", comparison(place, budget="2s", seeds=[0])
+    with claims(output, shared=True) as other:
+        with other.of("the search of probe on reviews", wait=False):
+            results: list[Any] = []
+            here = Thread(target=lambda: results.append(run(timed, output, tell=silent, shared=True)))
+            here.start()
+            wait_for(1, output)
+            assert {one.settings["contender"] for one in read(output)[0]} == {"full"}
+        here.join(600)
+    assert {one.settings["contender"] for one in results[0].records if one.kind == "score"} == {"probe", "full"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")

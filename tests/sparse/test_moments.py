@@ -43,5 +43,5 @@ def test_averages_in_float32_are_changed_in_place() -> None:
 
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "sidestep\[8bit\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "sidestep\[quantize\]"'):
         EightBit()

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import random
+import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +30,7 @@ from sidestep.data.media import Medium
 from sidestep.data.pairs import captioned
 from sidestep.disk import features as store_of_states
 from sidestep.disk.feature_options import FeatureOptions, default_folder
-from sidestep.disk.features import FeatureError, FeatureStore, OverLimit
+from sidestep.disk.features import FeatureError, FeatureStore, OverLimit, name_of
 from sidestep.kinds import features as stored_rows
 from sidestep.kinds.features import LOOKED_AT, Features
 from sidestep.kinds.prepare import prepare
@@ -757,6 +759,86 @@ def test_auto_keeps_in_memory_what_pays(place: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(keeping, "ROOM", 0.0)
     assert keep(model, data, options("auto", tmp_path / "store"), told.append) is None
     assert "of memory are free: --features disk keeps them in a folder" in told[2]
+
+
+class Job:
+    """A process that fills a folder: here a model and a store of its own, and a thread."""
+
+    def __init__(self, place: Path, folder: Path) -> None:
+        data = data_of(place)
+        model = ss.attach(load_backbone(place / "bert"), READ, head=head_for(data))
+        self.features = Features.of(
+            model, data, FeatureStore(folder, PLENTY), rounded=False, batch_size=2, autocast=False
+        )
+        self.computed: list[int] = []
+        own = self.features.record
+        self.features.record = lambda numbers: self.computed.extend(numbers) or own(numbers)  # type: ignore[method-assign]
+        self.thread = threading.Thread(target=lambda: self.features.fill(progress=False), daemon=True)
+
+    def names(self) -> list[str]:
+        """Of the parts."""
+        ids = self.features.ids
+        return [name_of({"rows": [ids[row].hex() for row in part]}) for part in self.features._parts()]
+
+    def waits_for(self, rows: int) -> None:
+        """Wait until so many rows are lacking."""
+        while len(self.features.lacking) != rows:
+            assert self.thread.is_alive()
+            time.sleep(0.01)
+
+
+def test_jobs_that_fill_one_folder_share_the_rows(place: Path, tmp_path: Path) -> None:
+    one, other = Job(place, tmp_path), Job(place, tmp_path)
+    (first, second, *_), names = one.features._parts(), one.names()
+    assert names == other.names()
+    assert len(names) > 3
+    with other.features.entry.claimed(names[0], wait=False) as ours:
+        assert ours
+        one.thread.start()
+        one.waits_for(len(first))
+        other.features._fill(first[:4], lambda rows: None, wait=False)  # stored by the other meanwhile
+    one.thread.join(60)
+    assert not one.features.lacking
+    assert sorted(one.computed) == sorted({*range(len(one.features.ids))} - {*first[:4]})
+    other.features.fill(progress=False)
+    assert other.computed == first[:4]
+    assert second[0] in one.computed
+
+
+def test_a_part_of_a_job_that_ended_is_taken_over(place: Path, tmp_path: Path) -> None:
+    one, other = Job(place, tmp_path), Job(place, tmp_path)
+    part = one.features._parts()[1]
+    with other.features.entry.claimed(one.names()[1], wait=False):
+        one.thread.start()
+        one.waits_for(len(part))
+    one.thread.join(60)  # the claim is gone, and nothing was stored
+    assert sorted(one.computed) == list(range(len(one.features.ids)))
+
+
+def test_many_rows_are_few_parts(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = Job(place, tmp_path).features
+    monkeypatch.setattr(stored_rows, "PARTS", 2)
+    monkeypatch.setattr(stored_rows, "PART", 1)
+    first, second = features._parts()
+    assert sorted([*first, *second]) == list(range(len(features.ids)))
+    assert max(features.lengths[row] for row in first) <= min(features.lengths[row] for row in second)
+
+
+def test_a_folder_that_was_filled_before_is_trained_from(place: Path, tmp_path: Path) -> None:
+    settings = TrainSettings(
+        output=tmp_path / "out", epochs=1, features="disk", features_folder=tmp_path / "store", progress=False
+    )
+    asked = ss.DataSpec(train=rows(), dev=rows(20, 1), text="text")
+    spec = ss.RunSpec(data=asked, model=ss.ModelSpec(backbone=place / "bert", method=READ), training=settings)
+    told = ss.store_features(spec)
+    assert not settings.output.exists()
+    assert told["computed"] == told["rows"]
+    assert ss.store_features(spec)["computed"] == 0
+    found = ss.train(spec)[2].features
+    assert found is not None
+    assert found["computed"] == 0
+    with pytest.raises(ValueError, match=r"--features ram with --features-only: it fills a folder"):
+        ss.store_features(replace(spec, training=replace(settings, features="ram")))
 
 
 def test_the_folder_is_the_users_unless_it_is_said_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

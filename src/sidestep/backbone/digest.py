@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sidestep.backbone.quantised import as_loaded
+from sidestep.backbone.quantised import identity_of
+from sidestep.backbone.shards import whole
 from sidestep.backbone.trunk import trunk_of
 
 
@@ -61,7 +62,8 @@ def pretrained_tensors(
     """Names (relative to the base model, sorted) and values of the pretrained weights that identify a backbone.
 
     Left out are heads and poolers (a class of model may lack them) and tensors that the checkpoint did not have. The
-    second name of a tied tensor is left out too. `originals` stand in for tensors (by the model's names) that a method
+    second name of a tied tensor is left out too. A quantised weight is given as its codes and scales, under names of
+    their own, and never unpacked. `originals` stand in for tensors (by the model's names) that a method
     moved. `plain_name` gives back the names that tensors had before a method inserted modules, or None for the method's
     own.
     """
@@ -72,11 +74,12 @@ def pretrained_tensors(
     skip = new | head_tensors(trunk)
     # Every name of a tied tensor is looked at, so that the one it goes by does not depend on the order of registration.
     named = [*trunk.named_parameters(remove_duplicate=False), *_persistent_buffers(trunk)]
-    plain = [(own, tensor) for name, tensor in named if (own := plain_name(name)) is not None]
-    for name, tensor in sorted(plain, key=lambda item: item[0]):
+    plain = [(own, path, tensor) for path, tensor in named if (own := plain_name(path)) is not None]
+    for name, path, tensor in sorted(plain, key=lambda item: item[0]):
         if id(tensor) not in skip and not in_pooler(name):
             skip.add(id(tensor))
-            yield name, as_loaded(before.get(id(tensor), tensor))
+            owner = trunk.get_submodule(path.rpartition(".")[0])
+            yield from identity_of(name, before.get(id(tensor), tensor), owner)
 
 
 def in_pooler(name: str) -> bool:
@@ -125,11 +128,11 @@ _NARROWER = (torch.bfloat16, torch.float16)
 
 
 def digest_of(named: Iterable[tuple[str, Tensor]]) -> Digest:
-    """The digest of tensors with their names."""
+    """The digest of tensors with their names. Shards are gathered one tensor at a time."""
     exact, rounded = hashlib.sha256(), {dtype: hashlib.sha256() for dtype in _NARROWER}
     dtypes: set[torch.dtype] = set()
     for name, tensor in named:
-        value = tensor.cpu().contiguous()
+        value = whole(tensor).cpu().contiguous()
         exact.update(_record(name, value))
         if value.is_floating_point():
             dtypes.add(value.dtype)

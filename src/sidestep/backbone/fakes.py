@@ -10,16 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from sidestep.backbone.quantised import is_quantised
+from sidestep.backbone.quantised import is_packed, is_quantised
+from sidestep.backbone.shards import is_shard
 
 
 def without_values(model: nn.Module) -> nn.Module:
     """A copy on the meta device: a task can be tried on it, and it takes no memory for weights."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
+        # a packed one cannot be emptied alike
+        empty = (
+            torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            if is_packed(parameter)
+            else (torch.empty_like(parameter, device="meta"))
+        )
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         memo[id(parameter)].__dict__.update(parameter.__dict__)  # transformers' mark of what was loaded
     for buffer in model.buffers():
@@ -90,10 +96,14 @@ def has_values(model: nn.Module) -> bool:
     Not on the meta device, sharded, dispatched by accelerate, quantised, or of fake tensors.
     """
     tensors = (*model.parameters(), *model.buffers())
-    # by name, because torch may be built without what shards
-    if any(tensor.is_meta or type(tensor).__name__ in ("FakeTensor", "DTensor") for tensor in tensors):
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor) or is_shard(tensor) for tensor in tensors):
         return False
-    return not any("_hf_hook" in vars(module) or is_quantised(module) for module in model.modules())
+    return not is_dispatched(model) and not any(is_quantised(module) for module in model.modules())
+
+
+def is_dispatched(model: nn.Module) -> bool:
+    """Whether accelerate moves or offloads parts of a model as they are called."""
+    return any("_hf_hook" in vars(module) for module in model.modules())
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

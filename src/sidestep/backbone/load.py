@@ -22,11 +22,13 @@ from transformers import (
 from sidestep.backbone import said_causal, trunk_of
 from sidestep.backbone.configs import asked, config_of, read_config, read_npz
 from sidestep.backbone.families import dual_family_of
+from sidestep.backbone.formats import Quantize, check_quantizable, left_plain, quantization_for, without_weights
 from sidestep.backbone.gguf import (
     is_gguf,
     unpacking,
 )
 from sidestep.backbone.processors import require_dual
+from sidestep.backbone.quantised import format_text, stored_quantization
 from sidestep.backbone.source import (
     CONFIG,
     TIMM,
@@ -82,6 +84,7 @@ def load_backbone(
     num_labels: int | None = None,
     writes: Written | None = None,
     drop_path: float | None = None,
+    quantize: Quantize | None = None,
 ) -> nn.Module:
     """The pretrained model of this name, in eval mode.
 
@@ -98,6 +101,8 @@ def load_backbone(
         writes: "text2text" or "lm": the model comes with its language model head, as an encoder-decoder or a decoder.
         drop_path: rate of the last block's drop path, which grows with depth from 0. None: the model's own. It acts in
             training alone, with `attach(..., backbone_noise="drop_path")`.
+        quantize: "4bit", "8bit", "int8" or "int4" (see `Format`), or a quantization config of transformers. None: as
+            the checkpoint is, quantised or not.
 
     Raises:
         LoadError: if there is no such model, files are missing or unreadable, or the weights are of another
@@ -113,6 +118,8 @@ def load_backbone(
         )
     if drop_path is not None and not 0 <= drop_path < 1:
         raise LoadError(f"drop_path={drop_path}: it is a rate from 0 to below 1")
+    if quantize is not None:
+        check_quantizable(quantize, str(name))
     wanted = named_dtype(dtype)
     if str(name).startswith(TIMM):
         if writes is not None:
@@ -130,7 +137,7 @@ def load_backbone(
         kind = transformers.ViTForImageClassification if head else transformers.ViTModel
     else:
         kind = classifier_of(config, "rows" if head is True else head) if head else headless_of(config)
-    return _load_transformers(kind, str(name), config, wanted, revision)
+    return _load_transformers(kind, str(name), config, wanted, revision, quantize, own_head=bool(head))
 
 
 def check_writes(name: str | Path, writes: Written, *, revision: str | None = None) -> None:
@@ -166,7 +173,10 @@ def load_class(
             "load the backbone yourself and pass it"
         )
     loaded = _config_of(kind, source, config)
-    return _load_transformers(kind, source.id, loaded, wanted, source.revision)
+    own = stored_quantization(loaded)  # a checkpoint that is quantised already says so itself
+    return _load_transformers(
+        kind, source.id, loaded, wanted, source.revision, source.quantization if own is None else None
+    )
 
 
 def _config_of(kind: type[PreTrainedModel], source: Source, fields: Mapping[str, Any]) -> Any:
@@ -194,15 +204,16 @@ def load_pair(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     drop_path: float | None = None,
+    quantize: Quantize | None = None,
 ) -> nn.Module:
     """A dual encoder by its name, or of an encoder of images and one of texts, with new projections.
 
     Raises:
         LoadError: if it cannot be loaded, is no dual encoder, or an encoder is timm's.
     """
-    model = load_backbone(name, dtype=dtype, revision=revision, drop_path=drop_path)
+    model = load_backbone(name, dtype=dtype, revision=revision, drop_path=drop_path, quantize=quantize)
     if text_name is not None:
-        return paired(model, load_backbone(text_name, dtype=dtype))
+        return paired(model, load_backbone(text_name, dtype=dtype, quantize=quantize))
     require_dual(name, getattr(getattr(model, "config", None), "model_type", "timm model"))
     return model
 
@@ -287,10 +298,19 @@ def _is_decoder(config: Any) -> bool:
 
 
 def _load_transformers(
-    kind: Any, name: str, config: Any, dtype: torch.dtype | None, revision: str | None
+    kind: Any,
+    name: str,
+    config: Any,
+    dtype: torch.dtype | None,
+    revision: str | None,
+    quantize: Quantize | None = None,
+    *,
+    own_head: bool = False,
 ) -> PreTrainedModel:
     weights = read_npz(name.removeprefix(VIT)).for_transformers() if name.startswith(VIT) else None
     place, options = asked(name, revision)
+    if quantize is not None:
+        options |= _quantising(quantize, name, kind, config, dtype, own_head)
     with quiet(local=weights is not None or Path(place).is_dir()), as_load_error(name, "weights"):
         model, report = kind.from_pretrained(
             None if weights else place,
@@ -308,6 +328,24 @@ def _load_transformers(
     # what `source_of` reads: from_pretrained sets it to what it was given
     model.config._name_or_path = name
     return model.eval()
+
+
+def _quantising(
+    quantize: Quantize, name: str, kind: Any, config: Any, dtype: torch.dtype | None, own_head: bool
+) -> dict[str, Any]:
+    """What tells `from_pretrained` to quantise weights as they are loaded.
+
+    Raises:
+        LoadError: if they are quantised already, or cannot be.
+    """
+    if (own := stored_quantization(config)) is not None:
+        raise LoadError(f"quantize={quantize!r}: {name} is quantised already ({format_text(own)}). Leave quantize out")
+    found = quantization_for(
+        quantize,
+        dtype or config.dtype or torch.float32,
+        lambda: left_plain(without_weights(kind, config), own_head=own_head),
+    )
+    return {"quantization_config": found}
 
 
 def _without_heads(model: PreTrainedModel) -> nn.Module:

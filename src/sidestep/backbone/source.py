@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from sidestep.backbone.gguf import (
     gguf_parts,
     is_gguf,
 )
+from sidestep.backbone.quantised import stored_quantization
 from sidestep.messages import some
 
 Library = Literal["transformers", "timm"]
@@ -71,6 +72,7 @@ class Source:
         class_name: of the model.
         library: "transformers" or "timm".
         dtype: of its weights ("float32", ..., or several joined by "+").
+        quantization: transformers' config of it, as plain data. None: weights are not quantised, or it is not known.
     """
 
     id: str
@@ -78,6 +80,11 @@ class Source:
     class_name: str
     library: Library
     dtype: str
+    quantization: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values. A quantization is told only where there is one."""
+        return {name: value for name, value in asdict(self).items() if name != "quantization" or value is not None}
 
 
 def source_of(backbone: nn.Module) -> Source:
@@ -92,6 +99,7 @@ def source_of(backbone: nn.Module) -> Source:
             class_name=name,
             library="transformers",
             dtype=dtype,
+            quantization=stored_quantization(config),
         )
     known = _timm_id(getattr(backbone, "pretrained_cfg", None) or {})
     return Source(id=known, revision=None, class_name=name, library="timm", dtype=dtype)

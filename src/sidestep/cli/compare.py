@@ -10,6 +10,7 @@ import typer
 from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import INTERRUPTED, reporting
+from sidestep.cli.launched import as_single_process
 from sidestep.cli.values import backbone_named, unescaped
 from sidestep.console import hush, remark, show_table
 from sidestep.messages import about, counted
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 #: The options that go with a comparison file. All others describe a comparison, as the file does.
-WITH_A_FILE = ("file", "only", "quick", "dry_run", "output", "debug")
+WITH_A_FILE = ("file", "only", "quick", "dry_run", "share", "output", "debug")
 
 
 def compare(
@@ -28,6 +29,7 @@ def compare(
     backbone: opt.ComparedBackbone = None,
     gguf: opt.Gguf = None,
     text_backbone: opt.TextBackbone = None,
+    quantize: opt.Quantize = None,
     methods: opt.Methods = None,
     train: opt.ComparedRows = None,
     dev: opt.ComparedDev = None,
@@ -59,10 +61,12 @@ def compare(
     only: opt.Only = None,
     quick: opt.Quick = False,
     dry_run: opt.DryRun = False,
+    share: opt.Share = False,
     output: opt.Results = None,
     debug: opt.Debug = False,
 ) -> None:
     """Compare methods at the same settings: scores, memory, time. A stopped comparison continues."""
+    launched = as_single_process()
     with reporting(debug):
         from sidestep.compare.files import check_results, comparison_file, comparison_from
         from sidestep.compare.spec import quick as made_quick
@@ -92,7 +96,9 @@ def compare(
                 "encoding": encoding,
             }
             values = {
-                "backbone": [{"model": backbone_named(backbone, gguf), "text_model": text_backbone}],
+                "backbone": [
+                    {"model": backbone_named(backbone, gguf), "text_model": text_backbone, "quantize": quantize}
+                ],
                 "task": [task],
                 "methods": _listed(methods),
                 "seeds": list(range(seeds)),
@@ -120,7 +126,7 @@ def compare(
         if dry_run:
             _show_plan(comparison)
         else:
-            _run(comparison, results)
+            _run(comparison, results, shared=share or launched > 1)
 
 
 def _refuse_flags(context: typer.Context, file: Path) -> None:
@@ -131,12 +137,12 @@ def _refuse_flags(context: typer.Context, file: Path) -> None:
         raise ValueError(f"{', '.join(flags)} with {file}: the file says what is compared. Set it there")
 
 
-def _run(comparison: Comparison, output: Path) -> None:
+def _run(comparison: Comparison, output: Path, *, shared: bool) -> None:
     from sidestep.compare.runs import run
     from sidestep.compare.summary import summary
 
     try:
-        outcome = run(comparison, output, tell=remark)
+        outcome = run(comparison, output, tell=remark, shared=shared)
     except KeyboardInterrupt:
         remark(f"Stopped. What is done is in {output}; the same command continues")
         raise typer.Exit(INTERRUPTED) from None

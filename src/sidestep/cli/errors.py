@@ -19,16 +19,18 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def reporting(debug: bool) -> Iterator[None]:
+def reporting(debug: bool, *, shared: bool = False) -> Iterator[None]:
     """Run a command's body. What a user can mend is printed to stderr, with exit code 2 and no traceback.
 
     Args:
         debug: whether to let through the traceback and the remarks of other packages.
+        shared: whether several processes may do it together. Else it is refused in each of them.
     """
     with warnings.catch_warnings(), nullcontext() if debug else _without_remarks():
         warnings.showwarning = _show_warning
         try:
-            yield
+            with _ranks(shared):
+                yield
         except KeyboardInterrupt:
             _say("Stopped. A training run continues with --resume")
             raise typer.Exit(INTERRUPTED) from None
@@ -37,8 +39,34 @@ def reporting(debug: bool) -> Iterator[None]:
                 raise
             # what the system says lacks the kind of error, what Sidestep says does not
             told = isinstance(error, ValueError | RuntimeError) or (isinstance(error, OSError) and error.errno is None)
-            _say(f"Error: {error}" if told else f"Error: {type(error).__name__}: {error}")
+            _say(f"{_who()}Error: {error}" if told else f"{_who()}Error: {type(error).__name__}: {error}")
             raise typer.Exit(USER_ERROR) from error
+
+
+@contextmanager
+def _ranks(shared: bool) -> Iterator[None]:
+    """What a launcher has started beside this process: they work together, and the first one speaks for all."""
+    if "LOCAL_RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    if not shared:
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were started, and this command is for one: start it without "
+            "torchrun or accelerate launch. train, eval, predict and compare are for several"
+        )
+    from sidestep import ranks
+
+    with ranks.together():
+        if not ranks.is_first():
+            warnings.simplefilter("ignore")
+        yield
+    ranks.end()
+
+
+def _who() -> str:
+    """Which process speaks, where it is one of several and not the first."""
+    number = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
+    return "" if number == "0" else f"rank {number} of {os.environ.get('WORLD_SIZE')}: "
 
 
 @contextmanager
@@ -60,9 +88,10 @@ def _is_users(error: Exception) -> bool:
     if isinstance(error, ValueError | OSError | ModuleNotFoundError):
         return True
     from sidestep.fold import FoldError
+    from sidestep.ranks import RankEnded
     from sidestep.training.train import TrainError
 
-    return isinstance(error, FoldError | TrainError)
+    return isinstance(error, FoldError | TrainError | RankEnded)
 
 
 def _show_warning(

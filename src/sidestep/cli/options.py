@@ -61,7 +61,11 @@ LmLoss = Annotated[
 Noise = Annotated[str | None, _model(help="Noise of the frozen backbone: drop_path, dropout or all.")]
 DropPath = Annotated[float | None, _model(help="Rate of the backbone's drop path. Turns that noise on in training.")]
 Dtype = Annotated[str | None, _model(help="Precision of the backbone. Default: its checkpoint's.")]
+Quantize = Annotated[
+    str | None, _model("--quantize", help="Quantise the backbone: 4bit, 8bit (bitsandbytes), int8 or int4 (torchao).")
+]
 Revision = Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")]
+Shard = Annotated[bool, _model("--shard", help="Share the frozen blocks out among the processes of torchrun (FSDP2).")]
 
 SOURCE = "csv, tsv, json, jsonl or parquet file, folder or list (.txt) of images, sounds or videos, or hub id"
 Train = Annotated[str, _data(help=f"Training rows: {SOURCE}.", show_default=False)]
@@ -122,8 +126,8 @@ NoQuoting = Annotated[bool, _data("--no-quoting", help="Quotes in the table are 
 Encoding = Annotated[str, _data(help="Encoding of the table, such as latin-1.")]
 
 Epochs = Annotated[int, _training(help="Passes over the training rows.")]
-BatchSize = Annotated[int, _training(help="Rows of one step.")]
-EvalBatchSize = Annotated[int, _training(help="Rows of one pass over the dev rows.")]
+BatchSize = Annotated[int, _training(help="Rows of one step, of all processes.")]
+EvalBatchSize = Annotated[int, _training(help="Rows of one pass over the dev rows, of all processes.")]
 Accumulate = Annotated[int, _training(help="Batches for one optimizer step.")]
 Rate = Annotated[float | None, _training("--lr", help="Learning rate. Default: the method's.")]
 Schedule = Annotated[str, _training(help="What the rate does: linear, cosine, cosine_epochs, step or constant.")]
@@ -163,6 +167,11 @@ FeaturesFolder = Annotated[
 FeaturesLimit = Annotated[str, _running("--features-limit", help="Most that features may take, such as 20GB.")]
 FeaturesPrecision = Annotated[
     str, _running("--features-precision", help="same, or bf16: half the size of float32, rounded.")
+]
+
+FeaturesOnly = Annotated[
+    bool,
+    _running("--features-only", help="Fill the folder of features, and train nothing. Several jobs share the rows."),
 ]
 
 FeaturesNames = Annotated[list[str] | None, typer.Argument(help="Names as listed, or their beginnings. Default: all.")]
@@ -223,6 +232,9 @@ NoCosts = Annotated[bool, _running("--no-costs", help="Measure no memory and tim
 Only = Annotated[str | None, _running("--only", help="Contenders to run, of those compared: read,lora.")]
 Quick = Annotated[bool, _running("--quick", help="One seed, few rows, epochs and rates: ends in minutes.")]
 DryRun = Annotated[bool, _running("--dry-run", help="List the runs and stop.")]
+Share = Annotated[
+    bool, _running("--share", help="Share the runs with other processes that run the same comparison with --share.")
+]
 Results = Annotated[Path | None, _output("--output", help="Results file to write or continue (.jsonl).")]
 
 Planned = Annotated[

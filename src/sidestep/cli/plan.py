@@ -45,6 +45,7 @@ def plan(
     precision: opt.Precision = None,
     bf16: opt.Bf16 = False,
     dtype: opt.PlannedDtype = None,
+    quantize: opt.Quantize = None,
     optimizer: opt.Optimizer = "AdamW",
     measure: opt.Measure = False,
     as_json: opt.AsJson = False,
@@ -86,6 +87,7 @@ def plan(
             # a measured step runs on what there is
             "device": best_device() if measure else "cpu" if limit is None else "cuda",
             "revision": revision,
+            "quantize": quantize,
             "measure": measure,
         }
         make: Any = partial(planned, backbone_named(backbone, gguf), **settings)

@@ -39,6 +39,7 @@ def evaluate(
     encoding: opt.Encoding = "utf-8",
     backbone: opt.OtherBackbone = None,
     gguf: opt.Gguf = None,
+    shard: opt.Shard = False,
     batch_size: opt.BatchSize = 64,
     features: opt.Features = "auto",
     features_folder: opt.FeaturesFolder = None,
@@ -47,7 +48,8 @@ def evaluate(
     debug: opt.Debug = False,
 ) -> None:
     """Score a task on rows with labels."""
-    with reporting(debug):
+    with reporting(debug, shared=True):
+        from sidestep import ranks
         from sidestep.data import Fields
         from sidestep.disk.feature_options import FeatureOptions
         from sidestep.measure.plan import memory_of
@@ -57,11 +59,17 @@ def evaluate(
         check_batch(batch_size)
         kept = FeatureOptions(where=cast("Where", features), folder=features_folder, limit=memory_of(features_limit))
         table = table_options(columns, no_header, no_quoting, encoding)
-        model = _load(task, backbone_named(backbone, gguf))
+        model = _load(task, backbone_named(backbone, gguf), sharded=shard)
         fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio, video=video, label=label))
         found = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         judged = predicting.judge(
-            model, found, fields=fields, batch_size=batch_size, progress=not quiet, features=kept, tell=_tell(kept)
+            model,
+            found,
+            fields=fields,
+            batch_size=batch_size,
+            progress=not quiet and ranks.is_first(),
+            features=kept,
+            tell=_tell(kept),
         )
         show_facts(f"{task} on {rows}", {"rows": len(found), **score_facts(judged)}, piped=NARROW)
 
@@ -84,6 +92,7 @@ def predict(
     encoding: opt.Encoding = "utf-8",
     backbone: opt.OtherBackbone = None,
     gguf: opt.Gguf = None,
+    shard: opt.Shard = False,
     batch_size: opt.BatchSize = 64,
     probabilities: opt.Probabilities = "all",
     overwrite: opt.Overwrite = False,
@@ -122,7 +131,8 @@ def predict(
             debug=debug,
         )
         return
-    with reporting(debug):
+    with reporting(debug, shared=True):
+        from sidestep import ranks
         from sidestep.data import Fields
         from sidestep.disk.table_files import check_table, write_table
         from sidestep.disk.task_folder import read_config
@@ -131,10 +141,10 @@ def predict(
         hush()
         check_batch(batch_size)
         shares = predicting.check_probabilities(probabilities)
-        check_table(output, overwrite=overwrite)
+        ranks.first(lambda: check_table(output, overwrite=overwrite))
         _refuse_inputs(output, task, rows, backbone_named(backbone, gguf))
         table = table_options(columns, no_header, no_quoting, encoding)
-        model = _load(task, backbone_named(backbone, gguf))
+        model = _load(task, backbone_named(backbone, gguf), sharded=shard)
         fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio, video=video))
         given = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         found = predicting.predict(
@@ -142,10 +152,11 @@ def predict(
             given,
             fields=fields,
             batch_size=batch_size,
-            progress=not quiet,
+            progress=not quiet and ranks.is_first(),
             probabilities=shares,
         )
-        write_table(found, output, shares=predicting.share_columns(found, given), overwrite=overwrite)
+        columns_ = predicting.share_columns(found, given)
+        ranks.first(lambda: write_table(found, output, shares=columns_, overwrite=overwrite))
         remark(f"{len(found)} rows written to {output}")
         show_unnamed(read_config(task))
 
@@ -166,12 +177,18 @@ def _refuse_inputs(output: Path, task: Path, rows: str, backbone: str | None) ->
     refuse_inputs([output], [*rows_at(rows), *parts_of(task), *models])
 
 
-def _load(task: Path, name: str | None) -> Attached:
-    """The model of a task, on its backbone or one from elsewhere, on a GPU if there is one."""
+def _load(task: Path, name: str | None, *, sharded: bool = False) -> Attached:
+    """The model of a task, on its backbone or one from elsewhere, on a GPU if there is one, or shared out among all."""
     import torch
 
+    from sidestep.model.sharding import shard
     from sidestep.tasks import load as loading
+    from sidestep.training.launchers import asks_for_fsdp, check_passes
 
+    if asks_for_fsdp() or sharded:
+        model = loading.load(task, loading.stored_backbone(task, moved_to=name))
+        check_passes(model)
+        return shard(model)
     device = "cuda" if torch.cuda.is_available() else None
     return loading.load(task, loading.stored_backbone(task, moved_to=name), device=device)
 

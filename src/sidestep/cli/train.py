@@ -12,13 +12,14 @@ from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
 from sidestep.cli.values import backbone_named, config_from, feature_options, table_options, unescaped, value_of
-from sidestep.console import Shown, hush, show_answers, show_results
+from sidestep.console import Shown, hush, remark, show_answers, show_results
 from sidestep.messages import duration_of
 
 AUTO = "auto"
 """In the place of a method: it is chosen."""
 
 if TYPE_CHECKING:
+    from sidestep.backbone.formats import Format
     from sidestep.backbone.recompute import Checkpoint
     from sidestep.data.boxes import BoxForm
     from sidestep.interface.keep import Keep
@@ -46,7 +47,9 @@ def train(
     backbone_noise: opt.Noise = None,
     drop_path: opt.DropPath = None,
     dtype: opt.Dtype = None,
+    quantize: opt.Quantize = None,
     revision: opt.Revision = None,
+    shard: opt.Shard = False,
     text: opt.Text = None,
     text2: opt.Text2 = None,
     separator: opt.Separator = None,
@@ -105,18 +108,20 @@ def train(
     features_folder: opt.FeaturesFolder = None,
     features_limit: opt.FeaturesLimit = "50GB",
     features_precision: opt.FeaturesPrecision = "same",
+    features_only: opt.FeaturesOnly = False,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
     """Train a task and save it in a folder."""
-    with reporting(debug):
+    with reporting(debug, shared=True):
+        from sidestep import ranks
         from sidestep.kinds.base import kind_named
         from sidestep.methods import method_named
         from sidestep.model.heads import Retrieve
         from sidestep.training.auto import CANDIDATES, auto
-        from sidestep.training.run import DataSpec, ModelSpec, RunSpec
+        from sidestep.training.run import DataSpec, ModelSpec, RunSpec, store_features
         from sidestep.training.run import train as run
         from sidestep.training.settings import TrainSettings
 
@@ -227,15 +232,27 @@ def train(
             backbone_noise=asked["backbone_noise"],
             drop_path=asked["drop_path"],
             dtype=dtype,
+            quantize=cast("Format | None", quantize),
             revision=revision,
+            shard=shard,
         )
         spec = RunSpec(data=data, model=model, training=settings, recipe=chosen.record())
+        if features_only:
+            if chooses:
+                raise ValueError("--features-only with --method auto: name the method whose features are to be stored")
+            told = store_features(spec, Shown(spec.recipe))
+            remark(f"{told['rows']} rows are stored. The same command without --features-only trains from them")
+            return
         if chooses:
+            if ranks.count() > 1:
+                raise ValueError(f"--method auto with {ranks.count()} processes: it is chosen in one. Name a method")
             trained, rows, results = auto(spec, budget=duration_of(budget), watch=Shown(spec.recipe))
         else:
             trained, rows, results = run(spec, Shown(spec.recipe))
-        show_answers(trained, rows)
-        show_results(results, Path(output))
+        with ranks.alone():  # each of them, because those that share a sharded backbone make the same passes
+            show_answers(trained, rows)
+        if ranks.is_first():
+            show_results(results, Path(output))
 
 
 def _check_auto(typed: Mapping[str, Any], *, chooses: bool) -> None:

@@ -83,9 +83,13 @@ class Bench:
         """
         model: nn.Module
         if is_dual(spec):
-            model = load_pair(spec.model, spec.text_model, dtype=spec.dtype, revision=spec.revision)
+            model = load_pair(
+                spec.model, spec.text_model, dtype=spec.dtype, revision=spec.revision, quantize=spec.quantize
+            )
         else:
-            model = load_backbone(spec.model, dtype=spec.dtype, revision=spec.revision, writes=writes)
+            model = load_backbone(
+                spec.model, dtype=spec.dtype, revision=spec.revision, writes=writes, quantize=spec.quantize
+            )
         if attention is not None:
             _set_attention(model, attention, spec.name)
         model.to(device())
@@ -142,6 +146,7 @@ class Bench:
             keep=contender.keep,
             dtype=self.spec.dtype,
             revision=self.spec.revision,
+            quantize=self.spec.quantize,
         )
 
     @property
@@ -185,6 +190,7 @@ class Bench:
             "checkpoint": contender.checkpoint,
             # what is new is told only where it is not as ever, so that results of before are found again
             **({} if contender.keep == "full" else {"keep": contender.keep}),
+            **({} if self.spec.quantize is None else {"quantize": self.spec.quantize}),
             "noise": contender.noise or ("own" if changes_weights else "eval"),
             "precision": self.precision,
             "attention": self.attention,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sidestep.backbone.gguf import GGUF, gguf_name, gguf_parts, is_gguf
 from sidestep.backbone.source import TIMM, VIT
-from sidestep.compare.ledger import places
+from sidestep.compare.claims import places
 from sidestep.compare.spec import (
     CHECKPOINT,
     Backbone,
@@ -219,6 +219,7 @@ def _backbone(table: _Table, base: Path) -> Backbone:
         text_model=None if (text := table.get("text_model", str)) is None else _resolved_backbone(text, base),
         dtype=table.get("dtype", str),
         revision=table.get("revision", str),
+        quantize=table.get("quantize", str),
         pool=table.get("pool", str),
     )
     table.finish()

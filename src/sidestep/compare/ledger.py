@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,55 +13,78 @@ from typing import Any
 import torch
 
 from sidestep.compare import records
+from sidestep.compare.claims import Claims, claims
 from sidestep.compare.records import Kind, Record, Status
-from sidestep.disk.atomic import only_writer
 
 Tell = Callable[[str], None]
 
 
-def places(results: Path) -> tuple[Path, Path, Path]:
-    """What a comparison writes: the results file, the present run's folder, and the lock. Both lie beside the file."""
-    beside = Path(os.path.realpath(results))  # another spelling of the path has the same lock
-    return results, beside.with_name(f".{beside.name}.run"), beside.with_name(f".{beside.name}.lock")
-
-
 class Ledger:
-    """The results file: what is there already, and where new results go. Only one process at a time has it.
+    """The results file: what is there already, and where new results go.
 
     Attributes:
+        claims: what this process may run, where several share the runs.
         touched: by key, the results that were asked for.
         ran: how many of them are new.
         broken: lines that could not be read.
     """
 
-    def __init__(self, path: Path, tell: Tell) -> None:
+    def __init__(self, path: Path, tell: Tell, claims: Claims) -> None:
         found, self.broken = records.read(path)
         if self.broken:
             tell(f"{path}: {self.broken} broken lines are passed over (a writer was killed); their runs are run again")
-        self.path, self.tell = path, tell
+        self.path, self.tell, self.claims = path, tell, claims
         self.known = records.latest(found)
         self.touched: dict[str, Record] = {}
         self.ran = 0
-        self.scratch = places(path)[1]
+        self._size = _size(path)
+        self._news: set[str] = set()
 
     @classmethod
     @contextmanager
-    def opened(cls, path: Path, tell: Tell) -> Iterator[Ledger]:
-        """The ledger, while nobody else has it.
+    def opened(cls, path: Path, tell: Tell, *, shared: bool = False) -> Iterator[Ledger]:
+        """The ledger, while nobody else has it, or `shared` with others that have it so.
 
         Raises:
-            OutputError: if another process writes to the file.
+            OutputError: if another process writes to the file, and both do not share it.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with only_writer(places(path)[2], path):
-            yield cls(path, tell)
+        with claims(path, shared=shared) as own:
+            yield cls(path, tell, own)
 
-    def once(self, kind: Kind, settings: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> Record:
+    def once(
+        self, kind: Kind, settings: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], *, wait: bool = True
+    ) -> Record | None:
         """The result of these settings: the one in the file, or else what `work` measures now.
 
         A result that failed is tried again. If it fails once more, that is written down and the comparison goes on.
+
+        Args:
+            kind, settings: which result.
+            work: measures it.
+            wait: whether to wait where another process measures it now. Then its result is taken, also a failure.
+
+        Returns:
+            None: another process measures it.
         """
-        return self.find(kind, settings) or self._attempt(kind, settings, work)
+        if (found := self.find(kind, settings)) is not None:
+            return found
+        with self.claims.of(key := records.key_of(kind, settings), wait=wait) as ours:
+            if not ours:
+                return None
+            self.refresh()
+            if key in self._news:
+                self.touched[key] = self.known[key]
+                return self.known[key]
+            return self._attempt(kind, settings, work)
+
+    def refresh(self) -> None:
+        """Read what other processes have added since."""
+        if not self.claims.shared or _size(self.path) == self._size:
+            return
+        self._size = _size(self.path)
+        found, _ = records.read(self.path)
+        self._news |= {one.key for one in found if one.key not in self.known or self.known[one.key].date != one.date}
+        self.known = records.latest(found)
 
     def without(self, kind: Kind, settings: Mapping[str, Any], status: Status, reason: str) -> None:
         """Write down that there is no result and why, unless that stands there already."""
@@ -102,7 +124,8 @@ class Ledger:
             threads=torch.get_num_threads(),
             gpu=gpu,
         )
-        records.append(self.path, record)
+        with self.claims.writing():
+            records.append(self.path, record)
         self.known[record.key] = self.touched[record.key] = record
         self.ran += 1
         return record
@@ -115,10 +138,14 @@ class Ledger:
         except Exception as error:
             reason = str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
         finally:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            shutil.rmtree(self.claims.scratch, ignore_errors=True)
         gc.collect()  # the Trainer and its model refer to each other
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
         status: Status = "ok" if measured is not None else "failed"
         spent = time.perf_counter() - begin
         return self.add(kind, settings, measured=measured, status=status, reason=reason, seconds=spent)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -5,13 +5,12 @@ Every contender goes through the same code: it is attached to the backbone, trai
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sidestep.backbone import Digest
 from sidestep.compare.bench import Bench, Prepared, Rows, measured_as, pairs, processor_of, written_by
@@ -20,6 +19,7 @@ from sidestep.compare.costs import measure_costs
 from sidestep.compare.files import check_results
 from sidestep.compare.forecast import Forecast, Run, step_pace
 from sidestep.compare.ledger import Ledger, Tell
+from sidestep.compare.outcomes import Choice, best, measured, told
 from sidestep.compare.records import Kind, Record
 from sidestep.compare.spec import Comparison, Contender, Task
 from sidestep.data.joins import NOTHING
@@ -27,14 +27,16 @@ from sidestep.disk.features import FeatureStore
 from sidestep.kinds.prepare import TaskData
 from sidestep.messages import about, counted
 from sidestep.methods import method_of
-from sidestep.metrics import GREATER_IS_BETTER
 from sidestep.model.attach import Attached, detach
-from sidestep.training.results import Results
 from sidestep.training.run import DataSpec, RunSpec, train
 from sidestep.training.settings import TrainSettings
 
-Choice = tuple[float, int]
-"""A learning rate, and how many epochs."""
+
+class Work(Protocol):
+    """A run, which another process may have taken. Then it is not done, but with `wait`."""
+
+    def __call__(self, *, wait: bool = False) -> bool:
+        """Whether it is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def planned(comparison: Comparison) -> list[Planned]:
     ]
 
 
-def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
+def run(comparison: Comparison, output: Path, *, tell: Tell = print, shared: bool = False) -> Outcome:
     """Run what is not in the results file yet.
 
     A comparison that is stopped has about as much of every contender. So the runs go task by task: first the trials and
@@ -86,8 +88,10 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
 
     Args:
         comparison: what is compared.
-        output: the results file (JSON lines). One process at a time writes to it.
+        output: the results file (JSON lines).
         tell: takes a line of progress.
+        shared: whether other processes may run parts of this comparison at the same time, all with the same file. Each
+            ends when all is done. Without it the file is this process's alone.
 
     Raises:
         OutputError: if the results cannot go there, or another process writes them.
@@ -96,7 +100,7 @@ def run(comparison: Comparison, output: Path, *, tell: Tell = print) -> Outcome:
     """
     check_results(comparison, output)
     prepared = _prepared(comparison, pairs(comparison), tell)
-    with Ledger.opened(output, tell) as ledger:
+    with Ledger.opened(output, tell, shared=shared) as ledger:
         for spec in comparison.backbones:
             tasks = prepared[spec.name]
             writes = written_by([task.task for task in tasks])
@@ -150,15 +154,19 @@ class _Session:
         self._refuse(prepared)
         if (costs := self.comparison.costs) is not None:
             frames = max((task.trial.handling.get("frames", 0) for task in prepared), default=0)
-            measure_costs(self.comparison, costs, self.bench, self.ledger, self.refused, frames or None)
+            with self.ledger.claims.of(f"costs on {self.bench.spec.name}", wait=True):
+                self.ledger.refresh()
+                measure_costs(self.comparison, costs, self.bench, self.ledger, self.refused, frames or None)
         self.forecast = self._forecast(prepared)
-        chosen = {}
+        chosen, left = {}, []
         for task in prepared:
             chosen[task.task.name] = self._chosen(task)
-            self._score(task, chosen[task.task.name], first)
+            left += _done(self._scores(task, chosen[task.task.name], first))
         for seed in others:
             for task in prepared:
-                self._score(task, chosen[task.task.name], seed)
+                left += _done(self._scores(task, chosen[task.task.name], seed))
+        for work in left:
+            work(wait=True)
 
     def _refuse(self, prepared: list[Prepared]) -> None:
         for one in self.comparison.scored:
@@ -169,59 +177,91 @@ class _Session:
 
     def _chosen(self, task: Prepared) -> dict[str, Choice | None]:
         """The best rate and epochs of each contender on held-out training rows. None if it failed at every rate."""
-        epochs, seed = self.comparison.epochs, self.comparison.seeds[0]
-        if self.comparison.budget is not None:
-            return {one.name: self._within(task, one, self.comparison.budget) for one in self.running}
+        epochs, seed, budget = self.comparison.epochs, self.comparison.seeds[0], self.comparison.budget
+        if budget is not None:
+            chosen: dict[str, Choice | None] = {}
+
+            def searched(one: Contender, *, wait: bool = False) -> bool:
+                with self.ledger.claims.of(f"the search of {one.name} on {task.task.name}", wait=wait) as ours:
+                    if ours:
+                        self.ledger.refresh()
+                        chosen[one.name] = self._within(task, one, budget)
+                    return ours
+
+            for work in _done([partial(searched, one) for one in self.running]):
+                work(wait=True)
+            return chosen
         if not _trials(self.comparison):
             return {one.name: (one.rates[0], epochs) for one in self.running}
         found: dict[str, dict[Choice, Record]] = {one.name: {} for one in self.running}
-        for number in range(_trials(self.comparison)):
-            for one in self.running:
-                rate = one.rates[number]
-                found[one.name][rate, epochs] = self._once("trial", task, one, "holdout", (rate, epochs), seed)
-        return {name: _best(trials) for name, trials in found.items()}
+
+        def tried(one: Contender, rate: float, *, wait: bool = False) -> bool:
+            record = self._once("trial", task, one, "holdout", (rate, epochs), seed, wait=wait)
+            if record is not None:
+                found[one.name][rate, epochs] = record
+            return record is not None
+
+        trials = [partial(tried, one, one.rates[n]) for n in range(_trials(self.comparison)) for one in self.running]
+        for work in _done(trials):
+            work(wait=True)
+        return {name: best(trials) for name, trials in found.items()}
 
     def _within(self, task: Prepared, one: Contender, budget: float) -> Choice | None:
         """The best rate and epochs that a contender finds in its time."""
         spent = self.spent[task.task.name, one.name] = Spent(budget)
         seed = self.comparison.seeds[0]
         whole, part = (Run.of(one.name, data, 1).work for data in (task.data[seed], task.trial))
+
+        def trial(rate: float, epochs: int) -> Record:
+            record = self._once("trial", task, one, "holdout", (rate, epochs), seed, wait=True)
+            assert record is not None  # it was waited for
+            return record
+
         search = Search(
             rates=one.rates,
-            trial=lambda rate, epochs: self._once("trial", task, one, "holdout", (rate, epochs), seed),
+            trial=trial,
             share=whole / part,
             spent=spent,
             solved=method_of(one.config).solved,
         )
-        return _best(search.run())
+        return best(search.run())
 
-    def _score(self, task: Prepared, chosen: Mapping[str, Choice | None], seed: int) -> None:
+    def _scores(self, task: Prepared, chosen: Mapping[str, Choice | None], seed: int) -> list[Work]:
         """Every contender with one seed, on all training rows."""
-        for one in self.running:
-            if (choice := chosen[one.name]) is not None:
-                record = self._once("score", task, one, "dev", choice, seed)
-                spent = self.spent.get((task.task.name, one.name))
-                if spent is not None and seed == self.comparison.seeds[0]:
-                    spent.charge(record)
-                    self.ledger.tell(
-                        f"{task.task.name}, {one.name}: {counted(choice[1], 'epoch')}, {about(spent.seconds)} of "
-                        f"{about(spent.budget)} spent"
-                    )
-            else:
-                self.done += 1
-                self.forecast.done(self._run_of(one, task.data[seed]))
-                reason = "the trial of every learning rate failed"
-                self.ledger.without("score", self._settings(task, one, "dev", None, seed), "failed", reason)
+        return [partial(self._score, task, one, chosen[one.name], seed) for one in self.running]
 
-    def _once(self, kind: Kind, task: Prepared, one: Contender, part: str, choice: Choice, seed: int) -> Record:
+    def _score(self, task: Prepared, one: Contender, choice: Choice | None, seed: int, *, wait: bool = False) -> bool:
+        """A contender with one seed. False: another process runs it."""
+        if choice is None:
+            self.done += 1
+            self.forecast.done(self._run_of(one, task.data[seed]))
+            reason = "the trial of every learning rate failed"
+            self.ledger.without("score", self._settings(task, one, "dev", None, seed), "failed", reason)
+            return True
+        record = self._once("score", task, one, "dev", choice, seed, wait=wait)
+        spent = self.spent.get((task.task.name, one.name))
+        if record is not None and spent is not None and seed == self.comparison.seeds[0]:
+            spent.charge(record)
+            self.ledger.tell(
+                f"{task.task.name}, {one.name}: {counted(choice[1], 'epoch')}, {about(spent.seconds)} of "
+                f"{about(spent.budget)} spent"
+            )
+        return record is not None
+
+    def _once(
+        self, kind: Kind, task: Prepared, one: Contender, part: str, choice: Choice, seed: int, *, wait: bool
+    ) -> Record | None:
+        """A run's result. None: another process runs it."""
         before = self.ledger.ran
         data = task.trial if kind == "trial" else task.data[seed]
         settings, run = self._settings(task, one, part, choice, seed), self._run_of(one, data)
-        record = self.ledger.once(kind, settings, lambda: self._train(one, data, choice, seed))
+        record = self.ledger.once(kind, settings, lambda: self._train(one, data, choice, seed), wait=wait)
+        if record is None:
+            return None
         self.done += 1
         if self.ledger.ran > before:
             self.forecast.done(run, record.seconds if record.measured is not None else None)
-            self.ledger.tell(f"[{self.done}{self._of()}] {_told(record)}{self._time_left()}")
+            self.ledger.tell(f"[{self.done}{self._of()}] {told(record)}{self._time_left()}")
         else:
             self.forecast.done(run)
         return record
@@ -268,12 +308,12 @@ class _Session:
         spec = RunSpec(
             data=DataSpec(train=data.train),
             model=self.bench.model_spec(one),
-            training=self.comparison.training(self.ledger.scratch, rate, seed, epochs),
+            training=self.comparison.training(self.ledger.claims.scratch, rate, seed, epochs),
         )
         watch, backbone = _Known(self.bench.known), self.bench.model
         model, _, results = train(spec, watch, backbone=backbone, data=data, store=self.shared)
         try:
-            return _measured(results, model)
+            return measured(results, model)
         finally:
             detach(model)
 
@@ -333,6 +373,11 @@ class _Known:
         """Nobody is told."""
 
 
+def _done(works: Iterable[Work]) -> list[Work]:
+    """Do what no other process does. The rest is left."""
+    return [work for work in works if not work()]
+
+
 def _trials(comparison: Comparison) -> int:
     """Trials of each contender. A single rate needs none."""
     count = len(comparison.contenders[0].rates)
@@ -349,64 +394,3 @@ def _about(task: Task) -> dict[str, Any]:
 def _joined(data: TaskData) -> dict[str, Any]:
     """What stands between texts, if anything. Earlier results, when nothing did, are not those of such rows."""
     return {} if data.separators == NOTHING else {"separators": asdict(data.separators)}
-
-
-def _best(trials: Mapping[Choice, Record]) -> Choice | None:
-    """The rate and epochs with the best score. Of equal ones those with the smaller loss."""
-
-    def value(measured: Mapping[str, Any]) -> tuple[float, float]:
-        sign = 1 if GREATER_IS_BETTER.get(measured["metric"], True) else -1
-        loss = (measured.get("history") or [{}])[-1].get("dev_loss")
-        return sign * measured["score"], -(loss if loss is not None else math.inf)
-
-    came_through = {choice: record.measured for choice, record in trials.items() if record.measured is not None}
-    return max(came_through, key=lambda choice: value(came_through[choice]), default=None)
-
-
-def _measured(results: Results, model: Attached) -> dict[str, Any]:
-    """What is kept of a training run. For a sparse diff also its nonzeros, and for a first stage its outcome."""
-    metric, first = results.metric, results.first_stage
-    history = [
-        {
-            "epoch": entry["epoch"],
-            "loss": entry["train_loss"],
-            "dev_loss": entry["dev_loss"],
-            "score": entry[f"dev_{metric}"],
-        }
-        for entry in results.history
-    ]
-    if not math.isfinite(results.scores[metric]):
-        raise ValueError(f"{metric} on dev is {results.scores[metric]}, no finite number")
-    pick = max if GREATER_IS_BETTER.get(metric, True) else min
-    nonzeros = [len(part.sparse.values) for part in model.parts if part.sparse is not None]
-    further: dict[str, Any] = {"nonzeros": sum(nonzeros)} if nonzeros else {}
-    if first is not None:
-        further["first_stage"] = {name: value for name, value in first.items() if name != "history"}
-    return {
-        "metric": metric,
-        "score": results.scores[metric],
-        "scores": results.scores,
-        "constant": results.constant,
-        "best_epoch_score": pick(entry["score"] for entry in history),
-        "history": history,
-        "parameters": results.trainable_parameters,
-        "task_bytes": results.task_bytes,
-        "train_seconds": round(sum(results.epoch_seconds) + sum(first["epoch_seconds"] if first else ()), 4),
-        "epoch_seconds": statistics.median(results.epoch_seconds),
-        "run_seconds": results.seconds,
-        "epochs": results.planned_epochs,
-        "rate": results.learning_rate,
-        **({} if results.features is None else {"features": results.features}),
-        **further,
-    }
-
-
-def _told(record: Record) -> str:
-    asked = record.settings
-    text = f"{asked['task']}, {asked['contender']}, "
-    if asked["rate"] is not None:
-        text += f"rate {asked['rate']:g}, {counted(asked['epochs'], 'epoch')}, "
-    text += f"seed {asked['seed']}, {asked['part']}: "
-    if record.measured is None:
-        return f"{text}failed: {record.reason}"
-    return f"{text}{record.measured['metric']} {record.measured['score']:.4f} ({record.seconds:.0f} s)"

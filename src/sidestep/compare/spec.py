@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from sidestep.backbone import Noise, check_noise
 from sidestep.backbone.families import Pool
+from sidestep.backbone.formats import Format, check_format
 from sidestep.backbone.processors import IN_WORDS
 from sidestep.backbone.source import Reads
 from sidestep.data import Fields, Kind, TableOptions
@@ -59,6 +60,7 @@ class Backbone:
         text_model: the encoder of texts beside one of images, where tasks are of pairs and the two are no pair yet.
         dtype: precision of the weights. None: the checkpoint's.
         revision: branch, tag or commit of a hub id.
+        quantize: the format in which its weights are quantised. None: as the checkpoint is.
         pool: what the heads read. None: the family's default.
     """
 
@@ -67,11 +69,13 @@ class Backbone:
     text_model: str | None = None
     dtype: str | None = None
     revision: str | None = None
+    quantize: Format | None = None
     pool: Pool | None = None
 
     def __post_init__(self) -> None:
         _check_pool(self.pool, f"backbone {self.name!r}")
         _require("dtype", self.dtype, self.dtype in (None, *DTYPES), f"{', '.join(DTYPES)}, or not given")
+        check_format(self.quantize)
 
 
 @dataclass(frozen=True, kw_only=True)

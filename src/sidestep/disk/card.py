@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.backbone.pixels import IMAGE_TRANSFORM
+from sidestep.backbone.quantised import format_text
 from sidestep.backbone.source import PROCESSOR_FILES, TOKENIZER_FILES, Reads, read_by_files
 from sidestep.disk.atomic import whole
 
@@ -67,9 +68,11 @@ def model_card(config: Mapping[str, Any], name: str, reads: Reads | None = None)
 
 
 def backbone_text(backbone: Mapping[str, Any]) -> str:
-    """A backbone in words: its class and where it came from."""
+    """A backbone in words: its class, where it came from, and how its weights are quantised."""
+    found = backbone.get("quantization")
+    how = "" if found is None else f" in {format_text(found)}"
     towers = " and ".join(tower["id"] for tower in backbone.get("towers", {}).values() if tower["id"])
-    return f"{backbone['class_name']} {backbone['id'] or (towers and f'of {towers}') or '(not loaded by name)'}"
+    return f"{backbone['class_name']} {backbone['id'] or (towers and f'of {towers}') or '(not loaded by name)'}{how}"
 
 
 def unnamed_classes(config: Mapping[str, Any]) -> list[str]:

@@ -15,11 +15,9 @@ import os
 import secrets
 import shutil
 import time
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sidestep.disk.atomic import OutputError, check_folder, whole
+from sidestep.disk.shards import COUNTS, FORMAT, ROWS, Shard, checksum, read_shard
 
-FORMAT = 1
 MARK = "sidestep-features.json"
 KEY = "key.json"
-ROWS = "rows"
-COUNTS = "#tokens"
 WAIT = 1.0
 """Seconds to wait for another process that opens a store."""
 ABANDONED = 3600
@@ -54,36 +50,6 @@ class OverLimit(FeatureError):
 
 class DiskFull(FeatureError):
     """There is no room for a shard on the disk."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The states of some rows.
-
-    Attributes:
-        rows: the number of each row by its id.
-        states: (tokens of all rows, width) by place.
-        ends: where each row's tokens end, by place, with a 0 in front.
-        seconds: that the states took to compute.
-    """
-
-    rows: Mapping[bytes, int]
-    states: Mapping[str, Tensor]
-    ends: Mapping[str, Sequence[int]]
-    seconds: float
-
-    @classmethod
-    def of(
-        cls, ids: Sequence[bytes], states: Mapping[str, Tensor], counts: Mapping[str, list[int]], seconds: float
-    ) -> Shard:
-        """The shard of these rows."""
-        ends = {place: [0, *accumulate(each)] for place, each in counts.items()}
-        return cls({row: number for number, row in enumerate(ids)}, states, ends, seconds)
-
-    def row(self, number: int, place: str) -> Tensor:
-        """(tokens, width) of a row."""
-        ends = self.ends[place]
-        return self.states[place][ends[number] : ends[number + 1]]
 
 
 @dataclass
@@ -109,7 +75,7 @@ class Entry:
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in self._files:
                 self._files.add(path.name)
-                shard = _read(path, self.name)
+                shard = read_shard(path, self.name)
                 if shard is not None:
                     self._add(shard)
 
@@ -160,7 +126,7 @@ class Entry:
         tensors = {ROWS: torch.frombuffer(bytearray(b"".join(ids)), dtype=torch.uint8).view(len(ids), -1), **joined}
         tensors |= {f"{place}{COUNTS}": torch.tensor(each) for place, each in counts.items()}
         self.store.make_room(sum(_bytes(tensor) for tensor in tensors.values()), but=self.name)
-        about = {"format": str(FORMAT), "entry": self.name, "sum": _sum(tensors), "seconds": repr(seconds)}
+        about = {"format": str(FORMAT), "entry": self.name, "sum": checksum(tensors), "seconds": repr(seconds)}
         path = self.folder / f"{secrets.token_hex(8)}.safetensors"
         try:
             self._describe()
@@ -169,6 +135,37 @@ class Entry:
         except (OSError, SafetensorError) as error:
             raise _failed(error, self.folder.parent) from error
         self.refresh()
+
+    @contextmanager
+    def claimed(self, part: str, *, wait: bool) -> Iterator[bool]:
+        """Whether a part of the rows is this process's meanwhile, with what others have stored of it until now.
+
+        The system frees a part when the process ends that has it.
+
+        Args:
+            part: its name.
+            wait: for the process that has it.
+
+        Raises:
+            FeatureError: if the folder cannot be written to.
+        """
+        if self.folder is None:
+            yield True
+            return
+        try:
+            self._describe()
+            lock = FileLock(self.folder / f".{part}.lock", timeout=-1 if wait else 0)
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        except OSError as error:
+            raise _failed(error, self.folder.parent) from error
+        try:
+            self.refresh()
+            yield True
+        finally:
+            lock.release()
 
     def drop(self) -> None:
         """Forget all states, in the folder too."""
@@ -361,26 +358,6 @@ def check_store(folder: Path) -> None:
         )
 
 
-def _read(path: Path, entry: str) -> Shard | None:
-    """A shard, or None if it is damaged or of another entry. Then it is removed."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-        if (about.get("format"), about.get("entry"), about.get("sum")) != (str(FORMAT), entry, _sum(tensors)):
-            raise ValueError("it is not what was written")
-        rows = [bytes(row) for row in tensors.pop(ROWS).numpy()]
-        counts = {name: tensors.pop(f"{name}{COUNTS}").tolist() for name in list(tensors) if not name.endswith(COUNTS)}
-        return Shard.of(rows, tensors, counts, float(about["seconds"]))
-    except FileNotFoundError:
-        return None  # another process has removed it
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        _log.warning("stored features of %s are damaged, and are computed again (%s)", path, error)
-        with suppress(OSError):
-            path.unlink()
-        return None
-
-
 def _stored(path: Path) -> Stored:
     size, rows, used = 0, 0, path.stat().st_mtime
     for file in path.iterdir():
@@ -394,15 +371,6 @@ def _stored(path: Path) -> Stored:
         used = (path / KEY).stat().st_mtime
         key = json.loads((path / KEY).read_text(encoding="utf-8"))
     return Stored(name=path.name, key=key, rows=rows, size=size, used=used)
-
-
-def _sum(tensors: Mapping[str, Tensor]) -> str:
-    """A checksum over names, shapes and bytes."""
-    running = 0
-    for name, tensor in sorted(tensors.items()):
-        running = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), running)
-        running = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, running)
-    return f"{running:08x}"
 
 
 def _bytes(tensor: Tensor) -> int:

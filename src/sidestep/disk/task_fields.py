@@ -73,7 +73,9 @@ SOURCE: Mapping[str, Any] = {
     "library": Library,
     "dtype": str,
 }
-"""As `loading.Source`."""
+"""As `Source`."""
+SOURCE_TOO: Mapping[str, Any] = {"quantization": dict[str, Any]}
+"""What a `Source` has only where weights are quantised."""
 DIGEST: Mapping[str, Any] = {"dtype": str, "exact": Sha256, "rounded": dict[str, Sha256]}
 REQUIRED: Mapping[str, Any] = {
     "format": AtLeast1,
@@ -103,6 +105,7 @@ OPTIONAL: Mapping[str, Any] = {
     "processor_sha256": Sha256 | None,
     "config_sha256": Sha256,
     "backbone.towers": dict[str, dict[str, Any]],
+    **{f"backbone.{name}": kind for name, kind in SOURCE_TOO.items()},
 }
 #: Parts that have no other entries than these.
 CLOSED: Mapping[str, Mapping[str, Any]] = {
@@ -206,7 +209,7 @@ def _of_towers(config: Mapping[str, Any]) -> Iterator[str]:
         name = f"backbone.towers.{tower}"
         for key in kinds.keys() - about.keys():
             yield f"{name} lacks {key}"
-        yield from _of_closed(name, about, kinds)
+        yield from _of_closed(name, about, {**kinds, **SOURCE_TOO})
         yield from _of_closed(f"{name}.digest", about.get("digest"), DIGEST)
 
 

@@ -22,13 +22,14 @@ from sidestep.backbone.families import Pool
 from sidestep.backbone.grids import TokenGrid, counted_prefix, sides
 from sidestep.backbone.in_order import in_order
 from sidestep.fold.caches import SideCache, claim
-from sidestep.fold.deferred import Ended, SecondStrand
+from sidestep.fold.deferred import SecondStrand
 from sidestep.fold.group import GroupStrand
 from sidestep.fold.hooks import CARRIED
 from sidestep.fold.keeping import Keeping
 from sidestep.fold.padding import check_mask, kept_tokens, own_tokens, read_token
 from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, grid_at, mean_tokens, single_token, wrong_norm
 from sidestep.fold.reads import Reads
+from sidestep.fold.sharded import directly
 from sidestep.fold.stored import RecordedStrand, Recorder, States
 from sidestep.fold.strand import Strand
 from sidestep.fold.turns import Turn
@@ -90,6 +91,7 @@ class Fold:
         # a string, which copies of this fold and of a cache share
         self.late, self.name = late, uuid.uuid4().hex
         self.keeping = Keeping(method, border, keep, frozen=frozen)
+        self.within: Callable[..., Any] = directly
         self.call: partial[Any] | None = None
         self.again: Reads | None = None
         self.stored: States | None = None
@@ -116,7 +118,7 @@ class Fold:
                 self.diff.write()
             self.call = partial(call, *args, **kwargs)
             try:
-                output = call(*args, **kwargs)
+                output = self.within(self.call, again=False)
                 return output, None if self.finished is None else self.finished[1].reading
             finally:
                 self.current, self.finished, self.call = None, None, None
@@ -131,9 +133,7 @@ class Fold:
             self.require_attached()
             self.again = reads
             try:
-                call()
-            except Ended:
-                pass
+                self.within(call, again=True)
             finally:
                 self.current, self.finished, self.again = None, None, None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sidestep.interface.config import MethodConfig
-from sidestep.interface.weight_delta import WeightDelta
+from sidestep.interface.weight_delta import WeightDelta, refuse_codes
 from sidestep.sparse.diff import SparseDiff
 
 ValueDtype = Literal["float32", "bfloat16", "float16"]
@@ -42,19 +42,18 @@ class SparseDelta(WeightDelta):
 
     samples: int = 0
 
+    @property
+    def wanders(self) -> bool:
+        """Whether positions change while the diff is trained."""
+        return False
+
     def moves(self, name: str, parameter: Tensor) -> bool:
         """Every floating-point weight may be changed."""
         return parameter.is_floating_point()
 
     def insert(self, trunk: nn.Module) -> None:
         """Raise if the backbone is quantised: its stored weights are codes, to which nothing can be added."""
-        codes = {str(tensor.dtype).removeprefix("torch.") for tensor in trunk.parameters() if not is_plain(tensor)}
-        if codes or getattr(getattr(trunk, "config", None), "quantization_config", None) is not None:
-            raise ValueError(
-                f"its weights are quantised ({', '.join(sorted(codes)) or 'by its config'}), and a diff is added to "
-                "plain ones. Load it unquantised, or train a side network (read, dtl, sherl, ...), which leaves "
-                "weights alone"
-            )
+        refuse_codes(trunk, "a diff is added to plain ones")
 
     def diff(self, tensors: Mapping[str, nn.Parameter]) -> SparseDiff | None:
         """The diff, without positions yet."""
@@ -123,8 +122,3 @@ class SparseDelta(WeightDelta):
 
     def check_told(self, diff: SparseDiff) -> None:
         """Called in every training pass: a method that needs `before_step` raises if nobody called it."""
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers that can be added to."""
-    return tensor.is_floating_point() and tensor.itemsize > 1

@@ -60,3 +60,17 @@ class WeightDelta(ABC):
             tensors: the moved ones by their names in the trunk, without heads and what the checkpoint did not have.
         """
         return None
+
+
+def refuse_codes(trunk: nn.Module, why: str) -> None:
+    """Raise `ValueError` if a trunk's weights are codes, for a method that changes them as numbers."""
+    codes = {
+        str(parameter.dtype).removeprefix("torch.")
+        for parameter in trunk.parameters()
+        if not (parameter.is_floating_point() and parameter.itemsize > 1)
+    }
+    if codes or getattr(getattr(trunk, "config", None), "quantization_config", None) is not None:
+        raise ValueError(
+            f"its weights are quantised ({', '.join(sorted(codes)) or 'by its config'}), and {why}. Load it "
+            "unquantised, or train a side network (read, dtl, sherl, ...), which leaves weights alone"
+        )

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from sidestep import ranks
 from sidestep.data import Collate
 from sidestep.data.contents import row_ids
-from sidestep.data.encode_sounds import inputs_of, noise
-from sidestep.disk.features import Entry, FeatureStore
+from sidestep.disk.features import Entry, FeatureStore, name_of
 from sidestep.fold import Route, States
 from sidestep.kinds.base import UNREAD, kind_named
+from sidestep.kinds.feature_keys import key_of
 from sidestep.kinds.task_data import TaskData
 from sidestep.measure.step import accepted, synchronize
 from sidestep.model.features import VECTOR, FeaturesRefused, Recorded, find_route, record
 from sidestep.model.side_model import SideModel
-from sidestep.versions import version_of
 
 STORED = "stored"
 """Column with the number of a row among those that are stored."""
 SHARD = 64 * 2**20
 """Bytes of a shard, about. What is computed when a run is killed is lost up to so much."""
+PART = 8
+"""Batches that a process claims at once. Several processes may fill one folder."""
+PARTS = 256
+"""Of many rows more are claimed at once, so that there are at most so many parts."""
+EXCHANGED = 256
+"""Rows whose states are sent to other processes at one time."""
 LOOKED_AT = 4
 """Rows of the pass that is looked at, to see what is to be stored."""
-OF_TASKS = (
-    *("id2label", "label2id", "problem_type", "pad_token_id"),
-    *("_name_or_path", "architectures", "dtype", "use_cache"),
-)
-"""Fields of a config that do not change what frozen blocks compute of a row."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 """How far a state may be from what is stored of it, relative to its norm, by its precision."""
 
@@ -176,6 +173,14 @@ class Features:
         Raises:
             FeatureError: if there is no room for it.
         """
+        if self.entry.folder is None:  # each process has a memory of its own
+            own = self._forecast()
+            return ranks.first(lambda: own)
+        found = ranks.first(self._forecast)
+        self.entry.refresh()
+        return found
+
+    def _forecast(self) -> Forecast:
         order = self.lacking
         if not order:
             return Forecast(rows=0, size=0, seconds=0.0, fetching=0.0)
@@ -200,28 +205,75 @@ class Features:
     # --- computing --------------------------------------------------------------------------------------------------
 
     def fill(self, *, progress: bool) -> None:
-        """Compute and store what is lacking, the shortest rows first.
+        """Compute and store what is lacking, the shortest rows first. Each process computes its share of the rows.
+
+        Processes that fill one folder at the same time share the rows: who claims a part first computes it. What others
+        have claimed is waited for, and computed here if they end before it is stored.
 
         Raises:
             FeatureError: if there is no room for it.
         """
-        order = self.lacking
-        taken: dict[str, list[Tensor]] = {name: [] for name in self.route.places}
-        rows: list[bytes] = []
-        size, begin = 0, time.perf_counter()
+        lacking = {self.ids[number] for number in self.lacking}
+        parts = self._parts()
+        if self.entry.folder is None:  # each process has a memory of its own
+            parts = [list(ranks.own(part)) for part in parts]
+        ranks.each(lambda: self._fill_parts(parts, progress=progress and ranks.is_first()))
+        if self.entry.folder is None and ranks.count() > 1:
+            own = [self.ids[number] for part in parts for number in part]
+            self._exchange([row for row in own if row in lacking])
+        self.entry.refresh()
+
+    def _exchange(self, own: Sequence[bytes]) -> None:
+        """Send the states of these rows to all other processes, and add theirs."""
+        for sender in range(ranks.count()):
+            rows = ranks.from_one(sender, own)
+            for start in range(0, len(rows), EXCHANGED):
+                part = rows[start : start + EXCHANGED]
+                if sender == ranks.rank():
+                    sent = {name: [self.entry.state(row, name).clone() for row in part] for name in self.route.places}
+                    ranks.from_one(sender, sent)
+                else:
+                    self.entry.add(part, ranks.from_one(sender, {}), 0.0)
+
+    def _fill_parts(self, parts: Sequence[Sequence[int]], *, progress: bool) -> None:
         with _bar(progress) as told:
-            bar = told.add_task("features", total=len(order))
+            bar = told.add_task("features", total=len(self.lacking))
+
+            def advance(rows: int) -> None:
+                told.advance(bar, rows)
+
+            claimed = [part for part in parts if not self._fill(part, advance, wait=False)]
+            for part in claimed:
+                self._fill(part, advance, wait=True)
+
+    def _parts(self) -> list[list[int]]:
+        """The numbers of all rows in parts, each row once. They are the same in all processes with these rows."""
+        order = sorted({row: number for number, row in enumerate(self.ids)}.values(), key=self.lengths.__getitem__)
+        size = self.batch_size * max(PART, math.ceil(len(order) / self.batch_size / PARTS))
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def _fill(self, part: Sequence[int], advance: Callable[[int], None], *, wait: bool) -> bool:
+        """Compute and store what is lacking of a part. Returns whether this could be done: another may have it."""
+        ids = [self.ids[number] for number in part]
+        with self.entry.claimed(name_of({"rows": [row.hex() for row in ids]}), wait=wait) as ours:
+            if not ours:
+                return False
+            order = [part[index] for index in self.entry.lacking(ids, self.route.places)]
+            taken: dict[str, list[Tensor]] = {name: [] for name in self.route.places}
+            rows: list[bytes] = []
+            size, begin = 0, time.perf_counter()
             for start in range(0, len(order), self.batch_size):
                 numbers = order[start : start + self.batch_size]
                 for name, states in self.record(numbers).items():
                     taken[name] += states
                     size += sum(state.numel() * state.element_size() for state in states)
                 rows += [self.ids[number] for number in numbers]
-                told.advance(bar, len(numbers))
+                advance(len(numbers))
                 if size >= SHARD or start + self.batch_size >= len(order):
                     self.entry.add(rows, taken, time.perf_counter() - begin)
                     taken, rows = {name: [] for name in self.route.places}, []
                     size, begin = 0, time.perf_counter()
+            return True
 
     def record(self, numbers: Sequence[int]) -> dict[str, list[Tensor]]:
         """The states of rows by place, computed now."""
@@ -328,31 +380,6 @@ def _unread(data: TaskData) -> tuple[str, ...]:
     return (*UNREAD, *kind_named(data.labels.kind).beside, STORED)
 
 
-def key_of(model: SideModel, data: TaskData, route: Route, *, rounded: bool, autocast: bool) -> dict[str, Any]:
-    """All that the states of a row depend on besides the row and the place."""
-    single = model.fold.narrow if route.single else None
-    backbone = model.backbone
-    return {
-        "backbone": model.digest.exact,
-        "structure": _structure(model),
-        "precision": f"{model.precisions}{' under autocast' if autocast else ''}",
-        "stored": "bfloat16" if rounded else "as given",
-        "tokens": _vector_of(model) if route.places == (VECTOR,) else single or "all",
-        "attention": getattr(getattr(backbone, "config", None), "_attn_implementation", None),
-        "pixels": None if data.fields.image is None else _hash_of(data, _pixels),
-        # what is new stands there only where it is read, so that what was stored before is found again
-        **({} if data.fields.audio is None else {"sounds": _hash_of(data, _heard)}),
-        "device": model.device.type,
-        "versions": {name: version_of(name) for name in ("torch", "transformers", "timm")},
-        "model": type(model.trunk).__name__,
-    }
-
-
-def _vector_of(model: SideModel) -> str:
-    """What makes a vector: the head's way of reading, or the method's own read-out."""
-    return f"vector, {model.pool if model.side.pooled_width is None else model.side.pooled_from}"
-
-
 def _of_one_size(data: TaskData) -> bool:
     """Whether rows are files that need no decoding once their states are stored: their inputs have one shape.
 
@@ -369,48 +396,6 @@ def stand_ins(model: SideModel, route: Route, batch: Mapping[str, Any], *, unrea
     alone = route.single and len(model.facts.stacks) == 1 and model.main_input_name == "input_ids"
     alone = alone and not model.facts.read  # a picture is needed beside a text
     return {"input_ids": torch.zeros(1, 1, dtype=torch.long)} if alone else {}
-
-
-def _structure(model: SideModel) -> str:
-    """A hash of what the weights do not tell of the trunk: its class, and its config or timm's of it."""
-    backbone = model.backbone
-    if isinstance(backbone, PreTrainedModel):
-        config = {name: value for name, value in backbone.config.to_dict().items() if name not in OF_TASKS}
-    else:
-        config = dict(getattr(backbone, "pretrained_cfg", {}))
-    told = f"{type(model.trunk).__name__} {json.dumps(config, sort_keys=True, default=str)}"
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-
-def _hash_of(data: TaskData, makes: Callable[[Any], Iterator[Tensor]]) -> str:
-    """A hash of what the processor makes of two files, which are always the same.
-
-    Raises:
-        FeaturesRefused: if it makes something else of them each time.
-    """
-    first, again = (_hash(makes(data.processor)) for _ in range(2))
-    if first != again:
-        raise FeaturesRefused("its processor makes other inputs of a file each time")
-    return first
-
-
-def _pixels(processor: Any) -> Iterator[Tensor]:
-    for size in ((61, 37), (48, 90)):
-        picture = Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 40).convert("RGB")
-        yield torch.as_tensor(np.asarray(processor(images=[picture], return_tensors="pt")["pixel_values"][0]))
-
-
-def _heard(extractor: Any) -> Iterator[Tensor]:
-    for samples in (extractor.sampling_rate // 2, extractor.sampling_rate):
-        yield from (torch.as_tensor(value) for value in inputs_of(extractor, noise(samples)).values())
-
-
-def _hash(tensors: Iterator[Tensor]) -> str:
-    running = hashlib.sha256()
-    for tensor in tensors:
-        running.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        running.update(tensor.contiguous().numpy().tobytes())
-    return running.hexdigest()[:16]
 
 
 def _inputs(model: SideModel, batch: Mapping[str, Any], *, writes: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ What is said of images here is true of videos too.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
+from sidestep import ranks
 from sidestep.backbone.frames import FrameProcessor
 from sidestep.backbone.processors import PairProcessor
 from sidestep.data import (
@@ -66,16 +68,22 @@ def cosines(
         raise DataError(f"retrieval needs a dual encoder, but the task is on {type(model.backbone).__name__}")
     check_tokens(model.text.backbone, encoded, model.extras["processor"].text)
     collate = CollatePairs(model.extras["processor"].text)
-    loader = DataLoader(encoded, batch_size=batch_size, collate_fn=collate, num_workers=workers)
+    if len(encoded) < ranks.count():
+        raise DataError(f"{len(encoded)} captions for {ranks.count()} processes: start at most {len(encoded)}")
+    # in one piece, so that an image stands in a batch with all its captions
+    low, high = (len(encoded) * (ranks.rank() + end) // ranks.count() for end in (0, 1))
+    rows, size = Subset(encoded, range(low, high)), ranks.share(batch_size)
+    loader = DataLoader(rows, batch_size=size, collate_fn=collate, num_workers=workers)
     parts: dict[str, list[NDArray[Any]]] = {"image_embeds": [], "text_embeds": [], "labels": []}
     model.eval()
     with torch.inference_mode():
-        for batch in track(loader, "predicting", console=Console(stderr=True), disable=not progress, transient=True):
+        hidden = not progress or not ranks.is_first()
+        for batch in track(loader, "predicting", console=Console(stderr=True), disable=hidden, transient=True):
             owners = batch.pop("labels")
             out = model(**accepted(model, batch))
             for name, values in (("labels", owners), *out.items()):
                 parts[name].append(values.cpu().numpy())
-    images, texts, owners = (np.concatenate(values) for values in parts.values())
+    images, texts, owners = (np.concatenate(ranks.each(partial(np.concatenate, values))) for values in parts.values())
     return similarities(images, texts, owners)
 
 

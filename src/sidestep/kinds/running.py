@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from sidestep import ranks
 from sidestep.backbone import picture_token
 from sidestep.backbone.processors import tokenizer_of
 from sidestep.data import Collate, DataError, Fields, Generation
@@ -25,6 +26,7 @@ from sidestep.metrics import Written
 from sidestep.model.joint_model import JointModel
 from sidestep.model.side_model import SideModel
 
+T = TypeVar("T")
 Headed = SideModel | JointModel
 """Models with one head, whose outputs are scored."""
 
@@ -52,9 +54,12 @@ def logits(
     order = _by_length(encoded)
     collate = collate or Collate.of(fields, processor)
     how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-    found = np.concatenate([*_outputs(model, encoded, order, collate, **how)])
-    back = np.empty_like(found)
-    back[order] = found
+    found = np.concatenate([*_outputs(model, encoded, _share(order), collate, **how)])
+    shares = ranks.each(lambda: found)
+    back = np.empty((len(order), *found.shape[1:]), found.dtype)
+    for number, part in enumerate(shares):
+        rows = order[number :: len(shares)]
+        back[rows] = part[: len(rows)]
     return back
 
 
@@ -76,13 +81,10 @@ def token_logits(
     if "input_ids" in encoded.column_names:
         check_encoded(model, encoded, fields, model.extras.get("processor"))
     order, lengths = _by_length(encoded), encoded.with_format(None)["length"][:]
-    found: list[NDArray[Any]] = [np.empty(0)] * len(encoded)
-    start = 0
-    for batch in _outputs(model, encoded, order, collate, **how):
-        for values in batch:
-            found[order[start]] = values[: lengths[order[start]]]
-            start += 1
-    return found
+    own, found = _share(order), list[NDArray[Any]]()
+    for batch in _outputs(model, encoded, own, collate, **how):
+        found += [values[: lengths[row]] for row, values in zip(own[len(found) :], batch, strict=False)]
+    return _back(order, found)
 
 
 def _outputs(
@@ -159,20 +161,15 @@ def written(
     }
     if (mark := picture_token(model.backbone)) is not None:
         how["suppress_tokens"] = [mark]  # written, it would ask for a picture that there is not
-    texts = [""] * len(encoded)
+    own, texts = _share(order), list[str]()
     model.eval()
-    start = 0
     # tensors made under inference_mode could not be used in training, which goes on after an evaluation
     with torch.no_grad():
-        for batch in _batches(
-            model, encoded, order, collate, batch_size=batch_size, workers=workers, progress=progress
-        ):
+        for batch in _batches(model, encoded, own, collate, batch_size=batch_size, workers=workers, progress=progress):
             ids = model.generate(**batch, **how)
             new = ids[:, batch["input_ids"].shape[1] :] if kind == "lm" else ids
-            for text in tokenizer.batch_decode(new, skip_special_tokens=True):
-                texts[order[start]] = text
-                start += 1
-    return texts
+            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return _back(order, texts)
 
 
 def prompt_collator(processor: Any, kind: Written) -> Collate:
@@ -193,9 +190,34 @@ def _batches(
     """What the model takes of the rows without labels, in this order."""
     kept = encoded.remove_columns([name for name in ("labels", "target") if name in encoded.column_names])
     rows = Subset(kept, order.tolist())
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collate, num_workers=workers)
-    for batch in track(loader, "predicting", console=Console(stderr=True), disable=not progress, transient=True):
+    loader = DataLoader(rows, batch_size=ranks.share(batch_size), collate_fn=collate, num_workers=workers)
+    hidden = not progress or not ranks.is_first()
+    for batch in track(loader, "predicting", console=Console(stderr=True), disable=hidden, transient=True):
         yield accepted(model, batch)
+
+
+def _share(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows of this process, in their order.
+
+    All processes get as many, because those that share a sharded backbone have to make the same passes. So the last row
+    may be there twice, and `_back` leaves the second out.
+
+    Raises:
+        DataError: if there are fewer rows than processes.
+    """
+    if len(order) < ranks.count():
+        raise DataError(f"{len(order)} rows for {ranks.count()} processes: start at most {max(len(order), 1)}")
+    own = order[ranks.rank() :: ranks.count()]
+    return own if len(own) == ranks.share(len(order)) else np.append(own, own[-1])
+
+
+def _back(order: NDArray[np.int64], own: list[T]) -> list[T]:
+    """What each process has found of its share, in the order of the rows."""
+    found: list[Any] = [None] * len(order)
+    mine = own[: len(order[ranks.rank() :: ranks.count()])]
+    for row, value in zip(order, ranks.woven(ranks.each(lambda: mine)), strict=True):
+        found[row] = value
+    return found
 
 
 def _by_length(encoded: Dataset) -> NDArray[np.int64]:

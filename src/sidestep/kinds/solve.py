@@ -2,12 +2,12 @@
 
 Vectors are standardised by the training rows. Where there are fewer rows than channels, the map is sought in the span
 of the rows, which holds the best one exactly. With more of both than `LARGEST`, it is sought in the span of so many
-rows. Then a share of the vectors' variance is lost, which is told.
+rows. Then a share of the vectors' variance is lost, which is told. Several processes sum over their shares of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_softmax
 from torch import Tensor
 
+from sidestep import ranks
 from sidestep.data import DataError
 from sidestep.measure.memory import format_bytes
 
@@ -84,6 +85,11 @@ class Basis:
     directions: Tensor | None
     lost: float = 0.0
     own: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Coordinates of a row."""
+        return len(self.mean) if self.directions is None else self.directions.shape[1]
 
     def rows(self, vectors: Vectors, start: int, end: int) -> Tensor:
         """The coordinates of training rows from one number to another."""
@@ -176,24 +182,33 @@ def _check_room(side: int, further: int = 0) -> None:
 
 
 def _chunks(rows: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, rows, CHUNK):
-        yield start, min(start + CHUNK, rows)
+    """Where chunks of this process's share of the rows begin and end."""
+    low, high = _own(rows)
+    for start in range(low, high, CHUNK):
+        yield start, min(start + CHUNK, high)
+
+
+def _own(rows: int) -> tuple[int, int]:
+    """Where this process's share of so many rows begins and ends."""
+    return rows * ranks.rank() // ranks.count(), rows * (ranks.rank() + 1) // ranks.count()
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors over the chunks of all processes, each of which has some."""
+    total: Any = 0.0
+    for part in parts:
+        total = total + part
+    return ranks.total(total)
 
 
 def _basis(vectors: Vectors, rows: int, seed: int) -> Basis:
-    total: Any = 0.0
-    for start, end in _chunks(rows):
-        part = vectors(start, end).double()
-        if not bool(torch.isfinite(part).all()):
-            raise DataError(
-                "the backbone's states are not all finite numbers, so nothing can be solved: load it in float32 "
-                "(--dtype float32)"
-            )
-        total = total + part.sum(0)
-    mean = total / rows
-    square: Any = 0.0
-    for start, end in _chunks(rows):
-        square = square + (vectors(start, end).double() - mean).square().sum(0)
+    mean = _sum(vectors(start, end).double().sum(0) for start, end in _chunks(rows)) / rows
+    if not bool(torch.isfinite(mean).all()):
+        raise DataError(
+            "the backbone's states are not all finite numbers, so nothing can be solved: load it in float32 "
+            "(--dtype float32)"
+        )
+    square = _sum((vectors(start, end).double() - mean).square().sum(0) for start, end in _chunks(rows))
     variance = square / rows
     # a channel that is constant says nothing, and is left as it is
     varies = variance > 1e-12 * (mean.square() + 1)
@@ -216,7 +231,7 @@ def _basis(vectors: Vectors, rows: int, seed: int) -> Basis:
     directions = (span.T.double() @ rotation[:, kept]) / values[kept].sqrt()
     if count == rows:  # all rows are in their own span
         return Basis(mean, scale, directions, own=rotation[:, kept] * values[kept].sqrt())
-    inside = sum(float((plain.of(vectors(start, end)) @ directions).square().sum()) for start, end in _chunks(rows))
+    inside = float(_sum((plain.of(vectors(start, end)) @ directions).square().sum() for start, end in _chunks(rows)))
     whole = float(square.div(scale.square()).sum())
     return Basis(mean, scale, directions, max(1 - inside / whole, 0.0) if whole else 0.0)
 
@@ -237,16 +252,17 @@ def _ridge(
     rows = len(targets)
     mean = targets.mean(0)
     if basis.own is None:
-        _check_room(len(basis.mean) if basis.directions is None else basis.directions.shape[1])
+        _check_room(basis.width)
     gram: Any = 0.0
     moment: Any = 0.0
     for start, end in _chunks(rows):
         part = basis.rows(vectors, start, end)
         gram, moment = gram + part.T @ part, moment + part.T @ (targets[start:end] - mean)
+    gram, moment = ranks.total(gram), ranks.total(moment)
     values, rotation = torch.linalg.eigh(gram)
     values, moment = values.clamp(min=0), rotation.T @ moment
     tried = RIDGES if penalty is None else (penalty,)
-    errors, residuals = [0.0] * len(tried), [0.0] * len(tried)
+    errors, residuals = torch.zeros(2, len(tried), dtype=torch.float64)
     for start, end in _chunks(rows):
         part = basis.rows(vectors, start, end) @ rotation
         for number, one in enumerate(tried):
@@ -254,11 +270,11 @@ def _ridge(
             rest = targets[start:end] - mean - part @ (shrunk[:, None] * moment)
             # of each row's own target in its prediction, the mean's share included
             own = (part.square() @ shrunk + 1 / rows).clamp(max=1 - 1e-9)
-            errors[number] += float((rest / (1 - own)[:, None]).square().sum())
-            residuals[number] += float(rest.square().sum())
-    best = int(np.argmin(errors))
+            errors[number] += (rest / (1 - own)[:, None]).square().sum()
+            residuals[number] += rest.square().sum()
+    best = int(ranks.total(errors).argmin())
     weight = rotation @ ((1 / (values + rows * tried[best]))[:, None] * moment)
-    return weight, mean, float(tried[best]), residuals[best] / targets.numel()
+    return weight, mean, float(tried[best]), float(ranks.total(residuals)[best]) / targets.numel()
 
 
 # --- logistic regression ----------------------------------------------------------------------------------------------
@@ -280,11 +296,12 @@ class _Logistic:
     weights: Values
 
     def coordinates(self, rows: Rows) -> Chunks:
-        """Gives the coordinates of ascending rows in chunks, with their numbers.
+        """Gives the coordinates of this process's share of ascending rows in chunks, with their numbers.
 
         They are held where they are few enough, and made again for each pass where not.
         """
-        width = len(self.basis.mean) if self.basis.directions is None else self.basis.directions.shape[1]
+        rows = rows[slice(*_own(len(rows)))]
+        width = self.basis.width
         many = self.basis.directions is None and len(rows) * width > HELD
 
         def made() -> Iterator[tuple[Values, Rows]]:
@@ -302,8 +319,7 @@ class _Logistic:
     def path(self, rows: Rows, penalties: Sequence[float]) -> Iterator[tuple[Values, Values, float]]:
         """Weights, biases and mean loss for each of falling penalties. Each starts from those before."""
         chunks = self.coordinates(rows)
-        width = next(chunks())[0].shape[1]
-        point = np.zeros((width + 1) * self.outputs)
+        point = np.zeros((self.basis.width + 1) * self.outputs)
         for penalty in penalties:
 
             def loss(flat: Values, penalty: float = penalty) -> tuple[float, Values]:
@@ -316,19 +332,25 @@ class _Logistic:
 
     def score(self, chunks: Chunks, count: int, weight: Values, bias: Values) -> float:
         """The mean loss of rows."""
-        return sum(float(self._losses(_product(x, weight) + bias, part)[0].sum()) for x, part in chunks()) / count
+        found = sum(float(self._losses(_product(x, weight) + bias, part)[0].sum()) for x, part in chunks())
+        return float(ranks.total(torch.tensor(found, dtype=torch.float64))) / count
 
     def _loss(
         self, chunks: Iterator[tuple[Values, Rows]], count: int, flat: Values, penalty: float
     ) -> tuple[float, Values]:
         weight, bias = self._parts(flat)
-        total = 0.5 * penalty * float(np.square(weight).sum())
-        of_weight, of_bias = penalty * weight, np.zeros_like(bias)
+        found = np.zeros(1 + len(flat))
+        of_weight, of_bias = self._parts(found[1:])
         for x, part in chunks:
             losses, slopes = self._losses(_product(x, weight) + bias, part)
-            total += float(losses.sum()) / count
-            of_weight, of_bias = of_weight + _product(x.T, slopes) / count, of_bias + slopes.sum(0) / count
-        return total, np.concatenate([of_weight.ravel(), of_bias])
+            found[0] += losses.sum()
+            of_weight += _product(x.T, slopes)
+            of_bias += slopes.sum(0)
+        ranks.total(torch.from_numpy(found))
+        found /= count
+        found[0] += 0.5 * penalty * float(np.square(weight).sum())
+        of_weight += penalty * weight
+        return float(found[0]), found[1:]
 
     def _losses(self, logits: Values, rows: Rows) -> tuple[Values, Values]:
         """The loss of each row, and its gradient by the row's logits."""

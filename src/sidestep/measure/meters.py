@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sidestep.backbone.quantised import stored_tensors
 from sidestep.measure.energy import EnergyCounter, MeterError, Source, energy_counter, energy_per_step
 from sidestep.measure.step import (
     Batch,
@@ -213,7 +214,7 @@ def measure_memory(
             parameters=sum(parameter.numel() for _, parameter in model.trained_parameters()),
             backbone_parameters=backbone_parameters,
             task_bytes=file_bytes(packed(model, model.state_dict())),
-            model_bytes=nbytes([*model.parameters(), *model.buffers()]),
+            model_bytes=nbytes(stored_tensors(model)),
             peak_bytes=step.peak_bytes,
             resident_bytes=step.resident_bytes,
             inference_peak_bytes=inference_peak(model, batch, bf16=bf16),

@@ -23,7 +23,7 @@ from sidestep.interface.config import MethodConfig
 from sidestep.interface.layers import is_linear
 from sidestep.interface.registry import register
 from sidestep.interface.sites import Place, Site
-from sidestep.interface.weight_delta import WeightDelta
+from sidestep.interface.weight_delta import WeightDelta, refuse_codes
 
 ADAPTER = "default"  # PEFT's own name for the only adapter
 OWN = ("lora_", "ia3_")  # how the names of PEFT's parameters begin
@@ -249,6 +249,19 @@ class Dora(Lora):
 
     starts_as_identity = False  # up to rounding only: the weights are divided and multiplied by their lengths
 
+    def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
+        """PEFT's DoRA tuner.
+
+        Raises:
+            ValueError: if the backbone is in bitsandbytes' 8 bits.
+        """
+        if any(type(parameter).__name__ == "Int8Params" for parameter in trunk.parameters()):
+            raise ValueError(
+                "PEFT loses the scales of 8-bit codes where it reads the weights' lengths: choose lora, or load the "
+                "backbone in 4 bit"
+            )
+        return super().build(peft, trunk, model_type)
+
 
 @register("late_lora", LateLoraConfig)
 class LateLora(Lora):
@@ -295,7 +308,12 @@ class IA3(Adapter):
     """IA3, through PEFT: trains scales of keys, values and the MLP."""
 
     def build(self, peft: Any, trunk: nn.Module, model_type: str) -> Any:
-        """PEFT's IA3 tuner."""
+        """PEFT's IA3 tuner.
+
+        Raises:
+            ValueError: if the backbone is quantised.
+        """
+        refuse_codes(trunk, "PEFT cannot take IA3 off them again (it can with LoRA)")
         tables: tuple[Mapping[str, Any], ...] = (
             peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
             peft.utils.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sidestep.interface.config import MethodConfig
 from sidestep.interface.registry import register
 from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import Site
-from sidestep.interface.weight_delta import WeightDelta
+from sidestep.interface.weight_delta import WeightDelta, refuse_codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,10 @@ class BitFit(WeightDelta):
 @register("full", FullConfig)
 class Full(WeightDelta):
     """Full fine-tuning: trains every weight of the backbone."""
+
+    def insert(self, trunk: nn.Module) -> None:
+        """Raise if the backbone is quantised."""
+        refuse_codes(trunk, "full tuning trains plain ones (LoRA trains plain matrices beside codes)")
 
     def moves(self, name: str, parameter: Tensor) -> bool:
         """Every floating-point weight."""

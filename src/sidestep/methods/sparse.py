@@ -87,6 +87,11 @@ class Sparse(SparseDelta):
         return diff
 
     @property
+    def wanders(self) -> bool:
+        """Only where entries are given up for others."""
+        return self.config.select == "grow"
+
+    @property
     def relaxes(self) -> bool:
         """Only where the support is that of the largest changes."""
         return self.config.select == "magnitude"

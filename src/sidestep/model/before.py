@@ -53,7 +53,8 @@ class Before:
         """Put them back."""
         rest = any(self.requires_grad.values())
         for parameter in model.parameters():
-            parameter.requires_grad_(self.requires_grad.get(parameter, rest))
+            # codes cannot require one
+            parameter.requires_grad_(self.requires_grad.get(parameter, rest and parameter.is_floating_point()))
         for module in model.modules():
             module.training = self.modes.get(module, self.training)
         for config, fields in _configs(model).items():

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sidestep.backbone import Facts, is_encoder_decoder, prove_replay
 from sidestep.backbone.families import Pool, family_of
+from sidestep.backbone.shards import is_sharded
 from sidestep.fold import is_hooked
 from sidestep.fold.deferred import same_place
 from sidestep.interface.keep import Keep
@@ -23,16 +25,21 @@ from sidestep.model.trainer_face import TrainerFace
 
 
 def check_attachable(backbone: nn.Module) -> None:
-    """Raise unless nothing is attached to the backbone and it is not compiled.
+    """Raise unless nothing is attached to the backbone, it is whole, and it is not compiled.
 
     Raises:
         ValueError: if it is.
         TypeError: if it is no torch module.
     """
+    refuse_zero3()
     if isinstance(backbone, TrainerFace):
         raise ValueError("this is an attached model already: call ss.detach(model) first, then attach again")
     if not isinstance(backbone, nn.Module):
         raise TypeError(f"{type(backbone).__name__} is no torch module: pass a Hugging Face or timm model")
+    if is_sharded(backbone):
+        raise ValueError(
+            f"{type(backbone).__name__} is sharded: attach to a whole backbone first, and then call ss.shard(model)"
+        )
     for module in backbone.modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(
@@ -43,6 +50,21 @@ def check_attachable(backbone: nn.Module) -> None:
             raise ValueError(
                 f"{type(backbone).__name__} has a task attached already: call ss.detach on the attached model first"
             )
+
+
+def refuse_zero3() -> None:
+    """Refuse DeepSpeed's ZeRO-3. ZeRO-1 and ZeRO-2 leave the backbone whole.
+
+    Raises:
+        ValueError: saying what to do instead.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 frees frozen weights in a second pass of the backbone (DeepSpeed#8130, "
+            "transformers#47254). keep='replay' and checkpoint='late' make one, and ZeRO-3 was not tried without. "
+            "Choose ZeRO-1 or ZeRO-2 (zero_optimization.stage). Or shard the frozen blocks instead: "
+            "`sidestep train --shard`, or ss.shard(model)"
+        )
 
 
 def check_head(backbone: nn.Module, facts: Facts, head: HeadConfig | None) -> None:

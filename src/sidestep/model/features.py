@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sidestep.backbone.shards import is_sharded
 from sidestep.fold import Look, Recorder, Route
 from sidestep.model.outputs import gives_spans
 from sidestep.model.two_towers import TwoTowers
@@ -66,6 +67,8 @@ def check_storable(model: Attached) -> SideModel:
     """
     if isinstance(model, TwoTowers):
         raise FeaturesRefused("a dual encoder's task is on two backbones at once, whose states are not stored yet")
+    if is_sharded(model):
+        raise FeaturesRefused("its blocks are sharded, so no process can run them without the others")
     if model.sparse is not None or (model.delta is not None and not model.delta.late):
         raise FeaturesRefused(
             f"{model.record.name} changes the backbone's weights, so its states change with each step"

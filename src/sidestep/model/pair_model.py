@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from sidestep import ranks
 from sidestep.model.heads import Retrieve
 from sidestep.model.losses import LARGEST_SCALE, contrastive_loss, triplet_loss
 from sidestep.model.settings import Settings
@@ -39,6 +40,7 @@ class PairModel(TwoTowers):
     Attributes:
         logit_scale: logarithm of what cosines are multiplied by. None with the triplet loss.
         epoch: how far training is, in epochs, for a loss that depends on it (`Retrieve.mean_epochs`). Else past all.
+        gathers: whether the loss of training is that of the pairs of all processes.
         accepts_loss_kwargs: no. The Trainer divides the loss by the batches that it accumulates: a batch's negatives
             are its own.
     """
@@ -48,7 +50,7 @@ class PairModel(TwoTowers):
     def __init__(self, backbone: nn.Module, settings: Settings) -> None:
         assert isinstance(settings.head, Retrieve)
         super().__init__(backbone, settings, settings.head)
-        self.epoch = math.inf
+        self.epoch, self.gathers = math.inf, False
         scale = self.backbone.logit_scale.detach().float().clone()
         self.logit_scale = nn.Parameter(scale) if self.head.loss == "contrastive" else None
         self.train(self._before.training)
@@ -93,6 +95,8 @@ class PairModel(TwoTowers):
                 for name, part in (("images", images), ("texts", texts), ("labels", labels))
             )
             raise ValueError(f"a loss needs pairs, but there are {counts}: give image_index where an image has several")
+        if self.gathers and self.training:
+            images, texts, labels = (ranks.gathered(part) for part in (images, texts, labels))
         same = labels[:, None] == labels
         with torch.autocast(images.device.type, enabled=False):
             cosines = images @ texts.T

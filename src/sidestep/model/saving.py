@@ -226,7 +226,7 @@ def _config(model: AttachedModel, tensors: Mapping[str, Tensor], scores: Mapping
             "lm_loss": settings.lm_loss,
         },
         "backbone": {
-            **asdict(source_of(model.backbone)),
+            **source_of(model.backbone).to_dict(),
             "dtype": model.precisions,
             "trunk_class": type(model.trunk).__name__,
             "config": _backbone_config(model),
@@ -252,7 +252,7 @@ def _towers(model: AttachedModel) -> dict[str, Any]:
     if "" in model.towers:
         return {}
     about = {
-        name: {**asdict(source_of(tower.backbone)), "dtype": tower.precisions, "digest": asdict(tower.digest)}
+        name: {**source_of(tower.backbone).to_dict(), "dtype": tower.precisions, "digest": asdict(tower.digest)}
         for name, tower in model.towers.items()
     }
     return {"towers": about}

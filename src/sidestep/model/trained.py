@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sidestep.backbone import Widened, device_of, head_tensors, in_pooler, new_parameters
+from sidestep.backbone.quantised import identity_of
 from sidestep.interface.registry import Method
 from sidestep.messages import some
 from sidestep.methods import WeightDelta
@@ -159,8 +160,12 @@ def tensors_beyond_trunk(
 ) -> list[tuple[str, Tensor]]:
     """Tensors behind the last hidden state, `own` heads included, but for some names. Sorted by name."""
     beyond = beyond_trunk(backbone, trunk) - (set() if own else own_head(backbone, trunk))
-    named = sorted(backbone.named_parameters())
-    return [(name, parameter.detach()) for name, parameter in named if id(parameter) in beyond and name not in but]
+    return [
+        part
+        for name, parameter in sorted(backbone.named_parameters(), key=lambda item: item[0])
+        if id(parameter) in beyond and name not in but
+        for part in identity_of(name, parameter, backbone.get_submodule(name.rpartition(".")[0]))
+    ]
 
 
 def precisions(backbone: nn.Module, trunk: nn.Module, delta: WeightDelta | None, wide: Widened) -> str:

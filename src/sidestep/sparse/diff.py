@@ -114,7 +114,12 @@ class SparseDiff(nn.Module):
     @property
     def is_idle(self) -> bool:
         """Whether gradients are gathered for positions that have not been chosen."""
-        return bool(self._handles) and not self._parts
+        return self.gathers and not self._parts
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the tensors' gradients are gathered for `values` and freed."""
+        return bool(self._handles)
 
     def support(self) -> dict[str, Tensor]:
         """The positions in each tensor that has nonzeros, by its name: ascending, in the flat tensor."""

@@ -43,7 +43,7 @@ class EightBit(Float32):
             from bitsandbytes import functional
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                'averages in 8 bits need bitsandbytes, which is not installed: pip install "sidestep[8bit]"'
+                'averages in 8 bits need bitsandbytes, which is not installed: pip install "sidestep[quantize]"'
             ) from error
         self._library = functional
         with unset_fake_temporarily():  # the map is made from values, which tensors of a plan do not have

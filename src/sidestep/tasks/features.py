@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from sidestep import ranks
 from sidestep.disk.feature_options import FeatureOptions, Where
 from sidestep.disk.features import DiskFull, FeatureError, FeatureStore, OverLimit, has_features
 from sidestep.kinds.features import Features, Forecast
@@ -100,10 +101,10 @@ def kept_features(
             return None
         where, features = chosen
         forecast = features.forecast()
-        if options.where == "auto" and (why := _does_not_pay(forecast, passes, options)):
+        if options.where == "auto" and (why := ranks.first(lambda: _does_not_pay(forecast, passes, options))):
             tell(f"features: none, as {why}")
             return None
-        _check_room(forecast, where, options)
+        ranks.first(lambda: _check_room(forecast, where, options))
         tell(_line(features, forecast, where, options))
         before = len(features.ids) > forecast.rows
         features.fill(progress=progress)
@@ -152,8 +153,8 @@ def _chosen(
     """
     if options.where != "auto":
         return options.where, of(options.where)
-    found = of("disk") if has_features(options.place) else None
-    if found is not None and not found.lacking:
+    found = of("disk") if ranks.first(lambda: has_features(options.place)) else None
+    if found is not None and ranks.first(lambda: not found.lacking):
         return "disk", found
     if passes <= 1:
         return None
@@ -211,14 +212,17 @@ def _line(features: Features, forecast: Forecast, where: Where, options: Feature
 def _proved_anew(features: Features, *, again: bool, tell: Tell, progress: bool) -> bool:
     """Prove what is stored. What was there before and is no more true is computed again. Returns whether it was."""
     try:
-        features.prove()
+        ranks.each(features.prove)
         return False
     except FeaturesRefused as error:
         if not again:
             raise
         _log.warning("stored features are out of date, and are computed again (%s)", error)
-        features.entry.drop()
+        if features.entry.folder is None:
+            features.entry.drop()
+        else:
+            ranks.first(features.entry.drop)
         tell(f"features: {len(features.lacking)} rows are computed again")
         features.fill(progress=progress)
-        features.prove()
+        ranks.each(features.prove)
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ def stored_backbone(
 
 
 def _source(stored: Mapping[str, Any]) -> Source:
-    return Source(**{key: stored[key] for key in Source.__dataclass_fields__})
+    return Source(**{key: stored[key] for key in Source.__dataclass_fields__ if key in stored})
 
 
 def _attach(task: Task, backbone: nn.Module, settings: Settings) -> Attached:
@@ -288,7 +288,7 @@ def _check_digest(task: Task, model: Attached, allow_mismatch: bool) -> None:
 
 
 def _other_backbone(task: Task, backbone: nn.Module, wanted: Digest, own: Digest) -> OtherBackbone:
-    made, here = (backbone_text(about) for about in (task.config["backbone"], asdict(source_of(backbone))))
+    made, here = (backbone_text(about) for about in (task.config["backbone"], source_of(backbone).to_dict()))
     return OtherBackbone(
         f"{task.folder} was made on {made} with digest {wanted.exact[:16]} ({wanted.dtype}), but this backbone is "
         f"{here} with digest {own.exact[:16]} ({own.dtype})"

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, cast, get_args
 
 from datasets import ClassLabel, Dataset
 
+from sidestep import ranks
 from sidestep.data import Collate, DataError, Fields, Generation, Kind, LabelSpace
 from sidestep.data.media import name_of, undecoded
 from sidestep.disk.feature_options import FeatureOptions
@@ -38,6 +39,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The scores of a task on rows with labels. If it writes texts, they are the scores of the texts.
 
+    Processes that a launcher has started share the rows. Each gets the scores of all.
+
     Args:
         model: with `extras["processor"]` and `extras["preprocessing"]`, as `load` and `train` leave it.
         rows: see `Rows`.
@@ -63,6 +66,7 @@ def judge(
     tell: Tell | None = None,
 ) -> Assessment:
     """As `evaluate`, with what the scores are to be compared with. `tell` is told what is stored."""
+    ranks.begin()
     rows, (fields, labels) = as_dataset(rows), _reading(model, fields)
     if fields.label is None and not kind_named(labels.kind).dual:
         raise DataError("scores need a label column: name it (--label)")
@@ -137,6 +141,8 @@ def predict(
 
     Of retrieval, what is closest to each image and each caption (see `retrieval.neighbours`).
 
+    Processes that a launcher has started share the rows. Each gets the answers to all.
+
     Several labels of a row are joined by "|". An image or a sound stays as its path. A text is as the model writes it.
 
     Args:
@@ -151,6 +157,7 @@ def predict(
     Raises:
         DataError: for missing columns, or a column that has the name of one of these.
     """
+    ranks.begin()
     check_probabilities(probabilities)
     rows, (fields, labels) = as_dataset(rows), _reading(model, fields)
     kind, how = kind_named(labels.kind), {"batch_size": batch_size, "progress": progress}

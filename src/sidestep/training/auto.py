@@ -154,7 +154,11 @@ def auto(
         )
     if backbone is None:
         backbone = load_backbone(
-            spec.model.name, dtype=spec.model.dtype, revision=spec.model.revision, drop_path=spec.model.drop_path
+            spec.model.name,
+            dtype=spec.model.dtype,
+            revision=spec.model.revision,
+            drop_path=spec.model.drop_path,
+            quantize=spec.model.quantize,
         )
     tell = (lambda line: None) if watch is None else watch.tell
     tell(f"auto: {len(candidates)} candidates in {about(budget)}: {'; '.join(one.name for one in candidates)}")

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from sidestep import ranks
 from sidestep.data.augment import Epoch
 from sidestep.measure.step import sparse_deltas
 from sidestep.model.pair_model import PairModel
@@ -30,6 +32,8 @@ class ExactResume(TrainerCallback):
     Every epoch begins from a seed of its own. The Trainer's length-grouped order comes from the global generator, and
     a checkpoint from an epoch's middle lacks that generator's state at the epoch's begin.
     The loss is logged at every checkpoint, because the mean since the last entry is not stored.
+    Of several processes every step has a seed of its own, which differs from one process to the other. So their noise
+    differs, and does not depend on where the run was interrupted.
     """
 
     def __init__(self, seed: int, steps_per_epoch: int, save_steps: int | None) -> None:
@@ -41,6 +45,12 @@ class ExactResume(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seed the epoch."""
         self._seed_epoch(state)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Seed the step, once the epoch's order was drawn."""
+        if ranks.count() > 1:
+            drawn = np.random.SeedSequence([self.seed, state.global_step, ranks.rank()]).generate_state(1)
+            set_seed(int(drawn[0]))
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seed the next epoch already: the checkpoint made now is loaded after that epoch has begun."""
@@ -69,17 +79,22 @@ class SetEpoch(TrainerCallback):
 
 
 class TellEpoch(TrainerCallback):
-    """Tells a dual encoder before each step how far training is. VSE's loss depends on it."""
+    """Tells a dual encoder before each step how far training is. VSE's loss depends on it.
+
+    In training its loss is that of the pairs of all processes.
+    """
 
     def __init__(self, model: PairModel, steps_per_epoch: int) -> None:
         self.model, self.steps_per_epoch = model, steps_per_epoch
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Set the epoch, with its fraction."""
+        self.model.gathers = ranks.count() > 1
         self.model.epoch = state.global_step / self.steps_per_epoch
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the loss as it was at the end of training."""
+        self.model.gathers = False
         self.model.epoch = math.inf
 
 

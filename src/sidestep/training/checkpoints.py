@@ -27,7 +27,9 @@ LOGS = "logs"
 RUN = "run.json"
 STATE = "trainer_state.json"
 WEIGHTS = "model.safetensors"
-FILES = (STATE, WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+FILES = (STATE, WEIGHTS, "optimizer.pt", "scheduler.pt")
+RANDOM = "rng_state*.pth"
+"""The states of random generators, a file for each process."""
 
 
 def check_output(settings: TrainSettings) -> None:
@@ -108,7 +110,8 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether every file of a checkpoint is there and can be read."""
     try:
         # one look at each file: the Trainer may be removing an old checkpoint meanwhile
-        if not all((checkpoint / name).stat().st_size for name in FILES):
+        states = list(checkpoint.glob(RANDOM))
+        if not states or not all(path.stat().st_size for path in (*states, *(checkpoint / name for name in FILES))):
             return False
         read_state(checkpoint)
         # for PyTorch a file is opened a second time, and its absence then is a RuntimeError

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sidestep import ranks
 from sidestep.backbone import positions
 from sidestep.backbone.pixels import check_image_size
 from sidestep.backbone.vision_language import PicturedProcessor
@@ -15,7 +16,8 @@ from sidestep.data.vocabulary import check_tokens
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.sounds import check_sounds
 from sidestep.kinds.task_data import TaskData
-from sidestep.measure.step import accepted
+from sidestep.measure.step import accepted, sparse_deltas
+from sidestep.messages import counted
 from sidestep.model.attach import Attached
 from sidestep.model.saving import check_sizes
 from sidestep.training.settings import TrainSettings
@@ -59,6 +61,7 @@ def check_run(model: Attached, data: TaskData, settings: TrainSettings) -> None:
             f"drop_last with {len(data.train)} training rows and batch_size={settings.batch_size}: no batch would be "
             "left. Lower the batch size, or train on the last batch too"
         )
+    _check_shares(model, data, settings)
     _check_rows(model, data, settings)
     if torch.cuda.is_available() and torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
         raise ValueError(
@@ -85,14 +88,40 @@ def _check_pictures(model: Attached, data: TaskData) -> None:
         ) from error
 
 
+def _check_shares(model: Attached, data: TaskData, settings: TrainSettings) -> None:
+    """Refuse batches, the last one of an epoch included, and dev rows of which a process would get none."""
+    processes, given = ranks.count(), f"{ranks.count()} processes"
+    if processes > 1 and any(delta.wanders for delta, _ in sparse_deltas(model.parts)):
+        raise ValueError(
+            f"{model.record.name} as configured moves its entries by the gradients of one process, and there are "
+            f'{processes}: choose select="fisher", "magnitude" or "random", or start one process'
+        )
+    if settings.batch_size < processes:
+        raise ValueError(
+            f"batch_size={settings.batch_size} with {given}: it is the rows of all of them together. Choose at least "
+            f"{processes}, or start fewer processes"
+        )
+    for split, count in (("training", len(data.train)), ("dev", len(data.dev))):
+        if count < processes:
+            raise DataError(f"{count} {split} rows for {given}: start at most {count}, or give more rows")
+    rest = len(data.train) % settings.batch_size
+    if 0 < rest < processes and not settings.drop_last:
+        raise ValueError(
+            f"batch_size={settings.batch_size} with {len(data.train)} training rows leaves {counted(rest, 'row')} for "
+            f"the last batch of an epoch, and {given} share it. Choose another batch size, or leave that batch out "
+            "(--drop-last)"
+        )
+
+
 def _check_rows(model: Attached, data: TaskData, settings: TrainSettings) -> None:
     """Refuse batches that are too small for a method's batch norms, the last one of an epoch included."""
     least = max(part.side.least_rows for part in model.parts)
     rest = 0 if settings.drop_last else len(data.train) % settings.batch_size
-    if (rest or settings.batch_size) < least:
+    smallest = (rest or settings.batch_size) // ranks.count()
+    if smallest < least:
         raise ValueError(
             f"batch_size={settings.batch_size} with {len(data.train)} training rows makes a batch of "
-            f"{rest or settings.batch_size}, but {model.record.name} has batch norms here, which are "
+            f"{smallest}, but {model.record.name} has batch norms here, which are "
             f"trained on {least} rows or more. Choose another batch size"
             + (", or leave the last batch out (--drop-last)" if rest and rest != len(data.train) else "")
         )

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from transformers import Trainer
 
+from sidestep import ranks
 from sidestep.disk.atomic import whole
 from sidestep.interface.sparse_delta import SparseDelta
 from sidestep.measure.step import Batch, StepCost, measure_step
@@ -98,11 +99,13 @@ def projected(
     """
     folder = settings.output / checkpoints.FOLDER / FOLDER
     done = folder / PROJECTED
-    if not done.is_file():
-        _write(model, _relaxed(model, settings, identity, make_trainer, batch), done)
+    if not ranks.first(done.is_file):
+        stage = _relaxed(model, settings, identity, make_trainer, batch)
+        ranks.first(lambda: _write(model, stage, done))
     elif start is None:
         model.load_state_dict(load_file(done))
-    shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)  # as large as all of AdamW's state
+    # as large as all of AdamW's state
+    ranks.first(lambda: shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True))
     return _read(done)
 
 
@@ -159,7 +162,7 @@ def _relaxed(
     begin, clock = time.perf_counter(), EpochClock()
     try:
         cost = None if batch is None else measure_step(model, batch, bf16=settings.bf16)
-        start = checkpoints.begin(how, identity)
+        start = ranks.first(lambda: checkpoints.begin(how, identity))
         trainer = make_trainer(how, start, clock, make)
         if start is not None and checkpoints.is_finished(start):
             model.load_state_dict(load_file(start / checkpoints.WEIGHTS))

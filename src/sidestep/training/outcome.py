@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
+from sidestep import ranks
 from sidestep.backbone.source import source_of
 from sidestep.data import Generation
 from sidestep.disk.task_folder import WEIGHTS
@@ -56,7 +56,7 @@ def told_of(
         "constant": judged.constant,
         "classes": judged.classes,
         "head": model.head_config,
-        "backbone": {**asdict(source_of(model.backbone)), "dtype": model.precisions, "digest": model.digest.exact},
+        "backbone": {**source_of(model.backbone).to_dict(), "dtype": model.precisions, "digest": model.digest.exact},
         "keep": "/".join(dict.fromkeys(part.fold.keeping.way for part in model.parts)),
         "labels": list(data.labels.names),
         "data": {
@@ -70,6 +70,7 @@ def told_of(
         "task_bytes": (settings.output / WEIGHTS).stat().st_size,
         "device": device_name(model.device),
         "versions": versions(PACKAGES),
+        "processes": ranks.started(),
         "seed": settings.seed,
         "learning_rate": settings.rate(model.record.config),
         "settings": settings.to_dict(),

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from sidestep import ranks
 from sidestep.kinds.prepare import TaskData
 from sidestep.measure.step import Batch, evaluation_seconds, seconds_of, step_seconds
 from sidestep.model.attach import Attached
@@ -25,7 +26,7 @@ TIMED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """Seconds of an epoch's batches, and of an evaluation of the dev rows."""
+    """Seconds of an epoch's batches, and of an evaluation of the dev rows. Each process takes its share of them."""
 
     epoch: float
     evaluation: float
@@ -38,8 +39,8 @@ class Pace:
         """
         size, bf16 = settings.batch_size, settings.bf16
         whole, rest = divmod(len(data.train), size)
-        steps = step_seconds(model, _batches(data, data.train, size), bf16=bf16)
-        checks = evaluation_seconds(model, _batches(data, data.dev, settings.eval_batch_size), bf16=bf16)
+        steps = step_seconds(model, _batches(data, data.train, ranks.share(size)), bf16=bf16)
+        checks = evaluation_seconds(model, _batches(data, data.dev, ranks.share(settings.eval_batch_size)), bf16=bf16)
         count = whole if settings.drop_last else whole + rest / size
         shares = len(data.dev) / min(settings.eval_batch_size, len(data.dev))
         writing = _writing_seconds(model, data, settings) if data.generation is not None else 0.0
@@ -80,11 +81,12 @@ def _writing_seconds(model: Attached, data: TaskData, settings: TrainSettings) -
     """Seconds for writing the texts of one batch. Texts are written from the shortest on, and it is a middle one."""
     assert isinstance(model, SideModel)
     assert data.generation is not None
-    size, generation = settings.eval_batch_size, data.generation
+    size, generation = ranks.share(settings.eval_batch_size), data.generation
     order = np.argsort(data.dev["length"][:], kind="stable")
     first = max(len(order) - size, 0) // 2
     rows, training = data.dev.select(order[first : first + size]), model.training
     try:
-        return seconds_of(lambda: written(model, rows, generation, batch_size=size), model.device)
+        with ranks.alone():
+            return seconds_of(lambda: written(model, rows, generation, batch_size=size), model.device)
     finally:
         model.train(training)

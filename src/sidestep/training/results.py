@@ -53,6 +53,7 @@ class Results:
             not among `seconds`.
         auto: how the method was chosen: its "trials" on held-out training rows, the "budget" and the seconds. None: it
             was named.
+        processes: that trained together.
     """
 
     scores: dict[str, float]
@@ -86,6 +87,7 @@ class Results:
     first_stage: dict[str, Any] | None = None
     features: dict[str, Any] | None = None
     auto: dict[str, Any] | None = None
+    processes: int = 1
 
     def write(self, folder: Path) -> None:
         """Write results.json to a folder, in one step."""

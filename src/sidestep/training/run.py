@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 from datasets import Dataset
 
+from sidestep import ranks
 from sidestep.backbone import Noise
+from sidestep.backbone.formats import Quantize
 from sidestep.backbone.load import check_writes, load_backbone, load_pair
 from sidestep.backbone.pixels import ImageTransform, adjusted
 from sidestep.backbone.processors import PairProcessor, load_pair_processor, load_processor
@@ -27,10 +29,14 @@ from sidestep.kinds.task_data import TaskData
 from sidestep.methods import MethodConfig
 from sidestep.model.attach import Attached, attach, detach
 from sidestep.model.heads import Retrieve
+from sidestep.model.sharding import shard
 from sidestep.model.token_loss import LmLoss
+from sidestep.tasks.features import kept_features
 from sidestep.training.checkpoints import as_begun, check_output, parts_of
+from sidestep.training.launchers import asks_for_fsdp, check_shardable
 from sidestep.training.results import Results
 from sidestep.training.settings import TrainSettings
+from sidestep.training.train import readable
 from sidestep.training.train import train as train_model
 
 
@@ -109,7 +115,9 @@ class ModelSpec:
         pool: what a Sidestep head reads.
         own_head: whether the backbone's own head is trained instead.
         backbone_noise, checkpoint, keep, lm_loss: as of `attach`.
-        drop_path, dtype, revision: as of `load_backbone`.
+        drop_path, dtype, revision, quantize: as of `load_backbone`.
+        shard: whether the blocks' weights are shared out among the processes (see `model.sharding.shard`). An FSDP
+            config of accelerate's launcher asks for that too.
     """
 
     backbone: str | Path
@@ -125,6 +133,8 @@ class ModelSpec:
     drop_path: float | None = None
     dtype: str | None = None
     revision: str | None = None
+    shard: bool = False
+    quantize: Quantize | None = None
 
     @property
     def name(self) -> str:
@@ -198,11 +208,22 @@ def train(
         ValueError: if settings do not go together.
         TrainError: if training diverges or memory runs out. Checkpoints stay.
     """
-    check_places(spec)
+    with ranks.together():
+        return _train(spec, watch if ranks.is_first() else None, backbone, data, store)
+
+
+def _train(
+    spec: RunSpec, watch: Watch | None, backbone: Any, data: TaskData | None, store: FeatureStore | None
+) -> tuple[Attached, TaskData, Results]:
+    spec = _as_launched(spec)
+    ranks.first(lambda: check_places(spec))
     settings = as_begun(spec.training)
     data = task_data(spec, watch) if data is None else data
     model = attached(spec, data, backbone)
     try:
+        if spec.model.shard:
+            check_shardable(model, spec.training)
+            shard(model)
         if watch is not None:
             watch.started(model, data, settings)
         tell = None if watch is None else watch.tell
@@ -212,6 +233,53 @@ def train(
             detach(model)
         raise
     return model, data, results
+
+
+def _as_launched(spec: RunSpec) -> RunSpec:
+    """The run, sharded if the launcher's config asks for that."""
+    return replace(spec, model=replace(spec.model, shard=True)) if asks_for_fsdp() else spec
+
+
+def store_features(spec: RunSpec, watch: Watch | None = None, *, backbone: Any = None) -> dict[str, Any]:
+    """Store what the backbone's frozen part gives for the rows of a run, and train nothing.
+
+    Processes that do this for the same rows at the same time share them. A process that is stopped leaves what it has
+    stored, and the next one goes on. `train` of the same run finds it all.
+
+    Args:
+        spec: the run. Its features go to the disk, and its output is not touched.
+        watch, backbone: as of `train`.
+
+    Returns:
+        What was stored, as results.json of a run has it.
+
+    Raises:
+        ValueError: if the run keeps no features on the disk, or they cannot be kept. Errors else as of `train`.
+    """
+    settings, spec = spec.training, _as_launched(spec)
+    if settings.features != "disk":
+        raise ValueError(f"--features {settings.features} with --features-only: it fills a folder. Say --features disk")
+    data = task_data(spec, watch)
+    model = attached(spec, data, backbone)
+    try:
+        if spec.model.shard:
+            check_shardable(model, settings)
+        kept = kept_features(
+            model,
+            readable(model, data),
+            settings.feature_options,
+            passes=settings.epochs,
+            batch_size=settings.eval_batch_size,
+            autocast=settings.bf16,
+            tell=None if watch is None else watch.tell,
+            progress=settings.progress,
+        )
+    finally:
+        if backbone is not None:
+            detach(model)
+    if kept is None:
+        raise ValueError(f"the features do not fit on the disk of {settings.feature_options.place}: see the warning")
+    return kept.told
 
 
 def check_places(spec: RunSpec) -> None:
@@ -282,6 +350,7 @@ def attached(spec: RunSpec, data: TaskData, backbone: Any = None) -> Attached:
         "dtype": own.dtype,
         "revision": own.revision,
         "drop_path": own.drop_path,
+        "quantize": own.quantize,
     }
     how: dict[str, Any] = {
         "backbone_noise": own.backbone_noise or ("drop_path" if own.drop_path else None),

@@ -32,8 +32,8 @@ class TrainSettings:
     Attributes:
         output: the task folder. Checkpoints, logs and results.json go there too.
         epochs: passes over the training rows.
-        batch_size: rows of one forward and backward pass.
-        eval_batch_size: rows of one forward pass over the dev rows.
+        batch_size: rows of one forward and backward pass, of all processes together.
+        eval_batch_size: rows of one forward pass over the dev rows, of all processes together.
         learning_rate: None: the `rate` of the method's config.
         weight_decay: AdamW's.
         decay: which weights it acts on. "weights" are all but biases and norms, "all" is whatever is trained.

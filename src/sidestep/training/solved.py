@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sidestep import ranks
 from sidestep.data import DataError
 from sidestep.disk.features import FeatureStore
 from sidestep.kinds.features import Feed
@@ -28,6 +29,7 @@ from sidestep.tasks.features import Kept, kept_features
 from sidestep.training.outcome import judge_run, told_of
 from sidestep.training.results import Results
 from sidestep.training.settings import TrainSettings
+from sidestep.training.shares import start_alike
 
 PROBLEMS = ("single", "multi", "regress")
 OF_TOKENS: dict[str, Problem] = {"tokens": "single", "spans": "multi"}
@@ -60,6 +62,7 @@ def solve_run(
             "choose another method"
         )
     kept = None if data.labels.kind in OF_TOKENS else _kept(model, data, settings, tell, store)
+    start_alike(model)
     begin = time.perf_counter()
     found = _solved_tokens(model, data, settings, tell) if kept is None else _solved(model, kept.data, settings)
     seconds = time.perf_counter() - begin
@@ -67,26 +70,31 @@ def solve_run(
         tell(f"readout: {found.lost:.1%} of the variance of its vectors is outside of the span that it was solved in")
     model.eval()
     judged = judge_run(model, data if kept is None else kept.data, settings)
-    model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=judged.scores)
-    scored = {f"dev_{name}": value for name, value in judged.scores.items()}
     loss = _dev_loss(model, data if kept is None else kept.data, settings.eval_batch_size)
-    results = Results(
-        **told_of(model, data, settings, recipe, judged),
-        metric=metric,
-        best_epoch=1.0,
-        epochs=1.0,
-        planned_epochs=1,
-        method={"name": model.record.name, **model.settings.method.to_dict(), "chosen_penalty": found.penalty},
-        step=None,
-        seconds=round(seconds, 3),
-        estimated_seconds=None,
-        epoch_seconds=[round(seconds, 4)],
-        resumed_from=None,
-        history=[{"epoch": 1.0, "train_loss": found.loss, "dev_loss": loss, **scored}],
-        features=None if kept is None else kept.told,
-    )
-    results.write(settings.output)
-    return results
+    history = [{"epoch": 1.0, "train_loss": found.loss, "dev_loss": loss}]
+    history[0] |= {f"dev_{name}": value for name, value in judged.scores.items()}
+
+    def saved() -> Results:
+        model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=judged.scores)
+        results = Results(
+            **told_of(model, data, settings, recipe, judged),
+            metric=metric,
+            best_epoch=1.0,
+            epochs=1.0,
+            planned_epochs=1,
+            method={"name": model.record.name, **model.settings.method.to_dict(), "chosen_penalty": found.penalty},
+            step=None,
+            seconds=round(seconds, 3),
+            estimated_seconds=None,
+            epoch_seconds=[round(seconds, 4)],
+            resumed_from=None,
+            history=history,
+            features=None if kept is None else kept.told,
+        )
+        results.write(settings.output)
+        return results
+
+    return ranks.first(saved)
 
 
 def _kept(
@@ -218,18 +226,19 @@ def _token_vectors(
             f"{model.record.name} needs the vectors of {len(rows)} tokens, which take {format_bytes(needed)}, and "
             f"{format_bytes(free)} of memory are free. Read fewer levels (--set levels=2)"
         )
-    held = torch.empty(len(rows), width)
+    held = torch.zeros(len(rows), width)
     starts = np.searchsorted(rows, np.arange(len(data.train) + 1))
     order = np.argsort(data.train.with_format(None)["length"][:], kind="stable")
     model.eval()
-    for begin in range(0, len(order), settings.eval_batch_size):
-        numbers = order[begin : begin + settings.eval_batch_size].tolist()
+    order, size = order[ranks.rank() :: ranks.count()], ranks.share(settings.eval_batch_size)
+    for begin in range(0, len(order), size):
+        numbers = order[begin : begin + size].tolist()
         batch = accepted(model, data.collate([data.train[number] for number in numbers]))
         found, _ = model.vector({name: value for name, value in batch.items() if name != "labels"})
         for vectors, number in zip(found, numbers, strict=True):
             own = slice(starts[number], starts[number + 1])
             held[own] = vectors[torch.from_numpy(places[own]).to(vectors.device)].float().cpu()
-    return held
+    return ranks.total(held)
 
 
 def _vectors(data: TaskData) -> Callable[[int, int], Tensor]:
@@ -244,9 +253,9 @@ def _vectors(data: TaskData) -> Callable[[int, int], Tensor]:
 
 def _dev_loss(model: SideModel, data: TaskData, size: int) -> float:
     """The mean loss of the dev rows, of batches by their rows."""
-    total = 0.0
+    total, batches = torch.zeros((), dtype=torch.float64), range(0, len(data.dev), size)
     with torch.no_grad():
-        for start in range(0, len(data.dev), size):
+        for start in ranks.own(batches):
             rows = [data.dev[number] for number in range(start, min(start + size, len(data.dev)))]
             total += float(model(**accepted(model, data.collate(rows))).loss) * len(rows)
-    return total / len(data.dev)
+    return float(ranks.total(total)) / len(data.dev)

@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from torch.optim import Optimizer
 from transformers import Trainer
 
+from sidestep import ranks
 from sidestep.backbone import drop_path_rate
 from sidestep.backbone.processors import tokenizer_of
+from sidestep.backbone.shards import is_sharded
 from sidestep.data import DataWarning
 from sidestep.data.contents import content_hash
 from sidestep.disk.features import FeatureStore
@@ -45,6 +47,7 @@ from sidestep.training.outcome import ends_scored, history_of, judge_run, result
 from sidestep.training.pace import Pace
 from sidestep.training.results import Results
 from sidestep.training.settings import TrainSettings
+from sidestep.training.shares import agree_on_run, start_alike
 from sidestep.training.solved import solve_run
 from sidestep.training.trainer import largest_batch, make_trainer
 
@@ -71,6 +74,9 @@ def train(
     `settings.output` then holds the task, results.json, checkpoints/ (the best and the last, of the task
     alone) and logs/ (for TensorBoard).
 
+    In a process that `torchrun` or `accelerate launch` has started, all such processes share the work (see
+    docs/distributed.md). The first owns the folder.
+
     Args:
         model: attached, with a head for `data.labels` (see `head_for` and `load_backbone(writes=...)`).
         data: see `prepare`.
@@ -86,20 +92,40 @@ def train(
 
     Raises:
         OutputError: if the output folder is taken, or the run to resume was another one.
+        RanksDiffer, RankEnded: of several processes, if they do not do the same, or another one has ended.
         TrainError: if training diverges or memory runs out. Checkpoints stay.
         ValueError: if a setting does not fit the problem, or texts the backbone's positions.
 
     Warns:
         PlanWarning: if a step will need more memory than there is.
     """
-    data, settings = _readable(model, data), checkpoints.as_begun(settings)
+    with ranks.together():
+        return _train(model, data, settings, recipe=recipe, tell=tell if ranks.is_first() else None, store=store)
+
+
+def _train(
+    model: Attached,
+    data: TaskData,
+    settings: TrainSettings,
+    *,
+    recipe: Mapping[str, Any] | None,
+    tell: Callable[[str], object] | None,
+    store: FeatureStore | None,
+) -> Results:
+    data, settings = readable(model, data), checkpoints.as_begun(settings)
+    if is_sharded(model):
+        # plans copy the model, and passes whose number depends on the clock would not be the same everywhere
+        settings = replace(settings, measure=False)
     check_run(model, data, settings)
     _describe(model, data)
     metric = kind_named(data.labels.kind).best_by(settings.metric, len(data.labels.names))
     identity = _identity(model, data, settings)
     if relax.relaxes(model):
         relax.check(model, settings)
-    start = checkpoints.begin(settings, identity)
+    agree_on_run(identity)
+    ranks.first(lambda: checkpoints.check_output(settings))
+    ranks.check_seen(settings.output)
+    start = ranks.first(lambda: checkpoints.begin(settings, identity))
     if isinstance(model, SideModel) and model.side.solved:
         with _failures(settings):
             return solve_run(model, data, settings, metric, recipe=recipe, tell=tell, store=store)
@@ -107,7 +133,7 @@ def train(
     last = relax.last_stage(model, settings) if relax.relaxes(model) else settings
     if relax.relaxes(model):
         with _failures(relax.own(model, settings)):
-            batch = largest_batch(data, settings.batch_size) if settings.measure else None
+            batch = largest_batch(data, ranks.share(settings.batch_size)) if settings.measure else None
 
             if batch is not None and start is None:
                 check_fits(model, batch, precision="bf16 autocast" if settings.bf16 else "float32")
@@ -123,16 +149,17 @@ def train(
     with _failures(settings):
         if start is None:
             _initialise(model, data, settings)
+            start_alike(model)
         live, kept = data, _kept(model, data, last, start, store, tell)
         data = live if kept is None else kept.data
         trainer = make_trainer(model, data, last, metric, start, clock)
         cost = None if first is None else first.cost
         if settings.measure and first is None:
-            batch = largest_batch(data, settings.batch_size)
+            batch = largest_batch(data, ranks.share(settings.batch_size))
             # the Trainer's optimizer is the fused one
             how: Any = {"precision": "bf16 autocast" if settings.bf16 else "float32", "optimizer": "AdamW (fused)"}
-            largest = largest_batch(live, settings.batch_size)
-            if (chosen := settle_keep(model, largest, **how)) and tell is not None:
+            largest = largest_batch(live, ranks.share(settings.batch_size))
+            if (chosen := _keep_alike(model, settle_keep(model, largest, **how))) and tell is not None:
                 tell(chosen)
             check_fits(model, largest, **how)
             cost = measure_step(model, batch, bf16=settings.bf16)
@@ -142,14 +169,26 @@ def train(
         history = history_of(trainer.state.log_history)
         judged = (trainer.judged(history) if ends_scored(settings) else None) or judge_run(model, data, settings)
     model.eval()
-    model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=judged.scores)
-    results = results_of(trainer, live, settings, recipe, judged, cost, seconds, estimate, start, history, clock)
-    if kept is not None:
-        results = replace(results, features=kept.told)
-    if first is not None:
-        results = replace(results, first_stage=first.told(history_of(first.log)))
-    results.write(settings.output)
-    return results
+
+    def saved() -> Results:
+        model.save_pretrained(settings.output, overwrite=settings.overwrite or settings.resume, scores=judged.scores)
+        results = results_of(trainer, live, settings, recipe, judged, cost, seconds, estimate, start, history, clock)
+        if kept is not None:
+            results = replace(results, features=kept.told)
+        if first is not None:
+            results = replace(results, first_stage=first.told(history_of(first.log)))
+        results.write(settings.output)
+        return results
+
+    return ranks.first(saved)
+
+
+def _keep_alike(model: Attached, chosen: str | None) -> str | None:
+    """Have all processes keep the inputs of taps in the first one's way. Returns what is said of it."""
+    keepings = [part.fold.keeping for part in model.parts]
+    for keeping, way in zip(keepings, ranks.first(lambda: [each.way for each in keepings]), strict=True):
+        keeping.way = way
+    return chosen
 
 
 def _kept(
@@ -175,7 +214,7 @@ def _kept(
     )
 
 
-def _readable(model: Attached, data: TaskData) -> TaskData:
+def readable(model: Attached, data: TaskData) -> TaskData:
     """The data without columns that the model's forward does not take.
 
     The Trainer's column removal is not used. It takes the lengths away before the sampler asks for them. It also takes
@@ -289,7 +328,7 @@ def _run(trainer: Trainer, start: Path | None) -> float:
         trainer.state.global_step = checkpoints.step_of(start)
         trainer.state.best_global_step = checkpoints.step_of(best)
     elif start is not None:
-        checkpoints.relocate(start)
+        ranks.first(lambda: checkpoints.relocate(start))
         trainer.train(resume_from_checkpoint=str(start.resolve()))
     else:
         trainer.train()

@@ -10,19 +10,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from sidestep import ranks
+from sidestep.backbone.shards import is_sharded
 from sidestep.kinds.assess import Assessment
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.task_data import TaskData
+from sidestep.metrics import IGNORED
 from sidestep.model.attach import Attached
+from sidestep.model.build import refuse_zero3
 from sidestep.model.pair_model import PairModel
-from sidestep.training import checkpoints
+from sidestep.training import checkpoints, shares
 from sidestep.training.callbacks import (
     Bars,
     EpochClock,
@@ -61,8 +66,9 @@ def make_trainer(
         ExactResume(settings.seed, steps, settings.save_steps),
         StopIfDiverged(),
         clock,
-        TensorBoardCallback(_writer(settings, start)),
     ]
+    if ranks.is_first():
+        callbacks.append(TensorBoardCallback(_writer(settings, start)))
     moving = [part for part in model.parts if part.sparse is not None]
     if moving:
         callbacks.append(MoveSupport(moving))
@@ -87,15 +93,16 @@ def make_trainer(
         judge_texts=(lambda: judge_run(model, data, settings)) if writes else None,
         make_optimizer=optimizer,
     )
+    refuse_zero3()  # which a launcher's config may ask for: it is read where the Trainer is made
     for printer in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printer)
-    if settings.progress:
+    if settings.progress and ranks.is_first():
         trainer.add_callback(Bars(metric))
     return trainer
 
 
 class TaskTrainer(Trainer):
-    """The Trainer with the settings' schedule, weight decay and whole batches.
+    """The Trainer with the settings' schedule, weight decay and whole batches, shared out to the processes.
 
     `judge_texts` scores problems that are not scored by logits. Without it `compute_metrics` scores them. The result of
     the last evaluation is remembered, for `judged`.
@@ -117,6 +124,7 @@ class TaskTrainer(Trainer):
     ) -> None:
         super().__init__(**given)
         self._settings, self._factor, self._make_optimizer = settings, factor, make_optimizer
+        self._model: Attached = given["model"]
         self._data, self._judge_texts = data, judge_texts
         self._last: Callable[[], Assessment] | None = None
 
@@ -124,6 +132,8 @@ class TaskTrainer(Trainer):
         """AdamW, or the optimizer of a first stage."""
         if self.optimizer is None and self._make_optimizer is not None:
             self.optimizer = self._make_optimizer()
+        if ranks.count() > 1:  # not sooner: that optimizer decides what is trained
+            shares.keep_apart(self._model)
         return super().create_optimizer(model)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -140,6 +150,31 @@ class TaskTrainer(Trainer):
     def judged(self, history: list[dict[str, float]]) -> Assessment | None:
         """The result of the last evaluation, with the scores that the history ends with. None: there was none here."""
         return None if self._last is None else replace(self._last(), scores=last_scores(history))
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """The model with its gradients averaged over the processes. accelerate refuses to do that for shards."""
+        if not training or not is_sharded(self._model) or model is not self._model:
+            return super()._wrap_model(model, training, dataloader)
+        # what accelerate does besides, which is autocast
+        prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        return DistributedDataParallel(prepared)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's step, with the gradients that its wrapper does not see averaged over the processes."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if ranks.count() > 1 and self.accelerator.sync_gradients:
+            shares.average_sparse(self._model)
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's loss. A mean over a process's labels counts by their share of the batch's labels."""
+        counts = ranks.count() > 1 and model.training and not self.model_accepts_loss_kwargs
+        if not counts or isinstance(self._model, PairModel):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        items = (inputs["labels"] != IGNORED).sum()
+        share = ranks.count() * items / ranks.total(items.clone())
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        return (found[0] * share, *found[1:]) if isinstance(found, tuple) else found * share
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The settings' schedule."""
@@ -166,9 +201,15 @@ class TaskTrainer(Trainer):
         # set for this one only: with it the Trainer leaves out dev rows too
         self.args.dataloader_drop_last = self._settings.drop_last
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            return loader if ranks.count() == 1 else shares.shared(loader)
         finally:
             self.args.dataloader_drop_last = False
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Wait until all processes have written their states: the file that ends a checkpoint comes next."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
 
 def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric: str) -> TrainingArguments:
@@ -176,8 +217,8 @@ def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric:
         # absolute: the path of the best checkpoint is stored
         output_dir=str((settings.output / checkpoints.FOLDER).resolve()),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.eval_batch_size,
+        per_device_train_batch_size=settings.batch_size,  # the whole batch, which `shares.shared` shares out
+        per_device_eval_batch_size=ranks.share(min(settings.eval_batch_size, len(data.dev))),  # so that all have some
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.rate(model.record.config),
         weight_decay=settings.weight_decay,
@@ -199,7 +240,8 @@ def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric:
         report_to="none",  # TensorBoard is among the callbacks, with a folder of our choice
         disable_tqdm=not settings.progress,
         train_sampling_strategy="group_by_length" if _differ_in_length(data) else "random",
-        remove_unused_columns=False,  # see _readable
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,  # see `train.readable`
         label_names=["labels"],  # whatever the heads of models call them
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sidestep.backbone import Noise
+from sidestep.backbone.formats import Format
 from sidestep.backbone.load import OwnHead
 from sidestep.backbone.recompute import Checkpoint
 from sidestep.backbone.trunk import reads_mixed
@@ -88,6 +89,7 @@ def plan(
     optimizer: str = "AdamW",
     device: Device = "cpu",
     revision: str | None = None,
+    quantize: Format | None = None,
     measure: bool = False,
 ) -> Plan:
     """The memory that a training step will take, from the backbone's config alone.
@@ -111,6 +113,7 @@ def plan(
         optimizer: one of `OPTIMIZERS`.
         device: "cpu" or "cuda". The latter needs no GPU.
         revision: branch, tag or commit of a hub id.
+        quantize: the format of the backbone's weights, as of `load_backbone`. None: as its config says.
         measure: run two real steps on this machine instead, with random weights, and take the allocator's count. With
             "cuda" there has to be a GPU then.
 
@@ -123,11 +126,16 @@ def plan(
     check_choices(precision, optimizer, device)
     if measure and device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' cannot be measured, because CUDA is not available: measure on 'cpu', or plan")
+    if measure and quantize is not None:
+        raise ValueError(
+            f"quantize={quantize!r} cannot be measured with random weights: plan without measuring, or load the "
+            "backbone, attach the method, and use peak_memory"
+        )
     place = device if measure else "meta"
     with torch.random.fork_rng(None if place == "cuda" else []), torch.device(place):
         how = {"checkpoint": checkpoint, "backbone_noise": backbone_noise, "keep": keep, "lm_loss": lm_loss}
         made = (backbone, text_backbone)
-        model = _attached(made, method, None if writes else head, writes, own_head, how, precision, revision)
+        model = _attached(made, method, None if writes else head, writes, own_head, how, precision, revision, quantize)
         mixed = isinstance(model, SideModel) and reads_mixed(model.trunk)
         picture = picture_of(backbone, revision, image_size or IMAGE_SIZE) if mixed else None
         inputs = blank_batch(model, batch, length, image_size, frames, picture)
@@ -168,15 +176,16 @@ def _attached(
     how: dict[str, Any],
     precision: Precision,
     revision: str | None,
+    quantize: Format | None,
 ) -> Attached:
     """The attached model on the default device. The second backbone is of texts, beside one of images."""
     one, text = backbone
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     own = own_head if head is None and writes is None else None
     if isinstance(head, Retrieve):
-        made = build_pair(one, text, dtype=dtype, revision=revision)
+        made = build_pair(one, text, dtype=dtype, revision=revision, quantize=quantize)
     else:
-        made = build(one, own_head=own, writes=writes, dtype=dtype, revision=revision)
+        made = build(one, own_head=own, writes=writes, dtype=dtype, revision=revision, quantize=quantize)
     try:
         return attach(made, method, head=head, **how)
     except RuntimeError as error:  # what torch raises for an operation that needs values

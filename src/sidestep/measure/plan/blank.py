@@ -15,6 +15,7 @@ from sidestep.backbone import positions
 from sidestep.backbone.configs import config_of
 from sidestep.backbone.dummies import PATCHES
 from sidestep.backbone.families import family_of
+from sidestep.backbone.formats import Format, check_quantizable
 from sidestep.backbone.gguf import is_gguf
 from sidestep.backbone.load import OwnHead, classifier_of, headless_of, paired
 from sidestep.backbone.pixels import image_shape
@@ -22,6 +23,7 @@ from sidestep.backbone.processors import require_dual
 from sidestep.backbone.source import CONFIG, TIMM, VIT, LoadError
 from sidestep.backbone.timm_models import import_timm
 from sidestep.backbone.trunk import SOUND_INPUTS, reads_mixed
+from sidestep.measure.plan.packed import pack
 from sidestep.measure.plan.pictures import Picture
 from sidestep.metrics import Written
 from sidestep.model.attach import Attached
@@ -53,6 +55,7 @@ def build(
     num_labels: int | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    quantize: Format | None = None,
 ) -> nn.Module:
     """The backbone with random weights, on the default device. Under `torch.device("meta")` it has no weights.
 
@@ -64,15 +67,20 @@ def build(
         num_labels: classes of the head for classification. None: the config's.
         dtype: of the weights.
         revision: branch, tag or commit of a hub id.
+        quantize: the format of its linear maps, which only stand for quantised ones then. None: the config's, or plain.
 
     Raises:
         LoadError: if there is no such config, or transformers or timm has no model for it.
     """
+    if quantize is not None:
+        check_quantizable(quantize, str(backbone) if isinstance(backbone, str | Path) else "")
     if isinstance(backbone, str | Path) and str(backbone).startswith(TIMM):
         if writes is not None:
             raise LoadError(f"{backbone} reads images and writes no text: leave --kind {writes} out")
         return _timm(str(backbone), num_labels if own_head is not None else 0).to(dtype)
     if callable(backbone) and not isinstance(backbone, PreTrainedConfig):
+        if quantize is not None:
+            raise LoadError(f"quantize={quantize!r} with a function that makes the model: give a config, or make it so")
         return backbone().to(dtype)
     config = backbone if isinstance(backbone, PreTrainedConfig) else read_config(backbone, revision)
     if own_head is not None and num_labels is not None:
@@ -84,22 +92,27 @@ def build(
     if own_head is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # by which a decoder's head finds the last token of a row
     try:
-        return kind.from_config(config, dtype=dtype)
+        return pack(kind.from_config(config, dtype=dtype), quantize, own_head=own_head is not None)
     except ValueError as error:
         raise LoadError(f"transformers has no model for {type(config).__name__}: {_first_line(error)}") from error
 
 
 def build_pair(
-    backbone: Backbone, text: Backbone | None, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+    backbone: Backbone,
+    text: Backbone | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    quantize: Format | None = None,
 ) -> nn.Module:
     """A dual encoder with random weights, as `build` makes it, or of an encoder of images and one of texts.
 
     Raises:
         LoadError: as `build`. If there are no two towers.
     """
-    made = build(backbone, dtype=dtype, revision=revision)
+    made = build(backbone, dtype=dtype, revision=revision, quantize=quantize)
     if text is not None:
-        return paired(made, build(text, dtype=dtype)).to(dtype)
+        return paired(made, build(text, dtype=dtype, quantize=quantize)).to(dtype)
     require_dual(str(backbone), getattr(getattr(made, "config", None), "model_type", "timm model"))
     return made
 

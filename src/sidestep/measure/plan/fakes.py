@@ -7,10 +7,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sidestep.backbone.fakes import fake_like, fakes_of
 from sidestep.measure.plan.blank import without_drawing
+from sidestep.measure.plan.packed import stand_ins
 from sidestep.model.attach import Attached
 
 
@@ -22,7 +23,9 @@ def fake_copy(model: Attached) -> Attached:
     """
     # by its memo, deepcopy takes these for what they stand for: nothing large is copied
     memo: dict[int, Any] = {id(model.extras): {}, **{id(part.trained.originals): {} for part in model.parts}}
-    return copy.deepcopy(model, fakes_of(model, memo))
+    fakes_of(model, memo)
+    stand_ins(model, memo)
+    return copy.deepcopy(model, memo)
 
 
 def fake_batch(model: Attached, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -30,9 +33,3 @@ def fake_batch(model: Attached, batch: Mapping[str, Tensor]) -> dict[str, Tensor
     names = inspect.signature(model.forward).parameters
     given = {name: tensor for name, tensor in batch.items() if name in names}
     return {name: fake_like(tensor) for name, tensor in without_drawing(model, given).items()}
-
-
-def bytes_of(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, shared ones once."""
-    storages = {tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())}
-    return sum(storage.nbytes() for storage in storages)

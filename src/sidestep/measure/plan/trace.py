@@ -14,11 +14,12 @@ from torch.autograd.graph import get_gradient_edge
 
 from sidestep.backbone.fakes import unlogged
 from sidestep.backbone.frames import VIDEO_AXES
+from sidestep.backbone.quantised import bytes_of
 from sidestep.backbone.source import Reads
 from sidestep.interface.keep import Keep
 from sidestep.measure.memory import by_kind_of_module, saved_bytes
 from sidestep.measure.plan.cuda import ALLOCATION, CudaKernels
-from sidestep.measure.plan.fakes import bytes_of, fake_batch, fake_copy
+from sidestep.measure.plan.fakes import fake_batch, fake_copy
 from sidestep.measure.plan.ledger import Ledger
 from sidestep.measure.plan.pictures import Prepare, is_pictured, without_pictures, without_values
 from sidestep.measure.step import announced
