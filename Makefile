@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types laws-all test-lowest clean
+.PHONY: demo test lint types laws-all test-ray test-lowest clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sidestep needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -32,6 +32,11 @@ test: lint types
 # every method on every family, also where that is costly
 laws-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses logical --all-laws tests/laws
+
+# the suite of tests/serve against two replicas on Ray Serve; imports in many processes make it too slow for `make test`
+test-ray: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/python -m pytest --engine ray -W default tests/serve/test_conformance.py
 
 # The oldest versions that pyproject.toml allows; run by hand, the date of the last run is in CONTRIBUTING.md.
 test-lowest:

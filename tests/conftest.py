@@ -23,6 +23,7 @@ def _seed() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-laws", action="store_true", help="run the costly laws on every family (make laws-all)")
+    parser.addoption("--engine", choices=("uvicorn", "ray"), default="uvicorn", help="of the server in tests/serve")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ RUN_EACH = """
 import json, os, runpy, sys, tempfile
 import datasets, torch, transformers.trainer, sidestep.compare.runs, sidestep.training.run
 found = {}
-for example, here in json.loads(sys.argv[1]):
+for example, here, arguments in json.loads(sys.argv[1]):
     pid = os.fork()  # each in a process of its own, which need not import the libraries again
     if pid == 0:
         os.chdir(here)
@@ -28,6 +28,7 @@ for example, here in json.loads(sys.argv[1]):
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
             code = 1
+            sys.argv = [example, *arguments]
             try:
                 runpy.run_path(example, run_name="__main__")
                 code = 0
@@ -43,6 +44,16 @@ print(json.dumps(found))
 """
 
 
+def router_tables(folder: Path) -> Path:
+    """Two tables, in the place of the seven that are made of data sets."""
+    folder.mkdir()
+    for name, labels in (("mood", ("good", "bad")), ("act", ("question", "statement"))):
+        lines = [f"a {label} text of {thing},{label}" for thing in ("film", "book", "phone") for label in labels]
+        for part in ("train", "dev"):
+            (folder / f"{name}.{part}.csv").write_text("\n".join(["text,label", *(3 * lines), ""]))
+    return folder
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the examples are run in forked processes")
 @pytest.mark.parametrize("part", [0, 1], ids=["even", "odd"])
 def test_examples_run_offline(part: int, tmp_path: Path) -> None:
@@ -51,9 +62,11 @@ def test_examples_run_offline(part: int, tmp_path: Path) -> None:
     for folder in folders:
         folder.mkdir()
         Path(f"{folder}-scratch").mkdir()
-    pairs = json.dumps([(str(one), str(folder)) for one, folder in zip(examples, folders, strict=True)])
+    given = {"router": [str(router_tables(tmp_path / "tables"))]}
+    runs = zip(examples, folders, strict=True)
+    told = json.dumps([(str(one), str(folder), given.get(one.stem, [])) for one, folder in runs])
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RUN_EACH, pairs]
+    command = [sys.executable, "-c", RUN_EACH, told]
     run = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     codes = json.loads(run.stdout.splitlines()[-1])

@@ -29,6 +29,7 @@ ROOMS = [
     "measure",
     "kinds",
     "tasks",
+    "serve",
     "training",
     "compare",
     "console",

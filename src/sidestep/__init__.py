@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from sidestep.model.pair_model import PairModel
     from sidestep.model.sharding import shard
     from sidestep.model.side_model import SideModel
+    from sidestep.serve.client import AsyncClient, Client, ServerError
     from sidestep.tasks.add_diff import DifferentBackbones, add_diff
     from sidestep.tasks.bank import TaskBank
     from sidestep.tasks.bank_folder import BankError
@@ -63,10 +64,12 @@ __version__ = VERSION
 
 __all__ = [
     "Answer",
+    "AsyncClient",
     "BankError",
     "BitFitConfig",
     "Box",
     "Classify",
+    "Client",
     "DTLConfig",
     "DataSpec",
     "DiffPruningConfig",
@@ -88,6 +91,7 @@ __all__ = [
     "Regress",
     "Retrieve",
     "RunSpec",
+    "ServerError",
     "SherlConfig",
     "SideAttentionConfig",
     "SideModel",
@@ -141,6 +145,7 @@ _HOMES = {
         "methods",
     ),
     "model.side_model": ("SideModel",),
+    "serve.client": ("AsyncClient", "Client", "ServerError"),
     "model.attach": ("attach", "detach"),
     "model.joint_model": ("JointModel",),
     "model.pair_model": ("PairModel",),

@@ -15,7 +15,7 @@ from test_bank import BERT, backbone, outputs, saved
 import sidestep as ss
 from sidestep.disk.task_folder import WEIGHTS, TaskError
 from sidestep.tasks import bank as module
-from sidestep.tasks.bank_folder import BankError
+from sidestep.tasks.bank_folder import BankError, BankFolder
 from tiny import FAMILIES, logits, randomize
 
 TASKS: dict[str, tuple[Any, int]] = {
@@ -100,6 +100,16 @@ def test_a_task_that_another_process_replaced_answers_anew(bank: ss.TaskBank, fo
     other.remove("wider")
     with pytest.raises(BankError, match="holds no task 'wider'"):
         bank(BERT.inputs(), tasks=["read", "wider"])
+
+
+def test_what_another_process_removed_is_not_active_again(bank: ss.TaskBank) -> None:
+    bank.activate("sparse")
+    expected = bank(BERT.inputs(), tasks=["read", "probe"])
+    BankFolder(bank.store.path).remove("sparse")
+    found = bank(BERT.inputs(), tasks=["read", "probe"])
+    assert bank.active is None
+    for name, output in found.items():
+        assert torch.equal(logits(output), logits(expected[name]))
 
 
 @pytest.mark.parametrize(

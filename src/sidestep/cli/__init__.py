@@ -1,4 +1,4 @@
-"""The command `sidestep`: train, eval, predict, inspect, bank, features, methods, recipes, demo, report, plan.
+"""The command `sidestep`: train, eval, predict, inspect, bank, serve, features, methods, recipes, demo, report, plan.
 
 Whatever imports torch is imported inside the commands. So help and typing errors come at once.
 """
@@ -18,6 +18,7 @@ from sidestep.cli.listing import inspect, methods, recipes
 from sidestep.cli.plan import plan
 from sidestep.cli.plugins import WithPlugins, load_plugins
 from sidestep.cli.report import report
+from sidestep.cli.serve import serve
 from sidestep.cli.tasks import evaluate, predict
 from sidestep.cli.train import train
 
@@ -48,6 +49,7 @@ app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(inspect)
 app.add_typer(bank)
+app.command()(serve)
 app.add_typer(features)
 app.command()(methods)
 app.command()(recipes)

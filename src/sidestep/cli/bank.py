@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from sidestep.disk.feature_options import Where
-    from sidestep.tasks.bank import TaskBank
     from sidestep.tasks.bank_folder import BankFolder, Entry
 
 SEPARATOR = "|"
@@ -105,6 +104,7 @@ def run(
         from sidestep.disk.task_folder import TaskError
         from sidestep.measure.plan import memory_of
         from sidestep.tasks import predict as predicting
+        from sidestep.tasks.open_bank import open_bank
         from sidestep.tasks.predict_each import predict_each
         from sidestep.tasks.predict_together import predict_together
 
@@ -132,7 +132,7 @@ def run(
             raise ValueError(f"row {empty[0]} of {rows} names no task: {len(empty)} of {len(asked)} rows do not")
         for name in () if where else dict.fromkeys(names):
             refuse_inputs([output], stored_backbones_at(held.config(name)))
-        with _loaded(held, dict.fromkeys(names), where) as loaded:
+        with open_bank(held, names=dict.fromkeys(names), moved_to=where) as loaded:
             reads = Fields(text=text, text2=text2, image=image, audio=audio)
             if not several:
                 table = predict_each(
@@ -205,18 +205,3 @@ def _asked(rows: Dataset, column: str | None, task: str | None, tasks: str | Non
     cells = rows.with_format(None)[column][:]
     texts = ["" if cell is None else str(cell) for cell in cells]
     return [[part.strip() for part in text.split(SEPARATOR)] if text.strip() else [] for text in texts]
-
-
-def _loaded(held: BankFolder, names: Iterable[str], moved_to: str | None) -> TaskBank:
-    """The bank on its backbone, on a GPU if there is one. It has its own head if one of these tasks uses that."""
-    import torch
-
-    from sidestep.tasks.bank import TaskBank
-    from sidestep.tasks.load import stored_backbone
-
-    asked = list(names)
-    readable = [entry for entry in held.entries()[0] if entry.name in asked]
-    entries = readable or [held.entry(name) for name in asked]  # the latter say what is wrong
-    wanted = next((entry for entry in entries if entry.outputs is None), entries[0])
-    backbone = stored_backbone(held.folder(wanted.name), moved_to=moved_to)
-    return TaskBank(backbone.to("cuda" if torch.cuda.is_available() else "cpu"), held.path)

@@ -208,6 +208,7 @@ Debug = Annotated[bool, _running("--debug", help="Show an error's traceback, and
 
 RecipePrefix = Annotated[str, typer.Argument(help="Such as dtl, dtl/vtab or dtl/vtab/svhn.")]
 Task = Annotated[Path, typer.Argument(help="Folder of a task.", show_default=False)]
+TaskOrBank = Annotated[Path | None, typer.Argument(help="Folder of a task, or of a bank.", show_default=False)]
 Bank = Annotated[Path, typer.Argument(help="Folder of a bank.", show_default=False, parser=path)]
 BankName = Annotated[str, typer.Argument(help="Name of a task in the bank.", show_default=False)]
 OneTask = Annotated[str | None, _data("--task", help="Name of the task that all rows are for.")]
@@ -288,3 +289,28 @@ PlannedKind = Annotated[
 ]
 Optimizer = Annotated[str, _training(help="AdamW, 'AdamW (fused)', SGD or Adafactor.")]
 Measure = Annotated[bool, _running("--measure", help="Run steps with random weights here instead of predicting.")]
+
+_serving = partial(typer.Option, rich_help_panel="Batches and limits")
+Host = Annotated[str, _running("--host", help="Address to listen on. Others than this machine need keys.")]
+Port = Annotated[int, _running("--port", help="Port to listen on. 0: one that is free.", min=0, max=65535)]
+KeysFile = Annotated[Path | None, _running("--keys", help="File with lines 'use KEY' and 'change KEY'.")]
+Root = Annotated[Path | None, _running("--root", help="Folder that tasks are added from by path. Default: the bank.")]
+Url = Annotated[str | None, _model("--url", help="Server (`sidestep serve`) whose tasks label the rows.")]
+Key = Annotated[
+    str | None,
+    _model("--key", envvar="SIDESTEP_KEY", show_envvar=True, help="Of the server. Better in the variable than here."),
+]
+Device = Annotated[str | None, _model(help="Such as cpu or cuda:1. Default: a GPU if there is one.")]
+KeepTasks = Annotated[int | None, _model("--keep", help="Most tasks that rest in memory. Default: all.")]
+Compiled = Annotated[bool, _model("--compile", help="Compile each block of the backbone.")]
+MaxTokens = Annotated[int, _serving(help="Tokens of a batch, padding included.")]
+MaxRows = Annotated[int, _serving(help="Rows of a batch.")]
+MaxWait = Annotated[float, _serving("--max-wait-ms", help="How long a row waits for others to fill its batch.")]
+Queue = Annotated[int, _serving(help="Rows that may wait. Further requests are refused.")]
+RequestRows = Annotated[int, _serving(help="Most rows of a request.")]
+RequestTokens = Annotated[int, _serving(help="Most tokens of a request.")]
+BodyMib = Annotated[int, _serving(help="Most MiB of a body.")]
+UploadMib = Annotated[int, _serving(help="Most MiB of an uploaded task, packed and unpacked.")]
+Seconds = Annotated[float, _serving(help="Until a request has to be answered.")]
+DrainSeconds = Annotated[float, _serving(help="For requests that wait when the server is stopped.")]
+NoLog = Annotated[bool, _running("--quiet", help="No line for each request.")]

@@ -80,10 +80,12 @@ def evaluate(
 
 
 def predict(
-    task: opt.Task,
     rows: opt.Rows,
     output: opt.Table,
+    task: opt.TaskOrBank = None,
     tasks: opt.AllTasks = None,
+    url: opt.Url = None,
+    key: opt.Key = None,
     text: opt.Text = None,
     text2: opt.Text2 = None,
     image: opt.Image = None,
@@ -109,8 +111,40 @@ def predict(
 ) -> None:
     """Label rows. The output is the rows with a prediction and the probability of each class.
 
-    With --tasks TASK is a bank, and each row is answered by several of its tasks, as `sidestep bank run` does.
+    With --tasks TASK is a bank, and each row is answered by several of its tasks, as `sidestep bank run` does. With
+    --url they are a server's, and no TASK is named.
     """
+    if url is not None:
+        with reporting(debug):
+            from sidestep.cli.served import label
+            from sidestep.data import Fields
+
+            hush()
+            if task is not None or tasks is None or backbone or gguf or video or skip_bad_files:
+                raise ValueError(
+                    "with --url name the server's tasks (--tasks), and leave out TASK, --backbone, --gguf, --video and "
+                    "--skip-bad-files"
+                )
+            if probabilities not in ("all", "one"):
+                raise ValueError(
+                    "with --url each task has a prediction with its probability: leave out --probabilities"
+                )
+            check_batch(batch_size)
+            label(
+                url,
+                key,
+                rows,
+                output,
+                tasks=tasks,
+                given=Fields(text=text, text2=text2, image=image, audio=audio),
+                table=table_options(columns, no_header, no_quoting, encoding),
+                split=split,
+                batch_size=batch_size or 64,
+                overwrite=overwrite,
+            )
+        return
+    if task is None:
+        raise typer.BadParameter("name the folder of a task or of a bank, or a server (--url)")
     if tasks is not None:
         from sidestep.cli.bank import run
 

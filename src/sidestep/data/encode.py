@@ -113,7 +113,7 @@ def encode_text(
     limit = token_limit(tokenizer, max_length, pair=fields.text2 is not None)
     targets = targets_of(rows, fields, labels)
     encoded = rows.with_format(None).map(
-        _Tokenize(tokenizer, fields.text, fields.text2, limit, separator, end),
+        Tokenize(tokenizer, fields.text, fields.text2, limit, separator, end),
         batched=True,
         remove_columns=rows.column_names,
         desc="tokenizing",
@@ -274,7 +274,18 @@ def _beside(padded: Mapping[str, Tensor], rows: Sequence[Sequence[int]]) -> Tens
 
 
 @dataclass(frozen=True)
-class _Tokenize:
+class Tokenize:
+    """Makes token ids of columns of texts, with the "length" of each row and whether it was "truncated".
+
+    Attributes:
+        tokenizer: a Hugging Face tokenizer.
+        text: the column.
+        text2: that of the second text of a pair.
+        limit: tokens kept of a row.
+        separator: put between the texts of a pair.
+        end: put behind the last text of a row.
+    """
+
     tokenizer: Any
     text: str
     text2: str | None
@@ -283,6 +294,7 @@ class _Tokenize:
     end: str
 
     def __call__(self, batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
+        """The tokenizer's columns and those two, of columns of texts."""
         columns = [batch[self.text]] if self.text2 is None else self._pair(batch[self.text], batch[self.text2])
         columns[-1] = [text + self.end for text in columns[-1]]
         encoded = dict(self.tokenizer(*columns, padding=False, truncation=False, verbose=False))
@@ -336,7 +348,8 @@ def _check_text(rows: Dataset, name: str) -> None:
             f"text column {name!r} has no value in {len(missing)} of {len(cells)} rows, "
             f"{named_rows(missing)}: fill them (an empty text is allowed) or drop these rows"
         )
-    if any(cells) and all(_is_number(cell) for cell in cells if cell):
+    # one row says too little of its column
+    if len(cells) > 1 and any(cells) and all(_is_number(cell) for cell in cells if cell):
         raise DataError(
             f"text column {name!r} holds only numbers ({listed(cells, limit=3)}): "
             f"choose a text column of {listed(rows.column_names)}"

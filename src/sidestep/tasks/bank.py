@@ -14,7 +14,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +29,21 @@ from sidestep.fold.turns import Turn
 from sidestep.measure.memory import format_bytes
 from sidestep.messages import some
 from sidestep.model.attach import Attached, detach, digests_of
-from sidestep.model.attachment import Rest
 from sidestep.model.build import check_attachable
 from sidestep.model.side_model import SideModel
 from sidestep.tasks import load as loading
-from sidestep.tasks.bank_folder import BankError, BankFolder, Entry, digest_in, identity_of, other_backbone, short
+from sidestep.tasks.bank_folder import (
+    BankError,
+    BankFolder,
+    Entry,
+    NoSuchTask,
+    OtherWeights,
+    digest_in,
+    identity_of,
+    other_backbone,
+    short,
+)
+from sidestep.tasks.resting import Resting, is_on
 from sidestep.tasks.together import Together
 
 if TYPE_CHECKING:
@@ -60,6 +69,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         backbone: held once. Between `deactivate` and `activate` it is bare, and other models may be attached.
         store: the tasks on the disk.
         seconds: how long the last switch to each task took.
+        switches: how many there were.
         together: runs several tasks on a batch. Its `passes` and `alone` say how many whole passes the last call took,
             and why.
     """
@@ -93,6 +103,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         # name, identity and model: one value, so that another thread sees no mixture of two tasks
         self._now: tuple[str | None, str, Attached | None] = NONE
         self.seconds: dict[str, float] = {}
+        self.switches = 0
         self.together = Together(self._switch)
         self._compiled: CompiledBlocks | None = None
         its = self.store.digest()
@@ -166,6 +177,23 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             self.store.remove(name)
             self._resting.pop(name, None)
 
+    def tidy(self) -> None:
+        """Forget what is in memory of tasks that are no longer in the folder, such as those that others removed.
+
+        Raises:
+            BankError: if another thread is using the bank or the active model.
+        """
+        with self._turn:
+            names = self.names
+            if self.active is not None and self.active not in names:
+                self._leave()
+            for part in (self._resting, self.seconds):
+                for name in part.keys() - set(names):
+                    del part[name]
+            there = self.store.forget(names)
+            self._checked &= there
+            self.together.forget(there)
+
     def activate(self, name: str) -> Attached:
         """Switch to a task: its model, in eval mode when it is first used, then as it was left.
 
@@ -232,7 +260,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
                 if before != self.active:
                     self._leave()
                     if before is not None:
-                        self._switch(before)
+                        with suppress(NoSuchTask):  # another process has removed it
+                            self._switch(before)
 
     def predict(
         self,
@@ -349,7 +378,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
     def _switch(self, name: str) -> Attached:
         started, (before, its, active) = time.perf_counter(), self._now
         identity = self.store.identity(name)
-        if (name, identity) == (before, its) and active is not None and _is_on(active):
+        if (name, identity) == (before, its) and active is not None and is_on(active):
             return active
         # all that may well fail comes before the active task is left
         ready: Resting | Task | None = self._resting.pop(name, None)
@@ -369,11 +398,12 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         if self._compiled is not None:
             self._compiled.paused = not all(part.attachment.can_rest for part in model.parts)
         self.seconds[name] = time.perf_counter() - started
+        self.switches += 1
         return model
 
     def _leave(self) -> None:
         name, identity, model = self._now
-        if name is not None and model is not None and _is_on(model):
+        if name is not None and model is not None and is_on(model):
             try:
                 if isinstance(model, SideModel) and model.attachment.can_rest:
                     self._resting[name] = Resting(model, model.attachment.rest(), identity)
@@ -404,11 +434,11 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             return
         what = f"{other_backbone(task, its, self.digest)} of this {type(self.backbone).__name__}"
         if match == "dtype":
-            raise BankError(
+            raise OtherWeights(
                 f"{what}, the same in another precision. Load the backbone in {its.dtype}, or put the task on this one "
                 "with ss.load(..., allow_mismatch=True), look at its scores, and add that model"
             )
-        raise BankError(f"{what}: load the task's own backbone, with its embeddings not resized")
+        raise OtherWeights(f"{what}: load the task's own backbone, with its embeddings not resized")
 
     def _read(self, name: str) -> Task:
         task = self.store.read(name)
@@ -420,22 +450,3 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         # and what is made under inference_mode could not be trained later
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             return loading.put(task, self.backbone, digests=self._digests)
-
-
-@dataclass(frozen=True)
-class Resting:
-    """An inactive task in memory."""
-
-    model: SideModel
-    rest: Rest
-    identity: str
-
-    def resume(self) -> SideModel:
-        """Its model, on the backbone again."""
-        self.model.attachment.resume(self.rest)
-        return self.model
-
-
-def _is_on(model: Attached) -> bool:
-    """Whether nobody has detached it."""
-    return all(part.fold.attached for part in model.parts)

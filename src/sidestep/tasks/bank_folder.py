@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,26 @@ TASK_FILES = (task_folder.CONFIG, task_folder.WEIGHTS)
 
 class BankError(TaskError):
     """A bank cannot do what was asked for. The message says why and what to do."""
+
+
+class NoSuchTask(BankError):
+    """The bank holds no task of a name."""
+
+
+class NameTaken(BankError):
+    """The bank holds something of this name already."""
+
+
+class BadName(BankError):
+    """No folder can have the name."""
+
+
+class OtherWeights(BankError):
+    """A task belongs to other weights than those of the bank, or to the same in another precision."""
+
+
+class BankBusy(BankError):
+    """Another process is writing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +111,7 @@ class BankFolder:
         if not (_is_name(name) and any((self.path / name / part).is_file() for part in TASK_FILES)):
             near = difflib.get_close_matches(name, self.names, n=3)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it holds {some(self.names)}"
-            raise BankError(f"{self.path} holds no task {name!r}: {hint}")
+            raise NoSuchTask(f"{self.path} holds no task {name!r}: {hint}")
         return self.path / name
 
     def entry(self, name: str) -> Entry:
@@ -143,6 +163,12 @@ class BankFolder:
             return found
         return identity_of(self.config(name))
 
+    def forget(self, names: Iterable[str]) -> set[str]:
+        """Forget what was read of all tasks but these. The identities of those that were read are given."""
+        for name in self._known.keys() - set(names):
+            self._known.pop(name, None)
+        return {identity for _, identity in [*self._known.values()]}
+
     def config(self, name: str) -> dict[str, Any]:
         """The config of a task.
 
@@ -177,23 +203,22 @@ class BankFolder:
             check: raises if the task may not be added.
 
         Raises:
-            BankError: if there is a task of this name, or the name cannot be a folder's. If the task belongs to another
-                backbone than those that are there, or another process is writing.
+            NameTaken: if there is a task of this name.
+            BadName: if the name cannot be a folder's.
+            OtherWeights: if the task belongs to another backbone than those that are there.
+            BankBusy: if another process is writing.
             OutputError: if the bank lies in the task.
             TaskError: if the task is damaged, or what `check` raises.
         """
-        if not _is_name(name):
-            raise BankError(
-                f"{name!r} cannot be a task's name: use letters, digits, '_', '-' and '.', at most {LONGEST} bytes"
-            )
+        check_name(name)
         if not isinstance(task, SideModel | TwoTowers):
             task_folder.read(task)  # before anything is copied, so that the message names the folder that was given
             refuse_inputs([self.path / name], [Path(task)])
         with self._writing() as staging:
             if name in self.names:
-                raise BankError(f"{self.path} holds {name!r} already: choose another name, or remove that task first")
+                raise NameTaken(f"{self.path} holds {name!r} already: choose another name, or remove that task first")
             if (self.path / name).exists():
-                raise BankError(f"{self.path / name} is there, and is no task: choose another name, or move it away")
+                raise NameTaken(f"{self.path / name} is there, and is no task: choose another name, or move it away")
             new = staging / name
             if isinstance(task, SideModel | TwoTowers):
                 saving.save(task, new)
@@ -218,13 +243,15 @@ class BankFolder:
     def _check_backbone(self, task: Task) -> None:
         here, its = self.digest(), digest_in(task.config)
         if here is not None and here.matches(its) != "same":
-            raise BankError(f"{other_backbone(task, its, here)} of the tasks in {self.path}: a bank has one backbone")
+            raise OtherWeights(
+                f"{other_backbone(task, its, here)} of the tasks in {self.path}: a bank has one backbone"
+            )
 
     @contextmanager
     def _writing(self) -> Iterator[Path]:
         """While nobody else writes, a new folder beside the tasks. It is removed with all that is left in it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with only_writer(self.path / LOCK, self.path, BankError):
+        with only_writer(self.path / LOCK, self.path, BankBusy):
             for left in self.path.glob(f"{STAGING}*"):
                 shutil.rmtree(left, ignore_errors=True)
             staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=self.path))
@@ -232,6 +259,18 @@ class BankFolder:
                 yield staging
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no task can have.
+
+    Raises:
+        BadName: saying what names are made of.
+    """
+    if not _is_name(name):
+        raise BadName(
+            f"{name!r} cannot be a task's name: use letters, digits, '_', '-' and '.', at most {LONGEST} bytes"
+        )
 
 
 def _is_name(name: str) -> bool:

@@ -205,7 +205,7 @@ def readings(bank: Bank, names: Iterable[str], given: Fields | None, there: Sequ
         BankError: if the bank holds no task of such a name.
         DataError: if a column is not there, or a second text is named and none of the tasks reads one.
     """
-    found = {name: _reads(name, bank.store.config(name), given or Fields()) for name in names}
+    found = {name: reads_of(name, bank.store.config(name), given or Fields()) for name in names}
     if given is not None and given.text2 and not any(one.fields.text2 for one in found.values()):
         raise DataError(f"text2={given.text2!r}, but none of these tasks reads a second text: leave it out (--text2)")
     asked = {name: [column for column in asdict(one.fields).values() if column] for name, one in found.items()}
@@ -220,7 +220,12 @@ def readings(bank: Bank, names: Iterable[str], given: Fields | None, there: Sequ
     return found
 
 
-def _reads(name: str, config: Mapping[str, Any], given: Fields) -> Reads:
+def reads_of(name: str, config: Mapping[str, Any], given: Fields) -> Reads:
+    """How a task reads rows, by its config, or by columns that are named in the place of its own.
+
+    Raises:
+        DataError: if neither says which columns are read.
+    """
     known = config["preprocessing"] or {}
     pair = "fields" not in known or known["fields"].get("text2")
     fields = replace(chosen_fields(known, given if pair else replace(given, text2=None)), label=None)

@@ -87,6 +87,11 @@ class Together:
                     self.alone[name] = border.reason or "it goes on from its border from the next call on"
         return {name: outputs[name] for name in tasks}
 
+    def forget(self, identities: Collection[str]) -> None:
+        """Forget how all tasks go on but those with these identities."""
+        for identity in self.borders.keys() - set(identities):
+            del self.borders[identity]
+
     def _border(self, one: Ready) -> Border:
         return self.borders.setdefault(one.identity, Border())
 
