@@ -116,13 +116,16 @@ def memory(name: str) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def run(name: str) -> None:
-    """All that is missing of a format."""
+def run(name: str, *, only_memory: bool = False) -> None:
+    """All that is missing of a format, or of its memory."""
     keys = [{"what": "score", "format": name, "method": method, "seed": seed} for method in METHODS for seed in SEEDS]
-    if RESULTS.find(what="memory", format=name) and all(RESULTS.find(**key) for key in keys):
+    scored = only_memory or all(RESULTS.find(**key) for key in keys)
+    if RESULTS.find(what="memory", format=name) and scored:
         return
     backbone, taken = memory(name)
     RESULTS.once(lambda: taken, what="memory", format=name)
+    if only_memory:
+        return
     train_rows, dev_rows = TASKS["sst-2"].rows()
     rows = text_data("sst-2", train_rows.shuffle(seed=0).select(range(TRAIN)), dev_rows.select(range(DEV)))
     data, store = None, FeatureStore(None, FeatureOptions().limit)
@@ -174,12 +177,13 @@ def table() -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     if len(sys.argv) > 2 and sys.argv[1] == "--format":
-        run(sys.argv[2])
+        run(sys.argv[2], only_memory="--memory" in sys.argv)
     else:
         if "--table" not in sys.argv:
             unpacked()
-            for name in FORMATS:
-                subprocess.run([sys.executable, __file__, "--format", name], check=True)
+            for further in (["--memory"], []):
+                for name in FORMATS:
+                    subprocess.run([sys.executable, __file__, "--format", name, *further], check=True)
         if "--times" in sys.argv:
             RESULTS.once(times, what="times", rows=ROWS, length=LENGTH)
         table()

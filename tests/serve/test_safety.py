@@ -150,7 +150,7 @@ def test_a_log_holds_no_text_and_no_key(locked: str, caplog: pytest.LogCaptureFi
 # --- uploads ---
 
 
-def zipped(*files: tuple[str, bytes], mode: int = 0, twice: bool = False) -> bytes:
+def zipped(*files: tuple[str, bytes], mode: int = 0) -> bytes:
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as packed:
         for name, content in files:

@@ -14,18 +14,22 @@ from transformers import PreTrainedModel
 from sidestep.backbone.quantised import identity_of
 from sidestep.backbone.shards import whole
 from sidestep.backbone.trunk import trunk_of
+from sidestep.interface.offload import offloaded_tensors, retie, values_in
 
 
 def new_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters that the checkpoint did not have (random at every load).
 
     transformers marks what it loads. A model that never went through `from_pretrained` has no marks and counts as
-    loaded whole.
+    loaded whole. An offloaded parameter comes from a file, though accelerate drops its mark.
     """
     marked = {
         name: bool(getattr(parameter, "_is_hf_initialized", False)) for name, parameter in model.named_parameters()
     }
-    return {name for name, loaded in marked.items() if not loaded} if any(marked.values()) else set()
+    if not any(marked.values()):
+        return set()
+    elsewhere = offloaded_tensors(model)
+    return {name for name, p in model.named_parameters() if not marked[name] and id(p) not in elsewhere}
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,12 @@ def pretrained_tensors(
 
     Left out are heads and poolers (a class of model may lack them) and tensors that the checkpoint did not have. The
     second name of a tied tensor is left out too. A quantised weight is given as its codes and scales, under names of
-    their own, and never unpacked. `originals` stand in for tensors (by the model's names) that a method
-    moved. `plain_name` gives back the names that tensors had before a method inserted modules, or None for the method's
-    own.
+    their own, and never unpacked. An offloaded tensor is read when it is its turn. `originals` stand in for tensors (by
+    the model's names) that a method moved. `plain_name` gives back the names that tensors had before a method inserted
+    modules, or None for the method's own.
     """
-    trunk, missing = trunk_of(model), new_parameters(model)
+    retie(model)
+    trunk, missing, value_of = trunk_of(model), new_parameters(model), values_in(model)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     new = {id(tensors[name]) for name in missing}
     before = {id(tensors[name]): value for name, value in (originals or {}).items()}
@@ -79,7 +84,7 @@ def pretrained_tensors(
         if id(tensor) not in skip and not in_pooler(name):
             skip.add(id(tensor))
             owner = trunk.get_submodule(path.rpartition(".")[0])
-            yield from identity_of(name, before.get(id(tensor), tensor), owner)
+            yield from identity_of(name, before.get(id(tensor), value_of(tensor)), owner)
 
 
 def in_pooler(name: str) -> bool:

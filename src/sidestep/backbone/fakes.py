@@ -14,11 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sidestep.backbone.quantised import is_packed, is_quantised
 from sidestep.backbone.shards import is_shard
+from sidestep.interface.offload import HOOK, is_dispatched, offloaded_tensors
 
 
 def without_values(model: nn.Module) -> nn.Module:
     """A copy on the meta device: a task can be tried on it, and it takes no memory for weights."""
-    memo: dict[int, Any] = {}
+    memo, elsewhere = unhooked({}, model), offloaded_tensors(model)
     for parameter in model.parameters():
         # a packed one cannot be emptied alike
         empty = (
@@ -28,9 +29,11 @@ def without_values(model: nn.Module) -> nn.Module:
         )
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         memo[id(parameter)].__dict__.update(parameter.__dict__)  # transformers' mark of what was loaded
+        if id(parameter) in elsewhere:  # which comes from a file, and has lost the mark
+            memo[id(parameter)]._is_hf_initialized = True
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    return without_hooks(copy.deepcopy(model, memo))
 
 
 def fake_like(tensor: Tensor) -> Tensor:
@@ -54,19 +57,36 @@ def fakes_of(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
 def hollow(model: nn.Module) -> nn.Module:
     """A copy of fake tensors, of which only shapes can be asked, with plain maps in place of quantised ones.
 
-    To be called under a `FakeTensorMode`. What accelerate put around a module is left out, because its copy would run
-    the original.
+    To be called under a `FakeTensorMode`.
     """
-    memo: dict[int, Any] = {}
+    memo = unhooked({}, model)
     for module in model.modules():
         if is_quantised(module) and hasattr(module, "in_features"):
             memo[id(module)] = _plain(module)
-        for name in _AROUND & vars(module).keys():
-            memo[id(vars(module)[name])] = None
-    copied = copy.deepcopy(model, fakes_of(model, memo))
+    return without_hooks(copy.deepcopy(model, fakes_of(model, memo)))
+
+
+def unhooked(memo: dict[int, Any], model: nn.Module) -> dict[int, Any]:
+    """Add what accelerate put on a model's modules to the memo of a deepcopy, which then leaves it out.
+
+    A copy of it would read or run the original.
+    """
+    for module in model.modules():
+        if HOOK in vars(module):
+            own = {name: vars(module)[name] for name in AROUND & vars(module).keys()}
+            forward = own.get("forward")
+            while (before := getattr(forward, "before", None)) is not None:  # ours around it stays
+                forward = before
+            memo |= {id(value): None for value in {**own, "forward": forward}.values()}
+    return memo
+
+
+def without_hooks(copied: nn.Module) -> nn.Module:
+    """A copy, without the places where hooks of accelerate were that it has left out."""
     for module in copied.modules():
-        for name in _AROUND & vars(module).keys():
-            delattr(module, name)
+        for name in AROUND & vars(module).keys():
+            if vars(module)[name] is None or name in MOVES:
+                delattr(module, name)
     return copied
 
 
@@ -86,7 +106,9 @@ def _plain(module: Any) -> nn.Linear:
     return nn.Linear(module.in_features, module.out_features, module.bias is not None, device="cpu")
 
 
-_AROUND = {"_hf_hook", "_old_forward", "forward"}
+MOVES = {"to", "cuda"}
+"""Methods that accelerate replaces on a model, by functions that a copy would share."""
+AROUND = {HOOK, "_old_forward", "forward", *MOVES}
 """What accelerate puts on a module that it moves or offloads."""
 
 
@@ -99,11 +121,6 @@ def has_values(model: nn.Module) -> bool:
     if any(tensor.is_meta or isinstance(tensor, FakeTensor) or is_shard(tensor) for tensor in tensors):
         return False
     return not is_dispatched(model) and not any(is_quantised(module) for module in model.modules())
-
-
-def is_dispatched(model: nn.Module) -> bool:
-    """Whether accelerate moves or offloads parts of a model as they are called."""
-    return any("_hf_hook" in vars(module) for module in model.modules())
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -6,8 +6,10 @@ arrays (the original ViT's) or as GGUF. No code of a repository is run, so loadi
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from sidestep.backbone.gguf import (
     is_gguf,
     unpacking,
 )
+from sidestep.backbone.placement import DISK, DeviceMap, MaxMemory, Placement, unwarned
 from sidestep.backbone.processors import require_dual
 from sidestep.backbone.quantised import format_text, stored_quantization
 from sidestep.backbone.source import (
@@ -43,6 +46,7 @@ from sidestep.backbone.source import (
     warn_of_no_drop_path,
 )
 from sidestep.backbone.timm_models import load_timm
+from sidestep.interface.offload import offloaded_tensors
 from sidestep.messages import some
 from sidestep.metrics import Written
 
@@ -85,6 +89,9 @@ def load_backbone(
     writes: Written | None = None,
     drop_path: float | None = None,
     quantize: Quantize | None = None,
+    device_map: DeviceMap | None = None,
+    offload_folder: str | Path | None = None,
+    max_memory: MaxMemory | None = None,
 ) -> nn.Module:
     """The pretrained model of this name, in eval mode.
 
@@ -103,10 +110,13 @@ def load_backbone(
             training alone, with `attach(..., backbone_noise="drop_path")`.
         quantize: "4bit", "8bit", "int8" or "int4" (see `Format`), or a quantization config of transformers. None: as
             the checkpoint is, quantised or not.
+        device_map, offload_folder, max_memory: where the weights go (`Placement`). "auto" fills the devices there are,
+            then memory, then the disk. None: memory.
 
     Raises:
         LoadError: if there is no such model, files are missing or unreadable, or the weights are of another
-            architecture. Also if the model writes no text, or not in the way that is asked for.
+            architecture. Also if the model writes no text, or not in the way that is asked for. Also if weights cannot
+            be placed as asked, or have to be written to a folder without space.
 
     Warns:
         LoadWarning: if weights of the backbone itself (not its pooler or head) were not in the checkpoint. Also if the
@@ -120,8 +130,9 @@ def load_backbone(
         raise LoadError(f"drop_path={drop_path}: it is a rate from 0 to below 1")
     if quantize is not None:
         check_quantizable(quantize, str(name))
-    wanted = named_dtype(dtype)
+    wanted, placement = named_dtype(dtype), Placement.of(device_map, offload_folder, max_memory)
     if str(name).startswith(TIMM):
+        _refuse_placement(str(name), placement)
         if writes is not None:
             raise LoadError(f"{name} reads images and writes no text: choose problem single, multi or regress")
         if revision is not None:
@@ -137,7 +148,7 @@ def load_backbone(
         kind = transformers.ViTForImageClassification if head else transformers.ViTModel
     else:
         kind = classifier_of(config, "rows" if head is True else head) if head else headless_of(config)
-    return _load_transformers(kind, str(name), config, wanted, revision, quantize, own_head=bool(head))
+    return _load_transformers(kind, str(name), config, wanted, revision, quantize, placement, own_head=bool(head))
 
 
 def check_writes(name: str | Path, writes: Written, *, revision: str | None = None) -> None:
@@ -152,7 +163,12 @@ def check_writes(name: str | Path, writes: Written, *, revision: str | None = No
 
 
 def load_class(
-    source: Source, *, class_name: str, dtype: torch.dtype | str | None = None, config: Mapping[str, Any]
+    source: Source,
+    *,
+    class_name: str,
+    dtype: torch.dtype | str | None = None,
+    config: Mapping[str, Any],
+    placement: Placement | None = None,
 ) -> nn.Module:
     """The backbone of a source as a given class of transformers (or timm), with config fields set.
 
@@ -165,6 +181,7 @@ def load_class(
         what = "a model of timm" if is_timm else "no model of timm, as timm:NAME or timm:NAME@FILE is"
         raise OtherModel(f"{source.id} is {what}")
     if is_timm:
+        _refuse_placement(source.id, placement)
         return load_timm(source.id, wanted, config.get("num_classes", 0))
     kind = getattr(transformers, class_name, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
@@ -175,8 +192,15 @@ def load_class(
     loaded = _config_of(kind, source, config)
     own = stored_quantization(loaded)  # a checkpoint that is quantised already says so itself
     return _load_transformers(
-        kind, source.id, loaded, wanted, source.revision, source.quantization if own is None else None
+        kind, source.id, loaded, wanted, source.revision, source.quantization if own is None else None, placement
     )
+
+
+def _refuse_placement(name: str, placement: Placement | None) -> None:
+    if placement is not None:
+        raise LoadError(
+            f"{name} with device_map={placement.device_map!r}: models of timm are loaded whole. Leave it out"
+        )
 
 
 def _config_of(kind: type[PreTrainedModel], source: Source, fields: Mapping[str, Any]) -> Any:
@@ -205,13 +229,25 @@ def load_pair(
     revision: str | None = None,
     drop_path: float | None = None,
     quantize: Quantize | None = None,
+    device_map: DeviceMap | None = None,
+    offload_folder: str | Path | None = None,
+    max_memory: MaxMemory | None = None,
 ) -> nn.Module:
     """A dual encoder by its name, or of an encoder of images and one of texts, with new projections.
 
     Raises:
-        LoadError: if it cannot be loaded, is no dual encoder, or an encoder is timm's.
+        LoadError: if it cannot be loaded, is no dual encoder, or an encoder is timm's. Also if one model of both is
+            asked for in torchao's formats, or two encoders are to be placed on devices.
     """
-    model = load_backbone(name, dtype=dtype, revision=revision, drop_path=drop_path, quantize=quantize)
+    if text_name is None and quantize in ("int8", "int4"):
+        raise LoadError(
+            f"quantize={quantize!r} with {name}: transformers loads no dual encoder in torchao's formats. "
+            "Choose 4bit or 8bit"
+        )
+    if text_name is not None and device_map is not None:
+        raise LoadError(f"device_map={device_map!r} with two encoders, which are put together in memory: leave it out")
+    how: dict[str, Any] = {"device_map": device_map, "offload_folder": offload_folder, "max_memory": max_memory}
+    model = load_backbone(name, dtype=dtype, revision=revision, drop_path=drop_path, quantize=quantize, **how)
     if text_name is not None:
         return paired(model, load_backbone(text_name, dtype=dtype, quantize=quantize))
     require_dual(name, getattr(getattr(model, "config", None), "model_type", "timm model"))
@@ -304,6 +340,7 @@ def _load_transformers(
     dtype: torch.dtype | None,
     revision: str | None,
     quantize: Quantize | None = None,
+    placement: Placement | None = None,
     *,
     own_head: bool = False,
 ) -> PreTrainedModel:
@@ -311,11 +348,19 @@ def _load_transformers(
     place, options = asked(name, revision)
     if quantize is not None:
         options |= _quantising(quantize, name, kind, config, dtype, own_head)
-    with quiet(local=weights is not None or Path(place).is_dir()), as_load_error(name, "weights"):
+    placed: dict[str, Any] = {}
+    if placement is not None:
+        wide = dtype or getattr(config, "dtype", None) or torch.float32
+        blank = partial(getattr(kind, "from_config", None) or kind._from_config, copy.deepcopy(config), dtype=wide)
+        placed = placement.options(name, blank, packed=weights is not None or is_gguf(name))
+        if quantize is not None and DISK in placed["device_map"].values():
+            raise LoadError(f"quantize={quantize!r} with weights on {DISK}, which are not quantised: leave one out")
+    with quiet(local=weights is not None or Path(place).is_dir()), as_load_error(name, "weights"), unwarned():
         model, report = kind.from_pretrained(
             None if weights else place,
             **options,
             **(unpacking() if is_gguf(name) else {}),
+            **placed,
             config=config,
             state_dict=weights,
             dtype=dtype or ("auto" if weights is None else torch.float32),
@@ -325,9 +370,20 @@ def _load_transformers(
             ignore_mismatched_sizes=True,
         )
     _check_report(name, model, report)
+    _check_new(name, model, report)
     # what `source_of` reads: from_pretrained sets it to what it was given
     model.config._name_or_path = name
     return model.eval()
+
+
+def _check_new(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Refuse weights on disk that the checkpoint does not have: they would never be found there."""
+    new = offloaded_tensors(model)
+    if lost := [key for key, p in model.named_parameters() if id(p) in new and key in report["missing_keys"]]:
+        raise LoadError(
+            f"device_map puts {some(lost)} on {DISK}, which {name} does not have (new weights of a head): place these "
+            "modules on cpu, or say auto"
+        )
 
 
 def _quantising(

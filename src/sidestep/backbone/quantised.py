@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sidestep.backbone.shards import is_shard
+
 
 def stored_quantization(config: Any) -> dict[str, Any] | None:
     """The quantization config in a model's config, as JSON gives it back. None: its weights are plain."""
@@ -39,8 +41,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 def is_packed(tensor: Tensor | None) -> bool:
     """Whether a tensor is a stand-in for tensors inside it, which are its codes and scales (torchao's)."""
-    # by name, because torch may be built without what shards
-    return tensor is not None and is_traceable_wrapper_subclass(tensor) and type(tensor).__name__ != "DTensor"
+    return tensor is not None and is_traceable_wrapper_subclass(tensor) and not is_shard(tensor)
 
 
 def as_loaded(tensor: Tensor) -> Tensor:

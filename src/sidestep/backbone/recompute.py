@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -27,16 +28,17 @@ class CheckpointedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output for its arguments."""
-        run = type(self.block).forward
+        # accelerate's own, where it moves the block's inputs or weights
+        run = self.before or MethodType(type(self.block).forward, self.block)
         if not torch.is_grad_enabled():
-            return run(self.block, *args, **kwargs)
+            return run(*args, **kwargs)
         for name in ("past_key_values", "layer_past"):
             if kwargs.get(name) is not None:
                 kwargs[name] = None
         norms = [module for module in self.block.modules() if isinstance(module, _BatchNorm) and module.training]
         if norms:
             kwargs["context_fn"] = lambda: (nullcontext(), _statistics_stay(norms))
-        return checkpoint(run, self.block, *args, use_reentrant=False, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
 @contextmanager

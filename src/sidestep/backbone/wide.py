@@ -16,7 +16,7 @@ class WideForward:
     """A module's `forward` in the precision of its weights, with a result in the precision of the input."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.inner = module, module.__dict__.get("forward")
+        self.module, self.before = module, module.__dict__.get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output for its arguments."""
@@ -27,8 +27,8 @@ class WideForward:
         return output if given is None else _cast(output, given)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if self.inner is not None:
-            return self.inner(*args, **kwargs)
+        if self.before is not None:
+            return self.before(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
@@ -36,7 +36,7 @@ class WideBiasForward:
     """A linear map's `forward` where its bias alone is trained: the weight stays in half precision."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.inner = module, module.__dict__.get("forward")
+        self.module, self.before = module, module.__dict__.get("forward")
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The output, in the precision of what goes in."""
@@ -89,8 +89,8 @@ class Widened:
             forward = module.__dict__.get("forward")
             if isinstance(forward, WideForward | WideBiasForward):
                 del module.forward
-                if forward.inner is not None:
-                    module.forward = forward.inner
+                if forward.before is not None:
+                    module.forward = forward.before
         if self._other is not None and self._other.dtype != self._others:
             return
         with torch.inference_mode(False):

@@ -67,6 +67,21 @@ Quantize = Annotated[
 Revision = Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")]
 Shard = Annotated[bool, _model("--shard", help="Share the frozen blocks out among the processes of torchrun (FSDP2).")]
 
+DeviceMap = Annotated[
+    str | None,
+    _model(
+        help="Where the backbone's weights go: auto, balanced, sequential, disk, a device, or JSON (text or file) of "
+        "devices by modules. Default: memory, or the GPU.",
+    ),
+]
+OffloadFolder = Annotated[
+    Path | None,
+    _model(parser=path, help="Folder for weights on disk that cannot be read from the model's own safetensors files."),
+]
+MaxMemory = Annotated[
+    str | None, _model("--max-memory", help="The most that --device-map auto puts where: 0=10GiB,cpu=600MiB.")
+]
+
 SOURCE = "csv, tsv, json, jsonl or parquet file, folder or list (.txt) of images, sounds or videos, or hub id"
 Train = Annotated[str, _data(help=f"Training rows: {SOURCE}.", show_default=False)]
 Dev = Annotated[str | None, _data(help="Dev rows. Default: a share of the training rows is held out.")]
@@ -127,7 +142,13 @@ Encoding = Annotated[str, _data(help="Encoding of the table, such as latin-1.")]
 
 Epochs = Annotated[int, _training(help="Passes over the training rows.")]
 BatchSize = Annotated[int, _training(help="Rows of one step, of all processes.")]
-EvalBatchSize = Annotated[int, _training(help="Rows of one pass over the dev rows, of all processes.")]
+EvalBatchSize = Annotated[
+    int | None,
+    _training(help="Rows of one pass over the dev rows, of all processes. Default: 64, or what fits if offloaded."),
+]
+PassSize = Annotated[
+    int | None, _training("--batch-size", help="Rows of one pass. Default: 64, or what fits if offloaded.")
+]
 Accumulate = Annotated[int, _training(help="Batches for one optimizer step.")]
 Rate = Annotated[float | None, _training("--lr", help="Learning rate. Default: the method's.")]
 Schedule = Annotated[str, _training(help="What the rate does: linear, cosine, cosine_epochs, step or constant.")]

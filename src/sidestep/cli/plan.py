@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
-from sidestep.cli.values import backbone_named, config_from
+from sidestep.cli.values import backbone_named, config_from, placed
 from sidestep.console import remark, show_facts, show_table
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ def plan(
     lm_loss: opt.LmLoss = "chunked",
     backbone_noise: opt.Noise = None,
     revision: opt.Revision = None,
+    device_map: opt.DeviceMap = None,
+    offload_folder: opt.OffloadFolder = None,
+    max_memory: opt.MaxMemory = None,
     batch: opt.Batch = 32,
     length: opt.Length = None,
     image_size: opt.ImageSize = None,
@@ -53,6 +56,7 @@ def plan(
 ) -> None:
     """Predict the memory of training, and what fits, from a config alone."""
     with reporting(debug):
+        from sidestep.backbone.placement import Placement
         from sidestep.interface.keep import check_keep
         from sidestep.kinds.base import kind_named
         from sidestep.measure.plan import alternatives, best_device, fastest, largest_batch, memory_of, ways_of_keeping
@@ -89,6 +93,7 @@ def plan(
             "revision": revision,
             "quantize": quantize,
             "measure": measure,
+            "placement": Placement.of(**placed(device_map, offload_folder, max_memory)),
         }
         make: Any = partial(planned, backbone_named(backbone, gguf), **settings)
         why, once = None, partial(make, config, batch=batch, checkpoint=checkpoint)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
 from sidestep.cli import options as opt
 from sidestep.cli.errors import reporting
-from sidestep.cli.values import backbone_named, check_batch, table_options
+from sidestep.cli.values import backbone_named, check_batch, placed, table_options
 from sidestep.console import NARROW, hush, remark, score_facts, show_facts, show_many, show_unnamed
 
 if TYPE_CHECKING:
@@ -39,8 +39,11 @@ def evaluate(
     encoding: opt.Encoding = "utf-8",
     backbone: opt.OtherBackbone = None,
     gguf: opt.Gguf = None,
+    device_map: opt.DeviceMap = None,
+    offload_folder: opt.OffloadFolder = None,
+    max_memory: opt.MaxMemory = None,
     shard: opt.Shard = False,
-    batch_size: opt.BatchSize = 64,
+    batch_size: opt.PassSize = None,
     features: opt.Features = "auto",
     features_folder: opt.FeaturesFolder = None,
     features_limit: opt.FeaturesLimit = "50GB",
@@ -59,7 +62,9 @@ def evaluate(
         check_batch(batch_size)
         kept = FeatureOptions(where=cast("Where", features), folder=features_folder, limit=memory_of(features_limit))
         table = table_options(columns, no_header, no_quoting, encoding)
-        model = _load(task, backbone_named(backbone, gguf), sharded=shard)
+        model = _load(
+            task, backbone_named(backbone, gguf), placed(device_map, offload_folder, max_memory), sharded=shard
+        )
         fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio, video=video, label=label))
         found = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         judged = predicting.judge(
@@ -94,8 +99,11 @@ def predict(
     encoding: opt.Encoding = "utf-8",
     backbone: opt.OtherBackbone = None,
     gguf: opt.Gguf = None,
+    device_map: opt.DeviceMap = None,
+    offload_folder: opt.OffloadFolder = None,
+    max_memory: opt.MaxMemory = None,
     shard: opt.Shard = False,
-    batch_size: opt.BatchSize = 64,
+    batch_size: opt.PassSize = None,
     probabilities: opt.Probabilities = "all",
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = False,
@@ -131,7 +139,7 @@ def predict(
                 given=Fields(text=text, text2=text2, image=image, audio=audio),
                 table=table_options(columns, no_header, no_quoting, encoding),
                 split=split,
-                batch_size=batch_size,
+                batch_size=batch_size or 64,
                 overwrite=overwrite,
             )
         return
@@ -142,6 +150,8 @@ def predict(
 
         if skip_bad_files:
             raise typer.BadParameter("with --tasks there is no --skip-bad-files: take those rows out")
+        if (device_map, offload_folder, max_memory) != (None, None, None):
+            raise typer.BadParameter("with --tasks there is no --device-map: a bank's backbone stays in memory")
         run(
             task,
             rows,
@@ -158,7 +168,7 @@ def predict(
             encoding=encoding,
             backbone=backbone,
             gguf=gguf,
-            batch_size=batch_size,
+            batch_size=batch_size or 64,
             probabilities=None if probabilities == "all" else probabilities,
             overwrite=overwrite,
             quiet=quiet,
@@ -178,7 +188,9 @@ def predict(
         ranks.first(lambda: check_table(output, overwrite=overwrite))
         _refuse_inputs(output, task, rows, backbone_named(backbone, gguf))
         table = table_options(columns, no_header, no_quoting, encoding)
-        model = _load(task, backbone_named(backbone, gguf), sharded=shard)
+        model = _load(
+            task, backbone_named(backbone, gguf), placed(device_map, offload_folder, max_memory), sharded=shard
+        )
         fields = _fields(model, Fields(text=text, text2=text2, image=image, audio=audio, video=video))
         given = _read(model, rows, table, split, fields, skip_bad_files=skip_bad_files)
         found = predicting.predict(
@@ -211,20 +223,27 @@ def _refuse_inputs(output: Path, task: Path, rows: str, backbone: str | None) ->
     refuse_inputs([output], [*rows_at(rows), *parts_of(task), *models])
 
 
-def _load(task: Path, name: str | None, *, sharded: bool = False) -> Attached:
-    """The model of a task, on its backbone or one from elsewhere, on a GPU if there is one, or shared out among all."""
+def _load(task: Path, name: str | None, where: Mapping[str, Any], *, sharded: bool = False) -> Attached:
+    """The model of a task, on its backbone or one from elsewhere.
+
+    The backbone is placed as asked, or shared out among all processes, or on a GPU if there is one.
+    """
     import torch
 
+    from sidestep.backbone.placement import Placement
     from sidestep.model.sharding import shard
     from sidestep.tasks import load as loading
     from sidestep.training.launchers import asks_for_fsdp, check_passes
 
+    placement = Placement.of(**where)
     if asks_for_fsdp() or sharded:
+        if placement is not None:
+            raise ValueError("--device-map with --shard: each process would place all of it. Leave one out")
         model = loading.load(task, loading.stored_backbone(task, moved_to=name))
         check_passes(model)
         return shard(model)
-    device = "cuda" if torch.cuda.is_available() else None
-    return loading.load(task, loading.stored_backbone(task, moved_to=name), device=device)
+    device = "cuda" if torch.cuda.is_available() and placement is None else None
+    return loading.load(task, loading.stored_backbone(task, moved_to=name, placement=placement), device=device)
 
 
 def _read(

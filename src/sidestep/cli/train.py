@@ -11,7 +11,7 @@ import typer
 from sidestep.cli import options as opt
 from sidestep.cli.chosen import Chosen
 from sidestep.cli.errors import reporting
-from sidestep.cli.values import backbone_named, config_from, feature_options, table_options, unescaped, value_of
+from sidestep.cli.values import backbone_named, config_from, feature_options, placed, table_options, unescaped, value_of
 from sidestep.console import Shown, hush, remark, show_answers, show_results
 from sidestep.messages import duration_of
 
@@ -49,6 +49,9 @@ def train(
     dtype: opt.Dtype = None,
     quantize: opt.Quantize = None,
     revision: opt.Revision = None,
+    device_map: opt.DeviceMap = None,
+    offload_folder: opt.OffloadFolder = None,
+    max_memory: opt.MaxMemory = None,
     shard: opt.Shard = False,
     text: opt.Text = None,
     text2: opt.Text2 = None,
@@ -80,7 +83,7 @@ def train(
     encoding: opt.Encoding = "utf-8",
     epochs: opt.Epochs = 10,
     batch_size: opt.BatchSize = 32,
-    eval_batch_size: opt.EvalBatchSize = 64,
+    eval_batch_size: opt.EvalBatchSize = None,
     accumulate: opt.Accumulate = 1,
     drop_last: opt.DropLast = False,
     learning_rate: opt.Rate = None,
@@ -234,6 +237,7 @@ def train(
             dtype=dtype,
             quantize=cast("Format | None", quantize),
             revision=revision,
+            **placed(device_map, offload_folder, max_memory),
             shard=shard,
         )
         spec = RunSpec(data=data, model=model, training=settings, recipe=chosen.record())

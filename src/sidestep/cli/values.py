@@ -55,6 +55,21 @@ def backbone_named(backbone: Name, gguf: str | None) -> Name:
     return gguf_name(backbone, gguf)
 
 
+def placed(device_map: str | None, offload_folder: Path | None, max_memory: str | None) -> dict[str, Any]:
+    """The arguments of `load_backbone` that --device-map, --offload-folder and --max-memory ask for.
+
+    Raises:
+        ValueError: if the latter is not as "0=10GiB,cpu=600MiB".
+    """
+    limits = None
+    if max_memory is not None:
+        pairs = [part.partition("=") for part in max_memory.split(",")]
+        if not all(equals and device.strip() and size.strip() for device, equals, size in pairs):
+            raise ValueError(f"--max-memory {max_memory}: write device=size, for example 0=10GiB,cpu=600MiB")
+        limits = {device.strip(): size.strip() for device, _, size in pairs}
+    return {"device_map": device_map, "offload_folder": offload_folder, "max_memory": limits}
+
+
 def value_of(hint: Any, text: str, where: str) -> Any:
     """A text as a value of an annotated type. `where` begins the message if the text is no such value.
 
@@ -117,7 +132,7 @@ def feature_options(where: str, folder: Path | None, limit: str, precision: str)
     }
 
 
-def check_batch(size: int) -> None:
+def check_batch(size: int | None) -> None:
     """Refuses a batch without rows."""
-    if size < 1:
+    if size is not None and size < 1:
         raise ValueError(f"batch_size={size}, but it must be at least 1")

@@ -321,7 +321,7 @@ class Fold:
             passed.output = self._as_given(finished, normed, site)
             return passed.output
         # Only the row that the head reads goes through the norm with its gradient.
-        row = normed if self.through else type(module).forward(module, strand.row)
+        row = normed if self.through else module.forward(strand.row)
         finished = strand.finish(strand.row, row, single_token(here), own)
         passed.output = finished if self.through else normed
         return passed.output

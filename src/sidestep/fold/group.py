@@ -116,5 +116,5 @@ class _Alone(Strand):
             assert self.place is not None
             norm = site.norm if site.kind == "norm" else None
             raw = mean_tokens(self.own, self.place)[:, None] if mean_first and norm is not None else self.own
-            normed = raw if norm is None else type(norm).forward(norm, raw)
+            normed = raw if norm is None else norm.forward(raw)
         self.finish(raw, normed, site, own)

@@ -148,7 +148,7 @@ class SharedFold:
         """What is given. What was written goes through the norm for its own method."""
         for number, fold in enumerate(self.folds):
             own = self._raw(number, raw)
-            fold.norm(site, order, module, own, normed if own is raw else type(module).forward(module, own))
+            fold.norm(site, order, module, own, normed if own is raw else module.forward(own))
         self.written.clear()
 
     def _take(self, site: Site, given: Tensor) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sidestep.interface.offload import value_of
 from sidestep.interface.sites import AttentionWeights, BlockWeights
 
 
@@ -49,8 +50,8 @@ def residual_channels(blocks: Sequence[BlockWeights], reduction: int, score: Sco
         reads = [linear for a in attentions for linear in (a.query, a.key, a.value)] + [block.inner]
         writes = [a.out for a in attentions] + [block.outer]
         norms = [a.norm for a in attentions] + [block.norm_mlp]
-        votes += [score(module.weight).columns for module in [*reads, *norms]]
-        votes += [score(module.weight).rows for module in writes]
+        votes += [score(_weight(module)).columns for module in [*reads, *norms]]
+        votes += [score(_weight(module)).rows for module in writes]
     return _most(torch.stack(votes).sum(0), reduction)
 
 
@@ -63,11 +64,11 @@ def pruned_block(block: BlockWeights, residual: Tensor, reduction: int, score: S
         reduction: what the channels of a head and the width of the MLP are divided by.
         score: what weights are worth.
     """
-    inner = _most(score(block.inner.weight).rows + score(block.outer.weight).columns, reduction)
+    inner = _most(score(_weight(block.inner)).rows + score(_weight(block.outer)).columns, reduction)
     named = {
-        "norm_mlp.weight": block.norm_mlp.weight[residual],
-        "inner.weight": block.inner.weight[inner][:, residual],
-        "outer.weight": block.outer.weight[residual][:, inner],
+        "norm_mlp.weight": _weight(block.norm_mlp)[residual],
+        "inner.weight": _weight(block.inner)[inner][:, residual],
+        "outer.weight": _weight(block.outer)[residual][:, inner],
         **_pruned_attention("attention", block.attention, residual, reduction, score),
     }
     if block.cross is not None:
@@ -80,16 +81,21 @@ def _pruned_attention(
 ) -> dict[str, Tensor]:
     """Queries and keys keep the same channels of each head, as values and the map behind them do."""
     maps = (attention.query, attention.key, attention.value, attention.out)
-    query, key, value, out = (linear.weight for linear in maps)
+    query, key, value, out = map(_weight, maps)
     matched = _most_of_heads(score(query).rows + score(key).rows, attention.heads, reduction)
     handed = _most_of_heads(score(value).rows + score(out).columns, attention.heads, reduction)
     return {
-        f"norm_{name}.weight": attention.norm.weight[residual],
+        f"norm_{name}.weight": _weight(attention.norm)[residual],
         f"{name}.query.weight": query[matched][:, residual],
         f"{name}.key.weight": key[matched][:, residual],
         f"{name}.value.weight": value[handed][:, residual],
         f"{name}.out.weight": out[residual][:, handed],
     }
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight: Tensor = value_of(module, "weight")
+    return weight
 
 
 def _most(scores: Tensor, reduction: int) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sidestep.interface.offload import value_of
+
 Kind = Literal["stage", "block", "norm"]
 
 
@@ -32,12 +34,18 @@ class Projection:
     @property
     def weight(self) -> Tensor:
         """(channels of the attention, width)."""
-        return self.module.weight.chunk(self.parts)[self.part]
+        whole: Tensor = value_of(self.module, "weight")
+        return whole.chunk(self.parts)[self.part]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's precision."""
+        return self.module.weight.dtype
 
     @property
     def bias(self) -> Tensor | None:
         """(channels of the attention,), where the map has one."""
-        bias: Tensor | None = self.module.bias
+        bias: Tensor | None = value_of(self.module, "bias")
         return None if bias is None else bias.chunk(self.parts)[self.part]
 
     def __call__(self, x: Tensor) -> Tensor:

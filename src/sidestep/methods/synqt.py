@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from sidestep.interface.config import MethodConfig
 from sidestep.interface.layers import matmul_precision, recompute
+from sidestep.interface.offload import value_of
 from sidestep.interface.registry import register
 from sidestep.interface.side_net import SideNet
 from sidestep.interface.sites import FrozenBlock, Site, not_plain
@@ -140,7 +141,7 @@ def attend(block: FrozenBlock, queries: Tensor, source: Tensor, keep: Tensor | N
     Returns:
         (batch, queries, width), in the queries' precision.
     """
-    own = queries.to(block.query.weight.dtype)
+    own = queries.to(block.query.dtype)
     query = block.query(block.norm_attention(own) if block.pre_norm else own).unflatten(-1, (block.heads, -1))
     key, value = (part.weight.unflatten(0, (block.heads, -1)) for part in (block.key, block.value))
     folded = torch.einsum("bthc,hcd->bthd", query * query.shape[-1] ** -0.5, key)
@@ -156,13 +157,13 @@ def attend(block: FrozenBlock, queries: Tensor, source: Tensor, keep: Tensor | N
 
 def transform(block: FrozenBlock, queries: Tensor) -> Tensor:
     """The block's MLP of queries (batch, queries, width), in their precision."""
-    own = queries.to(block.query.weight.dtype)
+    own = queries.to(block.query.dtype)
     return block.mlp(block.norm_mlp(own) if block.pre_norm else own).to(queries.dtype)
 
 
 def normalize(block: FrozenBlock, norm: Any, queries: Tensor) -> Tensor:
     """A post-norm block's norm of queries (batch, queries, width), in their precision."""
-    return norm(queries.to(block.query.weight.dtype)).to(queries.dtype)
+    return norm(queries.to(block.query.dtype)).to(queries.dtype)
 
 
 def through(block: FrozenBlock, queries: Tensor, source: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,8 +300,11 @@ class SynQT(SideNet):
 
 def _copy_norm(source: nn.Module | None, target: nn.LayerNorm) -> None:
     """Start a norm from the backbone's final one where that is a LayerNorm, without a change of the norm's eps."""
-    if not isinstance(source, nn.LayerNorm) or source.weight is None or source.bias is None or source.weight.is_meta:
+    if not isinstance(source, nn.LayerNorm):
+        return
+    weight, bias = value_of(source, "weight"), value_of(source, "bias")
+    if weight is None or bias is None or weight.is_meta:
         return
     with torch.no_grad():
-        target.weight.copy_(source.weight)
-        target.bias.copy_(source.bias)
+        target.weight.copy_(weight)
+        target.bias.copy_(bias)

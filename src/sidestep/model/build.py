@@ -15,8 +15,10 @@ from sidestep.backbone.shards import is_sharded
 from sidestep.fold import is_hooked
 from sidestep.fold.deferred import same_place
 from sidestep.interface.keep import Keep
+from sidestep.interface.offload import is_offloaded
 from sidestep.interface.registry import Method
 from sidestep.interface.sites import Place, Site
+from sidestep.messages import some
 from sidestep.methods import ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta
 from sidestep.methods.controls import Probe
 from sidestep.model.heads import HeadConfig
@@ -111,12 +113,23 @@ def built_delta(
     """
     if not issubclass(record.implementation, WeightDelta):
         return None
+    _check_resident(record, backbone, places)
     delta = record.implementation(settings.method)
     with naming(record, backbone):
         delta.see(places)
         delta.insert(trunk)
         delta.check([name for name, parameter in trunk.named_parameters() if delta.moves(name, parameter)])
     return delta
+
+
+def _check_resident(record: Method, backbone: nn.Module, places: Sequence[Place]) -> None:
+    """Refuse to change weights of blocks that are brought from disk for each call, and dropped behind it."""
+    if elsewhere := [place.name for place in places if is_offloaded(place.module)]:
+        raise UnsupportedBackbone(
+            f"{record.name} does not work on this {type(backbone).__name__}: it changes weights, and those of "
+            f"{some(elsewhere)} are offloaded. Choose a method with a side network (such as read), or a device_map and "
+            "max_memory that leave the blocks in memory"
+        )
 
 
 def built_side(record: Method, settings: Settings, backbone: nn.Module, sites: Sequence[Site]) -> SideNet:

@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from sidestep.interface.offload import is_offloaded
 from sidestep.interface.pruning import Scores
 from sidestep.interface.sparse_delta import SparseDelta
 from sidestep.model.side_model import SideModel
@@ -94,6 +95,11 @@ def _choose_support(model: SideModel, batches: Iterable[Mapping[str, Tensor]]) -
 
 def _fisher(model: SideModel, batches: Iterable[Mapping[str, Tensor]]) -> tuple[dict[Tensor, Scores], int]:
     """Sums of squared gradients by row and by column of each weight in a block, and the number of batches."""
+    if is_offloaded(model.backbone):
+        raise ValueError(
+            f"{model.record.name} as configured starts by gradients of the backbone's weights, which are offloaded: "
+            'choose init="magnitude" or "random", or leave the weights in memory'
+        )
     weights = [p for place in model.places if place.site.kind == "block" for p in place.module.parameters()]
     flags = {weight: weight.requires_grad for weight in weights}
     scores: dict[Tensor, Scores] = {}

@@ -16,6 +16,7 @@ from sidestep import backbone as backbones
 from sidestep.backbone import Digest
 from sidestep.backbone.families import family_of
 from sidestep.fold import Fold, Hooks
+from sidestep.interface.offload import retie
 from sidestep.interface.registry import Method
 from sidestep.interface.sites import Site
 from sidestep.methods import SideNet, method_of
@@ -60,6 +61,7 @@ class SideModel(Forward):
         self.record: Method = method_of(settings.method)
         self.extras: dict[str, Any] = {}
         self._digest: Digest | None = None
+        retie(backbone)
         self.facts = backbones.facts_of(backbone)
         build.check_head(backbone, self.facts, settings.head)
 
@@ -180,6 +182,7 @@ class SideModel(Forward):
         """The digest of what the task needs of the backbone besides: its own frozen head or loaded pooler."""
         if not self._reads_own:
             return None
+        retie(self.backbone)
         kept = tensors_beyond_trunk(self.backbone, self.trunk, own=self.head is None, but=self.trained.originals)
         with self._without_diff():
             return backbones.digest_of(kept) if kept else None

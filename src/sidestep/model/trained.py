@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from sidestep.backbone import Widened, device_of, head_tensors, in_pooler, new_parameters
 from sidestep.backbone.quantised import identity_of
+from sidestep.interface.offload import offloaded_tensors, values_in
 from sidestep.interface.registry import Method
 from sidestep.messages import some
-from sidestep.methods import WeightDelta
+from sidestep.methods import UnsupportedBackbone, WeightDelta
 from sidestep.model.build import naming
 from sidestep.model.outputs import gives_spans
 from sidestep.model.settings import Settings
@@ -74,13 +75,18 @@ class Trained:
         self, unread: set[int], own: set[int], new: set[str], moved: set[int], delta: WeightDelta | None
     ) -> dict[str, nn.Parameter]:
         """Unfreeze what is trained and keep its values. Returns the trained parameters of an own head."""
-        stored, heads = [], {}
+        stored, heads, elsewhere = [], {}, offloaded_tensors(self.backbone)
         for name, parameter in self.backbone.named_parameters():
             if id(parameter) in unread:
                 continue
             if head := self._trains_head(name, id(parameter) in own, new):
                 heads[name] = parameter
             trained = head or id(parameter) in moved
+            if trained and id(parameter) in elsewhere:
+                raise UnsupportedBackbone(
+                    f"{name} of {type(self.backbone).__name__} would be trained, and is offloaded: place it in memory "
+                    "(device_map), train a head of Sidestep's (head=ss.Classify(...)), or pass train_head=False"
+                )
             if self.sparse is None or not self.sparse.covers(parameter):
                 parameter.requires_grad_(trained)
             if trained or name in new:
@@ -160,11 +166,12 @@ def tensors_beyond_trunk(
 ) -> list[tuple[str, Tensor]]:
     """Tensors behind the last hidden state, `own` heads included, but for some names. Sorted by name."""
     beyond = beyond_trunk(backbone, trunk) - (set() if own else own_head(backbone, trunk))
+    value_of = values_in(backbone)
     return [
         part
         for name, parameter in sorted(backbone.named_parameters(), key=lambda item: item[0])
         if id(parameter) in beyond and name not in but
-        for part in identity_of(name, parameter, backbone.get_submodule(name.rpartition(".")[0]))
+        for part in identity_of(name, value_of(parameter), backbone.get_submodule(name.rpartition(".")[0]))
     ]
 
 

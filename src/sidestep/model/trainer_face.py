@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 
 from sidestep.backbone import Facts, checkpoint_blocks, device_of, trunk_of, uncheckpoint_blocks
 from sidestep.fold import Fold
+from sidestep.interface.offload import HOOK, is_dispatched
 from sidestep.interface.sites import Place
 from sidestep.interface.sparse_delta import SparseDelta
 from sidestep.metrics import Written
@@ -56,6 +57,8 @@ class TrainerFace(DenseStage):
         """Set what is looked for on an instance, once all of it is there."""
         if hasattr(self.backbone, "config"):
             self.config = self._described()
+        if is_dispatched(self.backbone):  # by which the Trainer leaves the model where it is
+            self.hf_device_map = self.backbone.hf_device_map
         if getattr(self.backbone, "generation_config", None) is not None:
             self.generation_config = self.backbone.generation_config
         # The Trainer hands `num_items_in_batch` to models that scale their loss by it and divides the others' loss
@@ -166,6 +169,18 @@ class TrainerFace(DenseStage):
         if made_of is None:
             return super().__reduce_ex__(protocol)
         return _blank_like, made_of, self.__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        for module in self.backbone.modules():
+            hook = vars(module).get(HOOK)
+            if hook is not None and id(hook) not in memo:
+                raise ValueError(
+                    f"{type(self.backbone).__name__} is placed by accelerate (device_map), and a copy would run the "
+                    "original's hooks: load the backbone again and attach to that"
+                )
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "forward"}

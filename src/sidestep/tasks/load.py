@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sidestep.backbone import Digest, joined
 from sidestep.backbone.load import load_class, paired
+from sidestep.backbone.placement import DeviceMap, MaxMemory, Placement
 from sidestep.backbone.processors import load_processor
 from sidestep.backbone.source import LoadError, OtherModel, Source, source_of
 from sidestep.disk.card import backbone_text
@@ -97,6 +98,9 @@ def load(
     allow_mismatch: bool = False,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: DeviceMap | None = None,
+    offload_folder: str | Path | None = None,
+    max_memory: MaxMemory | None = None,
 ) -> Attached:
     """The model of a task folder, in eval mode.
 
@@ -107,6 +111,8 @@ def load(
             error.
         dtype: precision in which the backbone is loaded. None: the precision that the task was saved with.
         device: where the model goes.
+        device_map, offload_folder, max_memory: where the backbone's weights go, as of `load_backbone`. A task does not
+            store it.
 
     Raises:
         TaskError: if the folder is no task, is damaged or too new, or belongs to another backbone. Also if it is a
@@ -120,8 +126,13 @@ def load(
     """
     task = read(folder)
     settings_of(task)  # what cannot be used is refused before a backbone is loaded
+    placement = Placement.of(device_map, offload_folder, max_memory)
+    if placement is not None and (backbone is not None or device is not None):
+        raise TaskError(
+            "device_map with a backbone or a device: it is for a backbone that is loaded here. Leave it out"
+        )
     if backbone is None:
-        backbone = stored_backbone(folder, dtype=dtype)
+        backbone = stored_backbone(folder, dtype=dtype, placement=placement)
     elif dtype is not None:
         raise TaskError(f"dtype={dtype} with a backbone: convert it first, with backbone.to(dtype)")
     if device is not None:
@@ -179,7 +190,11 @@ def check_fit(task: Task, blank: nn.Module) -> None:
 
 
 def stored_backbone(
-    folder: str | Path, *, moved_to: str | None = None, dtype: torch.dtype | str | None = None
+    folder: str | Path,
+    *,
+    moved_to: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    placement: Placement | None = None,
 ) -> nn.Module:
     """The backbone that a task was made on, with its own head if the task uses that.
 
@@ -187,6 +202,7 @@ def stored_backbone(
         folder: of the task.
         moved_to: hub id, folder or "timm:NAME" in the place of the stored one.
         dtype: None: the precision that the task was saved with.
+        placement: where its weights go. None: memory.
 
     Raises:
         TaskError: if the folder is no task, or does not say where its backbone is to be had.
@@ -198,7 +214,7 @@ def stored_backbone(
     towers = [_source(tower) for tower in stored.get("towers", {}).values()]
     if moved_to is not None:
         source = replace(source, id=moved_to, revision=None)
-    elif not source.id and towers and all(tower.id for tower in towers):
+    elif not source.id and towers and placement is None and all(tower.id for tower in towers):
         return paired(*(load_class(tower, class_name=tower.class_name, dtype=dtype, config={}) for tower in towers))
     elif not source.id:
         raise TaskError(
@@ -209,7 +225,7 @@ def stored_backbone(
     wanted = dtype or (None if "+" in source.dtype else source.dtype)
     kind = source.class_name if config.get("head") is None else stored["trunk_class"]
     try:
-        return load_class(source, class_name=kind, dtype=wanted, config=_own_fields(stored))
+        return load_class(source, class_name=kind, dtype=wanted, config=_own_fields(stored), placement=placement)
     except OtherModel as error:
         raise TaskError(
             f"{folder} was made on {backbone_text(stored)}, but {error}: {OWN_BACKBONE} (--backbone)"

@@ -17,6 +17,7 @@ from sidestep.kinds.base import OWN, PROBABILITY, Probabilities, kind_named
 from sidestep.kinds.prepare import stored_labels
 from sidestep.kinds.running import written
 from sidestep.kinds.task_data import TaskData, stored_fields, stored_generation, stored_separators
+from sidestep.measure.rows import rows_at_once
 from sidestep.model.attach import Attached
 from sidestep.model.heads import Classify, Tag
 from sidestep.model.outputs import gives_spans
@@ -33,7 +34,7 @@ def evaluate(
     rows: Rows,
     *,
     fields: Fields | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = False,
     features: FeatureOptions | None = None,
 ) -> dict[str, float]:
@@ -45,7 +46,7 @@ def evaluate(
         model: with `extras["processor"]` and `extras["preprocessing"]`, as `load` and `train` leave it.
         rows: see `Rows`.
         fields: None: the columns that the task was trained on.
-        batch_size: rows of one pass.
+        batch_size: rows of one pass. None: `rows_at_once`.
         progress: whether a bar is shown.
         features: where what frozen blocks compute of the rows is kept. None: not at all.
 
@@ -60,7 +61,7 @@ def judge(
     rows: Rows,
     *,
     fields: Fields | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = False,
     features: FeatureOptions | None = None,
     tell: Tell | None = None,
@@ -71,7 +72,7 @@ def judge(
     if fields.label is None and not kind_named(labels.kind).dual:
         raise DataError("scores need a label column: name it (--label)")
     encoded = _encode(model, rows, fields, labels)
-    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    how: dict[str, Any] = {"batch_size": batch_size or _rows_at_once(model), "progress": progress}
     if features is not None:
         data = only(model, encoded, fields, labels)
         kept = kept_features(model, data, features, passes=1, autocast=False, tell=tell, **how)
@@ -133,7 +134,7 @@ def predict(
     rows: Rows,
     *,
     fields: Fields | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = False,
     probabilities: Probabilities = "all",
 ) -> Dataset:
@@ -149,7 +150,7 @@ def predict(
         model: as for `evaluate`.
         rows: see `Rows`. Labels are not needed.
         fields: None: the columns that the task was trained on.
-        batch_size: rows of one pass.
+        batch_size: rows of one pass. None: `rows_at_once`.
         progress: whether a bar is shown.
         probabilities: "one" gives instead of those columns a single one, "probability", of what is predicted (of
             several labels joined as they are). "none" gives no such column.
@@ -160,7 +161,8 @@ def predict(
     ranks.begin()
     check_probabilities(probabilities)
     rows, (fields, labels) = as_dataset(rows), _reading(model, fields)
-    kind, how = kind_named(labels.kind), {"batch_size": batch_size, "progress": progress}
+    kind = kind_named(labels.kind)
+    how: dict[str, Any] = {"batch_size": batch_size or _rows_at_once(model), "progress": progress}
     read = rows if kind.dual else _encode(model, rows, fields, None)
     columns = kind.predict(model, read, fields, labels, probabilities, **how)
     if isinstance(columns, Dataset):
@@ -256,6 +258,11 @@ def labels_of_task(model: Attached) -> LabelSpace:
     """What a task predicts: as it is stored, or as its head says."""
     stored = model.extras.get("preprocessing") or {}
     return stored_labels(stored) if "problem" in stored else labels_of(model)
+
+
+def _rows_at_once(model: Attached) -> int:
+    """Rows of one pass over rows that may be as long as the task reads them."""
+    return rows_at_once(model, (model.extras.get("preprocessing") or {}).get("max_length"))
 
 
 def _generation(model: Attached) -> Generation:

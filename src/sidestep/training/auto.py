@@ -158,6 +158,9 @@ def auto(
             dtype=spec.model.dtype,
             revision=spec.model.revision,
             drop_path=spec.model.drop_path,
+            device_map=spec.model.device_map,
+            offload_folder=spec.model.offload_folder,
+            max_memory=spec.model.max_memory,
             quantize=spec.model.quantize,
         )
     tell = (lambda line: None) if watch is None else watch.tell

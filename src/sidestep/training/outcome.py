@@ -41,7 +41,7 @@ def last_scores(history: list[dict[str, float]]) -> dict[str, float]:
 def judge_run(model: Attached, data: TaskData, settings: TrainSettings) -> Assessment:
     """The scores of a model on the dev rows."""
     how = data.generation or Generation()
-    size, workers = settings.eval_batch_size, settings.workers
+    size, workers = settings.eval_rows, settings.workers
     return judge_encoded(
         model, data.dev, data.fields, data.labels, how, batch_size=size, workers=workers, collate=data.collate
     )

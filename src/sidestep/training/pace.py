@@ -40,9 +40,9 @@ class Pace:
         size, bf16 = settings.batch_size, settings.bf16
         whole, rest = divmod(len(data.train), size)
         steps = step_seconds(model, _batches(data, data.train, ranks.share(size)), bf16=bf16)
-        checks = evaluation_seconds(model, _batches(data, data.dev, ranks.share(settings.eval_batch_size)), bf16=bf16)
+        checks = evaluation_seconds(model, _batches(data, data.dev, ranks.share(settings.eval_rows)), bf16=bf16)
         count = whole if settings.drop_last else whole + rest / size
-        shares = len(data.dev) / min(settings.eval_batch_size, len(data.dev))
+        shares = len(data.dev) / min(settings.eval_rows, len(data.dev))
         writing = _writing_seconds(model, data, settings) if data.generation is not None else 0.0
         return cls(
             epoch=statistics.mean(steps) * max(count, 1),
@@ -81,7 +81,7 @@ def _writing_seconds(model: Attached, data: TaskData, settings: TrainSettings) -
     """Seconds for writing the texts of one batch. Texts are written from the shortest on, and it is a middle one."""
     assert isinstance(model, SideModel)
     assert data.generation is not None
-    size, generation = ranks.share(settings.eval_batch_size), data.generation
+    size, generation = ranks.share(settings.eval_rows), data.generation
     order = np.argsort(data.dev["length"][:], kind="stable")
     first = max(len(order) - size, 0) // 2
     rows, training = data.dev.select(order[first : first + size]), model.training

@@ -14,6 +14,7 @@ from sidestep.backbone import Noise
 from sidestep.backbone.formats import Quantize
 from sidestep.backbone.load import check_writes, load_backbone, load_pair
 from sidestep.backbone.pixels import ImageTransform, adjusted
+from sidestep.backbone.placement import DeviceMap, MaxMemory
 from sidestep.backbone.processors import PairProcessor, load_pair_processor, load_processor
 from sidestep.backbone.recompute import Checkpoint
 from sidestep.data import Fields, TableOptions
@@ -26,6 +27,7 @@ from sidestep.interface.keep import Keep
 from sidestep.kinds.base import TaskKind, kind_named
 from sidestep.kinds.prepare import head_for, prepare, read_rows
 from sidestep.kinds.task_data import TaskData
+from sidestep.measure.rows import rows_at_once
 from sidestep.methods import MethodConfig
 from sidestep.model.attach import Attached, attach, detach
 from sidestep.model.heads import Retrieve
@@ -116,6 +118,7 @@ class ModelSpec:
         own_head: whether the backbone's own head is trained instead.
         backbone_noise, checkpoint, keep, lm_loss: as of `attach`.
         drop_path, dtype, revision, quantize: as of `load_backbone`.
+        device_map, offload_folder, max_memory: as there.
         shard: whether the blocks' weights are shared out among the processes (see `model.sharding.shard`). An FSDP
             config of accelerate's launcher asks for that too.
     """
@@ -135,6 +138,9 @@ class ModelSpec:
     revision: str | None = None
     shard: bool = False
     quantize: Quantize | None = None
+    device_map: DeviceMap | None = None
+    offload_folder: str | Path | None = None
+    max_memory: MaxMemory | None = None
 
     @property
     def name(self) -> str:
@@ -269,7 +275,7 @@ def store_features(spec: RunSpec, watch: Watch | None = None, *, backbone: Any =
             readable(model, data),
             settings.feature_options,
             passes=settings.epochs,
-            batch_size=settings.eval_batch_size,
+            batch_size=settings.eval_batch_size or rows_at_once(model),
             autocast=settings.bf16,
             tell=None if watch is None else watch.tell,
             progress=settings.progress,
@@ -351,7 +357,12 @@ def attached(spec: RunSpec, data: TaskData, backbone: Any = None) -> Attached:
         "revision": own.revision,
         "drop_path": own.drop_path,
         "quantize": own.quantize,
+        "device_map": own.device_map,
+        "offload_folder": own.offload_folder,
+        "max_memory": own.max_memory,
     }
+    if own.device_map is not None and (own.shard or ranks.count() > 1):
+        raise ValueError("--device-map with several processes: each would place all of the backbone. Leave one out")
     how: dict[str, Any] = {
         "backbone_noise": own.backbone_noise or ("drop_path" if own.drop_path else None),
         "checkpoint": own.checkpoint,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from sidestep.disk.feature_options import LIMIT, FeatureOptions, Precision, Where
 from sidestep.interface.annotations import check_fields
 from sidestep.interface.config import MethodConfig
+from sidestep.measure.rows import ROWS
 
 Schedule = Literal["linear", "cosine", "cosine_epochs", "step", "constant"]
 Keep = Literal["best", "last"]
@@ -33,7 +34,8 @@ class TrainSettings:
         output: the task folder. Checkpoints, logs and results.json go there too.
         epochs: passes over the training rows.
         batch_size: rows of one forward and backward pass, of all processes together.
-        eval_batch_size: rows of one forward pass over the dev rows, of all processes together.
+        eval_batch_size: rows of one forward pass over the dev rows and of a frozen pass, of all processes together.
+            None: 64, or with an offloaded backbone as many as memory has room for.
         learning_rate: None: the `rate` of the method's config.
         weight_decay: AdamW's.
         decay: which weights it acts on. "weights" are all but biases and norms, "all" is whatever is trained.
@@ -73,7 +75,7 @@ class TrainSettings:
     output: Path
     epochs: int = 10
     batch_size: int = 32
-    eval_batch_size: int = 64
+    eval_batch_size: int | None = None
     learning_rate: float | None = None
     weight_decay: float = 0.0
     decay: Decay = "weights"
@@ -108,8 +110,10 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("epochs", "batch_size", "eval_batch_size", "accumulate", "log_steps"):
+        for name in ("epochs", "batch_size", "accumulate", "log_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        rows = self.eval_batch_size
+        self._require("eval_batch_size", rows is None or rows >= 1, "at least 1, or not given")
         self._require("save_steps", self.save_steps is None or self.save_steps >= 1, "at least 1, or not given")
         self._require("patience", self.patience is None or self.patience >= 0, "at least 0 (0: never stop early)")
         for name in ("weight_decay", "max_grad_norm", "start_rate", "end_rate", "workers"):
@@ -165,6 +169,11 @@ class TrainSettings:
     def _require(self, name: str, allowed: bool, what: str) -> None:
         if not allowed:
             raise ValueError(f"{name}={getattr(self, name)!r}, but it must be {what}")
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows of one forward pass over the dev rows."""
+        return self.eval_batch_size or ROWS
 
     @property
     def feature_options(self) -> FeatureOptions:

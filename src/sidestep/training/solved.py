@@ -70,7 +70,7 @@ def solve_run(
         tell(f"readout: {found.lost:.1%} of the variance of its vectors is outside of the span that it was solved in")
     model.eval()
     judged = judge_run(model, data if kept is None else kept.data, settings)
-    loss = _dev_loss(model, data if kept is None else kept.data, settings.eval_batch_size)
+    loss = _dev_loss(model, data if kept is None else kept.data, settings.eval_rows)
     history = [{"epoch": 1.0, "train_loss": found.loss, "dev_loss": loss}]
     history[0] |= {f"dev_{name}": value for name, value in judged.scores.items()}
 
@@ -117,7 +117,7 @@ def _kept(
         data,
         options,
         passes=1,
-        batch_size=settings.eval_batch_size,
+        batch_size=settings.eval_rows,
         autocast=settings.bf16,
         tell=tell,
         progress=settings.progress,
@@ -230,7 +230,7 @@ def _token_vectors(
     starts = np.searchsorted(rows, np.arange(len(data.train) + 1))
     order = np.argsort(data.train.with_format(None)["length"][:], kind="stable")
     model.eval()
-    order, size = order[ranks.rank() :: ranks.count()], ranks.share(settings.eval_batch_size)
+    order, size = order[ranks.rank() :: ranks.count()], ranks.share(settings.eval_rows)
     for begin in range(0, len(order), size):
         numbers = order[begin : begin + size].tolist()
         batch = accepted(model, data.collate([data.train[number] for number in numbers]))

@@ -25,10 +25,13 @@ from sidestep.backbone.shards import is_sharded
 from sidestep.data import DataWarning
 from sidestep.data.contents import content_hash
 from sidestep.disk.features import FeatureStore
+from sidestep.interface.offload import offloaded_size
 from sidestep.kinds.base import UNREAD, kind_named
 from sidestep.kinds.prepare import head_for
 from sidestep.kinds.task_data import TaskData
+from sidestep.measure.memory import format_bytes
 from sidestep.measure.plan import check_fits, settle_keep
+from sidestep.measure.rows import rows_at_once
 from sidestep.measure.step import measure_step
 from sidestep.messages import about, counted
 from sidestep.model.attach import Attached
@@ -117,6 +120,8 @@ def _train(
         # plans copy the model, and passes whose number depends on the clock would not be the same everywhere
         settings = replace(settings, measure=False)
     check_run(model, data, settings)
+    if settings.eval_batch_size is None:
+        settings = replace(settings, eval_batch_size=rows_at_once(model, _longest(data)))
     _describe(model, data)
     metric = kind_named(data.labels.kind).best_by(settings.metric, len(data.labels.names))
     identity = _identity(model, data, settings)
@@ -152,6 +157,11 @@ def _train(
             start_alike(model)
         live, kept = data, _kept(model, data, last, start, store, tell)
         data = live if kept is None else kept.data
+        if kept is None and tell is not None and (size := offloaded_size(model.backbone)):
+            tell(
+                f"the backbone is offloaded, and each step reads its {format_bytes(size)} of weights again: with "
+                "--features ram or disk they are read once for each row, where the method's frozen part can be stored"
+            )
         trainer = make_trainer(model, data, last, metric, start, clock)
         cost = None if first is None else first.cost
         if settings.measure and first is None:
@@ -191,6 +201,11 @@ def _keep_alike(model: Attached, chosen: str | None) -> str | None:
     return chosen
 
 
+def _longest(data: TaskData) -> int | None:
+    """Tokens of the longest dev text. None: rows are no texts."""
+    return max(data.dev.with_format(None)["length"][:]) if "length" in data.dev.column_names else None
+
+
 def _kept(
     model: Attached,
     data: TaskData,
@@ -206,7 +221,7 @@ def _kept(
         data,
         settings.feature_options,
         passes=left + (not ends_scored(settings)) * len(data.dev) / (len(data.train) + len(data.dev)),
-        batch_size=settings.eval_batch_size,
+        batch_size=settings.eval_rows,
         autocast=settings.bf16,
         store=store,
         tell=tell,

@@ -218,7 +218,7 @@ def _arguments(model: Attached, data: TaskData, settings: TrainSettings, metric:
         output_dir=str((settings.output / checkpoints.FOLDER).resolve()),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,  # the whole batch, which `shares.shared` shares out
-        per_device_eval_batch_size=ranks.share(min(settings.eval_batch_size, len(data.dev))),  # so that all have some
+        per_device_eval_batch_size=ranks.share(min(settings.eval_rows, len(data.dev))),  # so that all have some
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.rate(model.record.config),
         weight_decay=settings.weight_decay,

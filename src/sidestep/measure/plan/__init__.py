@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from sidestep.backbone import Noise
 from sidestep.backbone.formats import Format
 from sidestep.backbone.load import OwnHead
+from sidestep.backbone.placement import Placement, away_bytes
 from sidestep.backbone.recompute import Checkpoint
 from sidestep.backbone.trunk import reads_mixed
 from sidestep.interface.keep import Keep
@@ -41,7 +43,7 @@ from sidestep.measure.plan.trace import (
     facts,
     plan_for,
 )
-from sidestep.methods import MethodConfig
+from sidestep.methods import MethodConfig, UnsupportedBackbone
 from sidestep.metrics import Written
 from sidestep.model.attach import Attached, attach
 from sidestep.model.heads import Classify, HeadConfig, Retrieve
@@ -66,6 +68,10 @@ __all__ = [
     "ways_of_keeping",
 ]
 
+OFFLOAD_NOTE = (
+    "weights on disk are counted one module at a time. Where a gradient flows through late blocks, backward needs "
+    "theirs too, and pages of mapped files are counted by nobody"
+)
 TWO_CLASSES = Classify(num_labels=2)
 
 
@@ -91,6 +97,7 @@ def plan(
     revision: str | None = None,
     quantize: Format | None = None,
     measure: bool = False,
+    placement: Placement | None = None,
 ) -> Plan:
     """The memory that a training step will take, from the backbone's config alone.
 
@@ -116,9 +123,10 @@ def plan(
         quantize: the format of the backbone's weights, as of `load_backbone`. None: as its config says.
         measure: run two real steps on this machine instead, with random weights, and take the allocator's count. With
             "cuda" there has to be a GPU then.
+        placement: where the backbone's weights go. Those on disk are counted as they are brought: one module at a time.
 
     Raises:
-        LoadError: if there is no such config.
+        LoadError: if there is no such config, or weights cannot be placed as asked.
         UnsupportedBackbone: if the method cannot work on this backbone.
         PlanError: if the model cannot be traced.
         ValueError: if a setting is unknown or out of range.
@@ -126,6 +134,8 @@ def plan(
     check_choices(precision, optimizer, device)
     if measure and device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' cannot be measured, because CUDA is not available: measure on 'cpu', or plan")
+    if measure and placement is not None:
+        raise ValueError("--measure runs with random weights, of which none are on disk: leave --device-map out")
     if measure and quantize is not None:
         raise ValueError(
             f"quantize={quantize!r} cannot be measured with random weights: plan without measuring, or load the "
@@ -141,7 +151,13 @@ def plan(
         inputs = blank_batch(model, batch, length, image_size, frames, picture)
         if measure:
             return _measured(model, inputs, precision, optimizer, device)
-    return plan_for(model, inputs, precision=precision, optimizer=optimizer, device=device)
+    found = plan_for(model, inputs, precision=precision, optimizer=optimizer, device=device)
+    if placement is None:
+        return found
+    away = away_bytes(model.backbone, placement.map_of(model.backbone))
+    if away and any(part.delta is not None for part in model.parts):
+        raise UnsupportedBackbone(f"{model.record.name} changes weights, and some of them are on disk")
+    return replace(found, weights_bytes=found.weights_bytes - away, notes=(*found.notes, OFFLOAD_NOTE))
 
 
 def _measured(

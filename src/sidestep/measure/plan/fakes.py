@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sidestep.backbone.fakes import fake_like, fakes_of
+from sidestep.backbone.fakes import fake_like, fakes_of, unhooked, without_hooks
 from sidestep.measure.plan.blank import without_drawing
 from sidestep.measure.plan.packed import stand_ins
 from sidestep.model.attach import Attached
@@ -23,9 +23,10 @@ def fake_copy(model: Attached) -> Attached:
     """
     # by its memo, deepcopy takes these for what they stand for: nothing large is copied
     memo: dict[int, Any] = {id(model.extras): {}, **{id(part.trained.originals): {} for part in model.parts}}
-    fakes_of(model, memo)
+    fakes_of(model, unhooked(memo, model))
     stand_ins(model, memo)
-    return copy.deepcopy(model, memo)
+    copied: Any = without_hooks(copy.deepcopy(model, memo))
+    return copied
 
 
 def fake_batch(model: Attached, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

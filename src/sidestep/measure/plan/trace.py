@@ -17,6 +17,7 @@ from sidestep.backbone.frames import VIDEO_AXES
 from sidestep.backbone.quantised import bytes_of
 from sidestep.backbone.source import Reads
 from sidestep.interface.keep import Keep
+from sidestep.interface.offload import offloaded_size
 from sidestep.measure.memory import by_kind_of_module, saved_bytes
 from sidestep.measure.plan.cuda import ALLOCATION, CudaKernels
 from sidestep.measure.plan.fakes import fake_batch, fake_copy
@@ -62,7 +63,8 @@ class Plan:
         peak_bytes: how far the step rises above model, optimizer state and batch: what `memory.peak_memory` measures.
         gradient_bytes, kept_bytes, temporary_bytes: what is alive at that moment: parameters' gradients, what the
             forward pass kept for backward, and the rest. They sum to `peak_bytes`. None in a measured plan.
-        weights_bytes: parameters and buffers of the backbone, the method and the head.
+        weights_bytes: parameters and buffers of the backbone, the method and the head. Of an offloaded backbone what
+            stays in memory, and the largest module that is brought from disk.
         optimizer_bytes: the optimizer's state.
         batch_bytes: the inputs.
         peak_phase, peak_op: "forward", "backward" or "optimizer", and the operation at which the peak is reached.
@@ -160,6 +162,8 @@ def plan_for(
         with step.ledger:
             step.update()
         top = step.ledger.highest()
+        known = facts(step, saved.by_module())
+        known["weights_bytes"] -= offloaded_size(model) - offloaded_size(model, at_once=True)
         return Plan(
             peak_bytes=top.bytes,
             gradient_bytes=top.gradient_bytes,
@@ -169,7 +173,7 @@ def plan_for(
             peak_op=top.op,
             attention=tuple(sorted({name for op, name in ATTENTION.items() if op in step.ledger.ops})),
             notes=tuple(_notes(model, step, device)),
-            **facts(step, saved.by_module()),
+            **known,
         )
 
 

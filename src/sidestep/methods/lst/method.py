@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.interface.layers import recompute
+from sidestep.interface.offload import value_of
 from sidestep.interface.pruning import Score, magnitude, pruned_block, residual_channels
 from sidestep.interface.registry import register
 from sidestep.interface.side_net import SideNet
@@ -196,8 +197,8 @@ class LST(SideNet):
             norm: Any = of_stack(sites, stack)[-1].norm
             for name, block in ladder.blocks.items():
                 block.load_state_dict(pruned_block(blocks[stack, name], residual, reduction, score))
-            ladder.bias.copy_(blocks[stack, "0"].attention.table.weight)
-            ladder.norm.weight.copy_(norm.weight[residual])
+            ladder.bias.copy_(value_of(blocks[stack, "0"].attention.table, "weight"))
+            ladder.norm.weight.copy_(value_of(norm, "weight")[residual])
 
     def start(self, site: Site, carried: Tensor | None) -> LSTState:
         """Nothing yet, except that a decoder has the encoder's side states."""
