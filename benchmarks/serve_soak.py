@@ -83,6 +83,9 @@ class Soak:
         chance, moving = random.Random(number), list(self.tasks)[STAYING:]
         async with ss.AsyncClient(self.server.url) as client:
             while self.running:
+                if self.down:
+                    await asyncio.sleep(0.2)
+                    continue
                 asked = chance.sample(sorted(self.there), chance.randint(1, MOST))
                 if chance.random() < UNKNOWN:
                     asked = list(dict.fromkeys([*asked, chance.choice(moving)]))

@@ -1,8 +1,7 @@
 """TaskBank: many tasks on one backbone, which is held once. Switched in place, added while others are in use.
 
-A bank's folder holds one ordinary task folder for each task. A task that is being added lies in a hidden folder beside
-them. A single rename adds or removes a task, so a process that is killed leaves the old state or the new one. Writers
-hold a lock, which the system frees when a process ends. Readers need no lock.
+A bank's folder holds a task folder for each task, and those being added in a hidden folder. A single rename adds or
+removes a task. So a process that is killed leaves the old state or the new one. Writers hold a lock, and readers none.
 """
 
 from __future__ import annotations
@@ -70,8 +69,7 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         store: the tasks on the disk.
         seconds: how long the last switch to each task took.
         switches: how many there were.
-        together: runs several tasks on a batch. Its `passes` and `alone` say how many whole passes the last call took,
-            and why.
+        together: runs several tasks on a batch. `passes` and `alone` say how many passes the last call took, and why.
     """
 
     def __init__(self, backbone: nn.Module, folder: str | Path | None = None, *, keep: int | None = None) -> None:
