@@ -66,7 +66,7 @@ def _only_reads(bank: ss.TaskBank) -> bool:
 def test_tasks_of_one_shape_run_as_one(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, sizes = ALL[family], []
     run = GroupStrand._run
-    monkeypatch.setattr(GroupStrand, "_run", lambda strand: sizes.append(len(strand.methods)) or run(strand))
+    monkeypatch.setattr(GroupStrand, "_run", lambda strand: sizes.append(len(strand.group.methods)) or run(strand))
     for method in METHODS:
         if (method, family) in REFUSED:
             continue

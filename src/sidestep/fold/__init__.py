@@ -8,6 +8,7 @@ from sidestep.fold.calls import fed, recorded
 from sidestep.fold.fold import Fold
 from sidestep.fold.hooks import Driver, Hooks, is_hooked
 from sidestep.fold.passes import KEY_VALUES, FoldError, Pass, Reading, mean_tokens, single_token
+from sidestep.fold.rows import Rows
 from sidestep.fold.shared import CannotShare, SharedFold
 from sidestep.fold.stored import Look, Recorder, Route, States, place_name
 from sidestep.fold.strand import Strand
@@ -24,6 +25,7 @@ __all__ = [
     "Reading",
     "Recorder",
     "Route",
+    "Rows",
     "SharedFold",
     "States",
     "Strand",

@@ -23,7 +23,7 @@ from sidestep.backbone.grids import TokenGrid, counted_prefix, sides
 from sidestep.backbone.in_order import in_order
 from sidestep.fold.caches import SideCache, claim
 from sidestep.fold.deferred import SecondStrand
-from sidestep.fold.group import GroupStrand
+from sidestep.fold.group import Group, GroupStrand
 from sidestep.fold.hooks import CARRIED
 from sidestep.fold.keeping import Keeping
 from sidestep.fold.padding import check_mask, kept_tokens, own_tokens, read_token
@@ -96,7 +96,7 @@ class Fold:
         self.again: Reads | None = None
         self.stored: States | None = None
         self.recorder: Recorder | None = None
-        self.group: Sequence[SideNet] = ()
+        self.group: Group | None = None
         self.turn, self.diff, self.attached, self.checked = Turn(FoldError(BUSY)), diff, False, False
         self.current: tuple[Pass, Strand] | None = None
         self.finished: tuple[Pass, Strand] | None = None
@@ -176,8 +176,8 @@ class Fold:
     def _strand(self, carried: Tensor | None) -> Strand:
         if self.recorder is not None:
             return RecordedStrand(self.method, self.frozen, carried, recorder=self.recorder)
-        if self.group:
-            return GroupStrand(self.method, self.frozen, carried, methods=self.group, mean_first=self.reads_raw)
+        if self.group is not None:
+            return GroupStrand(self.method, self.frozen, carried, group=self.group, mean_first=self.reads_raw)
         if self.again is not None:
             return SecondStrand(self.method, self.frozen, carried, reads=self.again)
         # the states of the batch are there, however they are kept, or others share the pass and none learns

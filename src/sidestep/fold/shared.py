@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from sidestep.backbone import Facts, as_tokens
 from sidestep.fold.fold import BUSY, Fold
-from sidestep.fold.group import GroupStrand
+from sidestep.fold.group import Group, GroupStrand
 from sidestep.fold.hooks import Hooks
 from sidestep.fold.passes import FoldError, Reading
+from sidestep.fold.rows import Rows
 from sidestep.fold.stored import place_name
 from sidestep.fold.turns import Turn
 from sidestep.interface.sites import Place, Site
@@ -52,12 +53,18 @@ class SharedFold:
         self.visits: Counter[str] = Counter()
         self.last: Tensor | None = None
 
-    def run(self, groups: Sequence[Sequence[Fold]], call: Callable[[], Any]) -> tuple[Any, list[list[Reading]]]:
+    def run(
+        self,
+        groups: Sequence[Sequence[Fold]],
+        call: Callable[[], Any],
+        rows: Sequence[Sequence[Rows] | None] | None = None,
+    ) -> tuple[Any, list[list[Reading]]]:
         """What `call` gives, which runs the trunk once, and what the head of each fold reads.
 
         Args:
             groups: of folds. Those of a group with several are of one shape, and run as one at the end of the pass.
             call: runs the trunk.
+            rows: of the batch, for each fold of each group. None in the place of a group's: all rows.
 
         Raises:
             CannotShare: if a method writes and what follows cannot be followed.
@@ -65,8 +72,8 @@ class SharedFold:
         """
         hooks = Hooks(self, self.trunk, self.trunk, self.places)
         self.folds = [group[0] for group in groups]
-        for fold, group in zip(self.folds, groups, strict=True):
-            fold.group = [one.method for one in group] if len(group) > 1 else ()
+        for fold, group, own in zip(self.folds, groups, rows or [None] * len(groups), strict=True):
+            fold.group = Group([one.method for one in group], own) if len(group) > 1 or own is not None else None
         try:
             with self.turn:
                 output = call()
@@ -74,7 +81,7 @@ class SharedFold:
         finally:
             hooks.remove()
             for fold in self.folds:
-                fold.current, fold.finished, fold.group = None, None, ()
+                fold.current, fold.finished, fold.group = None, None, None
             self.folds, self.last = (), None
             self.written.clear()
             self.visits.clear()
@@ -161,7 +168,8 @@ class SharedFold:
         Raises:
             CannotShare: if it wrote, and the norm is not given what the last block gave.
         """
-        writes = number in self.written or (self.folds[number].group and self.folds[number].keeping.border is not None)
+        fold = self.folds[number]
+        writes = number in self.written or (fold.group is not None and fold.keeping.border is not None)
         if writes and raw is not self.last:
             raise CannotShare("what the final norm is given is not what the last block gave")
         return self.written.get(number, raw)

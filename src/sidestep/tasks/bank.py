@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import accumulate
@@ -26,11 +25,11 @@ from sidestep.fold import FoldError
 from sidestep.fold.forms import free_memory
 from sidestep.fold.turns import Turn
 from sidestep.measure.memory import format_bytes
-from sidestep.messages import some
 from sidestep.model.attach import Attached, detach, digests_of
 from sidestep.model.build import check_attachable
 from sidestep.model.side_model import SideModel
 from sidestep.tasks import load as loading
+from sidestep.tasks.asked import check_batch, check_names, own_rows
 from sidestep.tasks.bank_folder import (
     BankError,
     BankFolder,
@@ -222,7 +221,13 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             model, self._asked.name = self._switch(name), name
             return model(**batch)
 
-    def __call__(self, batch: Mapping[str, Any], *, tasks: Sequence[str]) -> dict[str, Any]:
+    def __call__(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        tasks: Sequence[str],
+        rows: Mapping[str, Sequence[int]] | None = None,
+    ) -> dict[str, Any]:
         """The outputs of several tasks for one batch, without gradients, from as few passes as they allow.
 
         Tasks with a Sidestep head that only read the backbone share one pass. Those that write in front of late blocks
@@ -232,28 +237,26 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         Args:
             batch: the backbone's inputs, without labels and without a cache.
             tasks: their names, each once.
+            rows: numbers of rows by task. Such a task costs what these rows cost. One that is not named runs on all.
 
         Returns:
-            What each task's model gives, by its name, in the order of `tasks`.
+            What each task's model gives for its rows, by its name, in the order of `tasks`.
 
         Raises:
             BankError: if a name is not in the bank or stands there twice, or there is none. If there is no memory for
-                all of them, or the batch has labels, a cache or inputs of another kind. Nothing is run then.
+                all of them, or the batch has labels, a cache, inputs of another kind or no such rows. Nothing is run
+                then.
             TaskError: if a task's files are damaged.
         """
-        names = self._named(tasks)
-        given = sorted({"labels", "past_key_values"} & {name for name, value in batch.items() if value is not None})
-        if given:
-            raise BankError(f"a batch for several tasks has no {' and no '.join(given)}: leave it out")
-        main = getattr(self.backbone, "main_input_name", None)  # timm's models take their inputs by place
-        if main is not None and not {main, "inputs_embeds"} & batch.keys():
-            raise BankError(f"the batch has {some(batch)}, but {type(self.backbone).__name__} reads {main}")
+        names = check_names(tasks, self.store)
+        check_batch(batch, self.backbone)
+        own = own_rows(rows or {}, names, batch, self.backbone)
         with self._turn, torch.no_grad():
             before = self.active
             try:
                 self._leave()
                 self._check_room(names)
-                return self.together.run({name: self._ready(name) for name in names}, batch)
+                return self.together.run({name: self._ready(name) for name in names}, batch, own)
             finally:
                 if before != self.active:
                     self._leave()
@@ -332,19 +335,6 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         self.close()
 
     # --- several tasks -----------------------------------------------------------------------------------------------
-
-    def _named(self, tasks: Sequence[str]) -> list[str]:
-        if isinstance(tasks, str):
-            raise BankError(f"tasks={tasks!r}: give a list of names, such as [{tasks!r}]")
-        names = list(tasks)
-        if not names:
-            raise BankError(f"no task is named: {self.store.path} holds {some(self.names)}")
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise BankError(f"{some(map(repr, twice))} is named twice: name each task once")
-        for name in names:
-            self.store.folder(name)
-        return names
 
     def _ready(self, name: str) -> Resting | None:
         """A task in memory that is not on the backbone. None if it cannot rest there, and has to be read each time."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sidestep.fold import CannotShare, Route, SharedFold, States
+from sidestep.fold import CannotShare, Route, Rows, SharedFold, States
 from sidestep.model.attach import Attached
 from sidestep.model.features import VECTOR, FeaturesRefused, check_storable, find_route
 from sidestep.model.side_model import SideModel
@@ -48,12 +48,15 @@ class Together:
         self.alone: dict[str, str] = {}
         self.borders: dict[str, Border] = {}
 
-    def run(self, tasks: Mapping[str, Ready | None], batch: Mapping[str, Any]) -> dict[str, Any]:
+    def run(
+        self, tasks: Mapping[str, Ready | None], batch: Mapping[str, Any], rows: Mapping[str, Rows]
+    ) -> dict[str, Any]:
         """The outputs of tasks by their names. The backbone is bare when this begins.
 
         Args:
             tasks: by name. None: a task that has to be put on the backbone to be in memory at all.
             batch: of the backbone's inputs.
+            rows: of the batch, by task. A task that is not named here runs on all.
         """
         self.passes, self.alone = 0, {}
         readers = {
@@ -68,17 +71,18 @@ class Together:
         if readers or len(going) > 1:
             one = next(ready.model for ready in tasks.values() if ready is not None)
             wanted = {place for _, route in going.values() for place in route.places}
-            found = _follow(one, {name: ready.model for name, ready in readers.items()}, wanted, batch)
+            found = _follow(one, {name: ready.model for name, ready in readers.items()}, wanted, batch, rows)
             self.passes += 1
             outputs = found.outputs
             for name in found.refused:
                 self._border(readers[name]).follows = False
             for name, (border, route) in going.items():
-                outputs[name] = self._from_border(self.switch(name), border, route, batch, found.taken)
+                states = States(route, {place: found.taken[place] for place in route.places})
+                outputs[name] = self._from_border(self.switch(name), border, states, batch, rows.get(name))
         for name, ready in tasks.items():
             if name not in outputs:
                 model = self.switch(name)
-                outputs[name] = model(**batch)
+                outputs[name] = _run(model, batch, rows.get(name))
                 self.passes += 1
                 self.alone[name] = f"{model.record.name} is read anew for each call"
                 if ready is not None:
@@ -96,13 +100,13 @@ class Together:
         return self.borders.setdefault(one.identity, Border())
 
     def _from_border(
-        self, model: Attached, border: Border, route: Route, batch: Mapping[str, Any], taken: Mapping[str, Tensor]
+        self, model: Attached, border: Border, states: States, batch: Mapping[str, Any], rows: Rows | None
     ) -> Any:
         """A task's output from what was taken. At first it is compared with a pass of its own."""
-        output = model(**batch, features=States(route, {name: taken[name] for name in route.places}))
+        output = _run(model, batch, rows, states)
         if border.proved:
             return output
-        own = model(**batch)
+        own = _run(model, batch, rows)
         self.passes += 1
         border.proved = True
         if _differ(output, own):
@@ -153,8 +157,22 @@ class _Followed:
     refused: list[str] = field(default_factory=list)
 
 
+def _run(model: Attached, batch: Mapping[str, Any], rows: Rows | None, states: States | None = None) -> Any:
+    """A task's output for its rows, in a pass of its own or from states that were taken of the whole batch."""
+    parts = rows is not None and rows.can_part(batch)
+    if rows is not None and parts:
+        batch = rows.part(dict(batch))
+        states = None if states is None else replace(states, hidden=rows.part(dict(states.hidden)))
+    output = model(**batch) if states is None else model(**batch, features=states)
+    return output if rows is None or parts else rows.part(output)
+
+
 def _follow(
-    one: SideModel, readers: Mapping[str, SideModel], wanted: Collection[str], batch: Mapping[str, Any]
+    one: SideModel,
+    readers: Mapping[str, SideModel],
+    wanted: Collection[str],
+    batch: Mapping[str, Any],
+    rows: Mapping[str, Rows],
 ) -> _Followed:
     """Run the bare backbone once, and all tasks that only read along with it.
 
@@ -163,22 +181,27 @@ def _follow(
         readers: models that only read, by the names of their tasks.
         wanted: places whose hidden states are taken.
         batch: of the backbone's inputs.
+        rows: of the batch, by task, where these are not all.
     """
-    groups = _groups(readers, _strands(readers))
+    groups = _groups(readers, _strands(readers), rows)
     driver = SharedFold(one.trunk, one.places, one.facts, wanted)
     try:
         folds = [[readers[names[0]].fold for names in group] for group in groups]
-        output, readings = driver.run(folds, lambda: one.bare(dict(batch)))
+        own = [_own_rows(readers, group, rows) for group in groups]
+        output, readings = driver.run(folds, lambda: one.bare(dict(batch)), own)
     except CannotShare:
         writing = [name for name, model in readers.items() if model.fold.keeping.border is not None]
         left = {name: model for name, model in readers.items() if name not in writing}
-        return replace(_follow(one, left, wanted, batch), refused=writing)
-    outputs = {
-        name: readers[name].answer(reading, output, batch)
-        for group, found in zip(groups, readings, strict=True)
-        for names, reading in zip(group, found, strict=True)
-        for name in names
-    }
+        return replace(_follow(one, left, wanted, batch, rows), refused=writing)
+    outputs: dict[str, Any] = {}
+    for group, has_rows, found in zip(groups, own, readings, strict=True):
+        for names, reading in zip(group, found, strict=True):
+            for name in names:
+                if (its := rows.get(name)) is None:
+                    outputs[name] = readers[name].answer(reading, output, batch)
+                else:
+                    read = its.reading(reading) if has_rows is None else reading
+                    outputs[name] = readers[name].answer(read, its.part(output), its.part(dict(batch)))
     return _Followed(outputs, driver.taken)
 
 
@@ -187,13 +210,19 @@ def _strands(readers: Mapping[str, SideModel]) -> list[list[str]]:
     together: dict[Hashable, list[str]] = {}
     for name, model in readers.items():
         side, fold = model.side, model.fold
-        learns = any(True for _ in side.parameters()) or side.corrects
         reads = (type(side), side.pooled_from, fold.narrow, fold.reads_raw)
-        together.setdefault(name if learns else reads, []).append(name)
+        together.setdefault(name if _is_own(model) else reads, []).append(name)
     return list(together.values())
 
 
-def _groups(readers: Mapping[str, SideModel], strands: Sequence[Sequence[str]]) -> list[list[Sequence[str]]]:
+def _is_own(model: SideModel) -> bool:
+    """Whether what a method reads is its own: it has parameters, or changes the head's vector."""
+    return model.side.corrects or any(True for _ in model.side.parameters())
+
+
+def _groups(
+    readers: Mapping[str, SideModel], strands: Sequence[Sequence[str]], rows: Mapping[str, Rows]
+) -> list[list[Sequence[str]]]:
     """The strands, together where their side networks have one shape, so that their products are batched."""
     together: dict[Hashable, list[Sequence[str]]] = {}
     for names in strands:
@@ -202,9 +231,17 @@ def _groups(readers: Mapping[str, SideModel], strands: Sequence[Sequence[str]]) 
         dtypes = frozenset(parameter.dtype for parameter in side.parameters())
         joined = fold.carries and len(fold.lengths) > 1
         alike = dtypes and not (side.training or side.corrects or joined)
-        how = (type(side), model.settings.method, fold.narrow, fold.reads_raw, dtypes)
+        how = (type(side), model.settings.method, fold.narrow, fold.reads_raw, dtypes, names[0] in rows)
         together.setdefault(how if alike else names[0], []).append(names)
     return list(together.values())
+
+
+def _own_rows(
+    readers: Mapping[str, SideModel], group: Sequence[Sequence[str]], rows: Mapping[str, Rows]
+) -> list[Rows] | None:
+    """The rows of each side network of a group. None: all. What has no parameters costs little, and is read of all."""
+    first = group[0][0]
+    return [rows[names[0]] for names in group] if first in rows and _is_own(readers[first]) else None
 
 
 def _differ(output: Any, own: Any) -> bool:
