@@ -16,6 +16,9 @@ from tiny import ALL, FURTHER, TinyFamily, logits, randomize
 
 COSTLY = [pytest.param(name, marks=pytest.mark.all_laws if name in FURTHER else ()) for name in ALL]
 
+OWN = ([0], [3, 1], [2, 0, 3])
+"""Rows of tasks. The last row of a batch of texts is padded."""
+
 
 def filled(family: TinyFamily, folder: Path) -> tuple[ss.TaskBank, nn.Module, list[str]]:
     """A bank with a task of every method that works on the family, each random in every part."""
@@ -51,8 +54,13 @@ def test_all_tasks_together_give_what_each_gives_alone(family: str, tmp_path: Pa
     bank.deactivate()
     going = [border for border in bank.together.borders.values() if border.route is not None]
     alone = len(names) - len(readers) - len(going)
-    bank(inputs, tasks=names)
-    assert bank.together.passes == 1 + alone
+    rows = {name: OWN[number % len(OWN)] for number, name in enumerate(names)}
+    for given in (rows, {}):
+        found = bank(inputs, tasks=names, rows=given)
+        assert bank.together.passes == 1 + alone
+        for name in names:
+            own = expected[name][given.get(name, [0, 1, 2, 3])]
+            torch.testing.assert_close(logits(found[name]), own, rtol=1e-5, atol=1e-6, msg=f"{name} {given}")
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
 
 
@@ -87,6 +95,13 @@ def test_tasks_of_one_shape_run_as_one(family: str, tmp_path: Path, monkeypatch:
         for name in bank.names:
             torch.testing.assert_close(
                 logits(found[name]), expected[name], rtol=1e-5, atol=1e-6, msg=f"{method} {name}"
+            )
+        rows = dict(zip(bank.names, ([1, 3, 0], [2], [3, 2, 1, 0]), strict=True))
+        found = bank(tiny.inputs(), tasks=bank.names, rows=rows)
+        sizes.clear()
+        for name, own in rows.items():
+            torch.testing.assert_close(
+                logits(found[name]), expected[name][own], rtol=1e-5, atol=1e-6, msg=f"{method} {name}"
             )
 
 

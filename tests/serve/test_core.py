@@ -125,16 +125,18 @@ def answers(core: Core, names: list[str], texts: list[str]) -> list[dict[str, An
 
 
 def test_requests_share_a_batch_and_a_pass(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+    seen: list[Any] = []
     run = forms.Rows.run
-    monkeypatch.setattr(forms.Rows, "run", lambda *told: seen.append(len(told[2])) or run(*told))
+    monkeypatch.setattr(forms.Rows, "run", lambda *told: seen.append(told[2:4]) or run(*told))
     expected = answers(core, ["read", "number"], ["good", "bad film"])
     seen.clear()
     asked = [
         core.ask(Request([{"text": text}], [names])) for text, names in [("good", ["read"]), ("bad film", ["number"])]
     ]
     found = [future.result(60).results[0] for future in asked]
-    assert seen == [2]
+    ((pieces, its),) = seen
+    assert len(pieces) == 2
+    assert {name: task.places for name, task in its.items()} == {"read": [0], "number": [1]}  # each runs on its own row
     assert core.bank.together.passes == 1
     assert found[0]["read"]["prediction"] == expected[0]["read"]["prediction"]
     assert found[1]["number"]["prediction"] == pytest.approx(expected[1]["number"]["prediction"], abs=1e-5)
@@ -169,8 +171,8 @@ def test_a_failure_touches_its_own_row_and_task_alone(
 def test_outputs_that_are_no_numbers_are_an_error(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     call = type(core.bank).__call__
 
-    def broken(bank: Any, batch: Any, *, tasks: Any) -> Any:
-        found = call(bank, batch, tasks=tasks)
+    def broken(bank: Any, batch: Any, *, tasks: Any, rows: Any) -> Any:
+        found = call(bank, batch, tasks=tasks, rows=rows)
         if "read" in found:
             found["read"].logits[0] = torch.nan
         return found

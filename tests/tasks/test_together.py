@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from test_bank import BERT, backbone, outputs, saved
+from torch.utils.flop_counter import FlopCounterMode
 
 import sidestep as ss
 from sidestep.disk.task_folder import WEIGHTS, TaskError
@@ -61,6 +62,63 @@ def test_heads_of_any_size_come_from_few_passes(bank: ss.TaskBank) -> None:
         "sparse": "sparse changes the backbone's weights, so its states change with each step",
         "lora": "lora is read anew for each call",
     }
+
+
+def test_a_task_costs_its_own_rows(tmp_path: Path) -> None:
+    bank = ss.TaskBank(backbone(), tmp_path / "bank")
+    names = [f"task-{number}" for number in range(4)]
+    for name in names:
+        bank.add(name, saved(tmp_path / name, ss.ReadConfig(rank=4), 3))
+
+    def products(tasks: list[str], rows: dict[str, list[int]]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            bank(BERT.inputs(), tasks=tasks, rows=rows)
+        return int(counter.get_total_flops())
+
+    with FlopCounterMode(display=False) as counter:
+        bank.backbone(**BERT.inputs())
+    bare, one = counter.get_total_flops(), products(names[:1], {})
+    assert one > bare
+    assert products(names, {}) - bare == 4 * (one - bare)
+    assert products(names, {name: [number] for number, name in enumerate(names)}) == one
+    assert products(names[:2], {names[0]: [3], names[1]: [0, 1, 2]}) == one
+    # rows of tasks that run at once are padded to as many
+    assert products(names[:2], {names[0]: [1, 2, 3], names[1]: [3, 2, 1, 0]}) - bare == 2 * (one - bare)
+
+
+def test_inputs_that_are_not_of_rows_go_to_tasks_alone_as_they_are(bank: ss.TaskBank) -> None:
+    batch = BERT.inputs()
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+    expected = {name: outputs(bank, name) for name in TASKS}
+    for _ in range(3):
+        found = bank(batch, tasks=list(TASKS), rows=dict.fromkeys(TASKS, [3, 0]))
+        for name in TASKS:
+            torch.testing.assert_close(logits(found[name]), expected[name][[3, 0]], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_asked_of_the_pass_besides_is_of_the_own_rows(bank: ss.TaskBank) -> None:
+    batch = {**BERT.inputs(), "output_hidden_states": True}
+    found = bank(batch, tasks=["read", "readout", "lora", "probe"], rows={"read": [2], "readout": [2], "lora": [2]})
+    states = [one.hidden_states[-1] for one in found.values()]
+    assert [len(state) for state in states] == [1, 1, 1, 4]
+    assert torch.equal(states[0], states[3][2:3])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"probe": [0]}, "rows of 'probe', but the tasks are read: name it in tasks too"),
+        ({"read": []}, r"rows of 'read' are \[\]: give a list of numbers, or leave the task out"),
+        ({"read": 1}, "rows of 'read' are 1: give a list of numbers"),
+        ({"read": [4]}, "rows of 'read' are 4: give numbers from 0 to 3"),
+        ({"read": [-1]}, "rows of 'read' are -1: give numbers from 0 to 3"),
+        ({"read": [True, False]}, "rows of 'read' are True, False: give numbers from 0 to 3"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused_before_anything_runs(bank: ss.TaskBank, rows: Any, message: str) -> None:
+    with pytest.raises(BankError, match=message):
+        bank(BERT.inputs(), tasks=["read"], rows=rows)
+    assert not bank.seconds
 
 
 def test_what_stands_before_the_final_norm_has_writers_go_on_from_their_border(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from sidestep.data import Collate, DataError
 from sidestep.data.encode import Tokenize, token_limit
 from sidestep.kinds.base import Probabilities
 from sidestep.model.pair_model import PairModel
-from sidestep.serve.forms import Answer, Known, Piece, Reading
+from sidestep.serve.forms import Answer, Asking, Piece, Reading
 from sidestep.serve.problems import Problem
 from sidestep.tasks.bank import TaskBank
 
@@ -43,15 +43,18 @@ class Texts(Reading):
         return pieces
 
     def run(
-        self, bank: TaskBank, pieces: Sequence[Piece], tasks: Mapping[str, Known], modes: Sequence[Probabilities]
+        self, bank: TaskBank, pieces: Sequence[Piece], tasks: Mapping[str, Asking], modes: Sequence[Probabilities]
     ) -> dict[str, list[Answer | Problem]]:
         """Embeddings of length one, by the text towers of the tasks. Without tasks the backbone's."""
         device = device_of(bank.backbone)
         batch = Collate(self.processor)([piece.parts[0] for piece in pieces])
         batch = {name: value.to(device) for name, value in batch.items() if name in self.takes}
         with torch.inference_mode():
-            found = {name: self.embed(bank, name, batch).float().cpu().tolist() for name in tasks}
-        return {name: [{EMBEDDING: each} for each in rows] for name, rows in found.items()}
+            found = {
+                name: self.embed(bank, name, {key: value[task.places] for key, value in batch.items()})
+                for name, task in tasks.items()
+            }
+        return {name: [{EMBEDDING: each} for each in own.float().cpu().tolist()] for name, own in found.items()}
 
     def embed(self, bank: TaskBank, name: str, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(texts, dim): of a task of retrieval."""

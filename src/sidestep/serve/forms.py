@@ -74,6 +74,19 @@ class Known:
     embeds: Form | None = None
 
 
+@dataclass(frozen=True)
+class Asking:
+    """A task of a batch.
+
+    Attributes:
+        known: what is known of it.
+        places: of the pieces that it is asked for, in order.
+    """
+
+    known: Known
+    places: Sequence[int]
+
+
 class Form(ABC):
     """How some tasks read rows.
 
@@ -91,9 +104,9 @@ class Form(ABC):
 
     @abstractmethod
     def run(
-        self, bank: TaskBank, pieces: Sequence[Piece], tasks: Mapping[str, Known], modes: Sequence[Probabilities]
+        self, bank: TaskBank, pieces: Sequence[Piece], tasks: Mapping[str, Asking], modes: Sequence[Probabilities]
     ) -> dict[str, list[Answer | Problem]]:
-        """The answers of each task to each piece. It is called in the bank's turn, one call at a time.
+        """The answers of each task to its pieces, in order. It is called in the bank's turn, one call at a time.
 
         Args:
             bank: of the tasks.
@@ -224,19 +237,21 @@ class Rows(Reading):
         return Piece([row], length, length, cut)
 
     def run(
-        self, bank: TaskBank, pieces: Sequence[Piece], tasks: Mapping[str, Known], modes: Sequence[Probabilities]
+        self, bank: TaskBank, pieces: Sequence[Piece], tasks: Mapping[str, Asking], modes: Sequence[Probabilities]
     ) -> dict[str, list[Answer | Problem]]:
-        """One call of the bank for all tasks."""
+        """One call of the bank for all tasks, each on its own rows."""
         parts = [piece.parts[0] for piece in pieces]
-        outputs = bank(_batch(bank, self, parts), tasks=list(tasks))
+        rows = {name: task.places for name, task in tasks.items()}
+        outputs = bank(_batch(bank, self, parts), tasks=list(tasks), rows=rows)
         answers: dict[str, list[Answer | Problem]] = {}
-        for name, known in tasks.items():
-            assert isinstance(known.kind, FromLogits)
+        for name, task in tasks.items():
+            assert isinstance(task.known.kind, FromLogits)
             logits = outputs[name].logits.float().cpu().numpy()
-            by_mode = {mode: _columns(known, logits, mode) for mode in set(modes)}
+            own = [modes[place] for place in task.places]
+            by_mode = {mode: _columns(task.known, logits, mode) for mode in set(own)}
             finite = np.isfinite(logits).all(axis=1)
             answers[name] = [
-                answer_at(by_mode[mode], place) if finite[place] else NOT_FINITE for place, mode in enumerate(modes)
+                answer_at(by_mode[mode], row) if finite[row] else NOT_FINITE for row, mode in enumerate(own)
             ]
         return answers
 
@@ -265,26 +280,35 @@ class Windows(Reading):
         ]
 
     def run(
-        self, bank: TaskBank, pieces: Sequence[Piece], tasks: Mapping[str, Known], modes: Sequence[Probabilities]
+        self, bank: TaskBank, pieces: Sequence[Piece], tasks: Mapping[str, Asking], modes: Sequence[Probabilities]
     ) -> dict[str, list[Answer | Problem]]:
         """One call of the bank for all tasks, or several where there are very many windows."""
         parts = [{**part, ROW: place} for place, piece in enumerate(pieces) for part in piece.parts]
         outputs: dict[str, list[NDArray[Any]]] = {name: [] for name in tasks}
+        windows = {name: _windows_of(parts, task.places) for name, task in tasks.items()}
         step = max(1, self.max_tokens // max(part["length"] for part in parts))
         for start in range(0, len(parts), step):
             some = parts[start : start + step]
-            for name, output in bank(_batch(bank, self, some), tasks=list(tasks)).items():
+            rows = {
+                name: [each - start for each in own if start <= each < start + step] for name, own in windows.items()
+            }
+            rows = {name: own for name, own in rows.items() if own}
+            for name, output in bank(_batch(bank, self, some), tasks=list(rows), rows=rows).items():
                 found = _token_outputs(output)
-                outputs[name] += [values[: part["length"]] for values, part in zip(found, some, strict=True)]
+                outputs[name] += [values[: some[row]["length"]] for values, row in zip(found, rows[name], strict=True)]
         encoded = Dataset.from_list(parts)
         answers: dict[str, list[Answer | Problem]] = {}
-        for name, known in tasks.items():
-            assert isinstance(known.kind, FromTokens)
-            odd = {part[ROW] for part, own in zip(parts, outputs[name], strict=True) if not np.isfinite(own).all()}
-            clean = [np.nan_to_num(own) for own in outputs[name]] if odd else outputs[name]
-            by_mode = {mode: known.kind.columns(clean, encoded, known.labels, mode) for mode in set(modes)}
+        for name, task in tasks.items():
+            kind, labels, own = task.known.kind, task.known.labels, windows[name]
+            assert isinstance(kind, FromTokens)
+            odd = {parts[each][ROW] for each, one in zip(own, outputs[name], strict=True) if not np.isfinite(one).all()}
+            clean = [np.nan_to_num(one) for one in outputs[name]] if odd else outputs[name]
+            its = encoded if len(own) == len(parts) else encoded.select(own)
+            asked = [modes[place] for place in task.places]
+            by_mode = {mode: kind.columns(clean, its, labels, mode) for mode in set(asked)}
             answers[name] = [
-                NOT_FINITE if place in odd else answer_at(by_mode[mode], place) for place, mode in enumerate(modes)
+                NOT_FINITE if place in odd else answer_at(by_mode[mode], row)
+                for row, (place, mode) in enumerate(zip(task.places, asked, strict=True))
             ]
         return answers
 
@@ -307,19 +331,25 @@ class Alone(Reading):
         return [Piece([each], length, length, cut) for each, length, cut in sizes]
 
     def run(
-        self, bank: TaskBank, pieces: Sequence[Piece], tasks: Mapping[str, Known], modes: Sequence[Probabilities]
+        self, bank: TaskBank, pieces: Sequence[Piece], tasks: Mapping[str, Asking], modes: Sequence[Probabilities]
     ) -> dict[str, list[Answer | Problem]]:
         """As `sidestep predict` does it."""
-        rows = _table(self, [piece.parts[0] for piece in pieces])
+        table = _table(self, [piece.parts[0] for piece in pieces])
         answers: dict[str, list[Answer | Problem]] = {}
-        for name in tasks:
-            model = bank.activate(name)
+        for name, task in tasks.items():
+            model, rows, own = bank.activate(name), table.select(task.places), [modes[place] for place in task.places]
             by_mode = {}
-            for mode in set(modes):
+            for mode in set(own):
                 found = predict(model, rows, fields=self.fields, batch_size=len(rows), probabilities=mode)
                 by_mode[mode] = {name: found[name][:] for name in found.column_names if name not in rows.column_names}
-            answers[name] = [answer_at(by_mode[mode], place) for place, mode in enumerate(modes)]
+            answers[name] = [answer_at(by_mode[mode], row) for row, mode in enumerate(own)]
         return answers
+
+
+def _windows_of(parts: Sequence[Mapping[str, Any]], places: Sequence[int]) -> list[int]:
+    """The numbers of the windows of some pieces."""
+    wanted = set(places)
+    return [number for number, part in enumerate(parts) if part[ROW] in wanted]
 
 
 def answer_at(columns: Mapping[str, Sequence[Any]], place: int) -> Answer:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sidestep.disk.task_folder import TaskError
 from sidestep.kinds.base import Probabilities
-from sidestep.serve.forms import Answer, Form, Known, Piece
+from sidestep.serve.forms import Answer, Asking, Form, Known, Piece
 from sidestep.serve.known import KnownTasks
 from sidestep.serve.problems import Problem
 from sidestep.tasks.bank_folder import NoSuchTask
@@ -44,18 +44,23 @@ def run(form: Form, batch: Sequence[Asked], known: KnownTasks) -> list[dict[str,
 def _answers(
     form: Form, batch: Sequence[Asked], tasks: Mapping[str, Known], known: KnownTasks
 ) -> list[dict[str, Answer | Problem]]:
-    wanted = {name: one for name, one in tasks.items() if any(name in row.tasks for row in batch)}
+    places = {name: [place for place, row in enumerate(batch) if name in row.tasks] for name in tasks}
+    wanted = {name: Asking(tasks[name], own) for name, own in places.items() if own}
     try:
         columns = form.run(known.bank, [row.piece for row in batch], wanted, [row.mode for row in batch])
-        return [{name: columns[name][place] for name in row.tasks if name in wanted} for place, row in enumerate(batch)]
+        answers: list[dict[str, Answer | Problem]] = [{} for _ in batch]
+        for name, asked in wanted.items():
+            for place, answer in zip(asked.places, columns[name], strict=True):
+                answers[place][name] = answer
+        return answers
     except Exception as error:
         if len(batch) > 1:
             half = len(batch) // 2
             return _answers(form, batch[:half], tasks, known) + _answers(form, batch[half:], tasks, known)
         if len(wanted) > 1:
             found: dict[str, Answer | Problem] = {}
-            for name, one in wanted.items():
-                found |= _answers(form, batch, {name: one}, known)[0]
+            for name in wanted:
+                found |= _answers(form, batch, {name: tasks[name]}, known)[0]
             return [found]
         return [{name: unusable(name, error, known) for name in wanted}]
 

@@ -46,8 +46,10 @@ class Bank(Protocol):
     def deactivate(self) -> nn.Module:
         """Leave the bare backbone."""
 
-    def __call__(self, batch: Mapping[str, Any], *, tasks: Sequence[str]) -> dict[str, Any]:
-        """The outputs of several tasks for a batch."""
+    def __call__(
+        self, batch: Mapping[str, Any], *, tasks: Sequence[str], rows: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, Any]:
+        """The outputs of several tasks for a batch, each for its own rows of it."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,13 @@ def predict_together(
         spaces = {name: tasks_of[name].labels or labels_of_task(bank.activate(name)) for name in names}
         kinds = {name: kind_named(space.kind) for name, space in spaces.items()}
         heads = [name for name in names if isinstance(kinds[name], FromLogits) and not _is_dual(bank, name)]
-        outputs = _logits(bank, heads, rows.select(numbers), fields, batch_size, tally, features) if heads else {}
         where = {number: place for place, number in enumerate(numbers)}
+        own = {name: [where[number] for number in places[name]] for name in heads}
+        outputs = _logits(bank, own, rows.select(numbers), fields, batch_size, tally, features) if heads else {}
         for name in names:
             kind = kinds[name]
             if isinstance(kind, FromLogits) and name in outputs:
-                own = outputs[name][[where[number] for number in places[name]]]
-                found = kind.columns(spaces[name], own, "one")
+                found = kind.columns(spaces[name], outputs[name], "one")
             else:
                 part = rows.select(places[name])
                 model = bank.activate(name)
@@ -246,35 +248,44 @@ def _alike(tasks: Mapping[str, Reads]) -> list[list[str]]:
 
 def _logits(
     bank: Bank,
-    names: Sequence[str],
+    places: Mapping[str, Sequence[int]],
     rows: Dataset,
     fields: Fields,
     batch_size: int,
     tally: _Tally,
     features: FeatureOptions | None,
 ) -> dict[str, NDArray[Any]]:
-    """(rows, outputs) of each task, for rows that all of them read alike."""
+    """(its rows, outputs) of each task, for places among rows that all of them read alike."""
+    names = list(places)
     model = bank.activate(names[0])
     assert isinstance(model, SideModel)
     encoded, processor = encoded_for(model, rows, fields), model.extras["processor"]
     check_encoded(model, encoded, fields, processor)
     stored = {} if features is None else _from_store(bank, names, encoded, fields, batch_size, features)
-    names = [name for name in names if name not in stored]
-    if not names:
-        return stored
+    found = {name: outputs[list(places[name])] for name, outputs in stored.items()}
+    left = {name: np.array(own) for name, own in places.items() if name not in stored}
+    if not left:
+        return found
     collate = Collate.of(fields, processor)
     lengths = encoded["length"][:] if "length" in encoded.column_names else range(len(encoded))
-    order = np.argsort(lengths, kind="stable")
-    parts: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
+    # rows that no task is left for do not run
+    read = np.unique(np.concatenate([*left.values()]))
+    order = read[np.argsort(np.asarray(lengths)[read], kind="stable")]
+    parts: dict[str, list[NDArray[Any]]] = {name: [] for name in left}
     bank.deactivate()
     for start in range(0, len(order), batch_size):
-        batch = accepted(model, collate([encoded[int(number)] for number in order[start : start + batch_size]]))
-        for name, output in bank(batch, tasks=names).items():
+        here = order[start : start + batch_size]
+        batch = accepted(model, collate([encoded[int(number)] for number in here]))
+        asked = {name: np.flatnonzero(np.isin(here, own)) for name, own in left.items()}
+        asked = {name: own.tolist() for name, own in asked.items() if len(own)}
+        for name, output in bank(batch, tasks=list(asked), rows=asked).items():
             parts[name].append(output.logits.float().cpu().numpy())
         tally.passes += bank.together.passes
         tally.batches += 1
-    back = np.argsort(order)
-    return stored | {name: np.concatenate(found)[back] for name, found in parts.items()}
+    for name, own in left.items():
+        # its rows came in the order of the batches, and are asked for in their own
+        found[name] = np.concatenate(parts[name])[np.argsort(order[np.isin(order, own)])]
+    return found
 
 
 def _from_store(
