@@ -66,13 +66,15 @@ def own_rows(
     count = len(next(iter(batch.values())) if main is None else main)
     found = {}
     for name, numbers in given.items():
-        index = torch.as_tensor(numbers)
+        try:
+            index = torch.as_tensor(numbers)
+        except (TypeError, ValueError, RuntimeError):
+            index = torch.tensor(0)
         if index.ndim != 1 or not len(index):
             raise BankError(f"rows of {name!r} are {numbers!r}: give a list of numbers, or leave the task out")
         if index.dtype not in INTEGERS or index.min() < 0 or index.max() >= count:
-            raise BankError(
-                f"rows of {name!r} are {some(map(str, index.tolist()))}: the batch has the rows 0 to {count - 1}"
-            )
+            told = some(map(str, index.tolist()))
+            raise BankError(f"rows of {name!r} are {told}: give numbers from 0 to {count - 1}, the batch's last row")
         if not torch.equal(index, torch.arange(count, device=index.device)):
             found[name] = Rows(index.long().to(device_of(backbone)), count)
     return found
