@@ -161,17 +161,14 @@ def memory(folder: Path, method: str, size: Size, device_map: str | None) -> dic
     found: dict[str, int] = {}
     placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     gc.collect()
-    begin = time.perf_counter()
     with highest(found):
-        results = run_once(folder, method, size, placed)[2]
-    seconds = time.perf_counter() - begin
+        run_once(folder, method, size, placed)
     planned = None
     if method != "readout":  # which has no step
         how = {"batch": size.batch, "length": size.length, "precision": "bfloat16", "head": Classify(num_labels=2)}
         where = None if device_map is None else Placement(device_map=device_map)
         planned = plan(folder, method_named(method).config(), placement=where, **how).total_bytes
-    scores = results.scores
-    return {"anonymous_bytes": found["above"], "planned_bytes": planned, "seconds": round(seconds, 1), "scores": scores}
+    return {"anonymous_bytes": found["above"], "planned_bytes": planned}
 
 
 def times(folder: Path, method: str, size: Size) -> dict[str, Any]:

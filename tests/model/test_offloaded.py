@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import sidestep as ss
 from sidestep.backbone import facts_of, new_parameters, without_values
@@ -22,7 +22,9 @@ from sidestep.disk.task_folder import read_config
 from sidestep.interface.offload import is_dispatched, is_offloaded, offloaded_size
 from sidestep.measure.plan import plan, plan_for
 from sidestep.measure.rows import ROWS, rows_at_once
-from tiny import bert, llama, t5
+from small_gguf import llama as small_gguf_llama
+from small_gguf import write_gguf
+from tiny import SIZES, VOCABULARY, bert, llama, t5
 
 LST_COPY = ss.LSTConfig(init="magnitude", reduction=2, heads=2, head_width=8, inner_width=32, buckets=32)
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
@@ -251,6 +253,29 @@ def test_weights_that_have_to_be_written_need_a_folder_with_space(
         Placement(device_map="disk", offload_folder=tmp_path / "new").options("a", make, packed=True)
     # what a safetensors file holds as it is, is read from there
     Placement(device_map="disk", offload_folder=tmp_path / "new").options("a", make, packed=False)
+
+
+def mixtral() -> nn.Module:
+    config = MixtralConfig(
+        **{**SIZES, "vocab_size": VOCABULARY}, num_key_value_heads=1, num_local_experts=2, pad_token_id=0
+    )
+    return MixtralForCausalLM(config)
+
+
+def test_experts_that_are_put_together_are_written_to_the_folder(saved: Any, tmp_path: Path) -> None:
+    folder = saved(mixtral)
+    disk, plain = load_backbone(folder, device_map="disk", offload_folder=tmp_path), load_backbone(folder)
+    written = {path.name.removesuffix(".safetensors") for path in tmp_path.iterdir()}
+    assert written
+    assert all("experts" in name for name in written)
+    assert torch.equal(disk(**BATCH).last_hidden_state, plain(**BATCH).last_hidden_state)
+    assert ss.attach(disk, ss.ReadConfig(rank=4)).digest == ss.attach(plain, ss.ReadConfig(rank=4)).digest
+
+
+def test_a_gguf_file_is_refused_on_disk(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", small_gguf_llama())
+    with pytest.raises(LoadError, match="Take safetensors"):
+        load_backbone(path, device_map="disk")
 
 
 def test_an_offload_folder_that_is_a_file_is_refused(saved: Any, tmp_path: Path) -> None:

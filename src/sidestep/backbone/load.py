@@ -352,9 +352,12 @@ def _load_transformers(
     if placement is not None:
         wide = dtype or getattr(config, "dtype", None) or torch.float32
         blank = partial(getattr(kind, "from_config", None) or kind._from_config, copy.deepcopy(config), dtype=wide)
-        placed = placement.options(name, blank, packed=weights is not None or is_gguf(name))
-        if quantize is not None and DISK in placed["device_map"].values():
+        placed = placement.options(name, blank, packed=weights is not None)
+        on_disk = DISK in placed["device_map"].values()
+        if quantize is not None and on_disk:
             raise LoadError(f"quantize={quantize!r} with weights on {DISK}, which are not quantised: leave one out")
+        if is_gguf(name) and on_disk:
+            raise LoadError(f"{name} cannot be placed on {DISK}: transformers unpacks it in memory. Take safetensors")
     with quiet(local=weights is not None or Path(place).is_dir()), as_load_error(name, "weights"), unwarned():
         model, report = kind.from_pretrained(
             None if weights else place,
