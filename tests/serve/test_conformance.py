@@ -105,6 +105,20 @@ def test_each_row_has_tasks_of_its_own(http: httpx.Client) -> None:
     assert [[*row] for row in found] == [["read", "number"], ["lora"], ["tags"]]
 
 
+@pytest.mark.parametrize("names", [("read", "sherl", "readout"), ("tags", "tags_too"), ("spans",)])
+def test_tasks_run_on_the_rows_that_ask_for_them(http: httpx.Client, names: tuple[str, ...]) -> None:
+    """A long text has many windows, and tasks of tags share their passes."""
+    texts = ["good film", "a bad film " * 60, "a film", "a good one"]
+    rows = [{**ROW, "text": text, "tasks": [names[place % len(names)]]} for place, text in enumerate(texts)]
+    rows[2]["tasks"] = [*names]
+    found = asked(http, [*names], rows)
+    assert [[*row] for row in found] == [row["tasks"] for row in rows]
+    for row, answers in zip(rows, found, strict=True):
+        for name, answer in answers.items():
+            [own] = asked(http, [name], {**row, "tasks": [name]})
+            assert said(own[name]) == said(answer), name
+
+
 def test_a_row_may_use_the_names_of_fields(http: httpx.Client) -> None:
     told = [asked(http, ["named"], row) for row in ("good", {"text": "good"}, {"sentence": "good"})]
     assert told[0] == told[1] == told[2]

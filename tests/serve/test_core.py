@@ -19,6 +19,7 @@ from sidestep.serve.forms import Form, Piece
 from sidestep.serve.problems import Problem
 from sidestep.serve.requests import Request
 from sidestep.serve.settings import ServeSettings
+from sidestep.tasks.bank import TaskBank
 from sidestep.tasks.bank_folder import BankFolder
 from sidestep.tasks.open_bank import open_bank
 
@@ -140,6 +141,24 @@ def test_requests_share_a_batch_and_a_pass(core: Core, monkeypatch: pytest.Monke
     assert core.bank.together.passes == 1
     assert found[0]["read"]["prediction"] == expected[0]["read"]["prediction"]
     assert found[1]["number"]["prediction"] == pytest.approx(expected[1]["number"]["prediction"], abs=1e-5)
+
+
+def test_windows_go_to_their_own_tasks_call_by_call(core: Core, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    core.change(lambda bank: bank.add("tags_too", tasks / "tags_too")).result(60)
+    texts, names = ("good", "a bad film", "bad"), [["tags"], ["tags_too"], ["tags"]]
+    expected = core.ask(Request([{"text": text} for text in texts], names)).result(60).results
+    form = core.known.learn("tags").form
+    assert isinstance(form, forms.Windows)
+    monkeypatch.setattr(form, "max_tokens", 1)
+    calls: list[Any] = []
+    call = TaskBank.__call__
+    monkeypatch.setattr(TaskBank, "__call__", lambda *told, **how: calls.append(how["rows"]) or call(*told, **how))
+    found = core.ask(Request([{"text": text} for text in texts], names)).result(60).results
+    assert sorted(map(str, calls)) == ["{'tags': [0]}", "{'tags': [0]}", "{'tags_too': [0]}"]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert {name: one["predicted_tags"] for name, one in ours.items()} == {
+            name: one["predicted_tags"] for name, one in theirs.items()
+        }
 
 
 def test_a_failure_touches_its_own_row_and_task_alone(

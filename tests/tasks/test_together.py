@@ -83,7 +83,9 @@ def test_a_task_costs_its_own_rows(tmp_path: Path) -> None:
     assert products(names, {name: [number] for number, name in enumerate(names)}) == one
     assert products(names[:2], {names[0]: [3], names[1]: [0, 1, 2]}) == one
     padded = products(names[:2], {names[0]: [1, 2, 3], names[1]: [3, 2, 1, 0]}) - bare
-    assert 7 / 4 * (one - bare) < padded < 2 * (one - bare)  # side networks that run at once, and heads on their own rows
+    assert (
+        7 / 4 * (one - bare) < padded < 2 * (one - bare)
+    )  # side networks that run at once, and heads on their own rows
 
 
 def test_inputs_that_are_not_of_rows_go_to_tasks_alone_as_they_are(bank: ss.TaskBank) -> None:

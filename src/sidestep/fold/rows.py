@@ -33,8 +33,8 @@ class Rows:
         """
         if whole.shape[0] != self.of:
             raise FoldError(
-                f"the pass has {whole.shape[0]} rows for a batch of {self.of}, so a task's own rows cannot be told: "
-                "run its tasks on all rows (leave rows= out)"
+                f"the pass has {whole.shape[0]} rows for a batch of {self.of}. A task's own rows cannot be told there: "
+                "leave rows= out"
             )
         return whole.index_select(0, self.index.to(whole.device))
 

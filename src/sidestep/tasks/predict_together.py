@@ -276,8 +276,8 @@ def _logits(
     for start in range(0, len(order), batch_size):
         here = order[start : start + batch_size]
         batch = accepted(model, collate([encoded[int(number)] for number in here]))
-        asked = {name: np.flatnonzero(np.isin(here, own)) for name, own in left.items()}
-        asked = {name: own.tolist() for name, own in asked.items() if len(own)}
+        among = {name: np.flatnonzero(np.isin(here, own)) for name, own in left.items()}
+        asked = {name: own.tolist() for name, own in among.items() if len(own)}
         for name, output in bank(batch, tasks=list(asked), rows=asked).items():
             parts[name].append(output.logits.float().cpu().numpy())
         tally.passes += bank.together.passes
