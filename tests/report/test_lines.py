@@ -14,7 +14,7 @@ import sample
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sidestep.compare import runs
+from sidestep.compare.outcomes import best
 from sidestep.compare.records import read
 from sidestep.compare.summary import summary
 from sidestep.report.figures import figures
@@ -100,7 +100,7 @@ def look_at(path: Path) -> tuple[str, int]:
     assert broken == results.broken
     assert len(records) + broken == len(path.read_text().splitlines())
     summary(records)
-    runs._best({float(number): record for number, record in enumerate(records) if record.kind == "trial"})
+    best({(float(number), 1): record for number, record in enumerate(records) if record.kind == "trial"})
     return text, broken
 
 

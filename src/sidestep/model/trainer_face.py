@@ -57,8 +57,9 @@ class TrainerFace(DenseStage):
         """Set what is looked for on an instance, once all of it is there."""
         if hasattr(self.backbone, "config"):
             self.config = self._described()
-        if is_dispatched(self.backbone):  # by which the Trainer leaves the model where it is
-            self.hf_device_map = self.backbone.hf_device_map
+        # by which the Trainer leaves the model where it is. accelerate's `cpu_offload` makes none
+        if is_dispatched(self.backbone) and (where := getattr(self.backbone, "hf_device_map", None)) is not None:
+            self.hf_device_map = where
         if getattr(self.backbone, "generation_config", None) is not None:
             self.generation_config = self.backbone.generation_config
         # The Trainer hands `num_items_in_batch` to models that scale their loss by it and divides the others' loss
