@@ -37,12 +37,13 @@ CLIENTS, WARMING, COLD = 16, 1.0, 10
 MODES = ("one", "all")
 
 
-def quantile(values: list[float], share: float) -> float:
+def quantile(values: list[float], share: float) -> float | None:
+    """In milliseconds. None: no request was answered in the time."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
 
 
-async def load(server: Process, names: list[str], mode: str) -> dict[str, float]:
+async def load(server: Process, names: list[str], mode: str) -> dict[str, float | None]:
     """Clients that ask in a closed loop."""
     latencies: list[float] = []
     every, cpu, began = 0, server.cpu_seconds, time.perf_counter()
@@ -65,7 +66,7 @@ async def load(server: Process, names: list[str], mode: str) -> dict[str, float]
     return {
         "requests_per_second": len(latencies) / SECONDS,
         "answers_per_second": len(latencies) / SECONDS * (1 if mode == "one" else len(names)),
-        **{f"p{share}_ms": 1000 * quantile(latencies, share / 100) for share in (50, 95, 99)},
+        **{f"p{share}_ms": quantile(latencies, share / 100) for share in (50, 95, 99)},
         "cpu_ms_per_request": 1000 * (server.cpu_seconds - cpu) / every,
         "requests": len(latencies),
     }
@@ -100,7 +101,7 @@ def study(place: Path) -> None:
     log = place / "log.txt"
 
     def note(study: str, server: str, count: int, mode: str | None, values: dict[str, float]) -> None:
-        values = {name: round(value, 3) for name, value in values.items()}
+        values = {name: None if value is None else round(value, 3) for name, value in values.items()}
         append(FILE, {"study": study, "server": server, "tasks": count, "mode": mode, **values})
 
     for count in sorted({*TASKS, *MEMORY}):
@@ -130,7 +131,7 @@ def table() -> None:
     print("| server | tasks | asked | requests/s | answers/s | p50, ms | p95, ms | p99, ms | CPU, ms a request |")
     print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
     for line in (line for line in found if line["study"] == "load"):
-        times = " | ".join(f"{line[f'p{share}_ms']:.0f}" for share in (50, 95, 99))
+        times = " | ".join("" if (one := line[f"p{share}_ms"]) is None else f"{one:.0f}" for share in (50, 95, 99))
         rates = f"{line['requests_per_second']:.1f} | {line['answers_per_second']:.0f}"
         cpu = f"{line['cpu_ms_per_request']:.1f}"
         print(f"| {line['server']} | {line['tasks']} | {line['mode']} | {rates} | {times} | {cpu} |")
