@@ -191,7 +191,7 @@ def gathered(tensor: Tensor) -> Tensor:
 def _tried(call: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return call(), None
-    except Exception as error:
+    except Exception as error:  # whatever it is, the others have to hear of it
         return None, error
 
 
@@ -286,7 +286,7 @@ def together() -> Iterator[None]:
     token = _NOTE.set(f"sidestep/ended/{next(_RUNS)}")
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # raised again, once it is noted
         if (why := _other_end(error)) is not None:
             raise RankEnded(why) from error
         raise

@@ -47,8 +47,8 @@ def server(tasks: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: 
 @pytest.fixture
 def http(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60) as client:
-        for _ in range(600):
-            if client.get("/ready").status_code == 200:
-                break
+        deadline = time.monotonic() + 600
+        while client.get("/ready").status_code != 200:
+            assert time.monotonic() < deadline, "the server is not ready"
             time.sleep(0.05)
         yield client

@@ -11,7 +11,6 @@ from typing import Any, NoReturn, TypeVar
 from fastapi import Request as Http
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
 
 from sidestep.serve.cells import FILES, READ
 from sidestep.serve.core import Core
@@ -67,11 +66,9 @@ async def form_of(http: Http) -> tuple[dict[str, list[str]], list[dict[str, Any]
     """
     try:
         form = await http.form(max_files=1000, max_fields=2000, max_part_size=2**20)
-    except (MultiPartException, ValueError, KeyError) as error:
-        raise Problem("invalid-request", "the form cannot be read", "Send multipart/form-data") from error
-    except Exception as error:
-        if isinstance(error, Problem):
-            raise
+    except Problem:
+        raise
+    except Exception as error:  # of a broken form the parser raises errors of many types
         raise Problem("invalid-request", "the form cannot be read", "Send multipart/form-data") from error
     fields: dict[str, list[str]] = {}
     columns: dict[str, list[Any]] = {}

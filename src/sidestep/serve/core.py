@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from sidestep.disk.task_folder import TaskError
@@ -64,7 +65,7 @@ class Core:
             thread.start()
         if warm:
             for name in self.bank.names:
-                self._on_model(lambda name=name: self.known.learn(name))  # type: ignore[misc]
+                self._on_model(partial(self.known.learn, name))
         self._on_model(lambda: setattr(self, "_warm", True))
 
     @property
@@ -148,7 +149,7 @@ class Core:
         """
         try:
             return self.known.get(name) or self._on_model(lambda: self.known.learn(name)).result()
-        except Exception as error:
+        except Exception as error:  # whatever a task's files hold is told as that task's problem
             if name not in self.bank.names:
                 raise self.unknown(name) from error
             raise unusable(name, error, self.known) from error
@@ -212,7 +213,7 @@ class Core:
                     f"{request.tokens} tokens, and a request may have {limit}",
                     "Send the rows in several requests, or shorten them",
                 )
-        except Exception as error:
+        except Exception as error:  # the reading thread goes on, and the caller gets an answer
             self._give_back(request)
             request.fail(error if isinstance(error, Problem) else failure(error))
             return
@@ -313,7 +314,7 @@ class Core:
         asked = [Asked(row.piece, row.tasks, row.request.probabilities) for row in batch]
         try:
             found = run(batch[0].form, asked, self.known)
-        except Exception as error:
+        except Exception as error:  # the thread that has the model goes on
             problem = failure(error)
             found = [dict.fromkeys(row.tasks, problem) for row in batch]
         seconds = time.monotonic() - began
@@ -371,7 +372,7 @@ class Core:
             if tried - set(names):
                 self._on_model(self._tidy)
             for name in set(names) - tried:
-                self._on_model(lambda name=name: self.known.learn(name))  # type: ignore[misc]
+                self._on_model(partial(self.known.learn, name))
             tried = set(names)
 
     def _tidy(self) -> None:

@@ -72,7 +72,7 @@ class Guard:
             await self.app(scope, self._bounded(scope, headers, receive), tell)
         except Problem as problem:
             await _refuse(problem, number, tell)
-        except Exception as error:
+        except Exception as error:  # callers see no traceback
             if status:
                 raise
             await _refuse(failure(error), number, tell)

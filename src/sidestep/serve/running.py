@@ -53,7 +53,7 @@ def _answers(
             for place, answer in zip(asked.places, columns[name], strict=True):
                 answers[place][name] = answer
         return answers
-    except Exception as error:
+    except Exception as error:  # of whatever kind: it is narrowed down to its row and task
         if len(batch) > 1:
             half = len(batch) // 2
             return _answers(form, batch[:half], tasks, known) + _answers(form, batch[half:], tasks, known)
@@ -77,7 +77,7 @@ def _usable(form: Form, names: Sequence[str], known: KnownTasks) -> tuple[dict[s
             good[name] = task
         except Problem as problem:
             bad[name] = problem
-        except Exception as error:
+        except Exception as error:  # one task's files are no reason to lose the others
             bad[name] = unusable(name, error, known)
     return good, bad
 
