@@ -8,6 +8,7 @@ import logging
 import socket
 import stat
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,8 +142,11 @@ def test_a_log_holds_no_text_and_no_key(locked: str, caplog: pytest.LogCaptureFi
         for body in ({"task": "read", "inputs": secret}, {"task": secret, "inputs": "a"}, {secret: 1}):
             called(locked, USE, "POST", "/v1/predict", json=body)
         called(locked, USE, "GET", f"/v1/tasks/{secret}")
+        deadline = time.monotonic() + 600
+        while "GET /v1/tasks/{name} 404" not in caplog.text:  # it is written once the answer has been sent
+            assert time.monotonic() < deadline, caplog.text
+            time.sleep(0.01)
     assert "POST /v1/predict 200" in caplog.text
-    assert "GET /v1/tasks/{name} 404" in caplog.text
     assert secret not in caplog.text
     assert USE not in caplog.text
 
