@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def about(seconds: float) -> str:
@@ -40,3 +41,11 @@ def duration_of(text: str) -> float:
     if found is None or not float(found[1]):
         raise ValueError(f"budget={text!r} is no time: write for example 90s, 10m or 1.5h")
     return float(found[1]) * UNITS[found[2]]
+
+
+def flat(values: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Values of nested mappings by names with dots."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{within}{name}.") if isinstance(value, Mapping) else {f"{within}{name}": value}
+    return found

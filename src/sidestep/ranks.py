@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from sidestep.messages import duration_of
+from sidestep.messages import duration_of, flat
 
 TIMEOUT = "SIDESTEP_TIMEOUT"
 """Environment variable: how long a process waits for the others, such as 90s or 10m."""
@@ -214,7 +214,7 @@ def agree(said: Mapping[str, Any]) -> None:
     Raises:
         RanksDiffer: on all of them, if they differ. It names who differs from the first, and in what.
     """
-    every = each(lambda: _flat(said))
+    every = each(lambda: flat(said))
     firsts, differing = every[0], []
     for number, theirs in enumerate(every[1:], start=1):
         told = [
@@ -254,14 +254,6 @@ def check_seen(folder: Path) -> None:
             f"{folder} is another folder for {', '.join(blind)} than for rank 0: name one on a disk that all machines "
             "share, by the same path"
         )
-
-
-def _flat(values: Mapping[str, Any], within: str = "") -> dict[str, Any]:
-    """Values of nested mappings by names with dots."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{within}{name}.") if isinstance(value, Mapping) else {f"{within}{name}": value}
-    return found
 
 
 def _short(value: Any) -> str:

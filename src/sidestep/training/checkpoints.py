@@ -19,6 +19,7 @@ from sidestep.disk.atomic import OutputError, check_folder
 from sidestep.disk.card import CARD
 from sidestep.disk.task_folder import CONFIG, PROCESSOR
 from sidestep.disk.task_folder import WEIGHTS as TASK
+from sidestep.messages import flat
 from sidestep.training.results import FILE, write_json
 from sidestep.training.settings import TrainSettings
 
@@ -168,10 +169,10 @@ def _sweep(folder: Path) -> None:
 
 def _check_same(path: Path, run: Mapping[str, Any]) -> None:
     try:
-        before = _flat(json.loads(path.read_text(encoding="utf-8")))
+        before = flat(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read ({error}): start the run anew with --overwrite") from error
-    now = _flat(json.loads(json.dumps(run)))
+    now = flat(json.loads(json.dumps(run)))
     changed = [
         f"{name} is {_short(now.get(name))} and was {_short(before.get(name))}"
         for name in sorted(before.keys() | now.keys())
@@ -182,14 +183,6 @@ def _check_same(path: Path, run: Mapping[str, Any]) -> None:
             f"{path.parent.parent} holds another run ({'; '.join(changed)}): resume with the same settings "
             "and data, or start anew with --overwrite"
         )
-
-
-def _flat(values: Mapping[str, Any], within: str = "") -> dict[str, Any]:
-    """Values of nested mappings by names with dots."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{within}{name}.") if isinstance(value, dict) else {f"{within}{name}": value}
-    return flat
 
 
 def _short(value: Any) -> str:
