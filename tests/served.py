@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 import uvicorn
+from datasets import Dataset
 from torch import nn
 
 import sidestep as ss
 from sidestep.backbone.load import load_backbone
 from sidestep.cli.serve import listening
 from sidestep.data import Fields
+from sidestep.methods import methods
 from sidestep.serve.app import create_app
 from sidestep.serve.core import Core
 from sidestep.serve.keys import Keys
@@ -25,28 +27,17 @@ from sidestep.serve.settings import ServeSettings
 from sidestep.tasks.bank_folder import BankFolder
 from sidestep.tasks.open_bank import open_bank
 from small_tasks import text_backbone, tokenizer
+from sweep.methods import config_of
 
 LABELS = ("neg", "neutral", "pos")
 TAGS = ("O", "B-PER", "I-PER")
 SINGLE = ss.Classify(num_labels=len(LABELS), labels=LABELS)
-METHODS: dict[str, Any] = {
-    "read": ss.ReadConfig(rank=4),
-    "sherl": ss.SherlConfig(),
-    "dtl": ss.DTLConfig(rank=4, late_blocks=1),
-    "lst": ss.LSTConfig(),
-    "unipt": ss.UniPTConfig(),
-    "synqt": ss.SynQTConfig(),
-    "side_attention": ss.SideAttentionConfig(),
-    "readout": ss.ReadoutConfig(),
-    "probe": ss.ProbeConfig(),
-    "lora": ss.LoraConfig(),
-    "late_lora": ss.LateLoraConfig(),
-    "dora": ss.DoraConfig(),
-    "ia3": ss.IA3Config(),
-    "bitfit": ss.BitFitConfig(),
-    "full": ss.FullConfig(),
+METHODS = {
+    name: config_of(name)
+    for name, method in methods().items()
+    if method.implementation.__module__.startswith("sidestep.")  # a server of its own imports no method of the tests
 }
-"""Each reads one text and predicts one of three classes."""
+"""Every registered one. Each reads one text and predicts one of three classes."""
 KINDS: dict[str, tuple[Any, str, Sequence[str], dict[str, str]]] = {
     "several": (ss.Classify(num_labels=2, labels=("film", "book"), problem="multi"), "multi", ("film", "book"), {}),
     "number": (ss.Regress(), "regress", (), {}),
@@ -57,6 +48,34 @@ KINDS: dict[str, tuple[Any, str, Sequence[str], dict[str, str]]] = {
     "spans": (ss.Span(), "spans", ("start", "end"), {"text": "question", "text2": "context"}),
 }
 """Others, by READ: the head, the kind, its names, and columns other than "text"."""
+
+
+CLOSE = 1e-5
+"""Other batches, and side networks that run as one, add up in another order."""
+
+
+def same(answer: dict[str, Any], table: Dataset, place: int, given: Iterable[str], *, within: float = CLOSE) -> None:
+    """An answer is that row of a table of `sidestep predict`, which has the columns `given` besides."""
+    row = {name: table[name][place] for name in table.column_names if name not in given}
+    shares = {name.removeprefix("p_"): row.pop(name) for name in [*row] if name.startswith("p_")}
+    expected = {**row, **({"probabilities": shares} if shares else {})}
+    close({name: answer[name] for name in expected}, expected, within)
+    assert answer.keys() - expected.keys() <= {"probability"}  # which a table with those of all classes leaves out
+
+
+def close(found: Any, expected: Any, within: float) -> None:
+    """Both are alike, and their floats differ by no more than that, or that share."""
+    if isinstance(expected, float):
+        assert abs(found - expected) <= within * max(1.0, abs(expected))
+    elif isinstance(expected, dict):
+        assert [*found] == [*expected]
+        close([*found.values()], [*expected.values()], within)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            close(ours, theirs, within)
+    else:
+        assert found == expected
 
 
 def make_tasks(folder: Path) -> Path:
@@ -101,6 +120,8 @@ def save_task(
     """
     torch.manual_seed(seed)
     model = ss.attach(backbone, method, head=head)
+    if isinstance(model, ss.SideModel) and model.sparse is not None:
+        model.sparse.place_at_random(seed)
     with torch.no_grad():
         for _, parameter in model.trained_parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset
 
 import sidestep as ss
-from served import KINDS, LABELS, METHODS
+from served import CLOSE, KINDS, LABELS, METHODS, same
 from sidestep.data import DataWarning
 from sidestep.tasks.predict import predict
 from small_tasks import reviews
@@ -27,7 +27,6 @@ ROW = {
     "context": "the good book was bad",
 }
 ROWS = [{**ROW, "text": row["text"], "sentence": row["text"]} for row in reviews(6, 3)]
-CLOSE = 1e-5  # other batches, and side networks that run as one, add up in another order
 
 
 def asked(http: httpx.Client, names: Any, rows: Any, **options: Any) -> list[dict[str, Any]]:
@@ -61,16 +60,6 @@ def alone(server: Any, name: str, rows: list[dict[str, Any]]) -> Dataset:
     return predict(ss.load(server.tasks / name), rows)
 
 
-def same(answer: dict[str, Any], table: Dataset, place: int) -> None:
-    """An answer is that row of a table of `sidestep predict`."""
-    expected = {name: table[name][place] for name in table.column_names if name not in ROW}
-    shares = {name[2:]: value for name, value in expected.items() if name.startswith("p_")}
-    plain = {name: value for name, value in expected.items() if not name.startswith("p_")}
-    assert answer.get("probabilities", {}) == pytest.approx(shares, abs=CLOSE)
-    for name, value in plain.items():
-        assert answer[name] == (pytest.approx(value, rel=CLOSE, abs=CLOSE) if isinstance(value, float) else value)
-
-
 # --- answers ---
 
 
@@ -79,7 +68,7 @@ def test_a_task_answers_as_predict_does(server: Any, http: httpx.Client, name: s
     found, table = asked(http, [name], ROWS), alone(server, name, ROWS)
     for place, row in enumerate(found):
         assert [*row] == [name]
-        same(row[name], table, place)
+        same(row[name], table, place, ROW)
 
 
 def test_one_row_has_the_bits_of_predict(server: Any, http: httpx.Client) -> None:
@@ -150,10 +139,10 @@ def test_probabilities_are_told_as_asked(http: httpx.Client, mode: str, members:
 def test_long_rows_are_cut_with_a_flag_or_refused(server: Any, http: httpx.Client) -> None:
     rows = ["very " * 9 + "good", "bad"]
     cut = asked(http, ["short", "read"], rows)
-    assert [row["short"].get("cut") for row in cut] == [True, None]
+    assert [row["short"].pop("cut", None) for row in cut] == [True, None]
     assert "cut" not in cut[0]["read"]
     with pytest.warns(DataWarning, match="were truncated"):
-        same(cut[0]["short"], alone(server, "short", [{"text": rows[0]}]), 0)
+        same(cut[0]["short"], alone(server, "short", [{"text": rows[0]}]), 0, ROW)
     refused = asked(http, ["short"], rows, too_long="refuse")
     assert refused[0]["short"]["error"]["type"].endswith("too-long")
     assert "prediction" in refused[1]["short"]

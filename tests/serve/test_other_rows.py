@@ -1,4 +1,4 @@
-"""Pictures, texts that are written, retrieval and a real encoder, each served from a bank of its own."""
+"""Pictures, retrieval and a real encoder, each served from a bank of its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import PairProcessor, load_processor
 from sidestep.tasks.predict import predict
 from small_tasks import image_backbone, tokenizer
-from written_tasks import t5_backbone
 
 
 def called(url: str, path: str, **how: Any) -> Any:
@@ -75,14 +74,6 @@ def test_pictures_are_answered_and_a_broken_one_leaves_them_alone(pictures: tupl
             assert answer["probabilities"] == pytest.approx({each: expected[f"p_{each}"] for each in LABELS}, abs=1e-5)
 
 
-def test_pictures_come_as_parts_of_a_form(pictures: tuple[str, Path]) -> None:
-    url, _ = pictures
-    files = [("image", ("a.png", picture(1), "image/png")), ("image", ("b.png", picture(3), "image/png"))]
-    found = called(url, "/v1/predict", data={"task": "first", "probabilities": "one"}, files=files)["results"]
-    body = {"task": "first", "probabilities": "one", "inputs": [{"image": coded(picture(n))} for n in (1, 3)]}
-    assert found == called(url, "/v1/predict", json=body)["results"]
-
-
 def test_a_small_file_of_very_many_pixels_is_not_opened(pictures: tuple[str, Path]) -> None:
     made = io.BytesIO()
     PIL.Image.new("1", (9000, 9000)).save(made, "PNG")
@@ -90,23 +81,6 @@ def test_a_small_file_of_very_many_pixels_is_not_opened(pictures: tuple[str, Pat
     refused = httpx.post(f"{pictures[0]}/v1/predict", json=body, timeout=60)
     assert refused.status_code == 422
     assert "9000 x 9000 pixels" in refused.json()["detail"]
-
-
-# --- texts that are written ---
-
-
-def test_written_texts_are_those_of_predict(tmp_path: Path) -> None:
-    backbone = load_backbone(t5_backbone(tmp_path / "t5"), writes="text2text")
-    made: Any = load_processor(tmp_path / "t5")
-    stored = {"generation": {"max_new_tokens": 4, "num_beams": 1}, "seed": 1, "processor": made}
-    save_task(tmp_path / "writes", backbone, ss.ReadConfig(rank=4), None, "text2text", (), {"text": "text"}, **stored)
-    texts = ["a good film", "bad", "very very fine book", "42"]
-    table = predict(ss.load(tmp_path / "writes"), [{"text": text} for text in texts])
-    with serving(make_bank(tmp_path, tmp_path / "bank", ["writes"]), tmp_path / "t5") as url:
-        found = called(url, "/v1/predict", json={"task": "writes", "inputs": texts})["results"]
-        refused = httpx.post(f"{url}/v1/embeddings", json={"model": "t5", "input": "a"})
-    assert [row["writes"] for row in found] == [{"prediction": text} for text in table["prediction"]]
-    assert refused.status_code == 422
 
 
 # --- retrieval ---

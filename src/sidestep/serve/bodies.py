@@ -12,13 +12,14 @@ from fastapi import Request as Http
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 
-from sidestep.serve.cells import FILES, READ
 from sidestep.serve.core import Core
 from sidestep.serve.problems import Problem
 from sidestep.serve.requests import Request
 
 Model = TypeVar("Model", bound=BaseModel)
 JSON, FORM = "application/json", "multipart/form-data"
+FIELDS = ("task", "tasks", "probabilities", "too_long")
+"""Parts of a form that are no columns of rows."""
 SHOWN = 5
 """How many errors of a body are told."""
 
@@ -59,7 +60,7 @@ def validated(given: Any, model: type[Model]) -> Model:
 
 
 async def form_of(http: Http) -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
-    """The fields of a multipart body, and its rows: the first of each column are the first row.
+    """The fields of a multipart body, and its rows: the first part of each column is the first row's.
 
     Raises:
         Problem: if it cannot be read, or columns have different numbers of rows.
@@ -75,10 +76,8 @@ async def form_of(http: Http) -> tuple[dict[str, list[str]], list[dict[str, Any]
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             columns.setdefault(name, []).append(await value.read())
-        elif name in READ and name not in FILES:
-            columns.setdefault(name, []).append(value)
         else:
-            fields.setdefault(name, []).append(value)
+            (fields if name in FIELDS else columns).setdefault(name, []).append(value)
     await form.close()
     counts = {len(cells) for cells in columns.values()}
     if len(counts) != 1:

@@ -33,7 +33,8 @@ FORM_SCHEMA: dict[str, Any] = {
         "probabilities": {"enum": ["all", "one", "none"]},
         "too_long": {"enum": ["cut", "refuse"]},
     },
-    "description": "Files of rows. A part may stand there once for each row.",
+    "description": "Files and texts of rows. A part may stand there once for each row. Columns may also have the names "
+    "that the task was trained with.",
 }
 KEYED = ("no-key", "not-allowed", "other-host")
 """Problems of every address but those that need no key."""
