@@ -181,7 +181,8 @@ def test_the_other_calls(server: Stub) -> None:
     assert both(server, lambda client: client.remove("mood")) == [None, None]
     assert both(server, lambda client: client.health()) == [True, True]
     server.answers = [(200, {}, {"data": [{"embedding": [0.5, 1.0]}]})]
-    assert both(server, lambda client: client.embeddings("a", "mood")) == [[[0.5, 1.0]]] * 2
+    assert both(server, lambda client: client.embeddings(["a", {"image": b"b"}], "mood")) == [[[0.5, 1.0]]] * 2
+    assert json.loads(server.asked[-1][2]) == {"model": "mood", "input": ["a", {"image": "Yg=="}]}
 
 
 def test_it_needs_neither_torch_nor_a_web_framework() -> None:

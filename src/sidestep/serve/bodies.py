@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request as Http
@@ -18,8 +18,6 @@ from sidestep.serve.requests import Request
 
 Model = TypeVar("Model", bound=BaseModel)
 JSON, FORM = "application/json", "multipart/form-data"
-FIELDS = ("task", "tasks", "probabilities", "too_long")
-"""Parts of a form that are no columns of rows."""
 SHOWN = 5
 """How many errors of a body are told."""
 
@@ -59,8 +57,12 @@ def validated(given: Any, model: type[Model]) -> Model:
         ) from error
 
 
-async def form_of(http: Http) -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
+async def form_of(http: Http, named: Collection[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The fields of a multipart body, and its rows: the first part of each column is the first row's.
+
+    Args:
+        http: the request.
+        named: parts that are fields. All others are columns. A field that comes several times has a list.
 
     Raises:
         Problem: if it cannot be read, or columns have different numbers of rows.
@@ -77,14 +79,14 @@ async def form_of(http: Http) -> tuple[dict[str, list[str]], list[dict[str, Any]
         if isinstance(value, UploadFile):
             columns.setdefault(name, []).append(await value.read())
         else:
-            (fields if name in FIELDS else columns).setdefault(name, []).append(value)
+            (fields if name in named else columns).setdefault(name, []).append(value)
     await form.close()
     counts = {len(cells) for cells in columns.values()}
     if len(counts) != 1:
         told = ", ".join(f"{len(cells)} of {name}" for name, cells in columns.items()) or "none"
         raise Problem("invalid-request", f"the parts of rows are: {told}", "Send as many of each, one a row")
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-    return fields, rows
+    return {name: values[0] if len(values) == 1 else values for name, values in fields.items()}, rows
 
 
 def media_type(http: Http) -> str:

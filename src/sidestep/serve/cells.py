@@ -12,10 +12,10 @@ from sidestep.messages import some
 from sidestep.serve.problems import Problem
 
 Row: TypeAlias = Mapping[str, Any]
-"""Cells by column. A column has the name that the task was trained with, or "text", "text2", "image" or "audio"."""
-READ = ("text", "text2", "image", "audio")
+"""Cells by column. A column has the name that the task was trained with, or one of `READ`."""
+READ = ("text", "text2", "image", "audio", "video")
 """The fields of `Fields` that a served row may have."""
-FILES = ("image", "audio")
+FILES = ("image", "audio", "video")
 
 
 def cells_of(row: Row, fields: Fields) -> dict[str, Any]:

@@ -106,8 +106,16 @@ class Client(AbstractContextManager["Client"]):
         """
         return self._ask(_predict(inputs, tasks, probabilities, too_long))
 
-    def embeddings(self, inputs: str | Sequence[str], model: str) -> list[list[float]]:
-        """A vector for each text, of a task of retrieval or of the backbone by its name (`info`)."""
+    def embeddings(self, inputs: Row | Sequence[Row], model: str) -> list[list[float]]:
+        """A vector for each row, of a task of retrieval or of the backbone by its name (`info`).
+
+        Args:
+            inputs: one row or several. A row is a text, {"image": ...} or {"video": ...}. The backbone reads texts.
+            model: the name.
+
+        Raises:
+            ServerError: if the server refuses the call, cannot read a row, or cannot be reached.
+        """
         return self._ask(_embeddings(inputs, model))
 
     def tasks(self) -> list[dict[str, Any]]:
@@ -183,7 +191,7 @@ class AsyncClient(AbstractAsyncContextManager["AsyncClient"]):
         """As `Client.predict`."""
         return await self._ask(_predict(inputs, tasks, probabilities, too_long))
 
-    async def embeddings(self, inputs: str | Sequence[str], model: str) -> list[list[float]]:
+    async def embeddings(self, inputs: Row | Sequence[Row], model: str) -> list[list[float]]:
         """As `Client.embeddings`."""
         return await self._ask(_embeddings(inputs, model))
 
@@ -258,16 +266,15 @@ class _Call(Generic[Answer]):
 def _predict(
     inputs: Row | Sequence[Row], tasks: str | Sequence[str] | None, probabilities: str, too_long: str
 ) -> _Call[Predictions]:
-    rows = [inputs] if isinstance(inputs, str | Mapping) else list(inputs)
-    body: dict[str, Any] = {"inputs": [_row(row) for row in rows]}
+    body: dict[str, Any] = {"inputs": _rows(inputs)}
     if tasks is not None:
         body["tasks"] = [tasks] if isinstance(tasks, str) else list(tasks)
     body |= {"probabilities": probabilities, "too_long": too_long}
     return _Call("POST", "/v1/predict", _predictions, {"json": body})
 
 
-def _embeddings(inputs: str | Sequence[str], model: str) -> _Call[list[list[float]]]:
-    body = {"model": model, "input": inputs if isinstance(inputs, str) else list(inputs)}
+def _embeddings(inputs: Row | Sequence[Row], model: str) -> _Call[list[list[float]]]:
+    body = {"model": model, "input": _rows(inputs)}
     return _Call("POST", "/v1/embeddings", lambda found: [one["embedding"] for one in found["data"]], {"json": body})
 
 
@@ -284,8 +291,9 @@ _TASKS: _Call[list[dict[str, Any]]] = _Call("GET", "/v1/tasks", lambda found: li
 _INFO: _Call[dict[str, Any]] = _Call("GET", "/info", dict)
 
 
-def _row(row: Row) -> Row:
-    return row if isinstance(row, str) else {name: _value(value) for name, value in row.items()}
+def _rows(inputs: Row | Sequence[Row]) -> list[Row]:
+    rows = [inputs] if isinstance(inputs, str | Mapping) else inputs
+    return [row if isinstance(row, str) else {name: _value(value) for name, value in row.items()} for row in rows]
 
 
 def _value(value: Any) -> Any:

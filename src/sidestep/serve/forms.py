@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import PIL.Image
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
@@ -150,13 +152,21 @@ class Reading(Form):
         good: list[tuple[int, dict[str, Any]]] = []
         for place, row in enumerate(rows):
             try:
-                good.append((place, cells_of(row, self.fields)))
+                good.append((place, self.cells(row)))
                 found.append(None)
             except Problem as problem:
                 found.append(problem)
         for (place, _), piece in zip(good, self._together([cells for _, cells in good]), strict=True):
             found[place] = piece
         return [each for each in found if each is not None]
+
+    def cells(self, row: Row) -> dict[str, Any]:
+        """The cells of the columns that the tasks read.
+
+        Raises:
+            Problem: as `cells_of`.
+        """
+        return cells_of(row, self.fields)
 
     def _together(self, cells: list[dict[str, Any]]) -> list[Piece | Problem]:
         """Encoded together. If one of them cannot be, each for itself."""
@@ -205,6 +215,19 @@ class Reading(Form):
         columns = [column for column in (fields.text, fields.text2) if column is not None]
         return call({column: [each[column] for each in cells] for column in columns})
 
+    def texts(self, cells: list[dict[str, Any]]) -> list[Piece | Problem]:
+        """Token ids as pieces."""
+        found = self.tokenize(cells) if cells else {}
+        return [self._text({name: values[place] for name, values in found.items()}) for place in range(len(cells))]
+
+    def _text(self, row: dict[str, Any]) -> Piece | Problem:
+        cut, length = row.pop("truncated"), row["length"]
+        try:
+            self.check(row["input_ids"], self.fields.text or "")
+        except Problem as problem:
+            return problem
+        return Piece([row], length, length, cut)
+
 
 class Rows(Reading):
     """Classes and numbers: a row is encoded once, and its outputs are the head's."""
@@ -213,12 +236,9 @@ class Rows(Reading):
         """Texts and pictures without a table, others as their kind does it."""
         fields = self.fields
         if fields.text is not None and fields.image is None:
-            found = self.tokenize(cells)
-            return [self._text(found, place) for place in range(len(cells))]
+            return self.texts(cells)
         if fields.image is not None and fields.text is None:
-            images = [_picture(each[fields.image]) for each in cells]
-            pixels = Pixels(self.processor, None)(images, [None] * len(images))["pixel_values"]
-            return [Piece([{"pixel_values": each}]) for each in pixels]
+            return [Piece([{"pixel_values": pixels_of(each[fields.image], self.processor)}]) for each in cells]
         return [self._other(row) for row in _encoded(self, cells)]
 
     def _other(self, row: dict[str, Any]) -> Piece | Problem:
@@ -226,15 +246,6 @@ class Rows(Reading):
             return Piece([row])
         self.check(row["input_ids"], self.fields.text or "")
         return Piece([row], int(row["length"]), int(row["length"]))
-
-    def _text(self, found: dict[str, list[Any]], place: int) -> Piece | Problem:
-        row = {name: values[place] for name, values in found.items()}
-        cut, length = row.pop("truncated"), row["length"]
-        try:
-            self.check(row["input_ids"], self.fields.text or "")
-        except Problem as problem:
-            return problem
-        return Piece([row], length, length, cut)
 
     def run(
         self, bank: TaskBank, pieces: Sequence[Piece], tasks: Mapping[str, Asking], modes: Sequence[Probabilities]
@@ -321,7 +332,7 @@ class Alone(Reading):
         fields = self.fields
         if fields.image is not None:
             for each in cells:
-                _picture(each[fields.image])
+                picture_of(each[fields.image])
         if fields.text is None:
             return [Piece([each]) for each in cells]
         found = self.tokenize(cells)
@@ -364,12 +375,24 @@ def answer_at(columns: Mapping[str, Sequence[Any]], place: int) -> Answer:
     return {**answer, "probabilities": shares} if shares else answer
 
 
-def _picture(cell: dict[str, Any]) -> Any:
-    """A picture, if its header does not tell of too many pixels to open."""
+def pixels_of(cell: dict[str, Any], processor: Any) -> torch.Tensor:
+    """(channels, rows, columns): of a picture by an image processor. A request's pictures are opened one by one."""
+    pixels: torch.Tensor = Pixels(processor, None)([picture_of(cell)], [None])["pixel_values"][0]
+    return pixels
+
+
+def picture_of(cell: dict[str, Any]) -> PIL.Image.Image:
+    """A picture, if its header does not tell of too many pixels to open.
+
+    Raises:
+        Problem: if it does.
+        DataError: if it cannot be read.
+    """
     width, height = size_of(cell, 1)
     if width * height > PIXELS:
         raise Problem("bad-row", f"the picture has {width} x {height} pixels", f"Send one of at most {PIXELS} pixels")
-    return IMAGES.decode(cell, None)
+    picture: PIL.Image.Image = IMAGES.decode(cell, None)
+    return picture
 
 
 def _columns(known: Known, logits: NDArray[Any], mode: Probabilities) -> dict[str, list[Any]]:

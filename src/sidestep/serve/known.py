@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.backbone import picture_token, token_rows, trunk_of
-from sidestep.backbone.processors import load_processor, read_by, tokenizer_of
+from sidestep.backbone.processors import load_processor, read_by
 from sidestep.backbone.source import source_of
 from sidestep.data import Fields
 from sidestep.data.joins import NOTHING
+from sidestep.data.pairs import looked_for
 from sidestep.disk.task_folder import TaskError
 from sidestep.kinds.base import kind_named
 from sidestep.kinds.from_logits import FromLogits
@@ -23,7 +24,7 @@ from sidestep.kinds.task_data import stored_separators
 from sidestep.model.attach import Attached
 from sidestep.model.pair_model import PairModel
 from sidestep.model.side_model import SideModel
-from sidestep.serve.embeddings import Pooled, Texts, check_pooled
+from sidestep.serve.embeddings import Pooled, Towers, check_pooled
 from sidestep.serve.forms import Alone, Form, Known, Reading, Rows, Windows
 from sidestep.serve.settings import ServeSettings
 from sidestep.tasks.bank import TaskBank
@@ -37,7 +38,7 @@ FIRST: Mapping[str, Fields] = {
     "both": Fields(text="text", image="image"),
 }
 """Columns of a task that does not say which it reads, by what its processor reads."""
-NOT_ALONE = "it is a task of retrieval, which compares rows. Its texts have embeddings (/v1/embeddings)"
+NOT_ALONE = "it is a task of retrieval, which compares rows. Its texts and images have embeddings (/v1/embeddings)"
 
 
 class KnownTasks:
@@ -111,14 +112,21 @@ class KnownTasks:
         given = Fields() if "fields" in stored else FIRST[read_by(processor)]
         reads, kind = reads_of(name, config, given), kind_named(labels.kind)
         if isinstance(model, PairModel):
-            key = f"texts {reads.key}"
-            texts = self._forms.get(key)
-            if texts is None:
-                own = copy.deepcopy(tokenizer_of(processor))
-                texts = self._forms[key] = Texts(key, Fields(text="text"), kind, own, stored.get("max_length"), NOTHING)
-                texts.takes = frozenset(inspect.signature(model.forward).parameters)
-                texts.most = token_rows(model.text.backbone)[0]
-            return Known(name, identity, kind, labels, None, NOT_ALONE, texts)
+            key = f"embeddings {reads.key}"
+            towers = self._forms.get(key)
+            if towers is None:
+                towers = self._forms[key] = Towers(
+                    key,
+                    Fields(**{name: name for name in ("text", looked_for(reads.fields)[0].field)}),
+                    kind,
+                    copy.deepcopy(processor),
+                    stored.get("max_length"),
+                    NOTHING,
+                    takes=frozenset(inspect.signature(model.forward).parameters),
+                    most=token_rows(model.text.backbone)[0],
+                    max_images=self.settings.max_rows,
+                )
+            return Known(name, identity, kind, labels, None, NOT_ALONE, towers)
         sort: type[Reading] = Alone
         if isinstance(model, SideModel) and isinstance(kind, FromLogits | FromTokens):
             sort = Rows if isinstance(kind, FromLogits) else Windows

@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from sidestep.serve import schemas
+from sidestep.serve.bodies import FORM, JSON
+from sidestep.serve.cells import FILES, READ
 from sidestep.serve.problems import MEDIA_TYPE, SORTS
 
 REF = "#/components/schemas/{model}"
@@ -21,21 +23,16 @@ BODIES: tuple[type[BaseModel], ...] = (
     schemas.AddBody,
     schemas.ProblemBody,
 )
-FORM_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "task": {"type": "string"},
-        "tasks": {"type": "string", "description": "Names with commas."},
-        "text": {"type": "string"},
-        "text2": {"type": "string"},
-        "image": {"type": "string", "format": "binary"},
-        "audio": {"type": "string", "format": "binary"},
-        "probabilities": {"enum": ["all", "one", "none"]},
-        "too_long": {"enum": ["cut", "refuse"]},
-    },
-    "description": "Files and texts of rows. A part may stand there once for each row. Columns may also have the names "
-    "that the task was trained with.",
+TEXT: dict[str, Any] = {"type": "string"}
+FILE: dict[str, Any] = {"type": "string", "format": "binary"}
+PREDICT_FIELDS: dict[str, Any] = {
+    "task": TEXT,
+    "tasks": {"type": "string", "description": "Names with commas."},
+    "probabilities": {"enum": ["all", "one", "none"]},
+    "too_long": {"enum": ["cut", "refuse"]},
 }
+EMBEDDINGS_FIELDS: dict[str, Any] = {"model": TEXT, "encoding_format": {"enum": ["float", "base64"]}}
+"""Parts of forms that are no columns of rows."""
 KEYED = ("no-key", "not-allowed", "other-host")
 """Problems of every address but those that need no key."""
 
@@ -52,12 +49,13 @@ def problems(*names: str) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def takes(bodies: Mapping[str, type[BaseModel] | None]) -> dict[str, Any]:
-    """The body of an address, by media type. None: of the form with files of rows."""
-    content = {
-        media: {"schema": FORM_SCHEMA if model is None else {"$ref": REF.format(model=model.__name__)}}
-        for media, model in bodies.items()
-    }
+def takes(model: type[BaseModel], fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The body of an address: JSON, or also a form with these fields beside the columns of rows."""
+    content: dict[str, Any] = {JSON: {"schema": {"$ref": REF.format(model=model.__name__)}}}
+    if fields is not None:
+        columns = {name: FILE if name in FILES else TEXT for name in READ}
+        told = "Columns of rows are named as for JSON. A part may stand there once for each row."
+        content[FORM] = {"schema": {"type": "object", "properties": {**fields, **columns}, "description": told}}
     return {"requestBody": {"required": True, "content": content}}
 
 

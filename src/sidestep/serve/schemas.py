@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Names: TypeAlias = Annotated[list[str], Field(min_length=1)]
 Cell: TypeAlias = str | list[str]
 Row: TypeAlias = str | dict[str, Cell]
+Embedded: TypeAlias = str | Annotated[dict[Literal["text", "image", "video"], str], Field(min_length=1, max_length=1)]
 
 
 class Body(BaseModel):
@@ -36,10 +37,13 @@ class PredictBody(Body):
 
 
 class EmbeddingsBody(Body):
-    """As OpenAI's embeddings take it."""
+    """As OpenAI's embeddings take it, with images and videos as Jina's have them."""
 
     model: str = Field(description="A task of retrieval, or the name of the backbone (GET /info).")
-    input: str | Annotated[list[str], Field(min_length=1)]
+    input: Embedded | Annotated[list[Embedded], Field(min_length=1)] = Field(
+        description='One or a list. Each is a text, or an object with a "text", or an "image" or a "video" in base64.',
+        examples=["A fine film.", [{"text": "A dog."}, {"image": "iVBORw0KGgo..."}]],
+    )
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
 
@@ -114,7 +118,7 @@ class Predictions(BaseModel):
 
 
 class Embedding(BaseModel):
-    """An embedding of a text."""
+    """An embedding of a text, an image or a video."""
 
     object: Literal["embedding"]
     index: int
