@@ -32,6 +32,7 @@ def video(path: Path, frames: int = 20, *, options: Mapping[str, str] | None = N
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         stream.gop_size = 5
+        stream.codec_context.thread_count = 2  # else sizes of files depend on how many processors there are
         if turned:
             stream.set_display_rotation(turned)
         for place in range(frames):
