@@ -151,7 +151,13 @@ def serving(
     bank: BankFolder, backbone: Path, settings: ServeSettings | None = None, keys: Keys | None = None
 ) -> Iterator[str]:
     """A server on a bank, by its address."""
-    core = Core(open_bank(bank, moved_to=str(backbone), device="cpu"), settings, Metrics())
+    with listened(Core(open_bank(bank, moved_to=str(backbone), device="cpu"), settings, Metrics()), keys) as url:
+        yield url
+
+
+@contextmanager
+def listened(core: Core, keys: Keys | None = None) -> Iterator[str]:
+    """A server on a core, by its address."""
     taken = listening("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(create_app(core, keys=keys), log_config=None, timeout_graceful_shutdown=10))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})

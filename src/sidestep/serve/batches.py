@@ -32,6 +32,31 @@ class Waiting:
     since: float = field(default_factory=time.monotonic)
 
 
+@dataclass
+class Room:
+    """How many rows of a lane wait, from when they are asked until they are answered, and how fast they are answered.
+
+    Attributes:
+        limit: rows that may wait.
+        taken: rows that wait.
+        rate: rows a second, as it was of late. 0: none has been answered.
+    """
+
+    limit: int
+    taken: int = 0
+    rate: float = 0.0
+
+    def ran(self, rows: int, seconds: float) -> None:
+        """So many rows were answered in this time."""
+        rate = rows / max(seconds, 1e-6)
+        self.rate = 0.8 * self.rate + 0.2 * rate if self.rate else rate
+
+    @property
+    def seconds(self) -> int:
+        """Whole seconds until there is room again."""
+        return max(1, min(60, round(self.taken / self.rate))) if self.rate else 1
+
+
 class Lanes:
     """Two lanes of waiting rows: of tasks that read, and of those that write. They take turns, batch by batch.
 

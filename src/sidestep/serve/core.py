@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from sidestep.disk.task_folder import TaskError
-from sidestep.serve.batches import Lanes, Waiting
+from sidestep.serve.batches import Lanes, Room, Waiting
 from sidestep.serve.forms import Answer, Form, Known
 from sidestep.serve.known import KnownTasks
 from sidestep.serve.problems import Problem
@@ -46,7 +46,8 @@ class Core:
         self._lanes = Lanes(self.settings)
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._change = threading.Condition()
-        self._room, self._rate = self.settings.queue, 0.0
+        # slow tasks that write must not take the room of the others
+        self._rooms = {writes: Room(self.settings.queue) for writes in (False, True)}
         self._open: set[Request] = set()
         self._state: Literal["new", "open", "draining", "closed"] = "new"
         self._warm = False
@@ -81,7 +82,7 @@ class Core:
     @property
     def waiting(self) -> int:
         """Rows that have no answer yet."""
-        return self.settings.queue - self._room
+        return sum(room.taken for room in self._rooms.values())
 
     def close(self) -> None:
         """Answer what waits for at most `drain_seconds`, then refuse the rest. The backbone is bare afterwards."""
@@ -91,7 +92,7 @@ class Core:
                 return
             self._state = "draining"
             self._change.notify_all()
-            self._change.wait_for(lambda: self._room == self.settings.queue, self.settings.drain_seconds)
+            self._change.wait_for(lambda: not self.waiting, self.settings.drain_seconds)
             self._state = "closed"
             self._lanes.clear()
             for request in self._open:
@@ -112,19 +113,20 @@ class Core:
                 then.
         """
         self._check(request)
+        request.writes = any(map(self.known.writes, request.names))
+        room = self._rooms[request.writes]
         with self._change:
             if self._state != "open":
                 raise _stopping()
-            if len(request.rows) > self._room:
-                seconds = self._seconds()
+            if room.taken + len(request.rows) > room.limit:
                 self.watch.refused("queue-full")
                 raise Problem(
                     "queue-full",
-                    f"{self.waiting} rows are waiting, and {self.settings.queue} may",
-                    f"Try again in {seconds} s",
-                    retry_after=seconds,
+                    f"{room.taken} rows are waiting, and {room.limit} may",
+                    f"Try again in {room.seconds} s",
+                    retry_after=room.seconds,
                 )
-            self._room -= len(request.rows)
+            room.taken += len(request.rows)
             self._open.add(request)
         self.watch.queued(self.waiting)
         try:
@@ -187,7 +189,7 @@ class Core:
                 f"{len(request.rows)} rows, and a request may have {limits.request_rows}",
                 "Send them in several requests",
             )
-        names = {name for row in request.tasks for name in row}
+        names = request.names
         if len(names) > limits.request_tasks:
             raise Problem(
                 "too-many-tasks",
@@ -232,7 +234,7 @@ class Core:
     def _encoded(self, request: Request) -> list[Waiting]:
         """The rows as their tasks read them. Problems of rows and tasks are in the results."""
         forms: dict[Form, dict[int, list[str]]] = {}
-        for name in dict.fromkeys(name for row in request.tasks for name in row):
+        for name in request.names:
             places = [place for place, row in enumerate(request.tasks) if name in row]
             try:
                 form = self._form(name, request.way)
@@ -318,8 +320,7 @@ class Core:
             problem = failure(error)
             found = [dict.fromkeys(row.tasks, problem) for row in batch]
         seconds = time.monotonic() - began
-        rate = len(batch) / max(seconds, 1e-6)
-        self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+        self._rooms[batch[0].form.writes].ran(len(batch), seconds)
         self.watch.ran(batch, seconds, self.bank.together.passes, self.bank.switches - switches)
         for request in dict.fromkeys(row.request for row in batch):
             request.times["run"] += 1000 * seconds
@@ -347,12 +348,8 @@ class Core:
         """A request makes room for others. The lock is held."""
         if request in self._open:
             self._open.discard(request)
-            self._room += len(request.rows)
+            self._rooms[request.writes].taken -= len(request.rows)
             self._change.notify_all()
-
-    def _seconds(self) -> int:
-        """Whole seconds until there is room again, by how fast rows were answered."""
-        return max(1, min(60, round(self.waiting / self._rate))) if self._rate else 1
 
     # --- the folder, which other processes may change ----------------------------------------------------------------
 

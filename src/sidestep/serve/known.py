@@ -62,6 +62,11 @@ class KnownTasks:
         known = self._known.get(name)
         return known if known is not None and known.identity == self.bank.store.identity(name) else None
 
+    def writes(self, name: str) -> bool:
+        """Whether a task is known to write texts."""
+        known = self._known.get(name)
+        return known is not None and known.form is not None and known.form.writes
+
     def learn(self, name: str) -> Known:
         """A task, read and put on the backbone once.
 

@@ -33,6 +33,7 @@ class Request:
         tokens: of all rows, as often as they are read.
         times: milliseconds: "read" until all rows were read, "wait" of the longest for its batch, "run" of all batches.
         began: by `time.monotonic`.
+        writes: whether one of its tasks writes texts.
         gone: whether nobody waits for the answers.
         left: how often rows still have to be run.
         done: gives the request itself, when every row has its answers.
@@ -48,6 +49,7 @@ class Request:
     tokens: int = 0
     times: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "wait": 0.0, "run": 0.0})
     began: float = field(default_factory=time.monotonic)
+    writes: bool = False
     gone: bool = False
     left: int = 0
     done: Future[Request] = field(default_factory=Future)

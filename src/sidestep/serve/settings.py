@@ -17,7 +17,8 @@ class ServeSettings:
         max_rows: of a batch.
         max_wait_ms: how long a row waits for others to fill its batch.
         writing_rows: rows of a batch of tasks that write texts.
-        queue: rows that may wait. Further requests are refused until some are answered.
+        queue: rows that may wait, of tasks that write texts and of others each. Further requests are refused until some
+            are answered.
         request_rows: of one request.
         request_tasks: of one request, all rows together.
         request_tokens: of one request, all rows together. A row counts once for each way in which its tasks read it.
