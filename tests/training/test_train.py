@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import own_process
 import sidestep as ss
 from sidestep import metrics
 from sidestep.backbone.load import load_backbone
@@ -390,66 +387,50 @@ def test_images_and_noise_resume_exactly_too(tmp_path: Path, monkeypatch: pytest
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
 
 
-KILLED_HOW: dict[str, Any] = {"epochs": 16, "save_steps": 3}
+KILLED_HOW: dict[str, Any] = {"epochs": 4, "save_steps": 3}
 KILLED = """
-import sys
-from dataclasses import replace
+import os, signal, sys
 from pathlib import Path
-sys.path[:0] = {tests!r}
-import datasets, torch, transformers
+import datasets, transformers
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
-torch.set_num_threads(1)
 import test_train as t
-data = t.task_data(Path({backbone!r}))
-resume = len(sys.argv) > 2
-t.train(t.attached(Path({backbone!r}), data), data, t.settings(Path(sys.argv[1]), resume=resume, **t.KILLED_HOW))
+
+step = t.trainer.TaskTrainer.training_step
+
+def killed(self, *given, **how):
+    loss = step(self, *given, **how)
+    if self.state.global_step == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss
+
+backbone, output, resume = Path(sys.argv[1]), Path(sys.argv[2]), len(sys.argv) > 3
+if not resume:
+    t.trainer.TaskTrainer.training_step = killed
+data = t.task_data(backbone)
+t.train(t.attached(backbone, data), data, t.settings(output, resume=resume, **t.KILLED_HOW))
 """
 
 
 def test_a_run_killed_in_the_middle_of_an_epoch_ends_with_the_same_bits(backbone: Path, tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(
-        KILLED.format(tests=[str(folder) for folder in Path(__file__).parents[:2]], backbone=str(backbone))
-    )
-
-    def start(*arguments: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, str(script), *arguments], env=environment)
-
     parts, whole = tmp_path / "parts", tmp_path / "whole"
-    with start(str(parts)) as run:
-        try:
-            middle = _wait_for_mid_epoch(parts, run)
-        finally:
-            run.kill()
-    assert run.returncode == -signal.SIGKILL
+    assert own_process.run(KILLED, backbone, parts).returncode == -signal.SIGKILL
     assert not (parts / "results.json").exists()
     last = checkpoints.last_complete(parts / checkpoints.FOLDER)
     assert last is not None
-    assert checkpoints.step_of(last) >= middle
+    assert checkpoints.step_of(last) == 18  # in an epoch of 8 steps
     # and what a kill in the middle of a save leaves behind
     half = last.with_name("checkpoint-9999")
     half.mkdir()
     shutil.copy(last / "model.safetensors", half)
-    assert start(str(parts), "resume").wait() == 0
+    resumed = own_process.run(KILLED, backbone, parts, "resume")
+    assert resumed.returncode == 0, resumed.stderr
     data = task_data(backbone)
     train(attached(backbone, data), data, settings(whole, **KILLED_HOW))
     assert not half.exists()
-    assert json.loads((parts / "results.json").read_text())["resumed_from"] == checkpoints.step_of(last)
+    assert json.loads((parts / "results.json").read_text())["resumed_from"] == 18
     assert task_bytes(parts) == task_bytes(whole)
     assert log_of(parts) == log_of(whole)
-
-
-def _wait_for_mid_epoch(output: Path, run: subprocess.Popen[bytes]) -> int:
-    """The step of a complete checkpoint that is no epoch's end (8 steps), as soon as there is one past 16."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end and run.poll() is None:
-        last = checkpoints.last_complete(output / checkpoints.FOLDER)
-        if last is not None and checkpoints.step_of(last) > 16 and checkpoints.step_of(last) % 8:
-            return checkpoints.step_of(last)
-        time.sleep(0.002)
-    raise AssertionError("the run ended before it could be killed")
 
 
 def test_half_written_checkpoints_are_passed_over(backbone: Path, tmp_path: Path) -> None:
