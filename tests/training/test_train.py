@@ -330,39 +330,31 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(StopIfDiverged, "on_step_begin", stop, raising=False)
 
 
-@pytest.mark.parametrize("stop", [13, 21])
+@pytest.mark.parametrize(
+    ("how", "stops"),
+    [
+        # checkpoints within an epoch of 8 steps: of the second, and of the third
+        ({"save_steps": 5}, {13: 10, 21: 20}),
+        # at the end of one
+        ({"patience": 2}, {9: 8, 16: 16}),
+    ],
+)
 def test_an_interrupted_run_continues_to_the_same_bits(
-    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], stops: dict[int, int]
 ) -> None:
-    """Step 13 continues from a checkpoint within epoch 2 (step 10), 21 from within epoch 3 (step 20)."""
-    data = task_data(backbone)
-    how: dict[str, Any] = {"epochs": 3, "save_steps": 5}
-    train(attached(backbone, data), data, settings(tmp_path / "whole", **how))
-    with monkeypatch.context() as patched:
-        interrupt_at(patched, stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(attached(backbone, data), data, settings(tmp_path / "parts", **how))
-    # other initial weights: all that counts comes from the checkpoint
-    results = train(attached(backbone, data, seed=9), data, settings(tmp_path / "parts", **how, resume=True))
-    assert results.resumed_from == {13: 10, 21: 20}[stop]
-    assert task_bytes(tmp_path / "parts") == task_bytes(tmp_path / "whole")
-    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("stop", [9, 16])
-def test_an_interrupted_run_continues_from_the_end_of_an_epoch(
-    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
-) -> None:
-    data = task_data(backbone)
-    train(attached(backbone, data), data, settings(tmp_path / "whole", epochs=3, patience=2))
-    with monkeypatch.context() as patched:
-        interrupt_at(patched, stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(attached(backbone, data), data, settings(tmp_path / "parts", epochs=3, patience=2))
-    resumed = settings(tmp_path / "parts", epochs=3, patience=2, resume=True)
-    assert train(attached(backbone, data, seed=9), data, resumed).resumed_from == stop // 8 * 8
-    assert task_bytes(tmp_path / "parts") == task_bytes(tmp_path / "whole")
-    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    data, whole = task_data(backbone), tmp_path / "whole"
+    train(attached(backbone, data), data, settings(whole, epochs=3, **how))
+    for stop, resumed_from in stops.items():
+        parts = tmp_path / f"parts {stop}"
+        with monkeypatch.context() as patched:
+            interrupt_at(patched, stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(attached(backbone, data), data, settings(parts, epochs=3, **how))
+        # other initial weights: all that counts comes from the checkpoint
+        results = train(attached(backbone, data, seed=9), data, settings(parts, epochs=3, **how, resume=True))
+        assert results.resumed_from == resumed_from
+        assert task_bytes(parts) == task_bytes(whole)
+        assert log_of(parts) == log_of(whole)
 
 
 def test_images_and_noise_resume_exactly_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
