@@ -54,7 +54,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(*pair, marks=() if quick else pytest.mark.all_laws)
 
 
-@pytest.mark.parametrize(("name", "method"), cases())
+@pytest.mark.parametrize(("name", "method"), list(cases()))
 def test_a_method_keeps_what_the_bare_model_does_or_is_refused_by_a_reason(name: str, method: str) -> None:
     subject = built(name)
     for use in subject.uses:
