@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -164,7 +166,7 @@ def hooks_of(backbone: nn.Module) -> list[tuple[str, int, int]]:
 
 
 @every
-def test_detached_outputs_are_the_backbones_own(method: str, family: str) -> None:
+def test_detached_outputs_are_the_backbones_own_and_nothing_is_held(method: str, family: str) -> None:
     kind = ALL[family]
     backbone, batch = kind.model(), kind.inputs()
     before, hooks = logits(call(backbone, batch)), hooks_of(backbone)
@@ -176,6 +178,14 @@ def test_detached_outputs_are_the_backbones_own(method: str, family: str) -> Non
     assert ss.detach(model) is backbone
     assert torch.equal(logits(call(backbone, batch)), before)
     assert hooks_of(backbone) == hooks
+    # a reference cycle holds tensors until the collector runs, which does not see how large they are
+    given_up = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert given_up() is None
+    finally:
+        gc.enable()
 
 
 # Frozen and trainable weights may take different attention kernels, so bit-equality is asked for without gradients.

@@ -161,6 +161,13 @@ def test_windows_go_to_their_own_tasks_call_by_call(core: Core, tasks: Path, mon
         }
 
 
+def test_reading_threads_and_the_models_thread_share_no_tokenizer(core: Core) -> None:
+    """Both cut texts by its settings, and one would see those of the other."""
+    read = [core.task(name).form for name in NAMES]
+    used = [core.bank.activate(name).extras["processor"] for name in NAMES]
+    assert all(form is not None and form.processor not in used for form in read)  # type: ignore[attr-defined]
+
+
 def test_a_failure_touches_its_own_row_and_task_alone(
     core: Core, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from sidestep.disk.task_folder import CONFIG, WEIGHTS, TaskError
 from sidestep.fold import FoldError
 from sidestep.methods import MethodConfig
 from sidestep.tasks.bank_folder import LOCK, STAGING, BankError, BankFolder
+from small_backbone import character_tokenizer, tokenizer
 from tiny import FAMILIES, logits
 
 BERT = FAMILIES["bert"]
@@ -566,3 +569,24 @@ def test_a_killed_process_leaves_the_old_state_or_the_new_one(tmp_path: Path) ->
             assert found == expected
         bank.add("after", source)
         assert "after" in bank.names
+
+
+def test_tasks_with_the_same_tokenizer_share_it_while_one_of_them_is_there(tmp_path: Path) -> None:
+    model = attached(ss.ReadConfig(rank=4))
+    for name, words in (("one", tokenizer()), ("two", tokenizer()), ("other", character_tokenizer())):
+        model.extras["processor"] = words
+        model.save_pretrained(tmp_path / name)
+    bank = ss.TaskBank(backbone(), tmp_path / "bank")
+    for name in ("one", "two", "other"):
+        bank.add(name, tmp_path / name)
+    used = {name: bank.activate(name).extras["processor"] for name in bank.names}
+    assert used["one"] is used["two"]
+    assert used["other"].get_vocab() != used["one"].get_vocab()
+    given_up = weakref.ref(used.pop("one"))
+    used.clear()
+    bank.deactivate()
+    bank.remove("one")
+    assert given_up() is not None
+    bank.remove("two")
+    gc.collect()  # a tokenizer may be in a cycle of its own
+    assert given_up() is None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import types
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -69,9 +68,9 @@ class TrainerFace(DenseStage):
         # the loss of a causal language model is of shifted tokens
         self.loss_type = vars(self.backbone).get("loss_type") if self.head is None else None
         self.accepts_loss_kwargs = self.head is not None or self.is_causal_lm() or self.scales_loss
-        if self.head is None and isinstance(self.backbone, PreTrainedModel):
-            self.__class__ = _like(type(self), type(self.backbone))
-        self._bind_forward()
+        # a class, as a function on the instance would be a reference cycle, which keeps a model in memory for long
+        named = type(self.backbone if self._has_own_loss() else self)
+        self.__class__ = _like(type(self), named.__name__, self._reads())
 
     def _described(self) -> Any:
         """The backbone's config. With a Sidestep head it is a copy that tells of that head, as pipelines ask."""
@@ -140,19 +139,14 @@ class TrainerFace(DenseStage):
         own_lm = self.__dict__.get("settings") is not None and self.settings.head is None
         return type(self.backbone).__name__ if own_lm and "backbone" in self._modules else type(self).__name__
 
-    # --- forward's signature, and what it costs pickle ---------------------------------------------------------------
+    # --- a class with forward's signature, and what it costs pickle ---------------------------------------------------
 
-    def _bind_forward(self) -> None:
-        """Give this instance's `forward` the backbone's signature. The Trainer keeps or drops columns by it."""
+    def _has_own_loss(self) -> bool:
+        """Whether the backbone's own head, if it has one, takes the labels."""
+        return self.head is None and isinstance(self.backbone, PreTrainedModel)
 
-        def forward(self: TrainerFace, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-            return type(self).forward(self, *args, labels=labels, **kwargs)
-
-        forward.__signature__ = self._signature()  # type: ignore[attr-defined]
-        object.__setattr__(self, "forward", types.MethodType(forward, self))
-
-    def _signature(self) -> inspect.Signature:
-        keyword = inspect.Parameter.KEYWORD_ONLY
+    def _reads(self) -> tuple[str, ...]:
+        """Names of what `forward` takes."""
         if not isinstance(self.backbone, PreTrainedModel):
             names = ["pixel_values"]
         else:
@@ -160,16 +154,13 @@ class TrainerFace(DenseStage):
             parameters = inspect.signature(type(entry).forward).parameters.values()
             variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
             names = [p.name for p in parameters if p.kind not in variable][1:]
-        names += [name for name in ("labels", "features") if name not in names]
-        self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        return inspect.Signature([self_parameter, *(inspect.Parameter(name, keyword, default=None) for name in names)])
+        if not self._has_own_loss():
+            names.append("labels")
+        return (*dict.fromkeys(names), "features")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # a class that was made of a backbone's own is made again, as pickle finds no such name
-        made_of = vars(type(self)).get("made_of")
-        if made_of is None:
-            return super().__reduce_ex__(protocol)
-        return _blank_like, made_of, self.__getstate__()
+        # pickle finds no class that was made here by its name
+        return _blank_like, vars(type(self))["made_of"], dict(self.__dict__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         for module in self.backbone.modules():
@@ -180,15 +171,8 @@ class TrainerFace(DenseStage):
                     "original's hooks: load the backbone again and attach to that"
                 )
         copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "forward"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._bind_forward()
 
     # --- whether a step trains anything ------------------------------------------------------------------------------
 
@@ -316,30 +300,37 @@ class TrainerFace(DenseStage):
         )
 
 
-_LIKE: dict[tuple[type[TrainerFace], type[nn.Module]], type[TrainerFace]] = {}
-"""What `_like` has made: one class for all models on a class of backbones."""
+_LIKE: dict[tuple[type[TrainerFace], str, tuple[str, ...]], type[TrainerFace]] = {}
+"""What `_like` has made: one class for all models that read alike."""
 
 
-def _like(base: type[TrainerFace], kind: type[nn.Module]) -> type[TrainerFace]:
-    """A model's class by the name and with the signature of a backbone's class.
+def _like(base: type[TrainerFace], name: str, reads: tuple[str, ...]) -> type[TrainerFace]:
+    """A model's class of another name, whose `forward` has the backbone's signature.
 
-    The Trainer finds the names of labels (start_positions for question answering) by a class's name and signature.
-    Pipelines find by the name whether a model is of their task.
+    The Trainer keeps or drops columns by the signature. It finds the names of labels (start_positions for question
+    answering) by name and signature. Pipelines find by the name whether a model is of their task.
     """
-    if (base, kind) in _LIKE:
-        return _LIKE[base, kind]
+    if (base, name, reads) in _LIKE:
+        return _LIKE[base, name, reads]
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return base.forward(self, *args, **kwargs)
+    def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        return base.forward(self, *args, labels=labels, **kwargs)
 
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    named = (inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None) for each in reads)
     # `inspect` reads this attribute. The types know no such attribute of functions
-    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.Signature([own, *named])  # type: ignore[attr-defined]
     forward.__doc__ = base.forward.__doc__
-    fields = {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__, "made_of": (base, kind)}
-    return _LIKE.setdefault((base, kind), type(kind.__name__, (base,), fields))
+    fields = {
+        "forward": forward,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "made_of": (base, name, reads),
+    }
+    return _LIKE.setdefault((base, name, reads), type(name, (base,), fields))
 
 
-def _blank_like(base: type[TrainerFace], kind: type[nn.Module]) -> TrainerFace:
+def _blank_like(base: type[TrainerFace], name: str, reads: tuple[str, ...]) -> TrainerFace:
     """An attached model of this class without its state, which pickle or a copy sets."""
-    cls = _like(base, kind)
+    cls = _like(base, name, reads)
     return cls.__new__(cls)

@@ -141,7 +141,7 @@ class Reading(Form):
     most: int | None = None
     picture: int | None = None
     writes: bool = False
-    # a fast tokenizer is no longer usable by one thread while another one sets how it truncates
+    # a fast tokenizer cuts all texts as one thread has set it last
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self, rows: Sequence[Row]) -> list[Piece | Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Mapping
@@ -111,10 +112,13 @@ class KnownTasks:
         reads, kind = reads_of(name, config, given), kind_named(labels.kind)
         if isinstance(model, PairModel):
             key = f"texts {reads.key}"
-            texts = Texts(key, Fields(text="text"), kind, tokenizer_of(processor), stored.get("max_length"), NOTHING)
-            texts.takes = frozenset(inspect.signature(model.forward).parameters)
-            texts.most = token_rows(model.text.backbone)[0]
-            return Known(name, identity, kind, labels, None, NOT_ALONE, self._forms.setdefault(key, texts))
+            texts = self._forms.get(key)
+            if texts is None:
+                own = copy.deepcopy(tokenizer_of(processor))
+                texts = self._forms[key] = Texts(key, Fields(text="text"), kind, own, stored.get("max_length"), NOTHING)
+                texts.takes = frozenset(inspect.signature(model.forward).parameters)
+                texts.most = token_rows(model.text.backbone)[0]
+            return Known(name, identity, kind, labels, None, NOT_ALONE, texts)
         sort: type[Reading] = Alone
         if isinstance(model, SideModel) and isinstance(kind, FromLogits | FromTokens):
             sort = Rows if isinstance(kind, FromLogits) else Windows
@@ -129,7 +133,8 @@ class KnownTasks:
                 key,
                 reads.fields,
                 kind,
-                processor,
+                # reading threads cut texts by the tokenizer's settings, which must not change under the model's thread
+                copy.deepcopy(processor),
                 stored.get("max_length"),
                 stored_separators(stored),
                 takes=frozenset(inspect.signature(model.forward).parameters),

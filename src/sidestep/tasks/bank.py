@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import accumulate
@@ -63,6 +64,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
     Any thread may use a bank, one at a time. A thread gets an error if another one switches, adds, or calls the active
     model meanwhile. Nothing changes then. A lock of the caller's own makes threads wait for each other.
 
+    Tasks whose processors (tokenizers and their like) have the same files share one, so change none in place.
+
     Attributes:
         backbone: held once. Between `deactivate` and `activate` it is bare, and other models may be attached.
         store: the tasks on the disk.
@@ -95,6 +98,8 @@ class TaskBank(AbstractContextManager["TaskBank"]):
             folder = self._temporary.name
         self.store = BankFolder(folder)
         self._resting: dict[str, Resting] = {}
+        # a tokenizer takes more memory than most tasks, and tasks of one backbone have mostly the same
+        self._processors: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         self._checked: set[str] = set()
         self._turn, self._asked = Turn(BankError(BUSY)), threading.local()
         # name, identity and model: one value, so that another thread sees no mixture of two tasks
@@ -437,4 +442,4 @@ class TaskBank(AbstractContextManager["TaskBank"]):
         # a side network begins at random: a switch leaves the caller's random numbers alone
         # and what is made under inference_mode could not be trained later
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            return loading.put(task, self.backbone, digests=self._digests)
+            return loading.put(task, self.backbone, digests=self._digests, processors=self._processors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,13 +140,22 @@ def load(
     return put(task, backbone, allow_mismatch=allow_mismatch)
 
 
-def put(task: Task, backbone: nn.Module, *, digests: Sequence[Digest] = (), allow_mismatch: bool = False) -> Attached:
+def put(
+    task: Task,
+    backbone: nn.Module,
+    *,
+    digests: Sequence[Digest] = (),
+    processors: MutableMapping[str, Any] | None = None,
+    allow_mismatch: bool = False,
+) -> Attached:
     """As `load`, of a task that was read.
 
     Args:
         task: as read.
         backbone: the model to put it on.
         digests: of the backbone as `digests_of` gives them, if they are known. Computing them takes a while.
+        processors: those of other tasks, by the checksum of their files. One with the same files is taken from there,
+            and a new one put there.
         allow_mismatch: as for `load`.
     """
     settings = settings_of(task)
@@ -160,7 +169,7 @@ def put(task: Task, backbone: nn.Module, *, digests: Sequence[Digest] = (), allo
     try:
         _check_digest(task, model, allow_mismatch)
         model.load_state_dict(_fitted(task, model))
-        _restore_extras(task, model)
+        _restore_extras(task, model, {} if processors is None else processors)
     except BaseException:
         detach(model)
         raise
@@ -337,7 +346,7 @@ def _fitted(task: Task, model: Attached) -> dict[str, Tensor]:
     return {name: tensors[portable] for name, portable in names.items()}
 
 
-def _restore_extras(task: Task, model: Attached) -> None:
+def _restore_extras(task: Task, model: Attached, processors: MutableMapping[str, Any]) -> None:
     config = task.config
     model.extras["preprocessing"] = config.get("preprocessing") or {}
     if config.get("head") is not None and hasattr(model, "config"):  # a copy, where the head is Sidestep's
@@ -346,7 +355,7 @@ def _restore_extras(task: Task, model: Attached) -> None:
     if config.get("scores") is not None:
         model.extras["scores"] = config["scores"]
     if processor := config["files"].get("processor"):
-        model.extras["processor"] = _processor(task, processor)
+        model.extras["processor"] = _processor(task, processor, processors)
     if config.get("head") is None and isinstance(model.backbone, PreTrainedModel):
         for name, value in _own_fields(config["backbone"]).items():
             setattr(model.config, name, value)  # until detach
@@ -360,15 +369,18 @@ def _own_fields(backbone: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _processor(task: Task, name: str) -> Any:
+def _processor(task: Task, name: str, known: MutableMapping[str, Any]) -> Any:
     """A task's processor. Where its bytes have no checksum, damage is the likeliest reason for any error.
 
     Raises:
         LoadError: if it is as it was written, and cannot be loaded here.
         TaskError: if that is not known.
     """
-    if task.config.get("processor_sha256") is not None:
-        return load_processor(task.folder / name)
+    if (checksum := task.config.get("processor_sha256")) is not None:
+        processor = known.get(checksum)
+        if processor is None:
+            processor = known[checksum] = load_processor(task.folder / name)
+        return processor
     try:
         return load_processor(task.folder / name)
     except Exception as error:
