@@ -6,9 +6,9 @@
 Labels are the names of their tasks, so an answer of another task is seen. 8 clients ask for up to 8 of 32 tasks that
 stay and 8 that come and go: each second one of the latter is added or removed. A client stalls in the middle of its
 bodies, and one sends broken ones. The server is killed (-9) after a twentieth and a tenth of the time, and started
-again. Then every task whose addition was confirmed has to be there, and none whose removal was. Memory is compared between
-minute 5 (or 30 % of the time, if that is less) and the end. The run fails if an answer is of another task, if a task is
-lost, if a bad body is answered with 5xx, or if memory has grown by more than 5 %.
+again. Then every task whose addition was confirmed has to be there, and none whose removal was. Memory is compared
+between minute 5 (or 30 % of the time, if that is less) and the end. The run fails if an answer is of another task, if
+a task is lost, if a bad body is answered with 5xx, or if memory has grown by more than 5 %.
 """
 
 from __future__ import annotations
