@@ -29,9 +29,9 @@ types: $(READY)
 test: lint types
 	$(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
-# every method on every family, also where that is costly
+# the cases of laws that `make test` leaves out: every method on every family, and the like
 laws-all: $(READY)
-	$(BIN)/python -m pytest --numprocesses logical --all-laws tests/laws
+	$(BIN)/python -m pytest --numprocesses logical --dist worksteal --all-laws -m all_laws
 
 # the suite of tests/serve against two replicas on Ray Serve; imports in many processes make it too slow for `make test`
 test-ray: $(READY)

@@ -344,12 +344,20 @@ def shards(run: Run, rows: list[Row]) -> None:
     run.guarded(row, partial(_on_two, run, "shard_steps.py"))
 
 
-def _on_two(run: Run, script: str) -> Row:
+def device_map(run: Run, rows: list[Row]) -> None:
+    """A step on a backbone that is spread over two cards beside that of one card (`map_steps.py`)."""
+    row: Row = {"status": LEFT_OUT}
+    rows.append(row)
+    run.guarded(row, partial(_on_two, run, "map_steps.py", processes=1))
+
+
+def _on_two(run: Run, script: str, processes: int = 2) -> Row:
     """What a script finds that is started on two cards."""
     count = torch.cuda.device_count() if run.device.type == "cuda" else 0
     if count < 2:
-        raise ValueError(f"{count} cards, and two processes need a card each")
+        raise ValueError(f"{count} cards, and this needs two")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = launcher if processes > 1 else launcher[:1]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "steps.json"
         command = [*launcher, str(Path(__file__).with_name(script)), str(file)]
@@ -494,7 +502,8 @@ PARTS: dict[str, tuple[float, Callable[[Run, list[Row]], None]]] = {
     "banks": (0.88, banks),
     "plans": (0.93, plans),
     "cards": (0.97, cards),
-    "shards": (0.99, shards),
+    "shards": (0.98, shards),
+    "device_map": (0.99, device_map),
 }
 """The parts in order, with the share of the time by whose end each has ended."""
 

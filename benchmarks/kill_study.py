@@ -3,6 +3,7 @@
     python benchmarks/kill_study.py         # runs, and writes results/kill_study.jsonl. Continues where it was stopped
     python benchmarks/kill_study.py table   # the table alone
     python benchmarks/kill_study.py --processes 2   # two processes, one of which is killed (results/kill_study_2.jsonl)
+    python benchmarks/kill_study.py table --processes 2
 
 A small BERT (random weights, MiniLM's vocabulary) on disk learns 64 rows of SST-2 by `sidestep train --method
 diff_pruning`. It takes 8 steps in the first stage and 32 in the third, with a checkpoint every 2. In each round a run
@@ -210,7 +211,7 @@ def table(results: Path = RESULTS) -> None:
 
 
 if __name__ == "__main__":
-    together = sys.argv[1:3] == ["--processes", "2"]
+    together = "--processes" in sys.argv
     if "table" not in sys.argv:
         (kill_one_of_two if together else main)()
     table(OF_TWO if together else RESULTS)

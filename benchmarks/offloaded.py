@@ -2,12 +2,14 @@
 
     python benchmarks/offloaded.py --folder FOLDER --what memory    # one process for each method
     python benchmarks/offloaded.py --folder FOLDER --what time      # offloaded and plain in turns, on a quiet machine
+    python benchmarks/offloaded.py --folder FOLDER --what 4bit      # in 4 bit, quantised at load and from packed files
     python benchmarks/offloaded.py --folder FOLDER --what memory --small   # the same on two layers, in seconds
 
 The model has TinyLlama's shape, random weights in bfloat16, and a vocabulary of 32,000 words. It is written to FOLDER
 (2.2 GB) if it is not there. Memory is RssAnon of /proc/self/status, sampled every 2 ms, above what the imports take.
-Pages of mapped files are not in it: the system drops them when it needs room. Results go to
-results/offloaded.jsonl.
+Pages of mapped files are not in it: the system drops them when it needs room. Weights of 4 bits are not offloaded:
+accelerate loses their scales. But a checkpoint that is in 4 bits already is mapped, and stays in its file on a CPU.
+Such a checkpoint is written to FOLDER-4bit (0.6 GB). Results go to results/offloaded.jsonl.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +174,33 @@ def memory(folder: Path, method: str, size: Size, device_map: str | None) -> dic
     return {"anonymous_bytes": found["above"], "planned_bytes": planned}
 
 
+def write_packed(folder: Path, packed: Path) -> None:
+    """Write the model's trunk in 4 bit, with the tokenizer, if it is not there."""
+    if (packed / "config.json").is_file():
+        return
+    load_backbone(folder, quantize="4bit").save_pretrained(packed)
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(packed)
+
+
+def in_4bit(folder: Path, method: str, size: Size, packed: Path | None) -> dict[str, Any]:
+    """What loading in 4 bit takes at most, what is held then, and what a run takes with it: anonymous bytes."""
+    loading: dict[str, int] = {}
+    running: dict[str, int] = {}
+    gc.collect()
+    with highest(loading):
+        backbone = load_backbone(folder, quantize="4bit") if packed is None else load_backbone(packed)
+    gc.collect()
+    held = anonymous() - loading["before"]
+    with highest(running):
+        run_once(folder, method, size, {}, backbone)
+    return {
+        "loading_bytes": loading["above"],
+        "held_bytes": held,
+        "anonymous_bytes": max(running["highest"], loading["highest"]) - loading["before"],
+        "code_bytes": sum(parameter.nbytes for parameter in backbone.parameters()),
+    }
+
+
 def times(folder: Path, method: str, size: Size) -> dict[str, Any]:
     """Seconds of a run offloaded and plain, in turns. The loading of the model does not count."""
     seconds: dict[str, list[float]] = {"disk": [], "plain": []}
@@ -190,31 +220,41 @@ def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--what", choices=("memory", "time"), default="memory")
+    parser.add_argument("--what", choices=("memory", "time", "4bit"), default="memory")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--plain", action="store_true", help="memory of the plain run instead")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    size = SMALL if asked.small else Size()
+    size, packed = SMALL if asked.small else Size(), asked.folder.with_name(f"{asked.folder.name}-4bit")
     write_model(asked.folder, size)
-    device_map = None if asked.plain else "disk"
-    if asked.one:
-        print("RESULT " + json.dumps(memory(asked.folder, asked.one, size, device_map)))
+    if asked.way == "write":
+        write_packed(asked.folder, packed)
         return
-    for method in asked.methods.split(","):
-        if asked.what == "time":
-            found = times(asked.folder, method, size)
-        else:
-            own = [sys.executable, __file__, *sys.argv[1:], "--one", method]
-            told = subprocess.run(own, check=True, capture_output=True, text=True).stdout
-            found = json.loads(next(line for line in told.splitlines() if line.startswith("RESULT"))[7:])
-        about = {"what": asked.what, "method": method, "device_map": device_map, **vars(size), **found}
+    if asked.one:
+        found = in_4bit if asked.what == "4bit" else memory
+        where = {"at load": None, "file": packed, "disk": "disk", "plain": None}[asked.way]
+        print("RESULT " + json.dumps(found(asked.folder, asked.one, size, where)))
+        return
+    if asked.what == "4bit":
+        alone("write")  # it takes memory, which is to be another process's
+    ways = ("at load", "file") if asked.what == "4bit" else ("plain" if asked.plain else "disk",)
+    for method, way in product(asked.methods.split(","), ways):
+        found = times(asked.folder, method, size) if asked.what == "time" else alone(way, "--one", method)
+        about = {"what": asked.what, "method": method, "weights": way, **vars(size), **found}
         about |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
         print(json.dumps(about))
         if not asked.small:
             with RESULTS.open("a") as file:
                 file.write(json.dumps(about) + "\n")
+
+
+def alone(way: str, *more: str) -> dict[str, Any]:
+    """What a process of its own finds, with this one's options and some more."""
+    own = [sys.executable, __file__, *sys.argv[1:], "--way", way, *more]
+    told = subprocess.run(own, check=True, capture_output=True, text=True).stdout
+    return json.loads(next((line[7:] for line in told.splitlines() if line.startswith("RESULT")), "{}"))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ THINGS = ("The phone", "This camera", "The film", "Our router", "The book", "Tha
 REVIEWS = [
     (f"{one}: {word}.", mood) for mood, words in (("good", GOOD), ("bad", BAD)) for one in THINGS for word in words
 ]
-DOCUMENTATION = [(row["text"], row["package"]) for row in docstrings(("networkx", "sympy"), per_package=30)]
+DOCUMENTATION = [(row["text"], row["package"]) for row in docstrings(("networkx", "sympy"), per_package=15)]
 
 name, folder = str(get_model_path()), Path(tempfile.mkdtemp())
 backbone = load_backbone(name)
@@ -36,7 +36,7 @@ for task, pairs in (("mood", REVIEWS), ("package", DOCUMENTATION)):
     torch.manual_seed(0)
     texts, labels = zip(*pairs, strict=True)
     rows = Dataset.from_dict({"text": texts, "label": labels})
-    data = prepare(rows, None, Fields(text="text", label="label"), load_processor(name), max_length=48)
+    data = prepare(rows, None, Fields(text="text", label="label"), load_processor(name), max_length=32)
     model = ss.attach(backbone, ss.SparseConfig(density=0.005), head=head_for(data))
     settings = TrainSettings(output=folder / task, epochs=3, batch_size=8, learning_rate=1e-3, progress=False)
     print(f"{task}: dev accuracy {train(model, data, settings).scores['accuracy']:.2f}")

@@ -1,4 +1,5 @@
 import gc
+import sys
 import warnings
 
 import datasets
@@ -8,6 +9,9 @@ import transformers
 from hypothesis import settings
 
 import late_writer  # noqa: F401 - registers a third party's method, so that the laws cover one
+
+FROZEN = pytest.StashKey[int]()
+"""How many modules there were when all objects were last taken out of the collector's sight."""
 
 # The same examples at each run, however long one takes; `--hypothesis-profile thorough` looks at many others.
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -34,11 +38,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    _freeze(session.config)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if len(sys.modules) > item.config.stash[FROZEN] + 100:  # transformers imports much when it is first asked
+        _freeze(item.config)
+
+
+def _freeze(config: pytest.Config) -> None:
     # The Trainer collects garbage several times a run. Libraries and tests are none, and to look through them takes
     # seconds each time.
     gc.collect()
     gc.freeze()
+    config.stash[FROZEN] = len(sys.modules)
 
 
 def pytest_unconfigure() -> None:

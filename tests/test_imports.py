@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def room(module: str) -> str:
     return module.partition(".")[0]
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Full dotted names of what a file imports, at the top or inside a function."""
     names: set[str] = set()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import own_process
 import parity
 import parity_samples
 import parity_samples_sherl
@@ -179,8 +178,7 @@ def test_the_command_shows_each_file_and_its_exit_code(tmp_path: Path, capsys: p
     assert "1 of 1 files reproduced" in capsys.readouterr().out
     broken = tmp_path / "dtl_vit_broken.safetensors"
     broken.write_bytes(b"no tensors")
-    command = [sys.executable, str(Path(parity.__file__)), str(ONE), str(broken)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = own_process.run(Path(parity.__file__), ONE, broken)
     assert done.returncode == 1, done.stderr
     assert f"{ONE.name}: ok" in done.stdout
     assert "dtl_vit_broken.safetensors: FAIL cannot be read" in done.stdout

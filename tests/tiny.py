@@ -319,4 +319,4 @@ def randomize(model: nn.Module, seed: int = 2, scale: float = 0.2) -> None:
         for name, parameter in model.named_parameters():
             if name.startswith(("side.", "head.")):
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(scale * noise.to(parameter.dtype))
+                parameter.add_(scale * noise.to(parameter))

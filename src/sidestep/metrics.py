@@ -216,18 +216,22 @@ def _token_f1(words: list[str], target: list[str]) -> float:
 
 
 def _single(predictions: NDArray[Any], targets: NDArray[Any]) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+    from sklearn.metrics import f1_score, matthews_corrcoef
 
     chosen = predictions.argmax(axis=1)
+    occurring = np.union1d(targets, chosen)
+    # once for all averages: scikit-learn spends most of its time on checks of what it is given
+    f1 = f1_score(targets, chosen, labels=occurring, average=None, zero_division=0)
+    accuracy = (chosen == targets).mean()
     found = {
-        "accuracy": accuracy_score(targets, chosen),
-        "f1_macro": f1_score(targets, chosen, average="macro", zero_division=0),
-        "f1_micro": f1_score(targets, chosen, average="micro", zero_division=0),
-        # of a single class it is 0 to scikit-learn too, which warns of its confusion matrix then
-        "matthews": matthews_corrcoef(targets, chosen) if len({*targets, *chosen}) > 1 else 0.0,
+        "accuracy": accuracy,
+        "f1_macro": f1.mean(),
+        "f1_micro": accuracy,  # because each row has one class and one prediction
+        # of answers that are all the same it is 0 to scikit-learn too, which warns if there is a single class
+        "matthews": matthews_corrcoef(targets, chosen) if len({*chosen}) > 1 else 0.0,
     }
     if predictions.shape[1] == 2:
-        found["f1"] = f1_score(targets, chosen, pos_label=1, zero_division=0)
+        found["f1"] = dict(zip(occurring.tolist(), f1, strict=True)).get(1, 0.0)
     return {name: float(found[name]) for name in METRICS["single"] if name in found}
 
 

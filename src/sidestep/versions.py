@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 VERSION = "0.1.0"
 """Of this package, which also runs from its sources without being installed."""
 
 
+@cache
 def version_of(package: str) -> str | None:
     """The installed version of a package. None if it is not installed, which this one need not be."""
     try:

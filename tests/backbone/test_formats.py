@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
 
+import own_process
 import sidestep as ss
 from commands import FAST, refusal, succeed, table
 from dual_encoders import clip
@@ -102,7 +102,8 @@ def test_a_task_is_the_same_in_another_process(folder: Path, tmp_path: Path) -> 
         f"save_file(found, {str(tmp_path / 'found')!r})"
     )
     save_file({"ids": texts()}, tmp_path / "ids")
-    subprocess.run([sys.executable, "-c", script], check=True)
+    done = own_process.run(script)
+    assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "found")
     assert all(torch.equal(found[name], expected[name]) for name in HERE)
 

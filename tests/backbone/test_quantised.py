@@ -13,9 +13,12 @@ import transformers as t
 import sidestep as ss
 from odd_models import texts
 from sidestep.backbone import digest_of, facts_of, pretrained_tensors
+from sidestep.backbone.load import load_backbone
+from sidestep.backbone.source import LoadError
 from tiny import randomize
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
+MAPS = Path("/proc/self/maps")
 CODES = {
     4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
     "4, nested": {
@@ -84,6 +87,25 @@ def test_the_digest_does_not_depend_on_whether_the_model_ran(folder: Path, bits:
     out = logits(model)
     assert digest_of(pretrained_tensors(model)) == before
     assert torch.equal(logits(model), out)
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="no list of mapped files")
+def test_codes_of_a_checkpoint_stay_in_its_file(folder: Path, tmp_path: Path) -> None:
+    load(folder, 4).model.save_pretrained(tmp_path / "codes")
+    model = load_backbone(tmp_path / "codes")
+    mapped = [line.split()[0].split("-") for line in MAPS.read_text().splitlines() if line.endswith(".safetensors")]
+    places = [range(int(begin, 16), int(end, 16)) for begin, end in mapped]
+    for name, weight in model.named_parameters():
+        assert any(weight.data_ptr() in place for place in places), name
+
+
+@pytest.mark.parametrize("quantised", [True, False], ids=["already", "as it is loaded"])
+def test_codes_on_disk_are_refused(folder: Path, tmp_path: Path, quantised: bool) -> None:
+    if quantised:
+        load(folder, 4).model.save_pretrained(tmp_path / "codes")
+    place, how = (tmp_path / "codes", {}) if quantised else (folder, {"quantize": "4bit"})
+    with pytest.raises(LoadError, match="Leave device_map out"):
+        load_backbone(place, device_map="disk", **how)
 
 
 @pytest.mark.parametrize("bits", CODES)

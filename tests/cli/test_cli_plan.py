@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import BertConfig, LlamaConfig
 from typer.testing import CliRunner, Result
 
 from sidestep.cli import app
-from sidestep.measure.plan import best_device, fit
+from sidestep.measure.plan import Plan, best_device, fit
+from sidestep.measure.plan import plan as planned
 from sidestep.methods import methods
 from small_tasks import reviews, text_backbone, write
 
@@ -27,6 +29,22 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def planned_once() -> Iterator[None]:
+    """The same settings have the same plan, also in the next command."""
+    known: dict[str, Plan] = {}
+
+    def once(*given: Any, **how: Any) -> Plan:
+        settings = repr((given, sorted(how.items())))
+        if settings not in known:
+            known[settings] = planned(*given, **how)
+        return known[settings]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sidestep.measure.plan.plan", once)
+        yield
 
 
 @pytest.fixture

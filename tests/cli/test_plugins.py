@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import own_process
 from small_tasks import reviews, text_backbone, write
 
 OWN = Path(__file__).parents[2] / "examples" / "own_method.py"
@@ -15,8 +15,7 @@ OWN = Path(__file__).parents[2] / "examples" / "own_method.py"
 
 def sidestep(*arguments: object) -> subprocess.CompletedProcess[str]:
     """In a process of its own, because a registered method stays."""
-    command = [sys.executable, "-m", "sidestep.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return own_process.run("sidestep.cli", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import own_process
 import sidestep as ss
 from sidestep.compare import bench, runs
 from sidestep.compare.bench import Bench, Prepared, Rows, fingerprint, pairs
@@ -306,11 +305,10 @@ def test_costs_are_measured_together_and_once(place: Path, tmp_path: Path) -> No
 
 
 RUNNING = """
-import json, sys, torch
+import json, sys
 from pathlib import Path
 from sidestep.compare.files import comparison_from
 from sidestep.compare.runs import run
-torch.set_num_threads(1)
 file, place, output = map(Path, sys.argv[1:4])
 run(comparison_from(json.loads(file.read_text()), place, "x"), output, shared=len(sys.argv) > 4)
 """
@@ -322,31 +320,27 @@ def test_a_second_process_is_refused_and_the_first_is_not_disturbed(place: Path,
     few = {"contender": [{"method": "probe", "rates": [0.01]}], "epochs": 1}
     file.write_text(json.dumps(values(**few)))
     (tmp_path / "link.jsonl").symlink_to(output)
-    command = [sys.executable, "-c", RUNNING, *map(str, (file, place, output))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as first:
-        deadline = time.monotonic() + 120
-        while not read(output)[0]:
-            assert first.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        first.send_signal(signal.SIGSTOP)  # before its second run
-        before = output.read_bytes()
-        try:
-            for other in (output, tmp_path / "link.jsonl", tmp_path / ".." / tmp_path.name / "results.jsonl"):
-                with pytest.raises(OutputError, match=r"another process is writing .*: try again when it is done"):
-                    run(comparison(place, **few), other, tell=silent)
-        finally:
-            first.send_signal(signal.SIGCONT)
-        assert output.read_bytes() == before
-        said, _ = first.communicate(timeout=120)
-        assert first.returncode == 0, said
+    first = own_process.start(RUNNING, file, place, output)
+    wait_for(1, output, first)
+    os.kill(first.pid, signal.SIGSTOP)  # before its second run
+    before = output.read_bytes()
+    try:
+        for other in (output, tmp_path / "link.jsonl", tmp_path / ".." / tmp_path.name / "results.jsonl"):
+            with pytest.raises(OutputError, match=r"another process is writing .*: try again when it is done"):
+                run(comparison(place, **few), other, tell=silent)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert output.read_bytes() == before
+    assert own_process.ended(first) == 0
     assert [(one.settings["seed"], one.status) for one in read(output)[0]] == [(0, "ok"), (1, "ok")]
     assert run(comparison(place, **few), output, tell=silent).ran == 0
 
 
-def wait_for(lines: int, output: Path) -> None:
+def wait_for(lines: int, output: Path, process: Any = None) -> None:
+    """Until a file has so many lines, which a process writes, or a thread."""
     deadline = time.monotonic() + 600
     while len(read(output)[0]) < lines:
+        assert process is None or process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -354,14 +348,12 @@ def wait_for(lines: int, output: Path) -> None:
 def test_processes_share_the_runs_and_each_ends_with_all_results(place: Path, finished: Path, tmp_path: Path) -> None:
     output, file = tmp_path / "results.jsonl", tmp_path / "values.json"
     file.write_text(json.dumps(values()))
-    command = [sys.executable, "-c", RUNNING, *map(str, (file, place, output)), "share"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as other:
-        wait_for(1, output)
-        with pytest.raises(OutputError, match=r"other processes share the runs of .*: join them with --share"):
-            run(comparison(place), output, tell=silent)
-        own = run(comparison(place), output, tell=silent, shared=True)
-        said, _ = other.communicate(timeout=600)
-        assert other.returncode == 0, said
+    other = own_process.start(RUNNING, file, place, output, "share")
+    wait_for(1, output, other)
+    with pytest.raises(OutputError, match=r"other processes share the runs of .*: join them with --share"):
+        run(comparison(place), output, tell=silent)
+    own = run(comparison(place), output, tell=silent, shared=True)
+    assert own_process.ended(other) == 0
     found = read(output)[0]
     assert len(own.records) == len(found) == 8
     assert own.ran < 8
@@ -409,14 +401,10 @@ def test_equal_time_is_shared_contender_by_contender(place: Path, tmp_path: Path
 def test_a_killed_comparison_continues(place: Path, finished: Path, tmp_path: Path) -> None:
     output, file = tmp_path / "results.jsonl", tmp_path / "values.json"
     file.write_text(json.dumps(values()))
-    command = [sys.executable, "-c", RUNNING, *map(str, (file, place, output))]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while len(read(output)[0]) < 3:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+    process = own_process.start(RUNNING, file, place, output)
+    wait_for(3, output, process)
+    process.kill()
+    assert own_process.ended(process) == -signal.SIGKILL
     there = len(read(output)[0])
     assert 3 <= there < 8
     with output.open("a") as lines:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import own_process
 import sidestep
 from sidestep.backbone.load import load_backbone
 from sidestep.backbone.processors import load_processor
@@ -80,7 +81,7 @@ def test_the_demo_trains_compares_and_predicts_in_a_new_process(
     monkeypatch.setattr(demo_vision, "digits", few)
     monkeypatch.setattr(demo_vision, "CURVE", 10)
     monkeypatch.setattr(demo_vision, "EPOCHS", 1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("sidestep.demo.shared.subprocess.run", lambda command, **_: own_process.run(*command[2:]))
     left = tmp_path / "runs" / "images" / "9" / "old.png"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"what an earlier demo left is replaced")

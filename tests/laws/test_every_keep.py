@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from test_every_method import DELTA, METHODS, QUICK, REFUSED, SIDE, attach, gradients, loss_of, patched
+from chosen import chosen
+from test_every_method import DELTA, METHODS, REFUSED, SIDE, Law, attach, gradients, loss_of, patched
 from torch import Tensor
 
 import sidestep as ss
@@ -16,7 +18,7 @@ from sidestep.fold.forms import GROUP
 from sidestep.fold.reads import tensors_of
 from sidestep.interface.keep import KEEPS, ROUNDED
 from sidestep.methods import SideNet
-from tiny import ALL, FAMILIES, randomize
+from tiny import ALL, randomize
 
 #: Methods that have no tap, or whose codes are as wide as what they read: nothing would be saved.
 AS_WIDE = {
@@ -33,10 +35,16 @@ WAYS = [keep for keep in KEEPS if keep != "full"]
 pytestmark = pytest.mark.filterwarnings("ignore:keep='offload' on the CPU")
 
 
-def named(cases: list[tuple[str, ...]]) -> list[Any]:
-    """Cases of a method, a family and more. Of the further families `make test` runs few methods."""
-    quick = {case: case[1] in FAMILIES or case[0] in QUICK for case in cases}
-    return [pytest.param(*case, id="-".join(case), marks=() if quick[case] else pytest.mark.all_laws) for case in cases]
+def named(*names: str, cases: Sequence[tuple[str, ...]]) -> Callable[[Law], Any]:
+    """Cases of a method, a family and more, of which `make test` runs those that `chosen` names."""
+
+    def of(law: Law) -> Any:
+        quick = chosen(cases, law.__name__)
+        marks = {case: () if case in quick else pytest.mark.all_laws for case in cases}
+        params = [pytest.param(*case, id="-".join(case), marks=marks[case]) for case in cases]
+        return pytest.mark.parametrize(names, params)(law)
+
+    return of
 
 
 def trained(method: str, family: str, keep: Any) -> tuple[ss.SideModel, Tensor]:
@@ -46,9 +54,11 @@ def trained(method: str, family: str, keep: Any) -> tuple[ss.SideModel, Tensor]:
     return model, loss_of(model.train(), ALL[family])
 
 
-@pytest.mark.parametrize(
-    ("method", "family", "keep"),
-    named([(m, f, k) for m, f in PAIRS for k in WAYS if k in ("replay", "int8") or f in ("bert", "vit")]),
+@named(
+    "method",
+    "family",
+    "keep",
+    cases=[(m, f, k) for m, f in PAIRS for k in WAYS if k in ("replay", "int8") or f in ("bert", "vit")],
 )
 def test_another_keep_gives_the_same_outputs_and_gradients(method: str, family: str, keep: str) -> None:
     model, loss = trained(method, family, "full")
@@ -64,7 +74,7 @@ def test_another_keep_gives_the_same_outputs_and_gradients(method: str, family: 
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
-@pytest.mark.parametrize(("method", "family"), named(PAIRS))
+@named("method", "family", cases=PAIRS)
 def test_a_replay_keeps_codes_and_other_ways_what_they_say(method: str, family: str) -> None:
     """To the byte: what lies between the ways is the packed form of all that was read."""
     wide: list[Tensor] = []
@@ -97,7 +107,7 @@ def kept_by(method: str, family: str, keep: str) -> tuple[ss.SideModel, int]:
     return model, saved.total
 
 
-@pytest.mark.parametrize(("method", "family"), named(PAIRS))
+@named("method", "family", cases=PAIRS)
 def test_a_replay_runs_the_blocks_before_the_border_twice_and_the_others_once(method: str, family: str) -> None:
     model = attach(method, ALL[family], keep="replay").train()
     places = [place for place in model.places if place.site.kind == "block"]
@@ -121,8 +131,7 @@ def test_a_replay_runs_the_blocks_before_the_border_twice_and_the_others_once(me
     assert ran[first] > visits[first]
 
 
-@pytest.mark.parametrize("keep", WAYS)
-@pytest.mark.parametrize(("method", "family"), named(REFUSING))
+@named("method", "family", "keep", cases=[(m, f, k) for m, f in REFUSING for k in WAYS])
 def test_a_method_without_narrow_codes_is_refused_by_name(method: str, family: str, keep: Any) -> None:
     if keep == "auto":
         assert attach(method, ALL[family], keep=keep).fold.keeping.way == "full"

@@ -7,7 +7,7 @@ import gc
 import shutil
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from chosen import chosen
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -35,6 +36,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sherl-vector": ("sherl", {"reduction": 4, "pool_tokens": True, "level_gates": True}),
     "unipt-vector": ("unipt", {"variant": "clip4clip"}),
 }
+
+Law = Callable[..., None]
 
 METHODS = {name: method for name, method in methods().items() if name != "collect"}
 METHODS |= {name: METHODS[method] for name, (method, _) in VARIANTS.items()}
@@ -61,8 +64,6 @@ NOT_ON_RESNETS = (
     "ia3",
     "late_writer",
 )
-#: Methods that `make test` runs on the further families.
-QUICK = ("read", "side_attention")
 #: The pairs that must be refused; every other pair must work.
 REFUSED = {
     *((method, family) for method in NOT_ON_RESNETS for family in ("resnet", "timm_resnet")),
@@ -85,16 +86,17 @@ REFUSED = {
 }
 
 
-def pairs(names: list[str], families: Sequence[str] | None = None) -> Any:
-    """Every supported pair of these methods and families.
+def pairs(names: list[str], families: Sequence[str] = tuple(ALL)) -> Callable[[Law], Any]:
+    """Every supported pair of these methods and families, of which `make test` runs those that `chosen` names."""
+    ids = [(m, f) for m in names for f in families if (m, f) not in REFUSED]
 
-    If no families are named, these are all. Of the further ones `make test` runs few methods, and `make laws-all` all.
-    """
-    ids = [(m, f) for m in names for f in families or ALL if (m, f) not in REFUSED]
-    quick = [(m, f) for m, f in ids if families or f in FAMILIES or m in QUICK]
-    marks = {pair: () if pair in quick else pytest.mark.all_laws for pair in ids}
-    cases = [pytest.param(m, f, marks=marks[m, f], id=f"{m}-{f}") for m, f in ids]
-    return pytest.mark.parametrize(("method", "family"), cases)
+    def of(law: Law) -> Any:
+        quick = chosen(ids, law.__name__)
+        marks = {pair: () if pair in quick else pytest.mark.all_laws for pair in ids}
+        cases = [pytest.param(m, f, marks=marks[m, f], id=f"{m}-{f}") for m, f in ids]
+        return pytest.mark.parametrize(("method", "family"), cases)(law)
+
+    return of
 
 
 def costly_pairs(names: list[str], families: Sequence[str] = ("bert", "vit"), quick: Sequence[str] = ()) -> Any:
@@ -598,8 +600,8 @@ def test_checkpointing_keeps_gradients_and_runs_late_blocks_twice(method: str, f
 # --- 9 ------------------------------------------------------------------------------------------------------
 
 
-# those whose code in a pass differs the most: reads, mixing, queries, writes of both kinds, and modules in the blocks
-@costly_pairs(list(METHODS), ["vit"], quick=["read", "side_attention", "synqt", "sherl", "dtl", "lora"])
+# reads that are mixed, writes, and modules in the blocks. A plain read is compiled below
+@costly_pairs(list(METHODS), ["vit"], quick=["sherl", "dtl", "lora"])
 def test_compiled_equals_eager(method: str, family: str) -> None:
     torch._dynamo.reset()
     kind = ALL[family]

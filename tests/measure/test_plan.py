@@ -22,6 +22,7 @@ from sidestep.measure.plan import (
     alternatives,
     check_fits,
     fastest,
+    fit,
     largest_batch,
     memory_of,
     plan,
@@ -29,7 +30,7 @@ from sidestep.measure.plan import (
     settle_keep,
 )
 from sidestep.measure.step import announced, measure_step
-from sidestep.methods import MethodConfig
+from sidestep.methods import MethodConfig, methods
 from sidestep.model.heads import HeadConfig
 from tiny import FAMILIES, TinyFamily
 
@@ -78,8 +79,12 @@ RESNETS = [family for family in FAMILIES.values() if "resnet" in family.name]
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        *((family, name) for family in TRANSFORMERS for name in ("read", "full", "lora+checkpoint")),
-        *((family, "read") for family in RESNETS),
+        *((family, "read") for family in FAMILIES.values()),
+        *(
+            pytest.param(family, name, marks=() if family.name in ("bert", "t5", "swin") else pytest.mark.all_laws)
+            for family in TRANSFORMERS
+            for name in ("full", "lora+checkpoint")
+        ),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -101,8 +106,15 @@ def test_a_plan_says_that_it_does_not_see_what_convolutions_work_in(family: Tiny
     assert "convolutions" in tuned.notes[0]
 
 
-@pytest.mark.parametrize("keep", ["replay", "int8", "bf16"])
-@pytest.mark.parametrize("family", TRANSFORMERS, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    ("family", "keep"),
+    [
+        pytest.param(family, keep, marks=() if keep == "replay" or family.name == "bert" else pytest.mark.all_laws)
+        for family in TRANSFORMERS
+        for keep in ("replay", "int8", "bf16")
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_every_way_of_keeping_is_planned(family: TinyFamily, keep: Any) -> None:
     model = ss.attach(family.model(), ss.ReadConfig(rank=16), head=HEAD, keep=keep).train()
     inputs = {**family.inputs(rows=16, tokens=24), "labels": family.labels(16)}
@@ -305,8 +317,10 @@ def test_recomputation_and_half_precision_need_less() -> None:
     assert plan(BERT, ss.FullConfig(), batch=2, optimizer="SGD").optimizer_bytes == 0
 
 
-@pytest.mark.parametrize("checkpoint", [None, "late"])
-@pytest.mark.parametrize("precision", ["float32", "bf16 autocast", "bfloat16"])
+@pytest.mark.parametrize(
+    ("precision", "checkpoint"),
+    [("float32", None), ("float32", "late"), ("bf16 autocast", "late"), ("bfloat16", None)],
+)
 def test_a_gpu_is_planned_without_one(precision: Any, checkpoint: Any) -> None:
     settings: dict[str, Any] = {"batch": 16, "length": 64, "precision": precision, "checkpoint": checkpoint}
     planned = plan(BERT, ss.LoraConfig(), device="cuda", **settings)
@@ -466,13 +480,16 @@ def test_sizes_of_memory() -> None:
             memory_of(text)
 
 
-def test_alternatives_say_what_each_method_takes_or_why_it_is_refused() -> None:
+def test_alternatives_say_what_each_method_takes_or_why_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = ("bitfit", "dtl", "full", "lora", "lst", "probe", "read")
+    monkeypatch.setattr(fit, "methods", lambda: {name: methods()[name] for name in some})
+
     def make(method: MethodConfig, **how: Any) -> ss.Plan:
         return plan(FAMILIES["llama"].build, method, batch=2, length=8, **how)
 
     asked = ss.ReadConfig(rank=3)
     found = {other.label: other for other in alternatives(make, asked)}
-    assert {"read", "probe", "full", "full+checkpoint", "lora+checkpoint", "bitfit"} <= set(found)
+    assert set(some) | {"full+checkpoint", "lora+checkpoint"} <= set(found)
     assert not {"probe+checkpoint", "probe+replay", "lora+replay"} & set(found)
     assert {"read+replay", "dtl+replay", "lst+replay"} <= set(found)
     assert found["bitfit"].plan is None
@@ -483,6 +500,13 @@ def test_alternatives_say_what_each_method_takes_or_why_it_is_refused() -> None:
     assert totals == sorted(totals)
     unplanned = [other.plan is None for other in found.values()]
     assert unplanned == sorted(unplanned)
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_is_planned(method: str) -> None:
+    found = plan(FAMILIES["vit"].build, methods()[method].config(), batch=2, optimizer="SGD")
+    assert found.method == method
+    assert found.peak_bytes > 0
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:

@@ -189,7 +189,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(ExactResume, "on_step_end", step_end)
 
 
-@pytest.mark.parametrize("steps", [3, 6, 8, 13, 17, 23])
+@pytest.mark.parametrize(
+    "steps", [3, 6, 17, *(pytest.param(steps, marks=pytest.mark.all_laws) for steps in (8, 13, 23))]
+)
 def test_a_run_that_was_killed_goes_on_to_the_same_task(
     steps: int, whole: Path, backbone: Path, data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,13 +208,6 @@ def test_facts_of_a_dispatched_model_are_found_without_its_weights(saved: Any) -
     assert disk.stacks["decoder"].stages == plain.stacks["decoder"].stages
 
 
-def test_a_backbone_on_several_devices_is_refused(saved: Any) -> None:
-    model: Any = backbone(saved(llama), "disk")
-    model.layers[1]._hf_hook.execution_device = "cuda:1"
-    with pytest.raises(ss.UnsupportedBackbone, match="cpu, cuda:1"):
-        ss.attach(model, ss.ReadConfig(rank=4))
-
-
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import own_process
 import sidestep as ss
 from sharded_processes import CASES
 from sidestep.model import build
@@ -32,17 +31,17 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     llama_backbone(folder / "llama")
     write(folder / "texts.csv", reviews(9))
     write(folder / "answers.jsonl", answered(9))
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(WORKER.parent)])}
-    done = subprocess.run(
-        [sys.executable, *launch, str(WORKER), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(PROCESSES)}
+    both = [
+        own_process.start(
+            WORKER, folder, said=folder / f"{rank}", env={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(PROCESSES)
+    ]
+    for rank, process in enumerate(both):
+        assert own_process.ended(process) == 0, (folder / f"{rank}.err").read_text()[-4000:]
     told: list[dict[str, Any]] = json.loads((folder / "found.json").read_text())
     assert len(told) == PROCESSES
     return told

@@ -5,12 +5,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from contextlib import suppress
@@ -22,6 +19,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+import own_process
 import sidestep as ss
 from sidestep.disk import task_folder
 from sidestep.disk.task_folder import CONFIG, WEIGHTS, TaskError
@@ -536,32 +534,28 @@ def test_one_process_writes_at_a_time(bank: ss.TaskBank, tmp_path: Path) -> None
 
 ADDING = """
 import sys
-from sidestep.disk import task_folder
+from pathlib import Path
 from sidestep.tasks.bank_folder import BankFolder
-print("ready", flush=True)
-sys.stdin.readline()
+Path(sys.argv[3]).touch()
 for number in range(1000):
     BankFolder(sys.argv[1]).add(f"task{number}", sys.argv[2])
 """
 
 
 def test_a_killed_process_leaves_the_old_state_or_the_new_one(tmp_path: Path) -> None:
-    source, folder = saved(tmp_path / "task", *STREAM["sparse"]), tmp_path / "bank"
+    source, folder, ready = saved(tmp_path / "task", *STREAM["sparse"]), tmp_path / "bank", tmp_path / "ready"
     expected = {name: content for name, content in state(source).items() if name != "README.md"}
     chance = random.Random(0)
     for _ in range(3):
         shutil.rmtree(folder, ignore_errors=True)
-        process = subprocess.Popen(
-            [sys.executable, "-c", ADDING, str(folder), str(source)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        assert process.stdin is not None
-        process.stdout.readline()
-        process.stdin.write(b"go\n")
-        process.stdin.flush()
+        ready.unlink(missing_ok=True)
+        process = own_process.start(ADDING, folder, source, ready)
+        while not ready.exists():
+            assert process.is_alive()
+            time.sleep(0.001)
         time.sleep(chance.uniform(0.05, 0.3))  # a random moment of the additions that go on there
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        assert own_process.ended(process) == -signal.SIGKILL
         bank = BankFolder(folder)
         assert not list(folder.glob(f"{STAGING}*"))
         for name in bank.names:

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import own_process
 import sidestep as ss
 from sidestep.backbone.load import load_backbone
 from sidestep.backbone.source import LoadError
@@ -214,7 +213,8 @@ def test_a_fresh_process_predicts_the_same(bert, tmp_path):
         "save_file({'logits': out}, sys.argv[2])\n"
     )
     out = tmp_path / "out.safetensors"
-    subprocess.run([sys.executable, "-c", program, tmp_path / "task", out], check=True, capture_output=True)
+    done = own_process.run(program, tmp_path / "task", out)
+    assert done.returncode == 0, done.stderr
     assert torch.equal(load_file(out)["logits"], logits(model))
 
 

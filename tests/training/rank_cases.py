@@ -8,6 +8,7 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 tests/training/r
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -278,12 +279,22 @@ def stop_after(step: int, run: Callable[[], object]) -> None:
 
 
 def go_on(folder: Path, run: Path) -> dict[str, torch.Tensor]:
-    """Resume the run that `resumed` has handed on, with however many processes."""
+    """Resume a run that `resumed` has handed on, with however many processes."""
     data = data_of(folder, "single")
     model = attached(folder, Case(method=ss.LSTConfig(reduction=4, dropout=0.0)), data)
     how = {"learning_rate": 1e-3, "save_steps": 1, "epochs": 2, "log_steps": 3}
-    training.train(model, data, settings_of(run, resume=True, **how))
+    results = training.train(model, data, settings_of(run, resume=True, **how))
+    assert results.resumed_from == 6
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def taken_over(folder: Path, place: Path) -> dict[str, torch.Tensor]:
+    """What two processes make of the run that one has handed on, once that one is through."""
+    of_one = folder / "of 1"
+    while not (of_one / FOUND).exists():
+        time.sleep(0.1)
+    ranks.first(lambda: shutil.copytree(of_one / "resumed" / "handed on", place))
+    return go_on(folder, place)
 
 
 def answers(folder: Path, place: Path) -> dict[str, Any]:
@@ -329,7 +340,7 @@ def run_all(folder: Path, only: Sequence[str] = ()) -> None:
     checks: dict[str, Callable[[Path, Path], Any]] = {name: partial(trained, name) for name in CASES}
     checks |= {"retrieval": retrieved, "solved": solved, "kept": kept, "resumed": resumed, "answers": answers}
     if ranks.count() > 1:
-        checks["refused"] = refused
+        checks |= {"refused": refused, "taken over": taken_over}
     found = {name: check(folder, place / name) for name, check in checks.items() if not only or name in only}
     if ranks.is_first():
         torch.save(found, place / "new.pt")

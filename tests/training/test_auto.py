@@ -33,6 +33,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer steps, rounds and fifths than a search needs to find anything."""
+    monkeypatch.setattr(module, "STEPS", 24)
+    monkeypatch.setattr(module, "MOST", 6)
+    monkeypatch.setattr(module, "FIFTHS", 3)
+
+
 def spec(place: Path, output: Path, **data: Any) -> ss.RunSpec:
     return ss.RunSpec(
         data=ss.DataSpec(train=place / "train.jsonl", dev=place / "dev.jsonl", text="text", **data),
@@ -56,7 +64,6 @@ class Lines:
 def test_the_better_half_goes_on_with_three_times_the_epochs_and_the_best_is_trained_on_all_rows(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MOST", 6)
     monkeypatch.setattr(module, "STEPS", 1)
     monkeypatch.setattr(module, "FIFTHS", 1)
     watch = Lines()

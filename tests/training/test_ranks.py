@@ -17,6 +17,7 @@ import rank_cases
 import torch
 from typer.testing import CliRunner
 
+import own_process
 from sidestep import ranks
 from sidestep.cli import app
 
@@ -109,9 +110,12 @@ def test_a_run_goes_on_bit_for_bit_and_with_another_number_of_processes_to_round
     assert one["resumed"]["same"]
     assert two["resumed"]["same"]
     ended = rank_cases.go_on(folder, folder / "of 1" / "resumed" / "handed on")
-    for name, value in rank_cases.go_on(folder, folder / "of 2" / "resumed" / "handed on").items():
-        # AdamW's steps turn rounding of small gradients into a small share of a step
-        torch.testing.assert_close(value, ended[name], rtol=0, atol=1e-5)
+    to_fewer = rank_cases.go_on(folder, folder / "of 2" / "resumed" / "handed on")
+    for other in (to_fewer, two["taken over"]):
+        assert other.keys() == ended.keys()
+        for name, value in other.items():
+            # AdamW's steps turn rounding of small gradients into a small share of a step
+            torch.testing.assert_close(value, ended[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -166,21 +170,18 @@ with ranks.together():
 """
 
 
-def test_who_waits_for_one_that_failed_names_it_and_its_reason() -> None:
+def test_who_waits_for_one_that_failed_names_it_and_its_reason(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    group |= {"PYTHONPATH": os.pathsep.join(sys.path), ranks.TIMEOUT: "2m"}
+    group[ranks.TIMEOUT] = "2m"
     both = [
-        subprocess.Popen(
-            [sys.executable, "-c", FAILS],
-            env={**os.environ, **group, "RANK": str(number), "LOCAL_RANK": str(number)},
-            stderr=subprocess.PIPE,
-            text=True,
+        own_process.start(
+            FAILS, said=tmp_path / f"{number}", env={**group, "RANK": str(number), "LOCAL_RANK": str(number)}
         )
         for number in range(2)
     ]
-    said = [process.communicate(timeout=240)[1] for process in both]
-    assert [process.returncode for process in both] == [1, 1]
+    assert [own_process.ended(process) for process in both] == [1, 1]
+    said = [(tmp_path / f"{number}.err").read_text() for number in range(2)]
     assert "RankEnded: rank 1 of 2 ended: ValueError: row 17 cannot be read" in said[0]
     assert "RankEnded" not in said[1]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import own_process
 import sidestep as ss
 from sidestep import metrics
 from sidestep.backbone.load import load_backbone
@@ -333,39 +330,31 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(StopIfDiverged, "on_step_begin", stop, raising=False)
 
 
-@pytest.mark.parametrize("stop", [13, 21])
+@pytest.mark.parametrize(
+    ("how", "stops"),
+    [
+        # checkpoints within an epoch of 8 steps: of the second, and of the third
+        ({"save_steps": 5}, {13: 10, 21: 20}),
+        # at the end of one
+        ({"patience": 2}, {9: 8, 16: 16}),
+    ],
+)
 def test_an_interrupted_run_continues_to_the_same_bits(
-    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], stops: dict[int, int]
 ) -> None:
-    """Step 13 continues from a checkpoint within epoch 2 (step 10), 21 from within epoch 3 (step 20)."""
-    data = task_data(backbone)
-    how: dict[str, Any] = {"epochs": 3, "save_steps": 5}
-    train(attached(backbone, data), data, settings(tmp_path / "whole", **how))
-    with monkeypatch.context() as patched:
-        interrupt_at(patched, stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(attached(backbone, data), data, settings(tmp_path / "parts", **how))
-    # other initial weights: all that counts comes from the checkpoint
-    results = train(attached(backbone, data, seed=9), data, settings(tmp_path / "parts", **how, resume=True))
-    assert results.resumed_from == {13: 10, 21: 20}[stop]
-    assert task_bytes(tmp_path / "parts") == task_bytes(tmp_path / "whole")
-    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("stop", [9, 16])
-def test_an_interrupted_run_continues_from_the_end_of_an_epoch(
-    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
-) -> None:
-    data = task_data(backbone)
-    train(attached(backbone, data), data, settings(tmp_path / "whole", epochs=3, patience=2))
-    with monkeypatch.context() as patched:
-        interrupt_at(patched, stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(attached(backbone, data), data, settings(tmp_path / "parts", epochs=3, patience=2))
-    resumed = settings(tmp_path / "parts", epochs=3, patience=2, resume=True)
-    assert train(attached(backbone, data, seed=9), data, resumed).resumed_from == stop // 8 * 8
-    assert task_bytes(tmp_path / "parts") == task_bytes(tmp_path / "whole")
-    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    data, whole = task_data(backbone), tmp_path / "whole"
+    train(attached(backbone, data), data, settings(whole, epochs=3, **how))
+    for stop, resumed_from in stops.items():
+        parts = tmp_path / f"parts {stop}"
+        with monkeypatch.context() as patched:
+            interrupt_at(patched, stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(attached(backbone, data), data, settings(parts, epochs=3, **how))
+        # other initial weights: all that counts comes from the checkpoint
+        results = train(attached(backbone, data, seed=9), data, settings(parts, epochs=3, **how, resume=True))
+        assert results.resumed_from == resumed_from
+        assert task_bytes(parts) == task_bytes(whole)
+        assert log_of(parts) == log_of(whole)
 
 
 def test_images_and_noise_resume_exactly_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,66 +379,50 @@ def test_images_and_noise_resume_exactly_too(tmp_path: Path, monkeypatch: pytest
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
 
 
-KILLED_HOW: dict[str, Any] = {"epochs": 16, "save_steps": 3}
+KILLED_HOW: dict[str, Any] = {"epochs": 4, "save_steps": 3}
 KILLED = """
-import sys
-from dataclasses import replace
+import os, signal, sys
 from pathlib import Path
-sys.path[:0] = {tests!r}
-import datasets, torch, transformers
+import datasets, transformers
 transformers.logging.disable_progress_bar()
 datasets.disable_progress_bars()
-torch.set_num_threads(1)
 import test_train as t
-data = t.task_data(Path({backbone!r}))
-resume = len(sys.argv) > 2
-t.train(t.attached(Path({backbone!r}), data), data, t.settings(Path(sys.argv[1]), resume=resume, **t.KILLED_HOW))
+
+step = t.trainer.TaskTrainer.training_step
+
+def killed(self, *given, **how):
+    loss = step(self, *given, **how)
+    if self.state.global_step == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss
+
+backbone, output, resume = Path(sys.argv[1]), Path(sys.argv[2]), len(sys.argv) > 3
+if not resume:
+    t.trainer.TaskTrainer.training_step = killed
+data = t.task_data(backbone)
+t.train(t.attached(backbone, data), data, t.settings(output, resume=resume, **t.KILLED_HOW))
 """
 
 
 def test_a_run_killed_in_the_middle_of_an_epoch_ends_with_the_same_bits(backbone: Path, tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(
-        KILLED.format(tests=[str(folder) for folder in Path(__file__).parents[:2]], backbone=str(backbone))
-    )
-
-    def start(*arguments: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, str(script), *arguments], env=environment)
-
     parts, whole = tmp_path / "parts", tmp_path / "whole"
-    with start(str(parts)) as run:
-        try:
-            middle = _wait_for_mid_epoch(parts, run)
-        finally:
-            run.kill()
-    assert run.returncode == -signal.SIGKILL
+    assert own_process.run(KILLED, backbone, parts).returncode == -signal.SIGKILL
     assert not (parts / "results.json").exists()
     last = checkpoints.last_complete(parts / checkpoints.FOLDER)
     assert last is not None
-    assert checkpoints.step_of(last) >= middle
+    assert checkpoints.step_of(last) == 18  # in an epoch of 8 steps
     # and what a kill in the middle of a save leaves behind
     half = last.with_name("checkpoint-9999")
     half.mkdir()
     shutil.copy(last / "model.safetensors", half)
-    assert start(str(parts), "resume").wait() == 0
+    resumed = own_process.run(KILLED, backbone, parts, "resume")
+    assert resumed.returncode == 0, resumed.stderr
     data = task_data(backbone)
     train(attached(backbone, data), data, settings(whole, **KILLED_HOW))
     assert not half.exists()
-    assert json.loads((parts / "results.json").read_text())["resumed_from"] == checkpoints.step_of(last)
+    assert json.loads((parts / "results.json").read_text())["resumed_from"] == 18
     assert task_bytes(parts) == task_bytes(whole)
     assert log_of(parts) == log_of(whole)
-
-
-def _wait_for_mid_epoch(output: Path, run: subprocess.Popen[bytes]) -> int:
-    """The step of a complete checkpoint that is no epoch's end (8 steps), as soon as there is one past 16."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end and run.poll() is None:
-        last = checkpoints.last_complete(output / checkpoints.FOLDER)
-        if last is not None and checkpoints.step_of(last) > 16 and checkpoints.step_of(last) % 8:
-            return checkpoints.step_of(last)
-        time.sleep(0.002)
-    raise AssertionError("the run ended before it could be killed")
 
 
 def test_half_written_checkpoints_are_passed_over(backbone: Path, tmp_path: Path) -> None:

@@ -354,8 +354,11 @@ def _load_transformers(
         blank = partial(getattr(kind, "from_config", None) or kind._from_config, copy.deepcopy(config), dtype=wide)
         placed = placement.options(name, blank, packed=weights is not None)
         on_disk = DISK in placed["device_map"].values()
-        if quantize is not None and on_disk:
-            raise LoadError(f"quantize={quantize!r} with weights on {DISK}, which are not quantised: leave one out")
+        if on_disk and (quantize is not None or stored_quantization(config) is not None):
+            raise LoadError(
+                f"{name} is quantised, and codes cannot be brought from {DISK} for each call. Leave device_map out: on "
+                "a CPU the codes of a checkpoint that is quantised already stay in its file. Or leave quantize out"
+            )
         if is_gguf(name) and on_disk:
             raise LoadError(f"{name} cannot be placed on {DISK}: transformers unpacks it in memory. Take safetensors")
     with quiet(local=weights is not None or Path(place).is_dir()), as_load_error(name, "weights"), unwarned():

@@ -33,23 +33,19 @@ class DeferredStrand(Strand):
 
     Attributes:
         reads: of this pass.
-        border: the method's first write, or None if it never writes.
         cached: whether a key-value cache was given that a second pass would be given again.
         sites: those of the stack so far, the first at its start, and the codes of the others.
         root: see `Reads.root`.
         first: the number of the stack's first read.
         settled: whether the states up to here have been computed.
-        crossed: whether the border is behind.
     """
 
     reads: Reads = field(kw_only=True)
-    border: Site | None = field(kw_only=True)
     cached: bool = field(kw_only=True)
     sites: list[tuple[Site, Any]] = field(default_factory=list)
     first: int = 0
     root: Tensor | None = None
     settled: bool = False
-    crossed: bool = False
 
     def check(self, passed: Pass) -> None:
         """Refuse a cache that was given, or that the method writes to: both passes would add their tokens to it.
@@ -75,14 +71,11 @@ class DeferredStrand(Strand):
         """Read, and at the border settle and write."""
         if self.crossed:
             return super().advance(hidden, site)
-        self.sites.append((site, self.reads.read(hidden, site)))
-        if self.border is None or not same_place(site, self.border):
+        self.sites.append((self.home.site(site), self.reads.read(hidden, site)))
+        if not self.crosses(site):
             return hidden
         self._settle()
-        self.crossed = True
-        self.state, written = self.method.write(self.state, hidden, site)
-        self.written |= written is not hidden
-        return written
+        return self.write(self.home.tensor(hidden), self.home.site(site), hidden)
 
     def memory(self, site: Site) -> Tensor | None:
         """The encoder's own output before the border, as the first write says."""
@@ -92,7 +85,7 @@ class DeferredStrand(Strand):
         """End a stack: at the latest here its states are needed."""
         if not self.settled and not self.crossed:
             self._settle()
-        self.crossed |= self.border is not None and same_place(site, self.border)
+        self.crosses(site)
         return super().finish(raw, normed, site, own)
 
     def _settle(self) -> None:
@@ -143,8 +136,3 @@ class SecondStrand(Strand):
     def finish(self, raw: Tensor, normed: Tensor, site: Site, own: Callable[[Tensor], slice]) -> Tensor:
         """The stack's own output."""
         return normed
-
-
-def same_place(a: Site, b: Site) -> bool:
-    """Whether two sites are the same place of a backbone, in whatever pass."""
-    return (a.kind, a.stack, a.index) == (b.kind, b.stack, b.index)

@@ -17,6 +17,7 @@ from torch.func import functional_call, stack_module_state
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
+from sidestep.fold.home import Home
 from sidestep.fold.passes import Reading, mean_tokens
 from sidestep.fold.rows import Rows
 from sidestep.fold.strand import Strand
@@ -33,10 +34,12 @@ class Group:
 
     Attributes:
         methods: the side networks. Where there are several, none corrects the head's vector or learns.
+        home: where they are.
         rows: of the batch, for each. None: all of them run on all rows.
     """
 
     methods: Sequence[SideNet]
+    home: Home
     rows: Sequence[Rows] | None = None
 
     def at_once(self) -> list[list[int]]:
@@ -71,11 +74,12 @@ class GroupStrand(Strand):
 
     def start(self, site: Site) -> None:
         """Note that a stack begins."""
-        self.events.append(partial(_Alone.begin, site=site))
+        self.events.append(partial(_Alone.begin, site=self.group.home.site(site)))
 
     def advance(self, hidden: Tensor, site: Site) -> Tensor:
         """Note what came by, and hand it on."""
-        self.events.append(partial(_Alone.pass_site, hidden=hidden, site=site))
+        home = self.group.home
+        self.events.append(partial(_Alone.pass_site, hidden=home.tensor(hidden), site=home.site(site)))
         return hidden
 
     def memory(self, site: Site) -> None:
@@ -84,8 +88,9 @@ class GroupStrand(Strand):
 
     def finish(self, raw: Tensor, normed: Tensor, site: Site, own: Callable[[Tensor], slice]) -> Tensor:
         """Note that a stack ends. At the last one, run them all."""
-        mean = self.mean_first and site.head
-        self.events.append(partial(_Alone.end, raw=raw, normed=normed, site=site, own=own, mean_first=mean))
+        home, mean = self.group.home, self.mean_first and site.head
+        at_end = partial(_Alone.end, site=home.site(site), own=own, mean_first=mean)
+        self.events.append(partial(at_end, raw=home.tensor(raw), normed=home.tensor(normed)))
         if site.head:
             self.readings = self._run()
         elif type(self.method).carry is not SideNet.carry:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from sidestep.fold.deferred import DeferredStrand
 from sidestep.fold.forms import ELSEWHERE, FORMS, fitting, warn_if_idle
+from sidestep.fold.home import Home
 from sidestep.fold.passes import FoldError
 from sidestep.fold.reads import Reads
 from sidestep.fold.strand import Strand
@@ -31,6 +32,7 @@ class Keeping:
         frozen: whether nothing before its first write may require a gradient.
         border: the site of that write, or None if it never writes.
         keep: the way. "auto" replays one step, sees in it how much there is to keep, and then takes what fits.
+        home: where the method is.
 
     Attributes:
         way: `keep`, or what "auto" has chosen.
@@ -38,8 +40,8 @@ class Keeping:
         proved: whether a second pass has read what the first had read.
     """
 
-    def __init__(self, method: SideNet, border: Site | None, keep: Keep, *, frozen: bool) -> None:
-        self.method, self.border, self.frozen = method, border, frozen
+    def __init__(self, method: SideNet, border: Site | None, keep: Keep, *, frozen: bool, home: Home) -> None:
+        self.method, self.border, self.frozen, self.home = method, border, frozen, home
         self.way: Keep = keep
         self.proved, self.on_gpu = False, False
         self._warned = False
@@ -62,13 +64,17 @@ class Keeping:
         """
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.method.parameters())
         if self.way == "full" or not self.frozen or not learns:
-            return Strand(self.method, self.frozen, carried)
+            return self.plain(carried)
         form = ELSEWHERE if self.way == "offload" and self.on_gpu else FORMS.get(self.way)
         twice = form is None
         again = partial(self._again, call, second_pass, _versions(call) if twice else [])
-        reads = Reads(self.method, form, again, compares=twice and not self.proved)
-        cached &= twice
-        return DeferredStrand(self.method, self.frozen, carried, reads=reads, border=self.border, cached=cached)
+        reads = Reads(self.method, form, again, twice and not self.proved, self.home)
+        own: dict[str, Any] = {"border": self.border, "home": self.home, "cached": cached and twice}
+        return DeferredStrand(self.method, self.frozen, carried, reads=reads, **own)
+
+    def plain(self, carried: Tensor | None) -> Strand:
+        """The method along a pass in which autograd keeps what it needs."""
+        return Strand(self.method, self.frozen, carried, border=self.border, home=self.home)
 
     @property
     def is_proved(self) -> bool:

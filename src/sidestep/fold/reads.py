@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from sidestep.fold.forms import Form
+from sidestep.fold.home import Home
 from sidestep.fold.passes import FoldError
 from sidestep.interface.layers import matmul_precision
 from sidestep.interface.side_net import SideNet
@@ -69,6 +70,7 @@ class Reads:
         form: in which hidden states wait. None: a second pass brings them.
         second_pass: runs the frozen blocks again and gives each hidden state to `weigh`.
         compares: whether the second pass's codes are compared with the first's.
+        home: where the method is.
 
     Attributes:
         imagined: whether the pass has no values (a plan's).
@@ -78,6 +80,7 @@ class Reads:
     form: Form | None
     second_pass: Callable[[Reads], None]
     compares: bool
+    home: Home = field(default=Home())
     reads: list[Read] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -98,7 +101,7 @@ class Reads:
         draws = self.trains and not self.imagined
         before = _random_state(hidden) if draws else None
         with torch.no_grad(), self.autocast():
-            codes = self.method.read(hidden, site)
+            codes = self.home.read(self.method, hidden, site)
         tensors = tensors_of(codes)
         if not tensors:
             return codes
@@ -196,7 +199,7 @@ class Reads:
 
     def _add(self, one: Read, hidden: Tensor) -> None:
         with torch.enable_grad(), self.autocast(), _drawing_again(one, hidden):
-            codes = tensors_of(self.method.read(hidden.detach(), one.site))
+            codes = tensors_of(self.home.read(self.method, hidden.detach(), one.site))
         if one.codes is not None:
             self._compare(one, codes)
         pairs = [

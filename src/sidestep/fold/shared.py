@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from sidestep.backbone import Facts, as_tokens
-from sidestep.fold.fold import BUSY, Fold
+from sidestep.fold.fold import Fold
 from sidestep.fold.group import Group, GroupStrand
 from sidestep.fold.hooks import Hooks
 from sidestep.fold.passes import FoldError, Reading
 from sidestep.fold.rows import Rows
 from sidestep.fold.stored import place_name
-from sidestep.fold.turns import Turn
+from sidestep.fold.turns import BUSY, Turn
 from sidestep.interface.sites import Place, Site
 
 
@@ -73,7 +73,8 @@ class SharedFold:
         hooks = Hooks(self, self.trunk, self.trunk, self.places)
         self.folds = [group[0] for group in groups]
         for fold, group, own in zip(self.folds, groups, rows or [None] * len(groups), strict=True):
-            fold.group = Group([one.method for one in group], own) if len(group) > 1 or own is not None else None
+            alone = len(group) == 1 and own is None
+            fold.group = None if alone else Group([one.method for one in group], fold.home, own)
         try:
             with self.turn:
                 output = call()

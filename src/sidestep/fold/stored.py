@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from sidestep.backbone.calls import argument_names, bound, replace_forward
 from sidestep.backbone.facts import Layout
-from sidestep.fold.deferred import Ended, same_place
+from sidestep.fold.deferred import Ended
 from sidestep.fold.reads import tensors_of
 from sidestep.fold.strand import Strand
 from sidestep.interface.side_net import SideNet
-from sidestep.interface.sites import Place, Site
+from sidestep.interface.sites import Place, Site, same_place
 
 
 def place_name(site: Site) -> str:

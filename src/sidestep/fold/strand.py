@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from sidestep.fold.caches import SideCache
+from sidestep.fold.home import Home
 from sidestep.fold.passes import FoldError, Pass, Reading
 from sidestep.interface.side_net import SideNet
-from sidestep.interface.sites import Site
+from sidestep.interface.sites import Site, same_place
 
 
 @dataclass
@@ -24,8 +25,11 @@ class Strand:
         method: the side network.
         frozen: whether nothing before the method's first write may require a gradient.
         carried: what an encoder gave its decoder, (batch, tokens, any).
+        border: the method's first write, or None if it never writes.
+        home: where the method is.
         state: the method's own.
         cache: its part of the stack's key-value cache, where it keeps one.
+        crossed: whether the border is behind.
         written: whether it has returned another hidden state.
         row: (batch, 1, width) what the head reads, on its way through the final norm, where the fold is narrowed.
         reading: what the head reads, at the end.
@@ -34,8 +38,11 @@ class Strand:
     method: SideNet
     frozen: bool
     carried: Tensor | None = None
+    border: Site | None = field(default=None, kw_only=True)
+    home: Home = field(default=Home(), kw_only=True)
     state: Any = None
     cache: SideCache | None = None
+    crossed: bool = False
     written: bool = False
     row: Tensor | None = None
     reading: Reading | None = None
@@ -45,7 +52,7 @@ class Strand:
 
     def start(self, site: Site) -> None:
         """Begin a stack at its first site."""
-        self.state = self.method.start(site, self.carried)
+        self.state = self.method.start(self.home.site(site), self.carried)
 
     def step(self, hidden: Tensor, site: Site) -> Tensor:
         """Advance the method and let it write, with the guards on the batch and on what lies before its first write.
@@ -68,15 +75,34 @@ class Strand:
         return self.advance(hidden, site)
 
     def advance(self, hidden: Tensor, site: Site) -> Tensor:
-        """What goes on in the place of a hidden state."""
-        self.state = self.method.advance(self.state, hidden, site)
-        self.state, written = self.method.write(self.state, hidden, site)
-        self.written |= written is not hidden
-        return written
+        """What goes on in the place of a hidden state. One that is elsewhere stays there where its codes are enough."""
+        here, may_write = self.home.site(site), self.crosses(site)
+        reads_there = self.home.is_away(hidden) and self.method.splits
+        if reads_there:
+            self.state = self.method.step(self.state, self.home.read(self.method, hidden, site), here)
+            if not may_write:
+                return hidden
+        own = self.home.tensor(hidden)
+        if not reads_there:
+            self.state = self.method.advance(self.state, own, here)
+        return self.write(own, here, hidden)
+
+    def crosses(self, site: Site) -> bool:
+        """Whether the border is at this site or behind, so that the method may write here."""
+        self.crossed |= self.border is not None and same_place(site, self.border)
+        return self.crossed
+
+    def write(self, own: Tensor, site: Site, hidden: Tensor) -> Tensor:
+        """What goes on in the place of a hidden state, by what the method makes of it at home (`own`)."""
+        self.state, written = self.method.write(self.state, own, site)
+        if written is own:
+            return hidden
+        self.written = True
+        return written.to(hidden.device)
 
     def memory(self, site: Site) -> Tensor | None:
         """What a decoder block reads in the place of the encoder's output, or None for the encoder's."""
-        memory = self.method.memory(self.state, site)
+        memory = self.method.memory(self.state, self.home.site(site))
         self.written |= memory is not None
         return memory
 
@@ -89,18 +115,19 @@ class Strand:
             site: the end of the stack.
             own: which of a tensor's tokens are in the stack's own output. A norm may stand behind what is cropped.
         """
-        method, state = self.method, self.state
-        output = method.finish(state, raw, normed, site)
-        self.written |= output is not normed
+        method, state, site = self.method, self.state, self.home.site(site)
+        end = self.home.tensor(normed)
+        output = method.finish(state, end if raw is normed else self.home.tensor(raw), end, site)
+        self.written |= output is not end
         if site.head:
             correct = partial(method.correct, state, site) if method.corrects else None
             read = own(output)
             keep = site.keep if site.keep is None else site.keep[:, read]
             self.reading = Reading(output[:, read], replace(site, keep=keep), method.pooled(state, site), correct)
-            return output
-        carried = method.carry(state)
-        self.carried = None if carried is None else carried[:, own(carried)]
-        return output
+        else:
+            carried = method.carry(state)
+            self.carried = None if carried is None else carried[:, own(carried)]
+        return normed if output is end else output.to(normed.device)
 
     def read_output(self, hidden: Tensor, site: Site) -> None:
         """Note that the head reads the trunk's own output, (batch, tokens, any). A read-out of the method's own stays.
@@ -112,4 +139,4 @@ class Strand:
         if self.reading is None:
             self.finish(hidden, hidden, site, lambda _: slice(None))
         else:
-            self.reading = replace(self.reading, hidden=hidden, site=site)
+            self.reading = replace(self.reading, hidden=self.home.tensor(hidden), site=self.home.site(site))

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+BUSY = (
+    "this model is in the middle of another call: use one model per thread, or take turns with a lock around each call"
+)
+
 
 class Turn:
     """A context that one call at a time can be in.

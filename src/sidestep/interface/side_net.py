@@ -98,7 +98,8 @@ class SideNet(nn.Module, ABC):
     def read(self, hidden: Tensor, site: Site) -> Any:
         """The codes of a hidden state (batch, tokens, width): a tensor, a tuple of tensors, or None for nothing.
 
-        It may draw random numbers (dropout of what is read).
+        It may draw random numbers (dropout of what is read). The hidden state may be on another device than the method:
+        a `Tap` runs there, and the codes may be on either.
         """
         return hidden
 

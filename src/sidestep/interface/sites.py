@@ -222,6 +222,13 @@ class Site:
         """This site with what belongs to one pass filled in."""
         return replace(self, keep=keep, key_keep=key_keep, memory_keep=memory_keep, grid=grid, past=past, cache=cache)
 
+    def at(self, device: torch.device) -> Site:
+        """This site with the masks of its pass on a device."""
+        keep, key_keep, memory_keep = (
+            None if mask is None else mask.to(device) for mask in (self.keep, self.key_keep, self.memory_keep)
+        )
+        return replace(self, keep=keep, key_keep=key_keep, memory_keep=memory_keep)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -239,6 +246,11 @@ class Place:
     name: str
     module: nn.Module
     linear: frozenset[str] | None = None
+
+
+def same_place(a: Site, b: Site) -> bool:
+    """Whether two sites are the same place of a backbone, in whatever pass."""
+    return (a.kind, a.stack, a.index) == (b.kind, b.stack, b.index)
 
 
 def of_stack(sites: Sequence[Site], stack: str) -> list[Site]:

@@ -18,6 +18,8 @@ class Tap(nn.Module):
     keeps one scalar per token. The norm's trainable scale is folded into the map, so no normalised copy exists. The
     input's gradient is returned where the input requires one.
 
+    A tap runs on its input's device: the map goes there, and the narrow result comes back.
+
     Args:
         width: channels of the site.
         rank: channels of the result.
@@ -34,14 +36,15 @@ class Tap(nn.Module):
         self.scale = nn.Parameter(torch.ones(width)) if form == "rms" else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(batch, tokens, width) in any precision -> (batch, tokens, rank) in the tap's own."""
+        """(batch, tokens, width) in any precision -> (batch, tokens, rank) in the tap's own, on its device."""
         if self.form == "relu":
             hidden = hidden.relu()
         weight = self.weight if self.scale is None else self.weight * self.scale
         # The map runs in the input's precision: upcasting the input would keep a second, wider copy of it.
-        out = F.linear(hidden, weight.to(hidden.dtype)).to(self.weight.dtype)
+        out = F.linear(hidden, weight.to(hidden)).to(self.weight.dtype)
         if self.form == "rms":
             out = out * self._inverse_rms(hidden)
+        out = out.to(self.weight.device)
         return out if self.bias is None else out + self.bias
 
     def _inverse_rms(self, hidden: Tensor) -> Tensor:

@@ -12,18 +12,22 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from sidestep.backbone import Facts, is_encoder_decoder, prove_replay
 from sidestep.backbone.families import Pool, family_of
 from sidestep.backbone.shards import is_sharded
+from sidestep.backbone.trunk import device_of
 from sidestep.fold import is_hooked
-from sidestep.fold.deferred import same_place
+from sidestep.fold.home import Home
 from sidestep.interface.keep import Keep
 from sidestep.interface.offload import devices_of, is_offloaded
 from sidestep.interface.registry import Method
-from sidestep.interface.sites import Place, Site
+from sidestep.interface.sites import Place, Site, same_place
 from sidestep.messages import some
 from sidestep.methods import ProbeConfig, SideNet, UnsupportedBackbone, WeightDelta
 from sidestep.methods.controls import Probe
-from sidestep.model.heads import HeadConfig
+from sidestep.model.heads import HeadConfig, Retrieve
 from sidestep.model.settings import Settings
 from sidestep.model.trainer_face import TrainerFace
+
+SEVERAL = 2
+"""From how many devices on a method's home has to be chosen."""
 
 
 def check_attachable(backbone: nn.Module) -> None:
@@ -69,16 +73,39 @@ def refuse_zero3() -> None:
         )
 
 
-def check_one_device(backbone: nn.Module) -> None:
-    """Refuse a backbone whose modules run on several devices: a side network would read states of all of them.
+def home_of(backbone: nn.Module, places: Sequence[Place]) -> Home:
+    """Where the method and the head are put, if a backbone's modules run on several devices: where its last part runs.
+
+    Nothing is said of a backbone on one device, because that may be moved.
+    """
+    if len(devices_of(backbone)) < SEVERAL:
+        return Home()
+    last = next(place.module for place in reversed(places) if any(True for _ in place.module.parameters()))
+    return Home(device_of(last))
+
+
+def check_devices(record: Method, settings: Settings, backbone: nn.Module) -> None:
+    """Refuse what needs a whole backbone on one device, if its modules run on several.
 
     Raises:
-        UnsupportedBackbone: naming them.
+        UnsupportedBackbone: naming the devices.
     """
-    if len(devices := devices_of(backbone)) > 1:
+    if len(devices := devices_of(backbone)) < SEVERAL:
+        return
+    method, why = record.implementation, ""
+    if issubclass(method, WeightDelta):
+        why = f"{record.name} changes weights of all blocks"
+    elif method.replays:
+        why = f"{record.name} runs its queries through the parts of each block"
+    elif isinstance(settings.head, Retrieve):
+        why = "a Retrieve head compares what two encoders give"
+    elif settings.lm_loss == "chunked":
+        why = "lm_loss='chunked' runs the language model's head by itself"
+    if why:
         raise UnsupportedBackbone(
-            f"the modules of {type(backbone).__name__} run on {some(sorted(map(str, devices)))}, and a side network "
-            "needs one device. Show one card (CUDA_VISIBLE_DEVICES=0) and place the rest on cpu or disk, or use --shard"
+            f"the modules of {type(backbone).__name__} run on {some(sorted(map(str, devices)))}, and {why}: this was "
+            "built for one device. Choose another method or setting (read, sherl and dtl work), or show one card "
+            "(CUDA_VISIBLE_DEVICES=0) and place the rest on cpu or disk"
         )
 
 

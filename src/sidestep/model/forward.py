@@ -100,7 +100,9 @@ class Forward(TrainerFace):
         )
         if features is not None and features.vector is not None:
             assert self.head is not None
-            return self._answer(self.head.map(features.vector, features.keep), None, labels, items, as_dict=as_dict)
+            home = self.fold.home
+            keep = None if features.keep is None else home.tensor(features.keep)
+            return self._answer(self.head.map(home.tensor(features.vector), keep), None, labels, items, as_dict=as_dict)
         output, reading = self._read(args, kwargs, features)
         if self.head is None:
             loss = None if labels is None else nn.functional.cross_entropy(output, labels)
@@ -120,12 +122,17 @@ class Forward(TrainerFace):
             args, kwargs = (*args, *kwargs.values()), {}
         output, reading = self.fold.run(self._entry(self.trunk, features), *args, **kwargs)
         if self.head is not None and self._reads_own and reading is not None and reading.pooled is None:
-            reading = replace(reading, pooled=output.pooler_output)
+            reading = replace(reading, pooled=self.fold.home.tensor(output.pooler_output))
         return output, reading
 
     def _answer(self, logits: Tensor, output: Any, labels: Tensor | None, items: Any, *, as_dict: bool) -> Any:
-        """The output of a model with a Sidestep head."""
+        """The output of a model with a Sidestep head.
+
+        It is where the inputs are, as accelerate sends a dispatched model's.
+        """
         assert self.head is not None
+        if self.fold.home.device is not None:
+            logits = logits.to(self.device if labels is None else labels.device)
         loss, images = None if labels is None else self.head.loss(logits, labels, items), self.main_input_name
         found = outputs.classified(loss, logits, output, self.backbone, reads_images=images == "pixel_values")
         return found if as_dict else found.to_tuple()

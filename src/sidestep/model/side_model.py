@@ -61,7 +61,7 @@ class SideModel(Forward):
         self.record: Method = method_of(settings.method)
         self.extras: dict[str, Any] = {}
         self._digest: Digest | None = None
-        build.check_one_device(backbone)
+        build.check_devices(self.record, settings, backbone)
         retie(backbone)
         self.facts = backbones.facts_of(backbone)
         build.check_head(backbone, self.facts, settings.head)
@@ -87,7 +87,8 @@ class SideModel(Forward):
         settings, sites, trunk = self.settings, [place.site for place in self.places], backbones.trunk_of(backbone)
         self.backbone = backbone
         self.attached_shapes = backbones.embedding_shapes(backbone)
-        device = backbones.device_of(backbone)
+        home = build.home_of(backbone, self.places)
+        device = home.device or backbones.device_of(backbone)
         self.side = side.to(device=device)
         pool, through = self.pool, self._reads_own
         self.head = None
@@ -112,6 +113,7 @@ class SideModel(Forward):
             border=self._first_write(),
             keep=build.checked_keep(self.record, settings, side, self.delta),
             pools=self.head is not None,
+            home=home,
             diff=self.sparse,
         )
         hooks = Hooks(self.fold, trunk if self.head is not None else backbone, trunk, self.places)

@@ -158,7 +158,8 @@ def plan_for(
         del loss
         # its state is made beside the ledger, because a step finds it in place
         if any(parameter not in step.optimizer.state for parameter in step.parameters):
-            step.optimizer.step()
+            with _at_once(step.optimizer):
+                step.optimizer.step()
         with step.ledger:
             step.update()
         top = step.ledger.highest()
@@ -311,6 +312,19 @@ def check_choices(precision: str, optimizer: str, device: str) -> None:
 
 def _kernels(device: Device) -> AbstractContextManager[Any]:
     return CudaKernels() if device == "cuda" else nullcontext()
+
+
+@contextmanager
+def _at_once(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Steps on all parameters together, which on the CPU leave the same state after far fewer operations."""
+    groups = [group for group in optimizer.param_groups if group.get("foreach") is False]
+    for group in groups:
+        group["foreach"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["foreach"] = False
 
 
 @contextmanager

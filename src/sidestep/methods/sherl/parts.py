@@ -131,7 +131,7 @@ class Aggregation(nn.Module):
 
     def let_through(self, last: Tensor) -> Tensor:
         """What the gate leaves of the hidden state that is replaced."""
-        return torch.tanh(self.gate / GATE_SCALE) * last.to(self.gate.dtype)
+        return torch.tanh(self.gate / GATE_SCALE).to(last.device) * last.to(self.gate.dtype)
 
     def merged(self, rest: Tensor, *codes: Tensor) -> Tensor:
         """What is made of the levels' codes, added to what the gate let through."""
