@@ -49,7 +49,6 @@ from sidestep.training.settings import TrainSettings
 RESULTS = Path(__file__).parent / "results" / "offloaded.jsonl"
 WORDS = 32_000
 METHODS = ("read", "readout")
-TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -201,10 +200,10 @@ def in_4bit(folder: Path, method: str, size: Size, packed: Path | None) -> dict[
     }
 
 
-def times(folder: Path, method: str, size: Size) -> dict[str, Any]:
+def times(folder: Path, method: str, size: Size, turns: int) -> dict[str, Any]:
     """Seconds of a run offloaded and plain, in turns. The loading of the model does not count."""
     seconds: dict[str, list[float]] = {"disk": [], "plain": []}
-    for _ in range(TURNS):
+    for _ in range(turns):
         for name, device_map in (("disk", "disk"), ("plain", None)):
             backbone = load_backbone(folder, device_map=device_map)
             begin = time.perf_counter()
@@ -223,6 +222,7 @@ def main() -> None:
     parser.add_argument("--what", choices=("memory", "time", "4bit"), default="memory")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--plain", action="store_true", help="memory of the plain run instead")
+    parser.add_argument("--turns", type=int, default=3, help="of --what time")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
@@ -241,7 +241,7 @@ def main() -> None:
         alone("write")  # it takes memory, which is to be another process's
     ways = ("at load", "file") if asked.what == "4bit" else ("plain" if asked.plain else "disk",)
     for method, way in product(asked.methods.split(","), ways):
-        found = times(asked.folder, method, size) if asked.what == "time" else alone(way, "--one", method)
+        found = times(asked.folder, method, size, asked.turns) if asked.what == "time" else alone(way, "--one", method)
         about = {"what": asked.what, "method": method, "weights": way, **vars(size), **found}
         about |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
         print(json.dumps(about))

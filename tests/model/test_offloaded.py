@@ -155,6 +155,22 @@ def test_detach_gives_back_the_offloaded_backbone(saved: Any) -> None:
     assert torch.equal(bare(IDS).last_hidden_state, backbone(saved(llama))(IDS).last_hidden_state)
 
 
+def test_after_a_pass_under_inference_mode_it_is_detached_and_attached_again(saved: Any) -> None:
+    """accelerate makes the placeholders of offloaded weights anew in each pass, here as inference tensors."""
+    model = attached(saved(llama), ss.ReadConfig(rank=4), "disk")
+    with torch.inference_mode():
+        first = model.eval()(**BATCH).logits
+    kept = model.state_dict()
+    bare = ss.detach(model)
+    assert all(parameter.requires_grad for parameter in bare.parameters())
+    again = ss.attach(bare, ss.ReadConfig(rank=4), head=ss.Classify(num_labels=2))
+    again.load_state_dict(kept)
+    logits, loss, grads = stepped(again)
+    assert torch.equal(logits, first)
+    assert loss.isfinite()
+    assert all(grad is not None for grad in grads.values())
+
+
 def test_a_copy_of_a_dispatched_model_is_refused(saved: Any) -> None:
     model = attached(saved(llama), ss.ReadConfig(rank=4), "disk")
     with pytest.raises(ValueError, match="placed by accelerate"):

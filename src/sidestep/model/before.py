@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -54,7 +55,10 @@ class Before:
         rest = any(self.requires_grad.values())
         for parameter in model.parameters():
             # codes cannot require one
-            parameter.requires_grad_(self.requires_grad.get(parameter, rest and parameter.is_floating_point()))
+            flag = self.requires_grad.get(parameter, rest and parameter.is_floating_point())
+            # what accelerate has offloaded is new after each pass, and made under the pass's inference mode
+            with torch.inference_mode(parameter.is_inference()):
+                parameter.requires_grad_(flag)
         for module in model.modules():
             module.training = self.modes.get(module, self.training)
         for config, fields in _configs(model).items():
