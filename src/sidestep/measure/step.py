@@ -239,9 +239,14 @@ def fill_state(optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
 
 
+def names_taken(model: Attached) -> set[str]:
+    """What the model's forward takes. Labels are among it, also where the backbone's own head names them otherwise."""
+    return {*inspect.signature(model.forward).parameters, "labels"}
+
+
 def accepted(model: Attached, batch: Batch) -> dict[str, Tensor]:
     """The part of a batch that the model's forward takes, on the model's device."""
-    names = inspect.signature(model.forward).parameters
+    names = names_taken(model)
     return {name: value.to(model.device) for name, value in batch.items() if name in names}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from sidestep.backbone.fakes import fake_like, fakes_of, unhooked, without_hooks
 from sidestep.measure.plan.blank import without_drawing
 from sidestep.measure.plan.packed import stand_ins
+from sidestep.measure.step import names_taken
 from sidestep.model.attach import Attached
 
 
@@ -31,6 +31,6 @@ def fake_copy(model: Attached) -> Attached:
 
 def fake_batch(model: Attached, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fake tensors in place of a batch, without the columns that the model does not take."""
-    names = inspect.signature(model.forward).parameters
+    names = names_taken(model)
     given = {name: tensor for name, tensor in batch.items() if name in names}
     return {name: fake_like(tensor) for name, tensor in without_drawing(model, given).items()}
