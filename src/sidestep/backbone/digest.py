@@ -138,11 +138,11 @@ def digest_of(named: Iterable[tuple[str, Tensor]]) -> Digest:
     dtypes: set[torch.dtype] = set()
     for name, tensor in named:
         value = whole(tensor).cpu().contiguous()
-        exact.update(_record(name, value))
+        _add(exact, name, value)
         if value.is_floating_point():
             dtypes.add(value.dtype)
         for dtype, running in rounded.items():
-            running.update(_record(name, value.to(dtype) if value.is_floating_point() else value))
+            _add(running, name, value.to(dtype) if value.is_floating_point() else value)
     wide = not dtypes & set(_NARROWER)
     return Digest(
         dtype="+".join(sorted(_name(dtype) for dtype in dtypes)),
@@ -151,9 +151,10 @@ def digest_of(named: Iterable[tuple[str, Tensor]]) -> Digest:
     )
 
 
-def _record(name: str, value: Tensor) -> bytes:
-    head = f"{name} {tuple(value.shape)} {_name(value.dtype)} ".encode()
-    return head + value.reshape(-1).view(torch.uint8).numpy().tobytes()
+def _add(running: Any, name: str, value: Tensor) -> None:
+    """Add a tensor to a running hash. Its bytes are read where they are: a table of tokens may be large."""
+    running.update(f"{name} {tuple(value.shape)} {_name(value.dtype)} ".encode())
+    running.update(value.reshape(-1).view(torch.uint8).numpy())
 
 
 def _name(dtype: torch.dtype) -> str:
