@@ -160,7 +160,7 @@ class TrainerFace(DenseStage):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle finds no class that was made here by its name
-        return _blank_like, vars(type(self))["made_of"], dict(self.__dict__)
+        return _blank_like, vars(type(self))["made_of"], self.__getstate__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         for module in self.backbone.modules():
@@ -171,8 +171,12 @@ class TrainerFace(DenseStage):
                     "original's hooks: load the backbone again and attach to that"
                 )
         copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        # accelerate puts a `forward` on a model that it prepares for half precision, and a copy's would run this model
+        return {name: value for name, value in self.__dict__.items() if name != "forward"}
 
     # --- whether a step trains anything ------------------------------------------------------------------------------
 
